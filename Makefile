@@ -1,0 +1,46 @@
+# Two commands on a fresh Debian or Ubuntu machine: `make run` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN ?= gpt2_multi_cls amp_fp16 --preset tiny --data embedded
+
+.PHONY: help run test soak lint matrix bench freeze clean
+help:
+	@echo "make run     set up .venv and run the main job ($(RUN))"
+	@echo "make test    set up .venv and run the tests"
+	@echo "make matrix  every case x configuration (tiny, embedded data)"
+	@echo "make bench   measure the harness itself"
+	@echo "make soak    the long sweeps"
+	@echo "make lint    style and layering"
+
+$(READY): setup.py constraints.txt install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh install.sh
+	@touch $@
+
+run: $(READY)
+	$(BIN)/python -m harness case $(RUN)
+
+test: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports --no-cache
+
+matrix: $(READY)
+	$(BIN)/python -m harness matrix --preset tiny --data embedded
+
+bench: $(READY)
+	$(BIN)/python -m harness bench
+
+freeze: $(READY)
+	sh install.sh --freeze
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,70 @@
+"""The cases: architecture x task x loss. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench_cases.architectures import GPT2, ROBERTA, Architecture
+from bench_cases.lookup import check, index
+from bench_cases.tasks import CLM, MLM, MULTI_CLS, SINGLE_CLS, Task
+
+REDUCTIONS = ("mean", "label_sum")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rates at which the fp32 reference is healthy: it ends well below its start."""
+
+    scratch: float
+    pretrained: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("scratch", self.scratch), ("pretrained", self.pretrained)):
+            check(0 < value < 1, "learning rate", f"{name} {value} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of the matrix; ``id`` is ``{arch}_{task}``, with a suffix for a variant.
+
+    ``loss_reduction``: ``mean`` over all targets, or ``label_sum``: sum over a document's
+    labels, mean over documents (multi-label only).
+    """
+
+    id: str
+    scenario: str
+    architecture: Architecture
+    task: Task
+    lr: LearningRates
+    loss_reduction: str = "mean"
+    weight_decay: float = 0.01
+    in_default_matrix: bool = True
+
+    def __post_init__(self) -> None:
+        owner = f"case {self.id!r}"
+        stem = f"{self.architecture.id}_{self.task.id}"
+        check(self.id.isidentifier() and self.id.startswith(stem), owner,
+              f"id must be a plain identifier that begins with {stem!r}")
+        check(self.loss_reduction in REDUCTIONS, owner,
+              f"loss_reduction {self.loss_reduction!r} is none of {REDUCTIONS}")
+        check(self.loss_reduction == "mean" or self.task.loss == "bce_with_logits", owner,
+              "label_sum needs the loss bce_with_logits")
+        check(self.task.head != "causal_lm" or self.architecture.causal, owner,
+              f"a causal LM needs a causal architecture, and {self.architecture.id!r} is none")
+        check(self.task.head != "masked_lm" or not self.architecture.causal, owner,
+              f"a masked LM needs a bidirectional architecture, and {self.architecture.id!r} is causal")
+        check(self.weight_decay >= 0, owner, f"weight_decay {self.weight_decay} is negative")
+
+
+CASES: dict[str, Case] = index([
+    Case("gpt2_clm", "A", GPT2, CLM, LearningRates(2e-3, 1e-4)),
+    Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 5e-5)),
+    Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 5e-5)),
+    Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 3e-5)),
+    Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(2e-3, 5e-5)),
+    Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(2e-3, 3e-5)),
+    Case("gpt2_multi_cls_labelsum", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 5e-5),
+         loss_reduction="label_sum", in_default_matrix=False),
+    Case("roberta_multi_cls_labelsum", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 3e-5),
+         loss_reduction="label_sum", in_default_matrix=False),
+])

@@ -1,0 +1,71 @@
+"""What every source hands over: documents with a split, in a corpus that knows its content hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with its label ids (empty for language modelling) and its split."""
+
+    id: str
+    text: str
+    labels: tuple[str, ...]
+    split: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of one source. ``fingerprint`` is the sha256 (hex) of what they were made from."""
+
+    name: str
+    source: str
+    documents: Sequence[Document]
+    fingerprint: str
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+def content_sha256(documents: Iterable[Document]) -> str:
+    """sha256 (hex) over ids, texts, labels and splits, in order; lengths keep the fields apart."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.id, document.text, document.split, *document.labels):
+            raw = part.encode("utf-8", "surrogatepass")
+            digest.update(len(raw).to_bytes(8, "little"))
+            digest.update(raw)
+        digest.update(b"\xff" * 8)
+    return digest.hexdigest()
+
+
+def split_by_hash(keys: Sequence[str], *, validation: float, test: float = 0.0) -> list[str]:
+    """A split for each key, a pure function of the set of keys (its order does not matter).
+
+    The keys are ranked by their sha256; the first share is validation, the next is test. Ranking
+    (not a threshold on the hash) gives exact shares, and at least one validation document as soon
+    as there are two documents, so that a handful of documents can be tried.
+    """
+    ranked = sorted(range(len(keys)), key=lambda i: (hashlib.sha256(keys[i].encode("utf-8", "surrogatepass")).digest(), i))
+    n_validation = max(1, round(len(keys) * validation)) if len(keys) > 1 else 0
+    n_test = round(len(keys) * test)
+    split = ["train"] * len(keys)
+    for place, index in enumerate(ranked[: n_validation + n_test]):
+        split[index] = "validation" if place < n_validation else "test"
+    return split
+
+
+def limit(documents: Sequence[Document], max_documents: int | None, validation_documents: int | None) -> list[Document]:
+    """The first ``max_documents`` training documents and the first ``validation_documents`` of each other split."""
+    allowed = {"train": max_documents, "validation": validation_documents, "test": validation_documents}
+    taken = dict.fromkeys(SPLITS, 0)
+    kept = []
+    for document in documents:
+        bound = allowed[document.split]
+        if bound is None or taken[document.split] < bound:
+            taken[document.split] += 1
+            kept.append(document)
+    return kept

@@ -1,0 +1,172 @@
+"""Tokenizers: a folder, a hub id, or a byte-level BPE trained on the data at hand.
+
+A `TokenizerSpec` names one without importing a library (the cache key needs no more); `open_tokenizer`
+makes it work. Documents are encoded without special tokens: the collator adds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError, DataUnavailable
+
+# Special tokens of a trained BPE, in id order (RoBERTa's pad id is 1).
+FLAVOURS = {"gpt2": ("<|endoftext|>", "<|pad|>"), "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
+VOCABULARY = 8_192
+EMBEDDED_VOCABULARY = 2_048
+_TRAINING_CHARACTERS = 20_000_000
+# Each set of files is enough for a tokenizer; the first that is complete counts.
+_COMPLETE = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",))
+_OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids. ``bos`` (<s>) is None where sequences are not framed (GPT-2); ``eos`` then separates
+    documents, and else closes the frame too. ``ids`` are all special ids, which are never masked."""
+
+    pad: int
+    bos: int | None
+    eos: int
+    mask: int | None
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer, by ``kind`` (``trained``, ``folder``, ``hub``). ``identity`` goes into the cache key."""
+
+    kind: str
+    id: str
+    flavour: str
+    identity: dict[str, object]
+    vocabulary: int = VOCABULARY
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """``backend``: a ``tokenizers.Tokenizer`` or, where a library has no fast one, a transformers tokenizer."""
+
+    id: str
+    backend: object
+    special: SpecialTokens
+    size: int
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One int32 array a text, without special tokens."""
+        if not hasattr(self.backend, "encode_batch_fast"):
+            return [np.asarray(self.backend(t, add_special_tokens=False)["input_ids"], np.int32) for t in texts]
+        out: list[np.ndarray] = []
+        for start in range(0, len(texts), 256):
+            # Documents hold no special tokens of their own: "</s>" in a web page is text.
+            encoded = self.backend.encode_batch_fast(list(texts[start : start + 256]), add_special_tokens=False)
+            out += [np.asarray(e.ids, np.int32) for e in encoded]
+        return out
+
+
+def trained(flavour: str, corpora: Sequence[str], vocabulary: int) -> TokenizerSpec:
+    """``corpora``: fingerprints of the texts it is trained on."""
+    if flavour not in FLAVOURS:
+        raise DataError(f"tokenizer flavour {flavour!r} is none of {', '.join(FLAVOURS)}")
+    identity = {"kind": "trained", "flavour": flavour, "vocabulary": vocabulary, "corpora": list(corpora), "tokenizers": version("tokenizers")}
+    return TokenizerSpec("trained", f"bpe-{flavour}-{vocabulary}", flavour, identity, vocabulary)
+
+
+def in_folder(folder: Path, flavour: str) -> TokenizerSpec:
+    """Checks that the files are there: `transformers` builds an empty tokenizer when one is missing."""
+    complete = next((names for names in _COMPLETE if all((folder / name).is_file() for name in names)), None)
+    if complete is None:
+        started = next((names for names in _COMPLETE if any((folder / name).is_file() for name in names)), None)
+        missing = ", ".join(n for n in started if not (folder / n).is_file()) if started else "every tokenizer file"
+        raise DataError(
+            f"tokenizer folder {folder} lacks {missing}; it must hold tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or tokenizer.model"
+        )
+    digest = hashlib.sha256()
+    for name in sorted({*complete, *_OPTIONAL}):
+        path = folder / name
+        raw = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{name} {len(raw)}\n".encode() + raw)
+    identity = {"kind": "folder", "sha256": digest.hexdigest(), "transformers": version("transformers")}
+    return TokenizerSpec("folder", str(folder), flavour, identity)
+
+
+def on_hub(repository: str, flavour: str) -> TokenizerSpec:
+    return TokenizerSpec("hub", repository, flavour, {"kind": "hub", "repository": repository, "transformers": version("transformers")})
+
+
+def open_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
+    """``texts`` are read only when a BPE must be trained."""
+    return _train(spec, texts) if spec.kind == "trained" else _pretrained(spec)
+
+
+def _train(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    def sample() -> Iterable[str]:
+        left = _TRAINING_CHARACTERS
+        for text in texts:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+    names = FLAVOURS[spec.flavour]
+    backend = Backend(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocabulary, special_tokens=list(names), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator(sample(), trainer)
+    at = {name: i for i, name in enumerate(names)}
+    if spec.flavour == "gpt2":
+        special = SpecialTokens(pad=1, bos=None, eos=0, mask=None, ids=(0, 1))
+    else:
+        special = SpecialTokens(pad=at["<pad>"], bos=at["<s>"], eos=at["</s>"], mask=at["<mask>"], ids=tuple(range(len(names))))
+    backend.encode_special_tokens = True
+    return Tokenizer(spec.id, backend, special, backend.get_vocab_size())
+
+
+def _pretrained(spec: TokenizerSpec) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(spec.id)
+    except Exception as error:  # the libraries raise anything from OSError to KeyError here
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if spec.kind == "hub":
+            raise DataUnavailable(
+                f"tokenizer {spec.id!r} is neither a folder nor on the hub as seen from here ({line}); give --tokenizer DIR, --data embedded or --data DIR"
+            ) from error
+        raise DataError(f"tokenizer folder {spec.id} cannot be loaded: {line}") from error
+    if made.pad_token_id is None:
+        # A pad token of its own: with pad = eos a real end of text would count as padding.
+        made.add_special_tokens({"pad_token": "<|pad|>"})
+    eos = next((i for i in (made.sep_token_id, made.eos_token_id, made.bos_token_id) if i is not None), None)
+    framed = made.cls_token_id is not None and made.sep_token_id is not None
+    if eos is None:
+        raise DataError(f"tokenizer {spec.id} has no end-of-text token (eos, sep or bos)")
+    special = SpecialTokens(made.pad_token_id, made.cls_token_id if framed else None, eos, made.mask_token_id, tuple(sorted(set(made.all_special_ids))))
+    backend = made
+    if getattr(made, "is_fast", False):
+        backend = made.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+    tokenizer = Tokenizer(spec.id, backend, special, len(made))
+    if len(set(tokenizer.encode(["The quick brown fox and the law."])[0])) < 4:
+        raise DataError(f"tokenizer {spec.id} does not encode plain English; are its files complete?")
+    return tokenizer
+
+
+def keep(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the tokenizer beside the data it made, as ``tokenizer.json``, where it is a fast one."""
+    if hasattr(tokenizer.backend, "to_str"):
+        (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), "utf-8")

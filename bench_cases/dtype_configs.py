@@ -1,0 +1,110 @@
+"""The dtype configurations: everything that differs between two of them is a field here.
+
+Torch-free. `harness.precision` is the only place that turns a declaration into torch calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench_cases.lookup import check, index
+
+DTYPES = ("fp32", "bf16", "fp16")
+OPTIMIZERS = ("foreach", "fused", "fp32_states", "stochastic_rounding", "8bit")
+
+
+@dataclass(frozen=True)
+class DtypeConfig:
+    """One floating-point configuration.
+
+    weights   dtype of the stored parameters
+    compute   dtype of the matrix products: autocast when it differs from ``weights``
+    head      dtype of every module behind the last encoder output
+    loss      dtype of the per-row loss (the reduction always runs in fp32)
+    optimizer AdamW implementation: ``foreach`` (states and arithmetic in the weights' dtype),
+              ``fused`` (arithmetic in fp32, states in the weights' dtype), ``fp32_states``
+              (fp32 arithmetic and states over 16-bit weights), ``stochastic_rounding`` (fp32
+              arithmetic; weights and states stored in bf16 by stochastic rounding), ``8bit``
+              (bitsandbytes, blockwise)
+    eps       AdamW's epsilon
+    scaler    dynamic loss scaling (``GradScaler``, first scale 65,536)
+    clip      dtype in which the gradient norm is accumulated for clipping
+    tf32      TensorFloat-32 allowed in fp32 matrix products
+    controls  configurations that the matrix runs beside this one when it diverges
+    """
+
+    id: str
+    weights: str
+    compute: str
+    head: str
+    loss: str
+    optimizer: str = "foreach"
+    eps: float = 1e-8
+    scaler: bool = False
+    clip: str = "fp32"
+    tf32: bool = False
+    controls: tuple[str, ...] = ()
+    note: str = ""
+    in_default_matrix: bool = True
+
+    def __post_init__(self) -> None:
+        owner = f"dtype configuration {self.id!r}"
+        check(self.id.isidentifier(), owner, "id must be a plain identifier")
+        for name in ("weights", "compute", "head", "loss", "clip"):
+            value = getattr(self, name)
+            check(value in DTYPES, owner, f"{name} {value!r} is none of {DTYPES}")
+        check(self.optimizer in OPTIMIZERS, owner, f"optimizer {self.optimizer!r} is none of {OPTIMIZERS}")
+        check(self.eps > 0, owner, f"eps {self.eps} is not positive")
+        check(self.weights in ("fp32", self.compute), owner,
+              f"{self.weights} weights cannot be computed in {self.compute}: autocast needs fp32 weights")
+        check(self.head in (self.compute, "fp32"), owner,
+              f"the head runs in {self.compute} or in fp32, not in {self.head}")
+        check(self.head == self.compute or self.weights == "fp32", owner,
+              "an fp32 head needs fp32 weights")
+        check(not self.scaler or self.weights == "fp32", owner,
+              "the loss scaler refuses 16-bit gradients, so it needs fp32 weights")
+        check(self.loss in ("fp32", self.compute), owner, f"a {self.loss} loss needs {self.loss} logits")
+        check(self.clip in ("fp32", self.weights), owner, f"gradients are {self.weights}, not {self.clip}")
+        check(not self.tf32 or self.compute == "fp32", owner, "tf32 concerns fp32 products only")
+        check(self.optimizer != "stochastic_rounding" or self.weights == "bf16", owner,
+              "stochastic rounding is defined for bf16 weights")
+        check(self.optimizer != "8bit" or self.weights == "fp32", owner, "8-bit AdamW needs fp32 weights")
+
+    @property
+    def autocast(self) -> str | None:
+        """The autocast dtype, or None when the weights already have the compute dtype."""
+        return self.compute if self.compute != self.weights else None
+
+
+def _naive_fp16(id: str, **changes) -> DtypeConfig:
+    """A variant of the fp16 stress test; ``changes`` are all that differs from it."""
+    return DtypeConfig(id, weights="fp16", compute="fp16", head="fp16", loss="fp16", **changes)
+
+
+def _amp(id: str, compute: str, **changes) -> DtypeConfig:
+    """fp32 weights under autocast; the head runs in the autocast dtype unless ``changes`` says else."""
+    return DtypeConfig(id, weights="fp32", compute=compute, loss="fp32", **{"head": compute, **changes})
+
+
+DTYPE_CONFIGS: dict[str, DtypeConfig] = index([
+    DtypeConfig("fp32_true", "fp32", "fp32", "fp32", "fp32", note="the golden reference"),
+    _amp("amp_fp16", "fp16", scaler=True),
+    _amp("amp_bf16", "bf16"),
+    _naive_fp16("fp16_naive", controls=("fp16_naive_eps1e4", "fp16_naive_fp32_states"),
+                note="stress test"),
+    DtypeConfig("bf16_pure", "bf16", "bf16", "bf16", "bf16"),
+    _amp("amp_bf16_8bit", "bf16", optimizer="8bit"),
+    _amp("amp_bf16_fp32_head", "bf16", head="fp32"),
+    # Extras, by name or with --configs all.
+    DtypeConfig("fp32_tf32", "fp32", "fp32", "fp32", "fp32", tf32=True, in_default_matrix=False),
+    _naive_fp16("fp16_naive_eps1e4", eps=1e-4, in_default_matrix=False,
+                note="removes the division by zero, not the underflow"),
+    _naive_fp16("fp16_naive_fp32_states", optimizer="fp32_states", in_default_matrix=False,
+                note="the clean control for what precision itself does"),
+    _naive_fp16("fp16_naive_clip16", clip="fp16", in_default_matrix=False,
+                note="the gradient norm is accumulated in fp16 too"),
+    _amp("amp_fp16_unscaled", "fp16", in_default_matrix=False),
+    DtypeConfig("bf16_pure_sr", "bf16", "bf16", "bf16", "bf16", optimizer="stochastic_rounding",
+                in_default_matrix=False),
+    _amp("amp_bf16_fused_adamw", "bf16", optimizer="fused", in_default_matrix=False),
+])

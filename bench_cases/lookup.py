@@ -1,0 +1,50 @@
+"""Finding a declaration by its id, and saying what is near when there is none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+Declared = TypeVar("Declared")
+
+
+class UnknownId(LookupError):
+    """An id that no registry holds; the message lists the nearest ones."""
+
+    def __str__(self) -> str:  # KeyError-style quoting of the message would hide it
+        return str(self.args[0])
+
+
+class BadDeclaration(ValueError):
+    """A declaration whose fields contradict each other; raised when it is made."""
+
+
+def lookup(kind: str, wanted: str, registry: Mapping[str, Declared]) -> Declared:
+    """The entry ``wanted`` of ``registry``; raises `UnknownId` naming the nearest ids.
+
+    ``kind`` is what a person calls such an entry ("case", "dtype configuration").
+    """
+    try:
+        return registry[wanted]
+    except KeyError:
+        pass
+    near = difflib.get_close_matches(wanted, registry, n=3, cutoff=0.4)
+    hint = f"nearest: {', '.join(near)}; all" if near else "allowed"
+    raise UnknownId(f"unknown {kind} {wanted!r} ({hint}: {', '.join(registry)})")
+
+
+def index(entries) -> dict:
+    """Entries by their ``id``, in the order written; raises `BadDeclaration` on a repeat."""
+    table = {}
+    for entry in entries:
+        if entry.id in table:
+            raise BadDeclaration(f"id {entry.id!r} is declared twice")
+        table[entry.id] = entry
+    return table
+
+
+def check(condition: bool, owner: str, message: str) -> None:
+    """Raise `BadDeclaration` naming the declaration unless ``condition`` holds."""
+    if not condition:
+        raise BadDeclaration(f"{owner}: {message}")

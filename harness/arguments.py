@@ -1,0 +1,121 @@
+"""The command line's grammar. Nothing here imports torch or numpy: ``--help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bench_cases import PRESETS, TASKS
+from harness.settings import ATTENTION_CHOICES, DEVICES, Request
+
+EPILOG = """\
+examples:
+  python -m harness case gpt2_multi_cls amp_fp16          one run
+  python -m harness case gpt2_clm fp16_naive --data DIR   on real text
+  python -m harness matrix --out results-tiny             every case x configuration, resumable
+  python -m harness list                                  cases, configurations, presets
+  python -m harness doctor                                what this machine can and cannot do
+
+exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, error or hung,
+4 bad data, 5 environment, 75 interrupted and resumable"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar: `command` names the subcommand."""
+    top = argparse.ArgumentParser(
+        prog="python -m harness", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Which floating-point configuration to train with on this GPU, and why one failed.")
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    _case(commands.add_parser("case", help="run one case under one dtype configuration"))
+    _matrix(commands.add_parser("matrix", help="run cases x configurations x seeds, each in its own process"))
+    listing = commands.add_parser("list", help="the cases, configurations and presets")
+    _json(listing)
+    doctor = commands.add_parser("doctor", help="what this machine can do, and what will not work here")
+    _json(doctor)
+    _out(doctor)
+    bench = commands.add_parser("bench", help="measure the harness itself")
+    bench.add_argument("what", nargs="*", metavar="what", help="help, run, matrix, trainer (default: all)")
+    bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
+    _json(bench)
+    return top
+
+
+def request(options: argparse.Namespace) -> Request:
+    """The settings that were asked for on the command line."""
+    return Request(**{name: getattr(options, name) for name in Request.__dataclass_fields__})
+
+
+def _case(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", metavar="CASE CONFIG",
+                         help="a case id or path/to/file.py:NAME, and a dtype configuration")
+    _both(command, "--model-arch", metavar="ARCH", help="with --task: the case, the long way")
+    _both(command, "--dtype-config", metavar="CONFIG", help="the dtype configuration, the long way")
+    command.add_argument("--seed", type=int, default=0, help="default 0")
+    _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
+    _own_model(command)
+    _sizes(command)
+    _out(command)
+    _json(command)
+
+
+def _matrix(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cases", nargs="+", metavar="CASE", help="case ids, file.py:NAME, or 'all'; "
+                         "default: the six")
+    command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; "
+                         "default: the seven")
+    command.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: the preset's")
+    command.add_argument("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads "
+                         "on a CPU, 1 on a GPU")
+    _both(command, "--no-follow-up", action="store_true",
+          help="do not run the control configurations of a run that diverged")
+    command.add_argument("--rerun", action="store_true", help="run again what is already done")
+    _both(command, "--dry-run", action="store_true", help="print the plan and stop")
+    _own_model(command)
+    _sizes(command)
+    _out(command)
+    _json(command)
+
+
+def _own_model(command: argparse.ArgumentParser) -> None:
+    own = command.add_argument_group("your own model and data")
+    own.add_argument("--model", metavar="DIR|HUB_ID", help="any transformers model; needs --task")
+    own.add_argument("--task", choices=list(TASKS), help="what to train it for")
+    _both(own, "--text-field", default="text", metavar="NAME", help="the text's field in a .jsonl file")
+    _both(own, "--label-field", default="labels", metavar="NAME", help="the labels' field")
+
+
+def _sizes(command: argparse.ArgumentParser) -> None:
+    run = command.add_argument_group("the run")
+    run.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: full on a GPU, else tiny")
+    run.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
+    run.add_argument("--data", metavar="embedded|hub|DIR|FILE", help="default: hub for full, embedded for tiny")
+    run.add_argument("--weights", metavar="scratch|pretrained|DIR",
+                     help="default: pretrained with the hub, else scratch")
+    run.add_argument("--lr", type=float, help="peak learning rate; default: the case's")
+    _both(run, "--batch-size", type=int, metavar="N")
+    _both(run, "--micro-batch", type=int, metavar="N", help="rows per forward pass; must divide the batch size")
+    _both(run, "--seq-len", type=int, metavar="N", help="tokens per sequence")
+    _both(run, "--max-steps", type=int, metavar="N")
+    _both(run, "--eval-every", type=int, metavar="N", help="default: at the start and at the end only")
+    _both(run, "--log-every", type=int, metavar="N", help="steps between two reads of the device")
+    run.add_argument("--threads", type=int, metavar="N", help="CPU threads; 0: all cores")
+    run.add_argument("--documents", type=int, metavar="N", help="at most this many training documents")
+    _both(run, "--validation-documents", type=int, metavar="N", help="documents of an evaluation")
+    run.add_argument("--dropout", type=float, default=0.0, help="default 0: the same for every configuration")
+    run.add_argument("--sdpa", dest="attention", choices=ATTENTION_CHOICES, default="auto",
+                     help="attention backend; default: the one that takes every dtype")
+    run.add_argument("--compile", action="store_true", help="torch.compile: another experiment, recorded")
+    _both(run, "--bucket-by-length", action="store_true", help="batches of documents of like length")
+
+
+def _out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, metavar="DIR", help="results folder; default: results/<device>")
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="JSON on standard output")
+
+
+def _both(command, flag: str, **options) -> None:
+    """An option that can be spelled with dashes or, as people used to, with underscores."""
+    command.add_argument(flag, "--" + flag[2:].replace("-", "_"), **options)

@@ -1,0 +1,76 @@
+"""``python -m harness bench``: the harness measures itself, each figure beside its target."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from harness.settings import SettingsError
+
+NAMES = ("help", "run", "matrix", "trainer")
+
+
+def bench_command(options: argparse.Namespace) -> int:
+    """Run the named benchmarks (all when none is named); a missed target is a result, not an error.
+
+    Exit code 5 when a benchmark needs a package that is missing, 3 when the measured work itself
+    failed or two compared arms did not do the same work.
+    """
+    from harness.bench.child import ChildFailed
+    from harness.bench.terminal import show, show_machine
+    from harness.bench.trainer import BenchUnavailable, UnfairComparison
+    from harness.cli import ENVIRONMENT, OK, RUN_FAILED
+
+    names = asked(options.what, options.repeats)
+    here = machine()
+    show_machine(here, options.repeats)
+    rows, code = [], OK
+    for name in names:
+        try:
+            figures = run_one(name, options.repeats)
+        except BenchUnavailable as error:
+            print(f"bench {name}: {error}", file=sys.stderr)
+            code = ENVIRONMENT
+        except (ChildFailed, UnfairComparison) as error:
+            print(f"bench {name} failed: {error}", file=sys.stderr)
+            code = RUN_FAILED
+        else:
+            show(name, figures)
+            rows += [figure.as_row() for figure in figures]
+    if options.json:
+        sys.stdout.write(json.dumps({"machine": here, "repeats": options.repeats, "rows": rows}, allow_nan=False) + "\n")
+    return code
+
+
+def asked(what: list[str], repeats: int) -> list[str]:
+    """The benchmarks to run, in their order; raises `SettingsError`."""
+    unknown = [name for name in what if name not in NAMES]
+    if unknown:
+        raise SettingsError(f"no benchmark {unknown[0]!r}; allowed: {', '.join(NAMES)}")
+    if repeats < 1:
+        raise SettingsError(f"repeats is {repeats}; it must be at least 1")
+    return [name for name in NAMES if name in what or not what]
+
+
+def run_one(name: str, repeats: int) -> list:
+    """The figures of one benchmark. The matrix takes minutes, so ``--repeats`` leaves it at one."""
+    from harness.bench import help, matrix, run, trainer
+
+    if name == "matrix":
+        return matrix.measure(1)
+    return {"help": help, "run": run, "trainer": trainer}[name].measure(repeats)
+
+
+def machine() -> dict[str, object]:
+    """Where the figures hold: processor, usable cores, memory, load before the start, versions."""
+    import platform
+
+    import psutil
+
+    from instrument.environment import cpu_name, version
+
+    return {"cpu": cpu_name(), "usable_cores": len(os.sched_getaffinity(0)), "memory_bytes": psutil.virtual_memory().total,
+            "load_1min": os.getloadavg()[0], "python": platform.python_version(), "torch": version("torch"),
+            "transformers": version("transformers"), "accelerate": version("accelerate")}

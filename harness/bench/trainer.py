@@ -1,0 +1,88 @@
+"""``bench trainer``: our loop against `transformers.Trainer`, arms interleaved in one process."""
+
+from __future__ import annotations
+
+import math
+from importlib import util
+from statistics import fmean, median
+
+from bench_cases import CASES, DTYPE_CONFIGS
+from harness.bench.figure import Figure, summarize
+from harness.settings import Request
+
+TARGET_RATIO = 1.0
+CASE_IDS = ("gpt2_clm", "gpt2_multi_cls")
+LOSS_TOLERANCE = 1e-4
+"""Largest relative difference of any step's loss. The arms differ only in the rounding of the
+gradient norm; AdamW lets 1e-7 grow over a run, and a different batch or rate shows at 1e-2."""
+FIRST_LOSS_TOLERANCE = 1e-6
+"""Of the first step's loss: the same weights and the same batch, before any update."""
+
+
+class UnfairComparison(RuntimeError):
+    """The arms did not do the same work, so their times say nothing."""
+
+
+class BenchUnavailable(Exception):
+    """A benchmark that needs a package which is not installed."""
+
+
+def measure(repeats: int, case_ids: tuple[str, ...] = CASE_IDS, **sizes) -> list[Figure]:
+    """Steps per second of both arms and their ratio, for each case; ``sizes`` go into the request.
+
+    The arms take turns step by step, and a repetition's ratio is that of the median step times
+    behind the preset's untimed steps; beside it stands the ratio of processor time, which other
+    work on the machine touches less.
+    """
+    if util.find_spec("accelerate") is None:
+        raise BenchUnavailable("bench trainer needs accelerate, which only the Trainer uses: pip install accelerate")
+    figures = []
+    for case_id in case_ids:
+        figures += _measure_case(case_id, repeats, sizes)
+    return figures
+
+
+def _measure_case(case_id: str, repeats: int, sizes: dict) -> list[Figure]:
+    import torch
+
+    from harness.bench.trainer_arms import run_both, work_for
+    from harness.planning import plan_run
+
+    settings = plan_run(CASES[case_id], DTYPE_CONFIGS["fp32_true"], 0,
+                        Request(preset="tiny", data="embedded", device="cpu", **sizes), torch.device("cpu"))
+    work = work_for(settings)
+    untimed = settings.untimed_steps
+    ours, theirs, ratios, cpu_ratios, difference = [], [], [], [], 0.0
+    for _ in range(repeats):
+        our_arm, their_arm = run_both(work)
+        difference = max(difference, require_same_work(our_arm, their_arm))
+        ours.append(1 / median(our_arm.wall_s[untimed:]))
+        theirs.append(1 / median(their_arm.wall_s[untimed:]))
+        ratios.append(ours[-1] / theirs[-1])
+        cpu_ratios.append(sum(their_arm.cpu_s[untimed:]) / sum(our_arm.cpu_s[untimed:]))
+    note = (f"{settings.max_steps - untimed} steps of {settings.batch_size} x {settings.seq_len}, "
+            f"micro-batch {settings.micro_batch}, {torch.get_num_threads()} thread(s), fp32_true")
+    return [summarize("trainer", f"{case_id}_ours", ours, "steps/s", note=note),
+            summarize("trainer", f"{case_id}_trainer", theirs, "steps/s", note=note),
+            summarize("trainer", f"{case_id}_ratio", ratios, "ratio", at_least=TARGET_RATIO,
+                      note=f"ours over Trainer, median step; losses agree to {difference:.1e}"),
+            summarize("trainer", f"{case_id}_cpu_ratio", cpu_ratios, "ratio",
+                      note="the same by processor time, all timed steps")]
+
+
+def require_same_work(ours, theirs) -> float:
+    """The largest relative difference of the arms' losses; raises `UnfairComparison` when the
+    steps, the losses or how far the weights moved say that the arms did different work."""
+    if len(ours.losses) != len(theirs.losses):
+        raise UnfairComparison(f"our loop took {len(ours.losses)} steps and the Trainer {len(theirs.losses)}")
+    differences = [abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    worst = max(range(len(differences)), key=lambda i: differences[i] if math.isfinite(differences[i]) else math.inf)
+    if not differences[0] <= FIRST_LOSS_TOLERANCE or not differences[worst] <= LOSS_TOLERANCE:
+        raise UnfairComparison(f"the arms' losses differ: step 1 by {differences[0]:.1e}, step {worst + 1} by "
+                               f"{differences[worst]:.1e} (relative; ours {ours.losses[worst]:.6g}, "
+                               f"Trainer {theirs.losses[worst]:.6g})")
+    apart = fmean(float((a - b).abs().mean()) for a, b in zip(ours.weights, theirs.weights, strict=True))
+    size = fmean(float(a.abs().mean()) for a in ours.weights)
+    if not apart <= LOSS_TOLERANCE * size:
+        raise UnfairComparison(f"the arms' final weights differ by {apart / size:.1e} of their size on average")
+    return differences[worst]

@@ -1,0 +1,79 @@
+"""``python -m harness case``: one run in this process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench_cases import Case, DtypeConfig, lookup
+from bench_cases.dtype_configs import DTYPE_CONFIGS
+from bench_cases.own import case_for_model, find_case
+from harness import arguments
+from harness.settings import RunSettings, SettingsError
+
+
+def case_command(options: argparse.Namespace) -> int:
+    """Run what was asked and print its summary; ``--json`` prints the row."""
+    case, config = asked_case(options), asked_config(options)
+    # Only now: everything above can refuse in milliseconds.
+    import time
+
+    started_s = time.perf_counter()
+    from harness.planning import choose_device, plan_run, results_folder
+
+    device = choose_device(options.device)
+    settings = plan_run(case, config, options.seed, arguments.request(options), device)
+    out = results_folder(options.out, device)
+    if options.dry_run:
+        return _dry_run(settings, out, options.json)
+    from harness.cli import OK, RUN_FAILED
+    from harness.run import execute
+    from harness.terminal import CaseScreen
+    from instrument.records import encode
+
+    with CaseScreen(settings, out) as screen:
+        record = execute(settings, out, screen.show, started_s)
+    screen.summary(record)
+    if options.json:
+        sys.stdout.write(encode(record).decode() + "\n")
+    return RUN_FAILED if record.status in ("oom", "error", "hung") else OK
+
+
+def asked_case(options: argparse.Namespace) -> Case:
+    """The case from ``CASE``, from ``--model --task`` or from ``--model_arch --task``."""
+    positional = list(options.names)
+    if options.model:
+        if not options.task:
+            raise SettingsError("--model needs --task (clm, mlm, multi_cls or single_cls)")
+        return case_for_model(options.model, options.task)
+    if options.model_arch:
+        if not options.task:
+            raise SettingsError("--model_arch needs --task (clm, mlm, multi_cls or single_cls)")
+        return find_case(f"{options.model_arch}_{options.task}")
+    if not positional:
+        raise SettingsError("no case: give CASE CONFIG (`python -m harness list` shows them), "
+                            "or --model DIR --task TASK CONFIG")
+    return find_case(positional[0])
+
+
+def asked_config(options: argparse.Namespace) -> DtypeConfig:
+    """The configuration behind the case, or from ``--dtype_config``."""
+    positional = list(options.names)
+    if not (options.model or options.model_arch):
+        positional = positional[1:]
+    if options.dtype_config:
+        positional.append(options.dtype_config)
+    if len(positional) != 1:
+        given = ", ".join(positional) if positional else "none"
+        raise SettingsError(f"one dtype configuration is needed; given: {given}; "
+                            f"allowed: {', '.join(DTYPE_CONFIGS)}")
+    return lookup("dtype configuration", positional[0], DTYPE_CONFIGS)
+
+
+def _dry_run(settings: RunSettings, out: Path, as_json: bool) -> int:
+    from harness.estimate import print_estimate
+
+    print_estimate(settings, out, as_json)
+    return 0
+

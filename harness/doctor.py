@@ -1,0 +1,118 @@
+"""``python -m harness doctor``: what this machine can do, and what will not work here and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bench_cases import DTYPE_CONFIGS
+from harness import doctor_device, doctor_host
+from harness.planning import choose_device, results_folder
+from instrument.environment import version
+from instrument.nvml import Nvml
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Examine and report; exit code 5 when torch cannot even multiply two matrices on the device."""
+    from harness.cli import ENVIRONMENT, OK
+    from harness.doctor_terminal import show
+
+    findings = examine(options.out)
+    show(findings)
+    if options.json:
+        sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
+    return OK if findings["products"]["fp32"] is None else ENVIRONMENT
+
+
+def examine(out: Path | None) -> dict[str, object]:
+    """All findings as plain data. What could not be found out is null, with a reason in ``unknown``."""
+    device = choose_device("auto")
+    with Nvml() as nvml:
+        findings: dict[str, object] = {
+            "device": device.type,
+            "why_no_gpu": doctor_device.why_no_gpu(nvml),
+            "driver": nvml.driver(),
+            "gpus": doctor_device.gpus(nvml),
+        }
+    findings |= {
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda,
+                  "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+                  "triton": version("triton")},
+        "cpu": doctor_host.processor(), "memory": doctor_host.memory(),
+        "disk": doctor_host.disk(results_folder(out, device)), "compilers": doctor_host.compilers(),
+        "versions": doctor_host.library_versions(),
+        "products": doctor_device.products(device), "attention": doctor_device.attention(device),
+        "eight_bit_adamw": doctor_device.eight_bit_adamw(device)}
+    findings["configurations"] = doctor_device.configurations(device, findings["eight_bit_adamw"])
+    findings["will_not_work"] = will_not_work(findings)
+    return findings
+
+
+def will_not_work(findings: dict) -> list[dict[str, str]]:
+    """``{what, why}`` of everything that this machine cannot do, the gravest first."""
+    rows = [_row(f"matrix products in {dtype}", why) for dtype, why in findings["products"].items() if why]
+    if findings["why_no_gpu"]:
+        rows.append(_row("runs on a GPU, --preset full in useful time", findings["why_no_gpu"]))
+    for gpu in findings["gpus"]:
+        rows += _gpu_rows(gpu)
+    rows += [_row(f"configuration {row['config']}", row["reason"])
+             for row in findings["configurations"] if not row["supported"]]
+    rows += _attention_rows(findings["attention"])
+    rows += _compile_rows(findings)
+    if not findings["disk"]["writable"]:
+        rows.append(_row("writing results", f"{findings['disk']['folder']} cannot be written; choose another with --out"))
+    rows += [_row(f"what needs {row['library']}", "it is not installed") for row in findings["versions"]
+             if row["installed"] is None and row["library"] != "triton"]
+    return rows
+
+
+def _gpu_rows(gpu: dict) -> list[dict[str, str]]:
+    who, rows, nvml = f"GPU {gpu['index']} ({gpu['name']})", [], gpu["nvml"]
+    if not gpu["compiled_for"]:
+        rows.append(_row(f"fast start on {who}", f"this torch holds no code for capability {gpu['capability']}: its "
+                         "kernels are compiled at first use, or fail"))
+    if gpu["card"] is None:
+        rows.append(_row(f"estimated time and MFU on {who}", "no published peak is known for this name, and none is guessed"))
+    if nvml["compute_mode"] in ("exclusive_process", "prohibited"):
+        rows.append(_row(f"two runs at a time on {who}", f"its compute mode is {nvml['compute_mode']}"))
+    others = [process for process in nvml["processes"] or [] if process["used_bytes"]]
+    if others and nvml["memory_free_bytes"] is not None and nvml["memory_free_bytes"] < 0.9 * gpu["total_bytes"]:
+        rows.append(_row(f"all memory and fair timing on {who}", f"{len(others)} process(es) hold memory there"))
+    return rows
+
+
+def _attention_rows(table: dict[str, dict[str, str | None]]) -> list[dict[str, str]]:
+    """One row per backend that refuses something, since ten rows of the same reason help nobody."""
+    rows = []
+    for policy, trials in table.items():
+        refused = [name.replace("_masked", " with a mask") for name, why in trials.items() if why]
+        if refused:
+            rows.append(_row(f"--sdpa {policy} in {', '.join(refused)}", next(why for why in trials.values() if why)))
+    return rows
+
+
+def _compile_rows(findings: dict) -> list[dict[str, str]]:
+    tools, rows, cuda = findings["compilers"], [], findings["device"] == "cuda"
+    needed = "cc" if cuda else "cxx"
+    if tools[needed] is None:
+        rows.append(_row("--compile", f"no {'C' if cuda else 'C++'} compiler is found "
+                         f"({'CC, gcc, clang' if cuda else 'CXX, g++, clang++'}); install g++"))
+    if cuda and findings["torch"]["triton"] is None:
+        rows.append(_row("Triton kernels and --compile", "triton is not installed"))
+    if cuda and not tools["python_headers"]:
+        rows.append(_row("Triton kernels and --compile", "Python.h is missing (Debian, Ubuntu: install python3-dev)"))
+    return rows
+
+
+def _row(what: str, why: str) -> dict[str, str]:
+    return {"what": what, "why": why}
+
+
+def configuration_count(findings: dict) -> str:
+    """``13 of 14 configurations run here``."""
+    supported = sum(row["supported"] for row in findings["configurations"])
+    return f"{supported} of {len(DTYPE_CONFIGS)} configurations run here"

@@ -1,0 +1,142 @@
+"""What the device does, for the doctor: found out by trying, not by asking flags."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
+
+from bench_cases import DTYPE_CONFIGS, DtypeConfig
+from harness.optimizer import OptimizerUnavailable, adamw_for
+from harness.precision import ATTENTION, DTYPES, Unsupported, refuse_what_the_device_lacks
+from instrument.gpus import capability_support, known_card
+from instrument.nvml import Nvml
+
+
+def why_no_gpu(nvml: Nvml) -> str | None:
+    """Why torch uses the CPU here; None when it has a GPU."""
+    if torch.cuda.is_available():
+        return None
+    count = nvml.driver()["gpu_count"]
+    if torch.version.cuda is None:
+        seen = f"the driver sees {count} GPU(s)" if count else nvml.unavailable or "the driver sees no GPU"
+        return f"torch {torch.__version__} is built without CUDA; {seen}"
+    if not count:
+        return nvml.unavailable or "the driver sees no GPU"
+    return (f"the driver sees {count} GPU(s) and torch none: CUDA_VISIBLE_DEVICES hides them, or the driver "
+            f"is too old for CUDA {torch.version.cuda}")
+
+
+def gpus(nvml: Nvml) -> list[dict[str, object]]:
+    """Every GPU that torch sees, in CUDA's order, with NVML's facts by UUID."""
+    if not torch.cuda.is_available():
+        return []
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        card = known_card(properties.name)
+        architecture = f"sm_{properties.major}{properties.minor}"
+        rows.append({
+            "index": index, "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "card": card and card.name, "reference_card": bool(card and card.reference),
+            "supports": capability_support(properties.major, properties.minor),
+            "bf16_flops_per_s": card and card.bf16_flops_per_s, "fp16_flops_per_s": card and card.fp16_flops_per_s,
+            "total_bytes": properties.total_memory,
+            "compiled_for": architecture in torch.cuda.get_arch_list(),
+            "nvml": nvml.device(f"GPU-{properties.uuid}")})
+    return rows
+
+
+def products(device: torch.device) -> dict[str, str | None]:
+    """Per dtype, null when a matrix product is right to its rounding, else what went wrong."""
+    def trial(dtype: torch.dtype) -> None:
+        left = torch.linspace(-1, 1, 64 * 64, dtype=torch.float64).view(64, 64)
+        exact = left @ left.T
+        got = (left.to(device, dtype) @ left.T.to(device, dtype)).double().cpu()
+        error = float((got - exact).abs().max() / exact.abs().max())
+        if not error <= 8 * torch.finfo(dtype).eps:
+            raise ArithmeticError(f"a 64 x 64 product is off by {error:.1e}")
+
+    return {name: _failure(lambda dtype=dtype: trial(dtype)) for name, dtype in DTYPES.items()}
+
+
+def attention(device: torch.device) -> dict[str, dict[str, str | None]]:
+    """Per SDPA backend and dtype, with and without a padding mask (``fp32``, ``fp32_masked``):
+    null when a forward and backward pass runs, else the reason."""
+    def trial(backend, dtype: torch.dtype, masked: bool) -> None:
+        query = torch.randn(1, 2, 16, 32, device=device, dtype=dtype, requires_grad=True)
+        mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
+        with sdpa_kernel([backend]):
+            F.scaled_dot_product_attention(query, query, query, attn_mask=mask).sum().backward()
+
+    table: dict[str, dict[str, str | None]] = {}
+    for policy, backend in ATTENTION.items():
+        if device.type == "cpu" and policy in ("efficient", "cudnn"):
+            continue  # they exist on CUDA only
+        table[policy] = {name + ("_masked" if masked else ""):
+                         _failure(lambda d=dtype, m=masked, b=backend: trial(b, d, m))
+                         for name, dtype in DTYPES.items() for masked in (False, True)}
+    return table
+
+
+def eight_bit_adamw(device: torch.device) -> str | None:
+    """Null when bitsandbytes updates a parameter here and leaves it finite, else the reason."""
+    def trial() -> None:
+        parameter = torch.nn.Parameter(torch.ones(64, 128, device=device))
+        parameter.grad = torch.full_like(parameter, 1e-2)
+        optimizer = adamw_for("8bit", [parameter], lr=1e-2, eps=1e-8, weight_decay=0.0, seed=0)
+        optimizer.step()
+        moved = parameter.detach()
+        if not bool((moved.isfinite() & (moved < 1)).all()):
+            raise ArithmeticError("an 8-bit update did not move the parameter as it should")
+
+    return _failure(trial)
+
+
+def configurations(device: torch.device, eight_bit: str | None) -> list[dict[str, object]]:
+    """Every dtype configuration: whether it runs on ``device``, the reason if not, and what to know if so."""
+    return [{"config": config.id, "in_default_matrix": config.in_default_matrix,
+             "supported": (reason := refusal(config, device, eight_bit)) is None, "reason": reason,
+             "remark": remark(config, device) if reason is None else None}
+            for config in DTYPE_CONFIGS.values()]
+
+
+def refusal(config: DtypeConfig, device: torch.device, eight_bit: str | None) -> str | None:
+    """Why a configuration cannot run here; None when it can."""
+    try:
+        refuse_what_the_device_lacks(config, device)
+    except Unsupported as error:
+        return str(error)
+    return eight_bit if config.optimizer == "8bit" else None
+
+
+def remark(config: DtypeConfig, device: torch.device) -> str | None:
+    """What a supported configuration does differently on a CPU."""
+    if device.type != "cpu":
+        return None
+    from harness.fp16_products import cpu_has_fp16_arithmetic
+
+    remarks = []
+    if "fp16" in (config.weights, config.compute) and not cpu_has_fp16_arithmetic():
+        remarks.append("fp16 products run in fp32 and are rounded once")
+    if config.autocast:
+        remarks.append("CPU autocast has another op table than CUDA's")
+    if config.optimizer == "8bit":
+        remarks.append("on CUDA non-finite gradients are skipped, here they reach the weights")
+    return "; ".join(remarks) or None
+
+
+def _failure(trial: Callable[[], None]) -> str | None:
+    """None when a trial runs, else its error in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial()
+    except OptimizerUnavailable as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return None

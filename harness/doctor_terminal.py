@@ -1,0 +1,109 @@
+"""The doctor's findings for a person, on standard error. No computing here."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show(findings: dict) -> None:
+    """Print facts, configurations, and what will not work."""
+    from harness.doctor import configuration_count
+
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+    console.print(facts(findings))
+    console.print()
+    console.print(f"[bold]{configuration_count(findings)}[/]")
+    console.print(configurations(findings["configurations"]))
+    console.print()
+    console.print("[bold]What will not work here, and why[/]")
+    for row in findings["will_not_work"]:
+        console.print(f"  {escape(row['what'])}: [dim]{escape(row['why'])}[/]")
+    if not findings["will_not_work"]:
+        console.print("  nothing that was tried")
+
+
+def facts(findings: dict) -> Table:
+    """Two columns: what, and the finding."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in lines(findings):
+        table.add_row(name, escape(text))
+    return table
+
+
+def lines(findings: dict) -> list[tuple[str, str]]:
+    """The facts as (name, text)."""
+    driver, torch, cpu, ram = (findings[name] for name in ("driver", "torch", "cpu", "memory"))
+    rows = [("device", findings["device"] + (f" ({findings['why_no_gpu']})" if findings["why_no_gpu"] else ""))]
+    rows += [line for gpu in findings["gpus"] for line in gpu_lines(gpu)]
+    rows += [
+        ("driver", f"{driver['version']}, CUDA up to {driver['cuda']}" if driver["version"]
+         else f"unknown: {driver['unknown'].get('version')}"),
+        ("torch", f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}, "
+                  f"triton {torch['triton'] or 'none'}"),
+        ("cpu", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores"
+                + (f" (quota {cpu['quota_cores']:g})" if cpu["quota_cores"] else "")
+                + f", {cpu['torch_capability']}"),
+        ("cpu 16 bit", f"fp16 products {cpu['fp16_products']}; bf16 "
+                       f"{'in hardware' if cpu['bf16_instructions'] else 'without instructions of its own'}"),
+        ("memory", f"{_gb(ram['available_bytes'])} of {_gb(ram['total_bytes'])} available"
+                   + (f", container limit {_gb(ram['limit_bytes'])}" if ram["limit_bytes"] else "")),
+        ("disk", f"{_gb(findings['disk']['free_bytes'])} free for {findings['disk']['folder']}"),
+        ("compilers", f"C++ {findings['compilers']['cxx'] or 'none'}, C {findings['compilers']['cc'] or 'none'}, "
+                      f"Python.h {'present' if findings['compilers']['python_headers'] else 'missing'}"),
+        ("products", _trials(findings["products"])),
+        ("8-bit AdamW", findings["eight_bit_adamw"] or "updates a parameter"),
+    ]
+    rows += [(f"sdpa {policy}", _trials(trials)) for policy, trials in findings["attention"].items()]
+    return [*rows, ("libraries", _versions(findings["versions"]))]
+
+
+def gpu_lines(gpu: dict) -> list[tuple[str, str]]:
+    """What it is, then memory and company."""
+    nvml = gpu["nvml"]
+    standing = "a reference card" if gpu["reference_card"] else "not a reference card (A6000, A40), and fine"
+    able = ", ".join(name for name, yes in gpu["supports"].items() if yes)
+    if nvml["memory_free_bytes"] is None:
+        memory = f"{_gb(gpu['total_bytes'])}; free unknown: {nvml['unknown'].get('memory_free_bytes')}"
+    else:
+        memory = f"{_gb(nvml['memory_free_bytes'])} of {_gb(gpu['total_bytes'])} free"
+    if nvml["processes"] is None:
+        company = f"processes unknown: {nvml['unknown'].get('processes')}"
+    else:
+        company = f"{len(nvml['processes'])} process(es)" + "".join(
+            f", pid {p['pid']} {_gb(p['used_bytes'])}" for p in nvml["processes"])
+    return [(f"gpu {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']} ({able}); {standing}"),
+            ("", f"{memory}; {company} (in a container these are the host's pids)")]
+
+
+def configurations(rows: list[dict]) -> Table:
+    """Configuration, whether it runs, and the reason or the remark."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
+    for row in rows:
+        verdict = "[green]runs[/]" if row["supported"] else "[red]unsupported[/]"
+        table.add_row(row["config"], verdict, escape(row["reason"] or row["remark"] or ""))
+    return table
+
+
+def _trials(trials: dict[str, str | None]) -> str:
+    """``fp32, bf16; not fp16``."""
+    good = [name.replace("_", " ") for name, why in trials.items() if why is None]
+    bad = [name.replace("_", " ") for name, why in trials.items() if why is not None]
+    return (", ".join(good) or "none") + (f"; not {', '.join(bad)}" if bad else "")
+
+
+def _versions(rows: list[dict]) -> str:
+    """What differs from the tested versions, or that nothing does."""
+    noted = [f"{row['library']} {row['installed'] or ''} ({row['note']}{', ' + row['tested'] if row['tested'] else ''})"
+             for row in rows if row["note"]]
+    tested = sum(row["tested"] is not None and row["note"] is None for row in rows)
+    return f"{tested} of {len(rows)} as tested" + ("; " + "; ".join(noted) if noted else "")
+
+
+def _gb(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e9:.1f} GB"

@@ -1,0 +1,81 @@
+"""``python -m harness list``: the tables of what can be run. Torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Print the registries; ``--json`` prints every field of every declaration."""
+    if options.json:
+        json.dump(listing(), sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        print_tables()
+    return 0
+
+
+def listing() -> dict[str, list[dict]]:
+    """All declarations as plain data."""
+    return {name: [asdict(entry) for entry in registry.values()] for name, registry in
+            (("cases", CASES), ("dtype_configs", DTYPE_CONFIGS), ("presets", PRESETS))}
+
+
+def print_tables() -> None:
+    """The registries as tables on standard output: this command's result."""
+    from rich.console import Console
+
+    console = Console()
+    for table in (_cases(), _configs(), _presets()):
+        console.print(table)
+    console.print("* not in the default matrix; run by name, or with --cases all / --configs all")
+
+
+def _star(entry) -> str:
+    return entry.id + ("" if entry.in_default_matrix else " *")
+
+
+def _table(title: str, *columns: str):
+    """A table whose first column (the id, to be copied) is never broken."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+                  padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0)
+    return table
+
+
+def _cases():
+    table = _table("Cases", "id", "", "architecture and task", "loss", "lr: scratch, pretrained")
+    for case in CASES.values():
+        table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name} on {case.task.text}",
+                      case.task.loss + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
+                      f"{case.lr.scratch:g}, {case.lr.pretrained:g}")
+    return table
+
+
+def _configs():
+    table = _table("Dtype configurations", "id", "weights", "compute", "head", "loss", "AdamW", "scaling")
+    for config in DTYPE_CONFIGS.values():
+        adamw = config.optimizer.replace("_", " ") + (f" eps {config.eps:g}" if config.eps != 1e-8 else "")
+        compute = f"{config.compute} autocast" if config.autocast else config.compute + (" TF32" if config.tf32 else "")
+        table.add_row(_star(config), config.weights, compute, config.head, config.loss, adamw,
+                      "dynamic" if config.scaler else "none")
+    return table
+
+
+def _presets():
+    table = _table("Presets", "id", "batch (micro)", "sequence", "steps (warm-up)", "documents", "seeds")
+    for preset in PRESETS.values():
+        own = "".join(f", {case} {length}" for case, length in preset.seq_len_of.items())
+        table.add_row(preset.id, f"{preset.batch_size} ({preset.micro_batch})", f"{preset.seq_len}{own}",
+                      f"{preset.max_steps} ({preset.warmup_steps})", f"{preset.documents:,}",
+                      " ".join(map(str, preset.seeds)))
+    return table

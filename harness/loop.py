@@ -1,0 +1,64 @@
+"""The training loop. Nothing here waits for the device between two log points, except the loss
+scaler's own check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench_cases import Case
+from harness.loss import training_loss
+from harness.precision import Precision
+from harness.schedule import learning_rate
+from instrument.step_meter import Reading, StepMeter
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What the loop needs to know beside its objects. ``peak_lr`` is the schedule's."""
+
+    max_steps: int
+    warmup_steps: int
+    micro_batch: int
+    peak_lr: float
+    max_norm: float
+    valid_vocab: int | None
+
+
+def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches,
+          precision: Precision, meter: StepMeter, options: LoopOptions) -> Iterator[Reading]:
+    """Train step by step; yields a `Reading` at every log point and ends after a divergence."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in range(1, options.max_steps + 1):
+        lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps,
+                           max_steps=options.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = batches.step(step)
+        meter.begin_step(step, lr, batch)
+
+        for index, micro in enumerate(batch.micro_batches(options.micro_batch)):
+            micro = micro.to(precision.device)
+            with precision.forward():
+                logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
+            precision.check_logits(logits)
+            loss = training_loss(logits, micro.targets, loss=case.task.loss, dtype=precision.loss_dtype,
+                                 normalizer=batch.n_targets, valid_vocab=options.valid_vocab)
+            meter.forward(index, logits, micro.targets, loss, options.valid_vocab)
+            precision.backward(loss)
+
+        scale = precision.unscale(optimizer)
+        norm = meter.gradients(scale)
+        meter.clipped(precision.clip(parameters, norm, options.max_norm))
+        precision.update(optimizer)
+        meter.updated()
+        optimizer.zero_grad(set_to_none=True)
+        meter.end_step()
+
+        if meter.due or step == options.max_steps:
+            reading = meter.read()
+            yield reading
+            if reading.divergence is not None:
+                return

@@ -1,0 +1,147 @@
+"""``python -m harness matrix``: cases x configurations x seeds, each run in its own process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case, DtypeConfig, lookup
+from bench_cases.data import load_data
+from bench_cases.own import case_for_model, find_case
+from harness import arguments
+from harness.matrix_screen import MatrixScreen
+from harness.planning import choose_device, data_options, plan_run, results_folder
+from harness.pool import Ended, Pool
+from harness.run_folder import finished_run, require_writable, write_index, write_terminal
+from harness.settings import RunSettings, SettingsError, choose_preset
+from instrument.records import RunRecord, encode
+
+OK, RUN_FAILED, INTERRUPTED = 0, 3, 75
+
+
+def matrix_command(options: argparse.Namespace) -> int:
+    """Run what is not done yet and print the stability matrix; ``--json`` prints all rows."""
+    device = choose_device(options.device)
+    out = results_folder(options.out, device)
+    planned = plan(options, device)
+    jobs = choose_jobs(options.jobs, planned, device)
+    done = {s.run_id: record for s in planned
+            if not options.rerun and (record := settled(finished_run(out, s.run_id))) is not None}
+    todo = [settings for settings in planned if settings.run_id not in done]
+    screen = MatrixScreen(planned, done, out, jobs)
+    if options.dry_run:
+        screen.plan(todo)
+        return OK
+    require_writable(out)
+    for settings in {prepared_key(s): s for s in todo}.values():  # bad data refuse everything, early
+        load_data(settings.data, **data_options(settings.case, settings))
+    rows = dict(done)
+    try:
+        for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up):
+            rows[record.run_id] = record
+    except KeyboardInterrupt:
+        screen.finish(rows.values())
+        print("interrupted: the same command goes on with what is not done yet", file=sys.stderr)
+        return INTERRUPTED
+    screen.finish(rows.values())
+    if options.json:
+        sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
+    return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
+
+
+def settled(record: RunRecord | None) -> RunRecord | None:
+    """A row that need not be run again: a result, not an accident."""
+    return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
+
+
+def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *,
+            follow_up: bool) -> Iterable[RunRecord]:
+    """Yield every row as it comes; a diverged run brings its control configurations along."""
+    queue = list(todo)
+    known = {settings.run_id for settings in todo}
+    pool = Pool(queue, out, jobs)
+    with screen.live(pool):
+        for ended in pool.run(screen.tick):
+            record = ended.record or crashed(ended, out)
+            if follow_up and record.status == "diverged":
+                controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
+                known |= {c.run_id for c in controls}
+                queue[:0] = [c for c in controls if settled(finished_run(out, c.run_id)) is None]
+                screen.expect(controls)
+            screen.ended(record, ended.duration_s)
+            yield record
+    write_index(out)
+
+
+def crashed(ended: Ended, out: Path) -> RunRecord:
+    """The row of a run whose process left none."""
+    from harness.run import Outcome, summarize
+
+    record = summarize(ended.settings, Outcome(status="error", error=ended.failure))
+    write_terminal(out, record)
+    return record
+
+
+def controls_of(settings: RunSettings) -> list[RunSettings]:
+    """The runs that tell a diverged run's cause: same case and seed, one thing changed."""
+    from dataclasses import replace
+
+    return [replace(settings, config=DTYPE_CONFIGS[name]) for name in settings.config.controls]
+
+
+def plan(options: argparse.Namespace, device: torch.device) -> list[RunSettings]:
+    """All runs, configurations of a case next to each other in a rotating order, so that a warming
+    machine favours none of them."""
+    cases, configs = asked_cases(options), asked_configs(options.configs)
+    preset = PRESETS[choose_preset(options.preset, device.type)]
+    seeds = options.seeds if options.seeds is not None else preset.seeds
+    asked = arguments.request(options)
+    runs = []
+    for round_number, (seed, case) in enumerate((seed, case) for seed in seeds for case in cases):
+        turn = round_number % len(configs)
+        drafts = [plan_run(case, config, seed, asked, device) for config in configs[turn:] + configs[:turn]]
+        runs += drafts
+    return runs
+
+
+def asked_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases to run: those named, or one for ``--model``, or the default six."""
+    if options.model:
+        if not options.task or options.cases:
+            raise SettingsError("--model goes with --task and without --cases")
+        return [case_for_model(options.model, options.task)]
+    if not options.cases:
+        return [case for case in CASES.values() if case.in_default_matrix]
+    if options.cases == ["all"]:
+        return list(CASES.values())
+    return [find_case(name) for name in options.cases]
+
+
+def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
+    """The configurations to run: those named, or the default seven."""
+    if not names:
+        return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
+    if names == ["all"]:
+        return list(DTYPE_CONFIGS.values())
+    return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
+
+
+def choose_jobs(asked: int | None, planned: list[RunSettings], device: torch.device) -> int:
+    """Runs at a time: one on a GPU; on a CPU as many as have cores of their own."""
+    if asked is not None:
+        if asked < 1:
+            raise SettingsError(f"jobs is {asked}; it must be at least 1")
+        return asked
+    cores = len(os.sched_getaffinity(0))
+    threads = max((s.threads or cores for s in planned), default=1)
+    return 1 if device.type == "cuda" else max(1, cores // threads)
+
+
+def prepared_key(settings: RunSettings) -> tuple:
+    """Runs with equal keys read the same tokenised data."""
+    return (settings.data, *data_options(settings.case, settings).values())

@@ -1,0 +1,108 @@
+"""What a person sees of the matrix: a live table on a terminal, a line per run elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from harness.pool import Pool, Running
+from harness.settings import RunSettings
+from harness.stability import STYLES, cell_text, stability_table
+from instrument.records import RunRecord
+
+
+class MatrixScreen:
+    """Progress of a matrix on standard error."""
+
+    def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.out = out
+        self.jobs = jobs
+        self.total = len(planned)
+        self.skipped = len(done)
+        self.durations_s: list[float] = []
+        self._live: Live | None = None
+        self._began_s = time.monotonic()
+
+    def plan(self, todo: list[RunSettings]) -> None:
+        """The plan, for ``--dry-run``."""
+        for settings in todo:
+            self.console.print(settings.run_id, soft_wrap=True)
+        self.console.print(f"{len(todo)} runs to do, {self.skipped} already done in {self.out}, "
+                           f"{self.jobs} at a time", soft_wrap=True)
+
+    @contextmanager
+    def live(self, pool: Pool):
+        """Show ``pool`` while the block runs."""
+        self._pool = pool
+        self.console.print(f"{self.total - self.skipped} runs, {self.jobs} at a time, into {self.out}"
+                           + (f" ({self.skipped} already done)" if self.skipped else ""), soft_wrap=True)
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
+            yield
+
+    def expect(self, more: list[RunSettings]) -> None:
+        """Control runs joined the queue."""
+        self.total += len(more)
+
+    def tick(self) -> None:
+        """Redraw the live table."""
+        if self._live is not None:
+            self._live.update(Group(self._running_table(), self._progress_line()), refresh=True)
+
+    def ended(self, record: RunRecord, duration_s: float) -> None:
+        """A run is over: one line."""
+        self.durations_s.append(duration_s)
+        words, status = cell_text([record])
+        line = Text.assemble(f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
+                             f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
+                             (words, STYLES.get(status, "yellow")), f"  {duration_s:.1f} s")
+        self.console.print(line, soft_wrap=True)
+        if record.status == "error":
+            self.console.print(f"          {record.error}", style="yellow", markup=False, soft_wrap=True)
+
+    def finish(self, records: Iterable[RunRecord]) -> None:
+        """The stability matrix, the last words."""
+        records = list(records)
+        if records:
+            self.console.print(stability_table(records, f"Stability: {len(records)} runs"))
+        self.console.print(f"{len(self.durations_s)} runs in {time.monotonic() - self._began_s:.0f} s; "
+                           f"rows in {self.out / 'results.jsonl'}", soft_wrap=True)
+
+    def _progress_line(self) -> Text:
+        finished = self.skipped + len(self.durations_s)
+        left = self._seconds_left()
+        return Text(f"{finished}/{self.total} done" + (f", about {left:.0f} s left" if left is not None else ""))
+
+    def _seconds_left(self) -> float | None:
+        if not self.durations_s:
+            return None
+        remaining = self.total - self.skipped - len(self.durations_s)
+        return remaining * sum(self.durations_s) / len(self.durations_s) / self.jobs
+
+    def _running_table(self) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for column in ("running", "step", "loss", "largest logit", "tokens/s"):
+            table.add_column(column, justify="left" if column == "running" else "right")
+        for run in self._pool.running:
+            table.add_row(*self._row(run))
+        return table
+
+    @staticmethod
+    def _row(run: Running) -> tuple[str, ...]:
+        s, step = run.settings, run.last_step
+        name = f"{s.case.id} {s.config.id} s{s.seed}"
+        if step is None:
+            return (name, f"0/{s.max_steps}", "", "", "")
+        rate = step.tokens / step.step_time_s if step.step_time_s else 0
+        return (name, f"{step.step}/{s.max_steps}", f"{step.loss:.4g}", f"{step.logit_absmax:.3g}", f"{rate:,.0f}")

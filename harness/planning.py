@@ -1,0 +1,42 @@
+"""From what was asked to resolved runs: the device, the data's identity, the results folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bench_cases import Case, DtypeConfig
+from bench_cases.data import fingerprint
+from harness.settings import Request, RunSettings, SettingsError, resolve
+from instrument.environment import device_slug
+
+
+def choose_device(asked: str) -> torch.device:
+    """``auto`` is the GPU if there is one."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device cuda: torch sees no GPU here; allowed: cpu (`python -m harness doctor` says more)")
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def plan_run(case: Case, config: DtypeConfig, seed: int, asked: Request, device: torch.device) -> RunSettings:
+    """A resolved run; raises `SettingsError`, `DataError` or `DataUnavailable`."""
+    draft = resolve(case, config, seed, asked, device=device.type, data_fingerprint="")
+    return resolve(case, config, seed, asked, device=device.type,
+                   data_fingerprint=fingerprint(draft.data, **data_options(case, draft)))
+
+
+def data_options(case: Case, sizes: RunSettings) -> dict[str, object]:
+    """The arguments by which a case's data are found."""
+    return {"arch": case.architecture.id, "task": case.task.id, "text": case.task.text,
+            "tokenizer": case.architecture.tokenizer, "max_documents": sizes.documents,
+            "validation_documents": sizes.validation_documents,
+            "text_field": sizes.text_field, "label_field": sizes.label_field}
+
+
+def results_folder(asked: Path | None, device: torch.device) -> Path:
+    """``--out`` names the device folder itself; the default is ``results/<device>``."""
+    return asked if asked is not None else Path("results") / device_slug(device)
+

@@ -1,0 +1,143 @@
+"""The only place that turns a dtype configuration into torch calls.
+
+`Precision` is made once per run: it refuses what the device cannot do (`Unsupported`, with the
+reason; never an approximation under the same name), sets and proves the global switches, and
+then gives the loop its verbs: `prepare`, `forward`, `backward`, `unscale`, `clip`, `update`.
+Everything it decided stands in ``flags``, which goes into the run's record.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench_cases import DtypeConfig
+from harness import fp16_products, switches
+from harness.optimizer import OptimizerUnavailable, adamw_for
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTION = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+             "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+DEFAULT_ATTENTION = {"cuda": "efficient", "cpu": "math"}
+"""The backends that take every dtype and every mask, so that all configurations run the same one."""
+FIRST_LOSS_SCALE = 65_536.0
+
+
+class Unsupported(Exception):
+    """A configuration that this device cannot run; the reason is the message."""
+
+
+class Precision:
+    """One configuration on one device."""
+
+    def __init__(self, config: DtypeConfig, device: torch.device, *, attention: str = "auto",
+                 threads: int = 0) -> None:
+        refuse_what_the_device_lacks(config, device)
+        self.config = config
+        self.device = device
+        self.weights_dtype = DTYPES[config.weights]
+        self.logits_dtype = DTYPES[config.head]
+        self.loss_dtype = DTYPES[config.loss]
+        self.attention = DEFAULT_ATTENTION[device.type] if attention == "auto" else attention
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_LOSS_SCALE) if config.scaler else None
+        self.flags: dict[str, object] = {"switches": switches.set_switches(device, tf32=config.tf32,
+                                                                         threads=threads),
+                                         "attention": self.attention,
+                                         "optimizer": config.optimizer, "eps": config.eps}
+        self._fp16_override = None
+        if "fp16" in (config.weights, config.compute) and device.type == "cpu":
+            in_hardware = fp16_products.cpu_has_fp16_arithmetic()
+            self._fp16_override = None if in_hardware else fp16_products.install()
+            self.flags["fp16_products"] = "hardware" if in_hardware else "fp32, rounded once to fp16"
+
+    def close(self) -> None:
+        """Take back the process-wide override, for callers that outlive the run (tests)."""
+        if self._fp16_override is not None:
+            self._fp16_override._destroy()
+            self._fp16_override = None
+
+    @property
+    def autocast_name(self) -> str | None:
+        """``cpu`` or ``cuda`` when autocast is on: their op tables differ, so rows say which."""
+        return self.device.type if self.config.autocast else None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move the model to the device in the weights' dtype and set the head's."""
+        model.head_dtype = torch.float32 if self.config.head != self.config.compute else None
+        return model.to(device=self.device, dtype=self.weights_dtype)
+
+    def make_optimizer(self, model: nn.Module, *, lr: float, weight_decay: float,
+                       seed: int) -> torch.optim.Optimizer:
+        """AdamW in the configuration's implementation over the model's trainable parameters."""
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        try:
+            return adamw_for(self.config.optimizer, trainable, lr=lr, eps=self.config.eps,
+                             weight_decay=weight_decay, seed=seed)
+        except OptimizerUnavailable as error:
+            raise Unsupported(str(error)) from error
+
+    @contextmanager
+    def forward(self):
+        """Around every forward pass: autocast (or none) and the pinned attention backend."""
+        autocast = (torch.autocast(self.device.type, dtype=DTYPES[self.config.autocast])
+                    if self.config.autocast else nullcontext())
+        with autocast, sdpa_kernel([ATTENTION[self.attention]]):
+            yield
+
+    def check_logits(self, logits: torch.Tensor) -> None:
+        """The head ran in the dtype the configuration declares; raises `switches.SwitchError`."""
+        if logits.dtype != self.logits_dtype:
+            raise switches.SwitchError(f"{self.config.id}: logits are {logits.dtype}, declared {self.logits_dtype}")
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a micro-batch's share of the loss, under the loss scale where there is one."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+        """Divide the gradients by the loss scale. Returns the scale at which backward ran as a
+        device scalar, without a sync; None without a scaler."""
+        if self.scaler is None:
+            return None
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        self.scaler.unscale_(optimizer)
+        return scale
+
+    def clip(self, parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that their global norm is at most ``max_norm``; returns the norm used.
+
+        ``norm`` is accumulated so that it cannot overflow. A configuration that clips in fp16
+        computes its own, as a plain fp16 loop would.
+        """
+        if self.config.clip == "fp16":
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        torch._foreach_mul_([p.grad for p in parameters], factor)
+        return norm
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step; with a scaler, only when the gradients are finite."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+
+def refuse_what_the_device_lacks(config: DtypeConfig, device: torch.device) -> None:
+    """Raise `Unsupported` with the reason, or return."""
+    dtypes = {config.weights, config.compute, config.head}
+    if device.type == "cpu":
+        if config.tf32:
+            raise Unsupported("TF32 is a mode of NVIDIA tensor cores; this run is on a CPU")
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    if "bf16" in dtypes and major < 8:
+        raise Unsupported(f"{name} (capability {major}.{minor}) has no bf16 arithmetic; it begins with 8.0")
+    if config.tf32 and major < 8:
+        raise Unsupported(f"{name} (capability {major}.{minor}) has no TF32; it begins with 8.0")
+    if "fp16" in dtypes and (major, minor) < (5, 3):
+        raise Unsupported(f"{name} (capability {major}.{minor}) has no fp16 arithmetic; it begins with 5.3")

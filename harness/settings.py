@@ -1,0 +1,170 @@
+"""A run's settings, resolved: what was asked, completed by case, preset and device. Torch-free.
+
+Everything that can change a result is a field here and part of the settings hash, so two runs
+with the same `run_id` are the same experiment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bench_cases import PRESETS, Case, DtypeConfig, lookup
+
+ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
+DEVICES = ("auto", "cpu", "cuda")
+MAX_NORM = 1.0
+
+
+class SettingsError(ValueError):
+    """Settings that contradict themselves, the case or the device."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for; None means the preset's or the case's own value."""
+
+    preset: str = "auto"
+    device: str = "auto"
+    data: str | None = None
+    weights: str | None = None
+    lr: float | None = None
+    batch_size: int | None = None
+    micro_batch: int | None = None
+    seq_len: int | None = None
+    max_steps: int | None = None
+    eval_every: int | None = None
+    log_every: int | None = None
+    threads: int | None = None
+    documents: int | None = None
+    validation_documents: int | None = None
+    dropout: float = 0.0
+    attention: str = "auto"
+    compile: bool = False
+    bucket_by_length: bool = False
+    text_field: str = "text"
+    label_field: str = "labels"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One run, fully decided. ``eval_every`` 0 evaluates at the start and at the end only;
+    ``log_every`` is the number of steps between two reads of the device."""
+
+    case: Case
+    config: DtypeConfig
+    seed: int
+    preset: str
+    device: str
+    data: str
+    data_fingerprint: str
+    weights: str
+    lr: float
+    batch_size: int
+    micro_batch: int
+    seq_len: int
+    max_steps: int
+    warmup_steps: int
+    untimed_steps: int
+    eval_every: int
+    log_every: int
+    threads: int
+    documents: int
+    validation_documents: int
+    dropout: float
+    attention: str
+    compile: bool
+    bucket_by_length: bool
+    text_field: str
+    label_field: str
+
+    @property
+    def run_id(self) -> str:
+        """``{case}-{config}-s{seed}-{8 hex of the settings}``: a safe file name by construction."""
+        return f"{self.case.id}-{self.config.id}-s{self.seed}-{self.settings_hash}"
+
+    @property
+    def settings_hash(self) -> str:
+        """First 8 hex digits of the SHA-256 of everything but the seed and the logging."""
+        text = json.dumps(self.as_config(), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def as_config(self) -> dict[str, Any]:
+        """The settings as plain data, for the record's ``config`` and for the hash."""
+        plain = dataclasses.asdict(self)
+        for not_numerics in ("seed", "log_every"):
+            del plain[not_numerics]
+        for only_words in ("scenario", "in_default_matrix"):
+            del plain["case"][only_words]
+        for only_words in ("note", "controls", "in_default_matrix"):
+            del plain["config"][only_words]
+        return plain
+
+
+def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, device: str,
+            data_fingerprint: str) -> RunSettings:
+    """Complete a request; raises `SettingsError` naming what was given and what is allowed.
+
+    ``device`` is ``cpu`` or ``cuda``, already decided; ``data_fingerprint`` identifies the
+    content of the data, so that a changed file is a new experiment.
+    """
+    preset = lookup("preset", choose_preset(asked.preset, device), PRESETS)
+    data = choose_data(asked.data, preset.id)
+    weights = asked.weights or ("pretrained" if preset.id == "full" and data.startswith("hub") else "scratch")
+    for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "log_every", "documents",
+                 "validation_documents"):
+        value = getattr(asked, name)
+        if value is not None and value <= 0:
+            raise SettingsError(f"{name} is {value}; it must be at least 1")
+    for name in ("eval_every", "threads"):
+        value = getattr(asked, name)
+        if value is not None and value < 0:
+            raise SettingsError(f"{name} is {value}; it must be at least 0")
+    if seed < 0:
+        raise SettingsError(f"seed is {seed}; it must be at least 0")
+    batch_size = asked.batch_size or preset.batch_size
+    micro_batch = asked.micro_batch or math.gcd(batch_size, preset.micro_batch)
+    if batch_size % micro_batch:
+        raise SettingsError(f"micro_batch {micro_batch} does not divide batch_size {batch_size}")
+    seq_len = asked.seq_len or preset.sequence_length(case.id)
+    positions = case.architecture.positions(preset.id if weights == "scratch" else "full")
+    if seq_len > positions:
+        raise SettingsError(f"seq_len {seq_len} is longer than the {positions} positions of "
+                            f"{case.architecture.name} ({preset.id}); allowed: 1 to {positions}")
+    lr = asked.lr if asked.lr is not None else getattr(case.lr, "scratch" if weights == "scratch" else "pretrained")
+    if not (math.isfinite(lr) and lr > 0):
+        raise SettingsError(f"lr is {lr}; it must be a positive number")
+    if not 0 <= asked.dropout < 1:
+        raise SettingsError(f"dropout is {asked.dropout}; allowed: 0 up to but not including 1")
+    if asked.attention not in ATTENTION_CHOICES:
+        raise SettingsError(f"sdpa policy {asked.attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
+    if device == "cpu" and asked.attention in ("efficient", "cudnn"):
+        raise SettingsError(f"sdpa policy {asked.attention!r} exists on CUDA only; allowed here: auto, math, flash")
+    max_steps = asked.max_steps or preset.max_steps
+    return RunSettings(
+        case=case, config=config, seed=seed, preset=preset.id, device=device, data=data,
+        data_fingerprint=data_fingerprint, weights=weights, lr=lr, batch_size=batch_size,
+        micro_batch=micro_batch, seq_len=seq_len, max_steps=max_steps,
+        warmup_steps=max(1, round(max_steps * preset.warmup_steps / preset.max_steps)),
+        untimed_steps=min(preset.untimed_steps, max_steps // 2),
+        eval_every=asked.eval_every or 0,
+        log_every=asked.log_every or (1 if device == "cpu" else 10),
+        threads=preset.threads if asked.threads is None else asked.threads,
+        documents=asked.documents or preset.documents,
+        validation_documents=asked.validation_documents or preset.validation_documents,
+        dropout=asked.dropout, attention=asked.attention, compile=asked.compile,
+        bucket_by_length=asked.bucket_by_length, text_field=asked.text_field, label_field=asked.label_field)
+
+
+def choose_preset(asked: str, device: str) -> str:
+    """``auto`` is ``full`` on a GPU and ``tiny`` on a CPU."""
+    return asked if asked != "auto" else "full" if device == "cuda" else "tiny"
+
+
+def choose_data(asked: str | None, preset: str) -> str:
+    """The default data of a preset: the hub's for ``full``, the embedded ones for ``tiny``."""
+    return asked or ("hub" if preset == "full" else "embedded")

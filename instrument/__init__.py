@@ -1,0 +1,1 @@
+"""How things are measured. Importing this package imports no torch (the report reads records)."""

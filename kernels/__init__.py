@@ -1,0 +1,49 @@
+"""Fused Triton kernels with their plain-torch definitions beside them.
+
+`from kernels import cross_entropy` imports torch (and, on CUDA, Triton) only
+when a name is first used; `import kernels` alone imports neither, so that a
+command line that merely lists things starts in milliseconds.
+
+An op and the file that holds it share one name, and importing a submodule
+normally overwrites the attribute of its parent package. Here the op wins:
+`kernels.cross_entropy` is always the function, whatever was imported first.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+
+# Public name -> the module that defines it. By hand, in the order of the README.
+_EXPORTS = {
+    "LogitStats": "kernels.logit_stats",
+    "logit_stats": "kernels.logit_stats",
+    "cross_entropy": "kernels.cross_entropy",
+    "bce_with_logits": "kernels.bce_with_logits",
+    "multi_tensor_stats": "kernels.multi_tensor_stats",
+    "TensorStats": "kernels.multi_tensor_stats",
+    "unscale_and_stats_": "kernels.unscale",
+    "exponent_histogram": "kernels.exponent_histogram",
+    "activation_stats": "kernels.activation_stats",
+}
+
+__all__ = list(_EXPORTS)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name, value):
+        if name in _EXPORTS and isinstance(value, ModuleType):
+            return  # the import system binding a submodule over the op of the same name
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name):
+        if name not in _EXPORTS:
+            raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self):
+        return sorted({*super().__dir__(), *_EXPORTS})
+
+
+sys.modules[__name__].__class__ = _Package

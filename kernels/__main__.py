@@ -1,0 +1,120 @@
+"""Command line of the kernels: compile them for GPUs that are not here, and bench them on the one that is.
+
+    python -m kernels compile [--arch sm_75 ...] [--op NAME ...] [--json]
+    python -m kernels bench   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--out FILE] [--json]
+
+Results for machines go to stdout as JSON with --json; words for people go to stderr.
+Exit codes: 0 ok, 2 usage, 5 environment (a package, tool or device is missing).
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from kernels import bench, compile
+
+USAGE, ENVIRONMENT = 2, 5
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return {"compile": _compile, "bench": _bench}[args.command](args)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return USAGE
+    except (compile.CompileError, ImportError, RuntimeError) as e:
+        print(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}", file=sys.stderr)
+        return ENVIRONMENT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kernels", description="Compile and bench the Triton kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    ops = [module.rpartition(".")[2] for module in compile.MODULES]
+    command = commands.add_parser("compile", help="compile every kernel for every GPU generation, without a GPU")
+    command.add_argument("--arch", nargs="+", choices=compile.ARCHS, metavar="ARCH", help=", ".join(compile.ARCHS))
+    command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
+    command.add_argument("--json", action="store_true", help="a JSON list of rows on stdout")
+    ops = list(bench.MODULES)
+    command = commands.add_parser("bench", help="time every op against eager torch, torch.compile and a copy")
+    command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
+    command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    command.add_argument("--pairs", type=int, default=bench.PAIRS, help=f"pairs per ratio, default {bench.PAIRS}")
+    command.add_argument("--out", metavar="FILE", help="write the JSON there too")
+    command.add_argument("--json", action="store_true", help="the JSON document on stdout")
+    return parser
+
+
+def _compile(args) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)  # set for tests; an interpreter has no machine code
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    rows = []
+    form = "{:<26} {:<7} {:<5} {:<14} {:>5} {:>6} {:>7} {:>6} {:>6}"
+    print(form.format("kernel", "arch", "dtype", "shape", "regs", "spills", "shared", "load", "store"), file=sys.stderr)
+    for row in compile.compile_all(args.arch, args.op):
+        rows.append(row.as_row())
+        values = (row.registers, row.spills, row.shared_bytes, row.load_bits, row.store_bits)
+        print(form.format(row.kernel, row.arch, row.dtype, row.shape, *values), file=sys.stderr, flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    return 0
+
+
+def _bench(args) -> int:
+    import torch
+
+    if args.pairs < 1:
+        raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
+    has_cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not has_cuda:
+        raise RuntimeError("no CUDA device here; --device cpu measures the CPU path")
+    device = "cuda" if has_cuda and args.device != "cpu" else "cpu"
+    document = {
+        "schema": bench.SCHEMA,
+        "machine": bench.machine(device),
+        "protocol": {"pairs": args.pairs, "order": "ABBA", "interval": "95 % of the median, by order statistics",
+                     "l2_flushed": device == "cuda"},
+        "rows": [],
+    }  # fmt: skip
+    print(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"), file=sys.stderr)
+    for row in bench.run(device, args.op, args.dtype, args.pairs):
+        document["rows"].append(row.as_row())
+        print(_words(row), file=sys.stderr, flush=True)
+    if not has_cuda:
+        for row in bench.unmeasured("cuda", args.op, args.dtype):
+            document["rows"].append(row.as_row())
+            print(_words(row), file=sys.stderr)
+    text = json.dumps(document, indent=1, allow_nan=False)
+    if args.out:
+        with open(args.out, "w") as file:
+            file.write(text + "\n")
+    if args.json:
+        print(text)
+    return 0
+
+
+def _line(*cells) -> str:
+    widths = (21, 27, 18, 6, 10, 8, 15, 7, 20)
+    return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip()
+
+
+def _words(row: "bench.BenchRow") -> str:
+    head = (row.op, row.case, row.arm, row.device)
+    if row.status != "measured":
+        return _line(*head, row.status, row.note)
+    ratio = interval = share = rate = ""
+    if row.time_over_ours is not None:
+        ratio = f"{row.time_over_ours:.3f}"
+        interval = f"{row.time_over_ours_low:.3f}..{row.time_over_ours_high:.3f}"
+    if row.bytes_per_s is not None:
+        rate = f"{row.bytes_per_s / 1e9:.0f}"
+    if row.share_of_copy is not None:
+        share = f"{row.share_of_copy:.3f} ({row.share_of_copy_low:.3f}..{row.share_of_copy_high:.3f})"
+    return _line(*head, f"{row.time_s * 1e6:.1f}", ratio, interval, rate, share)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

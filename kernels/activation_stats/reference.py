@@ -1,0 +1,35 @@
+"""The definition in plain torch and float64; the CPU path takes multi_tensor_stats' own."""
+
+import torch
+
+from kernels.activation_stats import ring as r
+from kernels.multi_tensor_stats import stats as s
+from kernels.multi_tensor_stats.host import host_stats
+from kernels.multi_tensor_stats.op import flat
+from kernels.multi_tensor_stats.reference import reference_stats
+
+JUST_OVER = 65504.001  # no bf16, fp16 or fp32 number lies between 65,504 and this
+
+
+def record_cells(tensors: list[torch.Tensor], words: torch.Tensor, state: torch.Tensor, slots: list[int]) -> None:
+    """Measure `tensors` and add them to the cells of the running step. Reads the state: a sync, free on a CPU."""
+    enabled, now, record, _ = state.tolist()
+    if not enabled:
+        return
+    out = s.TensorStats.allocate(len(tensors), words.device)
+    if words.device.type == "cpu":
+        host_stats([flat(x.detach()) for x in tensors], out, JUST_OVER)
+    else:
+        reference_stats([x.detach() for x in tensors], out, JUST_OVER)
+    floats = words.view(torch.float64)
+    for slot, row, row_f in zip(slots, out.words, out.words.view(torch.float64)):
+        cell, cell_f = words[record % len(words), slot], floats[record % len(words), slot]
+        if cell[r.STEP] != now:
+            cell.zero_()
+        cell_f[r.SUMSQ] += row_f[s.SUMSQ]
+        cell_f[r.ABSMAX] = torch.maximum(cell_f[r.ABSMAX], row_f[s.ABSMAX])
+        cell[r.NAN : r.FP16_SUBNORMAL + 1] += row[s.NAN : s.FP16_SUBNORMAL + 1]
+        finite_nonzero = row[s.NUMEL] - row[s.NAN] - row[s.INF] - row[s.ZEROS]
+        cell[r.OVER_FP16] += finite_nonzero - row[s.BELOW]
+        cell[r.NUMEL] += row[s.NUMEL]
+        cell[r.STEP] = now

@@ -1,0 +1,277 @@
+"""Interleaved, L2-flushed timing of every op against eager torch, torch.compile and a plain copy.
+
+    python -m kernels bench [--op NAME ...] [--json]
+
+Each op has a module with `bench_arms(device, dtypes) -> list[BenchArm]`. How a figure is made:
+
+- arms of one case run in one process and in turns A B B A, where A is ours (the first arm);
+  every ratio is the median over at least 30 such pairs, with its 95 % interval by order statistics
+- "again" is ours against itself: a claim of 1 % needs its interval within 1 %
+- "copy" is `dst.copy_(src)` moving the bytes that our arm has to move
+- before each sample on a GPU the L2 is overwritten, and the stream is kept busy while the host
+  queues the sample, so that launch latency of the host is not counted to any arm
+- compilation and warm-up stay outside; inputs are random
+"""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+
+SCHEMA = 1
+PAIRS = 32
+WARM_UP = 3
+
+# Op -> the module whose bench_arms() lists its arms, by hand, in the order of the README.
+MODULES = {
+    "logit_stats": "kernels.logit_stats.bench_arms",
+    "cross_entropy": "kernels.cross_entropy.bench_arms",
+    "bce_with_logits": "kernels.bce_with_logits.bench_arms",
+    "multi_tensor_stats": "kernels.multi_tensor_stats.bench_arms",
+    "unscale": "kernels.unscale.bench_arms",
+    "exponent_histogram": "kernels.exponent_histogram.bench_arms",
+    "activation_stats": "kernels.activation_stats.bench_arms",
+}
+
+
+@dataclass(frozen=True)
+class BenchArm:
+    """One way of doing one job; arms with the same (op, case) are interleaved with each other.
+
+    op           "cross_entropy"
+    case         the job: dtype and shape, e.g. "bf16 8192x50304" or "fp32 gpt2-124m gradients"
+    name         the way: "triton", "triton_no_stats", "eager", "compile", "liger", ...
+                 The first arm of a case is ours; the others are compared with it.
+    setup        called once, on the device; returns the zero-argument callable that is timed.
+                 Inputs are random, never zeros. It must be repeatable (in-place ops: values may drift).
+    bytes_moved  device-memory bytes that this arm must read plus write, counted by hand;
+                 the copy reference moves the same number. 0: not compared with the copy.
+    """
+
+    op: str
+    case: str
+    name: str
+    setup: Callable[[], Callable[[], object]]
+    bytes_moved: int
+    reference: str = "copy"
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One arm of one case. Nothing that was not measured has a number.
+
+    status            "measured", "unmeasured" (no such device here) or "failed" (note says why)
+    time_s            median time of the arm
+    time_over_ours    median ratio of its time to our arm's, in pairs, and its 95 % interval
+    bytes_per_s       bytes_moved / time_s
+    share_of_copy     median of (copy time / our time), for our arm only, and its 95 % interval
+    """
+
+    op: str
+    case: str
+    arm: str
+    device: str
+    status: str
+    time_s: float | None = None
+    time_over_ours: float | None = None
+    time_over_ours_low: float | None = None
+    time_over_ours_high: float | None = None
+    bytes_moved: int | None = None
+    bytes_per_s: float | None = None
+    share_of_copy: float | None = None
+    share_of_copy_low: float | None = None
+    share_of_copy_high: float | None = None
+    pairs: int | None = None
+    note: str = ""
+
+    def as_row(self) -> dict:
+        return asdict(self)
+
+
+def collect(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[list[BenchArm]]:
+    """The cases of all op modules (or of those named), each a list of arms, in order."""
+    for op in ops or ():
+        if op not in MODULES:
+            raise ValueError(f"unknown op {op!r}; one of {', '.join(MODULES)}")
+    cases: dict[tuple[str, str], list[BenchArm]] = {}
+    for op in ops or MODULES:
+        for arm in import_module(MODULES[op]).bench_arms(device, dtypes):
+            cases.setdefault((arm.op, arm.case), []).append(arm)
+    return list(cases.values())
+
+
+def run(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None, pairs: int = PAIRS) -> Iterator[BenchRow]:
+    """Bench every case on `device` ("cuda" or "cpu"), one row per arm, as they are measured."""
+    timer = _CudaTimer() if device == "cuda" else _CpuTimer()
+    for arms in collect(device, ops, dtypes):
+        yield from _run_case(arms, timer, device, pairs)
+
+
+def unmeasured(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None) -> Iterator[BenchRow]:
+    """The rows that a machine with `device` would have filled."""
+    for arms in collect(device, ops, dtypes):
+        for arm in arms:
+            yield BenchRow(arm.op, arm.case, arm.name, device, "unmeasured", bytes_moved=arm.bytes_moved or None)
+
+
+def machine(device: str) -> dict:
+    """Facts of the machine that a figure is worth nothing without."""
+    import torch
+
+    facts = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = None
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    else:
+        facts |= {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return facts
+
+
+def _driver() -> str | None:
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _run_case(arms: list[BenchArm], timer, device: str, pairs: int) -> Iterator[BenchRow]:
+    ours = arms[0]
+    calls, failures = {}, {}
+    for arm in arms:
+        try:
+            calls[arm.name] = arm.setup()
+            for _ in range(WARM_UP):
+                calls[arm.name]()
+        except Exception as e:  # a missing library or out of memory fails this arm, never the bench
+            calls.pop(arm.name, None)
+            failures[arm.name] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:200]
+    if ours.name in calls:
+        calls["again"] = calls[ours.name]
+        if ours.bytes_moved:
+            calls["copy"] = _copy(ours.bytes_moved, device)
+    times = _interleave(calls, ours.name, timer, pairs) if ours.name in calls else {}
+    sizes = {arm.name: arm.bytes_moved for arm in arms} | {"again": ours.bytes_moved, "copy": ours.bytes_moved}
+    for name in [*(arm.name for arm in arms), "again", "copy"]:
+        if name in failures or (name not in times and name not in ("again", "copy")):
+            note = failures.get(name, f"{ours.name} failed")
+            yield BenchRow(ours.op, ours.case, name, device, "failed", note=note)
+        elif name in times:
+            yield _row(ours, name, sizes[name], times, device)
+    timer.release()
+
+
+def _row(ours: BenchArm, name: str, bytes_moved: int, times: dict, device: str) -> BenchRow:
+    """times[name]: list of (our time, its time) pairs; for ours itself, against the copy (or itself)."""
+    pairs = times[name]
+    time_s = _median([theirs for _, theirs in pairs])
+    values = {"time_s": time_s, "pairs": len(pairs), "bytes_moved": bytes_moved or None}
+    if bytes_moved:
+        values["bytes_per_s"] = bytes_moved / time_s
+    if name == ours.name:
+        if "copy" in times:
+            share = median_interval([copy / our for our, copy in times["copy"]])
+            values |= dict(zip(("share_of_copy", "share_of_copy_low", "share_of_copy_high"), share))
+    else:
+        ratio = median_interval([theirs / our for our, theirs in pairs])
+        values |= dict(zip(("time_over_ours", "time_over_ours_low", "time_over_ours_high"), ratio))
+    return BenchRow(ours.op, ours.case, name, device, "measured", **values)
+
+
+def _interleave(calls: dict, ours: str, timer, pairs: int) -> dict[str, list[tuple[float, float]]]:
+    """Pairs of times (ours, other) per other arm, taken A B B A, going round the arms so that drift is shared."""
+    times: dict[str, list] = {name: [] for name in calls if name != ours}
+    for _ in range(math.ceil(pairs / 2)):
+        for name in times:
+            a1, b1, b2, a2 = timer.samples([calls[ours], calls[name], calls[name], calls[ours]])
+            times[name] += [(a1, b1), (a2, b2)]
+    times[ours] = [(a, a) for name in times for a, _ in times[name]]
+    return times
+
+
+def median_interval(values: list[float]) -> tuple[float, float, float]:
+    """Median and its 95 % interval by order statistics (binomial ranks): no assumption about the distribution."""
+    ordered = sorted(values)
+    n = len(ordered)
+    below = 0.0
+    rank = 0  # the largest r with P(Binomial(n, 1/2) < r) <= 2.5 %
+    while rank < n // 2:
+        below += math.comb(n, rank) / 2**n
+        if below > 0.025:
+            break
+        rank += 1
+    low = max(0, rank - 1)
+    return _median(ordered), ordered[low], ordered[n - 1 - low]
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    n = len(ordered)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+
+def _copy(bytes_moved: int, device: str) -> Callable[[], object]:
+    import torch
+
+    source = torch.randn(max(1, bytes_moved // 8), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+class _CudaTimer:
+    """Times callables with events, each after an L2 flush, with the host running ahead of the device."""
+
+    BUSY_CYCLES = 1_000_000  # about half a millisecond: longer than the host needs to queue a sample
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.empty(max(4 * l2, 2**26), dtype=torch.int8, device="cuda")
+
+    def samples(self, calls: list[Callable]) -> list[float]:
+        events = []
+        for call in calls:
+            self.flush.fill_(1)
+            self.torch.cuda._sleep(self.BUSY_CYCLES)
+            start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        self.torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+    def release(self):
+        self.torch.cuda.empty_cache()
+
+
+class _CpuTimer:
+    def samples(self, calls: list[Callable]) -> list[float]:
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return times
+
+    def release(self):
+        pass

@@ -1,0 +1,64 @@
+"""Which implementation runs, and the argument checks that every op shares.
+
+`impl="auto"` is Triton on CUDA tensors and plain torch elsewhere. `impl="triton"`
+on CPU tensors works only under Triton's interpreter (TRITON_INTERPRET=1, for
+tests); `impl="torch"` works on every device. Nothing falls back silently: a
+choice that cannot run raises.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+IMPLS = ("auto", "triton", "torch")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_triton() -> bool:
+    """Whether the `triton` package is installed (it is Linux only)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the Python interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def resolve_impl(op: str, impl: str, device: torch.device) -> str:
+    """`"triton"` or `"torch"` for tensors on `device`; ValueError or RuntimeError says why not."""
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and has_triton() else "torch"
+    if impl == "triton":
+        if not has_triton():
+            raise RuntimeError(f"{op}: impl='triton' needs the triton package, which is not installed")
+        if device.type != "cuda" and not interpreted():
+            raise RuntimeError(f"{op}: impl='triton' needs CUDA tensors, got {device} (tests: TRITON_INTERPRET=1)")
+    return impl
+
+
+def check_float(op: str, name: str, x: torch.Tensor) -> None:
+    """`x` is an fp32, bf16 or fp16 tensor, or TypeError names what it is."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {str(x.dtype)[6:]}")
+
+
+def check_same_device(op: str, device: torch.device, **tensors) -> None:
+    """Every tensor given (None is skipped) lives on `device`, or ValueError names the one that does not."""
+    for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and x.device != device:
+            raise ValueError(f"{op}: {name} is on {x.device}, the first argument on {device}")
+
+
+def check_device_scalar(op: str, name: str, x, device: torch.device) -> None:
+    """`x` is None, a Python number or a one-element tensor on `device` (a CPU scalar would cost a sync)."""
+    if isinstance(x, torch.Tensor):
+        if x.numel() != 1:
+            raise ValueError(f"{op}: {name} must hold one element, got shape {tuple(x.shape)}")
+        check_same_device(op, device, **{name: x})
+    elif x is not None and not isinstance(x, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number or a one-element tensor, got {type(x).__name__}")

@@ -1,0 +1,115 @@
+"""The autograd protocol of a loss whose gradient is made in the forward pass when that saves a read.
+
+A loss implements `LossJob`; `fused_loss` decides *when* the gradient is made:
+
+    fused     forward writes factor * dloss/dlogits, rounded once. backward hands it out, multiplied
+              on the device by grad_output (the kernel leaves at once when that is 1; the host never looks).
+    deferred  forward keeps per-row state only; backward reads the logits again and multiplies by
+              grad_output *before* rounding. For fp16 without `grad_scale`: there 1/N alone would push
+              almost every gradient below 2^-24, and a loss scale that arrives with grad_output is too late.
+
+Either way the gradient exists once: a fused or in-place loss can go backward one time only.
+"""
+
+from typing import Protocol
+
+import torch
+
+
+class LossJob(Protocol):
+    """One call of a loss: its targets and options, bound to an implementation."""
+
+    name: str
+
+    def forward(self, logits: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss, fp32 (); when `grad` is given, write the gradient there (it may be `logits` itself)."""
+
+    def backward(self, logits: torch.Tensor, grad: torch.Tensor, grad_output: torch.Tensor) -> None:
+        """Write grad_output times the gradient, from the state that `forward` kept."""
+
+    def scale(self, grad: torch.Tensor, grad_output: torch.Tensor) -> None:
+        """grad *= grad_output, in fp32, rounded once, and without a pass over memory when it is 1."""
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, job, inplace_grad, fused):
+        ctx.job, ctx.inplace_grad, ctx.fused, ctx.spent = job, inplace_grad, fused, False
+        data = logits.detach()
+        ctx.grad = None
+        if not fused:
+            ctx.save_for_backward(logits)
+            return job.forward(data, None)
+        ctx.grad = data if inplace_grad else empty_gradient(data)
+        loss = job.forward(data, ctx.grad)
+        if inplace_grad:
+            # Kernels write through raw pointers and autograd does not notice. Whoever saved these
+            # logits for backward must fail, not read gradients in their place.
+            torch.autograd.graph.increment_version(logits)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        if ctx.spent:
+            raise RuntimeError(
+                f"{ctx.job.name}: second backward: the gradient was computed "
+                f"{'in place of the logits' if ctx.inplace_grad else 'in the forward pass'} and is already handed out"
+            )
+        ctx.spent = ctx.fused or ctx.inplace_grad
+        if ctx.fused:
+            grad, ctx.grad = ctx.grad, None
+            ctx.job.scale(grad, grad_output)
+            return grad, None, None, None
+        (logits,) = ctx.saved_tensors
+        data = logits.detach()
+        grad = data if ctx.inplace_grad else empty_gradient(data)
+        ctx.job.backward(data, grad, grad_output)
+        if ctx.inplace_grad:
+            torch.autograd.graph.increment_version(logits)
+        return grad, None, None, None
+
+
+def empty_gradient(data: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor of data's shape and dtype. Padded, aligned rows stay so: kernels write 128 bits there."""
+    rows, width = data.shape
+    stride = data.stride(0)
+    padded = stride % 16 == 0 and width < stride < width + 128
+    buffer = torch.empty((rows, stride if padded else width), dtype=data.dtype, device=data.device)
+    return buffer[:, :width]
+
+
+@torch.compiler.disable
+def fused_loss(logits: torch.Tensor, job: LossJob, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
+    """The loss of `job` as an fp32 scalar with a gradient for `logits` (rows, columns).
+
+    factor_given  the caller passed grad_scale, so that the stored gradient cannot underflow unnoticed
+    Under torch.compile this is a graph break: what the compiler would fuse is fused here already.
+    """
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace_grad:
+        _check_inplace(job.name, logits, wants_grad)
+    if not wants_grad:
+        return job.forward(logits.detach(), None)
+    fused = factor_given or logits.dtype != torch.float16
+    return _FusedLoss.apply(logits, job, inplace_grad, fused)
+
+
+def _check_inplace(name: str, logits: torch.Tensor, wants_grad: bool) -> None:
+    if not wants_grad:
+        raise RuntimeError(f"{name}: inplace_grad would overwrite the logits, and no gradient is wanted (no_grad?)")
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ValueError(f"{name}: inplace_grad needs contiguous columns, got strides {logits.stride()}")
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(f"{name}: inplace_grad needs rows that do not overlap, got strides {logits.stride()}")
+
+
+def scalar(x: int | float | torch.Tensor) -> float | torch.Tensor:
+    """A number as float, a one-element tensor as an fp32 scalar on its own device: the two kinds of factor."""
+    return x.detach().reshape(()).float() if isinstance(x, torch.Tensor) else float(x)
+
+
+def reciprocal(x: int | float | torch.Tensor) -> float | torch.Tensor:
+    """1/x of the same kind, without a sync."""
+    x = scalar(x)
+    return 1.0 / x if isinstance(x, float) else x.reciprocal()

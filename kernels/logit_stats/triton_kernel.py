@@ -1,0 +1,155 @@
+"""Triton kernels for logit statistics: `record_row` inside a loss kernel, `logit_stats_rows` alone."""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from kernels.compile import CompileSpec
+
+_FP16_MAX_BITS = tl.constexpr(0x477FE000)  # 65,504 as fp32 bits
+_INF_BITS = tl.constexpr(0x7F800000)
+_LOW_WORD = tl.constexpr(0xFFFFFFFF)
+_REGISTERS = 64
+_SEARCH = tl.constexpr(1024)  # columns a step on the rare paths: small, so that they cost the common path no registers
+
+
+@triton.jit
+def abs_bits(x):
+    """fp32 -> the integer that orders like |x|, with Inf and NaN above every finite value."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def load_bits(row_ptr, start, width, valid, BLOCK: tl.constexpr):
+    """abs_bits of one tile; -1 outside the valid columns. The mask keeps the alignment of `width`."""
+    cols = start + tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
+    return x, tl.where(cols < valid, abs_bits(x), -1), cols
+
+
+@triton.jit
+def count_row(row_ptr, width, valid, words):
+    """The slow path of a row with something beyond 65,504: exact counts; returns its largest finite bits, or -1."""
+    nan = tl.zeros([_SEARCH], tl.int32)
+    pos = tl.zeros([_SEARCH], tl.int32)
+    neg = tl.zeros([_SEARCH], tl.int32)
+    over = tl.zeros([_SEARCH], tl.int32)
+    top = tl.full([_SEARCH], -1, tl.int32)
+    for start in range(0, width, _SEARCH):
+        x, bits, cols = load_bits(row_ptr, start, width, valid, _SEARCH)
+        nan += (bits > _INF_BITS).to(tl.int32)
+        pos += ((bits == _INF_BITS) & (x > 0)).to(tl.int32)
+        neg += ((bits == _INF_BITS) & (x < 0)).to(tl.int32)
+        over += ((bits > _FP16_MAX_BITS) & (bits < _INF_BITS)).to(tl.int32)
+        top = tl.maximum(top, tl.where(bits < _INF_BITS, bits, -1))
+    tl.atomic_add(words + 1, tl.sum(nan, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(words + 2, tl.sum(pos, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(words + 3, tl.sum(neg, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(words + 4, tl.sum(over, 0).to(tl.int64), sem="relaxed")
+    return tl.max(top, 0)
+
+
+@triton.jit
+def leads(top, row, width, seen):
+    """Whether |x| bits `top` in this row may beat the accumulator, whose word was `seen` when the row began.
+
+    Another program may have raised it since. It only grows, so a stale value costs a search
+    and never a wrong answer, and loading it early keeps its latency off the row's path.
+    """
+    first = row.to(tl.int64) * width
+    seen_top = (seen >> 32).to(tl.int32)
+    seen_index = _LOW_WORD - (seen & _LOW_WORD)
+    return (top >= 0) & ((seen == 0) | (top > seen_top) | ((top == seen_top) & (first < seen_index)))
+
+
+@triton.jit
+def raise_key(top, row, col, width, words):
+    index = row.to(tl.int64) * width + col
+    tl.atomic_max(words, (top.to(tl.int64) << 32) | (_LOW_WORD - index), sem="relaxed")
+
+
+@triton.jit
+def record_row(row_ptr, row, width, valid, top, seen, words):
+    """Fold in a row that can be read again, given `top`, the maximum of its abs_bits over the valid columns.
+
+    Usually this is one comparison; see the package docstring.
+    """
+    if top > _FP16_MAX_BITS:
+        top = count_row(row_ptr, width, valid, words)
+    if leads(top, row, width, seen):
+        col = tl.full([_SEARCH], 0x7FFFFFFF, tl.int32)
+        for start in range(0, width, _SEARCH):
+            x, bits, cols = load_bits(row_ptr, start, width, valid, _SEARCH)
+            col = tl.minimum(col, tl.where(bits == top, cols, 0x7FFFFFFF))
+        raise_key(top, row, tl.min(col, 0), width, words)
+
+
+@triton.jit
+def record_tile(x, bits, cols, row, width, seen, words):
+    """Fold in a tile from registers (bits -1 outside the row): for rows that are overwritten as they are read."""
+    top = tl.max(bits, 0)
+    if top > _FP16_MAX_BITS:
+        infinite = bits == _INF_BITS
+        tl.atomic_add(words + 1, tl.sum((bits > _INF_BITS).to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(words + 2, tl.sum((infinite & (x > 0)).to(tl.int64), 0), sem="relaxed")
+        tl.atomic_add(words + 3, tl.sum((infinite & (x < 0)).to(tl.int64), 0), sem="relaxed")
+        over = (bits > _FP16_MAX_BITS) & (bits < _INF_BITS)
+        tl.atomic_add(words + 4, tl.sum(over.to(tl.int64), 0), sem="relaxed")
+        top = tl.max(tl.where(bits < _INF_BITS, bits, -1), 0)
+    if leads(top, row, width, seen):
+        raise_key(top, row, tl.min(tl.where(bits == top, cols, 0x7FFFFFFF), 0), width, words)
+
+
+@triton.jit
+def logit_stats_rows(x_ptr, words, stride, width, BLOCK: tl.constexpr):
+    """One program a row: the maximum of abs_bits, then `record_row`."""
+    row = tl.program_id(0)
+    row_ptr = x_ptr + row.to(tl.int64) * stride
+    seen = tl.load(words, volatile=True)
+    top = tl.full([BLOCK], -1, tl.int32)
+    for start in range(0, width, BLOCK):
+        x, bits, cols = load_bits(row_ptr, start, width, width, BLOCK)
+        top = tl.maximum(top, bits)
+    record_row(row_ptr, row, width, width, tl.max(top, 0), seen, words)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a launch was made, for tests and for the curious."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: int
+    num_warps: int
+
+
+def plan(rows: int, width: int) -> Plan:
+    block = min(4096, max(16, triton.next_power_of_2(width)))
+    return Plan("logit_stats_rows", (rows,), block, max(1, min(8, block // 512)))
+
+
+def launch(x, words) -> Plan:
+    """Fold x (rows, width), unit column stride, into `words`; returns the plan."""
+    p = plan(*x.shape)
+    logit_stats_rows[p.grid](x, words, x.stride(0), x.shape[1], BLOCK=p.block, num_warps=p.num_warps, maxnreg=_REGISTERS)
+    return p
+
+
+def compile_specs() -> list[CompileSpec]:
+    p = plan(8192, 50304)
+    return [
+        CompileSpec(
+            kernel="logit_stats_rows",
+            dtype=dtype,
+            fn=lambda: logit_stats_rows,
+            signature={"x_ptr": f"*{dtype}", "words": "*i64", "stride": "i32", "width": "i32"},
+            constexprs={"BLOCK": p.block},
+            divisible=("x_ptr", "words", "stride", "width"),
+            num_warps=p.num_warps,
+            streaming=True,
+            shape="8192x50304",
+            maxnreg=_REGISTERS,
+        )
+        for dtype in ("fp32", "bf16", "fp16")
+    ]

@@ -1,0 +1,19 @@
+"""Package metadata. Versions that are tested together stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="datatype-dynamics-bench",
+    version="0.1.0",
+    description="Which floating-point configuration to train with on this GPU, and why one failed",
+    python_requires=">=3.11",
+    packages=find_packages(include=["harness*", "kernels*", "instrument*", "bench_cases*"]),
+    install_requires=[
+        "torch", "triton; platform_system == 'Linux'", "transformers", "datasets", "bitsandbytes",
+        "nvidia-ml-py", "rich", "matplotlib", "seaborn", "jinja2", "msgspec", "psutil", "scipy",
+        "scikit-learn", "adjustText", "numpy", "tokenizers", "safetensors",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "accelerate"],
+    },
+)

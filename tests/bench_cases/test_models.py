@@ -1,0 +1,157 @@
+"""The models: seeded, padded, pooled where the text ends, cut where the head begins."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DistilBertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig
+
+from bench_cases import ARCHITECTURES, TASKS
+from bench_cases.models import (
+    ModelError,
+    ModelRequest,
+    WeightsUnavailable,
+    build_model,
+    padded_vocabulary,
+    weights_sha256,
+)
+from bench_cases.own import case_for_model
+
+VOCABULARY = 1_000
+
+
+def request(arch="gpt2", task="clm", **changes) -> ModelRequest:
+    outputs = 7 if task.endswith("cls") else None
+    plain = ModelRequest(ARCHITECTURES[arch], TASKS[task], "tiny", VOCABULARY, pad_id=1, bos_id=0, eos_id=2,
+                         outputs=outputs, weights="scratch", dropout=0.0, seed=0)
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize(("arch", "task", "width"), [
+    ("gpt2", "clm", padded_vocabulary(VOCABULARY)), ("roberta", "mlm", padded_vocabulary(VOCABULARY)),
+    ("gpt2", "multi_cls", 7), ("roberta", "single_cls", 7)])
+def test_shapes_and_padded_vocabulary(arch, task, width):
+    model = build_model(request(arch, task))
+    logits = model(torch.full((2, 9), 5), last_token=torch.tensor([3, 8]))
+    assert logits.shape == ((2, 9, width) if task in ("clm", "mlm") else (2, width))
+    assert width == 1_024 or task.endswith("cls")
+    assert getattr(model, model.encoder_name).get_input_embeddings().weight.shape[0] == 1_024
+
+
+def test_gpt2s_real_vocabulary_pads_to_50304():
+    assert padded_vocabulary(50_258) == padded_vocabulary(50_265) == 50_304
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_else():
+    torch.manual_seed(123)
+    first = weights_sha256(build_model(request(seed=3)))
+    torch.manual_seed(456)
+    assert weights_sha256(build_model(request(seed=3))) == first
+    assert weights_sha256(build_model(request(seed=4))) != first
+
+
+def test_building_leaves_the_callers_random_state_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    build_model(request())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_causal_head_is_tied_and_equals_the_librarys_model():
+    model = build_model(request())
+    library = GPT2LMHeadModel(model.transformer.config).eval()
+    library.transformer.load_state_dict(model.transformer.state_dict())
+    library.tie_weights()
+    ids = torch.randint(3, VOCABULARY, (2, 12))
+    assert torch.equal(model(ids), library(input_ids=ids).logits)
+    assert model.head.model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("task", ["multi_cls", "single_cls"])
+def test_gpt2_pools_the_last_real_token_whatever_the_padding_holds(task):
+    model = build_model(request(task=task))
+    ids = torch.randint(3, VOCABULARY, (3, 10))
+    lengths = torch.tensor([4, 10, 1])
+    alone = torch.cat([model(ids[row:row + 1, :n], last_token=torch.tensor([n - 1]))
+                       for row, n in enumerate(lengths.tolist())])
+    for filler in (1, 2, 777):
+        padded = ids.clone()
+        for row, n in enumerate(lengths.tolist()):
+            padded[row, n:] = filler
+        torch.testing.assert_close(model(padded, last_token=lengths - 1), alone, rtol=0, atol=1e-6)
+
+
+def test_roberta_does_not_see_masked_padding():
+    model = build_model(request("roberta", "multi_cls"))
+    ids = torch.randint(3, VOCABULARY, (2, 10))
+    ids[0, 6:] = 1
+    mask = (ids != 1)[:, None, None, :]
+    with_padding = model(ids, mask)
+    torch.testing.assert_close(with_padding[0], model(ids[:1, :6])[0], rtol=0, atol=1e-6)
+
+
+def test_dropout_is_off_unless_asked_for():
+    ids = torch.full((1, 8), 5)
+    model = build_model(request("roberta", "mlm", dropout=0.5))
+    assert not torch.equal(model(ids), model(ids))
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
+    model = build_model(request("roberta", "mlm"))
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+def test_the_head_runs_in_its_own_dtype_under_autocast():
+    model = build_model(request())
+    ids = torch.full((1, 8), 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(ids).dtype == torch.bfloat16
+        model.head_dtype = torch.float32
+        assert model(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("config", "task"), [
+    (LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=64), "clm"),
+    (OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+               word_embed_proj_dim=16), "clm"),
+    (DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4), "mlm")], ids=["llama", "opt", "distilbert"])
+def test_any_transformers_architecture_can_be_a_case(tmp_path, config, task):
+    config.save_pretrained(tmp_path)
+    for task_id, outputs in ((task, None), ("multi_cls", 5), ("single_cls", 5)):
+        case = case_for_model(str(tmp_path), task_id)
+        assert case.architecture.causal == (task == "clm")
+        model = build_model(ModelRequest(case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2, outputs,
+                                         "scratch", 0.0, 0))
+        ids = torch.randint(5, VOCABULARY, (2, 8))
+        logits = model(ids, last_token=torch.tensor([3, 7]))
+        assert logits.shape[0] == 2 and logits.isfinite().all()
+        logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_weights_from_a_folder_keep_their_values_and_get_a_padded_embedding(tmp_path):
+    saved = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY - 1, n_layer=1, n_head=2, n_embd=16, n_positions=32))
+    saved.save_pretrained(tmp_path)
+    model = build_model(request(weights=str(tmp_path)))
+    embedding = model.transformer.wte.weight
+    assert embedding.shape == (1_024, 16)
+    assert torch.equal(embedding[:VOCABULARY - 1], saved.transformer.wte.weight)
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, saved.transformer.h[0].mlp.c_fc.weight)
+
+
+def test_pretrained_weights_refuse_another_tokenizer(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=500, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="know 500 tokens and the data's tokenizer 1000"):
+        build_model(request(weights=str(tmp_path)))
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="are a distilbert, and the case wants gpt2"):
+        build_model(request(weights=str(tmp_path)))
+
+
+def test_weights_that_are_not_there_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WeightsUnavailable, match="--weights scratch"):
+        build_model(request(weights=str(tmp_path / "nothing")))

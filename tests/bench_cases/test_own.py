@@ -1,0 +1,49 @@
+"""Cases from outside the project."""
+
+import pytest
+
+from bench_cases import BadDeclaration, UnknownId
+from bench_cases.own import case_for_model, find_case
+
+OWN = """
+from bench_cases import CASES
+from dataclasses import replace
+CASE = replace(CASES["gpt2_clm"], id="gpt2_clm_mine", lr=replace(CASES["gpt2_clm"].lr, scratch=5e-4))
+NOT_A_CASE = 3
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    path = tmp_path / "mycase.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_case_from_a_file(own_file):
+    case = find_case(f"{own_file}:CASE")
+    assert case.id == "gpt2_clm_mine" and case.lr.scratch == 5e-4
+
+
+def test_what_is_wrong_with_a_file_is_said(own_file, tmp_path):
+    with pytest.raises(UnknownId, match="has no 'OTHER'"):
+        find_case(f"{own_file}:OTHER")
+    with pytest.raises(BadDeclaration, match="is a int; it must be a bench_cases.Case"):
+        find_case(f"{own_file}:NOT_A_CASE")
+    with pytest.raises(UnknownId, match=r"no file .*nothing.py"):
+        find_case(f"{tmp_path}/nothing.py:CASE")
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise RuntimeError('boom')")
+    with pytest.raises(BadDeclaration, match="RuntimeError: boom"):
+        find_case(f"{broken}:CASE")
+
+
+def test_a_model_folder_without_a_configuration_is_refused(tmp_path):
+    with pytest.raises(BadDeclaration, match=r"no config.json"):
+        case_for_model(str(tmp_path), "clm")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadDeclaration, match="not JSON"):
+        case_for_model(str(tmp_path), "clm")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadDeclaration, match="names no model_type"):
+        case_for_model(str(tmp_path), "clm")

@@ -1,0 +1,32 @@
+"""Shared by all rooms: one data cache a session, few threads, and a small run to look at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory):
+    """Tokenised data of this session; nothing is read from or written to the user's cache."""
+    folder = tmp_path_factory.getbasetemp().parent / "ddb-cache"  # shared by parallel test processes
+    before = os.environ.get("DDB_CACHE")
+    os.environ["DDB_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["DDB_CACHE"]
+    else:
+        os.environ["DDB_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, where it is at hand."""
+    if not (SHARED_DATA / "eurlex.jsonl.gz").is_file():
+        pytest.skip("no real data beside the checkout (../shared/data)")
+    return SHARED_DATA

@@ -1,0 +1,134 @@
+"""The command line as a person meets it: quick help, one-line errors, exit codes, the old spelling."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness import arguments
+from harness.case import asked_case, asked_config
+from harness.cli import main
+
+SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "1", "--batch-size", "2", "--micro-batch", "2",
+         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+
+
+def parse(*words):
+    return arguments.parser().parse_args(["case", *words])
+
+
+def refused(capsys, *words) -> tuple[int, str]:
+    """Exit code and the one line on standard error."""
+    code = main(list(words))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return code, lines[0]
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    code = ("import sys; from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'numpy', 'rich', 'transformers') if m in sys.modules], file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]" and "exit codes: 0 ok" in done.stdout
+
+
+def test_the_old_flags_mean_the_same():
+    new = parse("gpt2_multi_cls", "amp_bf16", "--batch-size", "32", "--max-steps", "1000")
+    old = parse("--model_arch", "gpt2", "--task", "multi_cls", "--dtype_config", "amp_bf16", "--batch_size", "32",
+                "--max_steps", "1000")
+    assert asked_case(new) == asked_case(old) and asked_config(new) == asked_config(old)
+    assert arguments.request(new) == arguments.request(old)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["case", "gpt2_mult", "amp_fp16"], "unknown case 'gpt2_mult' (nearest: gpt2_multi_cls"),
+    (["case", "gpt2_clm", "amp_fp61"], "unknown dtype configuration 'amp_fp61' (nearest: amp_fp16"),
+    (["case", "gpt2_clm"], "one dtype configuration is needed; given: none; allowed: fp32_true"),
+    (["case", "gpt2_clm", "amp_fp16", "amp_bf16"], "given: amp_fp16, amp_bf16"),
+    (["case"], "no case: give CASE CONFIG"),
+    (["case", "--model_arch", "gpt2", "amp_fp16"], "--model_arch needs --task"),
+    (["case", "--model", "x", "amp_fp16"], "--model needs --task"),
+    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--max-steps", "-1"], "max_steps is -1"),
+    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--seq-len", "9999"], "seq_len 9999 is longer than the 512"),
+    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--lr", "nan"], "lr is nan"),
+    (["case", "no_such.py:CASE", "amp_fp16"], "no file 'no_such.py'"),
+    (["matrix", "--cases", "gpt2_clmm", "--dry-run"], "unknown case 'gpt2_clmm'"),
+    (["matrix", "--preset", "tiny", "--jobs", "0", "--dry-run"], "jobs is 0"),
+    (["matrix", "--model", "x"], "--model goes with --task"),
+])
+def test_usage_errors_are_one_line_and_exit_2(capsys, words, message):
+    code, line = refused(capsys, *words)
+    assert code == 2 and message in line, line
+
+
+def test_bad_data_exit_4_and_write_nothing(capsys, tmp_path):
+    broken = tmp_path / "mine.jsonl"
+    broken.write_text('{"text": "fine", "labels": ["a"]}\n{"text": 3}\n')
+    out = tmp_path / "out"
+    code, line = refused(capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(broken), "--out", str(out))
+    assert code == 4 and "mine.jsonl:2" in line and not out.exists()
+    code, line = refused(capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(tmp_path / "nothing"),
+                         "--out", str(out))
+    assert code == 4 and "nothing" in line and not out.exists()
+
+
+def test_an_unwritable_folder_exits_5(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, line = refused(capsys, "case", "gpt2_clm", "fp32_true", *SMALL, "--out", str(tmp_path / "file" / "out"))
+    assert code == 5 and "cannot write to" in line and "--out" in line
+
+
+def test_an_unreachable_model_exits_5(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, line = refused(capsys, "case", "gpt2_clm", "fp32_true", *SMALL, "--weights", str(tmp_path / "none"),
+                         "--out", str(tmp_path / "out"))
+    assert code == 5 and "--weights scratch" in line
+
+
+def test_a_case_prints_its_row_on_stdout_and_words_on_stderr(capsys, tmp_path):
+    assert main(["case", "gpt2_clm", "fp16_naive", *SMALL, "--json", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    row = json.loads(printed.out)
+    assert row["status"] == "diverged"
+    assert "first non-finite value: step 1, optimizer: transformer.wte.param is inf (float16)" in printed.err
+
+
+def test_list_prints_every_id_and_json(capsys):
+    assert main(["list"]) == 0
+    words = capsys.readouterr().out
+    assert main(["list", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)
+    assert {"cases", "dtype_configs", "presets"} == set(tables)
+    assert all(entry["id"] in words for table in tables.values() for entry in table)
+
+
+def test_a_case_of_ones_own_runs_unchanged(capsys, tmp_path):
+    own = tmp_path / "mycase.py"
+    own.write_text("from dataclasses import replace\nfrom bench_cases import CASES\n"
+                   "CASE = replace(CASES['gpt2_clm'], id='gpt2_clm_mine')\n")
+    assert main(["case", f"{own}:CASE", "fp32_true", *SMALL, "--json", "--out", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["case"] == "gpt2_clm_mine"
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "distilbert"])
+def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
+    from transformers import DistilBertConfig, LlamaConfig, OPTConfig
+
+    {"llama": LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                          max_position_embeddings=32),
+     "opt": OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
+                      max_position_embeddings=32),
+     "distilbert": DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=32),
+     }[kind].save_pretrained(tmp_path / "model")
+    rows = [{"body": f"document {n} about {'ships' if n % 2 else 'trains'} and more words", "tags": ["sea" if n % 2 else "land"]}
+            for n in range(60)]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task in ("multi_cls", "single_cls", "mlm" if kind == "distilbert" else "clm"):
+        words = ["case", "--model", str(tmp_path / "model"), "--task", task, "--text-field", "body", "--label-field", "tags",
+                 "amp_bf16", *SMALL, "--data", str(mine), "--json", "--out", str(tmp_path / "out")]
+        assert main(words) == 0, capsys.readouterr().err
+        row = json.loads(capsys.readouterr().out)
+        assert (row["case"], row["status"]) == (f"{kind}_{task}", "completed")

@@ -1,0 +1,147 @@
+"""The loop: accumulation changes nothing, configurations share what they must, fp16 dies where it should."""
+
+import math
+
+import pytest
+import torch
+
+from bench_cases import CASES
+from bench_cases.models import build_model
+from harness.loop import LoopOptions, train
+from harness.loss import training_loss
+from harness.precision import Precision
+from harness.run import load_run_data, make_batches, model_request
+from instrument.step_meter import StepMeter
+
+CPU = torch.device("cpu")
+SIX = [case.id for case in CASES.values() if case.in_default_matrix]
+
+
+def step_gradients(settings, micro_batch, spoil_padding=False):
+    """Loss and gradients of the first step, accumulated over micro-batches, without an update."""
+    data = load_run_data(settings)
+    model = build_model(model_request(settings, data))
+    batch = make_batches(settings, data).step(1)
+    if spoil_padding:
+        ids = batch.input_ids.clone()
+        for row, length in enumerate(batch.lengths.tolist()):
+            ids[row, length:] = 7
+        object.__setattr__(batch, "input_ids", ids)
+    precision = Precision(settings.config, CPU, threads=1)
+    total = 0.0
+    vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
+    for micro in batch.micro_batches(micro_batch):
+        with precision.forward():
+            logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
+        loss = training_loss(logits, micro.targets, loss=settings.case.task.loss, dtype=torch.float32,
+                             normalizer=batch.n_targets, valid_vocab=vocabulary)
+        loss.backward()
+        total += loss.item()
+    return batch, total, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", [*SIX, "gpt2_multi_cls_labelsum", "roberta_multi_cls_labelsum"])
+def test_one_batch_of_eight_and_four_of_two_are_the_same_step(plan, case, one_thread):
+    settings = plan(case, "fp32_true", batch_size=8, micro_batch=8, seq_len=64)
+    batch, loss, whole = step_gradients(settings, 8)
+    _, loss_in_parts, parts = step_gradients(settings, 2)
+    if case == "roberta_mlm":  # the trap: unequal numbers of masked tokens
+        assert len({part.n_targets for part in batch.micro_batches(2)}) > 1
+    if "cls" in case:
+        assert batch.real_tokens < batch.tokens or len(set(batch.lengths.tolist())) == 1
+    assert loss_in_parts == pytest.approx(loss, rel=1e-6)
+    largest = max(g.abs().max().item() for g in whole.values())
+    for name, gradient in whole.items():
+        worst = (gradient - parts[name]).abs().max().item()
+        assert worst <= 1e-6 * max(1.0, largest), f"{name}: {worst:.3g}"
+
+
+@pytest.mark.parametrize("case", ["gpt2_multi_cls", "roberta_single_cls"])
+def test_what_stands_in_the_padding_never_matters(plan, case, one_thread):
+    settings = plan(case, "fp32_true", batch_size=8, micro_batch=4, seq_len=512)
+    batch, loss, gradients = step_gradients(settings, 4)
+    assert batch.real_tokens < batch.tokens
+    if case.startswith("roberta"):  # its positions are counted from the pad id
+        return
+    _, spoiled, others = step_gradients(settings, 4, spoil_padding=True)
+    assert spoiled == loss
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=1e-7, msg=name)
+
+
+def run_steps(settings, steps):
+    """The records of a run's first steps and its model, through the loop itself."""
+    data = load_run_data(settings)
+    precision = Precision(settings.config, CPU, threads=1)
+    try:
+        model = precision.prepare(build_model(model_request(settings, data)))
+        optimizer = precision.make_optimizer(model, lr=settings.lr, weight_decay=0.01, seed=0)
+        meter = StepMeter(model, optimizer, CPU, window=1, warmup_steps=1)
+        vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
+        options = LoopOptions(steps, 1, settings.micro_batch, settings.lr, 1.0, vocabulary)
+        readings = list(train(settings.case, model, optimizer, make_batches(settings, data), precision, meter, options))
+    finally:
+        precision.close()
+    return readings, model
+
+
+@pytest.mark.parametrize("case", ["gpt2_clm", "roberta_mlm", "gpt2_multi_cls"])
+def test_fp16_naive_dies_in_the_optimizer_and_its_fp32_state_twin_does_not(plan, case):
+    readings, _ = run_steps(plan(case, "fp16_naive"), 3)
+    divergence = readings[-1].divergence
+    first, record = divergence.first_nonfinite, readings[-1].steps[-1]
+    assert (first.phase, first.tensor, first.dtype) == ("optimizer", "param", "float16")
+    assert record.loss < 20 and record.grad_nonfinite == 0 and record.grad_norm > 0
+    readings, model = run_steps(plan(case, "fp16_naive_fp32_states"), divergence.step + 1)
+    assert readings[-1].divergence is None
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_loop_follows_a_plain_torch_loop(plan, one_thread):
+    """The same arithmetic written the plain way: nothing the harness adds changes a number."""
+    settings = plan("gpt2_clm", "fp32_true")
+    readings, model = run_steps(settings, 3)
+    data = load_run_data(settings)
+    plain = build_model(model_request(settings, data))
+    matrices = [p for p in plain.parameters() if p.ndim >= 2]
+    vectors = [p for p in plain.parameters() if p.ndim < 2]
+    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+                              lr=settings.lr, foreach=True)
+    batches = make_batches(settings, data)
+    losses = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for step in (1, 2, 3):
+            lr = settings.lr * (1 if step == 1 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 2)))
+            for group in adamw.param_groups:
+                group["lr"] = lr
+            batch, total = batches.step(step), 0.0
+            for micro in batch.micro_batches(settings.micro_batch):
+                logits = plain(micro.input_ids)[..., :data.valid_vocab].flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, micro.targets.flatten(), reduction="sum") / batch.n_targets
+                loss.backward()
+                total += loss.item()
+            norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).double().norm()
+            assert readings[step - 1].steps[0].grad_norm == pytest.approx(norm.item(), rel=1e-7)
+            factor = min(1.0, 1.0 / (norm.item() + 1e-6))
+            for p in plain.parameters():
+                p.grad *= torch.tensor(factor, dtype=torch.float32)
+            adamw.step()
+            adamw.zero_grad()
+            losses.append(total)
+    assert [r.steps[0].loss for r in readings] == pytest.approx(losses, rel=1e-6)
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_window_of_several_steps_tells_the_same_story(plan):
+    settings = plan("gpt2_single_cls", "fp32_true")
+    one = [step for reading in run_steps(settings, 4)[0] for step in reading.steps]
+    data = load_run_data(settings)
+    precision = Precision(settings.config, CPU, threads=1)
+    model = precision.prepare(build_model(model_request(settings, data)))
+    optimizer = precision.make_optimizer(model, lr=settings.lr, weight_decay=0.01, seed=0)
+    meter = StepMeter(model, optimizer, CPU, window=3, warmup_steps=1)
+    options = LoopOptions(4, 1, settings.micro_batch, settings.lr, 1.0, None)
+    readings = list(train(settings.case, model, optimizer, make_batches(settings, data), precision, meter, options))
+    assert [len(reading.steps) for reading in readings] == [3, 1]
+    assert [(s.step, s.loss, s.grad_norm) for r in readings for s in r.steps] == [(s.step, s.loss, s.grad_norm) for s in one]

@@ -1,0 +1,124 @@
+"""The matrix: planned in a fair order, run in processes of their own, resumed, followed up."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench_cases import CASES
+from harness import arguments
+from harness.matrix import choose_jobs, controls_of, plan
+from harness.pool import Pool
+from harness.run_folder import finished_runs
+from harness.settings import SettingsError
+from harness.stability import cell_text, stability_cells
+from instrument.records import RunRecord
+
+CPU = torch.device("cpu")
+SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
+         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+
+
+def options(*words):
+    return arguments.parser().parse_args(["matrix", *words])
+
+
+def harness(*words, env):
+    return subprocess.run([sys.executable, "-m", "harness", *words], capture_output=True, text=True, env=env)
+
+
+def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
+    runs = plan(options(*SMALL), CPU)
+    assert len({run.run_id for run in runs}) == 42
+    blocks = [runs[start:start + 7] for start in range(0, 42, 7)]
+    assert all(len({run.case.id for run in block}) == 1 for block in blocks)  # a case's configurations side by side
+    assert len({block[0].config.id for block in blocks}) == 6  # and none of them always first
+    assert [block[0].case.id for block in blocks] == [c.id for c in CASES.values() if c.in_default_matrix]
+
+
+def test_seeds_multiply_and_all_means_all():
+    assert len(plan(options(*SMALL, "--seeds", "0", "1", "--cases", "gpt2_clm"), CPU)) == 14
+    assert len(plan(options(*SMALL, "--cases", "all", "--configs", "all"), CPU)) == 8 * 14
+
+
+def test_jobs_follow_cores_and_threads(plan):
+    one = [plan("gpt2_clm", "fp32_true", threads=1)]
+    assert choose_jobs(3, one, CPU) == 3 and choose_jobs(None, one, CPU) >= 1
+    assert choose_jobs(None, [plan("gpt2_clm", "fp32_true", threads=0)], CPU) == 1
+    with pytest.raises(SettingsError, match="jobs is 0"):
+        choose_jobs(0, one, CPU)
+
+
+def test_controls_change_the_configuration_only(plan):
+    settings = plan("gpt2_clm", "fp16_naive", seed=4)
+    controls = controls_of(settings)
+    assert [c.config.id for c in controls] == ["fp16_naive_eps1e4", "fp16_naive_fp32_states"]
+    assert all((c.case, c.seed, c.lr, c.data_fingerprint) ==
+               (settings.case, 4, settings.lr, settings.data_fingerprint) for c in controls)
+
+
+def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environment):
+    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "fp16_naive", "--out", str(tmp_path)]
+    first = harness(*words, "--jobs", "2", "--json", env=command_environment)
+    assert first.returncode == 0, first.stderr
+    rows = [json.loads(line) for line in first.stdout.splitlines()]
+    assert {row["dtype_config"]: row["status"] for row in rows} == {
+        "fp32_true": "completed", "fp16_naive": "diverged", "fp16_naive_eps1e4": "completed",
+        "fp16_naive_fp32_states": "completed"}
+    assert "✗ inf @ 1 optimizer" in first.stderr and "Stability: 4 runs" in first.stderr
+    assert len({row["init_sha256"] for row in rows}) == 1
+    assert len(finished_runs(tmp_path)) == 4
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")}
+    again = harness(*words, env=command_environment)
+    assert again.returncode == 0 and "(2 already done)" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")} == before
+
+
+def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environment):
+    common = [*SMALL, "--json"]
+    harness("matrix", *common, "--cases", "roberta_mlm", "--configs", "amp_bf16", "--out", str(tmp_path / "m"),
+            env=command_environment)
+    harness("case", "roberta_mlm", "amp_bf16", *common, "--out", str(tmp_path / "c"), env=command_environment)
+    (one,), (other,) = finished_runs(tmp_path / "m"), finished_runs(tmp_path / "c")
+    assert one.run_id == other.run_id and one.final_weights_sha256 == other.final_weights_sha256 is not None
+
+
+def test_a_process_that_dies_is_a_row_and_the_next_run_is_unaffected(plan, tmp_path, monkeypatch):
+    pool = Pool([plan("gpt2_clm", "fp32_true", seed=s, max_steps=200) for s in (0, 1)], tmp_path, jobs=1)
+    ended = []
+
+    def kill_the_first():
+        for run in pool.running:
+            if run.settings.seed == 0 and run.last_step is not None:
+                run.process.kill()
+            if run.settings.seed == 1 and run.last_step is not None:
+                run.process.terminate()
+
+    for one in pool.run(kill_the_first, seconds_between_ticks=0.05):
+        ended.append(one)
+    assert [one.record for one in ended] == [None, None]
+    assert "killed by SIGKILL" in ended[0].failure and "killed by SIGTERM" in ended[1].failure
+
+    from harness.matrix import crashed
+
+    row = crashed(ended[0], tmp_path)
+    assert (row.status, row.run_id) == ("error", ended[0].settings.run_id)
+    assert [r.run_id for r in finished_runs(tmp_path)] == [row.run_id]
+
+
+def a_row(**changes) -> RunRecord:
+    plain = dict(run_id="x", case="gpt2_clm", scenario="A", arch="gpt2", task="clm", loss="cross_entropy",
+                 loss_reduction="mean", dtype_config="fp32_true", seed=0, preset="tiny", device="cpu", data_source="e",
+                 weights_source="s", status="completed", max_steps=1, batch_size=1, micro_batch=1, seq_len=1, val_loss=3.0)
+    return RunRecord(**{**plain, **changes})
+
+
+def test_a_cell_shows_the_worst_seed_and_how_many_share_it():
+    assert cell_text([a_row()]) == ("✓ loss 3", "completed")
+    dead = a_row(seed=1, status="diverged", divergence_step=9)
+    assert cell_text([a_row(), dead, a_row(seed=2)]) == ("✗ 1/3 exploded @ 9", "diverged")
+    assert cell_text([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
+    order = list(stability_cells([a_row(dtype_config="fp16_naive"), a_row(case="roberta_mlm"), a_row()]))
+    assert order == [("fp32_true", "gpt2_clm"), ("fp32_true", "roberta_mlm"), ("fp16_naive", "gpt2_clm")]

@@ -1,0 +1,143 @@
+"""Every configuration runs as declared, or is refused with the reason."""
+
+import pytest
+import torch
+
+from bench_cases import DTYPE_CONFIGS
+from bench_cases.models import build_model
+from harness import precision as precision_module
+from harness.precision import DTYPES, Precision, Unsupported, refuse_what_the_device_lacks
+from harness.run import load_run_data, make_batches, model_request
+from harness.switches import SwitchError
+
+CPU = torch.device("cpu")
+ON_CPU = [name for name, config in DTYPE_CONFIGS.items() if not config.tf32]
+
+
+def made(plan, config, case="gpt2_clm"):
+    settings = plan(case, config)
+    data = load_run_data(settings)
+    precision = Precision(settings.config, CPU, threads=1)
+    model = precision.prepare(build_model(model_request(settings, data)))
+    return precision, model, make_batches(settings, data).step(1)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_weights_logits_and_gradients_have_the_declared_dtypes(plan, name):
+    precision, model, batch = made(plan, name)
+    config = DTYPE_CONFIGS[name]
+    try:
+        assert {p.dtype for p in model.parameters()} == {DTYPES[config.weights]}
+        with precision.forward():
+            logits = model(batch.input_ids, batch.attention_mask, batch.last_token)
+        precision.check_logits(logits)
+        assert logits.dtype == DTYPES[config.head]
+        precision.backward(logits.float().sum())
+        assert {p.grad.dtype for p in model.parameters()} == {DTYPES[config.weights]}
+        assert (precision.scaler is not None) == config.scaler
+        assert precision.autocast_name == ("cpu" if config.autocast else None)
+        assert precision.attention == "math"
+    finally:
+        precision.close()
+
+
+def test_the_fp32_head_is_genuine(plan):
+    """Its logits are fp32, differ from bf16's, and are nearer to an fp32 head on the same features."""
+    logits = {}
+    for name in ("amp_bf16", "amp_bf16_fp32_head"):
+        precision, model, batch = made(plan, name)
+        with precision.forward():
+            logits[name] = model(batch.input_ids).detach()
+    assert logits["amp_bf16"].dtype == torch.bfloat16 and logits["amp_bf16_fp32_head"].dtype == torch.float32
+    assert not torch.equal(logits["amp_bf16"].float(), logits["amp_bf16_fp32_head"])
+    assert not torch.equal(logits["amp_bf16_fp32_head"].bfloat16().float(), logits["amp_bf16_fp32_head"])
+    with precision.forward():
+        features = model.transformer(input_ids=batch.input_ids)[0].float()
+    exact = features.double() @ model.transformer.wte.weight.double().T
+    error = {name: (value.double() - exact).abs().max().item() for name, value in logits.items()}
+    assert error["amp_bf16_fp32_head"] < 1e-5 < error["amp_bf16"]
+
+
+def test_wrong_logits_are_noticed(plan):
+    precision, _, _ = made(plan, "amp_bf16_fp32_head")
+    with pytest.raises(SwitchError, match=r"amp_bf16_fp32_head: logits are torch.bfloat16"):
+        precision.check_logits(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_the_scaler_divides_what_it_multiplied(plan):
+    def gradients(name):
+        precision, model, batch = made(plan, name)
+        optimizer = precision.make_optimizer(model, lr=1e-3, weight_decay=0.0, seed=0)
+        with precision.forward():
+            logits = model(batch.input_ids)
+        precision.backward(logits.float().logsumexp(-1).mean())
+        scale = precision.unscale(optimizer)
+        precision.close()
+        return scale, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    scale, scaled = gradients("amp_fp16")
+    none, plain = gradients("amp_fp16_unscaled")
+    assert scale.item() == 65_536.0 and none is None
+    torch.testing.assert_close(scaled, plain, rtol=0.02, atol=1e-4)
+
+
+def test_clipping_scales_to_the_norm_and_never_up(plan):
+    precision, model, _ = made(plan, "fp32_true")
+    params = list(model.parameters())
+    for factor in (100.0, 1e-6):
+        for p in params:
+            p.grad = torch.full_like(p, factor)
+        before = torch.cat([p.grad.flatten() for p in params]).double()
+        precision.clip(params, before.norm(), 1.0)
+        after = torch.cat([p.grad.flatten() for p in params]).double()
+        assert after.norm().item() == pytest.approx(min(1.0, before.norm().item()), rel=1e-5)
+
+
+def test_clipping_in_fp16_overflows_where_fp32_does_not(plan):
+    """NUMERICS 3: an fp16 norm is infinite and silently zeroes every gradient."""
+    for name, survives in (("fp16_naive", True), ("fp16_naive_clip16", False)):
+        precision, model, _ = made(plan, name)
+        params = list(model.parameters())
+        for p in params:
+            p.grad = torch.full_like(p, 100.0)
+        exact = torch.cat([p.grad.flatten() for p in params]).double().norm()
+        norm = precision.clip(params, exact, 1.0)
+        precision.close()
+        assert bool(norm.isfinite()) == survives
+        assert any(p.grad.ne(0).any() for p in params) == survives
+
+
+def test_fp16_on_this_cpu_is_recorded(plan):
+    precision, _, _ = made(plan, "amp_fp16")
+    precision.close()
+    assert precision.flags["fp16_products"] in ("hardware", "fp32, rounded once to fp16")
+    assert precision.flags["switches"]["fp32_precision"] == "ieee"
+
+
+def test_tf32_does_not_exist_on_a_cpu():
+    with pytest.raises(Unsupported, match="TF32 is a mode of NVIDIA tensor cores"):
+        refuse_what_the_device_lacks(DTYPE_CONFIGS["fp32_tf32"], CPU)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [
+    ((7, 0), {"bf16", "tf32"}), ((7, 5), {"bf16", "tf32"}), ((8, 6), set()), ((9, 0), set())])
+def test_a_gpu_refuses_what_its_generation_lacks(monkeypatch, capability, refused):
+    monkeypatch.setattr(precision_module.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(precision_module.torch.cuda, "get_device_name", lambda device: "Some GPU")
+    for config in DTYPE_CONFIGS.values():
+        lacks = ("bf16" in refused and "bf16" in (config.weights, config.compute)) or ("tf32" in refused and config.tf32)
+        if lacks:
+            with pytest.raises(Unsupported, match="Some GPU"):
+                refuse_what_the_device_lacks(config, torch.device("cuda"))
+        else:
+            refuse_what_the_device_lacks(config, torch.device("cuda"))
+
+
+def test_the_plan_names_a_missing_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from harness.planning import choose_device
+    from harness.settings import SettingsError
+
+    with pytest.raises(SettingsError, match="torch sees no GPU here"):
+        choose_device("cuda")

@@ -1,0 +1,136 @@
+"""A whole run: its files, its row, its repeatability, and what becomes of failures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bench_cases import DTYPE_CONFIGS
+from bench_cases.data.errors import DataError
+from harness import run as run_module
+from harness.run import execute
+from harness.run_folder import OutputError, RunFolder, finished_runs, write_index
+from instrument.log import read
+from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
+
+
+def test_a_run_leaves_its_logs_its_row_and_the_index(plan, tmp_path):
+    settings = plan("gpt2_clm", "amp_bf16", max_steps=4, eval_every=2)
+    seen = []
+    record = execute(settings, tmp_path, seen.append)
+    assert (record.status, record.steps_done, record.error) == ("completed", 4, None)
+    steps = list(read(tmp_path / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord))
+    evaluations = list(read(tmp_path / "runs" / settings.run_id / "evaluations.jsonl", EvaluationRecord))
+    assert [s.step for s in steps] == [1, 2, 3, 4] and [e.step for e in evaluations] == [0, 2, 4]
+    assert [r for r in seen if isinstance(r, StepRecord)] == steps
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row == json.loads((tmp_path / "runs" / settings.run_id / "run.json").read_text())
+    assert row["loss_initial"] == steps[0].loss and row["val_loss"] == evaluations[-1].val_loss
+    assert row["perplexity"] > 1 and row["f1_micro"] is None
+    assert row["timed_steps"] == 4 - settings.untimed_steps
+    timed = steps[settings.untimed_steps:]
+    assert row["tokens_per_s"] == pytest.approx(sum(s.tokens for s in timed) / sum(s.step_time_s for s in timed))
+    assert row["attention_backend"] == "math" and row["autocast"] == "cpu" and row["mfu"] is None
+    assert row["flags"]["switches"]["verified"] == ["fp32_products"]
+    assert row["config"]["lr"] == settings.lr and row["env"]["torch_version"]
+
+
+def test_the_same_command_twice_is_the_same_run_bit_for_bit(plan, tmp_path):
+    settings = plan("roberta_mlm", "amp_fp16", max_steps=3)
+    first, second = (execute(settings, tmp_path / name) for name in "ab")
+    assert first.final_weights_sha256 == second.final_weights_sha256
+    losses = [[s.loss for s in read(tmp_path / name / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)]
+              for name in "ab"]
+    assert losses[0] == losses[1] and first.val_loss == second.val_loss
+    other = execute(replace(settings, seed=1), tmp_path / "c")
+    assert other.final_weights_sha256 != first.final_weights_sha256 and other.init_sha256 != first.init_sha256
+
+
+def test_configurations_start_from_the_same_weights_and_see_the_same_batches(plan, tmp_path):
+    rows = [execute(plan("gpt2_multi_cls", config, max_steps=1), tmp_path)
+            for config in ("fp32_true", "bf16_pure", "amp_bf16_fp32_head", "fp16_naive")]
+    assert len({row.init_sha256 for row in rows}) == 1 and len({row.data_sha256 for row in rows}) == 1
+    assert len(finished_runs(tmp_path)) == 4
+    other = execute(plan("gpt2_multi_cls", "fp32_true", seed=1, max_steps=1), tmp_path)
+    assert other.data_sha256 != rows[0].data_sha256
+
+
+def test_a_divergence_is_a_result_with_its_step_and_phase(plan, tmp_path):
+    record = execute(plan("gpt2_single_cls", "fp16_naive", max_steps=3), tmp_path)
+    assert (record.status, record.divergence_step) == ("diverged", 1)
+    assert record.first_nonfinite.phase == "optimizer" and record.first_nonfinite.tensor == "param"
+    assert record.steps_done == 1 and record.val_loss is None and record.final_weights_sha256 is None
+    assert record.error.startswith("param is")
+
+
+def test_what_the_device_cannot_do_is_unsupported_with_the_reason(plan, tmp_path):
+    record = execute(plan("gpt2_clm", "fp32_tf32"), tmp_path)
+    assert record.status == "unsupported" and "TF32" in record.error and record.steps_done == 0
+
+
+def test_a_crash_is_a_row_that_keeps_what_was_reached(plan, tmp_path, monkeypatch):
+    settings = plan("gpt2_clm", "fp32_true", max_steps=3)
+    real = run_module.train
+
+    def dies_after_two(*arguments):
+        for number, reading in enumerate(real(*arguments), start=1):
+            yield reading
+            if number == 2:
+                raise RuntimeError("boom")
+
+    monkeypatch.setattr(run_module, "train", dies_after_two)
+    record = execute(settings, tmp_path)
+    assert (record.status, record.steps_done, record.error) == ("error", 2, "RuntimeError: boom")
+    assert "dies_after_two" in record.flags["traceback"]
+    assert len(list(read(tmp_path / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord))) == 2
+
+
+def test_a_scaler_skip_is_an_event(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.precision.FIRST_LOSS_SCALE", 2.0**40)
+    settings = plan("gpt2_clm", "amp_fp16", max_steps=2)
+    record = execute(settings, tmp_path)
+    events = list(read(tmp_path / "runs" / settings.run_id / "events.jsonl", EventRecord))
+    assert record.status == "completed" and record.scaler_skips == 2
+    assert [e.kind for e in events] == ["scaler_skip"] * 2
+    assert [e.detail["loss_scale"] for e in events] == [2.0**40, 2.0**39]
+
+
+def test_bad_data_are_refused_before_anything_is_written(plan, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise DataError("broken.jsonl:3: no text")
+
+    monkeypatch.setattr(run_module, "load_data", refuse)
+    with pytest.raises(DataError):
+        execute(plan("gpt2_clm", "fp32_true"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write to .*file/out.*--out"):
+        RunFolder(tmp_path / "file" / "out", "x")
+
+
+def test_the_index_is_rebuilt_from_the_runs(plan, tmp_path):
+    rows = {execute(plan("gpt2_clm", "fp32_true", seed=s, max_steps=1), tmp_path).run_id for s in (0, 1)}
+    (tmp_path / "results.jsonl").write_text("garbage")
+    (tmp_path / "runs" / "torn").mkdir()
+    (tmp_path / "runs" / "torn" / "run.json").write_text('{"schema": 1, "run')
+    write_index(tmp_path)
+    lines = (tmp_path / "results.jsonl").read_bytes().splitlines()
+    assert {decode(line, RunRecord).run_id for line in lines} == rows
+
+
+@pytest.mark.parametrize("case", ["gpt2_clm", "roberta_mlm", "gpt2_multi_cls", "roberta_single_cls"])
+def test_real_documents_end_to_end(plan, tmp_path, shared_data, case):
+    settings = plan(case, "amp_bf16", data=str(shared_data), documents=40, validation_documents=4, seq_len=32, max_steps=2)
+    record = execute(settings, tmp_path)
+    assert record.status == "completed", record.error
+    assert record.loss_initial > 0 and record.val_loss is not None
+
+
+def test_every_configuration_completes_or_says_why(plan, tmp_path):
+    outcomes = {name: execute(plan("roberta_multi_cls", name, max_steps=2), tmp_path).status for name in DTYPE_CONFIGS}
+    expected = {name: "completed" for name in DTYPE_CONFIGS} | {
+        "fp16_naive": "diverged", "fp16_naive_clip16": "diverged", "fp32_tf32": "unsupported"}
+    assert outcomes == expected

@@ -1,0 +1,162 @@
+"""The meter's numbers against their definitions, and the exact step of what it finds, at any window."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from instrument.step_meter import StepMeter, logit_statistics
+
+CPU = torch.device("cpu")
+BATCH = SimpleNamespace(samples=4, tokens=12, real_tokens=10, seq_len=3)
+
+
+def make(window=1):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return model, optimizer, StepMeter(model, optimizer, CPU, window=window, warmup_steps=0)
+
+
+def one_step(model, optimizer, meter, step, *, spoil=lambda phase: None, scale=None):
+    """A step as the loop takes it; ``spoil(phase)`` may plant something before the meter looks."""
+    meter.begin_step(step, 0.01, BATCH)
+    for index in range(2):
+        logits = model(torch.randn(2, 4))
+        spoil(("forward", index, logits))
+        loss = logits.square().mean() / 2
+        spoil(("loss", index, loss))
+        meter.forward(index, logits, torch.zeros(2, 2), loss, None)
+        loss.backward()
+    spoil(("backward", None, model))
+    meter.gradients(scale)
+    skipped = scale is not None and not all(p.grad.isfinite().all() for p in model.parameters())
+    if not skipped:
+        optimizer.step()
+    spoil(("optimizer", None, model))
+    meter.updated()
+    optimizer.zero_grad()
+    meter.end_step()
+
+
+def test_a_healthy_step_reads_as_defined():
+    model, optimizer, meter = make()
+    seen = {}
+
+    def look(at):
+        phase, index, value = at
+        if phase == "forward":
+            seen.setdefault("logits", []).append(value.detach().clone())
+        if phase == "loss":
+            seen.setdefault("losses", []).append(value.item())
+        if phase == "backward":
+            seen["grads"] = torch.cat([p.grad.flatten() for p in value.parameters()]).double()
+
+    one_step(model, optimizer, meter, 1, spoil=look)
+    reading = meter.read()
+    (record,) = reading.steps
+    assert reading.divergence is None and reading.events == []
+    assert record.loss == pytest.approx(sum(seen["losses"]), rel=1e-7)
+    assert record.logit_absmax == max(x.abs().max().item() for x in seen["logits"])
+    assert record.grad_norm == pytest.approx(seen["grads"].norm().item(), rel=1e-12)
+    assert record.grad_absmax == seen["grads"].abs().max().item()
+    assert (record.grad_nonfinite, record.logit_nonfinite, record.logit_over_fp16) == (0, 0, 0)
+    assert record.grad_underflow_frac == 0 and record.loss_scale is None and not record.step_skipped
+    assert (record.samples, record.tokens, record.real_tokens, record.seq_len) == (4, 12, 10, 3)
+    assert record.step_time_s > 0
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize(("phase", "tensor", "module"), [
+    ("forward", "output", "head"), ("loss", "output", None), ("backward", "grad", "1"), ("optimizer", "param", "1")])
+def test_the_first_bad_step_is_exact_whatever_the_window(window, phase, tensor, module):
+    model, optimizer, meter = make(window)
+    bad_step = 5
+
+    def spoil(at):
+        where, index, value = at
+        if step != bad_step or where != phase or index == 0:
+            return
+        with torch.no_grad():
+            if where in ("forward", "loss"):
+                value.view(-1)[0] = math.nan
+            elif where == "backward":
+                value[1].weight.grad[0, 0] = math.inf
+            else:
+                value[1].weight[0, 0] = -math.inf
+
+    divergence = None
+    for step in range(1, 15):
+        one_step(model, optimizer, meter, step, spoil=spoil)
+        if meter.due:
+            reading = meter.read()
+            divergence = reading.divergence
+            if divergence:
+                break
+    assert divergence.step == bad_step and reading.steps[-1].step == bad_step
+    first = divergence.first_nonfinite
+    assert (first.step, first.phase, first.tensor, first.module) == (bad_step, phase, tensor, module)
+    assert first.kind == ("nan" if phase in ("forward", "loss") else "inf")
+    assert first.microbatch == (1 if phase in ("forward", "loss") else None)
+
+
+def test_a_bad_state_comes_before_the_parameter_it_spoils():
+    model, optimizer, meter = make()
+    one_step(model, optimizer, meter, 1)
+    assert meter.read().divergence is None
+
+    def spoil(at):
+        if at[0] == "optimizer":
+            optimizer.state[model[0].weight]["exp_avg_sq"][0, 0] = math.inf
+            with torch.no_grad():
+                model[0].weight[0, 0] = math.nan
+
+    one_step(model, optimizer, meter, 2, spoil=spoil)
+    first = meter.read().divergence.first_nonfinite
+    assert (first.phase, first.tensor, first.module, first.dtype) == ("optimizer", "exp_avg_sq", "0", "float32")
+
+
+def test_a_scaler_skip_is_an_event_and_no_divergence():
+    model, optimizer, meter = make()
+
+    def spoil(at):
+        if at[0] == "backward":
+            model[0].bias.grad[1] = math.inf
+
+    one_step(model, optimizer, meter, 1, spoil=spoil, scale=torch.tensor(1024.0))
+    reading = meter.read()
+    assert reading.divergence is None
+    (record,), (event,) = reading.steps, reading.events
+    assert record.step_skipped and record.loss_scale == 1024.0 and record.grad_nonfinite == 1
+    assert event.kind == "scaler_skip" and event.detail == {"loss_scale": 1024.0, "grad_nonfinite": 1, "tensor": "0.bias"}
+    one_step(model, optimizer, meter, 2, spoil=spoil)  # the same without a scaler is a divergence
+    assert meter.read().divergence.first_nonfinite.phase == "backward"
+
+
+def test_underflow_is_judged_at_the_scale_of_backward():
+    model, optimizer, meter = make()
+
+    def spoil(at):
+        if at[0] == "backward":
+            for p in model.parameters():
+                p.grad.fill_(2.0**-30)
+            model[0].bias.grad[0] = 0.0  # a zero is not an underflow
+
+    for step, (scale, expected) in enumerate([(None, 1.0), (torch.tensor(1024.0), 0.0), (torch.tensor(2.0), 1.0)], 1):
+        one_step(model, optimizer, meter, step, spoil=spoil, scale=scale)
+        assert meter.read().steps[0].grad_underflow_frac == expected
+
+
+def test_logit_statistics_leave_out_ignored_rows_and_pad_columns():
+    logits = torch.tensor([[1.0, -2.0, 99.0], [5.0, 7.0, math.nan], [math.inf, 3.0, math.nan]])
+    targets = torch.tensor([0, -100, 1])
+    absmax, nan, infinite, over = (x.item() for x in logit_statistics(logits, targets, 2))
+    assert (absmax, nan, infinite, over) == (3.0, 0, 1, 0)
+    absmax, nan, infinite, over = (x.item() for x in logit_statistics(logits * 1e4, torch.zeros(3, dtype=torch.long), None))
+    assert (absmax, nan, infinite, over) == (torch.tensor(99e4).item(), 2, 1, 2)
+
+
+def test_logit_statistics_count_what_fp16_could_not_hold():
+    logits = torch.tensor([[65_504.0, 65_536.0, -70_000.0]])
+    assert [x.item() for x in logit_statistics(logits, torch.zeros(1, 3), None)] == [70_000.0, 0, 0, 2]

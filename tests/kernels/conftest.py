@@ -1,0 +1,36 @@
+"""Kernel tests run on every device there is: under Triton's interpreter on a CPU, compiled on CUDA.
+
+The interpreter is chosen when triton is first imported, so the variable is set here,
+before any test module of this folder is imported.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["cuda" if torch.cuda.is_available() else "cpu"])
+def device(request):
+    """The device on which Triton kernels run in this process."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """`torch.empty` and its kin return NaN (integers: a huge value), so that an element nobody wrote shows."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            out = make(*args, **kwargs)
+            if out.dtype.is_floating_point:
+                return out.fill_(float("nan"))
+            return out if out.dtype == torch.bool else out.fill_(torch.iinfo(out.dtype).max)
+
+        return wrapper
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

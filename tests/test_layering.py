@@ -1,0 +1,45 @@
+"""Imports go down only, and other libraries do not take our `kernels` for theirs."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def modules_after(statement: str, *watched: str) -> list[str]:
+    code = f"import sys; {statement}; print(*[m for m in {watched!r} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("statement", [
+    "import instrument.records, instrument.log, instrument.explosion", "import harness.cli, harness.settings",
+    "import bench_cases.own, bench_cases.models, bench_cases.collate", "import harness.stability, harness.listing",
+    "import kernels", "import bench_cases.data"])
+def test_what_must_be_light_imports_no_torch(statement):
+    assert modules_after(statement, "torch", "triton", "transformers", "datasets") == []
+
+
+def test_the_layers_hold():
+    done = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(cache_dir=None))"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_transformers_does_not_take_our_kernels_for_the_hubs():
+    from transformers.utils.import_utils import is_kernels_available
+
+    assert not is_kernels_available()
+
+
+def test_our_kernels_define_no_get_kernel():
+    import kernels
+
+    assert not hasattr(kernels, "get_kernel")
+
+
+def test_bitsandbytes_loads_without_a_warning_about_our_kernels():
+    pytest.importorskip("bitsandbytes")
+    code = ("import torch; from harness.optimizer import adamw_for;"
+            "adamw_for('8bit', [torch.nn.Parameter(torch.zeros(2, 2))], lr=1e-3, eps=1e-8, weight_decay=0.0, seed=0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
