@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= gpt2_multi_cls amp_fp16 --preset tiny --data embedded
 
-.PHONY: help run test soak lint matrix bench freeze clean
+.PHONY: help run test soak lint matrix bench gpu freeze clean
 help:
 	@echo "make run     set up .venv and run the main job ($(RUN))"
 	@echo "make test    set up .venv and run the tests"
 	@echo "make matrix  every case x configuration (tiny, embedded data)"
 	@echo "make bench   measure the harness itself"
+	@echo "make gpu     everything that needs a GPU: tests on it, kernel benchmark, the tiny matrix"
 	@echo "make soak    the long sweeps"
 	@echo "make lint    style and layering"
 
@@ -38,6 +39,13 @@ matrix: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m harness bench
+
+# One command for a machine with a GPU: correctness on the device, the kernels' figures, a first matrix.
+gpu: $(READY)
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU here'"
+	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_switches.py
+	$(BIN)/python -m kernels bench --json > kernels.json
+	$(BIN)/python -m harness matrix --preset tiny --data embedded
 
 freeze: $(READY)
 	sh install.sh --freeze

@@ -45,7 +45,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = index([
-    Preset("tiny", batch_size=8, micro_batch=4, seq_len=128, max_steps=40, warmup_steps=4,
+    Preset("tiny", batch_size=8, micro_batch=4, seq_len=128, max_steps=60, warmup_steps=6,
            untimed_steps=3, documents=2_400, validation_documents=64, threads=1, seeds=(0,)),
     Preset("full", batch_size=32, micro_batch=16, seq_len=512, max_steps=1_000, warmup_steps=100,
            untimed_steps=20, documents=100_000, validation_documents=512, threads=0, seeds=(0, 1, 2),

@@ -68,6 +68,7 @@ def _matrix(command: argparse.ArgumentParser) -> None:
                          "on a CPU, 1 on a GPU")
     _both(command, "--no-follow-up", action="store_true",
           help="do not run the control configurations of a run that diverged")
+    command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
     command.add_argument("--rerun", action="store_true", help="run again what is already done")
     _both(command, "--dry-run", action="store_true", help="print the plan and stop")
     _own_model(command)

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _command(options.command)(options)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with what is not done yet", file=sys.stderr)
+        print("interrupted: give the same command again", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return OK

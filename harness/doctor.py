@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from bench_cases import DTYPE_CONFIGS
 from harness import doctor_device, doctor_host
 from harness.planning import choose_device, results_folder
 from instrument.environment import version
@@ -43,13 +42,21 @@ def examine(out: Path | None) -> dict[str, object]:
                   "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
                   "triton": version("triton")},
         "cpu": doctor_host.processor(), "memory": doctor_host.memory(),
-        "disk": doctor_host.disk(results_folder(out, device)), "compilers": doctor_host.compilers(),
+        "disk": doctor_host.disk(_results_folder(out, device)), "compilers": doctor_host.compilers(),
         "versions": doctor_host.library_versions(),
         "products": doctor_device.products(device), "attention": doctor_device.attention(device),
         "eight_bit_adamw": doctor_device.eight_bit_adamw(device)}
     findings["configurations"] = doctor_device.configurations(device, findings["eight_bit_adamw"])
     findings["will_not_work"] = will_not_work(findings)
     return findings
+
+
+def _results_folder(out: Path | None, device: torch.device) -> Path:
+    """Where results would go; ``results`` itself when a broken GPU does not even tell its name."""
+    try:
+        return results_folder(out, device)
+    except RuntimeError:
+        return Path("results")
 
 
 def will_not_work(findings: dict) -> list[dict[str, str]]:
@@ -72,9 +79,8 @@ def will_not_work(findings: dict) -> list[dict[str, str]]:
 
 def _gpu_rows(gpu: dict) -> list[dict[str, str]]:
     who, rows, nvml = f"GPU {gpu['index']} ({gpu['name']})", [], gpu["nvml"]
-    if not gpu["compiled_for"]:
-        rows.append(_row(f"fast start on {who}", f"this torch holds no code for capability {gpu['capability']}: its "
-                         "kernels are compiled at first use, or fail"))
+    if not gpu["has_code"]:
+        rows.append(_row(f"torch on {who}", f"this build holds no code for capability {gpu['capability']}"))
     if gpu["card"] is None:
         rows.append(_row(f"estimated time and MFU on {who}", "no published peak is known for this name, and none is guessed"))
     if nvml["compute_mode"] in ("exclusive_process", "prohibited"):
@@ -110,9 +116,3 @@ def _compile_rows(findings: dict) -> list[dict[str, str]]:
 
 def _row(what: str, why: str) -> dict[str, str]:
     return {"what": what, "why": why}
-
-
-def configuration_count(findings: dict) -> str:
-    """``13 of 14 configurations run here``."""
-    supported = sum(row["supported"] for row in findings["configurations"])
-    return f"{supported} of {len(DTYPE_CONFIGS)} configurations run here"

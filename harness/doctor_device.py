@@ -34,20 +34,39 @@ def gpus(nvml: Nvml) -> list[dict[str, object]]:
     """Every GPU that torch sees, in CUDA's order, with NVML's facts by UUID."""
     if not torch.cuda.is_available():
         return []
-    rows = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        card = known_card(properties.name)
-        architecture = f"sm_{properties.major}{properties.minor}"
-        rows.append({
-            "index": index, "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+    return [_gpu(index, nvml) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int, nvml: Nvml) -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(index)
+    capability, card = (properties.major, properties.minor), known_card(properties.name)
+    uuid = getattr(properties, "uuid", None)
+    return {"index": index, "name": properties.name, "capability": "{}.{}".format(*capability),
             "card": card and card.name, "reference_card": bool(card and card.reference),
-            "supports": capability_support(properties.major, properties.minor),
-            "bf16_flops_per_s": card and card.bf16_flops_per_s, "fp16_flops_per_s": card and card.fp16_flops_per_s,
-            "total_bytes": properties.total_memory,
-            "compiled_for": architecture in torch.cuda.get_arch_list(),
-            "nvml": nvml.device(f"GPU-{properties.uuid}")})
-    return rows
+            "supports": capability_support(*capability), "fp16_flops_per_s": card and card.fp16_flops_per_s,
+            "bf16_flops_per_s": card and card.bf16_flops_per_s, "total_bytes": properties.total_memory,
+            "has_code": has_code_for(capability, torch.cuda.get_arch_list()),
+            "nvml": nvml.device(f"GPU-{uuid}")}
+
+
+def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a build for ``["sm_80", "compute_90", ...]`` runs on a card: machine code serves its own
+    major capability from its minor on, and intermediate code every later card."""
+    for entry in built_for:
+        kind, _, number = entry.partition("_")
+        digits = number.rstrip("af")  # sm_90a: code for exactly that capability
+        if not digits.isdigit():
+            continue
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if digits != number:
+            found = capability == (major, minor)
+        elif kind == "compute":
+            found = capability >= (major, minor)
+        else:
+            found = capability[0] == major and capability[1] >= minor
+        if found:
+            return True
+    return False
 
 
 def products(device: torch.device) -> dict[str, str | None]:

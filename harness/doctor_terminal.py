@@ -11,12 +11,11 @@ from rich.table import Table
 
 def show(findings: dict) -> None:
     """Print facts, configurations, and what will not work."""
-    from harness.doctor import configuration_count
-
     console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
     console.print(facts(findings))
     console.print()
-    console.print(f"[bold]{configuration_count(findings)}[/]")
+    supported = sum(row["supported"] for row in findings["configurations"])
+    console.print(f"[bold]{supported} of {len(findings['configurations'])} configurations run here[/]")
     console.print(configurations(findings["configurations"]))
     console.print()
     console.print("[bold]What will not work here, and why[/]")

@@ -30,28 +30,29 @@ class LoopOptions:
 def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches,
           precision: Precision, meter: StepMeter, options: LoopOptions) -> Iterator[Reading]:
     """Train step by step; yields a `Reading` at every log point and ends after a divergence."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
     for step in range(1, options.max_steps + 1):
         lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps,
                            max_steps=options.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = batches.step(step)
-        meter.begin_step(step, lr, batch)
+        scale = precision.loss_scale()
+        meter.begin_step(step, lr, batch, scale)
 
-        for index, micro in enumerate(batch.micro_batches(options.micro_batch)):
+        for micro in batch.micro_batches(options.micro_batch):
             micro = micro.to(precision.device)
             with precision.forward():
                 logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
             precision.check_logits(logits)
             loss = training_loss(logits, micro.targets, loss=case.task.loss, dtype=precision.loss_dtype,
-                                 normalizer=batch.n_targets, valid_vocab=options.valid_vocab)
-            meter.forward(index, logits, micro.targets, loss, options.valid_vocab)
-            precision.backward(loss)
+                                 normalizer=batch.n_targets, valid_vocab=options.valid_vocab,
+                                 loss_scale=scale, stats=meter.next_logits())
+            meter.add_loss(loss)
+            loss.backward()
 
-        scale = precision.unscale(optimizer)
-        norm = meter.gradients(scale)
-        meter.clipped(precision.clip(parameters, norm, options.max_norm))
+        gradients = precision.measure_gradients(optimizer)
+        norm = precision.clip(gradients.total_norm, options.max_norm)
+        meter.gradients(gradients, clip_norm=norm)
         precision.update(optimizer)
         meter.updated()
         optimizer.zero_grad(set_to_none=True)

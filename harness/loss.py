@@ -2,8 +2,10 @@
 
 A micro-batch contributes ``sum over its targets / normalizer``, where the normalizer counts the
 targets of the *whole* step, so that one batch of 32 and four of 8 give the same loss and the
-same gradients. Loss math runs in fp32; a configuration that keeps its loss in 16 bits rounds
-the loss of every row to that dtype, sums in fp32, and rounds the quotient once.
+same gradients. Where a configuration's loss math is fp32, the fused losses of `kernels` compute
+loss, gradient and logit statistics together. A configuration that keeps its loss in 16 bits
+rounds the loss of every row to that dtype, sums in fp32, and rounds the quotient once; its
+statistics are a pass of their own.
 """
 
 from __future__ import annotations
@@ -11,32 +13,48 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels import LogitStats, bce_with_logits, cross_entropy, logit_stats
+
 IGNORE_INDEX = -100
 
 
-def training_loss(logits: torch.Tensor, targets: torch.Tensor, *, loss: str, dtype: torch.dtype,
-                  normalizer: int, valid_vocab: int | None = None) -> torch.Tensor:
+def training_loss(logits: torch.Tensor, targets: torch.Tensor, *, loss: str, dtype: torch.dtype, normalizer: int,
+                  valid_vocab: int | None = None, loss_scale: torch.Tensor | None = None,
+                  stats: LogitStats | None = None) -> torch.Tensor:
     """A micro-batch's share of the step's loss, a scalar of ``dtype``.
 
     ``logits`` (..., V) with ``targets`` (...) int64 for ``cross_entropy`` (-100 is ignored), or
     (B, C) with (B, C) for ``bce_with_logits``. Columns from ``valid_vocab`` on are padding and
-    take no part.
+    take no part. ``loss_scale``, a device scalar, multiplies the gradient before it is rounded and
+    leaves the loss alone, so call ``backward()`` on the result as it is. ``stats`` gets the
+    statistics of the logits whose target counts.
     """
     if loss == "cross_entropy":
-        rows = logits.flatten(0, -2)[:, :valid_vocab]
-        total = _cross_entropy_sum(rows, targets.flatten(), dtype)
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+    if dtype != torch.float32:
+        if stats is not None:
+            logit_stats(_counted(logits.detach(), targets, valid_vocab), stats)
+        return (_sum_of_rounded_rows(logits, targets, loss, dtype, valid_vocab) / normalizer).to(dtype)
+    options = {"normalizer": normalizer, "stats": stats,
+               "grad_scale": None if loss_scale is None else loss_scale / normalizer}
+    if loss == "cross_entropy":
+        return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, valid_vocab=valid_vocab, **options)
+    return bce_with_logits(logits, targets, **options)
+
+
+def _sum_of_rounded_rows(logits: torch.Tensor, targets: torch.Tensor, loss: str, dtype: torch.dtype,
+                         valid_vocab: int | None) -> torch.Tensor:
+    """The fp32 sum of per-row losses that were rounded to ``dtype``."""
+    if loss == "cross_entropy":
+        rows = F.cross_entropy(logits[:, :valid_vocab], targets, ignore_index=IGNORE_INDEX, reduction="none")
     else:
-        total = _bce_sum(logits, targets, dtype)
-    return (total / normalizer).to(dtype)
+        rows = F.binary_cross_entropy_with_logits(logits, targets.to(dtype), reduction="none")
+    return rows.float().sum()
 
 
-def _cross_entropy_sum(rows: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.float32:
-        return F.cross_entropy(rows.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return F.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX, reduction="none").float().sum()
-
-
-def _bce_sum(logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.float32:
-        return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
-    return F.binary_cross_entropy_with_logits(logits, targets.to(dtype), reduction="none").float().sum()
+def _counted(logits: torch.Tensor, targets: torch.Tensor, valid_vocab: int | None) -> torch.Tensor:
+    """The logits that count: ignored rows as zeros, pad columns cut off."""
+    values = logits[:, :valid_vocab]
+    if targets.dtype != torch.int64 or targets.ndim != 1:
+        return values
+    return values.masked_fill((targets == IGNORE_INDEX).unsqueeze(1), 0)

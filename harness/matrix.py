@@ -33,7 +33,7 @@ def matrix_command(options: argparse.Namespace) -> int:
     done = {s.run_id: record for s in planned
             if not options.rerun and (record := settled(finished_run(out, s.run_id))) is not None}
     todo = [settings for settings in planned if settings.run_id not in done]
-    screen = MatrixScreen(planned, done, out, jobs)
+    screen = MatrixScreen(planned, done, out, jobs, picture=options.svg)
     if options.dry_run:
         screen.plan(todo)
         return OK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -15,14 +17,16 @@ from rich.text import Text
 
 from harness.pool import Pool, Running
 from harness.settings import RunSettings
-from harness.stability import STYLES, cell_text, stability_table
+from harness.stability import STYLES, cell_words, stability_table
 from instrument.records import RunRecord
 
 
 class MatrixScreen:
     """Progress of a matrix on standard error."""
 
-    def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int) -> None:
+    def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int, *,
+                 picture: Path | None = None) -> None:
+        self.picture = picture
         self.console = Console(stderr=True, highlight=False)
         self.out = out
         self.jobs = jobs
@@ -63,10 +67,10 @@ class MatrixScreen:
     def ended(self, record: RunRecord, duration_s: float) -> None:
         """A run is over: one line."""
         self.durations_s.append(duration_s)
-        words, status = cell_text([record])
+        *words, status = cell_words([record])
         line = Text.assemble(f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
                              f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
-                             (words, STYLES.get(status, "yellow")), f"  {duration_s:.1f} s")
+                             (" ".join(filter(None, words)), STYLES.get(status, "yellow")), f"  {duration_s:.1f} s")
         self.console.print(line, soft_wrap=True)
         if record.status == "error":
             self.console.print(f"          {record.error}", style="yellow", markup=False, soft_wrap=True)
@@ -75,7 +79,10 @@ class MatrixScreen:
         """The stability matrix, the last words."""
         records = list(records)
         if records:
-            self.console.print(stability_table(records, f"Stability: {len(records)} runs"))
+            table = stability_table(records, f"Stability: {len(records)} runs")
+            self.console.print(table)
+            if self.picture is not None:
+                draw(table, self.picture)
         self.console.print(f"{len(self.durations_s)} runs in {time.monotonic() - self._began_s:.0f} s; "
                            f"rows in {self.out / 'results.jsonl'}", soft_wrap=True)
 
@@ -106,3 +113,11 @@ class MatrixScreen:
             return (name, f"0/{s.max_steps}", "", "", "")
         rate = step.tokens / step.step_time_s if step.step_time_s else 0
         return (name, f"{step.step}/{s.max_steps}", f"{step.loss:.4g}", f"{step.logit_absmax:.3g}", f"{rate:,.0f}")
+
+
+def draw(table: Table, path: Path) -> None:
+    """The table as an SVG picture that refers to nothing outside itself."""
+    console = Console(record=True, width=86, file=io.StringIO(), force_terminal=True)
+    console.print(table)
+    svg = console.export_svg(title="python -m harness matrix", unique_id="stability")
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "DejaVu Sans Mono"))

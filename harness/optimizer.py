@@ -41,7 +41,7 @@ def adamw_for(implementation: str, parameters: list[torch.nn.Parameter], *, lr: 
         return Fp32StatesAdamW(groups, **options)
     if implementation == "stochastic_rounding":
         return StochasticRoundingAdamW(groups, **options, seed=seed)
-    return _eight_bit()(groups, **options)
+    return eight_bit_adamw()(groups, **options)
 
 
 def state_dtypes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -56,7 +56,15 @@ def state_dtypes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return counts
 
 
-def _eight_bit() -> type[torch.optim.Optimizer]:
+def zero_share(optimizer: torch.optim.Optimizer) -> float | None:
+    """Share of ``exp_avg_sq`` that is exactly 0: where (1 - beta2) g^2 underflowed, or no gradient ever
+    came. None when no floating-point one exists (8-bit states are codes, and no step has none)."""
+    squares = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
+    total = sum(tensor.numel() for tensor in squares)
+    return sum(int((tensor == 0).sum()) for tensor in squares) / total if total else None
+
+
+def eight_bit_adamw() -> type[torch.optim.Optimizer]:
     """bitsandbytes' AdamW; imported late because its import initialises CUDA (pytorch forks)."""
     import logging
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import torch
+
 from harness.settings import RunSettings
 from instrument.records import RunRecord, StepRecord
 
@@ -47,7 +49,8 @@ class Pool:
         self.jobs = jobs
         self.running: list[Running] = []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["harness.worker"])
+        self._context.set_forkserver_preload(
+            ["harness.worker" if torch.cuda.is_available() else "harness.worker_without_gpu"])
 
     def run(self, tick: Callable[[], None], seconds_between_ticks: float = 0.25) -> Iterator[Ended]:
         """Yield every run as it ends; ``tick`` is called while waiting. Leaves no process behind."""

@@ -2,7 +2,7 @@
 
 `Precision` is made once per run: it refuses what the device cannot do (`Unsupported`, with the
 reason; never an approximation under the same name), sets and proves the global switches, and
-then gives the loop its verbs: `prepare`, `forward`, `backward`, `unscale`, `clip`, `update`.
+then gives the loop its verbs: `prepare`, `forward`, `measure_gradients`, `clip`, `update`.
 Everything it decided stands in ``flags``, which goes into the run's record.
 """
 
@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench_cases import DtypeConfig
 from harness import fp16_products, switches
+from harness.loss_scaler import MeasuringGradScaler, gradients_of
 from harness.optimizer import OptimizerUnavailable, adamw_for
+from kernels import TensorStats, multi_tensor_stats
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -42,7 +44,7 @@ class Precision:
         self.logits_dtype = DTYPES[config.head]
         self.loss_dtype = DTYPES[config.loss]
         self.attention = DEFAULT_ATTENTION[device.type] if attention == "auto" else attention
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_LOSS_SCALE) if config.scaler else None
+        self.scaler = MeasuringGradScaler(device.type, init_scale=FIRST_LOSS_SCALE) if config.scaler else None
         self.flags: dict[str, object] = {"switches": switches.set_switches(device, tf32=config.tf32,
                                                                          threads=threads),
                                          "attention": self.attention,
@@ -67,14 +69,16 @@ class Precision:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move the model to the device in the weights' dtype and set the head's."""
         model.head_dtype = torch.float32 if self.config.head != self.config.compute else None
-        return model.to(device=self.device, dtype=self.weights_dtype)
+        model = model.to(device=self.device, dtype=self.weights_dtype)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.scaler is not None:
+            self.scaler.measured = self.parameters
+        return model
 
-    def make_optimizer(self, model: nn.Module, *, lr: float, weight_decay: float,
-                       seed: int) -> torch.optim.Optimizer:
-        """AdamW in the configuration's implementation over the model's trainable parameters."""
-        trainable = [p for p in model.parameters() if p.requires_grad]
+    def make_optimizer(self, *, lr: float, weight_decay: float, seed: int) -> torch.optim.Optimizer:
+        """AdamW in the configuration's implementation over the prepared model's trainable parameters."""
         try:
-            return adamw_for(self.config.optimizer, trainable, lr=lr, eps=self.config.eps,
+            return adamw_for(self.config.optimizer, self.parameters, lr=lr, eps=self.config.eps,
                              weight_decay=weight_decay, seed=seed)
         except OptimizerUnavailable as error:
             raise Unsupported(str(error)) from error
@@ -92,29 +96,29 @@ class Precision:
         if logits.dtype != self.logits_dtype:
             raise switches.SwitchError(f"{self.config.id}: logits are {logits.dtype}, declared {self.logits_dtype}")
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backward of a micro-batch's share of the loss, under the loss scale where there is one."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def loss_scale(self) -> torch.Tensor | None:
+        """The scale that the gradients of this step are multiplied by: a device scalar, read without a
+        sync, or None without a scaler."""
+        return None if self.scaler is None else self.scaler.scale_now(self.device)
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
-        """Divide the gradients by the loss scale. Returns the scale at which backward ran as a
-        device scalar, without a sync; None without a scaler."""
+    def measure_gradients(self, optimizer: torch.optim.Optimizer) -> TensorStats:
+        """Statistics of the true gradients, which are unscaled in the same pass where there is a scale.
+        Underflow is counted at the scale at which backward ran."""
         if self.scaler is None:
-            return None
-        scale = self.scaler.scale(torch.ones((), device=self.device))
+            return multi_tensor_stats(gradients_of(self.parameters))
         self.scaler.unscale_(optimizer)
-        return scale
+        return self.scaler.gradient_stats
 
-    def clip(self, parameters: list[nn.Parameter], norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    def clip(self, norm: torch.Tensor, max_norm: float) -> torch.Tensor:
         """Scale the gradients so that their global norm is at most ``max_norm``; returns the norm used.
 
         ``norm`` is accumulated so that it cannot overflow. A configuration that clips in fp16
         computes its own, as a plain fp16 loop would.
         """
         if self.config.clip == "fp16":
-            return nn.utils.clip_grad_norm_(parameters, max_norm)
+            return nn.utils.clip_grad_norm_(self.parameters, max_norm)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-        torch._foreach_mul_([p.grad for p in parameters], factor)
+        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
         return norm
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:

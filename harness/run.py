@@ -20,10 +20,10 @@ from bench_cases.data.tokenized import TokenizedData
 from bench_cases.models import ModelRequest, build_model, weights_sha256
 from harness.evaluate import evaluate
 from harness.loop import LoopOptions, train
-from harness.optimizer import state_dtypes
+from harness.optimizer import state_dtypes, zero_share
 from harness.planning import data_options
 from harness.precision import Precision, Unsupported
-from harness.run_folder import RunFolder
+from harness.run_folder import RunFolder, write_machine
 from harness.settings import MAX_NORM, RunSettings
 from instrument.environment import capture, device_slug
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
@@ -61,6 +61,7 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     model = build_model(model_request(settings, data))
     outcome.timings_s["model"] = time.perf_counter() - started_s - outcome.timings_s["data"]
     folder = RunFolder(out, settings.run_id)
+    write_machine(out, capture(torch.device(settings.device)))
     try:
         _train_and_evaluate(settings, data, model, folder, outcome, progress)
     except Unsupported as error:
@@ -115,8 +116,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
         outcome.flags |= precision.flags
         outcome.facts |= {"attention_backend": precision.attention, "autocast": precision.autocast_name}
         model = precision.prepare(model)
-        optimizer = precision.make_optimizer(model, lr=settings.lr, weight_decay=settings.case.weight_decay,
-                                             seed=settings.seed)
+        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay, seed=settings.seed)
         run = torch.compile(model) if settings.compile else model
         valid_vocab = data.valid_vocab if settings.case.task.head != "classification" else None
 
@@ -130,7 +130,8 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
             _add(outcome.timings_s, "evaluation", time.perf_counter() - began)
 
         evaluation(0)
-        meter = StepMeter(model, optimizer, device, window=_window(settings), warmup_steps=settings.warmup_steps)
+        meter = StepMeter(model, optimizer, device, window=_window(settings),
+                          micro_batches=settings.batch_size // settings.micro_batch, warmup_steps=settings.warmup_steps)
         options = LoopOptions(max_steps=settings.max_steps, warmup_steps=settings.warmup_steps,
                               micro_batch=settings.micro_batch, peak_lr=settings.lr, max_norm=MAX_NORM,
                               valid_vocab=valid_vocab)
@@ -145,7 +146,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
                     and step < settings.max_steps:
                 evaluation(step)
             began = time.perf_counter()
-        outcome.flags["optimizer_states"] = state_dtypes(optimizer)
+        outcome.flags |= {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
         if outcome.divergence is None:
             evaluation(settings.max_steps)
             outcome.facts["final_weights_sha256"] = weights_sha256(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,12 @@ def require_writable(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def write_machine(out: Path, facts: dict[str, object]) -> None:
+    """``machine.json``: the machine that the folder's runs were made on, written once."""
+    if not (out / "machine.json").exists():
+        replace(out / "machine.json", json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def finished_run(out: Path, run_id: str) -> RunRecord | None:

@@ -8,6 +8,8 @@ from bench_cases import CASES, DTYPE_CONFIGS
 from instrument.records import RunRecord
 
 STYLES = {"completed": "green", "diverged": "bold red", "unsupported": "dim", "preempted": "yellow"}
+PHASES = {"optimizer": "optim"}
+LEGEND = "✓ validation loss (F1 micro)   ✗ what @step, phase of the first non-finite value   – unsupported"
 SIGNS = {"completed": "✓", "diverged": "✗", "unsupported": "–", "preempted": "…"}
 
 
@@ -23,43 +25,45 @@ def _place(name: str, registry: dict) -> tuple[int, str]:
     return (list(registry).index(name) if name in registry else len(registry), name)
 
 
-def cell_text(runs: list[RunRecord]) -> tuple[str, str]:
-    """(words, status that decides the colour) of one cell; several seeds read ``2/3 …``."""
+def cell_words(runs: list[RunRecord]) -> tuple[str, str, str]:
+    """(outcome, detail, status that decides the colour) of one cell; several seeds read ``✗ 2/3 …``."""
     worst = next((run for run in runs if run.status not in ("completed", "unsupported")), runs[0])
     same = sum(run.status == worst.status for run in runs)
-    share = f" {same}/{len(runs)}" if len(runs) > 1 else ""
-    return f"{SIGNS.get(worst.status, '!')}{share} {_outcome(worst)}", worst.status
+    share = f"{same}/{len(runs)} " if len(runs) > 1 else ""
+    outcome, detail = _outcome(worst)
+    return f"{SIGNS.get(worst.status, '!')} {share}{outcome}", detail, worst.status
 
 
-def _outcome(run: RunRecord) -> str:
-    """A run's end in a few characters."""
+def _outcome(run: RunRecord) -> tuple[str, str]:
+    """A run's end in two short pieces."""
     if run.status == "completed":
-        if run.f1_micro is not None:
-            return f"loss {run.val_loss:.3g} F1 {run.f1_micro:.2f}"
-        return f"loss {run.val_loss:.3g}" if run.val_loss is not None else "done"
+        loss = f"{run.val_loss:.3g}" if run.val_loss is not None else "done"
+        return loss, f"F1 {run.f1_micro:.2f}" if run.f1_micro is not None else ""
     if run.status == "diverged":
         first = run.first_nonfinite
-        return f"{first.kind} @ {run.divergence_step} {first.phase}" if first else f"exploded @ {run.divergence_step}"
-    return run.status
+        return (f"{first.kind} @{run.divergence_step}", PHASES.get(first.phase, first.phase)) if first else \
+            (f"loss up @{run.divergence_step}", "")
+    return run.status, ""
 
 
 def stability_table(records: Iterable[RunRecord], title: str):
-    """The matrix as a rich table: configurations down, cases across."""
+    """The matrix as a rich table, within 80 columns for the six cases: configurations down, cases across."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     cells = stability_cells(records)
     cases = sorted({case for _, case in cells}, key=lambda case: _place(case, CASES))
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+                  padding=(0, 1, 0, 0), caption=LEGEND, caption_justify="left")
+    table.add_column("", no_wrap=True)
     for case in cases:
-        table.add_column(case.replace("_multi", "\nmulti").replace("_single", "\nsingle").replace("_clm", "\nclm")
-                         .replace("_mlm", "\nmlm"))
+        arch, _, task = case.partition("_")
+        table.add_column(overflow="fold", header=f"{arch}\n{task.replace('_cls', '').replace('_', ' ')}")
     for config in dict.fromkeys(config for config, _ in cells):
         row = []
         for case in cases:
-            words, status = cell_text(cells[config, case]) if (config, case) in cells else ("", "missing")
-            row.append(Text(words, style=STYLES.get(status, "yellow")))
+            *words, status = cell_words(cells[config, case]) if (config, case) in cells else ("", "", "missing")
+            row.append(Text("\n".join(filter(None, words)), style=STYLES.get(status, "yellow")))
         table.add_row(config, *row)
     return table

@@ -9,6 +9,7 @@ first non-finite value is exact whatever the window, because every step has its 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,17 +17,12 @@ import torch
 from instrument.explosion import ExplosionDetector
 from instrument.records import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
 from instrument.step_clock import StepClock
-from kernels import multi_tensor_stats
+from kernels import LogitStats, TensorStats, multi_tensor_stats
 
-FP16_MAX = 65_504.0
-UNDERFLOW = 2.0**-24
-
-COLUMNS = ("loss", "logit_absmax", "logit_nonfinite", "logit_over_fp16", "logit_microbatch", "logit_nan",
-           "loss_microbatch", "grad_norm", "grad_absmax", "grad_nonfinite", "grad_below", "grad_nonzero",
-           "loss_scale", "grad_tensor", "grad_nan", "clip_norm",
-           "state_tensor", "state_nan", "param_tensor", "param_nan")
-"""One ring row, float64. ``*_tensor`` is the index of the first non-finite tensor or -1,
-``*_nan`` how many NaN it holds beyond its infinities, ``*_microbatch`` the first bad one or -1."""
+COLUMNS = ("loss", "loss_microbatch", "loss_scale", "grad_norm", "grad_absmax", "grad_nonfinite", "grad_below",
+           "grad_nonzero", "grad_tensor", "grad_nan", "clip_norm", "state_tensor", "state_nan", "param_tensor", "param_nan")
+"""One ring row, float64. ``*_tensor`` is the index of the first non-finite tensor of its list or -1,
+``*_nan`` how many NaN it holds beyond its infinities, ``loss_microbatch`` the first bad one or -1."""
 
 
 @dataclass
@@ -40,6 +36,7 @@ class StepFacts:
     real_tokens: int
     seq_len: int
     clock: StepClock
+    micro_batches: int = 0
     allocated_bytes: int | None = None
 
 
@@ -62,16 +59,19 @@ class Reading:
 
 
 class StepMeter:
-    """Statistics of the steps of one run. ``window`` steps are read at a time."""
+    """Statistics of the steps of one run. ``window`` steps of at most ``micro_batches`` micro-batches are
+    read at a time."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *,
-                 window: int, warmup_steps: int) -> None:
+                 window: int, micro_batches: int, warmup_steps: int) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = optimizer
         self.device = device
         self.window = window
+        self._logits = LogitStats(device, slots=window * micro_batches)
+        self._slots_used = 0
         self._ring = torch.zeros(window, len(COLUMNS), dtype=torch.float64, device=device)
         self._pending: list[StepFacts] = []
         self._row: dict[str, torch.Tensor] = {}
@@ -80,61 +80,49 @@ class StepMeter:
         self._explosion = ExplosionDetector(warmup_steps)
         self._states: list[tuple[str, str, torch.Tensor]] = []
 
-    def begin_step(self, step: int, lr: float, batch) -> None:
-        """Start the clock of attempted update ``step``; ``batch`` is the whole step's."""
+    def begin_step(self, step: int, lr: float, batch, loss_scale: torch.Tensor | None) -> None:
+        """Start the clock of attempted update ``step``; ``batch`` is the whole step's, ``loss_scale`` a
+        device scalar or None."""
         self._facts = StepFacts(step, lr, batch.samples, batch.tokens, batch.real_tokens, batch.seq_len,
                                 StepClock(self.device))
-        self._row = {"loss": self._zero, "logit_absmax": self._zero, "logit_nonfinite": self._zero,
-                     "logit_nan": self._zero, "logit_over_fp16": self._zero,
-                     "logit_microbatch": self._none, "loss_microbatch": self._none}
+        self._row = {"loss": self._zero, "loss_microbatch": self._none,
+                     "loss_scale": self._none if loss_scale is None else loss_scale}
+
+    def next_logits(self) -> LogitStats:
+        """The accumulator for the next micro-batch's logits: each has a slot of its own."""
+        if self._slots_used:
+            self._logits.advance()
+        self._slots_used += 1
+        return self._logits
 
     @torch.no_grad()
-    def forward(self, index: int, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor,
-                valid_vocab: int | None) -> None:
-        """A micro-batch's logits (..., V) and its share of the loss."""
-        row = self._row
-        absmax, nan, infinite, over = logit_statistics(logits, targets, valid_vocab)
-        row["loss"] = row["loss"] + loss.detach().double()
-        row["logit_absmax"] = torch.maximum(row["logit_absmax"], absmax)
-        row["logit_nonfinite"] = row["logit_nonfinite"] + nan + infinite
-        row["logit_nan"] = row["logit_nan"] + nan - infinite
-        row["logit_over_fp16"] = row["logit_over_fp16"] + over
-        for column, bad in (("logit_microbatch", nan + infinite > 0), ("loss_microbatch", ~loss.detach().isfinite())):
-            first_seen = torch.where((row[column] < 0) & bad, float(index), row[column])
-            row[column] = first_seen.double()
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """The share of the step's loss of the micro-batch whose logits came last."""
+        loss, row = loss.detach(), self._row
+        first_bad = (row["loss_microbatch"] < 0) & ~loss.isfinite()
+        row["loss_microbatch"] = torch.where(first_bad, float(self._facts.micro_batches), row["loss_microbatch"])
+        row["loss"] = row["loss"] + loss
+        self._facts.micro_batches += 1
 
     @torch.no_grad()
-    def gradients(self, loss_scale: torch.Tensor | None) -> torch.Tensor:
-        """Unscaled gradients before clipping; returns their global norm, a 0-d device tensor.
-
-        ``loss_scale``: the scale at which backward ran, since underflow happened at that scale.
-        """
-        grads = [p.grad for p in self.parameters]
-        scale = self._zero + 1 if loss_scale is None else loss_scale.double()
-        stats = multi_tensor_stats(grads, underflow_below=UNDERFLOW / scale)
+    def gradients(self, stats: TensorStats, *, clip_norm: torch.Tensor) -> None:
+        """Statistics of the true gradients before clipping, in the order of the model's parameters, and
+        the norm that clipping used (another where it is computed in fp16)."""
         self._row |= {
             "grad_norm": stats.total_norm, "grad_absmax": stats.total_absmax,
-            "grad_nonfinite": (stats.total_nan + stats.total_inf).double(),
-            "grad_below": stats.total_below.double(),
-            "grad_nonzero": (stats.total_numel - stats.total_zeros).double(),
-            "loss_scale": self._none if loss_scale is None else scale,
-            "clip_norm": stats.total_norm,
+            "grad_nonfinite": stats.total_nan + stats.total_inf, "grad_below": stats.total_below,
+            "grad_nonzero": stats.total_numel - stats.total_zeros, "clip_norm": clip_norm,
             **self._first("grad", stats),
         }
-        return stats.total_norm
-
-    def clipped(self, norm: torch.Tensor) -> None:
-        """The norm that clipping used, where it is not `gradients`' own."""
-        self._row["clip_norm"] = norm.double()
 
     @torch.no_grad()
     def updated(self) -> None:
         """Parameters and optimizer states behind the update."""
-        self._row |= self._first("param", multi_tensor_stats(self.parameters))
+        self._row |= self._first("param", multi_tensor_stats(self.parameters, counts=False))
         if not self._states:
             self._states = float_states(self.optimizer, self.parameters, self.names)
         if self._states:
-            self._row |= self._first("state", multi_tensor_stats([tensor for *_, tensor in self._states]))
+            self._row |= self._first("state", multi_tensor_stats([tensor for *_, tensor in self._states], counts=False))
         else:  # a skipped first step leaves no states behind
             self._row |= {"state_tensor": self._none, "state_nan": self._zero}
 
@@ -154,12 +142,10 @@ class StepMeter:
     def read(self) -> Reading:
         """Decode the pending rows (the only sync) up to and with the step that diverged."""
         reading = Reading()
-        rows = self._ring[:len(self._pending)].tolist()
-        for facts, values in zip(self._pending, rows, strict=True):
-            row = dict(zip(COLUMNS, values, strict=True))
-            record = self._record(facts, row)
+        for facts, row, logits in self._pending_rows():
+            record = self._record(facts, row, logits)
             reading.steps.append(record)
-            found = self._first_nonfinite(facts.step, row)
+            found = self._first_nonfinite(facts.step, row, logits)
             if record.step_skipped:
                 reading.events.append(EventRecord(step=facts.step, kind="scaler_skip", detail={
                     "loss_scale": row["loss_scale"], "grad_nonfinite": int(row["grad_nonfinite"]),
@@ -173,21 +159,32 @@ class StepMeter:
         self._pending.clear()
         return reading
 
-    def _first(self, kind: str, stats) -> dict[str, torch.Tensor]:
-        """Index of the first non-finite tensor of a list, and whether NaN prevails in it."""
-        index = stats.first_nonfinite_index
-        at = index.clamp(min=0).view(1)
-        nan_surplus = (stats.nan - stats.inf).index_select(0, at).squeeze(0)
-        return {f"{kind}_tensor": index.double(), f"{kind}_nan": nan_surplus.double()}
+    def _pending_rows(self) -> Iterator[tuple[StepFacts, dict[str, float], list[dict]]]:
+        """The pending steps: host facts, ring row, and the logit statistics of each micro-batch."""
+        rows = self._ring[:len(self._pending)].tolist()
+        slots = iter(self._logits.read_async()() if self._slots_used else [])
+        self._logits.reset()
+        self._slots_used = 0
+        for facts, values in zip(self._pending, rows, strict=True):
+            yield facts, dict(zip(COLUMNS, values, strict=True)), [next(slots) for _ in range(facts.micro_batches)]
 
-    def _record(self, facts: StepFacts, row: dict[str, float]) -> StepRecord:
+    @staticmethod
+    def _first(kind: str, stats: TensorStats) -> dict[str, torch.Tensor]:
+        """Index of the first non-finite tensor of a list, and by how many NaN prevail in it."""
+        index = stats.first_nonfinite_index
+        surplus = (stats.nan - stats.inf).index_select(0, index.clamp(min=0).view(1)).squeeze(0)
+        return {f"{kind}_tensor": index, f"{kind}_nan": surplus}
+
+    @staticmethod
+    def _record(facts: StepFacts, row: dict[str, float], logits: list[dict]) -> StepRecord:
         scaled = row["loss_scale"] >= 0
         return StepRecord(
             step=facts.step, loss=row["loss"], lr=facts.lr, grad_norm=row["grad_norm"],
             grad_absmax=row["grad_absmax"], grad_nonfinite=int(row["grad_nonfinite"]),
             grad_underflow_frac=row["grad_below"] / row["grad_nonzero"] if row["grad_nonzero"] else None,
-            logit_absmax=row["logit_absmax"], logit_nonfinite=int(row["logit_nonfinite"]),
-            logit_over_fp16=int(row["logit_over_fp16"]), loss_scale=row["loss_scale"] if scaled else None,
+            logit_absmax=max((s["absmax"] for s in logits if s["absmax"] is not None), default=None),
+            logit_nonfinite=sum(s["nan"] + s["pos_inf"] + s["neg_inf"] for s in logits),
+            logit_over_fp16=sum(s["over_fp16"] for s in logits), loss_scale=row["loss_scale"] if scaled else None,
             step_skipped=scaled and row["grad_nonfinite"] > 0, step_time_s=facts.clock.seconds(),
             samples=facts.samples, tokens=facts.tokens, real_tokens=facts.real_tokens,
             seq_len=facts.seq_len, allocated_bytes=facts.allocated_bytes)
@@ -198,60 +195,44 @@ class StepMeter:
         return (not math.isfinite(row["loss"]) or (row["grad_nonfinite"] > 0 and not record.step_skipped)
                 or row["param_tensor"] >= 0 or row["state_tensor"] >= 0)
 
-    def _first_nonfinite(self, step: int, row: dict[str, float]) -> FirstNonfinite | None:
+    def _first_nonfinite(self, step: int, row: dict[str, float], logits: list[dict]) -> FirstNonfinite | None:
         """The earliest phase of the step that shows a non-finite value."""
-        if row["logit_microbatch"] >= 0:
-            return _found(step, "forward", "head", "output", row["logit_nan"], microbatch=int(row["logit_microbatch"]))
+        for index, slot in enumerate(logits):
+            counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
+            if any(counts.values()):
+                return _found(step, "forward", "output", max(counts, key=counts.get), module="head", microbatch=index)
         if not math.isfinite(row["loss"]):
-            return _found(step, "loss", None, "output", math.nan, kind=nonfinite_name(row["loss"]),
-                          microbatch=None if row["loss_microbatch"] < 0 else int(row["loss_microbatch"]))
+            microbatch = None if row["loss_microbatch"] < 0 else int(row["loss_microbatch"])
+            return _found(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch)
         if row["grad_tensor"] >= 0:
-            return self._parameter(step, "backward", "grad", row["grad_tensor"], row["grad_nan"])
-        if not math.isfinite(row["clip_norm"]) and math.isfinite(row["grad_norm"]) and row["param_tensor"] >= 0:
-            return _found(step, "clip", None, "grad_norm", math.nan, kind=nonfinite_name(row["clip_norm"]))
+            index = int(row["grad_tensor"])
+            return _found(step, "backward", "grad", _prevailing(row["grad_nan"]), **self._place(index))
+        if not math.isfinite(row["clip_norm"]) and row["param_tensor"] >= 0:
+            return _found(step, "clip", "grad_norm", nonfinite_name(row["clip_norm"]))
         if row["state_tensor"] >= 0:
             name, tensor, value = self._states[int(row["state_tensor"])]
-            return _found(step, "optimizer", name.rpartition(".")[0], tensor, row["state_nan"], dtype=value.dtype)
+            return _found(step, "optimizer", tensor, _prevailing(row["state_nan"]), module=name.rpartition(".")[0],
+                          dtype=value.dtype)
         if row["param_tensor"] >= 0:
-            return self._parameter(step, "optimizer", "param", row["param_tensor"], row["param_nan"])
+            return _found(step, "optimizer", "param", _prevailing(row["param_nan"]), **self._place(int(row["param_tensor"])))
         return None
 
-    def _parameter(self, step: int, phase: str, tensor: str, index: float, nan: float) -> FirstNonfinite:
-        name = self.names[int(index)]
-        return _found(step, phase, name.rpartition(".")[0], tensor, nan, dtype=self.parameters[int(index)].dtype)
+    def _place(self, index: int) -> dict[str, object]:
+        return {"module": self.names[index].rpartition(".")[0], "dtype": self.parameters[index].dtype}
 
 
-def _found(step: int, phase: str, module: str | None, tensor: str, nan_surplus: float, *, kind: str | None = None,
+def _prevailing(nan_surplus: float) -> str:
+    """The kind of a tensor with ``nan_surplus`` more NaN than infinities."""
+    return "nan" if nan_surplus > 0 else "inf"
+
+
+def _found(step: int, phase: str, tensor: str, kind: str, *, module: str | None = None,
            microbatch: int | None = None, dtype: torch.dtype | None = None) -> FirstNonfinite:
     """A record with what the meter knows; op, cause and headroom are the replay's to fill."""
     return FirstNonfinite(
         step=step, microbatch=microbatch, phase=phase, phase_surfaced=phase, module=module, op=None,
-        tensor=tensor, source_tensor=None, kind=kind or ("nan" if nan_surplus > 0 else "inf"),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."), cause=None,
-        input_absmax=None, headroom_bits=None)
-
-
-def logit_statistics(logits: torch.Tensor, targets: torch.Tensor,
-                     valid_vocab: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(largest finite |x|, NaN count, Inf count, finite beyond 65,504), 0-d float64 tensors.
-
-    Rows whose target is ignored and the vocabulary's pad columns take no part.
-    """
-    values = logits.detach()[..., :valid_vocab].flatten(0, -2)
-    if targets.dtype == torch.int64:
-        rows = (targets.flatten() != -100).unsqueeze(1)
-        values = torch.where(rows, values, torch.zeros((), dtype=values.dtype, device=values.device))
-    low, high = values.aminmax()  # both NaN when any element is
-    magnitude = torch.maximum(high, -low)
-    if values.device.type == "cpu" and bool(magnitude.isfinite()):  # reading costs nothing here
-        zero = torch.zeros((), dtype=torch.float64)
-        over = (values.abs() > FP16_MAX).sum().double() if magnitude > FP16_MAX else zero
-        return magnitude.double(), zero, zero, over
-    sizes = values.abs()
-    finite = sizes.isfinite()
-    nan, infinite = sizes.isnan().sum(), sizes.isinf().sum()
-    largest = torch.where(finite, sizes, torch.zeros_like(sizes)).amax()
-    return largest.double(), nan.double(), infinite.double(), (finite & (sizes > FP16_MAX)).sum().double()
+        tensor=tensor, source_tensor=None, kind=kind, dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        cause=None, input_absmax=None, headroom_bits=None)
 
 
 def float_states(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor],

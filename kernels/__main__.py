@@ -98,7 +98,7 @@ def _bench(args) -> int:
 
 def _line(*cells) -> str:
     widths = (21, 27, 18, 6, 10, 8, 15, 7, 20)
-    return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip()
+    return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)).rstrip()
 
 
 def _words(row: "bench.BenchRow") -> str:

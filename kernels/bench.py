@@ -188,10 +188,10 @@ def _row(ours: BenchArm, name: str, bytes_moved: int, times: dict, device: str) 
     if name == ours.name:
         if "copy" in times:
             share = median_interval([copy / our for our, copy in times["copy"]])
-            values |= dict(zip(("share_of_copy", "share_of_copy_low", "share_of_copy_high"), share))
+            values |= dict(zip(("share_of_copy", "share_of_copy_low", "share_of_copy_high"), share, strict=True))
     else:
         ratio = median_interval([theirs / our for our, theirs in pairs])
-        values |= dict(zip(("time_over_ours", "time_over_ours_low", "time_over_ours_high"), ratio))
+        values |= dict(zip(("time_over_ours", "time_over_ours_low", "time_over_ours_high"), ratio, strict=True))
     return BenchRow(ours.op, ours.case, name, device, "measured", **values)
 
 

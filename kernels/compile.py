@@ -116,10 +116,9 @@ def compile_one(spec: CompileSpec, arch: str) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
-    loads, stores, local = read_sass(sass)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+        dump = _cuobjdump(file.name)
+    loads, stores, local = read_sass(dump)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", dump).group(1)) for name in ("REG", "STACK"))
     return Compiled(
         kernel=spec.kernel,
         arch=arch,
@@ -180,7 +179,7 @@ def _cubin(spec: CompileSpec, arch: str) -> tuple[bytes, int]:
         fn=fn,
         signature={name: "constexpr" if name in constexprs else spec.signature[name] for name in fn.arg_names},
         constexprs={(order[name],): value for name, value in constexprs.items()},
-        attrs={(order[name],): [["tt.divisibility", 16]] for name in spec.divisible},
+        attrs={(order[name],): [["tt.divisibility", 16]] for name in spec.divisible if name not in constexprs},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
@@ -190,13 +189,14 @@ def _cubin(spec: CompileSpec, arch: str) -> tuple[bytes, int]:
     return kernel.asm["cubin"], kernel.metadata.shared
 
 
-def _cuobjdump(flag: str, path: str) -> str:
+def _cuobjdump(path: str) -> str:
+    """Resource usage and machine code, as text."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     try:
-        return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError as e:
         raise CompileError(f"the triton package carries no cuobjdump at {tool}") from e
     except subprocess.CalledProcessError as e:
-        raise CompileError(f"cuobjdump {flag} failed: {e.stderr.strip()}") from e
+        raise CompileError(f"cuobjdump failed: {e.stderr.strip()}") from e

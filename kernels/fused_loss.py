@@ -20,15 +20,13 @@ class LossJob(Protocol):
     """One call of a loss: its targets and options, bound to an implementation."""
 
     name: str
+    impl: str
 
     def forward(self, logits: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """Return the loss, fp32 (); when `grad` is given, write the gradient there (it may be `logits` itself)."""
 
     def backward(self, logits: torch.Tensor, grad: torch.Tensor, grad_output: torch.Tensor) -> None:
         """Write grad_output times the gradient, from the state that `forward` kept."""
-
-    def scale(self, grad: torch.Tensor, grad_output: torch.Tensor) -> None:
-        """grad *= grad_output, in fp32, rounded once, and without a pass over memory when it is 1."""
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -59,7 +57,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.spent = ctx.fused or ctx.inplace_grad
         if ctx.fused:
             grad, ctx.grad = ctx.grad, None
-            ctx.job.scale(grad, grad_output)
+            scale_rows(grad, grad_output, ctx.job.impl)
             return grad, None, None, None
         (logits,) = ctx.saved_tensors
         data = logits.detach()
@@ -113,3 +111,31 @@ def reciprocal(x: int | float | torch.Tensor) -> float | torch.Tensor:
     """1/x of the same kind, without a sync."""
     x = scalar(x)
     return 1.0 / x if isinstance(x, float) else x.reciprocal()
+
+
+def split_factor(factor: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(device scalar or None, number): what a kernel takes, the two being multiplied."""
+    return (None, factor) if isinstance(factor, float) else (factor, 1.0)
+
+
+def sum_rows(losses: torch.Tensor, factor: float | torch.Tensor, impl: str) -> torch.Tensor:
+    """factor * sum of the row losses, fp32 (), added up in fp64 in a fixed order."""
+    if impl == "torch":
+        return (losses.double().sum() * factor).float()
+    from kernels import fused_loss_kernel
+
+    loss = torch.empty((), dtype=torch.float32, device=losses.device)
+    fused_loss_kernel.launch_sum(losses, loss, factor)
+    return loss
+
+
+def scale_rows(grad: torch.Tensor, grad_output: torch.Tensor, impl: str) -> None:
+    """grad *= grad_output in fp32, rounded once, and without a pass over memory when it is 1."""
+    if impl == "triton":
+        from kernels import fused_loss_kernel
+
+        if grad.numel():
+            fused_loss_kernel.launch_scale(grad, grad_output)
+    elif grad.device.type != "cpu" or grad_output.item() != 1.0:  # on a CPU, looking is no sync
+        for rows in grad.split(max(1, 2**22 // max(1, grad.shape[1]))):
+            rows.copy_(rows.float() * grad_output)

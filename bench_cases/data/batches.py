@@ -151,8 +151,8 @@ class Batches:
         if not len(rows):
             tokens = int((self.data.offsets[documents + 1] - self.data.offsets[documents]).sum())
             raise DataError(
-                f"the {split} split ({len(documents)} documents, {tokens} tokens) holds no row for {self.task} at sequence length {self.seq_len}; "
-                "give more documents or a shorter sequence"
+                f"the {split} split ({len(documents)} documents, {tokens} tokens) holds no row for {self.task} "
+                f"at sequence length {self.seq_len}; give more documents or a shorter sequence"
             )
         return rows
 
@@ -162,7 +162,7 @@ class Batches:
         lengths = data.offsets[documents + 1] - data.offsets[documents]
         stream = np.full(int(lengths.sum()) + len(documents), special.eos, data.tokens.dtype)
         place = 0
-        for document, length in zip(documents.tolist(), lengths.tolist()):
+        for document, length in zip(documents.tolist(), lengths.tolist(), strict=True):
             start = data.offsets[document]
             stream[place : place + length] = data.tokens[start : start + length]
             place += length + 1

@@ -58,7 +58,9 @@ def read(folder: Path, wanted: str) -> dict | None:
         return None
 
 
-def obtain(kind: str, identity: dict[str, object], build: Callable[[Path], dict], cache_dir: Path | None = None) -> tuple[Path, dict]:
+def obtain(
+    kind: str, identity: dict[str, object], build: Callable[[Path], dict], cache_dir: Path | None = None
+) -> tuple[Path, dict]:
     """(folder, metadata) of the entry for ``identity``; ``build(folder)`` fills an empty folder and
     returns what goes under ``data`` in the metadata. Errors of ``build`` pass through and leave nothing."""
     base, wanted = root(cache_dir) / kind, key(identity)
@@ -71,7 +73,9 @@ def obtain(kind: str, identity: dict[str, object], build: Callable[[Path], dict]
         work = base / f".{wanted[:8]}-{uuid.uuid4().hex}"
         work.mkdir()
     except OSError as error:
-        raise DataError(f"the data cache {base} cannot be written ({error.strerror}); set DDB_CACHE to a folder that can") from error
+        raise DataError(
+            f"the data cache {base} cannot be written ({error.strerror}); set DDB_CACHE to a folder that can"
+        ) from error
     try:
         data = build(work)
         meta = {"key": wanted, "identity": identity, "data": data, "files": {}}
@@ -84,7 +88,9 @@ def obtain(kind: str, identity: dict[str, object], build: Callable[[Path], dict]
             os.fsync(file.fileno())
         _publish(work, folder, wanted)
     except OSError as error:
-        raise DataError(f"writing the data cache {base} failed ({error.strerror}); set DDB_CACHE to a folder with room") from error
+        raise DataError(
+            f"writing the data cache {base} failed ({error.strerror}); set DDB_CACHE to a folder with room"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         _sweep(base)

@@ -2,8 +2,9 @@
 
 Law documents take after EUR-Lex: lengths (words p50 about 392, p95 about 1,517), labels per document
 (mean 5, 1 to 16) and a long tail of labels, some seen once. A document draws a domain, which may lie in
-a sector (a label of its own), then labels mostly of that domain with Zipf weights, and names its labels' terms from the title on, so that a model
-that sees 128 tokens can learn them. Web pages draw a theme and fill sentence templates with its words.
+a sector (a label of its own), then labels mostly of that domain with Zipf weights, and names its labels'
+terms from the title on, so that a model that sees 128 tokens can learn them. Web pages draw a theme and
+fill sentence templates with its words.
 
 The text has nothing to do with a run's seed: every seed trains on the same corpus.
 """
@@ -17,7 +18,7 @@ from .documents import Corpus, Document, content_sha256
 
 # Raise with any change of the output (a test holds the content hashes). Cached data are keyed by it,
 # so that a run that finds its data in the cache need not generate them again.
-VERSION = 1
+VERSION = 2
 SEED = 20_240_517
 
 LAW_SPLITS = {"train": 1_600, "validation": 240, "test": 160}
@@ -85,7 +86,11 @@ def _sentences(rng, lengths: np.ndarray, openings: list[np.ndarray], body: np.nd
     library = np.concatenate([np.pad(b, ((0, 0), (0, width - b.shape[1])), constant_values=-1) for b in (*openings, body)])
     first = np.cumsum([0] + [len(b) for b in openings])
     size = (library != -1).sum(1)
-    opened = np.stack([start + rng.integers(0, len(b), n) for start, b in zip(first, openings)], 1) if openings else np.zeros((n, 0), int)
+    opened = (
+        np.stack([start + rng.integers(0, len(b), n) for start, b in zip(first[:-1], openings, strict=True)], 1)
+        if openings
+        else np.zeros((n, 0), int)
+    )
     mean = float((size[first[-1] :] * weights).sum())
     count = np.maximum(1, np.rint((lengths - size[opened].sum(1)) / mean)).astype(np.int64)
     drawn = first[-1] + np.searchsorted(np.cumsum(weights)[:-1], rng.random(count.sum()), side="right")
@@ -101,7 +106,18 @@ def _sentences(rng, lengths: np.ndarray, openings: list[np.ndarray], body: np.nd
 def _texts(stream: np.ndarray, owner: np.ndarray, n: int, table: _Table) -> list[str]:
     strings = np.array(table.strings, dtype=object)[stream]
     bounds = np.searchsorted(owner, np.arange(n + 1))
-    tidy = (("\n ", "\n"), (" \n", "\n"), (" ,", ","), (" .", "."), (" ;", ";"), ("( ", "("), (" )", ")"), (" ?", "?"), ("$ ", "$"), (" :", ":"))
+    tidy = (
+        ("\n ", "\n"),
+        (" \n", "\n"),
+        (" ,", ","),
+        (" .", "."),
+        (" ;", ";"),
+        ("( ", "("),
+        (" )", ")"),
+        (" ?", "?"),
+        ("$ ", "$"),
+        (" :", ":"),
+    )
     texts = []
     for i in range(n):
         text = " ".join(strings[bounds[i] : bounds[i + 1]])
@@ -192,8 +208,15 @@ def _web() -> list[Document]:
     # One noun in six comes from another theme; within a theme some nouns are commoner than others.
     of = np.where(rng.random(len(at)) < 1 / 6, rng.integers(0, len(themes), len(at)), theme[owner[at]])
     stream[at] = themes[of, rng.choice(themes.shape[1], len(at), p=_zipf(themes.shape[1], 0.7))]
-    fills = (words.WEB_ADJECTIVES.split(), words.WEB_VERBS.split(), words.WEB_NAMES.split(), words.WEB_PLACES.split(), _NUMBERS[:60], _YEARS)
-    for slot, strings in zip(slots[1:], fills):
+    fills = (
+        words.WEB_ADJECTIVES.split(),
+        words.WEB_VERBS.split(),
+        words.WEB_NAMES.split(),
+        words.WEB_PLACES.split(),
+        _NUMBERS[:60],
+        _YEARS,
+    )
+    for slot, strings in zip(slots[1:], fills, strict=True):
         hole = stream == -2 - slots.index(slot)
         stream[hole] = rng.choice(table.many(strings), hole.sum(), p=_zipf(len(strings), 0.7))
     texts = _texts(stream, owner, n, table)

@@ -1,8 +1,8 @@
 """Word lists and sentence templates of the embedded corpus. Data only, in a fixed order.
 
-Slots in templates: ``T`` a term of one of the document's labels, ``D`` the name of its domain or sector, ``N`` a number, ``Y`` a year,
-``M`` a month; in web sentences ``T`` a noun of the page's theme, ``A`` an adjective, ``V`` a verb,
-``W`` a name, ``P`` a place. Every other word stands for itself.
+Slots in templates: ``T`` a term of one of the document's labels, ``D`` the name of its domain or
+sector, ``N`` a number, ``Y`` a year, ``M`` a month; in web sentences ``T`` a noun of the page's theme,
+``A`` an adjective, ``V`` a verb, ``W`` a name, ``P`` a place. Every other word stands for itself.
 Any edit here changes the generated corpus: raise ``embedded.VERSION`` with it.
 """
 
@@ -46,11 +46,11 @@ DOMAINS: dict[str, str] = {
     "printers calibration ceramics polymers holograms abacus telegraphs looms",
 }
 
-# General labels above the domains: with about two documents in five each, they are what a few dozen
-# steps can learn (a label near one half pulls at its own words from the first step on).
+# General labels above the domains. One stands on three documents in five: a label that is more often
+# there than not is what a threshold of one half shows within a few dozen steps.
 SECTORS: dict[str, tuple[str, ...]] = {
-    "produce": ("agriculture", "fisheries", "veterinary"),
-    "commerce": ("trade", "transport", "finance", "energy", "technology"),
+    "goods": ("agriculture", "trade", "fisheries", "veterinary", "transport"),
+    "people": ("health", "employment", "culture"),
 }
 
 # Dense in terms, so that a title and a few sentences (128 tokens) tell a document's labels.
@@ -114,9 +114,7 @@ WEB_VERBS = (
     "ignored shared"
 )
 WEB_NAMES = "Anna James Maria David Sarah Tom Julia Peter Laura Mike Sofia Daniel Emma Chris Nina Robert"
-WEB_PLACES = (
-    "London Chicago Berlin Paris Toronto Sydney Boston Madrid Austin Dublin Tokyo Oslo Denver Rome Seattle Leeds"
-)
+WEB_PLACES = "London Chicago Berlin Paris Toronto Sydney Boston Madrid Austin Dublin Tokyo Oslo Denver Rome Seattle Leeds"
 WEB_SENTENCES = (
     "The T is A and the T is A .",
     "W V the A T in P .",

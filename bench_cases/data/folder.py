@@ -19,7 +19,10 @@ def find(source: str, text: str) -> Path:
             raise DataError(f"--data {source}: a data file must end in {' or '.join(jsonl.SUFFIXES)}")
         return path
     if not path.is_dir():
-        raise DataError(f"--data {source}: no such folder or file; allowed are embedded, hub, hub:REPO, a folder, or a {' or '.join(jsonl.SUFFIXES)} file")
+        raise DataError(
+            f"--data {source}: no such folder or file; allowed are embedded, hub, hub:REPO, a folder, "
+            f"or a {' or '.join(jsonl.SUFFIXES)} file"
+        )
     names = [text + suffix for suffix in jsonl.SUFFIXES]
     found = [path / name for name in names if (path / name).is_file()]
     if not found:
@@ -43,7 +46,12 @@ def identity(path: Path, text: str, text_field: str, label_field: str) -> dict[s
         digest = cache.file_sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    return {"file_sha256": digest, "text": text, "text_field": text_field, "label_field": label_field if text == "eurlex" else None}
+    return {
+        "file_sha256": digest,
+        "text": text,
+        "text_field": text_field,
+        "label_field": label_field if text == "eurlex" else None,
+    }
 
 
 def corpus(path: Path, text: str, text_field: str, label_field: str, *, own_file: bool, file_sha256: str) -> Corpus:

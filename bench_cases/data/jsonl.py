@@ -13,7 +13,14 @@ from .documents import SPLITS, Document, split_by_hash
 from .errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-_SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "test": "test"}
+_SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ def _object(raw: bytes, where: str, *, first: bool) -> dict:
     try:
         text = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; only UTF-8 text is allowed") from error
+        raise DataError(
+            f"{where}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; only UTF-8 text is allowed"
+        ) from error
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -75,13 +84,15 @@ def read(path: Path, fields: Fields) -> list[Document]:
         if first_split is None:
             first_split = (where, bool(split))
         elif first_split[1] != bool(split):
-            raise DataError(f"{where}: {'a' if split else 'no'} 'split', unlike {first_split[0]}; give it on every line or on none")
+            raise DataError(
+                f"{where}: {'a' if split else 'no'} 'split', unlike {first_split[0]}; give it on every line or on none"
+            )
         documents.append(Document(identifier, text, labels, split))
     if not documents:
         raise DataError(f"{path}: holds no documents; one JSON object a line is needed")
     if not first_split[1]:
         names = split_by_hash([d.id or d.text for d in documents], validation=0.1)
-        documents = [Document(d.id, d.text, d.labels, name) for d, name in zip(documents, names)]
+        documents = [Document(d.id, d.text, d.labels, name) for d, name in zip(documents, names, strict=True)]
     return documents
 
 
@@ -109,7 +120,10 @@ def _labels(line: dict, name: str, where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: {name!r} is a JSON {_kind(value)}; a list of strings or one string is needed")
     for label in labels:
         if not isinstance(label, str):
-            raise DataError(f'{where}: label {json.dumps(label)} in {name!r} is a JSON {_kind(label)}; label ids are strings (write "{label}")')
+            raise DataError(
+                f"{where}: label {json.dumps(label)} in {name!r} is a JSON {_kind(label)}; "
+                f'label ids are strings (write "{label}")'
+            )
         if not label.strip():
             raise DataError(f"{where}: empty label id in {name!r}")
         _encodable(label, name, where)
@@ -123,7 +137,9 @@ def _encodable(text: str, name: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {name!r} holds half a surrogate pair at character {error.start + 1}; only UTF-8 text is allowed") from error
+        raise DataError(
+            f"{where}: {name!r} holds half a surrogate pair at character {error.start + 1}; only UTF-8 text is allowed"
+        ) from error
     return text
 
 

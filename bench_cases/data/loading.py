@@ -12,7 +12,7 @@ from .documents import Corpus, limit
 from .errors import DataError
 from .tokenizer import TokenizerSpec
 
-EMBEDDED_VERSION = 1  # equal to embedded.VERSION (a test says so); the generator is imported only to build
+EMBEDDED_VERSION = 2  # equal to embedded.VERSION (a test says so); the generator is imported only to build
 _TEXT_OF_TASK = {"clm": "openwebtext", "mlm": "openwebtext", "multi_cls": "eurlex", "single_cls": "eurlex"}
 
 
@@ -154,7 +154,12 @@ def _folder(request: Request) -> Plan:
 
     def corpus() -> Corpus:
         return folder.corpus(
-            path, request.kind, request.text_field, request.label_field, own_file=own_file, file_sha256=corpus_identity["file_sha256"]
+            path,
+            request.kind,
+            request.text_field,
+            request.label_field,
+            own_file=own_file,
+            file_sha256=corpus_identity["file_sha256"],
         )
 
     return Plan(corpus_identity, corpus, spec, _train_texts)

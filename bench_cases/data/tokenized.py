@@ -99,7 +99,8 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray
     unseen = sum(label not in index for document in documents for label in set(document.labels))
     label_counts = np.array([len(row) for row in rows], np.int64)
     labels = np.array([label for row in rows for label in row], np.int32)
-    targets = np.unique([row[0] for row, document in zip(rows, documents) if row and document.split == "train"]).astype(np.int64)
+    in_train = split == SPLITS.index("train")
+    targets = np.unique([row[0] for row, train in zip(rows, in_train, strict=True) if row and train]).astype(np.int64)
     classes = np.full(len(names), -1, np.int32)
     classes[targets] = np.arange(len(targets))
 
@@ -126,8 +127,12 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray
         "labels": len(names),
         "classes": len(targets),
         "unseen_label_uses_dropped": unseen,
-        "documents_without_labels": {name: int((label_counts[split == code] == 0).sum()) for code, name in enumerate(SPLITS)} if names else {},
-        "single_label_excluded": {name: int((~has_class[split == code]).sum()) for code, name in enumerate(SPLITS)} if names else {},
+        "documents_without_labels": {name: int((label_counts[split == code] == 0).sum()) for code, name in enumerate(SPLITS)}
+        if names
+        else {},
+        "single_label_excluded": {name: int((~has_class[split == code]).sum()) for code, name in enumerate(SPLITS)}
+        if names
+        else {},
         **corpus.facts,
     }
     meta = {

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError, DataUnavailable
+from . import hub_reach
+from .errors import DataError
 
 # Special tokens of a trained BPE, in id order (RoBERTa's pad id is 1).
 FLAVOURS = {"gpt2": ("<|endoftext|>", "<|pad|>"), "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
@@ -22,7 +23,14 @@ VOCABULARY = 8_192
 EMBEDDED_VOCABULARY = 2_048
 _TRAINING_CHARACTERS = 20_000_000
 # Each set of files is enough for a tokenizer; the first that is complete counts.
-_COMPLETE = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",))
+_COMPLETE = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+)
 _OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
@@ -74,7 +82,13 @@ def trained(flavour: str, corpora: Sequence[str], vocabulary: int) -> TokenizerS
     """``corpora``: fingerprints of the texts it is trained on."""
     if flavour not in FLAVOURS:
         raise DataError(f"tokenizer flavour {flavour!r} is none of {', '.join(FLAVOURS)}")
-    identity = {"kind": "trained", "flavour": flavour, "vocabulary": vocabulary, "corpora": list(corpora), "tokenizers": version("tokenizers")}
+    identity = {
+        "kind": "trained",
+        "flavour": flavour,
+        "vocabulary": vocabulary,
+        "corpora": list(corpora),
+        "tokenizers": version("tokenizers"),
+    }
     return TokenizerSpec("trained", f"bpe-{flavour}-{vocabulary}", flavour, identity, vocabulary)
 
 
@@ -85,7 +99,8 @@ def in_folder(folder: Path, flavour: str) -> TokenizerSpec:
         started = next((names for names in _COMPLETE if any((folder / name).is_file() for name in names)), None)
         missing = ", ".join(n for n in started if not (folder / n).is_file()) if started else "every tokenizer file"
         raise DataError(
-            f"tokenizer folder {folder} lacks {missing}; it must hold tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or tokenizer.model"
+            f"tokenizer folder {folder} lacks {missing}; "
+            "it must hold tokenizer.json, or vocab.json and merges.txt, or vocab.txt, or tokenizer.model"
         )
     digest = hashlib.sha256()
     for name in sorted({*complete, *_OPTIONAL}):
@@ -97,7 +112,9 @@ def in_folder(folder: Path, flavour: str) -> TokenizerSpec:
 
 
 def on_hub(repository: str, flavour: str) -> TokenizerSpec:
-    return TokenizerSpec("hub", repository, flavour, {"kind": "hub", "repository": repository, "transformers": version("transformers")})
+    return TokenizerSpec(
+        "hub", repository, flavour, {"kind": "hub", "repository": repository, "transformers": version("transformers")}
+    )
 
 
 def open_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
@@ -122,7 +139,10 @@ def _train(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=spec.vocabulary, special_tokens=list(names), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=spec.vocabulary,
+        special_tokens=list(names),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     backend.train_from_iterator(sample(), trainer)
     at = {name: i for i, name in enumerate(names)}
@@ -135,17 +155,7 @@ def _train(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
 
 
 def _pretrained(spec: TokenizerSpec) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        made = AutoTokenizer.from_pretrained(spec.id)
-    except Exception as error:  # the libraries raise anything from OSError to KeyError here
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if spec.kind == "hub":
-            raise DataUnavailable(
-                f"tokenizer {spec.id!r} is neither a folder nor on the hub as seen from here ({line}); give --tokenizer DIR, --data embedded or --data DIR"
-            ) from error
-        raise DataError(f"tokenizer folder {spec.id} cannot be loaded: {line}") from error
+    made = _from_library(spec)
     if made.pad_token_id is None:
         # A pad token of its own: with pad = eos a real end of text would count as padding.
         made.add_special_tokens({"pad_token": "<|pad|>"})
@@ -153,7 +163,13 @@ def _pretrained(spec: TokenizerSpec) -> Tokenizer:
     framed = made.cls_token_id is not None and made.sep_token_id is not None
     if eos is None:
         raise DataError(f"tokenizer {spec.id} has no end-of-text token (eos, sep or bos)")
-    special = SpecialTokens(made.pad_token_id, made.cls_token_id if framed else None, eos, made.mask_token_id, tuple(sorted(set(made.all_special_ids))))
+    special = SpecialTokens(
+        made.pad_token_id,
+        made.cls_token_id if framed else None,
+        eos,
+        made.mask_token_id,
+        tuple(sorted(set(made.all_special_ids))),
+    )
     backend = made
     if getattr(made, "is_fast", False):
         backend = made.backend_tokenizer
@@ -164,6 +180,24 @@ def _pretrained(spec: TokenizerSpec) -> Tokenizer:
     if len(set(tokenizer.encode(["The quick brown fox and the law."])[0])) < 4:
         raise DataError(f"tokenizer {spec.id} does not encode plain English; are its files complete?")
     return tokenizer
+
+
+def _from_library(spec: TokenizerSpec):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(spec.id, local_files_only=True)
+    except Exception as error:  # the libraries raise anything from OSError to KeyError here
+        if spec.kind == "folder":
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DataError(f"tokenizer folder {spec.id} cannot be loaded: {line}") from error
+        if hub_reach.offline():
+            raise hub_reach.unavailable(spec.id, error) from error
+    hub_reach.commit("model", spec.id, "main")
+    try:
+        return AutoTokenizer.from_pretrained(spec.id)
+    except Exception as error:
+        raise hub_reach.unavailable(spec.id, error) from error
 
 
 def keep(tokenizer: Tokenizer, folder: Path) -> None:

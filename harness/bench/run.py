@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 
-from harness.bench.child import run_python
+from harness.bench.child import ChildFailed, run_python
 from harness.bench.figure import Figure, summarize
 
 TARGET_WALL_S = 12.0
@@ -23,6 +23,7 @@ def measure(repeats: int) -> list[Figure]:
                                   ("data", "from the record"), ("model", "from the record"),
                                   ("steps", "from the record"), ("evaluation", "from the record"))]
     return [*figures,
+            summarize("run", "cpu_s", [run["cpu_s"] for run in runs], "s", note="processor time"),
             summarize("run", "wall_s", [run["wall_s"] for run in runs], "s", at_most=TARGET_WALL_S, note=command),
             summarize("run", "peak_rss_bytes", [run["peak_rss_bytes"] for run in runs], "bytes",
                       at_most=TARGET_PEAK_RSS_BYTES, note="wait4")]
@@ -34,8 +35,9 @@ def one_run() -> dict[str, float]:
         finished = run_python("-m", "harness", *COMMAND, "--json", "--out", out)
     record = json.loads(finished.stdout)
     if record["status"] != "completed":
-        raise RuntimeError(f"the measured run ended {record['status']}: {record['error']}")
-    return break_down(record["flags"]["timings_s"], finished.wall_s) | {"peak_rss_bytes": finished.peak_rss_bytes}
+        raise ChildFailed(f"the measured run ended {record['status']}: {record['error']}")
+    return break_down(record["flags"]["timings_s"], finished.wall_s) | {
+        "cpu_s": finished.cpu_s, "peak_rss_bytes": finished.peak_rss_bytes}
 
 
 def break_down(timings_s: dict[str, float], wall_s: float) -> dict[str, float]:

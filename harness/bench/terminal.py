@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
 from harness.bench.figure import Figure
 
-CONSOLE = Console(stderr=True, highlight=False)
+CONSOLE = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 180)
 
 
 def show_machine(machine: dict[str, object], repeats: int) -> None:

@@ -1,7 +1,7 @@
 """The two arms of ``bench trainer``: our loop, and `transformers.Trainer`, on the same work.
 
 Shared by both: initial weights, pre-collated batches in their order, micro-batches, AdamW
-(foreach), schedule, clipping norm, attention backend, loss function, thread count. Ours runs
+(foreach), schedule, clipping norm, attention backend, thread count. Ours runs
 with its `StepMeter` on, as users run it. The Trainer runs without logging, evaluation,
 checkpoints, progress bar and its NaN filter: everything that it lets one switch off is off.
 
@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bench_cases import Case
 from bench_cases.collate import Batch
 from harness.loop import LoopOptions, train
-from harness.loss import training_loss
+from harness.loss import IGNORE_INDEX
 from harness.precision import Precision
 from harness.run import load_run_data, make_batches, model_request
 from harness.schedule import learning_rate
@@ -55,8 +56,7 @@ class Work:
         precision = Precision(settings.config, torch.device("cpu"), attention=settings.attention,
                               threads=settings.threads)
         model = precision.prepare(copy.deepcopy(self.initial).train())
-        optimizer = precision.make_optimizer(model, lr=settings.lr, weight_decay=self.case.weight_decay,
-                                             seed=settings.seed)
+        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=self.case.weight_decay, seed=settings.seed)
         return model, optimizer, precision
 
 
@@ -115,7 +115,8 @@ def _our_loop(work: Work) -> tuple[nn.Module, Iterator[Reading]]:
     """The model and `harness.loop.train` over it, a step at a time."""
     settings = work.settings
     model, optimizer, precision = work.start()
-    meter = StepMeter(model, optimizer, precision.device, window=1, warmup_steps=settings.warmup_steps)
+    meter = StepMeter(model, optimizer, precision.device, window=1,
+                      micro_batches=settings.batch_size // settings.micro_batch, warmup_steps=settings.warmup_steps)
     options = LoopOptions(settings.max_steps, settings.warmup_steps, settings.micro_batch, settings.lr, MAX_NORM,
                           work.valid_vocab)
     return model, train(work.case, model, optimizer, work, precision, meter, options)
@@ -175,10 +176,16 @@ class LossInside(nn.Module):
         """A dict with the key ``loss``, as the Trainer reads it."""
         with self._precision.forward():
             logits = self.model(input_ids, attention_mask, last_token)
-        loss = training_loss(logits, targets, loss=self._work.case.task.loss, dtype=self._precision.loss_dtype,
-                             normalizer=n_targets / self._accumulation, valid_vocab=self._work.valid_vocab)
+        loss = self._sum(logits, targets) / (n_targets / self._accumulation)
         self.losses.append(loss.detach())
         return {"loss": loss}
+
+    def _sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """torch's own loss, which a user of the Trainer has: ours also measures the logits."""
+        if self._work.case.task.loss == "bce_with_logits":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        rows = logits.flatten(0, -2)[:, :self._work.valid_vocab]
+        return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _micro_batches(work: Work) -> list[dict[str, object]]:

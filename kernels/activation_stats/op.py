@@ -31,6 +31,9 @@ def activation_stats(tensors: Sequence[torch.Tensor], out_slots: RingSlots, impl
     check_tensors(_OP, tensors, ring.device)
     if len(tensors) != len(out_slots.indices):
         raise ValueError(f"{_OP}: {len(tensors)} tensors for {len(out_slots.indices)} slots")
+    for index, x in enumerate(tensors):
+        if x.numel() >= 2**31:
+            raise ValueError(f"{_OP}: tensors[{index}] has {x.numel()} elements, the limit is 2^31 - 1")
     impl = resolve_impl(_OP, impl, ring.device)
     floats, ints = _scratch(ring)
     torch.ops.dtype_dynamics_activation.activation_stats(

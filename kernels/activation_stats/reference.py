@@ -22,7 +22,7 @@ def record_cells(tensors: list[torch.Tensor], words: torch.Tensor, state: torch.
     else:
         reference_stats([x.detach() for x in tensors], out, JUST_OVER)
     floats = words.view(torch.float64)
-    for slot, row, row_f in zip(slots, out.words, out.words.view(torch.float64)):
+    for slot, row, row_f in zip(slots, out.words[:-1], out.words[:-1].view(torch.float64), strict=True):
         cell, cell_f = words[record % len(words), slot], floats[record % len(words), slot]
         if cell[r.STEP] != now:
             cell.zero_()

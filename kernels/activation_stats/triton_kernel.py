@@ -5,12 +5,15 @@ import triton
 import triton.language as tl
 
 from kernels.activation_stats import ring as r
+from kernels.activation_stats.reference import JUST_OVER
 from kernels.multi_tensor_stats import launch as stats_launch
 from kernels.multi_tensor_stats.op import flat
-from kernels.multi_tensor_stats.triton_kernel import _piece
+from kernels.multi_tensor_stats.piece import piece_stats
 
 TENSORS, SHARES = 8, 64  # at most, per launch and per tensor
 SHARE = 1 << 14  # elements below which a tensor is not cut further
+PACKED_LIMIT = SHARES << 20  # elements: the packed loop counts to 2,048 in each of 1,024 lanes
+WITHIN = (stats_launch.round_up_fp32(JUST_OVER), *stats_launch.below_patterns(JUST_OVER))
 
 
 @triton.jit
@@ -52,13 +55,13 @@ def _write_cell(cell, floats, ints, first, n, n_shares, now, SHARES: tl.constexp
 
 @triton.jit(do_not_specialize=[
     "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7", "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7",
-    "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "dtypes", "steps", "slots",
+    "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "dtypes", "steps", "slots", "within_bf16", "within_fp16",
 ])  # fmt: skip
 def activation_kernel(
-    words, state, floats, ints, steps, slots, dtypes, within,
+    words, state, floats, ints, steps, slots, dtypes, within, within_bf16, within_fp16,
     a0, a1, a2, a3, a4, a5, a6, a7, n0, n1, n2, n3, n4, n5, n6, n7, s0, s1, s2, s3, s4, s5, s6, s7,
     ROWS: tl.constexpr, THREADS: tl.constexpr, TAIL: tl.constexpr, SHARE: tl.constexpr, SHARES: tl.constexpr,
-    P_INTS: tl.constexpr, WORDS: tl.constexpr, FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr,
+    P_INTS: tl.constexpr, WORDS: tl.constexpr, FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """a: addresses (16-byte aligned), n: elements, s: slots; dtypes: two bits for each tensor."""
     if tl.load(state) != 0:
@@ -71,7 +74,7 @@ def activation_kernel(
         length = tl.cdiv(tl.cdiv(n, SHARES), SHARE) * SHARE
         n_shares = tl.maximum(tl.cdiv(n, tl.maximum(length, 1)), 1).to(tl.int32)
         if share < n_shares:
-            start = share * length
+            start = share.to(tl.int64) * length
             m = tl.minimum(length, n - start).to(tl.int32)
             dtype = (dtypes >> (2 * tensor)) & 3
             sumsq = tl.zeros((), tl.float64)
@@ -83,23 +86,23 @@ def activation_kernel(
             tiny = nan
             inside = nan
             bad = nan
-            if FP32:
+            if FP32:  # noqa: SIM102 (one known at compile time, one at run time)
                 if dtype == 0:
                     p = tl.multiple_of((address + start * 4).to(tl.pointer_type(tl.float32)), 16)
-                    sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = _piece(
-                        p, m, 1.0, within, ROWS, THREADS, 4, TAIL, False, False, True
+                    sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = piece_stats(
+                        p, m, 1.0, within, ROWS, THREADS, 4, TAIL, False, False, True, False
                     )
-            if BF16:
+            if BF16:  # noqa: SIM102 (one known at compile time, one at run time)
                 if dtype == 1:
                     p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.bfloat16)), 16)
-                    sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = _piece(
-                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, True
+                    sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = piece_stats(
+                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, True, PACKED, within_bf16
                     )
-            if FP16:
+            if FP16:  # noqa: SIM102 (one known at compile time, one at run time)
                 if dtype == 2:
                     p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.float16)), 16)
-                    sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = _piece(
-                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, True
+                    sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = piece_stats(
+                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, True, PACKED, within_fp16
                     )
             row = tensor * SHARES + share
             tl.store(floats + row * 2, sumsq)
@@ -132,15 +135,18 @@ def launch_activation(tensors, words, state, floats, ints, slots) -> int:
         codes = [stats_launch.DTYPES[x.dtype] for x in group]
         longest = max(x.numel() for x in group)
         shares = min(SHARES, max(1, triton.cdiv(longest, SHARE)))
+        addresses = [x.data_ptr() for x in group]
+        addresses += addresses[:1] * (TENSORS - len(group))  # not 0: a small number would change the argument's type
         pad = [0] * (TENSORS - len(group))
         with torch.cuda.device_of(words):
             activation_kernel[(shares, len(group))](
                 words, state, floats, ints, words.shape[0], words.shape[1],
-                sum(code << 2 * i for i, code in enumerate(codes)), stats_launch.round_up_fp32(65504.001),
-                *[x.data_ptr() for x in group], *pad, *[x.numel() for x in group], *pad, *cells, *pad,
+                sum(code << 2 * i for i, code in enumerate(codes)), *WITHIN,
+                *addresses, *[x.numel() for x in group], *pad, *cells, *pad,
                 ROWS=stats_launch.ROWS, THREADS=stats_launch.THREADS, TAIL=stats_launch.TAIL, SHARE=SHARE,
                 SHARES=SHARES, P_INTS=8, WORDS=r.WORDS,
-                FP32=0 in codes, BF16=1 in codes, FP16=2 in codes, num_warps=stats_launch.NUM_WARPS,
+                FP32=0 in codes, BF16=1 in codes, FP16=2 in codes,
+                PACKED=longest <= PACKED_LIMIT and stats_launch.packs(None, JUST_OVER), num_warps=stats_launch.NUM_WARPS,
             )  # fmt: skip
         launches += 1
     return launches
@@ -150,7 +156,7 @@ def compile_specs():
     """Eight outputs of one dtype, and of all."""
     from kernels.compile import CompileSpec
 
-    scalars = {f"{kind}{i}": "i64" if kind in "an" else "i32" for kind in "ans" for i in range(TENSORS)}
+    scalars = {f"{kind}{i}": "i64" if kind == "a" else "i32" for kind in "ans" for i in range(TENSORS)}
     mixes = {"fp32": (1, 0, 0), "bf16": (0, 1, 0), "fp16": (0, 0, 1), "mixed": (1, 1, 1)}
     return [
         CompileSpec(
@@ -159,12 +165,13 @@ def compile_specs():
             fn=lambda: activation_kernel,
             signature={
                 "words": "*i64", "state": "*i64", "floats": "*fp64", "ints": "*i32",
-                "steps": "i32", "slots": "i32", "dtypes": "i32", "within": "fp32", **scalars,
+                "steps": "i32", "slots": "i32", "dtypes": "i32", "within": "fp32",
+                "within_bf16": "i32", "within_fp16": "i32", **scalars,
             },
             constexprs={
                 "ROWS": stats_launch.ROWS, "THREADS": stats_launch.THREADS, "TAIL": stats_launch.TAIL,
                 "SHARE": SHARE, "SHARES": SHARES, "P_INTS": 8, "WORDS": r.WORDS,
-                "FP32": bool(mix[0]), "BF16": bool(mix[1]), "FP16": bool(mix[2]),
+                "FP32": bool(mix[0]), "BF16": bool(mix[1]), "FP16": bool(mix[2]), "PACKED": True,
             },
             divisible=("words", "state", "floats", "ints"),
             num_warps=stats_launch.NUM_WARPS,

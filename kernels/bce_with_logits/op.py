@@ -3,13 +3,20 @@
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.bce_with_logits import reference
 from kernels.dispatch import FLOAT_DTYPES, check_device_scalar, check_float, check_same_device, resolve_impl
-from kernels.fused_loss import fused_loss, reciprocal, scalar
+from kernels.fused_loss import fused_loss, reciprocal, scalar, split_factor, sum_rows
 from kernels.logit_stats.accumulator import LogitStats
 
 REDUCTIONS = ("mean", "sum", "label_sum")
+
+_library = torch.library.Library("dtype_dynamics_bce", "DEF")
+_library.define(
+    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!)? losses, Tensor? factor_scalar, float factor, "
+    "Tensor(c!)? words, bool sparse, Tensor? pos_weight, str impl) -> ()"
+)
 
 
 def bce_with_logits(
@@ -50,7 +57,8 @@ def bce_with_logits(
     job = BceJob(
         impl=choice,
         targets=targets if targets.shape[1] <= 1 or targets.stride(1) == 1 else targets.contiguous(),
-        options={"sparse": sparse, "pos_weight": None if pos_weight is None else pos_weight.float().contiguous()},
+        sparse=sparse,
+        pos_weight=None if pos_weight is None else pos_weight.float().contiguous(),
         loss_factor=_loss_factor(logits, reduction, normalizer),
         grad_scale=grad_scale,
         words=None if stats is None else stats.bind(*logits.shape, logits.device),
@@ -64,7 +72,8 @@ class BceJob:
 
     impl: str
     targets: torch.Tensor
-    options: dict
+    sparse: bool
+    pos_weight: torch.Tensor | None
     loss_factor: float | torch.Tensor
     grad_scale: float | torch.Tensor | None
     words: torch.Tensor | None
@@ -72,41 +81,37 @@ class BceJob:
 
     def forward(self, logits, grad):
         self.grad_factor = self.loss_factor if self.grad_scale is None else scalar(self.grad_scale)
-        if self.impl == "torch":
-            losses = reference.rows(
-                logits, self.targets, grad, self.grad_factor, words=self.words, **self.options
-            )
-            return (losses.double().sum() * self.loss_factor).float()
-        from kernels import fused_loss_kernel
-        from kernels.bce_with_logits import triton_kernel
-
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        loss = torch.empty((), dtype=torch.float32, device=logits.device)
-        if logits.shape[0]:
-            self.plan = triton_kernel.launch(
-                logits, self.targets, grad, losses, self.grad_factor, self.words, **self.options
-            )
-        fused_loss_kernel.launch_sum(losses, loss, self.loss_factor)
-        return loss
+        self._rows(logits, grad, losses, self.grad_factor, self.words)
+        return sum_rows(losses, self.loss_factor, self.impl)
 
     def backward(self, logits, grad, grad_output):
-        factor = grad_output.float() * self.grad_factor
-        if self.impl == "torch":
-            reference.rows(logits, self.targets, grad, factor, words=None, want_loss=False, **self.options)
-        elif logits.shape[0]:
-            from kernels.bce_with_logits import triton_kernel
+        self._rows(logits, grad, None, grad_output.float() * self.grad_factor, None)
 
-            self.plan = triton_kernel.launch(logits, self.targets, grad, None, factor, None, **self.options)
+    def _rows(self, logits, grad, losses, factor, words):
+        torch.ops.dtype_dynamics_bce.rows(
+            logits, self.targets, grad, losses, *split_factor(factor), words, self.sparse, self.pos_weight, self.impl
+        )
 
-    def scale(self, grad, grad_output):
-        if self.impl == "torch":
-            from kernels.cross_entropy import reference as rows_reference
 
-            rows_reference.scale(grad, grad_output)
-        elif grad.numel():
-            from kernels import fused_loss_kernel
+def _rows(logits, targets, grad, losses, factor_scalar, factor, words, sparse, pos_weight, impl) -> None:
+    factor = factor if factor_scalar is None else factor_scalar
+    options = {"sparse": sparse, "pos_weight": pos_weight}
+    if impl == "torch":
+        reference.rows(logits, targets, grad, losses, factor, words=words, **options)
+    elif logits.shape[0]:
+        from kernels.bce_with_logits import triton_kernel
 
-            fused_loss_kernel.launch_scale(grad, grad_output)
+        triton_kernel.launch(logits, targets, grad, losses, factor, words, **options)
+
+
+_library.impl("rows", _rows, "CompositeExplicitAutograd")
+
+
+@register_flop_formula(torch.ops.dtype_dynamics_bce.rows)
+def _no_model_flops(*args, **kwargs) -> int:
+    """Model FLOPs are matmuls; torch counts 0 for its own loss too. The elementwise work is in `flops`."""
+    return 0
 
 
 def _loss_factor(logits, reduction, normalizer):

@@ -8,14 +8,13 @@ CHUNK_ELEMENTS = {"cpu": 2**18}  # 1 MB of fp32: a chunk has about five temporar
 CHUNK_ELEMENTS_ELSEWHERE = 2**26
 
 
-def rows(logits, targets, grad, factor, *, sparse, pos_weight, words, want_loss=True):
-    """Row losses, fp32 (T,), or None; with `grad`, the gradient times `factor` too.
+def rows(logits, targets, grad, losses, factor, *, sparse, pos_weight, words):
+    """Write row losses to `losses`, fp32 (T,), and the gradient times `factor` to `grad`; either may be None.
 
     targets  dense (T, L), or sparse int64 (T, K) with -1 as filler
     """
     count, width = logits.shape
     in_range = _check_sparse(targets, width, words) if sparse else None
-    losses = torch.zeros(count, dtype=torch.float32, device=logits.device) if want_loss else None
     if words is not None:
         logit_stats_reference.accumulate(words, logits)
     per = max(1, CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS_ELSEWHERE) // width)
@@ -24,11 +23,10 @@ def rows(logits, targets, grad, factor, *, sparse, pos_weight, words, want_loss=
         x = logits[part].float()
         y = _dense(targets[part], width) if sparse else targets[part].float()
         bad = None if in_range is None else ~in_range[part].unsqueeze(1)
-        if want_loss:
+        if losses is not None:
             losses[part] = _mask(_loss(x, y, pos_weight), bad).sum(dim=1)
         if grad is not None:
             grad[part] = _mask(_gradient(x, y, pos_weight).mul_(factor), bad)
-    return losses
 
 
 def _loss(x, y, pos_weight):

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from kernels.compile import CompileSpec
-from kernels.logit_stats.triton_kernel import abs_bits, record_tile
+from kernels.logit_stats.triton_kernel import abs_bits, load_key, record_tile
 
-_WARPS = 8
-_REGISTERS = 64
+_WARPS = 4
+_REGISTERS = 96
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, words,
              stride, grad_stride, target_stride, width, factor,
              LOSS: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, WEIGHTED: tl.constexpr,
              HAS_FACTOR: tl.constexpr, LABELS: tl.constexpr, LABELS_BLOCK: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """One row: loss (LOSS), statistics (STATS), and the gradient times the factor (GRAD; grad may be logits)."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits + row * stride
@@ -101,7 +101,7 @@ def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, words,
     target_ptr = targets + row * target_stride
     seen = 0
     if STATS:
-        seen = tl.load(words, volatile=True)
+        seen = tl.max(load_key(words, THREADS), 0)
     scale = factor
     if HAS_FACTOR:
         scale *= tl.load(factor_ptr).to(tl.float32)
@@ -112,7 +112,7 @@ def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, words,
         bad = tl.sum(((labels < -1) | (labels >= width)).to(tl.int64), 0)
         flaw = tl.where(bad > 0, float("nan"), 0.0)  # a label out of range makes its row NaN: loud, and no sync
         scale += flaw
-        if STATS:
+        if STATS:  # noqa: SIM102 (a constant decides at compile time, a value at run time)
             if bad > 0:
                 tl.atomic_add(words + 5, bad, sem="relaxed")
     total = tl.zeros([BLOCK], tl.float32)
@@ -160,7 +160,7 @@ def launch(logits, targets, grad, row_loss, factor, words, *, sparse, pos_weight
         logits.stride(0), 0 if grad is None else grad.stride(0), targets.stride(0), width, number,
         LOSS=row_loss is not None, GRAD=grad is not None, STATS=words is not None, WEIGHTED=pos_weight is not None,
         HAS_FACTOR=pointer is not None, LABELS=labels, LABELS_BLOCK=triton.next_power_of_2(max(1, labels)),
-        BLOCK=p.block, num_warps=p.num_warps, maxnreg=_REGISTERS,
+        BLOCK=p.block, THREADS=32 * p.num_warps, num_warps=p.num_warps, maxnreg=_REGISTERS,
     )  # fmt: skip
     return p
 
@@ -168,13 +168,20 @@ def launch(logits, targets, grad, row_loss, factor, words, *, sparse, pos_weight
 def compile_specs() -> list[CompileSpec]:
     specs = []
     for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-        specs += [_spec(dtype, plan(8192, 4272, size, labels)) for labels in (0, 8)]
+        dense, sparse = (plan(8192, 4272, size, labels) for labels in (0, 8))
+        specs += [
+            _spec("bce_rows_dense", dtype, dense),
+            _spec("bce_rows_sparse", dtype, sparse),
+            _spec("bce_rows_weighted", dtype, dense, WEIGHTED=True),
+            _spec("bce_rows_gradient", dtype, sparse, LOSS=False, STATS=False, row_loss=None, words=None),
+        ]
     return specs
 
 
-def _spec(dtype, p) -> CompileSpec:
+def _spec(kernel, dtype, p, **changed) -> CompileSpec:
+    """A pointer changed to None is a branch compiled away."""
     return CompileSpec(
-        kernel="bce_rows_sparse" if p.labels else "bce_rows_dense",
+        kernel=kernel,
         dtype=dtype,
         fn=lambda: bce_rows,
         signature={
@@ -182,13 +189,14 @@ def _spec(dtype, p) -> CompileSpec:
             "targets": "*i64" if p.labels else f"*{dtype}", "pos_weight": "*fp32", "factor_ptr": "*fp32",
             "words": "*i64", "stride": "i32", "grad_stride": "i32", "target_stride": "i32", "width": "i32",
             "factor": "fp32",
-        },  # fmt: skip
+        },
         constexprs={
             "LOSS": True, "GRAD": True, "STATS": True, "WEIGHTED": False, "HAS_FACTOR": False,
             "LABELS": p.labels, "LABELS_BLOCK": max(1, p.labels), "BLOCK": p.block,
-        },  # fmt: skip
+            "THREADS": 32 * p.num_warps, **changed,
+        },
         divisible=("logits", "grad", "row_loss", "targets", "pos_weight", "factor_ptr", "words",
-                   "stride", "grad_stride", "target_stride", "width"),  # fmt: skip
+                   "stride", "grad_stride", "target_stride", "width"),
         num_warps=p.num_warps,
         streaming=True,
         shape="8192x4272",

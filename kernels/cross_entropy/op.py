@@ -3,13 +3,24 @@
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.cross_entropy import reference
 from kernels.dispatch import check_device_scalar, check_float, check_same_device, resolve_impl
-from kernels.fused_loss import fused_loss, reciprocal, scalar
+from kernels.fused_loss import fused_loss, reciprocal, scalar, split_factor, sum_rows
 from kernels.logit_stats.accumulator import LogitStats
 
 MAX_WIDTH = 262_144
+
+_OPTIONS = "int ignore_index, float smoothing, float z_loss, int valid, str impl"
+_library = torch.library.Library("dtype_dynamics_cross_entropy", "DEF")
+_library.define(
+    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor(c!)? state, "
+    f"Tensor? factor_scalar, float factor, Tensor(d!)? words, {_OPTIONS}) -> ()"
+)
+_library.define(
+    f"gradient(Tensor logits, Tensor targets, Tensor? state, Tensor(a!) grad, Tensor factor, {_OPTIONS}) -> ()"
+)
 
 
 def cross_entropy(
@@ -81,41 +92,23 @@ class CrossEntropyJob:
     state: torch.Tensor | None = None
 
     def forward(self, logits, grad):
-        self.loss_factor = self._loss_factor()
-        self.grad_factor = self.loss_factor if self.grad_scale is None else scalar(self.grad_scale)
-        if self.impl == "torch":
-            losses = reference.forward(logits, self.targets, grad, self.grad_factor, words=self.words, **self.options)
-            return (losses.double().sum() * self.loss_factor).float()
-        from kernels import fused_loss_kernel
-        from kernels.cross_entropy import triton_kernel
-
+        loss_factor = self._loss_factor()
+        self.grad_factor = loss_factor if self.grad_scale is None else scalar(self.grad_scale)
         rows = logits.shape[0]
         losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        loss = torch.empty((), dtype=torch.float32, device=logits.device)
-        self.state = torch.empty(rows, 2, dtype=torch.float32, device=logits.device) if grad is None else None
-        if rows:
-            self.plan = triton_kernel.launch_rows(
-                logits, self.targets, grad, losses, self.state, self.grad_factor, self.words, **self.options
-            )
-        fused_loss_kernel.launch_sum(losses, loss, self.loss_factor)
-        return loss
+        if self.impl == "triton" and grad is None:
+            self.state = torch.empty(rows, 2, dtype=torch.float32, device=logits.device)
+        pointer, number = split_factor(self.grad_factor)
+        torch.ops.dtype_dynamics_cross_entropy.rows(
+            logits, self.targets, grad, losses, self.state, pointer, number, self.words, **self.options, impl=self.impl
+        )
+        return sum_rows(losses, loss_factor, self.impl)
 
     def backward(self, logits, grad, grad_output):
         factor = grad_output.float() * self.grad_factor
-        if self.impl == "torch":
-            reference.backward(logits, self.targets, grad, factor, **self.options)
-        elif logits.shape[0]:
-            from kernels.cross_entropy import triton_kernel
-
-            self.plan = triton_kernel.launch_gradient(logits, self.targets, self.state, grad, factor, **self.options)
-
-    def scale(self, grad, grad_output):
-        if self.impl == "torch":
-            reference.scale(grad, grad_output)
-        elif grad.numel():
-            from kernels import fused_loss_kernel
-
-            fused_loss_kernel.launch_scale(grad, grad_output)
+        torch.ops.dtype_dynamics_cross_entropy.gradient(
+            logits, self.targets, self.state, grad, factor, **self.options, impl=self.impl
+        )
 
     def _loss_factor(self):
         if not self.mean:
@@ -130,6 +123,41 @@ class CrossEntropyJob:
         out = torch.empty((), dtype=torch.float32, device=self.targets.device)
         fused_loss_kernel.launch_inverse_count(self.targets, out, ignore_index)
         return out
+
+
+def _rows(logits, targets, grad, losses, state, factor_scalar, factor, words, *options) -> None:
+    *numbers, impl = options
+    options = dict(zip(("ignore_index", "smoothing", "z_loss", "valid"), numbers, strict=True))
+    factor = factor if factor_scalar is None else factor_scalar
+    if impl == "torch":
+        losses.copy_(reference.forward(logits, targets, grad, factor, words=words, **options))
+    elif logits.shape[0]:
+        from kernels.cross_entropy import triton_kernel
+
+        triton_kernel.launch_rows(logits, targets, grad, losses, state, factor, words, **options)
+
+
+def _gradient(logits, targets, state, grad, factor, *options) -> None:
+    *numbers, impl = options
+    options = dict(zip(("ignore_index", "smoothing", "z_loss", "valid"), numbers, strict=True))
+    if impl == "torch":
+        reference.backward(logits, targets, grad, factor, **options)
+    elif logits.shape[0]:
+        from kernels.cross_entropy import triton_kernel
+
+        triton_kernel.launch_gradient(logits, targets, state, grad, factor, **options)
+
+
+_library.impl("rows", _rows, "CompositeExplicitAutograd")
+_library.impl("gradient", _gradient, "CompositeExplicitAutograd")
+
+
+@register_flop_formula(
+    [torch.ops.dtype_dynamics_cross_entropy.rows, torch.ops.dtype_dynamics_cross_entropy.gradient]
+)
+def _no_model_flops(*args, **kwargs) -> int:
+    """Model FLOPs are matmuls; torch counts 0 for its own loss too. The elementwise work is in `flops`."""
+    return 0
 
 
 def _check(logits, targets, valid, label_smoothing, reduction, normalizer, grad_scale):

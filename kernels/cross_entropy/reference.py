@@ -44,14 +44,6 @@ def backward(logits, targets, grad, factor, *, ignore_index, smoothing, z_loss, 
     _zero_rest(grad, keep, valid)
 
 
-def scale(grad, grad_output):
-    """grad *= grad_output in fp32, rounded once; on a CPU a factor of 1 costs nothing."""
-    if grad.device.type == "cpu" and grad_output.item() == 1.0:
-        return
-    for rows in grad.split(max(1, CHUNK_ELEMENTS_ELSEWHERE // max(1, grad.shape[1]))):
-        rows.copy_(rows.float() * grad_output)
-
-
 def _classify(targets, ignore_index, valid):
     """(keep, in_range), bool (T,) or None where it would be all true.
 

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 
 from kernels.compile import CompileSpec
-from kernels.logit_stats.triton_kernel import abs_bits, record_row
+from kernels.logit_stats.triton_kernel import abs_bits, load_key, record_row
 
-_WARPS = 16
-_REGISTERS = 64
+_WARPS = 8
 _NO_MAX = tl.constexpr(float("-inf"))
 
 
@@ -86,7 +85,7 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, w
                        stride, grad_stride, width, valid, ignore_index, factor, smoothing, z_loss,
                        GRAD: tl.constexpr, STATE: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
                        HAS_FACTOR: tl.constexpr, ONE_TILE: tl.constexpr,
-                       GROUP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                       GROUP: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """Loss of one row (GRAD: and its gradient; STATE: and (m, S) for a later one)."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -97,7 +96,7 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, w
             zero_row(grad + row * grad_stride, width, BLOCK)
     else:
         if STATS:
-            seen = tl.load(words, volatile=True)
+            seen = load_key(words, THREADS)
         in_range = (target >= 0) & (target < valid)
         z_t = tl.load(row_ptr + tl.where(in_range, target, 0)).to(tl.float32)
         anchor = tl.where(tl.abs(z_t) < float("inf"), z_t, 0.0)
@@ -129,7 +128,7 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, w
         if STATS:
             if not in_range:
                 tl.atomic_add(words + 5, 1, sem="relaxed")
-            record_row(row_ptr, row, width, valid, tl.max(top_g, 0), seen, words)
+            record_row(row_ptr, row, width, valid, tl.max(top_g, 0), tl.max(seen, 0), words, THREADS)
 
         if GRAD:
             weight = factor
@@ -178,19 +177,22 @@ class Plan:
     block: int
     group: int
     num_warps: int
+    registers: int
     one_tile: bool
 
 
 def plan_rows(rows: int, width: int, element_bytes: int) -> Plan:
-    """Two 128-bit loads a thread and tile; 64 registers a thread, so that two blocks of 16 warps share an SM."""
+    """Two 128-bit loads a thread and tile. With 80 registers a thread, three blocks of 8 warps share an SM."""
     per_thread = 32 // element_bytes
     block = min(_WARPS * 32 * per_thread, max(64, triton.next_power_of_2(width)))
+    num_warps = max(1, block // (32 * per_thread))
     return Plan(
         kernel="cross_entropy_rows",
         grid=(rows,),
         block=block,
         group=16 // element_bytes,  # the columns of one 128-bit load
-        num_warps=max(1, block // (32 * per_thread)),
+        num_warps=num_warps,
+        registers=80 if num_warps == _WARPS else 128,
         one_tile=width <= block,
     )
 
@@ -203,6 +205,7 @@ def plan_gradient(rows: int, width: int) -> Plan:
         block=block,
         group=1,
         num_warps=max(1, min(8, block // 512)),
+        registers=80,
         one_tile=width <= block,
     )
 
@@ -221,7 +224,7 @@ def launch_rows(logits, targets, grad, row_loss, row_state, factor, words, *, ig
         number, smoothing, z_loss,
         GRAD=grad is not None, STATE=row_state is not None, SMOOTH=smoothing != 0, STATS=words is not None,
         HAS_FACTOR=pointer is not None, ONE_TILE=p.one_tile, GROUP=p.group, BLOCK=p.block,
-        num_warps=p.num_warps, maxnreg=_REGISTERS,
+        THREADS=32 * p.num_warps, num_warps=p.num_warps, maxnreg=p.registers,
     )  # fmt: skip
     return p
 
@@ -233,7 +236,7 @@ def launch_gradient(logits, targets, row_state, grad, factor, *, ignore_index, s
     cross_entropy_gradient[p.grid](
         logits, grad, row_state, targets, factor,
         logits.stride(0), grad.stride(0), width, valid, ignore_index, smoothing, z_loss,
-        BLOCK=p.block, num_warps=p.num_warps, maxnreg=_REGISTERS,
+        BLOCK=p.block, num_warps=p.num_warps, maxnreg=p.registers,
     )  # fmt: skip
     return p
 
@@ -241,31 +244,39 @@ def launch_gradient(logits, targets, row_state, grad, factor, *, ignore_index, s
 def compile_specs() -> list[CompileSpec]:
     specs = []
     for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-        for width, name in ((50304, "8192x50304"), (4272, "8192x4272")):
-            specs += [_rows_spec(dtype, plan_rows(8192, width, size), name), _gradient_spec(dtype, width, name)]
+        for width in (50304, 8192, 1024):
+            shape = f"8192x{width}"
+            p = plan_rows(8192, width, size)
+            specs.append(_rows_spec("cross_entropy_rows", dtype, p, shape))
+            if width == 50304:
+                only_loss = {"GRAD": False, "STATE": True, "SMOOTH": True, "STATS": False, "grad": None, "words": None}
+                specs.append(_rows_spec("cross_entropy_loss", dtype, p, shape, **only_loss))
+                specs.append(_gradient_spec(dtype, width, shape))
     return specs
 
 
-def _rows_spec(dtype, p, shape) -> CompileSpec:
+def _rows_spec(kernel, dtype, p, shape, **changed) -> CompileSpec:
+    """A pointer changed to None is a branch compiled away."""
     return CompileSpec(
-        kernel="cross_entropy_rows",
+        kernel=kernel,
         dtype=dtype,
         fn=lambda: cross_entropy_rows,
         signature={
             "logits": f"*{dtype}", "grad": f"*{dtype}", "row_loss": "*fp32", "row_state": "*fp32", "targets": "*i64",
             "factor_ptr": "*fp32", "words": "*i64", "stride": "i32", "grad_stride": "i32", "width": "i32",
             "valid": "i32", "ignore_index": "i32", "factor": "fp32", "smoothing": "fp32", "z_loss": "fp32",
-        },  # fmt: skip
+        },
         constexprs={
             "GRAD": True, "STATE": False, "SMOOTH": False, "STATS": True, "HAS_FACTOR": True,
-            "ONE_TILE": p.one_tile, "GROUP": p.group, "BLOCK": p.block,
-        },  # fmt: skip
+            "ONE_TILE": p.one_tile, "GROUP": p.group, "BLOCK": p.block, "THREADS": 32 * p.num_warps,
+            **changed,
+        },
         divisible=("logits", "grad", "row_loss", "row_state", "targets", "factor_ptr", "words",
-                   "stride", "grad_stride", "width"),  # fmt: skip
+                   "stride", "grad_stride", "width"),
         num_warps=p.num_warps,
         streaming=True,
         shape=shape,
-        maxnreg=_REGISTERS,
+        maxnreg=p.registers,
     )
 
 
@@ -279,11 +290,11 @@ def _gradient_spec(dtype, width, shape) -> CompileSpec:
             "logits": f"*{dtype}", "grad": f"*{dtype}", "row_state": "*fp32", "targets": "*i64", "factor_ptr": "*fp32",
             "stride": "i32", "grad_stride": "i32", "width": "i32", "valid": "i32", "ignore_index": "i32",
             "smoothing": "fp32", "z_loss": "fp32",
-        },  # fmt: skip
+        },
         constexprs={"BLOCK": p.block},
         divisible=("logits", "grad", "row_state", "targets", "factor_ptr", "stride", "grad_stride", "width"),
         num_warps=p.num_warps,
         streaming=True,
         shape=shape,
-        maxnreg=_REGISTERS,
+        maxnreg=p.registers,
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from kernels.exponent_histogram import counts as c
 from kernels.multi_tensor_stats.op import flat
-from kernels.multi_tensor_stats.triton_kernel import widened
+from kernels.multi_tensor_stats.piece import widened
 
 BLOCK, NUM_WARPS, PROGRAMS_PER_SM = 4096, 4, 4
 

@@ -90,7 +90,7 @@ class LogitStats:
             if done is not None:
                 done.synchronize()
             rows = host.tolist()
-            return [decode(rows[i], width) for i, width in zip(order, widths)]
+            return [decode(rows[i], width) for i, width in zip(order, widths, strict=True)]
 
         return finish
 

@@ -1,10 +1,14 @@
 """logit_stats: the standalone pass, for losses computed in the model's own dtype."""
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import check_float, resolve_impl
 from kernels.logit_stats import reference
 from kernels.logit_stats.accumulator import LogitStats
+
+_library = torch.library.Library("dtype_dynamics_logit_stats", "DEF")
+_library.define("logit_stats(Tensor x, Tensor(a!) words, str impl) -> ()")
 
 
 @torch.no_grad()
@@ -25,9 +29,27 @@ def logit_stats(x: torch.Tensor, stats: LogitStats, *, impl: str = "auto") -> No
     words = stats.bind(*x.shape, x.device)
     if x.numel() == 0:
         return
-    if choice == "torch":
-        reference.accumulate(words, x)
-        return
+    x = x if x.stride(1) == 1 else x.contiguous()
+    torch.ops.dtype_dynamics_logit_stats.logit_stats(x, words, choice)
+
+
+def _run(x, words, impl) -> None:
+    if impl == "torch":
+        return reference.accumulate(words, x)
     from kernels.logit_stats import triton_kernel
 
-    triton_kernel.launch(x if x.stride(1) == 1 else x.contiguous(), words)
+    triton_kernel.launch(x, words)
+
+
+@torch.library.register_fake("dtype_dynamics_logit_stats::logit_stats", lib=_library)
+def _fake(x, words, impl) -> None:
+    return None
+
+
+_library.impl("logit_stats", _run, "CompositeExplicitAutograd")
+
+
+@register_flop_formula(torch.ops.dtype_dynamics_logit_stats.logit_stats)
+def _no_model_flops(*args, **kwargs) -> int:
+    """Measuring is not the model's work: it adds nothing to model FLOPs."""
+    return 0

@@ -11,7 +11,6 @@ _FP16_MAX_BITS = tl.constexpr(0x477FE000)  # 65,504 as fp32 bits
 _INF_BITS = tl.constexpr(0x7F800000)
 _LOW_WORD = tl.constexpr(0xFFFFFFFF)
 _REGISTERS = 64
-_SEARCH = tl.constexpr(1024)  # columns a step on the rare paths: small, so that they cost the common path no registers
 
 
 @triton.jit
@@ -29,15 +28,15 @@ def load_bits(row_ptr, start, width, valid, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def count_row(row_ptr, width, valid, words):
+def count_row(row_ptr, width, valid, words, STEP: tl.constexpr):
     """The slow path of a row with something beyond 65,504: exact counts; returns its largest finite bits, or -1."""
-    nan = tl.zeros([_SEARCH], tl.int32)
-    pos = tl.zeros([_SEARCH], tl.int32)
-    neg = tl.zeros([_SEARCH], tl.int32)
-    over = tl.zeros([_SEARCH], tl.int32)
-    top = tl.full([_SEARCH], -1, tl.int32)
-    for start in range(0, width, _SEARCH):
-        x, bits, cols = load_bits(row_ptr, start, width, valid, _SEARCH)
+    nan = tl.zeros([STEP], tl.int32)
+    pos = tl.zeros([STEP], tl.int32)
+    neg = tl.zeros([STEP], tl.int32)
+    over = tl.zeros([STEP], tl.int32)
+    top = tl.full([STEP], -1, tl.int32)
+    for start in range(0, width, STEP):
+        x, bits, cols = load_bits(row_ptr, start, width, valid, STEP)
         nan += (bits > _INF_BITS).to(tl.int32)
         pos += ((bits == _INF_BITS) & (x > 0)).to(tl.int32)
         neg += ((bits == _INF_BITS) & (x < 0)).to(tl.int32)
@@ -48,6 +47,16 @@ def count_row(row_ptr, width, valid, words):
     tl.atomic_add(words + 3, tl.sum(neg, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(words + 4, tl.sum(over, 0).to(tl.int64), sem="relaxed")
     return tl.max(top, 0)
+
+
+@triton.jit
+def load_key(words, THREADS: tl.constexpr):
+    """The accumulator's word once per thread of the block; `tl.max` of it is a value the whole block agrees on.
+
+    Not a scalar load: each warp would make its own, another program may raise the word in between,
+    and warps that disagree would part at a branch with a barrier inside.
+    """
+    return tl.load(words + tl.zeros([THREADS], tl.int32), volatile=True)
 
 
 @triton.jit
@@ -70,17 +79,19 @@ def raise_key(top, row, col, width, words):
 
 
 @triton.jit
-def record_row(row_ptr, row, width, valid, top, seen, words):
+def record_row(row_ptr, row, width, valid, top, seen, words, THREADS: tl.constexpr):
     """Fold in a row that can be read again, given `top`, the maximum of its abs_bits over the valid columns.
 
-    Usually this is one comparison; see the package docstring.
+    Usually this is one comparison; see the package docstring. The rare paths take two columns a
+    thread and step, so that they cost the common path no registers.
     """
+    STEP: tl.constexpr = 2 * THREADS
     if top > _FP16_MAX_BITS:
-        top = count_row(row_ptr, width, valid, words)
+        top = count_row(row_ptr, width, valid, words, STEP)
     if leads(top, row, width, seen):
-        col = tl.full([_SEARCH], 0x7FFFFFFF, tl.int32)
-        for start in range(0, width, _SEARCH):
-            x, bits, cols = load_bits(row_ptr, start, width, valid, _SEARCH)
+        col = tl.full([STEP], 0x7FFFFFFF, tl.int32)
+        for start in range(0, width, STEP):
+            x, bits, cols = load_bits(row_ptr, start, width, valid, STEP)
             col = tl.minimum(col, tl.where(bits == top, cols, 0x7FFFFFFF))
         raise_key(top, row, tl.min(col, 0), width, words)
 
@@ -102,16 +113,16 @@ def record_tile(x, bits, cols, row, width, seen, words):
 
 
 @triton.jit
-def logit_stats_rows(x_ptr, words, stride, width, BLOCK: tl.constexpr):
+def logit_stats_rows(x_ptr, words, stride, width, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """One program a row: the maximum of abs_bits, then `record_row`."""
     row = tl.program_id(0)
     row_ptr = x_ptr + row.to(tl.int64) * stride
-    seen = tl.load(words, volatile=True)
+    seen = load_key(words, THREADS)
     top = tl.full([BLOCK], -1, tl.int32)
     for start in range(0, width, BLOCK):
         x, bits, cols = load_bits(row_ptr, start, width, width, BLOCK)
         top = tl.maximum(top, bits)
-    record_row(row_ptr, row, width, width, tl.max(top, 0), seen, words)
+    record_row(row_ptr, row, width, width, tl.max(top, 0), tl.max(seen, 0), words, THREADS)
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,10 @@ def plan(rows: int, width: int) -> Plan:
 def launch(x, words) -> Plan:
     """Fold x (rows, width), unit column stride, into `words`; returns the plan."""
     p = plan(*x.shape)
-    logit_stats_rows[p.grid](x, words, x.stride(0), x.shape[1], BLOCK=p.block, num_warps=p.num_warps, maxnreg=_REGISTERS)
+    logit_stats_rows[p.grid](
+        x, words, x.stride(0), x.shape[1],
+        BLOCK=p.block, THREADS=32 * p.num_warps, num_warps=p.num_warps, maxnreg=_REGISTERS,
+    )  # fmt: skip
     return p
 
 
@@ -144,7 +158,7 @@ def compile_specs() -> list[CompileSpec]:
             dtype=dtype,
             fn=lambda: logit_stats_rows,
             signature={"x_ptr": f"*{dtype}", "words": "*i64", "stride": "i32", "width": "i32"},
-            constexprs={"BLOCK": p.block},
+            constexprs={"BLOCK": p.block, "THREADS": 32 * p.num_warps},
             divisible=("x_ptr", "words", "stride", "width"),
             num_warps=p.num_warps,
             streaming=True,

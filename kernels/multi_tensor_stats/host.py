@@ -55,7 +55,7 @@ class _Limits:
         values = (after_flush, s.FP16_NORMAL_FROM, below, float("inf"))
         if dtype == torch.float32:
             return cls(*(_round_up(v, torch.float32) for v in values))
-        return cls(*(_pattern(_round_up(v, dtype), dtype) for v in values))
+        return cls(*(bit_limit(v, dtype) for v in values))
 
 
 def _round_up(value: float, dtype: torch.dtype) -> float:
@@ -72,8 +72,9 @@ def round_up_fp32(value: float) -> float:
     return _round_up(value, torch.float32)
 
 
-def _pattern(value: float, dtype: torch.dtype) -> int:
-    return torch.tensor(value, dtype=dtype).view(torch.int16).item()
+def bit_limit(value: float, dtype: torch.dtype) -> int:
+    """The bit pattern T of a 16-bit dtype with |x| < value exactly where the bits of |x| are below T."""
+    return torch.tensor(_round_up(value, dtype), dtype=dtype).view(torch.int16).item()
 
 
 def _value(pattern: int, dtype: torch.dtype) -> float:

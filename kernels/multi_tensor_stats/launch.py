@@ -7,20 +7,20 @@ of tensors is uploaded again, from pinned memory and without a sync. Nothing kee
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
-import triton
 
 from kernels.multi_tensor_stats import triton_kernel as k
-from kernels.multi_tensor_stats.host import round_up_fp32
+from kernels.multi_tensor_stats.host import bit_limit, round_up_fp32
 from kernels.multi_tensor_stats.stats import WORDS
 
 PIECE = 1 << 14  # elements
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 ROWS = 8  # 16-byte loads in flight per thread (fp32; half as many blocks of twice the elements for 16 bits)
-TAIL, JOIN = 256, 32
+TAIL, JOIN = 256, 64
 KEPT = 32  # lists whose tables are kept, least recently used first out
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
@@ -51,11 +51,11 @@ last_plan: Plan | None = None  # of the most recent launch in this process: for 
 launches = 0  # kernels started by this process: for tests
 
 
-def plan_for(flats: list[torch.Tensor], device: torch.device, piece: int = PIECE) -> Plan:
+def plan_for(flats: list[torch.Tensor], device: torch.device) -> Plan:
     """The tables of a list of flat tensors, from the cache where nothing has changed."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     addresses = tuple([x.data_ptr() for x in flats])
-    shape_key = (str(device), stream, piece, tuple([(x.numel(), x.dtype) for x in flats]))
+    shape_key = (str(device), stream, PIECE, tuple([(x.numel(), x.dtype) for x in flats]))
     key = (addresses, shape_key)
     if key in _plans:
         _plans.move_to_end(key)
@@ -65,8 +65,8 @@ def plan_for(flats: list[torch.Tensor], device: torch.device, piece: int = PIECE
             "multi_tensor_stats: this list has no tables yet, and a CUDA graph is being captured. Call it once on the "
             "same tensors before the capture, and keep them"
         )
-    layout_key = (shape_key, tuple([_head(a, x.dtype) if x.numel() else 0 for a, x in zip(addresses, flats)]))
-    table, pieces = _tables(addresses, flats, piece)
+    layout_key = (shape_key, tuple([_head(a, x.dtype) if x.numel() else 0 for a, x in zip(addresses, flats, strict=True)]))
+    table, pieces = _tables(addresses, flats, PIECE)
     tensors, staged = _upload(table, device)
     if layout_key in _layouts:
         plan = replace(_layouts[layout_key], tensors=tensors, reused="pieces", staging=(staged,))
@@ -129,6 +129,23 @@ def _upload(table: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torc
     return host.to(device, non_blocking=True), host
 
 
+def rows(store: bool) -> int:
+    """Loads in flight per thread: half as many where a store follows each, or registers spill."""
+    return ROWS // 2 if store else ROWS
+
+
+def packs(below_at: torch.Tensor | None, below: float) -> bool:
+    """Whether 16-bit tensors take the packed loop: its threshold is a host number that fp16 patterns can order."""
+    return below_at is None and 0 <= below <= 2.0**100
+
+
+@lru_cache(maxsize=64)
+def below_patterns(below: float) -> tuple[int, int]:
+    """The threshold's bits in both halves of an int32, in bf16 and in fp16."""
+    limits = (bit_limit(min(max(below, 0.0), 2.0**100), dtype) for dtype in (torch.bfloat16, torch.float16))
+    return tuple(limit * 0x10001 for limit in limits)
+
+
 def launch_stats(
     tensors: list[torch.Tensor],
     words: torch.Tensor,
@@ -159,11 +176,13 @@ def launch_stats(
         k.stats_kernel[(plan.n_pieces,)](
             plan.tensors, plan.pieces, plan.floats, plan.ints, plan.tickets, plan.tensor_bad, words, f64, f32,
             f32 if inv_scale_at is None else inv_scale_at, f32 if below_at is None else below_at,
-            float(inv_scale), round_up_fp32(below), -1.0 if max_norm is None else float(max_norm), len(tensors),
-            ROWS=ROWS, THREADS=THREADS, TAIL=TAIL, JOIN=JOIN,
+            float(inv_scale), round_up_fp32(below), *below_patterns(below),
+            -1.0 if max_norm is None else float(max_norm), len(tensors),
+            ROWS=rows(store), THREADS=THREADS, TAIL=TAIL, JOIN=JOIN,
             TENSOR_WORDS=k.TENSOR_WORDS, P_FLOATS=k.P_FLOATS, P_INTS=k.P_INTS, WORDS=WORDS,
             FP32=fp32, BF16=bf16, FP16=fp16, SCALE=scale, STORE=store, COUNTS=counts,
-            INV_SCALE_AT=inv_scale_at is not None, BELOW_AT=below_at is not None, num_warps=NUM_WARPS,
+            INV_SCALE_AT=inv_scale_at is not None, BELOW_AT=below_at is not None,
+            PACKED=packs(below_at, below), num_warps=NUM_WARPS,
         )  # fmt: skip
     last_plan, launches = plan, launches + 1
     return plan

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.multi_tensor_stats.triton_kernel import rounded, widened
+from kernels.multi_tensor_stats.piece import rounded, widened
 
 
 @triton.jit
@@ -41,11 +41,11 @@ def clip_kernel(
     factor = tl.load(factor_at)
     if INV_SCALE_AT:
         inv_scale = tl.load(inv_scale_at)
-    if FP32:
+    if FP32:  # noqa: SIM102 (one known at compile time, one at run time)
         if dtype == 0:
             p = tl.multiple_of((address + start * 4).to(tl.pointer_type(tl.float32)), 16)
             _clip_piece(p, n, inv_scale, factor, BLOCK, TAIL)
-    if BF16:
+    if BF16:  # noqa: SIM102 (one known at compile time, one at run time)
         if dtype == 1:
             p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.bfloat16)), 16)
             _clip_piece(p, n, inv_scale, factor, BLOCK, TAIL)

@@ -122,8 +122,8 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
                       max_position_embeddings=32),
      "distilbert": DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=32),
      }[kind].save_pretrained(tmp_path / "model")
-    rows = [{"body": f"document {n} about {'ships' if n % 2 else 'trains'} and more words", "tags": ["sea" if n % 2 else "land"]}
-            for n in range(60)]
+    rows = [{"body": f"document {n} about {thing} and more words", "tags": [tag]}
+            for n in range(60) for thing, tag in [("ships", "sea") if n % 2 else ("trains", "land")]]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for task in ("multi_cls", "single_cls", "mlm" if kind == "distilbert" else "clm"):

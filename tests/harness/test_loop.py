@@ -75,8 +75,8 @@ def run_steps(settings, steps):
     precision = Precision(settings.config, CPU, threads=1)
     try:
         model = precision.prepare(build_model(model_request(settings, data)))
-        optimizer = precision.make_optimizer(model, lr=settings.lr, weight_decay=0.01, seed=0)
-        meter = StepMeter(model, optimizer, CPU, window=1, warmup_steps=1)
+        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=0.01, seed=0)
+        meter = StepMeter(model, optimizer, CPU, window=1, micro_batches=2, warmup_steps=1)
         vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
         options = LoopOptions(steps, 1, settings.micro_batch, settings.lr, 1.0, vocabulary)
         readings = list(train(settings.case, model, optimizer, make_batches(settings, data), precision, meter, options))
@@ -139,8 +139,8 @@ def test_a_window_of_several_steps_tells_the_same_story(plan):
     data = load_run_data(settings)
     precision = Precision(settings.config, CPU, threads=1)
     model = precision.prepare(build_model(model_request(settings, data)))
-    optimizer = precision.make_optimizer(model, lr=settings.lr, weight_decay=0.01, seed=0)
-    meter = StepMeter(model, optimizer, CPU, window=3, warmup_steps=1)
+    optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=0.01, seed=0)
+    meter = StepMeter(model, optimizer, CPU, window=3, micro_batches=2, warmup_steps=1)
     options = LoopOptions(4, 1, settings.micro_batch, settings.lr, 1.0, None)
     readings = list(train(settings.case, model, optimizer, make_batches(settings, data), precision, meter, options))
     assert [len(reading.steps) for reading in readings] == [3, 1]

@@ -1,11 +1,13 @@
 """The matrix: planned in a fair order, run in processes of their own, resumed, followed up."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench_cases import CASES
 from harness import arguments
@@ -13,8 +15,8 @@ from harness.matrix import choose_jobs, controls_of, plan
 from harness.pool import Pool
 from harness.run_folder import finished_runs
 from harness.settings import SettingsError
-from harness.stability import cell_text, stability_cells
-from instrument.records import RunRecord
+from harness.stability import cell_words, stability_cells, stability_table
+from instrument.records import FirstNonfinite, RunRecord
 
 CPU = torch.device("cpu")
 SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
@@ -67,7 +69,7 @@ def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environmen
     assert {row["dtype_config"]: row["status"] for row in rows} == {
         "fp32_true": "completed", "fp16_naive": "diverged", "fp16_naive_eps1e4": "completed",
         "fp16_naive_fp32_states": "completed"}
-    assert "✗ inf @ 1 optimizer" in first.stderr and "Stability: 4 runs" in first.stderr
+    assert "✗ inf @1 optim" in first.stderr and "Stability: 4 runs" in first.stderr
     assert len({row["init_sha256"] for row in rows}) == 1
     assert len(finished_runs(tmp_path)) == 4
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")}
@@ -116,9 +118,22 @@ def a_row(**changes) -> RunRecord:
 
 
 def test_a_cell_shows_the_worst_seed_and_how_many_share_it():
-    assert cell_text([a_row()]) == ("✓ loss 3", "completed")
+    assert cell_words([a_row()]) == ("✓ 3", "", "completed")
+    assert cell_words([a_row(f1_micro=0.5)]) == ("✓ 3", "F1 0.50", "completed")
     dead = a_row(seed=1, status="diverged", divergence_step=9)
-    assert cell_text([a_row(), dead, a_row(seed=2)]) == ("✗ 1/3 exploded @ 9", "diverged")
-    assert cell_text([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
+    assert cell_words([a_row(), dead, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
+    assert cell_words([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
     order = list(stability_cells([a_row(dtype_config="fp16_naive"), a_row(case="roberta_mlm"), a_row()]))
     assert order == [("fp32_true", "gpt2_clm"), ("fp32_true", "roberta_mlm"), ("fp16_naive", "gpt2_clm")]
+
+
+def test_the_matrix_of_six_cases_fits_80_columns():
+    rows = [a_row(case=case, dtype_config=config, f1_micro=0.5, val_loss=0.0719)
+            for case in list(CASES)[:6] for config in ("fp32_true", "fp16_naive_fp32_states")]
+    rows.append(a_row(dtype_config="fp16_naive", status="diverged", divergence_step=1_000, first_nonfinite=FirstNonfinite(
+        step=1, microbatch=None, phase="optimizer", phase_surfaced="optimizer", module="m", op=None, tensor="param",
+        source_tensor=None, kind="inf", dtype="float16", cause=None, input_absmax=None, headroom_bits=None)))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(stability_table(rows, "Stability"))
+    text = console.export_text()
+    assert "…" not in text and "fp16_naive_fp32_states" in text and "✗ inf" in text and "@1000" in text and "optim" in text

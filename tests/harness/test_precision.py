@@ -6,6 +6,8 @@ import torch
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.models import build_model
 from harness import precision as precision_module
+from harness.loss import training_loss
+from harness.loss_scaler import MeasuringGradScaler
 from harness.precision import DTYPES, Precision, Unsupported, refuse_what_the_device_lacks
 from harness.run import load_run_data, make_batches, model_request
 from harness.switches import SwitchError
@@ -32,7 +34,7 @@ def test_weights_logits_and_gradients_have_the_declared_dtypes(plan, name):
             logits = model(batch.input_ids, batch.attention_mask, batch.last_token)
         precision.check_logits(logits)
         assert logits.dtype == DTYPES[config.head]
-        precision.backward(logits.float().sum())
+        logits.float().sum().backward()
         assert {p.grad.dtype for p in model.parameters()} == {DTYPES[config.weights]}
         assert (precision.scaler is not None) == config.scaler
         assert precision.autocast_name == ("cpu" if config.autocast else None)
@@ -64,47 +66,75 @@ def test_wrong_logits_are_noticed(plan):
         precision.check_logits(torch.zeros(1, dtype=torch.bfloat16))
 
 
-def test_the_scaler_divides_what_it_multiplied(plan):
+def test_the_scaler_multiplies_before_rounding_and_divides_in_the_measuring_pass(plan):
     def gradients(name):
         precision, model, batch = made(plan, name)
-        optimizer = precision.make_optimizer(model, lr=1e-3, weight_decay=0.0, seed=0)
+        optimizer = precision.make_optimizer(lr=1e-3, weight_decay=0.0, seed=0)
+        scale = precision.loss_scale()
         with precision.forward():
             logits = model(batch.input_ids)
-        precision.backward(logits.float().logsumexp(-1).mean())
-        scale = precision.unscale(optimizer)
+        loss = training_loss(logits, batch.targets, loss="cross_entropy", dtype=torch.float32, normalizer=batch.n_targets,
+                             loss_scale=scale)
+        loss.backward()
+        stats = precision.measure_gradients(optimizer)
         precision.close()
-        return scale, torch.cat([p.grad.flatten() for p in model.parameters()])
+        grads = torch.cat([p.grad.flatten() for p in precision.parameters])
+        assert stats.total_norm.item() == pytest.approx(grads.double().norm().item(), rel=1e-6)
+        return scale, loss, grads
 
-    scale, scaled = gradients("amp_fp16")
-    none, plain = gradients("amp_fp16_unscaled")
+    scale, scaled_loss, scaled = gradients("amp_fp16")
+    none, plain_loss, plain = gradients("amp_fp16_unscaled")
     assert scale.item() == 65_536.0 and none is None
+    assert scaled_loss.item() == plain_loss.item()  # the loss itself is never scaled
     torch.testing.assert_close(scaled, plain, rtol=0.02, atol=1e-4)
 
 
+def test_the_measuring_scaler_skips_and_backs_off_like_the_stock_one():
+    def run(scaler_class):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        adamw = torch.optim.AdamW(layer.parameters())
+        scaler = scaler_class("cpu", init_scale=1024.0)
+        scaler.measured = list(layer.parameters())
+        history = []
+        for step in range(4):
+            adamw.zero_grad()
+            scaler.scale(layer(torch.ones(2, 4)).square().sum()).backward()
+            if step == 1:
+                layer.weight.grad[0, 0] = float("inf")
+            scaler.unscale_(adamw)
+            scaler.step(adamw)
+            scaler.update()
+            history.append((scaler.get_scale(), layer.weight.detach().clone()))
+        return history
+
+    for (scale, weight), (stock_scale, stock_weight) in zip(
+            run(MeasuringGradScaler), run(torch.amp.GradScaler), strict=True):
+        assert scale == stock_scale and torch.equal(weight, stock_weight)
+
+
 def test_clipping_scales_to_the_norm_and_never_up(plan):
-    precision, model, _ = made(plan, "fp32_true")
-    params = list(model.parameters())
+    precision, _, _ = made(plan, "fp32_true")
     for factor in (100.0, 1e-6):
-        for p in params:
+        for p in precision.parameters:
             p.grad = torch.full_like(p, factor)
-        before = torch.cat([p.grad.flatten() for p in params]).double()
-        precision.clip(params, before.norm(), 1.0)
-        after = torch.cat([p.grad.flatten() for p in params]).double()
+        before = torch.cat([p.grad.flatten() for p in precision.parameters]).double()
+        precision.clip(before.norm(), 1.0)
+        after = torch.cat([p.grad.flatten() for p in precision.parameters]).double()
         assert after.norm().item() == pytest.approx(min(1.0, before.norm().item()), rel=1e-5)
 
 
 def test_clipping_in_fp16_overflows_where_fp32_does_not(plan):
-    """NUMERICS 3: an fp16 norm is infinite and silently zeroes every gradient."""
+    """An fp16 norm is infinite and silently zeroes every gradient."""
     for name, survives in (("fp16_naive", True), ("fp16_naive_clip16", False)):
-        precision, model, _ = made(plan, name)
-        params = list(model.parameters())
-        for p in params:
+        precision, _, _ = made(plan, name)
+        for p in precision.parameters:
             p.grad = torch.full_like(p, 100.0)
-        exact = torch.cat([p.grad.flatten() for p in params]).double().norm()
-        norm = precision.clip(params, exact, 1.0)
+        exact = torch.cat([p.grad.flatten() for p in precision.parameters]).double().norm()
+        norm = precision.clip(exact, 1.0)
         precision.close()
         assert bool(norm.isfinite()) == survives
-        assert any(p.grad.ne(0).any() for p in params) == survives
+        assert any(p.grad.ne(0).any() for p in precision.parameters) == survives
 
 
 def test_fp16_on_this_cpu_is_recorded(plan):

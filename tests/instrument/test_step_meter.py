@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from instrument.step_meter import StepMeter, logit_statistics
+from instrument.step_meter import StepMeter
+from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")
 BATCH = SimpleNamespace(samples=4, tokens=12, real_tokens=10, seq_len=3)
@@ -16,21 +17,24 @@ def make(window=1):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return model, optimizer, StepMeter(model, optimizer, CPU, window=window, warmup_steps=0)
+    return model, optimizer, StepMeter(model, optimizer, CPU, window=window, micro_batches=2, warmup_steps=0)
 
 
 def one_step(model, optimizer, meter, step, *, spoil=lambda phase: None, scale=None):
     """A step as the loop takes it; ``spoil(phase)`` may plant something before the meter looks."""
-    meter.begin_step(step, 0.01, BATCH)
+    meter.begin_step(step, 0.01, BATCH, scale)
     for index in range(2):
         logits = model(torch.randn(2, 4))
         spoil(("forward", index, logits))
         loss = logits.square().mean() / 2
         spoil(("loss", index, loss))
-        meter.forward(index, logits, torch.zeros(2, 2), loss, None)
+        logit_stats(logits, meter.next_logits())
+        meter.add_loss(loss)
         loss.backward()
     spoil(("backward", None, model))
-    meter.gradients(scale)
+    threshold = 2.0**-24 if scale is None else 2.0**-24 / scale  # these gradients are unscaled already
+    stats = multi_tensor_stats([p.grad for p in meter.parameters], underflow_below=threshold)
+    meter.gradients(stats, clip_norm=stats.total_norm)
     skipped = scale is not None and not all(p.grad.isfinite().all() for p in model.parameters())
     if not skipped:
         optimizer.step()
@@ -146,17 +150,3 @@ def test_underflow_is_judged_at_the_scale_of_backward():
     for step, (scale, expected) in enumerate([(None, 1.0), (torch.tensor(1024.0), 0.0), (torch.tensor(2.0), 1.0)], 1):
         one_step(model, optimizer, meter, step, spoil=spoil, scale=scale)
         assert meter.read().steps[0].grad_underflow_frac == expected
-
-
-def test_logit_statistics_leave_out_ignored_rows_and_pad_columns():
-    logits = torch.tensor([[1.0, -2.0, 99.0], [5.0, 7.0, math.nan], [math.inf, 3.0, math.nan]])
-    targets = torch.tensor([0, -100, 1])
-    absmax, nan, infinite, over = (x.item() for x in logit_statistics(logits, targets, 2))
-    assert (absmax, nan, infinite, over) == (3.0, 0, 1, 0)
-    absmax, nan, infinite, over = (x.item() for x in logit_statistics(logits * 1e4, torch.zeros(3, dtype=torch.long), None))
-    assert (absmax, nan, infinite, over) == (torch.tensor(99e4).item(), 2, 1, 2)
-
-
-def test_logit_statistics_count_what_fp16_could_not_hold():
-    logits = torch.tensor([[65_504.0, 65_536.0, -70_000.0]])
-    assert [x.item() for x in logit_statistics(logits, torch.zeros(1, 3), None)] == [70_000.0, 0, 0, 2]

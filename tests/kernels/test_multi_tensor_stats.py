@@ -195,7 +195,7 @@ def test_views_agree_with_the_reading(device):
         stats.nonsense  # noqa: B018
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(
         st.tuples(

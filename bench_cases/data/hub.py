@@ -1,0 +1,200 @@
+"""Real data from the Hugging Face hub: downloaded once into our own cache, as JSON Lines.
+
+Never a silent fallback: a hub that cannot be reached is an error that names the other sources. ``datasets``
+refuses repositories with loading scripts since version 4; the hub keeps a parquet copy of most of them on a
+branch of its own, which is tried second (same rows, same order).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from . import cache, hub_reach
+from .documents import SPLITS, Corpus, Document
+from .errors import DataError, DataUnavailable
+
+PARQUET_BRANCH = "refs/convert/parquet"
+SHUFFLE_SEED, SHUFFLE_BUFFER = 20_240_517, 10_000
+OPENWEBTEXT_DOCUMENTS, OPENWEBTEXT_VALIDATION = 40_000, 1_000
+TOKENIZERS = {"gpt2": "openai-community/gpt2", "roberta": "FacebookAI/roberta-base"}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A data set as we know it. ``labels`` is the expected number of labels, None where not checked."""
+
+    name: str
+    config: str | None
+    labels: int | None = None
+
+
+# The first of each kind is the default; the others are taken by name only, as ``hub:NAME``.
+KNOWN = {
+    "eurlex": (Repository("coastalcph/lex_glue", "eurlex", labels=100), Repository("NLP-AUEB/eurlex", "eurlex57k")),
+    "openwebtext": (Repository("Skylion007/openwebtext", None),),
+}
+_TEXT_COLUMNS = ("text",)
+_LABEL_COLUMNS = ("labels", "eurovoc_concepts", "label")
+_ID_COLUMNS = ("celex_id", "id")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One download: what is asked for, before any network. ``documents``: (training, validation)
+    documents to take from a stream, None for a set that is downloaded whole."""
+
+    repository: Repository
+    revision: str
+    text: str
+    documents: tuple[int, int] | None
+
+    @classmethod
+    def parse(cls, source: str, text: str, max_documents: int | None, validation_documents: int | None) -> Wanted:
+        """``source``: ``hub``, ``hub:REPO`` or ``hub:REPO@REVISION``; REPO may be a local folder."""
+        name, _, revision = source.removeprefix("hub").removeprefix(":").partition("@")
+        known = {repository.name: repository for repository in KNOWN[text]}
+        if source.startswith("hub:") and not name:
+            raise DataError(f"--data {source}: a repository must follow 'hub:', such as hub:{KNOWN[text][0].name}")
+        repository = (
+            KNOWN[text][0]
+            if not name
+            else known.get(name, Repository(name, KNOWN[text][0].config if Path(name).is_dir() else None))
+        )
+        count = (max_documents or OPENWEBTEXT_DOCUMENTS, validation_documents or OPENWEBTEXT_VALIDATION)
+        return cls(repository, revision or "main", text, count if text == "openwebtext" else None)
+
+    def identity(self) -> dict[str, object]:
+        out: dict[str, object] = {
+            "hub": self.repository.name,
+            "config": self.repository.config,
+            "revision": self.revision,
+            "text": self.text,
+        }
+        if self.documents:
+            out |= {"documents": list(self.documents), "shuffle": [SHUFFLE_SEED, SHUFFLE_BUFFER]}
+        if self.local:  # a local folder can change under its name
+            files = sorted(p for p in Path(self.repository.name).rglob("*") if p.is_file())
+            out["files"] = [[p.relative_to(self.repository.name).as_posix(), cache.file_sha256(p)] for p in files]
+        return out
+
+    @property
+    def local(self) -> bool:
+        return Path(self.repository.name).is_dir()
+
+
+def corpus(wanted: Wanted, cache_dir: Path | None) -> Corpus:
+    """From our cache, else downloaded. Raises DataUnavailable when the hub cannot be reached."""
+    folder, meta = cache.obtain("hub", wanted.identity(), lambda work: _download(wanted, work), cache_dir)
+    documents = []
+    with gzip.open(folder / "documents.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            documents.append(Document(row["id"], row["text"], tuple(row["labels"]), row["split"]))
+    return Corpus(
+        wanted.text, f"hub:{wanted.repository.name}", documents, meta["files"]["documents.jsonl.gz"]["sha256"], meta["data"]
+    )
+
+
+def _download(wanted: Wanted, work: Path) -> dict:
+    commit = None if wanted.local else hub_reach.commit("dataset", wanted.repository.name, wanted.revision)
+    read = _eurlex if wanted.text == "eurlex" else _openwebtext
+    counts = dict.fromkeys(SPLITS, 0)
+    excluded = 0
+    # mtime 0: the same rows give the same bytes, and so the same hash.
+    with (work / "documents.jsonl.gz").open("xb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        for document in _guarded(wanted, read(wanted)):
+            if not document.text.strip():
+                excluded += 1
+                continue
+            counts[document.split] += 1
+            row = {"id": document.id, "text": document.text, "labels": document.labels, "split": document.split}
+            file.write((json.dumps(row) + "\n").encode())
+    return {
+        "repository": wanted.repository.name,
+        "revision": wanted.revision,
+        "commit": commit,
+        "downloaded": counts,
+        "empty_documents_excluded": excluded,
+    }
+
+
+def _guarded(wanted: Wanted, documents: Iterable[Document]) -> Iterator[Document]:
+    try:
+        yield from documents
+    except (DataError, DataUnavailable, GeneratorExit):
+        raise
+    except Exception as error:
+        raise hub_reach.unavailable(wanted.repository.name, error) from error
+
+
+def _first_that_loads(wanted: Wanted, load: Callable[..., object]) -> object:
+    """The repository as it is, else (script-only, or a broken main branch) its parquet copy."""
+    from datasets import load_dataset
+
+    repository = wanted.repository
+    revision = None if wanted.local else wanted.revision
+    try:
+        return load(load_dataset, repository.name, repository.config, revision=revision)
+    except (RuntimeError, ValueError, FileNotFoundError) as first:
+        # Only data layout and script errors come here; a network that fails goes up at once.
+        if wanted.local or isinstance(first, ConnectionError):
+            raise
+        try:
+            return load(load_dataset, repository.name, None, revision=PARQUET_BRANCH, data_dir=repository.config)
+        except Exception as second:
+            raise first from second
+
+
+def _eurlex(wanted: Wanted) -> Iterator[Document]:
+    sets = _first_that_loads(wanted, lambda load_dataset, *a, **k: load_dataset(*a, **k))
+    train = _split_of(sets, "train", wanted)
+    text, label, identifier = (
+        _column(train.column_names, names, wanted, needed)
+        for names, needed in ((_TEXT_COLUMNS, True), (_LABEL_COLUMNS, True), (_ID_COLUMNS, False))
+    )
+    names = _label_names(train.features[label])
+    expected = wanted.repository.labels
+    if expected is not None and not wanted.local and names is not None and len(names) != expected:
+        raise DataError(f"hub:{wanted.repository.name}: {len(names)} labels, {expected} expected; has the data set changed?")
+    for split in SPLITS:
+        if split not in sets:
+            continue
+        for i, row in enumerate(sets[split]):
+            given = row[label] if isinstance(row[label], list) else [row[label]]
+            # Some real documents end with no label: a row of negatives, and no single-label target.
+            labels = tuple(sorted({names[x] if names is not None else str(x) for x in given if x is not None}))
+            yield Document(str(row[identifier]) if identifier else f"{split}-{i}", row[text], labels, split)
+
+
+def _openwebtext(wanted: Wanted) -> Iterator[Document]:
+    stream = _first_that_loads(wanted, lambda load_dataset, *a, **k: load_dataset(*a, split="train", streaming=True, **k))
+    training, validation = wanted.documents
+    # The set has no validation split: the first documents of the shuffled stream are taken for it.
+    rows = islice(stream.shuffle(seed=SHUFFLE_SEED, buffer_size=SHUFFLE_BUFFER), training + validation)
+    for i, row in enumerate(rows):
+        if i == 0:
+            text = _column(list(row), _TEXT_COLUMNS, wanted, True)
+        yield Document(f"owt-{i}", row[text], (), "validation" if i < validation else "train")
+
+
+def _split_of(sets, name: str, wanted: Wanted):
+    if name not in sets:
+        raise DataError(f"hub:{wanted.repository.name}: no {name} split; it has {', '.join(sets)}")
+    return sets[name]
+
+
+def _column(have: list[str], names: tuple[str, ...], wanted: Wanted, needed: bool) -> str | None:
+    found = next((name for name in names if name in have), None)
+    if found is None and needed:
+        raise DataError(f"hub:{wanted.repository.name}: no column {' or '.join(map(repr, names))}; it has {', '.join(have)}")
+    return found
+
+
+def _label_names(feature) -> list[str] | None:
+    """The names of a ClassLabel, alone or in a list; None where labels are strings already."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
