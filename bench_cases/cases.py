@@ -63,8 +63,8 @@ CASES: dict[str, Case] = index([
     Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(4e-3, 3e-5)),
     Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 5e-5)),
     Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 3e-5)),
-    Case("gpt2_multi_cls_labelsum", "C", GPT2, MULTI_CLS, LearningRates(4e-3, 5e-5),
+    Case("gpt2_multi_cls_labelsum", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 5e-5),
          loss_reduction="label_sum", in_default_matrix=False),
-    Case("roberta_multi_cls_labelsum", "D", ROBERTA, MULTI_CLS, LearningRates(4e-3, 3e-5),
+    Case("roberta_multi_cls_labelsum", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 3e-5),
          loss_reduction="label_sum", in_default_matrix=False),
 ])

@@ -137,8 +137,8 @@ def _encoded_width(encoder: nn.Module) -> int:
     """Width of the encoder's output, by running it: some project down at the end (OPT-350m)."""
     import torch
 
-    with torch.no_grad():
-        return encoder(input_ids=torch.ones(1, 2, dtype=torch.int64))[0].shape[-1]
+    with torch.no_grad():  # in evaluation mode: some encoders drop whole layers at random in training
+        return encoder.eval()(input_ids=torch.ones(1, 2, dtype=torch.int64))[0].shape[-1]
 
 
 def _configuration(request: ModelRequest) -> Any:

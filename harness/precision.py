@@ -118,6 +118,8 @@ class Precision:
         if self.config.clip == "fp16":
             return nn.utils.clip_grad_norm_(self.parameters, max_norm)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        if self.device.type == "cpu" and factor == 1:  # reading it costs nothing here, and multiplying does
+            return norm
         torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
         return norm
 

@@ -54,12 +54,13 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     unreachable sources raise before anything is written (`DataError`, `DataUnavailable`,
     `ModelError`, `WeightsUnavailable`, `OutputError`); whatever happens later is a row.
     """
-    started_s = time.perf_counter() if started_s is None else started_s
-    outcome = Outcome()
+    began_s = time.perf_counter()
+    started_s = began_s if started_s is None else started_s
+    outcome = Outcome(timings_s={"imports": began_s - started_s})
     data = load_run_data(settings)
-    outcome.timings_s["data"] = time.perf_counter() - started_s
+    outcome.timings_s["data"] = time.perf_counter() - began_s
     model = build_model(model_request(settings, data))
-    outcome.timings_s["model"] = time.perf_counter() - started_s - outcome.timings_s["data"]
+    outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
     folder = RunFolder(out, settings.run_id)
     write_machine(out, capture(torch.device(settings.device)))
     try:

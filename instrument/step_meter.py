@@ -118,13 +118,16 @@ class StepMeter:
     @torch.no_grad()
     def updated(self) -> None:
         """Parameters and optimizer states behind the update."""
-        self._row |= self._first("param", multi_tensor_stats(self.parameters, counts=False))
-        if not self._states:
+        if not self._states:  # made by the first update that is not skipped
             self._states = float_states(self.optimizer, self.parameters, self.names)
-        if self._states:
-            self._row |= self._first("state", multi_tensor_stats([tensor for *_, tensor in self._states], counts=False))
-        else:  # a skipped first step leaves no states behind
-            self._row |= {"state_tensor": self._none, "state_nan": self._zero}
+        self._row |= self._first_bad("param", self.parameters)
+        self._row |= self._first_bad("state", [tensor for *_, tensor in self._states])
+
+    def _first_bad(self, kind: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The columns of a list that is only checked for non-finite values."""
+        if not tensors or (self.device.type == "cpu" and _all_finite(tensors)):
+            return {f"{kind}_tensor": self._none, f"{kind}_nan": self._zero}
+        return self._first(kind, multi_tensor_stats(tensors, counts=False))
 
     def end_step(self) -> None:
         """Close the step: one small stack on the device."""
@@ -219,6 +222,11 @@ class StepMeter:
 
     def _place(self, index: int) -> dict[str, object]:
         return {"module": self.names[index].rpartition(".")[0], "dtype": self.parameters[index].dtype}
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """On a CPU, where reading a number is free, a finite norm proves a list finite at a tenth of the cost."""
+    return bool(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).isfinite().all())
 
 
 def _prevailing(nan_surplus: float) -> str:

@@ -52,9 +52,7 @@ def scale_rows(grad, grad_output, rows, stride, width, BLOCK: tl.constexpr):
 def launch_sum(row_loss, out, factor) -> None:
     """factor: a Python float, or an fp32 device scalar."""
     pointer, number = (None, factor) if isinstance(factor, float) else (factor, 1.0)
-    sum_rows[(1,)](
-        row_loss, out, pointer, number, row_loss.shape[0], HAS_FACTOR=pointer is not None, BLOCK=_BLOCK, num_warps=8
-    )
+    sum_rows[(1,)](row_loss, out, pointer, number, row_loss.shape[0], HAS_FACTOR=pointer is not None, BLOCK=_BLOCK, num_warps=8)
 
 
 def launch_inverse_count(targets, out, ignore_index) -> None:

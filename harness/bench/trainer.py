@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from importlib import util
-from statistics import fmean, median
+from statistics import median
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.bench.figure import Figure, summarize
@@ -12,11 +11,13 @@ from harness.settings import Request
 
 TARGET_RATIO = 1.0
 CASE_IDS = ("gpt2_clm", "gpt2_multi_cls")
-LOSS_TOLERANCE = 1e-4
-"""Largest relative difference of any step's loss. The arms differ only in the rounding of the
-gradient norm; AdamW lets 1e-7 grow over a run, and a different batch or rate shows at 1e-2."""
-FIRST_LOSS_TOLERANCE = 1e-6
-"""Of the first step's loss: the same weights and the same batch, before any update."""
+EARLY_STEPS, EARLY_TOLERANCE = 5, 1e-5
+"""Largest relative difference of the first steps' losses (measured: 1e-7). A different batch, rate,
+normaliser or clipping shows here, before rounding has had time to grow."""
+TOLERANCE = 5e-3
+"""Of every step's loss and of the mean final weight (measured: up to 8e-4 and 9e-4 in 60 steps of
+gpt2_clm). The arms round the gradient norm and the loss differently, and AdamW divides small
+gradients by their own size, so that 1e-7 grows tenfold every ten steps or so."""
 
 
 class UnfairComparison(RuntimeError):
@@ -75,14 +76,15 @@ def require_same_work(ours, theirs) -> float:
     steps, the losses or how far the weights moved say that the arms did different work."""
     if len(ours.losses) != len(theirs.losses):
         raise UnfairComparison(f"our loop took {len(ours.losses)} steps and the Trainer {len(theirs.losses)}")
-    differences = [abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in zip(ours.losses, theirs.losses, strict=True)]
-    worst = max(range(len(differences)), key=lambda i: differences[i] if math.isfinite(differences[i]) else math.inf)
-    if not differences[0] <= FIRST_LOSS_TOLERANCE or not differences[worst] <= LOSS_TOLERANCE:
-        raise UnfairComparison(f"the arms' losses differ: step 1 by {differences[0]:.1e}, step {worst + 1} by "
-                               f"{differences[worst]:.1e} (relative; ours {ours.losses[worst]:.6g}, "
-                               f"Trainer {theirs.losses[worst]:.6g})")
-    apart = fmean(float((a - b).abs().mean()) for a, b in zip(ours.weights, theirs.weights, strict=True))
-    size = fmean(float(a.abs().mean()) for a in ours.weights)
-    if not apart <= LOSS_TOLERANCE * size:
-        raise UnfairComparison(f"the arms' final weights differ by {apart / size:.1e} of their size on average")
-    return differences[worst]
+    apart = [abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    for step, difference in enumerate(apart, start=1):
+        allowed = EARLY_TOLERANCE if step <= EARLY_STEPS else TOLERANCE
+        if not difference <= allowed:  # a NaN is no agreement
+            raise UnfairComparison(f"the arms' losses differ: step {step} by {difference:.1e} (relative; "
+                                   f"allowed {allowed:.0e}; ours {ours.losses[step - 1]:.6g}, "
+                                   f"Trainer {theirs.losses[step - 1]:.6g})")
+    pairs = list(zip(ours.weights, theirs.weights, strict=True))
+    moved = sum(float((a - b).abs().sum()) for a, b in pairs) / sum(float(a.abs().sum()) for a, _ in pairs)
+    if not moved <= TOLERANCE:
+        raise UnfairComparison(f"the arms' final weights differ by {moved:.1e} of their size on average")
+    return max(apart)

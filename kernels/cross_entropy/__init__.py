@@ -18,7 +18,7 @@ Extra memory: 20 bytes a row.
 
 from importlib import import_module
 
-_LAZY = {"cross_entropy": "op", "compile_specs": "triton_kernel"}
+_LAZY = {"cross_entropy": "op", "compile_specs": "specs"}
 
 ROW_BYTES = 8 + 4  # target read, row loss written
 

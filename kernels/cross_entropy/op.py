@@ -18,9 +18,7 @@ _library.define(
     "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor(c!)? state, "
     f"Tensor? factor_scalar, float factor, Tensor(d!)? words, {_OPTIONS}) -> ()"
 )
-_library.define(
-    f"gradient(Tensor logits, Tensor targets, Tensor? state, Tensor(a!) grad, Tensor factor, {_OPTIONS}) -> ()"
-)
+_library.define(f"gradient(Tensor logits, Tensor targets, Tensor? state, Tensor(a!) grad, Tensor factor, {_OPTIONS}) -> ()")
 
 
 def cross_entropy(
@@ -152,9 +150,7 @@ _library.impl("rows", _rows, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
 
 
-@register_flop_formula(
-    [torch.ops.dtype_dynamics_cross_entropy.rows, torch.ops.dtype_dynamics_cross_entropy.gradient]
-)
+@register_flop_formula([torch.ops.dtype_dynamics_cross_entropy.rows, torch.ops.dtype_dynamics_cross_entropy.gradient])
 def _no_model_flops(*args, **kwargs) -> int:
     """Model FLOPs are matmuls; torch counts 0 for its own loss too. The elementwise work is in `flops`."""
     return 0

@@ -11,6 +11,7 @@ from kernels.logit_stats import reference as logit_stats_reference
 
 CHUNK_ELEMENTS = {"cpu": 2**19}  # 2 MB of fp32; elsewhere larger chunks keep the device busy
 CHUNK_ELEMENTS_ELSEWHERE = 2**26
+_softmax_backward = torch.ops.aten._log_softmax_backward_data  # (hot, logp) -> hot - exp(logp) * sum(hot)
 
 
 def forward(logits, targets, grad, factor, *, ignore_index, smoothing, z_loss, valid, words):
@@ -49,6 +50,10 @@ def _classify(targets, ignore_index, valid):
 
     A CPU can look: a target out of range raises. Elsewhere looking would sync: its row becomes NaN.
     """
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = targets.aminmax()
+        if low >= 0 and high < valid and not low <= ignore_index <= high:
+            return None, None
     keep = targets != ignore_index
     in_range = ((targets >= 0) & (targets < valid)) | ~keep
     if targets.device.type != "cpu":
@@ -86,16 +91,20 @@ def _only(x, keep, in_range, pick):
 
 def _write_gradient(grad, pick, z, logp, target, factor, keep, in_range, smoothing, z_loss, valid):
     """grad[pick] = factor * ((1 + 2 c lse) p - (1 - eps) [target] - eps / V)."""
-    hot = torch.zeros_like(logp) if not smoothing else torch.full_like(logp, -smoothing / valid) * factor
-    hot.scatter_add_(1, target, torch.full_like(logp[:, :1], smoothing - 1) * factor)
-    g = torch.ops.aten._log_softmax_backward_data(hot, logp, 1, torch.float32)  # hot - p * sum(hot)
+    hot = torch.full_like(logp, -smoothing / valid).mul_(factor) if smoothing else torch.zeros_like(logp)
+    hot.scatter_add_(1, target, torch.full_like(logp[:, :1], smoothing - 1).mul_(factor))
+    part = grad[pick] if isinstance(pick, slice) else None
+    if part is not None and in_range is None and not z_loss and part.shape == z.shape and part.dtype == z.dtype:
+        _softmax_backward.out(hot, logp, 1, torch.float32, out=part)  # z may be this memory; it is used no more
+        return
+    g = _softmax_backward(hot, logp, 1, torch.float32)
     if z_loss:
         g += logp.exp_().mul_((2 * z_loss * factor) * z.logsumexp(dim=1, keepdim=True))
     g = _only(g, keep, in_range, pick)
-    if isinstance(pick, slice):
-        grad[pick, :valid] = g
-    else:
+    if part is None:
         grad[:, :valid].index_copy_(0, pick, g.to(grad.dtype))
+    else:
+        part[:, :valid] = g
 
 
 def _zero_rest(grad, keep, valid):

@@ -1,14 +1,14 @@
 """The CPU path: cache-sized pieces, and numpy where its loops beat torch's.
 
 Measured on 64K fp32 values, one core of an EPYC (2 torch threads where torch uses them): compare 2 us
-in numpy against 13 in torch, counting a mask 2 against 7, `|x|.max()` 3 against 7 (aminmax); torch reads
-bf16 faster than anything else. So every piece of 64K elements stays in L2 and is passed over eight times
-there, and small tensors are packed into one piece, because a call costs more than their bytes.
+in numpy against 13 in torch, counting a mask 2 against 7, `|x|.max()` 3 against 7 (aminmax). So every piece
+(PIECE elements, half a megabyte of fp32) stays in the L2 cache and is passed over eight times there, and small
+tensors are packed into one piece, because a call costs more than their bytes. One thread does it all.
 
 The largest |x| of a piece (numpy's max propagates NaN) proves that it holds no NaN and no Inf; only a
 piece that fails the proof is counted the careful way. Sums of squares run in fp32 within a piece, float64
 across pieces, and are redone in float64 where fp32 would overflow or lose small squares.
-Deterministic: the same list gives the same bits (for a given BLAS and its thread count).
+Deterministic: the same list gives the same bits. Needs numpy 2 (`vecdot`).
 """
 
 import threading
@@ -21,15 +21,16 @@ import torch
 from kernels.multi_tensor_stats import stats as s
 from kernels.multi_tensor_stats.reference import clip_factor
 
-PIECE = 1 << 17  # elements; 256 KB of fp32
+PIECE = 1 << 17  # elements; 512 KB of fp32
 BLOCK = 1 << 10  # elements per fp32 dot product: bounds its rounding error
 SMALL = 1 << 13  # tensors below this are packed
+SERIAL = 1 << 14  # elements that torch converts in the calling thread: waking others costs 10 ms on a busy machine
 
 _local = threading.local()
 
 
 class _Scratch:
-    """Buffers of one thread, allocated once: fresh 256 KB blocks would page-fault at every call."""
+    """Buffers of one thread, allocated once: fresh blocks of this size would page-fault at every call."""
 
     def __init__(self):
         self.magnitude = {torch.float32: np.empty(PIECE, np.float32)}
@@ -148,15 +149,19 @@ class _Pass:
         top = magnitude.max()
         clean = top < limits.nonfinite_from  # False for NaN
         self.found_inf |= not clean
+        zeros = self._zeros(magnitude, starts) if self.counts else 0
         if self.counts and limits.below > 0:
-            row[..., s.BELOW] += self._below(magnitude, limits.below, starts) - self._zeros(magnitude, starts)
+            row[..., s.BELOW] += self._below(magnitude, limits.below, starts) - zeros
         if self.inv_scale is not None:
-            x.mul_(self.inv_scale)
+            if x.dtype == torch.float32:
+                np.multiply(x.numpy(), self.inv_scale.numpy(), out=x.numpy())
+            else:
+                x.mul_(self.inv_scale)
             magnitude = self._magnitude(x)
             top = magnitude.max()
             clean = top < limits.nonfinite_from
+            zeros = self._zeros(magnitude, starts) if self.counts else 0
         if self.counts:
-            zeros = self._zeros(magnitude, starts)
             flushed = self._below(magnitude, limits.flush_end, starts)
             row[..., s.ZEROS] += zeros
             row[..., s.FP16_FLUSH] += flushed - zeros
@@ -170,6 +175,19 @@ class _Pass:
             return np.abs(x.numpy(), out=out)
         return np.bitwise_and(x.view(torch.int16).numpy(), 0x7FFF, out=out)
 
+    def _fp32(self, x: torch.Tensor, magnitude: np.ndarray) -> np.ndarray:
+        """x or |x| in fp32, exactly."""
+        if x.dtype == torch.float32:
+            return magnitude
+        out = self.scratch.upcast_np[: x.numel()]
+        if x.dtype == torch.bfloat16:
+            bits = out.view(np.int32)
+            np.copyto(bits, magnitude)
+            return np.left_shift(bits, 16, out=bits).view(np.float32)
+        for start in range(0, x.numel(), SERIAL):
+            self.scratch.upcast[start : start + SERIAL][: x.numel() - start].copy_(x[start : start + SERIAL])
+        return out
+
     def _below(self, magnitude: np.ndarray, limit: float, starts: np.ndarray | None) -> np.ndarray | int:
         mask = np.less(magnitude, magnitude.dtype.type(limit), out=self.scratch.mask[: magnitude.size])
         return _per_segment(mask, starts)
@@ -180,7 +198,7 @@ class _Pass:
 
     def _sums(self, x: torch.Tensor, magnitude: np.ndarray, row: np.ndarray, starts, clean: bool, top) -> None:
         """Sum of squares and largest finite |x|; NaN and Inf counted only where the piece holds some."""
-        values = magnitude if x.dtype == torch.float32 else self.scratch.upcast[: x.numel()].copy_(x).numpy()
+        values = self._fp32(x, magnitude)
         if clean and starts is None:
             top = top if x.dtype == torch.float32 else _value(top, x.dtype)
         elif clean:

@@ -94,9 +94,7 @@ def test_unknown_op():
 def test_command_line(tmp_path):
     out = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "kernels", "bench", "--op", "logit_stats", "--dtype", "bf16", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--pairs", "2", "--json", "--out", str(out)], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, "--pairs", "2", "--json", "--out", str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert json.loads(out.read_text()) == document
