@@ -105,7 +105,7 @@ class Precision:
         """Statistics of the true gradients, which are unscaled in the same pass where there is a scale.
         Underflow is counted at the scale at which backward ran."""
         if self.scaler is None:
-            return multi_tensor_stats(gradients_of(self.parameters))
+            return multi_tensor_stats(gradients_of(self.parameters), counts="underflow")
         self.scaler.unscale_(optimizer)
         return self.scaler.gradient_stats
 

@@ -98,10 +98,11 @@ class StepMeter:
     @torch.no_grad()
     def add_loss(self, loss: torch.Tensor) -> None:
         """The share of the step's loss of the micro-batch whose logits came last."""
-        loss, row = loss.detach(), self._row
-        first_bad = (row["loss_microbatch"] < 0) & ~loss.isfinite()
+        row = self._row
+        total = row["loss"] + loss.detach()
+        first_bad = (row["loss_microbatch"] < 0) & ~total.isfinite()  # finite shares do not overflow a float64
         row["loss_microbatch"] = torch.where(first_bad, float(self._facts.micro_batches), row["loss_microbatch"])
-        row["loss"] = row["loss"] + loss
+        row["loss"] = total
         self._facts.micro_batches += 1
 
     @torch.no_grad()
@@ -127,7 +128,7 @@ class StepMeter:
         """The columns of a list that is only checked for non-finite values."""
         if not tensors or (self.device.type == "cpu" and _all_finite(tensors)):
             return {f"{kind}_tensor": self._none, f"{kind}_nan": self._zero}
-        return self._first(kind, multi_tensor_stats(tensors, counts=False))
+        return self._first(kind, multi_tensor_stats(tensors, counts="none"))
 
     def end_step(self) -> None:
         """Close the step: one small stack on the device."""

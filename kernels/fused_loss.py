@@ -77,13 +77,18 @@ def empty_gradient(data: torch.Tensor) -> torch.Tensor:
     return buffer[:, :width]
 
 
-@torch.compiler.disable
 def fused_loss(logits: torch.Tensor, job: LossJob, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
     """The loss of `job` as an fp32 scalar with a gradient for `logits` (rows, columns).
 
     factor_given  the caller passed grad_scale, so that the stored gradient cannot underflow unnoticed
     Under torch.compile this is a graph break: what the compiler would fuse is fused here already.
     """
+    # Not a decorator: `torch.compiler.disable` imports the whole compiler, a second for those who never compile.
+    run = torch.compiler.disable(_fused_loss) if torch.compiler.is_compiling() else _fused_loss
+    return run(logits, job, inplace_grad=inplace_grad, factor_given=factor_given)
+
+
+def _fused_loss(logits: torch.Tensor, job: LossJob, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace_grad:
         _check_inplace(job.name, logits, wants_grad)

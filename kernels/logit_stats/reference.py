@@ -1,5 +1,6 @@
 """The definition of logit statistics, in plain torch."""
 
+import numpy as np
 import torch
 
 from kernels.logit_stats.accumulator import KEY, NAN, NEG_INF, OVER_FP16, POS_INF
@@ -16,6 +17,8 @@ def accumulate(words: torch.Tensor, x: torch.Tensor, keep: torch.Tensor | None =
     rows, columns = x.shape
     width = width or columns
     if rows == 0 or columns == 0:
+        return
+    if keep is None and x.device.type == "cpu" and x.dtype == torch.float32 and _fold_ordinary(words, x, width):
         return
     # Two reductions: `aminmax(dim=1)` is five times slower than both on a CPU.
     top = torch.maximum(-x.amin(dim=1), x.amax(dim=1)).float()  # (rows,) largest |x|; NaN where the row holds one
@@ -35,6 +38,20 @@ def accumulate(words: torch.Tensor, x: torch.Tensor, keep: torch.Tensor | None =
     bits = best.abs().view(torch.int32).to(torch.int64)  # abs: the maximum of 0.0 and -0.0 may be -0.0
     key = bits * 2**32 + (0xFFFFFFFF - (row.squeeze(0) * width + column))
     words[KEY].copy_(torch.maximum(words[KEY], torch.where(best >= 0, key, 0)))
+
+
+def _fold_ordinary(words: torch.Tensor, x: torch.Tensor, width: int) -> bool:
+    """The common case on a CPU, in a tenth of the calls: nothing beyond fp16. False: nothing was done."""
+    sizes = np.abs(x.numpy())
+    place = int(sizes.argmax())  # the first of equal maxima; NaN counts as the largest
+    top = sizes.flat[place]
+    if not top <= FP16_MAX:
+        return False
+    row, column = divmod(place, x.shape[1])
+    key = (int(top.view(np.int32)) << 32) + (0xFFFFFFFF - (row * width + column))
+    slot = words.numpy()
+    slot[KEY] = max(int(slot[KEY]), key)
+    return True
 
 
 def _count(words: torch.Tensor, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,8 @@ def _case(device, dtype, model, shapes):
     x = [torch.Size(s).numel() for s in shapes]
     size = bytes_moved(x, [DTYPES[dtype].itemsize] * len(x))
     arms = [
-        (name, ours(True), size),
-        (f"{name}_no_counts", ours(False), size),
+        (name, ours("all"), size),
+        (f"{name}_no_counts", ours("none"), size),
         ("foreach_norm", other(torch._foreach_norm), size),
         ("eager", other(five_statistics), 0),
     ]

@@ -88,7 +88,7 @@ def host_stats(
     underflow_below: float,
     inv_scale: float | None = None,
     max_norm: float | None = None,
-    counts: bool = True,
+    counts: str = "all",
 ) -> None:
     """Fill `out` from flat CPU tensors; with `inv_scale` they are multiplied by it in place on the way."""
     if not hasattr(_local, "scratch"):
@@ -107,8 +107,8 @@ def host_stats(
             _packed(work, dtype, rows, tensors)
         table[:-1, s.NUMEL] = [x.numel() for x in tensors]
         _totals(table)
-    if not counts:
-        table[:, s.ZEROS : s.BELOW + 1] = s.NOT_COUNTED
+    left_out = {"all": [], "underflow": [s.FP16_FLUSH, s.FP16_SUBNORMAL], "none": slice(s.ZEROS, s.BELOW + 1)}
+    table[:, left_out[counts]] = s.NOT_COUNTED
     out.words.copy_(torch.from_numpy(table))
     out.found_inf.fill_(float(work.found_inf))
     out.clip_factor.copy_(clip_factor(out.total_norm.float(), max_norm))
@@ -132,7 +132,7 @@ def _packed(work: "_Pass", dtype: torch.dtype, rows: list[int], tensors: list[to
 class _Pass:
     """One pass over the list: adds pieces to the rows of `table`."""
 
-    def __init__(self, scratch: _Scratch, table: np.ndarray, below: float, inv_scale: float | None, counts: bool):
+    def __init__(self, scratch: _Scratch, table: np.ndarray, below: float, inv_scale: float | None, counts: str):
         self.scratch, self.table, self.counts = scratch, table, counts
         # A tensor: `_foreach_mul_` by a Python number first rounds the number to bf16.
         self.inv_scale = None if inv_scale is None else torch.tensor(inv_scale, dtype=torch.float32)
@@ -149,9 +149,8 @@ class _Pass:
         top = magnitude.max()
         clean = top < limits.nonfinite_from  # False for NaN
         self.found_inf |= not clean
-        zeros = self._zeros(magnitude, starts) if self.counts else 0
-        if self.counts and limits.below > 0:
-            row[..., s.BELOW] += self._below(magnitude, limits.below, starts) - zeros
+        if self.counts != "none":
+            zeros = self._count_underflow(magnitude, row, limits, starts)
         if self.inv_scale is not None:
             if x.dtype == torch.float32:
                 np.multiply(x.numpy(), self.inv_scale.numpy(), out=x.numpy())
@@ -160,14 +159,23 @@ class _Pass:
             magnitude = self._magnitude(x)
             top = magnitude.max()
             clean = top < limits.nonfinite_from
-            zeros = self._zeros(magnitude, starts) if self.counts else 0
-        if self.counts:
-            flushed = self._below(magnitude, limits.flush_end, starts)
+            zeros = self._zeros(magnitude, starts) if self.counts == "all" else 0
+        if self.counts == "all":
             row[..., s.ZEROS] += zeros
+            flushed = self._below(magnitude, limits.flush_end, starts)
             row[..., s.FP16_FLUSH] += flushed - zeros
             row[..., s.FP16_SUBNORMAL] += self._below(magnitude, limits.normal_from, starts) - flushed
         self._sums(x, magnitude, row, starts, clean, top)
         self.table[rows] = row
+
+    def _count_underflow(self, magnitude: np.ndarray, row: np.ndarray, limits: _Limits, starts) -> np.ndarray | int:
+        """Add `below` (and `zeros`, where nothing else will); returns the zeros."""
+        zeros = self._zeros(magnitude, starts)
+        if limits.below > 0:
+            row[..., s.BELOW] += self._below(magnitude, limits.below, starts) - zeros
+        if self.counts == "underflow":
+            row[..., s.ZEROS] += zeros
+        return zeros
 
     def _magnitude(self, x: torch.Tensor) -> np.ndarray:
         out = self.scratch.magnitude[x.dtype][: x.numel()]
@@ -193,6 +201,8 @@ class _Pass:
         return _per_segment(mask, starts)
 
     def _zeros(self, magnitude: np.ndarray, starts: np.ndarray | None) -> np.ndarray | int:
+        if starts is None:  # the sign is gone, so zero has no bit set, and numpy counts integers in one pass
+            return magnitude.size - np.count_nonzero(magnitude.view(np.int32 if magnitude.itemsize == 4 else np.int16))
         mask = np.equal(magnitude, magnitude.dtype.type(0), out=self.scratch.mask[: magnitude.size])
         return _per_segment(mask, starts)
 

@@ -11,9 +11,10 @@ from kernels.multi_tensor_stats.reference import reference_stats
 from kernels.multi_tensor_stats.stats import UNDERFLOW_BELOW, TensorStats
 
 _OP = "multi_tensor_stats"
+COUNTS = ("all", "underflow", "none")
 _library = torch.library.Library("dtype_dynamics_stats", "DEF")
 _library.define(
-    "multi_tensor_stats(Tensor[] tensors, Tensor(a!) words, Tensor? below_at, float below, bool counts, str impl) -> ()"
+    "multi_tensor_stats(Tensor[] tensors, Tensor(a!) words, Tensor? below_at, float below, str counts, str impl) -> ()"
 )
 
 
@@ -22,7 +23,7 @@ def multi_tensor_stats(
     *,
     out: TensorStats | None = None,
     underflow_below: float | torch.Tensor = UNDERFLOW_BELOW,
-    counts: bool = True,
+    counts: str = "all",
     impl: str = "auto",
 ) -> TensorStats:
     """Per-tensor and total statistics of a list; no host sync on CUDA, one launch.
@@ -32,8 +33,8 @@ def multi_tensor_stats(
     out              result to overwrite, of the same length and device; default: a new one
     underflow_below  `below` counts 0 < |x| < this; a number, or a one-element float32 tensor on the device
                      (after unscaling: 2^-24 / scale)
-    counts           False leaves out zeros, fp16_flush, fp16_subnormal and below (their cells hold -1, `read()`
-                     gives None): a third of the time on a CPU, for a mere check that everything is finite
+    counts           "all"; "underflow": zeros and below only, where the others cost (on a CPU); "none": a mere
+                     check that everything is finite. Cells left out hold -1, and `read()` gives None
     impl             "auto": Triton on CUDA, the numpy and torch path of host.py elsewhere;
                      "torch" on CUDA is the float64 definition, slow
 
@@ -41,6 +42,8 @@ def multi_tensor_stats(
     not fit, RuntimeError when a CUDA graph is being captured and this list has not been seen before.
     Deterministic: the same values in the same list give the same bits.
     """
+    if counts not in COUNTS:
+        raise ValueError(f"{_OP}: counts must be one of {COUNTS}, got {counts!r}")
     tensors = list(tensors)
     device = _device(tensors, out)
     check_tensors(_OP, tensors, device)
@@ -99,12 +102,12 @@ def _run(tensors, words, below_at, below, counts, impl) -> None:
     if impl == "triton":
         from kernels.multi_tensor_stats.launch import launch_stats  # imports triton
 
-        launch_stats(tensors, words, below_at, below, counts)
+        launch_stats(tensors, words, below_at, below, counts != "none")
     elif words.device.type == "cpu":
         below = below if below_at is None else below_at.item()
         host_stats([flat(x.detach()) for x in tensors], out, below, counts=counts)
     else:
-        reference_stats(tensors, out, below if below_at is None else below_at, counts=counts)
+        reference_stats(tensors, out, below if below_at is None else below_at, counts=counts != "none")
 
 
 @torch.library.register_fake("dtype_dynamics_stats::multi_tensor_stats", lib=_library)

@@ -158,11 +158,28 @@ def test_threshold(device, impl, below, dtype):
 def test_without_counts(device, impl):
     x = [draw(5000, torch.float32, device), draw(300, torch.bfloat16, device)]
     x[1][7] = math.nan
-    got, want = multi_tensor_stats(x, counts=False, impl=impl).read(), multi_tensor_stats(x, impl=impl).read()
+    got, want = multi_tensor_stats(x, counts="none", impl=impl).read(), multi_tensor_stats(x, impl=impl).read()
     assert (got.total.absmax, got.total.nan, got.total.inf) == (want.total.absmax, 1, 0)
     assert got.tensors[0].norm == pytest.approx(want.tensors[0].norm, rel=1e-7)
     assert got.first_nonfinite_index == 1
     assert got.total.zeros is got.total.below is got.total.fp16_flush is got.total.below_frac is None
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-30, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_underflow_counts_are_those_of_a_full_pass(device, dtype, small):
+    x = [draw(20_000, dtype, device) + 4, draw(300, dtype, device), draw(7, dtype, device)]
+    x[0][11] = small
+    x[1][:5] = small
+    got, want = multi_tensor_stats(x, counts="underflow").read(), multi_tensor_stats(x).read()
+    for mine, full in zip((*got.tensors, got.total), (*want.tensors, want.total), strict=True):
+        assert (mine.zeros, mine.below, mine.below_frac) == (full.zeros, full.below, full.below_frac)
+        assert (mine.sumsq, mine.absmax, mine.nan, mine.inf) == (full.sumsq, full.absmax, full.nan, full.inf)
+
+
+def test_unknown_counts_are_refused():
+    with pytest.raises(ValueError, match="counts must be one of"):
+        multi_tensor_stats([torch.ones(3)], counts="some")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
