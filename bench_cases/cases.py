@@ -13,14 +13,26 @@ REDUCTIONS = ("mean", "label_sum")
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates at which the fp32 reference is healthy: it ends well below its start."""
+    """Peak learning rates at which the fp32 reference is healthy: it ends well below its start.
 
+    ``tiny``: two layers from scratch (tried on the embedded and on real data). ``scratch``: the
+    full size from scratch; ``pretrained``: the full size from weights.
+    """
+
+    tiny: float
     scratch: float
     pretrained: float
 
     def __post_init__(self) -> None:
-        for name, value in (("scratch", self.scratch), ("pretrained", self.pretrained)):
+        for name in ("tiny", "scratch", "pretrained"):
+            value = getattr(self, name)
             check(0 < value < 1, "learning rate", f"{name} {value} is not between 0 and 1")
+
+    def of(self, preset: str, weights: str) -> float:
+        """The rate for a preset id and a source of weights."""
+        if weights != "scratch":
+            return self.pretrained
+        return self.tiny if preset == "tiny" else self.scratch
 
 
 @dataclass(frozen=True)
@@ -57,14 +69,14 @@ class Case:
 
 
 CASES: dict[str, Case] = index([
-    Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 1e-4)),
-    Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 5e-5)),
-    Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(4e-3, 5e-5)),
-    Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(4e-3, 3e-5)),
-    Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 5e-5)),
-    Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 3e-5)),
-    Case("gpt2_multi_cls_labelsum", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 5e-5),
+    Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 6e-4, 1e-4)),
+    Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 4e-4, 5e-5)),
+    Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5)),
+    Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5)),
+    Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 1e-4, 5e-5)),
+    Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 1e-4, 3e-5)),
+    Case("gpt2_multi_cls_labelsum", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5),
          loss_reduction="label_sum", in_default_matrix=False),
-    Case("roberta_multi_cls_labelsum", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 3e-5),
+    Case("roberta_multi_cls_labelsum", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5),
          loss_reduction="label_sum", in_default_matrix=False),
 ])

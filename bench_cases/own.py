@@ -14,7 +14,7 @@ from bench_cases.cases import CASES, Case, LearningRates
 from bench_cases.lookup import BadDeclaration, UnknownId, lookup
 from bench_cases.tasks import TASKS
 
-OWN_LEARNING_RATES = LearningRates(scratch=1e-3, pretrained=5e-5)
+OWN_LEARNING_RATES = LearningRates(tiny=1e-3, scratch=3e-4, pretrained=5e-5)
 UNLIMITED_POSITIONS = 1 << 20
 
 

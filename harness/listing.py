@@ -53,11 +53,11 @@ def _table(title: str, *columns: str):
 
 
 def _cases():
-    table = _table("Cases", "id", "", "architecture and task", "loss", "lr: scratch, pretrained")
+    table = _table("Cases", "id", "", "architecture and task", "loss", "lr: tiny, scratch, pretrained")
     for case in CASES.values():
         table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name} on {case.task.text}",
                       case.task.loss + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
-                      f"{case.lr.scratch:g}, {case.lr.pretrained:g}")
+                      f"{case.lr.tiny:g}, {case.lr.scratch:g}, {case.lr.pretrained:g}")
     return table
 
 

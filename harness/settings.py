@@ -135,7 +135,7 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
     if seq_len > positions:
         raise SettingsError(f"seq_len {seq_len} is longer than the {positions} positions of "
                             f"{case.architecture.name} ({preset.id}); allowed: 1 to {positions}")
-    lr = asked.lr if asked.lr is not None else getattr(case.lr, "scratch" if weights == "scratch" else "pretrained")
+    lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
     if not (math.isfinite(lr) and lr > 0):
         raise SettingsError(f"lr is {lr}; it must be a positive number")
     if not 0 <= asked.dropout < 1:

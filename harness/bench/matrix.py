@@ -23,8 +23,7 @@ def measure(repeats: int) -> list[Figure]:
             runs.append(run_python("-m", "harness", *COMMAND, "--out", out))
             rows.append(statuses(Path(out) / "results.jsonl"))
     ended = [f"{count} {status}" for status, count in sorted(rows[-1].items())]
-    return [summarize("matrix", "cpu_s", [run.cpu_s for run in runs], "s", note="processor time of all its processes"),
-            summarize("matrix", "wall_s", [run.wall_s for run in runs], "s", at_most=TARGET_WALL_S, note=" ".join(COMMAND)),
+    return [summarize("matrix", "wall_s", [run.wall_s for run in runs], "s", at_most=TARGET_WALL_S, note=" ".join(COMMAND)),
             summarize("matrix", "rows", [sum(counts.values()) for counts in rows], "count", at_least=RUNS,
                       note=", ".join(ended))]
 

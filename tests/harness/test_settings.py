@@ -19,7 +19,8 @@ def test_presets_choose_the_defaults():
     tiny, full = settle(), settle(device="cuda")
     assert (tiny.preset, tiny.data, tiny.weights, tiny.log_every) == ("tiny", "embedded", "scratch", 1)
     assert (full.preset, full.data, full.weights, full.log_every) == ("full", "hub", "pretrained", 10)
-    assert full.lr == CASE.lr.pretrained and tiny.lr == CASE.lr.scratch
+    assert full.lr == CASE.lr.pretrained and tiny.lr == CASE.lr.tiny
+    assert settle(device="cuda", weights="scratch").lr == CASE.lr.scratch
     assert settle(device="cuda", data="some/folder").weights == "scratch"
     assert settle(CASES["gpt2_clm"], device="cuda").seq_len == 1_024
 
