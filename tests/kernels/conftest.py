@@ -1,16 +1,8 @@
-"""Kernel tests run on every device there is: under Triton's interpreter on a CPU, compiled on CUDA.
-
-The interpreter is chosen when triton is first imported, so the variable is set here,
-before any test module of this folder is imported.
-"""
-
-import os
+"""Kernel tests run on every device there is: under Triton's interpreter on a CPU (tests/conftest.py
+chooses it), compiled on CUDA."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=["cuda" if torch.cuda.is_available() else "cpu"])
