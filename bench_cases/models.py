@@ -96,7 +96,7 @@ def weights_sha256(model: nn.Module) -> str:
 def _builder(name: str):
     """The builder named ``module:function`` or ``path/to/file.py:function``."""
     if ".py:" in name:
-        from bench_cases.own import load_object
+        from bench_cases.own_file import load_object
 
         return load_object(name)
     module, _, function = name.partition(":")

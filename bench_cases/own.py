@@ -3,15 +3,14 @@ until a hub has to be asked."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from bench_cases.architectures import Architecture
 from bench_cases.cases import CASES, Case, LearningRates
-from bench_cases.lookup import BadDeclaration, UnknownId, lookup
+from bench_cases.lookup import BadDeclaration, lookup
+from bench_cases.own_file import load_object
 from bench_cases.tasks import TASKS
 
 OWN_LEARNING_RATES = LearningRates(tiny=1e-3, scratch=3e-4, pretrained=5e-5)
@@ -26,28 +25,6 @@ def find_case(name: str) -> Case:
     if not isinstance(found, Case):
         raise BadDeclaration(f"{name} is a {type(found).__name__}; it must be a bench_cases.Case")
     return found
-
-
-def load_object(name: str) -> Any:
-    """The object ``NAME`` of ``path/to/file.py:NAME``. The file is run: it is the caller's own code."""
-    path, _, attribute = name.rpartition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise UnknownId(f"no file {path!r} (from {name!r}; the form is path/to/file.py:NAME)")
-    module_name = f"own_{file.stem}_{abs(hash(file.resolve())):x}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise BadDeclaration(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    try:
-        return getattr(sys.modules[module_name], attribute)
-    except AttributeError:
-        raise UnknownId(f"{path} has no {attribute!r}") from None
 
 
 def case_for_model(model: str, task_id: str) -> Case:

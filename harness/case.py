@@ -27,7 +27,7 @@ def case_command(options: argparse.Namespace) -> int:
     out = results_folder(options.out, device)
     if options.dry_run:
         return _dry_run(settings, out, options.json)
-    from harness.cli import OK, RUN_FAILED
+    from harness.exit_codes import OK, RUN_FAILED
     from harness.run import execute
     from harness.terminal import CaseScreen
     from instrument.records import encode

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from harness import arguments
-
-OK, USAGE, RUN_FAILED, BAD_DATA, ENVIRONMENT, INTERRUPTED = 0, 2, 3, 4, 5, 75
+from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

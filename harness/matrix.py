@@ -14,14 +14,13 @@ from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case, DtypeConfig, lookup
 from bench_cases.data import load_data
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
+from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.planning import choose_device, data_options, plan_run, results_folder
 from harness.pool import Ended, Pool
 from harness.run_folder import finished_run, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
 from instrument.records import RunRecord, encode
-
-OK, RUN_FAILED, INTERRUPTED = 0, 3, 75
 
 
 def matrix_command(options: argparse.Namespace) -> int:

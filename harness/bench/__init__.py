@@ -21,7 +21,7 @@ def bench_command(options: argparse.Namespace) -> int:
     from harness.bench.child import ChildFailed
     from harness.bench.terminal import show, show_machine
     from harness.bench.trainer import BenchUnavailable, UnfairComparison
-    from harness.cli import ENVIRONMENT, OK, RUN_FAILED
+    from harness.exit_codes import ENVIRONMENT, OK, RUN_FAILED
 
     names = asked(options.what, options.repeats)
     here = machine()

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from bench_cases import DTYPE_CONFIGS
-from harness import doctor, doctor_device, doctor_host, doctor_terminal
+from harness import doctor
+from harness.doctor import device as doctor_device
+from harness.doctor import host as doctor_host
+from harness.doctor import terminal as doctor_terminal
 from instrument.gpus import CARDS, capability_support, known_card
 from instrument.nvml import Nvml
 

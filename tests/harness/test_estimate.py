@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from harness import estimate_memory, estimate_time
 from harness.estimate import estimate, print_estimate
-from harness.estimate_model import data_facts, trace
+from harness.estimate import memory as estimate_memory
+from harness.estimate import time as estimate_time
+from harness.estimate.model import data_facts, trace
 from harness.precision import Precision
 from harness.run import execute, load_run_data, model_request
 
@@ -101,7 +102,7 @@ def test_a_model_that_cannot_be_traced_still_has_its_run_resolved(plan, tmp_path
     def trace(*_):
         raise RuntimeError("asks for a value\nand more")
 
-    monkeypatch.setattr("harness.estimate_model.trace", trace)
+    monkeypatch.setattr("harness.estimate.model.trace", trace)
     print_estimate(plan("gpt2_clm", "fp32_true"), tmp_path, as_json=True)
     printed = capsys.readouterr()
     found = json.loads(printed.out)

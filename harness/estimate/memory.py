@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from harness.estimate_model import Trace
+from harness.estimate.model import Trace
 from harness.settings import RunSettings
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from harness import doctor_device, doctor_host
+from harness.doctor import device as device_facts
+from harness.doctor import host
 from harness.planning import choose_device, results_folder
 from instrument.environment import version
 from instrument.nvml import Nvml
@@ -17,8 +18,8 @@ from instrument.nvml import Nvml
 
 def doctor_command(options: argparse.Namespace) -> int:
     """Examine and report; exit code 5 when torch cannot even multiply two matrices on the device."""
-    from harness.cli import ENVIRONMENT, OK
-    from harness.doctor_terminal import show
+    from harness.doctor.terminal import show
+    from harness.exit_codes import ENVIRONMENT, OK
 
     findings = examine(options.out)
     show(findings)
@@ -33,20 +34,20 @@ def examine(out: Path | None) -> dict[str, object]:
     with Nvml() as nvml:
         findings: dict[str, object] = {
             "device": device.type,
-            "why_no_gpu": doctor_device.why_no_gpu(nvml),
+            "why_no_gpu": device_facts.why_no_gpu(nvml),
             "driver": nvml.driver(),
-            "gpus": doctor_device.gpus(nvml),
+            "gpus": device_facts.gpus(nvml),
         }
     findings |= {
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda,
                   "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
                   "triton": version("triton")},
-        "cpu": doctor_host.processor(), "memory": doctor_host.memory(),
-        "disk": doctor_host.disk(_results_folder(out, device)), "compilers": doctor_host.compilers(),
-        "versions": doctor_host.library_versions(),
-        "products": doctor_device.products(device), "attention": doctor_device.attention(device),
-        "eight_bit_adamw": doctor_device.eight_bit_adamw(device)}
-    findings["configurations"] = doctor_device.configurations(device, findings["eight_bit_adamw"])
+        "cpu": host.processor(), "memory": host.memory(),
+        "disk": host.disk(_results_folder(out, device)), "compilers": host.compilers(),
+        "versions": host.library_versions(),
+        "products": device_facts.products(device), "attention": device_facts.attention(device),
+        "eight_bit_adamw": device_facts.eight_bit_adamw(device)}
+    findings["configurations"] = device_facts.configurations(device, findings["eight_bit_adamw"])
     findings["will_not_work"] = will_not_work(findings)
     return findings
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from harness.estimate_model import Trace
+from harness.estimate.model import Trace
 from harness.precision import DTYPES
 from harness.settings import RunSettings
 from instrument.gpus import known_card

@@ -20,7 +20,7 @@ from instrument.records import RunRecord
 
 def print_estimate(settings: RunSettings, out: Path, as_json: bool) -> None:
     """Text on standard error, and one JSON object on standard output when asked."""
-    from harness.estimate_terminal import show
+    from harness.estimate.terminal import show
 
     findings = estimate(settings, out)
     show(findings)
@@ -35,9 +35,9 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
     import torch
 
     from bench_cases.models import ModelError, WeightsUnavailable
-    from harness.estimate_memory import memory
-    from harness.estimate_model import data_facts, trace
-    from harness.estimate_time import duration
+    from harness.estimate.memory import memory
+    from harness.estimate.model import data_facts, trace
+    from harness.estimate.time import duration
     from harness.precision import Precision, Unsupported
 
     facts = data_facts(settings)
