@@ -15,8 +15,8 @@ from instrument.gpus import known_card
 GPU_EFFICIENCY = 0.4
 """Share of a card's dense peak that a plain eager training step reaches: an assumption, shown with the estimate."""
 TANH_PER_ELEMENT = 2.0
-"""What a step spends on one kept number besides products, in units of one fp32 tanh: chosen once on nine
-tiny runs of six cases (2 shared cores of an EPYC), whose steps were estimated at 0.6 to 1.2 of the real ones."""
+"""What a step spends on one kept number besides products, in units of one fp32 tanh: chosen on tiny runs on two
+shared cores of an EPYC. Three fp32_true runs tried afterwards took 1.2 to 1.4 times the estimated step."""
 
 
 def duration(settings: RunSettings, traced: Trace) -> dict[str, object]:
