@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench_cases.lookup import check, index
+from bench_cases.lookup import check, check_id, index
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Architecture:
     position_key: str = "max_position_embeddings"
     position_offset: int = 0
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    build: str = "bench_cases.models:build_transformers"
+    build: str = "bench_cases.transformers_models:build_transformers"
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; None: the one the data bring for ``id``."""
 
     def __post_init__(self) -> None:
         owner = f"architecture {self.id!r}"
-        check(self.id.isidentifier(), owner, "id must be a plain identifier")
+        check_id(self.id, owner)
         check(self.max_positions > 0, owner, f"max_positions {self.max_positions} is not positive")
         module, _, function = self.build.partition(":")
         check(bool(module and function), owner, f"build {self.build!r} is not 'module:function'")

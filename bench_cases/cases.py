@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench_cases.architectures import GPT2, ROBERTA, Architecture
-from bench_cases.lookup import check, index
+from bench_cases.lookup import check, check_id, index
 from bench_cases.tasks import CLM, MLM, MULTI_CLS, SINGLE_CLS, Task
 
 REDUCTIONS = ("mean", "label_sum")
@@ -55,8 +55,8 @@ class Case:
     def __post_init__(self) -> None:
         owner = f"case {self.id!r}"
         stem = f"{self.architecture.id}_{self.task.id}"
-        check(self.id.isidentifier() and self.id.startswith(stem), owner,
-              f"id must be a plain identifier that begins with {stem!r}")
+        check_id(self.id, owner)
+        check(self.id.startswith(stem), owner, f"id must begin with {stem!r}")
         check(self.loss_reduction in REDUCTIONS, owner,
               f"loss_reduction {self.loss_reduction!r} is none of {REDUCTIONS}")
         check(self.loss_reduction == "mean" or self.task.loss == "bce_with_logits", owner,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench_cases.lookup import check, index
+from bench_cases.lookup import check, check_id, index
 
 DTYPES = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("foreach", "fused", "fp32_states", "stochastic_rounding", "8bit")
@@ -49,7 +49,7 @@ class DtypeConfig:
 
     def __post_init__(self) -> None:
         owner = f"dtype configuration {self.id!r}"
-        check(self.id.isidentifier(), owner, "id must be a plain identifier")
+        check_id(self.id, owner)
         for name in ("weights", "compute", "head", "loss", "clip"):
             value = getattr(self, name)
             check(value in DTYPES, owner, f"{name} {value!r} is none of {DTYPES}")

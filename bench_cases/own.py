@@ -19,6 +19,8 @@ UNLIMITED_POSITIONS = 1 << 20
 
 def find_case(name: str) -> Case:
     """A registered case by id, or ``path/to/file.py:NAME``; raises `UnknownId` or `BadDeclaration`."""
+    if name.endswith(".py"):
+        raise BadDeclaration(f"{name} names a file and no case in it; the form is path/to/file.py:NAME")
     if ".py:" not in name:
         return lookup("case", name, CASES)
     found = load_object(name)
@@ -54,9 +56,10 @@ def _configuration(model: str) -> dict[str, Any]:
     else:
         from transformers import AutoConfig
 
-        from bench_cases.models import reach
+        from bench_cases.reach import reach
 
-        config = reach(lambda: AutoConfig.from_pretrained(model), model).to_dict()
+        config = reach(lambda: AutoConfig.from_pretrained(model), model,
+                       "give --model DIR with a config.json, or a hub id that can be reached").to_dict()
     if "model_type" not in config:
         raise BadDeclaration(f"--model {model}: its config.json names no model_type")
     return config

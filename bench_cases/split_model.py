@@ -11,7 +11,7 @@ class SplitModel(nn.Module):
     """``logits = head(pool(encoder(tokens)))``.
 
     The encoder is registered under the library's own name (``transformer``, ``roberta``), so
-    parameter and module names read as people know them. ``head_dtype`` is set by
+    parameter and module names read as people know them. ``attention`` is the library's implementation. ``head_dtype`` is set by
     `harness.precision`: None runs the head as the encoder runs (under the caller's autocast, if
     any); a dtype switches autocast off around the head and casts its input, which is what makes
     an fp32 head genuine.
@@ -23,6 +23,7 @@ class SplitModel(nn.Module):
         self.head = head
         self.encoder_name = name
         self.pooling = pooling
+        self.attention = getattr(getattr(encoder, "config", None), "_attn_implementation", None)
         self.head_dtype: torch.dtype | None = None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
@@ -70,8 +71,16 @@ class _PassThrough(nn.Module):
     def decoder(self) -> _PassThrough:
         return self  # some causal models (OPT) call ``self.model.decoder``
 
-    def forward(self, *_, inputs_embeds: torch.Tensor, **__) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+    def forward(self, *_, inputs_embeds: torch.Tensor, **__) -> _PassedOutput:
+        return _PassedOutput(last_hidden_state=inputs_embeds)
+
+
+class _PassedOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Heads copy fields of their encoder's output (Mamba's ``cache_params``): what is not there is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class ClassificationHead(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench_cases.lookup import check, index
+from bench_cases.lookup import check, check_id, index
 
 LOSSES = ("cross_entropy", "bce_with_logits")
 HEADS = ("causal_lm", "masked_lm", "classification")
@@ -26,7 +26,7 @@ class Task:
 
     def __post_init__(self) -> None:
         owner = f"task {self.id!r}"
-        check(self.id.isidentifier(), owner, "id must be a plain identifier")
+        check_id(self.id, owner)
         check(self.loss in LOSSES, owner, f"loss {self.loss!r} is none of {LOSSES}")
         check(self.head in HEADS, owner, f"head {self.head!r} is none of {HEADS}")
         check(self.metric in METRICS, owner, f"metric {self.metric!r} is none of {METRICS}")

@@ -43,6 +43,10 @@ def case_command(options: argparse.Namespace) -> int:
 def asked_case(options: argparse.Namespace) -> Case:
     """The case from ``CASE``, from ``--model --task`` or from ``--model_arch --task``."""
     positional = list(options.names)
+    if options.model and options.model_arch:
+        raise SettingsError("--model and --model_arch both name the model; give one of them")
+    if options.task and not (options.model or options.model_arch):
+        raise SettingsError("--task goes with --model or --model_arch; a case id has its task in it")
     if options.model:
         if not options.task:
             raise SettingsError("--model needs --task (clm, mlm, multi_cls or single_cls)")

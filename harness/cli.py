@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from harness import arguments
@@ -12,6 +14,8 @@ from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error."""
     options = arguments.parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: rows written, exit 75
     try:
         return _command(options.command)(options)
     except KeyboardInterrupt:
@@ -54,7 +58,8 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
     from bench_cases.data.errors import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId
-    from bench_cases.models import ModelError, WeightsUnavailable
+    from bench_cases.models import ModelError
+    from bench_cases.reach import WeightsUnavailable
     from harness.run_folder import OutputError
     from harness.settings import SettingsError
 

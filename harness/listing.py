@@ -48,7 +48,7 @@ def _table(title: str, *columns: str):
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
                   padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number == 0)
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
     return table
 
 

@@ -25,6 +25,7 @@ class LoopOptions:
     peak_lr: float
     max_norm: float
     valid_vocab: int | None
+    seed: int = 0
 
 
 def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches,
@@ -35,6 +36,7 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
                            max_steps=options.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        torch.manual_seed(options.seed * 1_000_003 + step)  # dropout, where asked for, repeats with its step
         batch = batches.step(step)
         scale = precision.loss_scale()
         meter.begin_step(step, lr, batch, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -12,12 +13,14 @@ import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case, DtypeConfig, lookup
 from bench_cases.data import load_data
+from bench_cases.models import build_model
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.planning import choose_device, data_options, plan_run, results_folder
 from harness.pool import Ended, Pool
+from harness.run import Outcome, make_batches, model_request, summarize
 from harness.run_folder import finished_run, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
 from instrument.records import RunRecord, encode
@@ -29,16 +32,21 @@ def matrix_command(options: argparse.Namespace) -> int:
     out = results_folder(options.out, device)
     planned = plan(options, device)
     jobs = choose_jobs(options.jobs, planned, device)
-    done = {s.run_id: record for s in planned
-            if not options.rerun and (record := settled(finished_run(out, s.run_id))) is not None}
+    done = {} if options.rerun else already_done(planned, out)
+    if not options.no_follow_up:  # deaths whose controls an interrupted or an earlier matrix left undone
+        dead = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
+        planned = distinct([*planned, *(control for s in dead for control in controls_of(s))])
+        done = already_done(planned, out)
     todo = [settings for settings in planned if settings.run_id not in done]
     screen = MatrixScreen(planned, done, out, jobs, picture=options.svg)
     if options.dry_run:
         screen.plan(todo)
+        if options.json:
+            print(json.dumps({"todo": [s.run_id for s in todo], "done": sorted(done), "results_folder": str(out)}))
         return OK
     require_writable(out)
-    for settings in {prepared_key(s): s for s in todo}.values():  # bad data refuse everything, early
-        load_data(settings.data, **data_options(settings.case, settings))
+    for settings in {prepared_key(s): s for s in todo}.values():
+        prepare(settings)
     rows = dict(done)
     try:
         for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up):
@@ -51,6 +59,25 @@ def matrix_command(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
     return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
+
+
+def already_done(planned: list[RunSettings], out: Path) -> dict[str, RunRecord]:
+    """The settled rows of the planned runs, by run id."""
+    found = {s.run_id: settled(finished_run(out, s.run_id)) for s in planned}
+    return {run_id: record for run_id, record in found.items() if record is not None}
+
+
+def distinct(runs: list[RunSettings]) -> list[RunSettings]:
+    """Each run once, in order: two runs with one id would write into each other's files."""
+    return list({settings.run_id: settings for settings in runs}.values())
+
+
+def prepare(settings: RunSettings) -> None:
+    """What all runs on these data and this model need; what is wrong with it refuses everything, early."""
+    data = load_data(settings.data, **data_options(settings.case, settings))
+    make_batches(settings, data)
+    if settings.case.id not in CASES or settings.weights != "scratch":
+        build_model(model_request(settings, data))
 
 
 def settled(record: RunRecord | None) -> RunRecord | None:
@@ -79,8 +106,6 @@ def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen,
 
 def crashed(ended: Ended, out: Path) -> RunRecord:
     """The row of a run whose process left none."""
-    from harness.run import Outcome, summarize
-
     record = summarize(ended.settings, Outcome(status="error", error=ended.failure))
     write_terminal(out, record)
     return record
@@ -105,7 +130,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> list[RunSettings]
         turn = round_number % len(configs)
         drafts = [plan_run(case, config, seed, asked, device) for config in configs[turn:] + configs[:turn]]
         runs += drafts
-    return runs
+    return distinct(runs)
 
 
 def asked_cases(options: argparse.Namespace) -> list[Case]:
@@ -114,6 +139,8 @@ def asked_cases(options: argparse.Namespace) -> list[Case]:
         if not options.task or options.cases:
             raise SettingsError("--model goes with --task and without --cases")
         return [case_for_model(options.model, options.task)]
+    if options.task:
+        raise SettingsError("--task goes with --model; a case id has its task in it")
     if not options.cases:
         return [case for case in CASES.values() if case.in_default_matrix]
     if options.cases == ["all"]:
@@ -142,5 +169,5 @@ def choose_jobs(asked: int | None, planned: list[RunSettings], device: torch.dev
 
 
 def prepared_key(settings: RunSettings) -> tuple:
-    """Runs with equal keys read the same tokenised data."""
-    return (settings.data, *data_options(settings.case, settings).values())
+    """Runs with equal keys read the same tokenised data into the same model."""
+    return (settings.case.id, settings.weights, settings.data, *data_options(settings.case, settings).values())

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from harness.pool import Pool, Running
 from harness.settings import RunSettings
-from harness.stability import STYLES, cell_words, stability_table
+from harness.stability import LEGEND, STYLES, cell_words, stability_table
 from instrument.records import RunRecord
 
 
@@ -80,7 +80,7 @@ class MatrixScreen:
         records = list(records)
         if records:
             table = stability_table(records, f"Stability: {len(records)} runs")
-            self.console.print(table)
+            self.console.print(table, Text(LEGEND, style="dim"))
             if self.picture is not None:
                 draw(table, self.picture)
         self.console.print(f"{len(self.durations_s)} runs in {time.monotonic() - self._began_s:.0f} s; "
@@ -112,12 +112,13 @@ class MatrixScreen:
         if step is None:
             return (name, f"0/{s.max_steps}", "", "", "")
         rate = step.tokens / step.step_time_s if step.step_time_s else 0
-        return (name, f"{step.step}/{s.max_steps}", f"{step.loss:.4g}", f"{step.logit_absmax:.3g}", f"{rate:,.0f}")
+        return (name, f"{step.step}/{s.max_steps}", f"{step.loss:.4g}",
+                "" if step.logit_absmax is None else f"{step.logit_absmax:.3g}", f"{rate:,.0f}")
 
 
 def draw(table: Table, path: Path) -> None:
     """The table as an SVG picture that refers to nothing outside itself."""
     console = Console(record=True, width=86, file=io.StringIO(), force_terminal=True)
-    console.print(table)
+    console.print(table, Text(LEGEND, style="dim"))
     svg = console.export_svg(title="python -m harness matrix", unique_id="stability")
     path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "DejaVu Sans Mono"))

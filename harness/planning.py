@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,7 +27,22 @@ def plan_run(case: Case, config: DtypeConfig, seed: int, asked: Request, device:
     """A resolved run; raises `SettingsError`, `DataError` or `DataUnavailable`."""
     draft = resolve(case, config, seed, asked, device=device.type, data_fingerprint="")
     return resolve(case, config, seed, asked, device=device.type,
-                   data_fingerprint=fingerprint(draft.data, **data_options(case, draft)))
+                   data_fingerprint=fingerprint(draft.data, **data_options(case, draft)),
+                   sources_fingerprint=sources_fingerprint(draft.weights, case.architecture.hub_id, case.architecture.build))
+
+
+@cache
+def sources_fingerprint(weights: str, model: str, build: str) -> str:
+    """SHA-256 over the files from outside that a run is made of: folders of weights and configuration, and
+    the caller's own builder. Empty when there are none. Read once a process."""
+    files = [file for folder in (weights, model) if Path(folder).is_dir()
+             for file in sorted(Path(folder).iterdir()) if file.suffix in (".json", ".safetensors", ".bin")]
+    files += [Path(build.rpartition(":")[0])] if ".py:" in build else []
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest() if files else ""
 
 
 def data_options(case: Case, sizes: RunSettings) -> dict[str, object]:

@@ -36,7 +36,7 @@ class Precision:
     """One configuration on one device."""
 
     def __init__(self, config: DtypeConfig, device: torch.device, *, attention: str = "auto",
-                 threads: int = 0) -> None:
+                 threads: int = 0, compiled: bool = False) -> None:
         refuse_what_the_device_lacks(config, device)
         self.config = config
         self.device = device
@@ -52,6 +52,9 @@ class Precision:
         self._fp16_override = None
         if "fp16" in (config.weights, config.compute) and device.type == "cpu":
             in_hardware = fp16_products.cpu_has_fp16_arithmetic()
+            if compiled and not in_hardware:
+                raise Unsupported("this CPU has no fp16 arithmetic, and compiled code does not call the products "
+                                  "that stand in for it; run without --compile")
             self._fp16_override = None if in_hardware else fp16_products.install()
             self.flags["fp16_products"] = "hardware" if in_hardware else "fp32, rounded once to fp16"
 

@@ -61,20 +61,22 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     outcome.timings_s["data"] = time.perf_counter() - began_s
     model = build_model(model_request(settings, data))
     outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
+    batches = make_batches(settings, data)
     folder = RunFolder(out, settings.run_id)
     write_machine(out, capture(torch.device(settings.device)))
     try:
-        _train_and_evaluate(settings, data, model, folder, outcome, progress)
+        _train_and_evaluate(settings, data, model, batches, folder, outcome, progress)
     except Unsupported as error:
         outcome.status, outcome.error = "unsupported", str(error)
     except torch.OutOfMemoryError as error:
         outcome.status, outcome.error = "oom", str(error).splitlines()[0]
+    except KeyboardInterrupt:
+        outcome.status, outcome.error = "preempted", "interrupted"
+        folder.finish(summarize(settings, outcome))
+        raise
     except Exception as error:  # a crash is a row with its cause, not a lost run
         outcome.status, outcome.error = "error", f"{type(error).__name__}: {error}"
         outcome.flags["traceback"] = traceback.format_exc()
-    except BaseException:
-        folder.close()
-        raise
     outcome.timings_s["total"] = time.perf_counter() - started_s
     record = summarize(settings, outcome)
     folder.finish(record)
@@ -93,7 +95,7 @@ def model_request(settings: RunSettings, data: TokenizedData) -> ModelRequest:
         architecture=settings.case.architecture, task=settings.case.task, preset=settings.preset,
         vocabulary=data.valid_vocab, pad_id=data.special.pad, bos_id=data.special.bos,
         eos_id=data.special.eos, outputs=outputs, weights=settings.weights, dropout=settings.dropout,
-        seed=settings.seed)
+        seed=settings.seed, seq_len=settings.seq_len)
 
 
 def make_batches(settings: RunSettings, data: TokenizedData) -> Batches:
@@ -104,18 +106,20 @@ def make_batches(settings: RunSettings, data: TokenizedData) -> Batches:
                    bucket_by_length=settings.bucket_by_length)
 
 
-def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch.nn.Module,
+def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch.nn.Module, batches: Batches,
                         folder: RunFolder, outcome: Outcome, progress: Progress) -> None:
     """The run proper: fills ``outcome`` as it goes."""
     device = torch.device(settings.device)
-    batches = make_batches(settings, data)
     outcome.facts |= {"n_params": sum(p.numel() for p in model.parameters()),
                       "init_sha256": weights_sha256(model), "data_sha256": batches.sha256(settings.max_steps)}
     outcome.flags["data"] = data.facts
-    precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads)
+    precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads,
+                          compiled=settings.compile)
     try:
         outcome.flags |= precision.flags
-        outcome.facts |= {"attention_backend": precision.attention, "autocast": precision.autocast_name}
+        own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
+        outcome.facts |= {"attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
+                          "autocast": precision.autocast_name}
         model = precision.prepare(model)
         optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay, seed=settings.seed)
         run = torch.compile(model) if settings.compile else model
@@ -135,7 +139,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
                           micro_batches=settings.batch_size // settings.micro_batch, warmup_steps=settings.warmup_steps)
         options = LoopOptions(max_steps=settings.max_steps, warmup_steps=settings.warmup_steps,
                               micro_batch=settings.micro_batch, peak_lr=settings.lr, max_norm=MAX_NORM,
-                              valid_vocab=valid_vocab)
+                              valid_vocab=valid_vocab, seed=settings.seed)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
@@ -165,15 +169,15 @@ def _window(settings: RunSettings) -> int:
 
 
 def _keep(reading: Reading, folder: RunFolder, outcome: Outcome, progress: Progress) -> None:
-    """Write a log window as it comes."""
-    for record in reading.steps:
-        folder.steps.write(record)
-        progress(record)
-    for event in reading.events:
-        folder.events.write(event)
-        progress(event)
+    """Keep and write a log window, then show it."""
     outcome.steps += reading.steps
     outcome.divergence = reading.divergence
+    for record in reading.steps:
+        folder.steps.write(record)
+    for event in reading.events:
+        folder.events.write(event)
+    for record in (*reading.steps, *reading.events):
+        progress(record)
 
 
 def _add(timings_s: dict[str, float], name: str, seconds: float) -> None:

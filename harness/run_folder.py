@@ -24,11 +24,14 @@ class RunFolder:
         require_writable(out)
         self.out = out
         self.path = out / "runs" / run_id
-        record = self.path / "run.json"
-        record.unlink(missing_ok=True)  # the old terminal row must not outlive its logs
-        self.steps = JsonlLog(out / "training_logs" / f"run_{run_id}.jsonl", fresh=True)
-        self.evaluations = JsonlLog(self.path / "evaluations.jsonl", fresh=True)
-        self.events = JsonlLog(self.path / "events.jsonl", fresh=True)
+        try:
+            (self.path / "run.json").unlink(missing_ok=True)  # the old terminal row must not outlive its logs
+            self.steps = JsonlLog(out / "training_logs" / f"run_{run_id}.jsonl", fresh=True)
+            self.evaluations = JsonlLog(self.path / "evaluations.jsonl", fresh=True)
+            self.events = JsonlLog(self.path / "events.jsonl", fresh=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out") \
+                from error
 
     def finish(self, record: RunRecord) -> None:
         """Close the logs, then write the terminal row and the index."""

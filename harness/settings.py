@@ -18,6 +18,8 @@ from bench_cases import PRESETS, Case, DtypeConfig, lookup
 ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
 DEVICES = ("auto", "cpu", "cuda")
 MAX_NORM = 1.0
+SHORTEST_SEQUENCE = 4
+"""<s>, a token, another, </s>."""
 
 
 class SettingsError(ValueError):
@@ -62,6 +64,7 @@ class RunSettings:
     device: str
     data: str
     data_fingerprint: str
+    sources_fingerprint: str
     weights: str
     lr: float
     batch_size: int
@@ -90,7 +93,13 @@ class RunSettings:
     @property
     def settings_hash(self) -> str:
         """First 8 hex digits of the SHA-256 of everything but the seed and the logging."""
-        text = json.dumps(self.as_config(), sort_keys=True, default=str)
+        numerics = self.as_config()
+        # A path can be spelled in several ways; its content is in the fingerprints.
+        if self.data != "embedded" and not self.data.startswith("hub"):
+            numerics["data"] = "files"
+        if self.weights not in ("scratch", "pretrained"):
+            numerics["weights"] = "files"
+        text = json.dumps(numerics, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def as_config(self) -> dict[str, Any]:
@@ -106,11 +115,12 @@ class RunSettings:
 
 
 def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, device: str,
-            data_fingerprint: str) -> RunSettings:
+            data_fingerprint: str, sources_fingerprint: str = "") -> RunSettings:
     """Complete a request; raises `SettingsError` naming what was given and what is allowed.
 
     ``device`` is ``cpu`` or ``cuda``, already decided; ``data_fingerprint`` identifies the
-    content of the data, so that a changed file is a new experiment.
+    content of the data and ``sources_fingerprint`` that of files from outside (weights, a model's
+    configuration, a case's own file), so that a changed file is a new experiment.
     """
     preset = lookup("preset", choose_preset(asked.preset, device), PRESETS)
     data = choose_data(asked.data, preset.id)
@@ -132,9 +142,11 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         raise SettingsError(f"micro_batch {micro_batch} does not divide batch_size {batch_size}")
     seq_len = asked.seq_len or preset.sequence_length(case.id)
     positions = case.architecture.positions(preset.id if weights == "scratch" else "full")
+    if seq_len < SHORTEST_SEQUENCE:
+        raise SettingsError(f"seq_len is {seq_len}; allowed: {SHORTEST_SEQUENCE} to {positions}")
     if seq_len > positions:
         raise SettingsError(f"seq_len {seq_len} is longer than the {positions} positions of "
-                            f"{case.architecture.name} ({preset.id}); allowed: 1 to {positions}")
+                            f"{case.architecture.name} ({preset.id}); allowed: {SHORTEST_SEQUENCE} to {positions}")
     lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
     if not (math.isfinite(lr) and lr > 0):
         raise SettingsError(f"lr is {lr}; it must be a positive number")
@@ -147,12 +159,12 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
     max_steps = asked.max_steps or preset.max_steps
     return RunSettings(
         case=case, config=config, seed=seed, preset=preset.id, device=device, data=data,
-        data_fingerprint=data_fingerprint, weights=weights, lr=lr, batch_size=batch_size,
-        micro_batch=micro_batch, seq_len=seq_len, max_steps=max_steps,
+        data_fingerprint=data_fingerprint, sources_fingerprint=sources_fingerprint, weights=weights, lr=lr,
+        batch_size=batch_size, micro_batch=micro_batch, seq_len=seq_len, max_steps=max_steps,
         warmup_steps=max(1, round(max_steps * preset.warmup_steps / preset.max_steps)),
         untimed_steps=min(preset.untimed_steps, max_steps // 2),
         eval_every=asked.eval_every or 0,
-        log_every=asked.log_every or (1 if device == "cpu" else 10),
+        log_every=min(max_steps, asked.log_every or (1 if device == "cpu" else 10)),
         threads=preset.threads if asked.threads is None else asked.threads,
         documents=asked.documents or preset.documents,
         validation_documents=asked.validation_documents or preset.validation_documents,

@@ -26,8 +26,10 @@ def _place(name: str, registry: dict) -> tuple[int, str]:
 
 
 def cell_words(runs: list[RunRecord]) -> tuple[str, str, str]:
-    """(outcome, detail, status that decides the colour) of one cell; several seeds read ``✗ 2/3 …``."""
-    worst = next((run for run in runs if run.status not in ("completed", "unsupported")), runs[0])
+    """(outcome, detail, status that decides the colour) of one cell; several seeds read ``✗ 2/3 …``,
+    and completed ones show the seed in the middle."""
+    in_order = sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss))
+    worst = next((run for run in runs if run.status not in ("completed", "unsupported")), in_order[(len(runs) - 1) // 2])
     same = sum(run.status == worst.status for run in runs)
     share = f"{same}/{len(runs)} " if len(runs) > 1 else ""
     outcome, detail = _outcome(worst)
@@ -55,7 +57,7 @@ def stability_table(records: Iterable[RunRecord], title: str):
     cells = stability_cells(records)
     cases = sorted({case for _, case in cells}, key=lambda case: _place(case, CASES))
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
-                  padding=(0, 1, 0, 0), caption=LEGEND, caption_justify="left")
+                  padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for case in cases:
         arch, _, task = case.partition("_")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from harness.settings import RunSettings
 from harness.stability import STYLES
@@ -24,9 +25,15 @@ class CaseScreen:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._announced = False
         self._every = max(1, settings.max_steps // PLAIN_LINES)
-        self._bar = Progress(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24),
-                             TextColumn("{task.description}"), TimeRemainingColumn(), console=self.console,
-                             transient=True) if self.console.is_terminal else None
+        self._bar = self._make_bar() if self.console.is_terminal else None
+
+    def _make_bar(self) -> Progress:
+        """A bar that fits: the words give way on a narrow terminal, counter and time left stay."""
+        words = Column(no_wrap=True, overflow="ellipsis")
+        wide = [BarColumn(bar_width=24)] if self.console.width >= 110 else []
+        counter = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=12))
+        return Progress(counter, *wide, TimeRemainingColumn(table_column=Column(min_width=7)),
+                        TextColumn("{task.description}", table_column=words), console=self.console, transient=True)
 
     def __enter__(self) -> CaseScreen:
         self._waiting = self.console.status("preparing data and model") if self._bar else None
@@ -91,7 +98,8 @@ class CaseScreen:
 def step_words(record: StepRecord) -> str:
     """Loss, gradient norm, largest logit and speed of a step."""
     rate = record.tokens / record.step_time_s if record.step_time_s else 0.0
-    return (f"loss {record.loss:.4g}  grad norm {record.grad_norm:.3g}  largest logit {record.logit_absmax:.3g}  "
+    logit = "none finite" if record.logit_absmax is None else f"{record.logit_absmax:.3g}"
+    return (f"loss {record.loss:.4g}  grad norm {record.grad_norm:.3g}  largest logit {logit}  "
             f"{rate:,.0f} tokens/s" + (f"  scale {record.loss_scale:g}" if record.loss_scale else "")
             + ("  skipped" if record.step_skipped else ""))
 

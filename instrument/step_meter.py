@@ -204,7 +204,7 @@ class StepMeter:
         for index, slot in enumerate(logits):
             counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
             if any(counts.values()):
-                return _found(step, "forward", "output", max(counts, key=counts.get), module="head", microbatch=index)
+                return _found(step, "forward", "output", max(counts, key=counts.get), microbatch=index)
         if not math.isfinite(row["loss"]):
             microbatch = None if row["loss_microbatch"] < 0 else int(row["loss_microbatch"])
             return _found(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch)

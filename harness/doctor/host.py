@@ -16,7 +16,7 @@ from instrument.environment import cpu_name, version
 
 LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "datasets", "bitsandbytes", "nvidia-ml-py", "numpy",
              "scikit-learn", "scipy", "msgspec", "psutil", "rich")
-CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -67,7 +67,7 @@ def test_an_id_near_to_nothing_lists_what_is_allowed():
     ("fp32_true", {"optimizer": "stochastic_rounding"}, "defined for bf16 weights"),
     ("bf16_pure", {"compute": "fp16"}, "autocast needs fp32 weights"),
     ("fp32_true", {"eps": 0.0}, "not positive"),
-    ("fp32_true", {"id": "../x"}, "plain identifier"),
+    ("fp32_true", {"id": "../x"}, "letters, digits"),
 ])
 def test_a_contradicting_configuration_is_refused_when_made(config, changes, reason):
     with pytest.raises(BadDeclaration, match=reason):
@@ -76,7 +76,7 @@ def test_a_contradicting_configuration_is_refused_when_made(config, changes, rea
 
 @pytest.mark.parametrize(("case", "changes", "reason"), [
     ("gpt2_clm", {"loss_reduction": "label_sum"}, "needs the loss bce_with_logits"),
-    ("gpt2_clm", {"id": "other"}, "begins with 'gpt2_clm'"),
+    ("gpt2_clm", {"id": "other"}, "must begin with 'gpt2_clm'"),
     ("gpt2_clm", {"task": MLM, "id": "gpt2_mlm"}, "needs a bidirectional architecture"),
 ])
 def test_a_contradicting_case_is_refused_when_made(case, changes, reason):

@@ -4,18 +4,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DistilBertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    T5Config,
+)
 
 from bench_cases import ARCHITECTURES, TASKS
 from bench_cases.models import (
     ModelError,
     ModelRequest,
-    WeightsUnavailable,
     build_model,
     padded_vocabulary,
     weights_sha256,
 )
 from bench_cases.own import case_for_model
+from bench_cases.reach import WeightsUnavailable
 
 VOCABULARY = 1_000
 
@@ -155,3 +164,59 @@ def test_weights_that_are_not_there_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsUnavailable, match="--weights scratch"):
         build_model(request(weights=str(tmp_path / "nothing")))
+
+
+def case_of(tmp_path, config, task):
+    config.save_pretrained(tmp_path)
+    case = case_for_model(str(tmp_path), task)
+    return build_model(ModelRequest(case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2,
+                                    5 if task.endswith("cls") else None, "scratch", 0.0, 0))
+
+
+def test_a_bidirectional_model_becomes_causal_for_a_causal_lm(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    model = case_of(tmp_path, config, "clm")
+    ids = torch.randint(5, VOCABULARY, (1, 8))
+    changed = ids.clone()
+    changed[0, 5:] = 7
+    torch.testing.assert_close(model(ids)[0, :5], model(changed)[0, :5], rtol=0, atol=1e-6)
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench_cases.transformers_models.hasattr", lambda *_: False, raising=False)
+    with pytest.raises(ModelError, match="sees the tokens it is to predict"):
+        case_of(tmp_path, BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32), "clm")
+
+
+@pytest.mark.parametrize("task", ["clm", "single_cls"])
+def test_a_model_without_attention_runs(tmp_path, task):
+    model = case_of(tmp_path, MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), task)
+    assert model(torch.randint(5, VOCABULARY, (2, 8)), last_token=torch.tensor([3, 7])).isfinite().all()
+    assert model.attention != "sdpa"
+
+
+def test_an_architecture_that_does_not_fit_is_one_line(tmp_path):
+    with pytest.raises(ModelError) as refused:
+        case_of(tmp_path, T5Config(d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8), "multi_cls")
+    assert "t5 cannot be trained for multi_cls here" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_sequences_longer_than_the_weights_positions_are_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_layer=1, n_head=2, n_embd=16, n_positions=32)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="seq_len 64 is longer than the 32 positions"):
+        build_model(request(weights=str(tmp_path), seq_len=64))
+
+
+def test_damaged_weights_are_one_line(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(WeightsUnavailable, match="cannot be loaded") as refused:
+        build_model(request(weights=str(tmp_path)))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unreachable_hub_is_quick_and_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WeightsUnavailable, match="--weights scratch") as refused:
+        build_model(request(weights="nobody/nothing"))
+    assert "\n" not in str(refused.value)

@@ -56,6 +56,10 @@ def test_the_old_flags_mean_the_same():
     (["case", "no_such.py:CASE", "amp_fp16"], "no file 'no_such.py'"),
     (["matrix", "--cases", "gpt2_clmm", "--dry-run"], "unknown case 'gpt2_clmm'"),
     (["matrix", "--preset", "tiny", "--jobs", "0", "--dry-run"], "jobs is 0"),
+    (["case", "gpt2_clm", "amp_fp16", "--task", "mlm"], "--task goes with --model"),
+    (["case", "--model", "x", "--model_arch", "gpt2", "--task", "clm", "amp_fp16"], "both name the model"),
+    (["matrix", "--cases", "gpt2_clm", "--task", "mlm"], "--task goes with --model"),
+    (["case", "mycase.py", "amp_fp16"], "the form is path/to/file.py:NAME"),
     (["matrix", "--model", "x"], "--model goes with --task"),
 ])
 def test_usage_errors_are_one_line_and_exit_2(capsys, words, message):
@@ -132,3 +136,7 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
         assert main(words) == 0, capsys.readouterr().err
         row = json.loads(capsys.readouterr().out)
         assert (row["case"], row["status"]) == (f"{kind}_{task}", "completed")
+    words = ["matrix", "--model", str(tmp_path / "model"), "--task", "single_cls", "--text-field", "body", "--label-field",
+             "tags", "--configs", "amp_bf16", *SMALL, "--data", str(mine), "--json", "--out", str(tmp_path / "out")]
+    assert main([*words, "--rerun"]) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["status"] == "completed"

@@ -181,3 +181,8 @@ def test_what_a_capability_supports(capability, able):
     ((9, 0), ["sm_90a"], True), ((10, 0), ["sm_90a", "compute_90a"], False), ((8, 9), [], False)])
 def test_which_cards_a_build_has_code_for(capability, built_for, runs):
     assert doctor_device.has_code_for(capability, built_for) is runs
+
+
+def test_the_projects_own_constraints_are_found():
+    rows = {row["library"]: row for row in doctor_host.library_versions()}
+    assert rows["torch"]["tested"] is not None

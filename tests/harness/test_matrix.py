@@ -45,6 +45,11 @@ def test_seeds_multiply_and_all_means_all():
     assert len(plan(options(*SMALL, "--cases", "all", "--configs", "all"), CPU)) == 8 * 14
 
 
+def test_a_run_asked_for_twice_is_planned_once():
+    twice = plan(options(*SMALL, "--cases", "gpt2_clm", "gpt2_clm", "--configs", "fp32_true", "--seeds", "0", "0"), CPU)
+    assert len(twice) == 1
+
+
 def test_jobs_follow_cores_and_threads(plan):
     one = [plan("gpt2_clm", "fp32_true", threads=1)]
     assert choose_jobs(3, one, CPU) == 3 and choose_jobs(None, one, CPU) >= 1
@@ -74,8 +79,13 @@ def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environmen
     assert len(finished_runs(tmp_path)) == 4
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")}
     again = harness(*words, env=command_environment)
-    assert again.returncode == 0 and "(2 already done)" in again.stderr
+    assert again.returncode == 0 and "(4 already done)" in again.stderr and "Stability: 4 runs" in again.stderr
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")} == before
+    for path in before:  # as if the matrix had been interrupted between a death and its controls
+        if "fp16_naive_" in str(path):
+            path.unlink()
+    planned = harness(*words, "--dry-run", "--json", env=command_environment)
+    assert len(json.loads(planned.stdout)["todo"]) == 2 and len(json.loads(planned.stdout)["done"]) == 2
 
 
 def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environment):
@@ -123,6 +133,8 @@ def test_a_cell_shows_the_worst_seed_and_how_many_share_it():
     dead = a_row(seed=1, status="diverged", divergence_step=9)
     assert cell_words([a_row(), dead, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
     assert cell_words([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
+    three = [a_row(seed=n, val_loss=loss) for n, loss in enumerate((9.0, 1.0, 5.0))]
+    assert cell_words(three) == ("✓ 3/3 5", "", "completed")
     order = list(stability_cells([a_row(dtype_config="fp16_naive"), a_row(case="roberta_mlm"), a_row()]))
     assert order == [("fp32_true", "gpt2_clm"), ("fp32_true", "roberta_mlm"), ("fp16_naive", "gpt2_clm")]
 

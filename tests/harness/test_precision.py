@@ -5,6 +5,7 @@ import torch
 
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.models import build_model
+from harness import fp16_products
 from harness import precision as precision_module
 from harness.loss import training_loss
 from harness.loss_scaler import MeasuringGradScaler
@@ -171,3 +172,10 @@ def test_the_plan_names_a_missing_gpu():
 
     with pytest.raises(SettingsError, match="torch sees no GPU here"):
         choose_device("cuda")
+
+
+def test_compiled_fp16_on_this_cpu_is_refused_not_emulated():
+    if fp16_products.cpu_has_fp16_arithmetic():
+        pytest.skip("this CPU multiplies fp16")
+    with pytest.raises(Unsupported, match="run without --compile"):
+        Precision(DTYPE_CONFIGS["amp_fp16"], CPU, compiled=True)

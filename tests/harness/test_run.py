@@ -10,6 +10,7 @@ from bench_cases.data.errors import DataError
 from harness import run as run_module
 from harness.run import execute
 from harness.run_folder import OutputError, RunFolder, finished_runs, write_index
+from harness.terminal import CaseScreen
 from instrument.log import read
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
 
@@ -83,6 +84,54 @@ def test_a_crash_is_a_row_that_keeps_what_was_reached(plan, tmp_path, monkeypatc
     assert (record.status, record.steps_done, record.error) == ("error", 2, "RuntimeError: boom")
     assert "dies_after_two" in record.flags["traceback"]
     assert len(list(read(tmp_path / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord))) == 2
+
+
+def test_logits_that_are_all_nan_are_a_divergence_and_can_be_shown(plan, tmp_path, capsys):
+    settings = plan("gpt2_clm", "fp32_true", max_steps=4, lr=1e30)
+    with CaseScreen(settings, tmp_path) as screen:
+        record = execute(settings, tmp_path, screen.show)
+    screen.summary(record)
+    assert (record.status, record.first_nonfinite.phase) == ("diverged", "forward"), record.error
+    assert "none finite" in capsys.readouterr().err
+
+
+def test_a_screen_that_fails_does_not_hide_the_divergence(plan, tmp_path):
+    def fails(row):
+        if isinstance(row, StepRecord):
+            raise RuntimeError("no terminal")
+
+    settings = plan("gpt2_clm", "fp16_naive")
+    record = execute(settings, tmp_path, fails)
+    assert record.status == "error" and record.divergence_step == 1 and record.steps_done == 1
+
+
+def test_an_interrupted_run_is_a_row_and_no_result(plan, tmp_path):
+    settings = plan("gpt2_clm", "fp32_true", max_steps=3)
+    assert execute(settings, tmp_path).status == "completed"
+
+    def interrupt(row):
+        if isinstance(row, StepRecord) and row.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings, tmp_path, interrupt)
+    (row,) = finished_runs(tmp_path)
+    assert (row.status, row.steps_done) == ("preempted", 2)
+    assert json.loads((tmp_path / "results.jsonl").read_text())["status"] == "preempted"
+
+
+def test_dropout_repeats_with_its_seed(plan, tmp_path):
+    rows = [execute(plan("gpt2_clm", "fp32_true", dropout=0.1), tmp_path / name) for name in "ab"]
+    assert rows[0].final_weights_sha256 == rows[1].final_weights_sha256 is not None
+
+
+def test_too_little_text_is_refused_before_anything_is_written(plan, tmp_path):
+    short = tmp_path / "openwebtext.jsonl"
+    short.write_text("".join(json.dumps({"text": f"a few words {n}"}) + "\n" for n in range(30)))
+    settings = plan("gpt2_clm", "fp32_true", data=str(tmp_path), seq_len=512)
+    with pytest.raises(DataError):
+        execute(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_scaler_skip_is_an_event(plan, tmp_path, monkeypatch):

@@ -37,7 +37,8 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
             replace(plain, config=replace(CONFIG, note="other words"))]
     assert {s.settings_hash for s in same} == {plain.settings_hash}
     changed = {"case": CASES["gpt2_single_cls"], "config": DTYPE_CONFIGS["amp_bf16"], "preset": "full",
-               "device": "cuda", "data": "d", "data_fingerprint": "g", "weights": "w", "lr": 1.0, "dropout": 0.5,
+               "device": "cuda", "data": "d", "data_fingerprint": "g", "sources_fingerprint": "h", "weights": "w",
+               "lr": 1.0, "dropout": 0.5,
                "attention": "flash", "compile": True, "bucket_by_length": True, "text_field": "t", "label_field": "l"}
     for field in fields(plain):
         if field.name in ("seed", "log_every"):
@@ -47,11 +48,28 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
         assert replace(plain, **{field.name: value}).settings_hash != plain.settings_hash, field.name
 
 
+def test_a_path_is_hashed_by_its_content_and_not_by_its_spelling():
+    one, other = settle(data="./data"), settle(data="data/")
+    assert one.settings_hash == other.settings_hash != settle().settings_hash
+    assert replace(one, data_fingerprint="changed").settings_hash != one.settings_hash
+
+
+def test_files_from_outside_are_part_of_the_identity(tmp_path):
+    from harness.planning import sources_fingerprint
+
+    assert sources_fingerprint("scratch", "hub/id", "module:function") == ""
+    (tmp_path / "config.json").write_text("{}")
+    before = sources_fingerprint.__wrapped__("scratch", str(tmp_path), "module:function")
+    (tmp_path / "config.json").write_text('{"n_layer": 3}')
+    assert before != sources_fingerprint.__wrapped__("scratch", str(tmp_path), "module:function") != ""
+
+
 @pytest.mark.parametrize(("asked", "words"), [
     ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
     ({"max_steps": -3}, "max_steps is -3"),
     ({"micro_batch": 3}, "micro_batch 3 does not divide batch_size 8"),
-    ({"seq_len": 4_096}, "longer than the 512 positions of GPT-2.*allowed: 1 to 512"),
+    ({"seq_len": 4_096}, "longer than the 512 positions of GPT-2.*allowed: 4 to 512"),
+    ({"seq_len": 3}, "seq_len is 3; allowed: 4 to 512"),
     ({"lr": float("nan")}, "lr is nan"), ({"lr": -1.0}, "lr is -1.0"),
     ({"dropout": 1.0}, "dropout is 1.0"), ({"eval_every": -1}, "eval_every is -1"),
     ({"attention": "efficient"}, "exists on CUDA only"), ({"seed": -1}, "seed is -1"),

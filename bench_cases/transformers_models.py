@@ -1,0 +1,132 @@
+"""The builder for `transformers` architectures: encoder, head, and the library's configuration.
+
+torch and transformers are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bench_cases.architectures import Architecture
+from bench_cases.models import VOCABULARY_MULTIPLE, ModelError, ModelRequest, padded_vocabulary
+from bench_cases.reach import reach
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module]:
+    """Builder for every `transformers` architecture: (encoder name, encoder, head)."""
+    import transformers
+
+    from bench_cases.split_model import ClassificationHead, LibraryHead
+
+    auto = {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM,
+            "classification": transformers.AutoModel}[request.task.head]
+    config = _configuration(request)
+    if request.task.head == "causal_lm" and hasattr(config, "is_decoder"):
+        config.is_decoder = True  # BERT's family sees the future otherwise
+    library_model = _scratch(auto, config, request) if request.weights == "scratch" else _load(auto, config, request)
+    name = library_model.base_model_prefix
+    encoder = library_model if request.task.head == "classification" else getattr(library_model, name)
+    # It reads token ids back to the host in every forward pass, to warn of what our collator cannot do.
+    encoder.warn_if_padding_and_no_attention_mask = lambda *_: None
+    if request.task.head != "classification":
+        return name, encoder, LibraryHead(library_model)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # its output would be computed, take gradients nowhere, and be dropped
+    head = ClassificationHead(_encoded_width(encoder), request.outputs, deep=not request.architecture.causal,
+                              std=getattr(config, "initializer_range", 0.02))
+    return name, encoder, head
+
+
+def _encoded_width(encoder: nn.Module) -> int:
+    """Width of the encoder's output, by running it: some project down at the end (OPT-350m)."""
+    import torch
+
+    with torch.no_grad():  # in evaluation mode: some encoders drop whole layers at random in training
+        return encoder.eval()(input_ids=torch.ones(1, 2, dtype=torch.int64))[0].shape[-1]
+
+
+def _configuration(request: ModelRequest) -> Any:
+    """The library's configuration object with our sizes, vocabulary, dropout and attention."""
+    from transformers import AutoConfig
+
+    architecture = request.architecture
+    if request.weights == "scratch":
+        config = _default_configuration(architecture)
+        config.update(dict(architecture.sizes.get(request.preset, {})))
+        config.vocab_size = padded_vocabulary(request.vocabulary)
+        for name, value in (("pad_token_id", request.pad_id), ("bos_token_id", request.bos_id),
+                            ("eos_token_id", request.eos_id)):
+            if hasattr(config, name):
+                setattr(config, name, value)
+    else:
+        source = architecture.hub_id if request.weights == "pretrained" else request.weights
+        config = reach(lambda: AutoConfig.from_pretrained(source), source)
+        if config.model_type != _default_configuration(architecture).model_type:
+            raise ModelError(f"weights {source!r} are a {config.model_type}, and the case wants "
+                             f"{architecture.id}")
+    for name, value in config.to_dict().items():
+        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)) \
+                and not isinstance(value, bool):
+            setattr(config, name, request.dropout)
+    for name in ("classifier_dropout", "classifier_dropout_prob"):
+        if hasattr(config, name):
+            setattr(config, name, request.dropout)
+    _require_positions(config, request)
+    config.use_cache = False
+    config.tie_word_embeddings = getattr(config, "tie_word_embeddings", True)
+    return config
+
+
+def _require_positions(config: Any, request: ModelRequest) -> None:
+    """The sequences fit the model's position table."""
+    architecture = request.architecture
+    rows = getattr(config, architecture.position_key, None)
+    if rows is not None and rows - architecture.position_offset < request.seq_len:
+        raise ModelError(f"seq_len {request.seq_len} is longer than the {rows - architecture.position_offset} positions "
+                         f"of {request.weights if request.weights != 'scratch' else architecture.name}")
+
+
+def _default_configuration(architecture: Architecture) -> Any:
+    """The configuration of an architecture's full size: the library's own defaults with the declared
+    position table, or, for a model from outside (which declares no sizes), its own configuration."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not architecture.sizes:
+        return reach(lambda: AutoConfig.from_pretrained(architecture.hub_id), architecture.hub_id)
+    config = CONFIG_MAPPING[architecture.id]()
+    setattr(config, architecture.position_key, architecture.max_positions + architecture.position_offset)
+    return config
+
+
+def _scratch(auto: Any, config: Any, request: ModelRequest) -> nn.Module:
+    """From a configuration, with scaled-dot-product attention where the architecture has it.
+
+    Without it, masks would have to be added to scores: only models that need no mask run so.
+    """
+    try:
+        return auto.from_config(config, attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+    if request.task.head == "classification" and not request.architecture.causal:
+        raise ModelError(f"{config.model_type} has no scaled-dot-product attention, which padded documents need here")
+    return auto.from_config(config, attn_implementation="eager")
+
+
+def _load(auto: Any, config: Any, request: ModelRequest) -> nn.Module:
+    """Weights from the hub or a folder, the embedding resized to the padded vocabulary."""
+    import torch
+
+    source = request.architecture.hub_id if request.weights == "pretrained" else request.weights
+    extra = request.vocabulary - config.vocab_size
+    if not -VOCABULARY_MULTIPLE < extra <= 8:
+        raise ModelError(f"weights {source!r} know {config.vocab_size} tokens and the data's tokenizer "
+                         f"{request.vocabulary}: pretrained weights need their own tokenizer "
+                         f"(put it into DIR/{request.architecture.id}/, or use --weights scratch)")
+    model = reach(lambda: auto.from_pretrained(source, config=config, dtype=torch.float32,
+                                              attn_implementation="sdpa"), source)
+    model.resize_token_embeddings(padded_vocabulary(request.vocabulary), mean_resizing=False)
+    return model
