@@ -44,7 +44,7 @@ bench: $(READY)
 gpu: $(READY)
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU here'"
 	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_switches.py
-	$(BIN)/python -m kernels bench --json > kernels.json
+	$(BIN)/python -m kernels bench --out results/kernels.json
 	$(BIN)/python -m harness matrix --preset tiny --data embedded
 
 freeze: $(READY)
