@@ -37,9 +37,10 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(options.seed * 1_000_003 + step)  # dropout, where asked for, repeats with its step
-        batch = batches.step(step)
         scale = precision.loss_scale()
-        meter.begin_step(step, lr, batch, scale)
+        meter.begin_step(step, lr, scale)
+        batch = batches.step(step)
+        meter.count(batch)
 
         for micro in batch.micro_batches(options.micro_batch):
             micro = micro.to(precision.device)

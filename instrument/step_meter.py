@@ -31,11 +31,11 @@ class StepFacts:
 
     step: int
     lr: float
-    samples: int
-    tokens: int
-    real_tokens: int
-    seq_len: int
     clock: StepClock
+    samples: int = 0
+    tokens: int = 0
+    real_tokens: int = 0
+    seq_len: int = 0
     micro_batches: int = 0
     allocated_bytes: int | None = None
 
@@ -80,13 +80,17 @@ class StepMeter:
         self._explosion = ExplosionDetector(warmup_steps)
         self._states: list[tuple[str, str, torch.Tensor]] = []
 
-    def begin_step(self, step: int, lr: float, batch, loss_scale: torch.Tensor | None) -> None:
-        """Start the clock of attempted update ``step``; ``batch`` is the whole step's, ``loss_scale`` a
-        device scalar or None."""
-        self._facts = StepFacts(step, lr, batch.samples, batch.tokens, batch.real_tokens, batch.seq_len,
-                                StepClock(self.device))
+    def begin_step(self, step: int, lr: float, loss_scale: torch.Tensor | None) -> None:
+        """Start the clock of attempted update ``step``; ``loss_scale`` is a device scalar or None."""
+        self._facts = StepFacts(step, lr, StepClock(self.device))
         self._row = {"loss": self._zero, "loss_microbatch": self._none,
                      "loss_scale": self._none if loss_scale is None else loss_scale}
+
+    def count(self, batch) -> None:
+        """The whole step's batch: its samples, and its tokens with and without padding."""
+        facts = self._facts
+        facts.samples, facts.tokens = batch.samples, batch.tokens
+        facts.real_tokens, facts.seq_len = batch.real_tokens, batch.seq_len
 
     def next_logits(self) -> LogitStats:
         """The accumulator for the next micro-batch's logits: each has a slot of its own."""

@@ -10,6 +10,7 @@ Exit codes: 0 ok, 2 usage, 5 environment (a package, tool or device is missing).
 import argparse
 import json
 import os
+import pathlib
 import sys
 
 from kernels import bench, compile
@@ -89,6 +90,7 @@ def _bench(args) -> int:
             print(_words(row), file=sys.stderr)
     text = json.dumps(document, indent=1, allow_nan=False)
     if args.out:
+        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with open(args.out, "w") as file:
             file.write(text + "\n")
     if args.json:

@@ -22,7 +22,8 @@ def make(window=1):
 
 def one_step(model, optimizer, meter, step, *, spoil=lambda phase: None, scale=None):
     """A step as the loop takes it; ``spoil(phase)`` may plant something before the meter looks."""
-    meter.begin_step(step, 0.01, BATCH, scale)
+    meter.begin_step(step, 0.01, scale)
+    meter.count(BATCH)
     for index in range(2):
         logits = model(torch.randn(2, 4))
         spoil(("forward", index, logits))
