@@ -10,6 +10,9 @@ from dataclasses import asdict
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 
 
+LOSS_WORDS = {"cross_entropy": "softmax CE", "bce_with_logits": "BCE"}
+
+
 def list_command(options: argparse.Namespace) -> int:
     """Print the registries; ``--json`` prints every field of every declaration."""
     if options.json:
@@ -56,7 +59,7 @@ def _cases():
     table = _table("Cases", "id", "", "architecture and task", "loss", "lr: tiny, scratch, pretrained")
     for case in CASES.values():
         table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name} on {case.task.text}",
-                      case.task.loss + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
+                      LOSS_WORDS.get(case.task.loss, case.task.loss) + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
                       f"{case.lr.tiny:g}, {case.lr.scratch:g}, {case.lr.pretrained:g}")
     return table
 
