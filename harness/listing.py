@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 
-
 LOSS_WORDS = {"cross_entropy": "softmax CE", "bce_with_logits": "BCE"}
 
 
@@ -59,7 +58,8 @@ def _cases():
     table = _table("Cases", "id", "", "architecture and task", "loss", "lr: tiny, scratch, pretrained")
     for case in CASES.values():
         table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name} on {case.task.text}",
-                      LOSS_WORDS.get(case.task.loss, case.task.loss) + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
+                      LOSS_WORDS.get(case.task.loss, case.task.loss)
+                      + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
                       f"{case.lr.tiny:g}, {case.lr.scratch:g}, {case.lr.pretrained:g}")
     return table
 
