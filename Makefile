@@ -42,7 +42,7 @@ bench: $(READY)
 
 # One command for a machine with a GPU: correctness on the device, the kernels' figures, a first matrix.
 gpu: $(READY)
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU here'"
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU here; make run and make test need none')"
 	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_switches.py
 	$(BIN)/python -m kernels bench --out results/kernels.json
 	$(BIN)/python -m harness matrix --preset tiny --data embedded
