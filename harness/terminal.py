@@ -29,8 +29,8 @@ class CaseScreen:
 
     def _make_bar(self) -> Progress:
         """A bar that fits: the words give way on a narrow terminal, counter and time left stay."""
-        words = Column(no_wrap=True, overflow="ellipsis")
-        wide = [BarColumn(bar_width=24)] if self.console.width >= 110 else []
+        wide = [BarColumn(bar_width=24)] if self.console.width >= 120 else []
+        words = Column(no_wrap=True, overflow="ellipsis", max_width=self.console.width - (47 if wide else 22))
         counter = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=12))
         return Progress(counter, *wide, TimeRemainingColumn(table_column=Column(min_width=7)),
                         TextColumn("{task.description}", table_column=words), console=self.console, transient=True)
