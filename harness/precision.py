@@ -91,8 +91,14 @@ class Precision:
         """Around every forward pass: autocast (or none) and the pinned attention backend."""
         autocast = (torch.autocast(self.device.type, dtype=DTYPES[self.config.autocast])
                     if self.config.autocast else nullcontext())
-        with autocast, sdpa_kernel([ATTENTION[self.attention]]):
-            yield
+        try:
+            with autocast, sdpa_kernel([ATTENTION[self.attention]]):
+                yield
+        except RuntimeError as error:  # with one backend allowed, torch says so when it cannot serve
+            if "No available kernel" not in str(error):
+                raise
+            raise Unsupported(f"the {self.attention} attention backend cannot run {self.config.compute} on this device; "
+                              "choose another with --sdpa") from error
 
     def check_logits(self, logits: torch.Tensor) -> None:
         """The head ran in the dtype the configuration declares; raises `switches.SwitchError`."""

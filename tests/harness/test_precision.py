@@ -179,3 +179,11 @@ def test_compiled_fp16_on_this_cpu_is_refused_not_emulated():
         pytest.skip("this CPU multiplies fp16")
     with pytest.raises(Unsupported, match="run without --compile"):
         Precision(DTYPE_CONFIGS["amp_fp16"], CPU, compiled=True)
+
+
+def test_an_attention_backend_that_cannot_serve_is_unsupported_and_other_errors_are_not():
+    precision = Precision(DTYPE_CONFIGS["fp32_true"], CPU, threads=1)
+    with pytest.raises(Unsupported, match="math attention backend cannot run fp32.*--sdpa"), precision.forward():
+        raise RuntimeError("No available kernel. Aborting execution.")
+    with pytest.raises(RuntimeError, match="shapes"), precision.forward():
+        raise RuntimeError("shapes do not fit")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from instrument.explosion import EXPLOSION_STEPS, MEDIAN_STEPS
 from instrument.step_meter import StepMeter
 from kernels import logit_stats, multi_tensor_stats
 
@@ -20,7 +21,7 @@ def make(window=1):
     return model, optimizer, StepMeter(model, optimizer, CPU, window=window, micro_batches=2, warmup_steps=0)
 
 
-def one_step(model, optimizer, meter, step, *, spoil=lambda phase: None, scale=None):
+def one_step(model, optimizer, meter, step, *, spoil=lambda phase: None, scale=None, clip_norm=None):
     """A step as the loop takes it; ``spoil(phase)`` may plant something before the meter looks."""
     meter.begin_step(step, 0.01, scale)
     meter.count(BATCH)
@@ -35,7 +36,7 @@ def one_step(model, optimizer, meter, step, *, spoil=lambda phase: None, scale=N
     spoil(("backward", None, model))
     threshold = 2.0**-24 if scale is None else 2.0**-24 / scale  # these gradients are unscaled already
     stats = multi_tensor_stats([p.grad for p in meter.parameters], underflow_below=threshold)
-    meter.gradients(stats, clip_norm=stats.total_norm)
+    meter.gradients(stats, clip_norm=stats.total_norm if clip_norm is None else clip_norm)
     skipped = scale is not None and not all(p.grad.isfinite().all() for p in model.parameters())
     if not skipped:
         optimizer.step()
@@ -151,3 +152,36 @@ def test_underflow_is_judged_at_the_scale_of_backward():
     for step, (scale, expected) in enumerate([(None, 1.0), (torch.tensor(1024.0), 0.0), (torch.tensor(2.0), 1.0)], 1):
         one_step(model, optimizer, meter, step, spoil=spoil, scale=scale)
         assert meter.read().steps[0].grad_underflow_frac == expected
+
+
+@pytest.mark.parametrize("spoilt", [True, False])
+def test_a_norm_that_overflows_in_clipping_is_the_culprit_only_if_parameters_die(spoilt):
+    model, optimizer, meter = make()
+
+    def spoil(at):
+        if at[0] == "optimizer" and spoilt:
+            with torch.no_grad():
+                model[0].weight.fill_(math.nan)
+
+    one_step(model, optimizer, meter, 1, spoil=spoil, clip_norm=torch.tensor(math.inf, dtype=torch.float16))
+    divergence = meter.read().divergence
+    if not spoilt:
+        assert divergence is None
+        return
+    first = divergence.first_nonfinite
+    assert (first.phase, first.tensor, first.kind) == ("clip", "grad_norm", "inf")
+
+
+def test_a_loss_that_stays_high_ends_the_run_without_a_non_finite_value():
+    model, optimizer, meter = make(window=10)
+
+    def raise_the_loss(at):
+        if at[0] == "loss" and step > 1:
+            at[2].data.fill_(50.0)
+
+    for step in range(1, 200):
+        one_step(model, optimizer, meter, step, spoil=raise_the_loss)
+        if meter.due and (divergence := meter.read().divergence):
+            break
+    assert divergence.step == MEDIAN_STEPS - 1 + EXPLOSION_STEPS and divergence.first_nonfinite is None
+    assert "rolling median loss" in divergence.reason
