@@ -21,9 +21,13 @@ _EXPORTS = {
     "bce_with_logits": "kernels.bce_with_logits",
     "multi_tensor_stats": "kernels.multi_tensor_stats",
     "TensorStats": "kernels.multi_tensor_stats",
+    "StatsReading": "kernels.multi_tensor_stats",
     "unscale_and_stats_": "kernels.unscale",
     "exponent_histogram": "kernels.exponent_histogram",
+    "ExponentHistogram": "kernels.exponent_histogram",
     "activation_stats": "kernels.activation_stats",
+    "ActivationRing": "kernels.activation_stats",
+    "ActivationReading": "kernels.activation_stats",
 }
 
 __all__ = list(_EXPORTS)

@@ -12,12 +12,16 @@ import os
 import torch
 
 IMPLS = ("auto", "triton", "torch")
+operators_watched = torch._C._len_torch_dispatch_stack  # 0 without a FlopCounterMode or its kin
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_triton() -> bool:
     """Whether the `triton` package is installed (it is Linux only)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreted() -> bool:

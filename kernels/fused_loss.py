@@ -81,7 +81,7 @@ def fused_loss(logits: torch.Tensor, job: LossJob, *, inplace_grad: bool, factor
     """The loss of `job` as an fp32 scalar with a gradient for `logits` (rows, columns).
 
     factor_given  the caller passed grad_scale, so that the stored gradient cannot underflow unnoticed
-    Under torch.compile this is a graph break: what the compiler would fuse is fused here already.
+    Under torch.compile only `inplace_grad` comes here, and is a graph break; see compiled_loss.py for the rest.
     """
     # Not a decorator: `torch.compiler.disable` imports the whole compiler, a second for those who never compile.
     run = torch.compiler.disable(_fused_loss) if torch.compiler.is_compiling() else _fused_loss

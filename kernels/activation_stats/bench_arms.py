@@ -19,12 +19,12 @@ def _case(device, dtype, outputs, rows, width):
     def values():
         return [torch.randn(rows, width, device=device).to(DTYPES[dtype]) for _ in range(outputs)]
 
-    def ours(every):
+    def ours(every, counts="all"):
         def setup():
             x, ring = values(), ActivationRing(outputs, 4, device, every=every)
             slots = ring.at(range(outputs))
             ring.tick()
-            return lambda: activation_stats(x, slots)
+            return lambda: activation_stats(x, slots, counts=counts)
 
         return setup
 
@@ -35,7 +35,7 @@ def _case(device, dtype, outputs, rows, width):
     size = bytes_moved([rows * width] * outputs, [DTYPES[dtype].itemsize] * outputs)
     name = "triton" if device == "cuda" else "torch"
     case = f"{dtype} {outputs} outputs {rows}x{width}"
-    arms = [(name, ours(1), size), (f"{name}_off", ours(0), 0), ("eager", eager, 0)]
+    arms = [(name, ours(1), size), (f"{name}_range", ours(1, "range"), size), (f"{name}_off", ours(0), 0), ("eager", eager, 0)]
     return [BenchArm("activation_stats", case, arm, setup, size) for arm, setup, size in arms]
 
 

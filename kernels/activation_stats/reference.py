@@ -1,26 +1,23 @@
-"""The definition in plain torch and float64; the CPU path takes multi_tensor_stats' own."""
+"""The definition in plain torch and float64; a CPU takes host.py."""
 
 import torch
 
 from kernels.activation_stats import ring as r
 from kernels.multi_tensor_stats import stats as s
-from kernels.multi_tensor_stats.host import host_stats
-from kernels.multi_tensor_stats.op import flat
 from kernels.multi_tensor_stats.reference import reference_stats
 
 JUST_OVER = 65504.001  # no bf16, fp16 or fp32 number lies between 65,504 and this
 
 
-def record_cells(tensors: list[torch.Tensor], words: torch.Tensor, state: torch.Tensor, slots: list[int]) -> None:
-    """Measure `tensors` and add them to the cells of the running step. Reads the state: a sync, free on a CPU."""
+def record_cells(
+    tensors: list[torch.Tensor], words: torch.Tensor, state: torch.Tensor, slots: list[int], counts: str
+) -> None:
+    """Measure `tensors` and add them to the cells of the running step. Reads the state, a sync."""
     enabled, now, record, _ = state.tolist()
     if not enabled:
         return
     out = s.TensorStats.allocate(len(tensors), words.device)
-    if words.device.type == "cpu":
-        host_stats([flat(x.detach()) for x in tensors], out, JUST_OVER)
-    else:
-        reference_stats([x.detach() for x in tensors], out, JUST_OVER)
+    reference_stats([x.detach() for x in tensors], out, JUST_OVER)
     floats = words.view(torch.float64)
     for slot, row, row_f in zip(slots, out.words[:-1], out.words[:-1].view(torch.float64), strict=True):
         cell, cell_f = words[record % len(words), slot], floats[record % len(words), slot]
@@ -33,3 +30,4 @@ def record_cells(tensors: list[torch.Tensor], words: torch.Tensor, state: torch.
         cell[r.OVER_FP16] += finite_nonzero - row[s.BELOW]
         cell[r.NUMEL] += row[s.NUMEL]
         cell[r.STEP] = now
+        cell[r.RANGE_ONLY] |= counts == "range"

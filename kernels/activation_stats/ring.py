@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 # Words of a cell; SUMSQ and ABSMAX are float64 bits. STEP is 0 in a cell that nobody wrote.
-SUMSQ, ABSMAX, NAN, INF, ZEROS, FP16_FLUSH, FP16_SUBNORMAL, OVER_FP16, NUMEL, STEP = range(10)
+# RANGE_ONLY is 1 where some write left out the counts: then they are missing from the cell as a whole.
+SUMSQ, ABSMAX, NAN, INF, ZEROS, FP16_FLUSH, FP16_SUBNORMAL, OVER_FP16, NUMEL, STEP, RANGE_ONLY = range(11)
 WORDS = 12
 FP16_MAX = 65504.0
 # Words of the state.
@@ -15,19 +16,22 @@ ENABLED, NOW, RECORD, EVERY = range(4)
 
 @dataclass(frozen=True)
 class ActivationReading:
-    """Plain numbers of one cell. `rms` includes NaN and Inf, as an eager one would; `absmax` is over finite values."""
+    """Plain numbers of one cell. `rms` includes NaN and Inf, as an eager one would; `absmax` is over finite values.
+
+    None: not measured, because the cell was written with counts="range".
+    """
 
     step: int
     slot: int
     numel: int
     absmax: float
-    rms: float
+    rms: float | None
     nan: int
     inf: int
-    zeros: int
-    fp16_flush: int
-    fp16_subnormal: int
-    over_fp16: int
+    zeros: int | None
+    fp16_flush: int | None
+    fp16_subnormal: int | None
+    over_fp16: int | None
 
 
 @dataclass(frozen=True)
@@ -107,5 +111,6 @@ def decode(words: torch.Tensor) -> list[ActivationReading]:
     for row, slot in (words[..., STEP] > 0).nonzero().tolist():
         w, (sumsq, absmax) = words[row, slot].tolist(), floats[row, slot, : ABSMAX + 1].tolist()
         rms = (sumsq / w[NUMEL]) ** 0.5 if w[NUMEL] else 0.0
-        readings.append(ActivationReading(w[STEP], slot, w[NUMEL], absmax, rms, *w[NAN : OVER_FP16 + 1]))
+        rms, counts = (None, [None] * 4) if w[RANGE_ONLY] else (rms, w[ZEROS : OVER_FP16 + 1])
+        readings.append(ActivationReading(w[STEP], slot, w[NUMEL], absmax, rms, w[NAN], w[INF], *counts))
     return sorted(readings, key=lambda r: (r.step, r.slot))

@@ -24,7 +24,9 @@ def _pick(i, a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
-def _write_cell(cell, floats, ints, first, n, n_shares, now, SHARES: tl.constexpr, P_INTS: tl.constexpr):
+def _write_cell(
+    cell, floats, ints, first, n, n_shares, now, SHARES: tl.constexpr, P_INTS: tl.constexpr, COUNTS: tl.constexpr
+):
     """Join the shares of one tensor, add to the cell if this step has written it before."""
     lanes = tl.arange(0, SHARES)
     columns = tl.arange(0, P_INTS)
@@ -46,11 +48,13 @@ def _write_cell(cell, floats, ints, first, n, n_shares, now, SHARES: tl.constexp
     before = tl.where(seen, tl.load(floats_of), 0.0)
     before_top = tl.where(seen, tl.load(floats_of + 1), 0.0)
     before_counts = tl.where(seen, tl.load(cell + 2 + columns, mask=columns < 7, other=0), 0)
+    range_only = tl.where(seen, tl.load(cell + 10), 0) if COUNTS else 1
     tl.debug_barrier()
     tl.store(floats_of, before + sumsq)
     tl.store(floats_of + 1, tl.maximum(before_top, top))
     tl.store(cell + 2 + columns, before_counts + counts, mask=columns < 7)
     tl.store(cell + 9, now)
+    tl.store(cell + 10, range_only)
 
 
 @triton.jit(do_not_specialize=[
@@ -62,6 +66,7 @@ def activation_kernel(
     a0, a1, a2, a3, a4, a5, a6, a7, n0, n1, n2, n3, n4, n5, n6, n7, s0, s1, s2, s3, s4, s5, s6, s7,
     ROWS: tl.constexpr, THREADS: tl.constexpr, TAIL: tl.constexpr, SHARE: tl.constexpr, SHARES: tl.constexpr,
     P_INTS: tl.constexpr, WORDS: tl.constexpr, FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, PACKED: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
     """a: addresses (16-byte aligned), n: elements, s: slots; dtypes: two bits for each tensor."""
     if tl.load(state) != 0:
@@ -90,19 +95,19 @@ def activation_kernel(
                 if dtype == 0:
                     p = tl.multiple_of((address + start * 4).to(tl.pointer_type(tl.float32)), 16)
                     sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = piece_stats(
-                        p, m, 1.0, within, ROWS, THREADS, 4, TAIL, False, False, True, False
+                        p, m, 1.0, within, ROWS, THREADS, 4, TAIL, False, False, COUNTS, False
                     )
             if BF16:  # noqa: SIM102 (one known at compile time, one at run time)
                 if dtype == 1:
                     p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.bfloat16)), 16)
                     sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = piece_stats(
-                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, True, PACKED, within_bf16
+                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, COUNTS, PACKED, within_bf16
                     )
             if FP16:  # noqa: SIM102 (one known at compile time, one at run time)
                 if dtype == 2:
                     p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.float16)), 16)
                     sumsq, top, nan, inf, zeros, flushed, tiny, inside, bad = piece_stats(
-                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, True, PACKED, within_fp16
+                        p, m, 1.0, within, ROWS // 2, THREADS, 8, TAIL, False, False, COUNTS, PACKED, within_fp16
                     )
             row = tensor * SHARES + share
             tl.store(floats + row * 2, sumsq)
@@ -122,10 +127,10 @@ def activation_kernel(
                 tl.store(ticket, 0)
                 record = tl.load(state + 2) % steps
                 cell = words + (record * slots + slot) * WORDS
-                _write_cell(cell, floats, ints, tensor * SHARES, n, n_shares, tl.load(state + 1), SHARES, P_INTS)
+                _write_cell(cell, floats, ints, tensor * SHARES, n, n_shares, tl.load(state + 1), SHARES, P_INTS, COUNTS)
 
 
-def launch_activation(tensors, words, state, floats, ints, slots) -> int:
+def launch_activation(tensors, words, state, floats, ints, slots, counts="all") -> int:
     """One launch for every 8 tensors; returns how many. A tensor that is not dense or not aligned is copied."""
     flats = [flat(x.detach()) for x in tensors]
     flats = [x if x.data_ptr() % 16 == 0 else x.clone() for x in flats]
@@ -146,21 +151,22 @@ def launch_activation(tensors, words, state, floats, ints, slots) -> int:
                 ROWS=stats_launch.ROWS, THREADS=stats_launch.THREADS, TAIL=stats_launch.TAIL, SHARE=SHARE,
                 SHARES=SHARES, P_INTS=8, WORDS=r.WORDS,
                 FP32=0 in codes, BF16=1 in codes, FP16=2 in codes,
-                PACKED=longest <= PACKED_LIMIT and stats_launch.packs(None, JUST_OVER), num_warps=stats_launch.NUM_WARPS,
+                PACKED=longest <= PACKED_LIMIT and stats_launch.packs(None, JUST_OVER),
+                COUNTS=counts == "all", num_warps=stats_launch.NUM_WARPS,
             )  # fmt: skip
         launches += 1
     return launches
 
 
 def compile_specs():
-    """Eight outputs of one dtype, and of all."""
+    """Eight outputs of one dtype, and of all; with every count and without."""
     from kernels.compile import CompileSpec
 
     scalars = {f"{kind}{i}": "i64" if kind == "a" else "i32" for kind in "ans" for i in range(TENSORS)}
     mixes = {"fp32": (1, 0, 0), "bf16": (0, 1, 0), "fp16": (0, 0, 1), "mixed": (1, 1, 1)}
     return [
         CompileSpec(
-            kernel="activation_stats",
+            kernel="activation_stats" if counts else "activation_range",
             dtype=dtype,
             fn=lambda: activation_kernel,
             signature={
@@ -171,12 +177,13 @@ def compile_specs():
             constexprs={
                 "ROWS": stats_launch.ROWS, "THREADS": stats_launch.THREADS, "TAIL": stats_launch.TAIL,
                 "SHARE": SHARE, "SHARES": SHARES, "P_INTS": 8, "WORDS": r.WORDS,
-                "FP32": bool(mix[0]), "BF16": bool(mix[1]), "FP16": bool(mix[2]), "PACKED": True,
+                "FP32": bool(mix[0]), "BF16": bool(mix[1]), "FP16": bool(mix[2]), "PACKED": True, "COUNTS": counts,
             },
             divisible=("words", "state", "floats", "ints"),
             num_warps=stats_launch.NUM_WARPS,
             streaming=True,
             shape="8 outputs 8192x768",
         )
+        for counts in (True, False)
         for dtype, mix in mixes.items()
     ]  # fmt: skip

@@ -55,7 +55,12 @@ def _case(device, dtype, rows, width, sparse):
     name = "triton" if device == "cuda" else "torch"
     b = DTYPES[dtype].itemsize
     size = bytes_moved(rows, width, b, dense_target_bytes=0 if sparse else b, labels_per_row=LABELS if sparse else 0)
-    arms = {name: ours(True), f"{name}_no_stats": ours(False), "eager": other(lambda: eager_loss)}
+    arms = {
+        name: ours(True),
+        f"{name}_no_stats": ours(False),
+        "eager": other(lambda: eager_loss),
+        "eager_normalizer": other(lambda: eager_loss_over_a_step),
+    }
     if device == "cuda":
         arms["compile"] = other(lambda: torch.compile(eager_loss, dynamic=False))
     case = f"{dtype} {rows}x{width} {'sparse' if sparse else 'dense'}"
@@ -65,3 +70,8 @@ def _case(device, dtype, rows, width, sparse):
 def eager_loss(logits, dense):
     """fp32 loss math from logits of any dtype and dense targets."""
     return F.binary_cross_entropy_with_logits(logits.float(), dense.float())
+
+
+def eager_loss_over_a_step(logits, dense):
+    """The same job as our arms do: the divisor is a number of its own, that of a whole accumulation step."""
+    return F.binary_cross_entropy_with_logits(logits.float(), dense.float(), reduction="sum") / logits.numel()

@@ -1,22 +1,17 @@
-"""bce_with_logits: the public op, its checks, and the job that binds a call to an implementation."""
-
-from dataclasses import dataclass
+"""bce_with_logits: the public op, its checks, and the way a call takes."""
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.compiler import is_compiling
 
-from kernels.bce_with_logits import reference
+from kernels.bce_with_logits.compiled import compiled_bce
+from kernels.bce_with_logits.job import BceJob, loss_factor
+from kernels.bce_with_logits.small import small_bce
 from kernels.dispatch import FLOAT_DTYPES, check_device_scalar, check_float, check_same_device, resolve_impl
-from kernels.fused_loss import fused_loss, reciprocal, scalar, split_factor, sum_rows
+from kernels.fused_loss import fused_loss
 from kernels.logit_stats.accumulator import LogitStats
+from kernels.small_loss import is_small
 
 REDUCTIONS = ("mean", "sum", "label_sum")
-
-_library = torch.library.Library("dtype_dynamics_bce", "DEF")
-_library.define(
-    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!)? losses, Tensor? factor_scalar, float factor, "
-    "Tensor(c!)? words, bool sparse, Tensor? pos_weight, str impl) -> ()"
-)
 
 
 def bce_with_logits(
@@ -50,83 +45,27 @@ def bce_with_logits(
     on a CPU (impl "torch"); elsewhere its row becomes NaN and `stats.read()` raises. Never syncs on CUDA.
     Deterministic. TypeError, ValueError: dtype, shape, device, options. RuntimeError: as in `cross_entropy`.
     """
+    if is_small(logits, impl, inplace_grad):
+        loss = small_bce(logits, targets, pos_weight, reduction, normalizer, grad_scale, stats)
+        if loss is not None:
+            return loss
+    check_float("bce_with_logits", "logits", logits)
     choice = resolve_impl("bce_with_logits", impl, logits.device)
     sparse = _check(logits, targets, pos_weight, reduction, normalizer, grad_scale)
     if logits.stride(1) != 1 and not inplace_grad:
         logits = logits.contiguous()
-    job = BceJob(
-        impl=choice,
-        targets=targets if targets.shape[1] <= 1 or targets.stride(1) == 1 else targets.contiguous(),
-        sparse=sparse,
-        pos_weight=None if pos_weight is None else pos_weight.float().contiguous(),
-        loss_factor=_loss_factor(logits, reduction, normalizer),
-        grad_scale=grad_scale,
-        words=None if stats is None else stats.bind(*logits.shape, logits.device),
-    )
+    targets = targets if targets.shape[1] <= 1 or targets.stride(1) == 1 else targets.contiguous()
+    pos_weight = None if pos_weight is None else pos_weight.float().contiguous()
+    words = None if stats is None else stats.bind(*logits.shape, logits.device)
+    if is_compiling() and not inplace_grad:
+        return compiled_bce(logits, targets, sparse, pos_weight, reduction, normalizer, grad_scale, words, choice)
+    job = BceJob(choice, targets, sparse, pos_weight, loss_factor(logits, reduction, normalizer), grad_scale, words)
     return fused_loss(logits, job, inplace_grad=inplace_grad, factor_given=grad_scale is not None)
-
-
-@dataclass
-class BceJob:
-    """One call, bound to "triton" or "torch"."""
-
-    impl: str
-    targets: torch.Tensor
-    sparse: bool
-    pos_weight: torch.Tensor | None
-    loss_factor: float | torch.Tensor
-    grad_scale: float | torch.Tensor | None
-    words: torch.Tensor | None
-    name: str = "bce_with_logits"
-
-    def forward(self, logits, grad):
-        self.grad_factor = self.loss_factor if self.grad_scale is None else scalar(self.grad_scale)
-        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        self._rows(logits, grad, losses, self.grad_factor, self.words)
-        return sum_rows(losses, self.loss_factor, self.impl)
-
-    def backward(self, logits, grad, grad_output):
-        self._rows(logits, grad, None, grad_output.float() * self.grad_factor, None)
-
-    def _rows(self, logits, grad, losses, factor, words):
-        torch.ops.dtype_dynamics_bce.rows(
-            logits, self.targets, grad, losses, *split_factor(factor), words, self.sparse, self.pos_weight, self.impl
-        )
-
-
-def _rows(logits, targets, grad, losses, factor_scalar, factor, words, sparse, pos_weight, impl) -> None:
-    factor = factor if factor_scalar is None else factor_scalar
-    options = {"sparse": sparse, "pos_weight": pos_weight}
-    if impl == "torch":
-        reference.rows(logits, targets, grad, losses, factor, words=words, **options)
-    elif logits.shape[0]:
-        from kernels.bce_with_logits import triton_kernel
-
-        triton_kernel.launch(logits, targets, grad, losses, factor, words, **options)
-
-
-_library.impl("rows", _rows, "CompositeExplicitAutograd")
-
-
-@register_flop_formula(torch.ops.dtype_dynamics_bce.rows)
-def _no_model_flops(*args, **kwargs) -> int:
-    """Model FLOPs are matmuls; torch counts 0 for its own loss too. The elementwise work is in `flops`."""
-    return 0
-
-
-def _loss_factor(logits, reduction, normalizer):
-    if reduction == "sum":
-        return 1.0
-    if normalizer is not None:
-        return reciprocal(normalizer)
-    divisor = logits.numel() if reduction == "mean" else logits.shape[0]
-    return 1.0 / divisor if divisor else float("inf")  # the mean of nothing is 0 * Inf = NaN, as in torch
 
 
 def _check(logits, targets, pos_weight, reduction, normalizer, grad_scale) -> bool:
     """Raise on misuse; return whether the targets are sparse."""
     op = "bce_with_logits"
-    check_float(op, "logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits must have shape (T, L) with L >= 1, got {tuple(logits.shape)}")
     sparse = targets.dtype == torch.int64

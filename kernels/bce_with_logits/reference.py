@@ -21,7 +21,7 @@ def rows(logits, targets, grad, losses, factor, *, sparse, pos_weight, words):
     for start in range(0, count, per):
         part = slice(start, min(start + per, count))
         x = logits[part].float()
-        y = _dense(targets[part], width) if sparse else targets[part].float()
+        y = dense_targets(targets[part], width) if sparse else targets[part].float()
         bad = None if in_range is None else ~in_range[part].unsqueeze(1)
         if losses is not None:
             losses[part] = _mask(_loss(x, y, pos_weight), bad).sum(dim=1)
@@ -54,7 +54,7 @@ def _mask(x, bad):
     return x if bad is None else x.masked_fill_(bad, torch.nan)
 
 
-def _dense(labels, width):
+def dense_targets(labels, width):
     """Label lists (T, K), filler -1, as 0/1 fp32 (T, width); a label given twice counts once."""
     labels = torch.where((labels >= 0) & (labels < width), labels, width)
     y = torch.zeros(labels.shape[0], width + 1, dtype=torch.float32, device=labels.device)

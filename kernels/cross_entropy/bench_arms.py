@@ -9,7 +9,7 @@ from kernels.cross_entropy.op import cross_entropy
 from kernels.logit_stats.accumulator import LogitStats
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHAPES = {"cuda": [(8192, v) for v in (4096, 32768, 50304, 128256)], "cpu": [(128, 4096), (64, 50304)]}
+SHAPES = {"cuda": [(8192, v) for v in (4096, 32768, 50304, 128256)], "cpu": [(8, 100), (128, 4096), (512, 8192), (64, 50304)]}
 
 
 def bench_arms(device: str, dtypes: list[str] | None = None) -> list[BenchArm]:
@@ -55,6 +55,7 @@ def _case(device, dtype, rows, width):
         name: ours(True),
         f"{name}_no_stats": ours(False),
         "eager": other(lambda: eager_loss),
+        "eager_normalizer": other(lambda: eager_loss_over_a_step),
     }
     if device == "cuda":
         arms["compile"] = other(lambda: torch.compile(eager_loss, dynamic=False))
@@ -66,6 +67,11 @@ def _case(device, dtype, rows, width):
 def eager_loss(logits, targets):
     """fp32 loss math from logits of any dtype: what the fused op is compared with."""
     return F.cross_entropy(logits.float(), targets)
+
+
+def eager_loss_over_a_step(logits, targets):
+    """The same job as our arms do: the divisor is a number of its own, that of a whole accumulation step."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / len(targets)
 
 
 def _liger():

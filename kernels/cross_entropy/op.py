@@ -1,24 +1,17 @@
-"""cross_entropy: the public op, its checks, and the job that binds a call to an implementation."""
-
-from dataclasses import dataclass
+"""cross_entropy: the public op, its checks, and the way a call takes."""
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.compiler import is_compiling
 
-from kernels.cross_entropy import reference
+from kernels.cross_entropy.compiled import compiled_cross_entropy
+from kernels.cross_entropy.job import CrossEntropyJob
+from kernels.cross_entropy.small import small_cross_entropy
 from kernels.dispatch import check_device_scalar, check_float, check_same_device, resolve_impl
-from kernels.fused_loss import fused_loss, reciprocal, scalar, split_factor, sum_rows
+from kernels.fused_loss import fused_loss
 from kernels.logit_stats.accumulator import LogitStats
+from kernels.small_loss import is_small
 
 MAX_WIDTH = 262_144
-
-_OPTIONS = "int ignore_index, float smoothing, float z_loss, int valid, str impl"
-_library = torch.library.Library("dtype_dynamics_cross_entropy", "DEF")
-_library.define(
-    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor(c!)? state, "
-    f"Tensor? factor_scalar, float factor, Tensor(d!)? words, {_OPTIONS}) -> ()"
-)
-_library.define(f"gradient(Tensor logits, Tensor targets, Tensor? state, Tensor(a!) grad, Tensor factor, {_OPTIONS}) -> ()")
 
 
 def cross_entropy(
@@ -56,109 +49,32 @@ def cross_entropy(
     A target out of range raises IndexError at once on a CPU (impl "torch"); elsewhere its row's loss and
     gradient are NaN and `stats.read()` raises IndexError. Never syncs on CUDA. Deterministic: row losses are
     summed in a fixed order in fp64, statistics are exact. TypeError, ValueError: dtype, shape, device, options.
-    RuntimeError: inplace_grad without a gradient wanted; a second backward of a gradient made in forward.
+    RuntimeError: inplace_grad without a gradient wanted; a second backward of a gradient made in forward. Small logits
+    on a CPU get eager torch's loss and gradient (small_loss.py). One graph under torch.compile, but for inplace_grad.
     """
+    if is_small(logits, impl, inplace_grad):
+        loss = small_cross_entropy(
+            logits, targets, valid_vocab, ignore_index, label_smoothing, z_loss, reduction, normalizer, grad_scale, stats
+        )
+        if loss is not None:
+            return loss
+    check_float("cross_entropy", "logits", logits)
     choice = resolve_impl("cross_entropy", impl, logits.device)
-    valid = logits.shape[-1] if valid_vocab is None else valid_vocab
+    valid = logits.shape[-1] if valid_vocab is None and logits.dim() else valid_vocab
     _check(logits, targets, valid, label_smoothing, reduction, normalizer, grad_scale)
     if logits.stride(1) != 1 and not inplace_grad:
         logits = logits.contiguous()
-    job = CrossEntropyJob(
-        impl=choice,
-        targets=targets.contiguous(),
-        options={"ignore_index": ignore_index, "smoothing": label_smoothing, "z_loss": z_loss, "valid": valid},
-        mean=reduction == "mean",
-        normalizer=normalizer,
-        grad_scale=grad_scale,
-        words=None if stats is None else stats.bind(*logits.shape, logits.device),
-    )
+    targets, mean = targets.contiguous(), reduction == "mean"
+    options = {"ignore_index": ignore_index, "smoothing": float(label_smoothing), "z_loss": float(z_loss), "valid": valid}
+    words = None if stats is None else stats.bind(*logits.shape, logits.device)
+    if is_compiling() and not inplace_grad:
+        return compiled_cross_entropy(logits, targets, options, mean, normalizer, grad_scale, words, choice)
+    job = CrossEntropyJob(choice, targets, options, mean, normalizer, grad_scale, words)
     return fused_loss(logits, job, inplace_grad=inplace_grad, factor_given=grad_scale is not None)
-
-
-@dataclass
-class CrossEntropyJob:
-    """One call, bound to "triton" or "torch"; keeps the row state between a deferred forward and its backward."""
-
-    impl: str
-    targets: torch.Tensor
-    options: dict
-    mean: bool
-    normalizer: int | float | torch.Tensor | None
-    grad_scale: float | torch.Tensor | None
-    words: torch.Tensor | None
-    name: str = "cross_entropy"
-    state: torch.Tensor | None = None
-
-    def forward(self, logits, grad):
-        loss_factor = self._loss_factor()
-        self.grad_factor = loss_factor if self.grad_scale is None else scalar(self.grad_scale)
-        rows = logits.shape[0]
-        losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        if self.impl == "triton" and grad is None:
-            self.state = torch.empty(rows, 2, dtype=torch.float32, device=logits.device)
-        pointer, number = split_factor(self.grad_factor)
-        torch.ops.dtype_dynamics_cross_entropy.rows(
-            logits, self.targets, grad, losses, self.state, pointer, number, self.words, **self.options, impl=self.impl
-        )
-        return sum_rows(losses, loss_factor, self.impl)
-
-    def backward(self, logits, grad, grad_output):
-        factor = grad_output.float() * self.grad_factor
-        torch.ops.dtype_dynamics_cross_entropy.gradient(
-            logits, self.targets, self.state, grad, factor, **self.options, impl=self.impl
-        )
-
-    def _loss_factor(self):
-        if not self.mean:
-            return 1.0
-        if self.normalizer is not None:
-            return reciprocal(self.normalizer)
-        ignore_index = self.options["ignore_index"]
-        if self.impl == "torch":
-            return (self.targets != ignore_index).sum().float().reciprocal()
-        from kernels import fused_loss_kernel
-
-        out = torch.empty((), dtype=torch.float32, device=self.targets.device)
-        fused_loss_kernel.launch_inverse_count(self.targets, out, ignore_index)
-        return out
-
-
-def _rows(logits, targets, grad, losses, state, factor_scalar, factor, words, *options) -> None:
-    *numbers, impl = options
-    options = dict(zip(("ignore_index", "smoothing", "z_loss", "valid"), numbers, strict=True))
-    factor = factor if factor_scalar is None else factor_scalar
-    if impl == "torch":
-        losses.copy_(reference.forward(logits, targets, grad, factor, words=words, **options))
-    elif logits.shape[0]:
-        from kernels.cross_entropy import triton_kernel
-
-        triton_kernel.launch_rows(logits, targets, grad, losses, state, factor, words, **options)
-
-
-def _gradient(logits, targets, state, grad, factor, *options) -> None:
-    *numbers, impl = options
-    options = dict(zip(("ignore_index", "smoothing", "z_loss", "valid"), numbers, strict=True))
-    if impl == "torch":
-        reference.backward(logits, targets, grad, factor, **options)
-    elif logits.shape[0]:
-        from kernels.cross_entropy import triton_kernel
-
-        triton_kernel.launch_gradient(logits, targets, state, grad, factor, **options)
-
-
-_library.impl("rows", _rows, "CompositeExplicitAutograd")
-_library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-
-
-@register_flop_formula([torch.ops.dtype_dynamics_cross_entropy.rows, torch.ops.dtype_dynamics_cross_entropy.gradient])
-def _no_model_flops(*args, **kwargs) -> int:
-    """Model FLOPs are matmuls; torch counts 0 for its own loss too. The elementwise work is in `flops`."""
-    return 0
 
 
 def _check(logits, targets, valid, label_smoothing, reduction, normalizer, grad_scale):
     op = "cross_entropy"
-    check_float(op, "logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits must have shape (T, V) with V >= 1, got {tuple(logits.shape)}")
     if logits.shape[1] > MAX_WIDTH:

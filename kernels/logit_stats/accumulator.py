@@ -28,14 +28,17 @@ class LogitStats:
         self.words = torch.zeros(slots, WORDS, dtype=torch.int64, device=device)
         self.device = self.words.device
         self.slots = slots
-        self._widths: list[int | None] = [None] * slots
-        self._slot = 0
+        self._widths: list[int | None] = [None] * slots  # of the slots left behind
         self._used = 1
+        self._move_to(0)
 
-    @property
-    def current(self) -> torch.Tensor:
-        """The words of the current slot, int64 (8,): what a kernel writes to."""
-        return self.words[self._slot]
+    def _move_to(self, slot: int) -> None:
+        """`current`: the words of the current slot, int64 (8,), which a kernel writes to.
+
+        `bind` uses these attributes and not the index: `torch.compile` would compile again for every slot.
+        """
+        self._slot, self.current = slot, self.words[slot]
+        self._width: int | None = None
 
     def bind(self, rows: int, width: int, device: torch.device) -> torch.Tensor:
         """Check that (rows, width) logits on `device` may enter the current slot, and return its words."""
@@ -43,24 +46,24 @@ class LogitStats:
             raise ValueError(f"LogitStats lives on {self.device}, the logits on {device}")
         if rows * width > MAX_ELEMENTS:
             raise ValueError(f"LogitStats: {rows} x {width} logits exceed {MAX_ELEMENTS} elements; split the rows")
-        known = self._widths[self._slot]
-        if known is not None and known != width:
-            raise ValueError(f"LogitStats: this slot holds logits of width {known}, got {width}; advance() or reset()")
-        self._widths[self._slot] = width
+        if self._width is not None and self._width != width:
+            raise ValueError(f"LogitStats: this slot holds logits of width {self._width}, got {width}; advance() or reset()")
+        self._width = width
         return self.current
 
     def advance(self) -> None:
         """Move to the next slot of the ring and clear it on the device. No sync."""
-        self._slot = (self._slot + 1) % self.slots
+        self._widths[self._slot] = self._width
+        self._move_to((self._slot + 1) % self.slots)
         self._used = min(self._used + 1, self.slots)
-        self._widths[self._slot] = None
         self.current.zero_()
 
     def reset(self) -> None:
         """Clear every slot and start again at the first. No sync."""
         self.words.zero_()
         self._widths = [None] * self.slots
-        self._slot, self._used = 0, 1
+        self._move_to(0)
+        self._used = 1
 
     def read(self) -> dict[str, float | int | None]:
         """The current slot as plain numbers. The one call here that waits for the device.
@@ -68,7 +71,7 @@ class LogitStats:
         `absmax`, `row` and `col` are None when no finite value was seen. IndexError when a
         loss kernel met targets that were out of range.
         """
-        return decode(self.current.tolist(), self._widths[self._slot])
+        return decode(self.current.tolist(), self._width)
 
     def read_async(self) -> Callable[[], list[dict[str, float | int | None]]]:
         """Start copying the ring to the host; call the result, on any thread, for its slots, oldest first.
@@ -77,7 +80,7 @@ class LogitStats:
         returned callable waits, and only for that copy.
         """
         order = [(self._slot - self._used + 1 + i) % self.slots for i in range(self._used)]
-        widths = [self._widths[i] for i in order]
+        widths = [*(self._widths[i] for i in order[:-1]), self._width]
         on_cuda = self.device.type == "cuda"
         host = torch.empty(self.words.shape, dtype=torch.int64, pin_memory=on_cuda)
         host.copy_(self.words, non_blocking=True)

@@ -65,6 +65,7 @@ def _case(device, dtype, model, shapes):
     size = bytes_moved(x, [DTYPES[dtype].itemsize] * len(x))
     arms = [
         (name, ours("all"), size),
+        (f"{name}_underflow", ours("underflow"), size),
         (f"{name}_no_counts", ours("none"), size),
         ("foreach_norm", other(torch._foreach_norm), size),
         ("eager", other(five_statistics), 0),

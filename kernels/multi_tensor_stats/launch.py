@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from kernels.multi_tensor_stats import triton_kernel as k
-from kernels.multi_tensor_stats.host import bit_limit, round_up_fp32
 from kernels.multi_tensor_stats.stats import WORDS
+from kernels.multi_tensor_stats.thresholds import bit_limit, round_up_fp32
 
 PIECE = 1 << 14  # elements
 NUM_WARPS = 4

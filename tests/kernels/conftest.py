@@ -4,11 +4,22 @@ chooses it), compiled on CUDA."""
 import pytest
 import torch
 
+from kernels import small_loss
+
 
 @pytest.fixture(params=["cuda" if torch.cuda.is_available() else "cpu"])
 def device(request):
     """The device on which Triton kernels run in this process."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["torch", "chunked", "triton"])
+def impl(request, monkeypatch):
+    """What a loss is asked for; "chunked" is "torch" without its own way for the small logits of these tests."""
+    if request.param == "chunked":
+        monkeypatch.setattr(small_loss, "SMALL", {})
+        return "torch"
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import activation_stats
-from kernels.activation_stats import ActivationReading, ActivationRing, bytes_moved, flops
+from kernels import ActivationReading, ActivationRing, activation_stats
+from kernels.activation_stats import bytes_moved, flops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = ("torch", "triton")
@@ -29,10 +29,18 @@ def assert_cell(cell: ActivationReading, *tensors: torch.Tensor) -> None:
     assert cell.rms == pytest.approx(rms, rel=1e-6, nan_ok=True)
 
 
-def one(x: torch.Tensor, impl: str) -> ActivationReading:
+def assert_range(cell: ActivationReading, *tensors: torch.Tensor) -> None:
+    x = torch.cat([t.detach().cpu().reshape(-1).double() for t in tensors])
+    finite = x[x.isfinite()].abs()
+    assert cell.absmax == (finite.max().item() if len(finite) else 0.0)
+    assert (cell.numel, cell.nan, cell.inf) == (x.numel(), x.isnan().sum(), x.isinf().sum())
+    assert {cell.rms, cell.zeros, cell.fp16_flush, cell.fp16_subnormal, cell.over_fp16} == {None}
+
+
+def one(x: torch.Tensor, impl: str, counts: str = "all") -> ActivationReading:
     ring = ActivationRing(1, 1, x.device)
     ring.tick()
-    activation_stats([x], ring.at(0), impl=impl)
+    activation_stats([x], ring.at(0), counts=counts, impl=impl)
     (cell,) = ring.read()
     return cell
 
@@ -48,6 +56,40 @@ def test_every_size_with_special_values(device, impl, dtype, numel):
     assert_cell(one(x, impl), x)
     x[len(x) - len(special) :] = special
     assert_cell(one(x, impl), x)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [0, 1, 1009, 17003])
+def test_range_of_every_size_with_special_values(device, impl, dtype, numel):
+    x = (torch.randn(numel) * 1e-3).to(dtype).to(device)
+    for values in (x, -x.abs(), x.abs(), torch.full_like(x, -0.0), torch.full_like(x, math.nan)):
+        assert_range(one(values, impl, "range"), values)
+    for value in SPECIAL:
+        if numel:
+            x[numel // 2] = value
+            assert_range(one(x, impl, "range"), x)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_range_among_the_writes_of_a_cell_leaves_its_counts_out(device, impl):
+    ring = ActivationRing(2, 4, device)
+    x, y = torch.randn(4100, device=device), torch.randn(33, device=device).bfloat16() * 9
+    x[7] = math.nan
+    for step, order in enumerate((("all", "range"), ("range", "all"), ("range", "range"), ("all", "all")), start=1):
+        ring.tick()
+        for counts, tensor in zip(order, (x, y), strict=True):
+            activation_stats([tensor, tensor], ring.at([0, 1]), counts=counts, impl=impl)
+        for cell in [c for c in ring.read() if c.step == step]:
+            (assert_cell if order == ("all", "all") else assert_range)(cell, x, y)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_range_of_strided_tensors(device, impl):
+    wide = torch.randn(64, 60, device=device)
+    wide[:, 1] = math.inf
+    for x in (wide[:, ::2], wide.t(), wide[3:, 2:].half(), wide[5], wide[0, 0]):
+        assert_range(one(x, impl, "range"), x)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -142,6 +184,7 @@ def test_hooks_autocast_and_flops(device):
         (lambda ring: activation_stats([torch.ones(2, dtype=torch.int32)], ring.at(0)), TypeError, "got int32"),
         (lambda ring: activation_stats([torch.ones(2)], ring.at([0, 1])), ValueError, "1 tensors for 2 slots"),
         (lambda ring: activation_stats([torch.ones(2, device="meta")], ring.at(0)), ValueError, "is on meta"),
+        (lambda ring: activation_stats([torch.ones(2)], ring.at(0), counts="none"), ValueError, "all, range, got 'none'"),
         (lambda ring: ring.at(2), IndexError, "slot 2 of 2"),
         (lambda ring: ring.at([1, 1]), ValueError, "a slot twice"),
         (lambda ring: ActivationRing(0), ValueError, "must be positive"),
@@ -180,3 +223,21 @@ def test_cuda_graph_decides_on_the_device():
     cells = ring.read()
     assert [c.step for c in cells] == [1, 4, 7]
     assert_cell(cells[-1], x)
+
+
+@pytest.mark.parametrize("counts", ["all", "range"])
+def test_one_graph_under_compile(device, counts):
+    torch._dynamo.reset()
+    ring = ActivationRing(1, 4, device)
+
+    def forward(x):
+        y = x * 3
+        activation_stats([y.detach()], ring.at(0), counts=counts)
+        return y.sum()
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    x = torch.randn(40, device=device)
+    for step in (1, 2):
+        ring.tick()
+        compiled((x * step).requires_grad_()).backward()
+        (assert_cell if counts == "all" else assert_range)(ring.read()[-1], x * step * 3)
