@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
-from harness.settings import ATTENTION_CHOICES, DEVICES, Request
+from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, Request
 
 EPILOG = """\
 examples:
@@ -14,6 +14,10 @@ examples:
   python -m harness case gpt2_clm fp16_naive --data DIR   on real text
   python -m harness matrix --out results-tiny             every case x configuration, resumable
   python -m harness list                                  cases, configurations, presets
+  python -m harness inspect gpt2_multi_cls-fp16_naive     what overflowed first, and the road to it
+  python -m harness predict gpt2_multi_cls                what would fail in 16 bits, from the fp32 run, and did it
+  python -m harness diff RUN_ID RUN_ID                    where two runs part, and what each costs
+  python -m harness flops gpt2_clm --preset full          what a training step costs, with no GPU
   python -m harness doctor                                what this machine can and cannot do
 
 exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, error or hung,
@@ -30,14 +34,33 @@ def parser() -> argparse.ArgumentParser:
     _matrix(commands.add_parser("matrix", help="run cases x configurations x seeds, each in its own process"))
     listing = commands.add_parser("list", help="the cases, configurations and presets")
     _json(listing)
+    _flops(commands.add_parser("flops", help="what a training step costs, counted with no GPU for any size"))
+    _inspect(commands.add_parser("inspect", help="why a run failed: the first non-finite value and the road to it"))
+    predict = commands.add_parser("predict", help="from an fp32 run: what would fail under which configuration, and did it")
+    predict.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
+    _out(predict)
+    _json(predict)
+    _diff(commands.add_parser("diff", help="two runs side by side: where they part, and what each costs"))
     doctor = commands.add_parser("doctor", help="what this machine can do, and what will not work here")
+    doctor.add_argument("--measure", action="store_true",
+                        help="measure matmul rates and copy bandwidth, into machine.json of the results folder")
     _json(doctor)
     _out(doctor)
     bench = commands.add_parser("bench", help="measure the harness itself")
-    bench.add_argument("what", nargs="*", metavar="what", help="help, run, matrix, trainer (default: all)")
+    bench.add_argument("what", nargs="*", metavar="what", help="help, run, matrix, trainer, forensics, overhead (default: all)")
     bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
+    bench.add_argument("--trials", type=_at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
+    bench.add_argument("--pairs", type=_at_least_one, default=30, metavar="N", help="overhead: rounds of all arms (default 30)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="overhead: write DIR/overhead.json for the dossier, too")
     _json(bench)
     return top
+
+
+def _at_least_one(text: str) -> int:
+    """A positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
+    return int(text)
 
 
 def request(options: argparse.Namespace) -> Request:
@@ -77,6 +100,42 @@ def _matrix(command: argparse.ArgumentParser) -> None:
     _json(command)
 
 
+def _flops(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", metavar="CASE", help="a case id or path/to/file.py:NAME")
+    _both(command, "--model-arch", metavar="ARCH", help="with --task: the case, the long way")
+    command.add_argument("--config", default="fp32_true", metavar="CONFIG",
+                         help="the dtype configuration that says which product runs in which dtype; default fp32_true")
+    command.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: full on a GPU, else tiny")
+    command.add_argument("--data", metavar="embedded|hub|DIR|FILE", help="where vocabulary and labels come from")
+    command.add_argument("--weights", metavar="scratch|pretrained|DIR", help="whose sizes; default: the preset's")
+    command.add_argument("--device", choices=DEVICES, default="auto", help="where it would run; default: a GPU for full")
+    command.add_argument("--sdpa", dest="attention", choices=ATTENTION_CHOICES, default="auto",
+                         help="attention backend: math multiplies in fp32, whatever the configuration")
+    _both(command, "--batch-size", type=int, metavar="N", help="rows a step")
+    _both(command, "--seq-len", type=int, metavar="N", help="tokens a row")
+    _own_model(command)
+    _json(command)
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN_ID", help="a run id, the beginning of one, or the path of a run's folder")
+    command.add_argument("--repro", type=Path, metavar="FILE.py",
+                         help="write a script that runs the failing op with torch alone, its tensors beside it")
+    command.add_argument("--try", dest="changes", nargs="+", action="extend", default=[], metavar="CHANGE",
+                         help="replay from the snapshot with one change: fp32_head, eps, fp32_states, scaler, fp32:MODULE "
+                              "or all; says whether the run survives, what it costs, and whether the cause is confirmed")
+    command.add_argument("--steps", type=int, metavar="K",
+                         help="with --try: up to K steps from the snapshot; default 20, or 5 beyond the failure")
+    _out(command)
+    _json(command)
+
+
+def _diff(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs=2, metavar="RUN_ID", help="run ids, beginnings of them, or paths of run folders")
+    _out(command)
+    _json(command)
+
+
 def _own_model(command: argparse.ArgumentParser) -> None:
     own = command.add_argument_group("your own model and data")
     own.add_argument("--model", metavar="DIR|HUB_ID", help="any transformers model; needs --task")
@@ -105,6 +164,10 @@ def _sizes(command: argparse.ArgumentParser) -> None:
     run.add_argument("--dropout", type=float, default=0.0, help="default 0: the same for every configuration")
     run.add_argument("--sdpa", dest="attention", choices=ATTENTION_CHOICES, default="auto",
                      help="attention backend; default: the one that takes every dtype")
+    run.add_argument("--instrument", choices=INSTRUMENT_LEVELS, default="light",
+                     help="how much is measured: off, light (default), full")
+    run.add_argument("--trace", dest="trace_steps", type=int, nargs="?", const=3, default=0, metavar="N",
+                     help="run N steps (default 3) again under torch.profiler when training is over, into traces/")
     run.add_argument("--compile", action="store_true", help="torch.compile: another experiment, recorded")
     _both(run, "--bucket-by-length", action="store_true", help="batches of documents of like length")
 

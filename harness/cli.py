@@ -45,6 +45,20 @@ def _command(name: str):
         from harness.matrix import matrix_command
 
         return matrix_command
+    if name == "flops":
+        from harness.flops import flops_command
+
+        return flops_command
+    if name == "inspect":
+        return _inspect
+    if name == "diff":
+        from harness.diff import diff_command
+
+        return diff_command
+    if name == "predict":
+        from harness.predict import predict_command
+
+        return predict_command
     if name == "doctor":
         from harness.doctor import doctor_command
 
@@ -54,16 +68,33 @@ def _command(name: str):
     return bench_command
 
 
+def _inspect(options) -> int:
+    """What was found of a failure, or with ``--try`` what would have helped."""
+    from harness.settings import SettingsError
+
+    if options.steps is not None and not options.changes:
+        raise SettingsError("--steps goes with --try")
+    if options.changes:
+        from harness.forensics.try_command import try_command
+
+        return try_command(options)
+    from harness.inspect import inspect_command
+
+    return inspect_command(options)
+
+
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
     from bench_cases.data.errors import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId
     from bench_cases.models import ModelError
     from bench_cases.reach import WeightsUnavailable
+    from harness.forensics.failures import RebuildError, SnapshotError
+    from harness.inspect.locate import RunNotFound, RunUnreadable
     from harness.run_folder import OutputError
     from harness.settings import SettingsError
 
     codes = {UnknownId: USAGE, BadDeclaration: USAGE, SettingsError: USAGE, ModelError: USAGE,
-             DataError: BAD_DATA, DataUnavailable: ENVIRONMENT, WeightsUnavailable: ENVIRONMENT,
-             OutputError: ENVIRONMENT}
+             RunNotFound: USAGE, RunUnreadable: BAD_DATA, SnapshotError: BAD_DATA, RebuildError: ENVIRONMENT,
+             DataError: BAD_DATA, DataUnavailable: ENVIRONMENT, WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

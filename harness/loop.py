@@ -3,7 +3,7 @@ scaler's own check."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,12 @@ class LoopOptions:
     seed: int = 0
 
 
-def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches,
-          precision: Precision, meter: StepMeter, options: LoopOptions) -> Iterator[Reading]:
-    """Train step by step; yields a `Reading` at every log point and ends after a divergence."""
-    for step in range(1, options.max_steps + 1):
+def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches, precision: Precision,
+          meter: StepMeter, options: LoopOptions, steps: Iterable[int] | None = None) -> Iterator[Reading]:
+    """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and ends after
+    a divergence."""
+    steps = list(steps or range(1, options.max_steps + 1))
+    for step in steps:
         lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps,
                            max_steps=options.max_steps)
         for group in optimizer.param_groups:
@@ -61,7 +63,7 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer.zero_grad(set_to_none=True)
         meter.end_step()
 
-        if meter.due or step == options.max_steps:
+        if meter.due or step == steps[-1]:
             reading = meter.read()
             yield reading
             if reading.divergence is not None:

@@ -20,9 +20,10 @@ from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.planning import choose_device, data_options, plan_run, results_folder
 from harness.pool import Ended, Pool
-from harness.run import Outcome, make_batches, model_request, summarize
+from harness.run import make_batches, model_request
 from harness.run_folder import finished_run, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
+from harness.summary import Outcome, summarize
 from instrument.records import RunRecord, encode
 
 

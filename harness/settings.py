@@ -17,6 +17,7 @@ from bench_cases import PRESETS, Case, DtypeConfig, lookup
 
 ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
 DEVICES = ("auto", "cpu", "cuda")
+INSTRUMENT_LEVELS = ("off", "light", "full")
 MAX_NORM = 1.0
 SHORTEST_SEQUENCE = 4
 """<s>, a token, another, </s>."""
@@ -50,12 +51,15 @@ class Request:
     bucket_by_length: bool = False
     text_field: str = "text"
     label_field: str = "labels"
+    instrument: str = "light"
+    trace_steps: int = 0
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """One run, fully decided. ``eval_every`` 0 evaluates at the start and at the end only;
-    ``log_every`` is the number of steps between two reads of the device."""
+    ``log_every`` is the number of steps between two reads of the device; ``instrument`` is one of
+    `INSTRUMENT_LEVELS`, and ``trace_steps`` how many timed steps are run again under the profiler."""
 
     case: Case
     config: DtypeConfig
@@ -84,6 +88,8 @@ class RunSettings:
     bucket_by_length: bool
     text_field: str
     label_field: str
+    instrument: str = "light"
+    trace_steps: int = 0
 
     @property
     def run_id(self) -> str:
@@ -105,7 +111,7 @@ class RunSettings:
     def as_config(self) -> dict[str, Any]:
         """The settings as plain data, for the record's ``config`` and for the hash."""
         plain = dataclasses.asdict(self)
-        for not_numerics in ("seed", "log_every"):
+        for not_numerics in ("seed", "log_every", "instrument", "trace_steps"):
             del plain[not_numerics]
         for only_words in ("scenario", "in_default_matrix"):
             del plain["case"][only_words]
@@ -130,10 +136,12 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         value = getattr(asked, name)
         if value is not None and value <= 0:
             raise SettingsError(f"{name} is {value}; it must be at least 1")
-    for name in ("eval_every", "threads"):
+    for name in ("eval_every", "threads", "trace_steps"):
         value = getattr(asked, name)
         if value is not None and value < 0:
             raise SettingsError(f"{name} is {value}; it must be at least 0")
+    if asked.instrument not in INSTRUMENT_LEVELS:
+        raise SettingsError(f"instrument is {asked.instrument!r}; allowed: {', '.join(INSTRUMENT_LEVELS)}")
     if seed < 0:
         raise SettingsError(f"seed is {seed}; it must be at least 0")
     batch_size = asked.batch_size or preset.batch_size
@@ -169,7 +177,8 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         documents=asked.documents or preset.documents,
         validation_documents=asked.validation_documents or preset.validation_documents,
         dropout=asked.dropout, attention=asked.attention, compile=asked.compile,
-        bucket_by_length=asked.bucket_by_length, text_field=asked.text_field, label_field=asked.label_field)
+        bucket_by_length=asked.bucket_by_length, text_field=asked.text_field, label_field=asked.label_field,
+        instrument=asked.instrument, trace_steps=asked.trace_steps)
 
 
 def choose_preset(asked: str, device: str) -> str:

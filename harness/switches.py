@@ -25,6 +25,7 @@ def set_switches(device: torch.device, *, tf32: bool, threads: int) -> dict[str,
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)  # the math backend multiplies 16-bit queries in fp32
     torch.backends.cudnn.benchmark = False
     if device.type == "cpu" and threads:
         torch.set_num_threads(threads)
@@ -33,6 +34,7 @@ def set_switches(device: torch.device, *, tf32: bool, threads: int) -> dict[str,
         "fp16_reduced_precision_reduction": False,
         "bf16_reduced_precision_reduction": False,
         "fp16_accumulation": False,
+        "math_attention_in_16_bits": False,
         "cudnn_benchmark": False,
         "threads": torch.get_num_threads(),
         "verified": verify(device, tf32=tf32),

@@ -85,6 +85,8 @@ class CaseScreen:
             + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else ""))
         if record.first_nonfinite is not None:
             say("  " + first_nonfinite_words(record), style="red", markup=False)
+            if record.first_nonfinite.replay is not None:
+                say(f"  more: python -m harness inspect {record.run_id} --out {self.out}", style="dim", markup=False)
         elif record.error:
             say(f"  {record.error}", style=style, markup=False)
         if record.timed_steps:
@@ -117,8 +119,10 @@ def evaluation_words(record: EvaluationRecord) -> str:
 
 
 def first_nonfinite_words(record: RunRecord) -> str:
-    """Step, phase, place and kind of the first non-finite value."""
+    """Step, phase, place and kind of the first non-finite value; the whole sentence where it was replayed."""
     first = record.first_nonfinite
+    if first.replay is not None and record.error:
+        return f"first non-finite value: {record.error}"
     place = f"{first.module}.{first.tensor}" if first.module else first.tensor
     micro = f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     dtype = f" ({first.dtype})" if first.dtype else ""

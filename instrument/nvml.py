@@ -11,6 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 COMPUTE_MODES = {0: "default", 1: "exclusive_thread", 2: "prohibited", 3: "exclusive_process"}
+CLOCK_EVENT_REASONS = {
+    0: "gpu_idle", 1: "applications_clocks_setting", 2: "sw_power_cap", 3: "hw_slowdown", 4: "sync_boost",
+    5: "sw_thermal_slowdown", 6: "hw_thermal_slowdown", 7: "hw_power_brake_slowdown", 8: "display_clock_setting",
+    9: "board_limit", 10: "reliability"}
+"""Bit number -> why the clocks are below their maximum (nvml.h, ``nvmlClocksEventReason*``)."""
+TEMPERATURE_GPU, CLOCK_SM, CLOCK_MEMORY = 0, 1, 2
 
 
 class Nvml:
@@ -63,6 +69,67 @@ class Nvml:
             "compute_mode": lambda: COMPUTE_MODES.get(self._need("nvmlDeviceGetComputeMode", handle()), "unknown"),
         })
 
+    def sensors(self, uuid: str) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Questions quick enough to be asked twice a second, by NVML's name; each answers some fields.
+
+        ``uuid`` with or without ``GPU-``/``MIG-``. Of a MIG instance the memory is its own, and power,
+        energy, temperature and clocks are those of the whole board. Raises RuntimeError when there is
+        no such device; a question raises one with its reason. None lists processes (milliseconds).
+        """
+        own, board, mig = self.find(uuid)
+
+        def memory() -> dict[str, int]:
+            info = self._need("nvmlDeviceGetMemoryInfo", own)
+            return {"gpu_memory_used_bytes": int(info.used), "gpu_memory_total_bytes": int(info.total)}
+
+        def utilization() -> dict[str, int]:
+            rates = self._need("nvmlDeviceGetUtilizationRates", own)
+            return {"gpu_utilization_percent": int(rates.gpu), "gpu_memory_utilization_percent": int(rates.memory)}
+
+        def clock_hz(kind: int) -> int:
+            return int(self._need("nvmlDeviceGetClockInfo", board, kind)) * 1_000_000
+
+        return {  # the counter first: its moment is the sample's
+            "nvmlDeviceGetTotalEnergyConsumption": lambda: {
+                "gpu_energy_counter_j": self._need("nvmlDeviceGetTotalEnergyConsumption", board) / 1e3},
+            "nvmlDeviceGetPowerUsage": lambda: {"gpu_power_w": self._need("nvmlDeviceGetPowerUsage", board) / 1e3},
+            "nvmlDeviceGetMemoryInfo": memory,
+            "nvmlDeviceGetUtilizationRates": utilization,
+            "nvmlDeviceGetTemperature": lambda: {
+                "gpu_temperature_c": int(self._need("nvmlDeviceGetTemperature", board, TEMPERATURE_GPU))},
+            "nvmlDeviceGetClockInfo": lambda: {
+                "gpu_sm_clock_hz": clock_hz(CLOCK_SM), "gpu_memory_clock_hz": clock_hz(CLOCK_MEMORY)},
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda: {
+                "gpu_clock_event_reasons": clock_event_reasons(self._clock_events(board))},
+            "nvmlDeviceIsMigDeviceHandle": lambda: {"gpu_is_mig": mig},
+        }
+
+    def find(self, uuid: str) -> tuple[Any, Any, bool]:
+        """Handles of a device and of the board it is on, and whether it is a MIG instance; or RuntimeError."""
+        bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
+        try:
+            own, mig = self._need("nvmlDeviceGetHandleByUUID", f"GPU-{bare}"), False
+        except RuntimeError as no_gpu:
+            try:
+                own, mig = self._need("nvmlDeviceGetHandleByUUID", f"MIG-{bare}"), True
+            except RuntimeError:
+                raise no_gpu from None
+        return own, self._need("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", own) if mig else own, mig
+
+    def processes(self, uuid: str) -> list[dict[str, int | None]]:
+        """``pid`` and ``used_bytes`` of each process on a device; takes milliseconds. Or RuntimeError."""
+        return self._processes(self.find(uuid)[0])
+
+    def _clock_events(self, handle: Any) -> int:
+        """Bits of `CLOCK_EVENT_REASONS`; drivers before 535 know the call by its older name."""
+        try:
+            return int(self._need("nvmlDeviceGetCurrentClocksEventReasons", handle))
+        except RuntimeError as error:
+            try:
+                return int(self._need("nvmlDeviceGetCurrentClocksThrottleReasons", handle))
+            except RuntimeError:
+                raise error from None
+
     def _processes(self, handle: Any) -> list[dict[str, int | None]]:
         found = {}
         for function in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
@@ -97,6 +164,11 @@ class Nvml:
             self._need(function)
         except RuntimeError:
             pass
+
+
+def clock_event_reasons(bits: int) -> list[str]:
+    """The names of the bits that are set; one that is not known reads ``bit_<n>``."""
+    return [CLOCK_EVENT_REASONS.get(bit, f"bit_{bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]
 
 
 def _text(value: Any) -> str:

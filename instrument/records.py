@@ -18,7 +18,8 @@ SCHEMA = 1
 """Version on every line. Older versions are migrated by `decode`, newer ones refused."""
 
 STATUSES = ("completed", "diverged", "oom", "unsupported", "error", "preempted", "hung")
-PHASES = ("forward", "loss", "backward", "unscale", "clip", "optimizer")
+PHASES = ("forward", "loss", "backward", "unscale", "clip", "unscale_or_clip", "optimizer")
+"""``unscale_or_clip``: a loop that is not ours, where the two cannot be told apart."""
 CAUSES = ("overflow", "underflow_then_divide", "invalid", "from_input")
 KINDS = ("nan", "inf", "-inf")
 

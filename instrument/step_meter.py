@@ -9,15 +9,17 @@ first non-finite value is exact whatever the window, because every step has its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from instrument.explosion import ExplosionDetector
+from instrument.finite import first_bad, first_of, float_states, prevailing, surfaced
 from instrument.records import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
 from instrument.step_clock import StepClock
-from kernels import LogitStats, TensorStats, multi_tensor_stats
+from instrument.watch.taps import ModuleTaps, TapReading
+from kernels import LogitStats, TensorStats
 
 COLUMNS = ("loss", "loss_microbatch", "loss_scale", "grad_norm", "grad_absmax", "grad_nonfinite", "grad_below",
            "grad_nonzero", "grad_tensor", "grad_nan", "clip_norm", "state_tensor", "state_nan", "param_tensor", "param_nan")
@@ -38,6 +40,7 @@ class StepFacts:
     seq_len: int = 0
     micro_batches: int = 0
     allocated_bytes: int | None = None
+    lengths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,26 @@ class Reading:
     steps: list[StepRecord] = field(default_factory=list)
     events: list[EventRecord] = field(default_factory=list)
     divergence: Divergence | None = None
+    modules: list[TapReading] = field(default_factory=list)
+    lengths: list[torch.Tensor] = field(default_factory=list)
+    """Real tokens of every row, step by step."""
 
 
 class StepMeter:
     """Statistics of the steps of one run. ``window`` steps of at most ``micro_batches`` micro-batches are
-    read at a time."""
+    read at a time. ``taps`` measure the modules as well; they are read when their ring is half full, at a
+    divergence, and by the caller at the end. ``on_loss`` is told every micro-batch's loss."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *,
-                 window: int, micro_batches: int, warmup_steps: int) -> None:
+                 window: int, micro_batches: int, warmup_steps: int, taps: ModuleTaps | None = None) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = optimizer
         self.device = device
         self.window = window
+        self.taps = taps
+        self.on_loss: Callable[[torch.Tensor], None] | None = None
         self._logits = LogitStats(device, slots=window * micro_batches)
         self._slots_used = 0
         self._ring = torch.zeros(window, len(COLUMNS), dtype=torch.float64, device=device)
@@ -82,6 +91,8 @@ class StepMeter:
 
     def begin_step(self, step: int, lr: float, loss_scale: torch.Tensor | None) -> None:
         """Start the clock of attempted update ``step``; ``loss_scale`` is a device scalar or None."""
+        if self.taps is not None:
+            self.taps.begin_step(step)
         self._facts = StepFacts(step, lr, StepClock(self.device))
         self._row = {"loss": self._zero, "loss_microbatch": self._none,
                      "loss_scale": self._none if loss_scale is None else loss_scale}
@@ -91,6 +102,7 @@ class StepMeter:
         facts = self._facts
         facts.samples, facts.tokens = batch.samples, batch.tokens
         facts.real_tokens, facts.seq_len = batch.real_tokens, batch.seq_len
+        facts.lengths = batch.lengths
 
     def next_logits(self) -> LogitStats:
         """The accumulator for the next micro-batch's logits: each has a slot of its own."""
@@ -102,6 +114,8 @@ class StepMeter:
     @torch.no_grad()
     def add_loss(self, loss: torch.Tensor) -> None:
         """The share of the step's loss of the micro-batch whose logits came last."""
+        if self.on_loss is not None:
+            self.on_loss(loss)
         row = self._row
         total = row["loss"] + loss.detach()
         first_bad = (row["loss_microbatch"] < 0) & ~total.isfinite()  # finite shares do not overflow a float64
@@ -117,7 +131,7 @@ class StepMeter:
             "grad_norm": stats.total_norm, "grad_absmax": stats.total_absmax,
             "grad_nonfinite": stats.total_nan + stats.total_inf, "grad_below": stats.total_below,
             "grad_nonzero": stats.total_numel - stats.total_zeros, "clip_norm": clip_norm,
-            **self._first("grad", stats),
+            **first_of("grad", stats),
         }
 
     @torch.no_grad()
@@ -125,17 +139,13 @@ class StepMeter:
         """Parameters and optimizer states behind the update."""
         if not self._states:  # made by the first update that is not skipped
             self._states = float_states(self.optimizer, self.parameters, self.names)
-        self._row |= self._first_bad("param", self.parameters)
-        self._row |= self._first_bad("state", [tensor for *_, tensor in self._states])
-
-    def _first_bad(self, kind: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The columns of a list that is only checked for non-finite values."""
-        if not tensors or (self.device.type == "cpu" and _all_finite(tensors)):
-            return {f"{kind}_tensor": self._none, f"{kind}_nan": self._zero}
-        return self._first(kind, multi_tensor_stats(tensors, counts="none"))
+        self._row |= first_bad("param", self.parameters, self.device)
+        self._row |= first_bad("state", [tensor for *_, tensor in self._states], self.device)
 
     def end_step(self) -> None:
         """Close the step: one small stack on the device."""
+        if self.taps is not None:
+            self.taps.end_step()
         self._facts.clock.stop()
         if self.device.type == "cuda":
             self._facts.allocated_bytes = torch.cuda.memory_allocated(self.device)
@@ -153,6 +163,7 @@ class StepMeter:
         for facts, row, logits in self._pending_rows():
             record = self._record(facts, row, logits)
             reading.steps.append(record)
+            reading.lengths.append(facts.lengths)
             found = self._first_nonfinite(facts.step, row, logits)
             if record.step_skipped:
                 reading.events.append(EventRecord(step=facts.step, kind="scaler_skip", detail={
@@ -165,6 +176,8 @@ class StepMeter:
             if reading.divergence is not None:
                 break
         self._pending.clear()
+        if self.taps is not None and (reading.divergence is not None or self.taps.nearly_full):
+            reading.modules = self.taps.read()
         return reading
 
     def _pending_rows(self) -> Iterator[tuple[StepFacts, dict[str, float], list[dict]]]:
@@ -175,13 +188,6 @@ class StepMeter:
         self._slots_used = 0
         for facts, values in zip(self._pending, rows, strict=True):
             yield facts, dict(zip(COLUMNS, values, strict=True)), [next(slots) for _ in range(facts.micro_batches)]
-
-    @staticmethod
-    def _first(kind: str, stats: TensorStats) -> dict[str, torch.Tensor]:
-        """Index of the first non-finite tensor of a list, and by how many NaN prevail in it."""
-        index = stats.first_nonfinite_index
-        surplus = (stats.nan - stats.inf).index_select(0, index.clamp(min=0).view(1)).squeeze(0)
-        return {f"{kind}_tensor": index, f"{kind}_nan": surplus}
 
     @staticmethod
     def _record(facts: StepFacts, row: dict[str, float], logits: list[dict]) -> StepRecord:
@@ -208,57 +214,22 @@ class StepMeter:
         for index, slot in enumerate(logits):
             counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
             if any(counts.values()):
-                return _found(step, "forward", "output", max(counts, key=counts.get), microbatch=index)
+                return surfaced(step, "forward", "output", max(counts, key=counts.get), microbatch=index)
         if not math.isfinite(row["loss"]):
             microbatch = None if row["loss_microbatch"] < 0 else int(row["loss_microbatch"])
-            return _found(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch)
+            return surfaced(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch)
         if row["grad_tensor"] >= 0:
             index = int(row["grad_tensor"])
-            return _found(step, "backward", "grad", _prevailing(row["grad_nan"]), **self._place(index))
+            return surfaced(step, "backward", "grad", prevailing(row["grad_nan"]), **self._place(index))
         if not math.isfinite(row["clip_norm"]) and row["param_tensor"] >= 0:
-            return _found(step, "clip", "grad_norm", nonfinite_name(row["clip_norm"]))
+            return surfaced(step, "clip", "grad_norm", nonfinite_name(row["clip_norm"]))
         if row["state_tensor"] >= 0:
             name, tensor, value = self._states[int(row["state_tensor"])]
-            return _found(step, "optimizer", tensor, _prevailing(row["state_nan"]), module=name.rpartition(".")[0],
+            return surfaced(step, "optimizer", tensor, prevailing(row["state_nan"]), module=name.rpartition(".")[0],
                           dtype=value.dtype)
         if row["param_tensor"] >= 0:
-            return _found(step, "optimizer", "param", _prevailing(row["param_nan"]), **self._place(int(row["param_tensor"])))
+            return surfaced(step, "optimizer", "param", prevailing(row["param_nan"]), **self._place(int(row["param_tensor"])))
         return None
 
     def _place(self, index: int) -> dict[str, object]:
         return {"module": self.names[index].rpartition(".")[0], "dtype": self.parameters[index].dtype}
-
-
-def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    """On a CPU, where reading a number is free, a finite norm proves a list finite at a tenth of the cost."""
-    return bool(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).isfinite().all())
-
-
-def _prevailing(nan_surplus: float) -> str:
-    """The kind of a tensor with ``nan_surplus`` more NaN than infinities."""
-    return "nan" if nan_surplus > 0 else "inf"
-
-
-def _found(step: int, phase: str, tensor: str, kind: str, *, module: str | None = None,
-           microbatch: int | None = None, dtype: torch.dtype | None = None) -> FirstNonfinite:
-    """A record with what the meter knows; op, cause and headroom are the replay's to fill."""
-    return FirstNonfinite(
-        step=step, microbatch=microbatch, phase=phase, phase_surfaced=phase, module=module, op=None,
-        tensor=tensor, source_tensor=None, kind=kind, dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        cause=None, input_absmax=None, headroom_bits=None)
-
-
-def float_states(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor],
-                 names: list[str]) -> list[tuple[str, str, torch.Tensor]]:
-    """(parameter name, state name, tensor) of every floating-point state but step counters.
-
-    8-bit states are integers with fp32 block scales (``absmax1``, ``absmax2``): an overflow
-    shows in the scales, so those stand for them.
-    """
-    spelled = {"state1": "exp_avg", "state2": "exp_avg_sq", "absmax1": "exp_avg", "absmax2": "exp_avg_sq"}
-    found = []
-    for name, parameter in zip(names, parameters, strict=True):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value) and value.is_floating_point() and key not in ("step", "qmap1", "qmap2"):
-                found.append((name, spelled.get(key, key), value))
-    return found

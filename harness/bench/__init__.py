@@ -9,7 +9,7 @@ import sys
 
 from harness.settings import SettingsError
 
-NAMES = ("help", "run", "matrix", "trainer")
+NAMES = ("help", "run", "matrix", "trainer", "forensics", "overhead")
 
 
 def bench_command(options: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def bench_command(options: argparse.Namespace) -> int:
     rows, code = [], OK
     for name in names:
         try:
-            figures = run_one(name, options.repeats)
+            figures = run_one(name, options)
         except BenchUnavailable as error:
             print(f"bench {name}: {error}", file=sys.stderr)
             code = ENVIRONMENT
@@ -54,13 +54,17 @@ def asked(what: list[str], repeats: int) -> list[str]:
     return [name for name in NAMES if name in what or not what]
 
 
-def run_one(name: str, repeats: int) -> list:
+def run_one(name: str, options: argparse.Namespace) -> list:
     """The figures of one benchmark. The matrix takes minutes, so ``--repeats`` leaves it at one."""
-    from harness.bench import help, matrix, run, trainer
+    from harness.bench import forensics, help, matrix, overhead, run, trainer
 
     if name == "matrix":
         return matrix.measure(1)
-    return {"help": help, "run": run, "trainer": trainer}[name].measure(repeats)
+    if name == "forensics":
+        return forensics.measure(options.trials)
+    if name == "overhead":
+        return overhead.measure(options.pairs, options.out)
+    return {"help": help, "run": run, "trainer": trainer}[name].measure(options.repeats)
 
 
 def machine() -> dict[str, object]:

@@ -12,7 +12,7 @@ import torch
 from harness.doctor import device as device_facts
 from harness.doctor import host
 from harness.planning import choose_device, results_folder
-from instrument.environment import version
+from instrument.environment import capture, version
 from instrument.nvml import Nvml
 
 
@@ -22,6 +22,8 @@ def doctor_command(options: argparse.Namespace) -> int:
     from harness.exit_codes import ENVIRONMENT, OK
 
     findings = examine(options.out)
+    if options.measure and findings["products"]["fp32"] is None:
+        findings["measured"] = measure_into(options.out)
     show(findings)
     if options.json:
         sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
@@ -50,6 +52,19 @@ def examine(out: Path | None) -> dict[str, object]:
     findings["configurations"] = device_facts.configurations(device, findings["eight_bit_adamw"])
     findings["will_not_work"] = will_not_work(findings)
     return findings
+
+
+def measure_into(out: Path | None) -> dict[str, object]:
+    """Measure this machine's rates and keep them in ``machine.json`` of the results folder."""
+    from harness.doctor.measure import measure
+    from harness.doctor.measured import merge_measured, refuse_another_machine
+
+    device = choose_device("auto")
+    folder, machine = _results_folder(out, device), capture(device)
+    refuse_another_machine(folder, machine)
+    measured = measure(device)
+    merge_measured(folder, machine, measured)
+    return measured | {"file": str(folder / "machine.json")}
 
 
 def _results_folder(out: Path | None, device: torch.device) -> Path:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.doctor.measured import too_low
+
 
 def show(findings: dict) -> None:
     """Print facts, configurations, and what will not work."""
@@ -23,6 +25,12 @@ def show(findings: dict) -> None:
         console.print(f"  {escape(row['what'])}: [dim]{escape(row['why'])}[/]")
     if not findings["will_not_work"]:
         console.print("  nothing that was tried")
+    if "measured" in findings:
+        console.print()
+        console.print(f"[bold]Measured just now[/], into {escape(findings['measured']['file'])}")
+        console.print(measured(findings["measured"]))
+        if remark := too_low(findings["measured"]):
+            console.print(f"[yellow]{remark}[/]")
 
 
 def facts(findings: dict) -> Table:
@@ -86,6 +94,26 @@ def configurations(rows: list[dict]) -> Table:
     for row in rows:
         verdict = "[green]runs[/]" if row["supported"] else "[red]unsupported[/]"
         table.add_row(row["config"], verdict, escape(row["reason"] or row["remark"] or ""))
+    return table
+
+
+def measured(found: dict) -> Table:
+    """A row for each dtype and number of threads, then the copies: median, and 10th to 90th percentile."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for name in ("products", "threads", "median", "p10 to p90", ""):
+        table.add_column(name, justify="right" if name in ("threads", "median", "p10 to p90") else "left")
+
+    def add(what: str, row: dict, name: str, scale: float, unit: str, remark: str) -> None:
+        low, median, high = (row[f"{prefix}{name}"] / scale for prefix in ("p10_", "", "p90_"))
+        table.add_row(what, "" if row["threads"] is None else str(row["threads"]), f"{median:,.1f} {unit}",
+                      f"{low:,.1f} to {high:,.1f}", remark)
+
+    for row in found["matmul"]:
+        scale, unit = (1e12, "TFLOP/s") if row["flops_per_s"] >= 1e12 else (1e9, "GFLOP/s")
+        how = "" if row["how"] == "native" else f", {row['how']}"
+        add(row["dtype"], row, "flops_per_s", scale, unit, f"{row['size']} x {row['size']}{how}")
+    for row in found["copy"]:
+        add("copy", row, "bytes_per_s", 1e9, "GB/s", "read and written")
     return table
 
 

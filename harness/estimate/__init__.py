@@ -1,9 +1,9 @@
 """``case ... --dry-run``: the resolved run, its model, and an estimate of its memory and time.
 
 The estimate runs one micro-batch, forward and loss, on fake tensors: they have shapes, dtypes and
-devices but no memory. What autograd keeps and which products run is then counted, in the dtypes
-of the configuration and with its attention backend, for any architecture. Nothing is written
-into the results folder.
+devices but no memory. What autograd keeps is then counted, in the dtypes of the configuration and
+with its attention backend, for any architecture; FLOPs are those of `harness.flops`. Nothing is
+written into the results folder.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
     from harness.estimate.memory import memory
     from harness.estimate.model import data_facts, trace
     from harness.estimate.time import duration
+    from harness.flops.model import meaningful_outputs, step_flops
+    from harness.flops.shapes import shapes_of
     from harness.precision import Precision, Unsupported
 
     facts = data_facts(settings)
@@ -52,7 +54,9 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
         traced = trace(settings, facts, precision)
         findings["model"] |= traced.as_row()
         findings["memory"] = memory(settings, traced)
-        findings["time"] = duration(settings, traced)
+        flops = step_flops(shapes_of(facts.request), settings.case, settings.config, attention=precision.attention,
+                           outputs=meaningful_outputs(facts.request), seq_len=settings.seq_len)
+        findings["time"] = duration(settings, traced, flops)
     except (ModelError, WeightsUnavailable):
         raise
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One micro-batch on fake tensors: what the model is, what autograd keeps, which products run."""
+"""One micro-batch on fake tensors: what the model is, and what autograd keeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench_cases.models import ModelRequest, build_model, padded_vocabulary
 from harness.loss import training_loss
@@ -37,14 +36,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Trace:
-    """``parameters``: (elements, dimensions) of each. ``forward_flops`` of one micro-batch: matrix
-    products and attention. ``activation_bytes``: what autograd keeps of the model's forward pass,
-    16-bit copies of weights under autocast included. ``logit_bytes``: the logits, what the loss
-    keeps of them, and their gradients, once in each of their dtypes. ``kept_elements``: numbers in both."""
+    """``parameters``: (elements, dimensions) of each. ``activation_bytes``: what autograd keeps of
+    the model's forward pass, 16-bit copies of weights under autocast included. ``logit_bytes``: the
+    logits, what the loss keeps of them, and their gradients, once in each of their dtypes.
+    ``kept_elements``: numbers in both."""
 
     parameters: tuple[tuple[int, int], ...]
     embedding_params: int
-    forward_flops: int
     activation_bytes: int
     logit_bytes: int
     kept_elements: int
@@ -82,7 +80,7 @@ def trace(settings: RunSettings, facts: DataFacts, precision: Precision) -> Trac
         last = torch.zeros(shape[:1], dtype=torch.int64, device=precision.device)
         own = {_storage(value) for value in (*model.parameters(), *model.buffers(), ids, last)}
         forward, loss = Kept(own), Kept(own)
-        with FlopCounterMode(display=False) as counter, forward, precision.forward():
+        with forward, precision.forward():
             logits = model(ids, None, last)
         with loss:
             if precision.loss_dtype != torch.float32:  # the fused fp32 losses keep the gradient alone, counted below
@@ -93,7 +91,7 @@ def trace(settings: RunSettings, facts: DataFacts, precision: Precision) -> Trac
         before = forward.storages() | {_storage(logits)}
         return Trace(tuple((p.numel(), p.ndim) for p in model.parameters()),
                      sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()),
-                     counter.get_total_flops(), forward.bytes(excluding={_storage(logits)}),
+                     forward.bytes(excluding={_storage(logits)}),
                      2 * in_head_dtype + 2 * loss.bytes(excluding=before),
                      forward.elements(excluding=set()) + loss.elements(excluding=before))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from harness.estimate.model import Trace
 from harness.precision import DTYPES
 from harness.settings import RunSettings
+from instrument.flops import StepFlops
 from instrument.gpus import known_card
+from instrument.mfu import weighted_peak
 
 GPU_EFFICIENCY = 0.4
 """Share of a card's dense peak that a plain eager training step reaches: an assumption, shown with the estimate."""
@@ -19,28 +21,28 @@ TANH_PER_ELEMENT = 2.0
 shared cores of an EPYC. Three fp32_true runs tried afterwards took 1.2 to 1.4 times the estimated step."""
 
 
-def duration(settings: RunSettings, traced: Trace) -> dict[str, object]:
-    """``flops_per_step``, the rate and its source, ``step_s``, ``evaluation_s``, ``total_s`` (without start-up
-    and data). Null seconds for a GPU whose peak is not known."""
-    micro_batches = settings.batch_size // settings.micro_batch
-    flops = 3 * traced.forward_flops * micro_batches
+def duration(settings: RunSettings, traced: Trace, step_flops: StepFlops) -> dict[str, object]:
+    """``flops_per_step`` (rows of full length), the rate and its source, ``step_s``, ``evaluation_s``, ``total_s``
+    (without start-up and data). Null seconds for a GPU whose peak is not known."""
+    by_dtype = step_flops.of(settings.batch_size, settings.seq_len)
+    flops = sum(by_dtype.values())
     found: dict[str, object] = {"flops_per_step": flops, "step_s": None, "evaluation_s": None, "total_s": None}
+    micro_batches = settings.batch_size // settings.micro_batch
     forwards = evaluations(settings) * -(-settings.validation_documents // settings.micro_batch)
     if settings.device == "cuda":
-        rate, source = gpu_rate(settings, torch.cuda.get_device_name())
+        rate, source = gpu_rate(by_dtype, torch.cuda.get_device_name())
         found |= {"rate_flops_per_s": rate, "rule": source}
         if rate is None:
             return found
-        micro_s = 3 * traced.forward_flops / rate
+        step_s = flops / rate
     else:
         rate, tanh_s = cpu_product_rate(settings), cpu_tanh_s()
-        micro_s = 3 * traced.forward_flops / rate + TANH_PER_ELEMENT * tanh_s * traced.kept_elements
+        step_s = flops / rate + TANH_PER_ELEMENT * tanh_s * traced.kept_elements * micro_batches
         found |= {"rate_flops_per_s": rate, "tanh_s": tanh_s,
                   "rule": f"products, and {TANH_PER_ELEMENT:g} tanh for every number that autograd keeps, both as measured "
                           f"here on one thread, over {torch.get_num_threads()} thread(s)"}
-    found["step_s"] = micro_s * micro_batches
-    found["evaluation_s"] = forwards * micro_s / 3
-    return found | {"total_s": found["step_s"] * settings.max_steps + found["evaluation_s"]}
+    evaluation_s = forwards * step_s / micro_batches / 3  # the forward pass is a third of a step
+    return found | {"step_s": step_s, "evaluation_s": evaluation_s, "total_s": step_s * settings.max_steps + evaluation_s}
 
 
 def evaluations(settings: RunSettings) -> int:
@@ -49,13 +51,13 @@ def evaluations(settings: RunSettings) -> int:
     return 2 + between
 
 
-def gpu_rate(settings: RunSettings, name: str) -> tuple[float | None, str]:
-    """(FLOP/s, rule) of a card; None for one whose peak is not known."""
-    card = known_card(name)
-    peak = card and card.peak(settings.config.compute, tf32=settings.config.tf32)
+def gpu_rate(flops: Mapping[str, int], name: str) -> tuple[float | None, str]:
+    """(FLOP/s, rule) of a card for work by dtype; None for one whose peak is not known."""
+    card, dtypes = known_card(name), " and ".join(flops)
+    peak = weighted_peak(flops, card and card.peaks())
     if peak is None:
-        return None, f"no published peak is known for {name!r} in {settings.config.compute}, and none is guessed"
-    return GPU_EFFICIENCY * peak, f"{GPU_EFFICIENCY:.0%} (assumed) of the {card.name}'s dense {settings.config.compute} peak"
+        return None, f"no published peak is known for {name!r} in {dtypes}, and none is guessed"
+    return GPU_EFFICIENCY * peak, f"{GPU_EFFICIENCY:.0%} (assumed) of the {card.name}'s dense {dtypes} peak"
 
 
 def cpu_product_rate(settings: RunSettings, budget_s: float = 0.1) -> float:

@@ -96,7 +96,7 @@ def test_a_case_prints_its_row_on_stdout_and_words_on_stderr(capsys, tmp_path):
     printed = capsys.readouterr()
     row = json.loads(printed.out)
     assert row["status"] == "diverged"
-    assert "first non-finite value: step 1, optimizer: transformer.wte.param is inf (float16)" in printed.err
+    assert "first non-finite value: step 1, optimizer, param of transformer.wte.weight, aten._foreach_addcdiv_: " in printed.err
 
 
 def test_list_prints_every_id_and_json(capsys):

@@ -12,8 +12,10 @@ from bench_cases import DTYPE_CONFIGS
 from harness import doctor
 from harness.doctor import device as doctor_device
 from harness.doctor import host as doctor_host
+from harness.doctor import measure as doctor_measure
 from harness.doctor import terminal as doctor_terminal
-from instrument.gpus import CARDS, capability_support, known_card
+from harness.doctor.measured import merge_measured, rates_measured_here
+from harness.run_folder import OutputError
 from instrument.nvml import Nvml
 
 
@@ -88,7 +90,7 @@ def test_a_device_that_cannot_multiply_ends_with_the_environments_code(findings,
     broken = findings | {"products": {"fp32": "RuntimeError: no kernel image"}}
     broken["will_not_work"] = doctor.will_not_work(broken)
     monkeypatch.setattr(doctor, "examine", lambda out: broken)
-    assert doctor.doctor_command(argparse.Namespace(out=None, json=True)) == 5
+    assert doctor.doctor_command(argparse.Namespace(out=None, json=True, measure=False)) == 5
     printed = capsys.readouterr()
     assert json.loads(printed.out)["products"]["fp32"].startswith("RuntimeError") and "no kernel" in printed.err
 
@@ -154,28 +156,6 @@ def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path):
     assert not doctor_host.disk(tmp_path / "file")["writable"]
 
 
-@pytest.mark.parametrize(("name", "card"), [
-    ("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA A40", "A40"), ("NVIDIA H200", "H200 SXM"), ("Tesla T4", "T4"),
-    ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", None), ("NVIDIA L40", None), ("", None)])
-def test_a_card_is_known_by_its_whole_name_only(name, card):
-    found = known_card(name)
-    assert (found and found.name) == card
-
-
-def test_reference_cards_and_peaks():
-    assert [card.name for card in CARDS if card.reference] == ["RTX A6000", "A40"]
-    a6000, v100 = known_card("NVIDIA RTX A6000"), known_card("Tesla V100-SXM2-16GB")
-    assert a6000.peak("bf16") == 154.8e12 and a6000.peak("fp32", tf32=True) == 77.4e12 and a6000.peak("fp32") == 38.7e12
-    assert v100.peak("bf16") is None and v100.peak("fp16") == 125e12
-
-
-@pytest.mark.parametrize(("capability", "able"), [((7, 0), {"fp16"}), ((7, 5), {"fp16"}), ((8, 6), {"fp16", "bf16", "tf32"}),
-                                                  ((8, 9), {"fp16", "bf16", "tf32", "fp8"}), ((6, 1), set())])
-def test_what_a_capability_supports(capability, able):
-    assert {name for name, yes in capability_support(*capability).items() if yes} == able
-
-
 @pytest.mark.parametrize(("capability", "built_for", "runs"), [
     ((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_80"], False), ((12, 0), ["compute_90"], True),
     ((9, 0), ["sm_90a"], True), ((10, 0), ["sm_90a", "compute_90a"], False), ((8, 9), [], False)])
@@ -186,3 +166,100 @@ def test_which_cards_a_build_has_code_for(capability, built_for, runs):
 def test_the_projects_own_constraints_are_found():
     rows = {row["library"]: row for row in doctor_host.library_versions()}
     assert rows["torch"]["tested"] is not None
+
+
+HERE = {"cpu": "AMD EPYC", "gpu": None, "python": "3.11"}
+RATES = {"date": "2026-01-01T00:00:00+00:00", "matmul": [
+    {"dtype": "fp32", "threads": 1, "flops_per_s": 100.0}, {"dtype": "bf16", "threads": 1, "flops_per_s": 400.0},
+    {"dtype": "fp32", "threads": 8, "flops_per_s": 700.0}], "copy": []}
+
+
+def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatch):
+    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (64, 128))
+    monkeypatch.setitem(doctor_measure.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(doctor_measure, "BUDGET_S", 0.01)
+    before = torch.get_num_threads()
+    found = doctor_measure.measure(torch.device("cpu"))
+    assert torch.get_num_threads() == before and 0 <= found["cpu_busy_before_frac"] <= 1
+    assert {(row["dtype"], row["threads"]) for row in found["matmul"]} == {
+        (dtype, threads) for dtype in ("fp32", "bf16", "fp16") for threads in {1, before}}
+    for row in found["matmul"]:
+        assert row["samples"] >= doctor_measure.AT_LEAST and row["size"] in (64, 128)
+        assert 1e6 < row["p10_flops_per_s"] <= row["flops_per_s"] <= row["p90_flops_per_s"] < 1e15
+    by_hand = next(row for row in found["copy"] if row["threads"] == 1)
+    assert by_hand["block_bytes"] == 1 << 20 and 1e7 < by_hand["bytes_per_s"] < 1e13
+    torch.testing.assert_close(torch.full((2, 2), 2.0).half() @ torch.eye(2).half(), torch.full((2, 2), 2.0).half())
+
+
+def test_fp16_is_measured_as_the_harness_runs_it(monkeypatch):
+    monkeypatch.setattr(doctor_measure, "BUDGET_S", 0.0)
+    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (32,))
+    for in_hardware, how in ((True, "native"), (False, "fp32, rounded once to fp16")):
+        monkeypatch.setattr(doctor_measure.fp16_products, "cpu_has_fp16_arithmetic", lambda answer=in_hardware: answer)
+        assert doctor_measure.matmul_rate(torch.device("cpu"), "fp16", 1)["how"] == how
+
+
+def test_what_does_not_fit_into_memory_ends_with_the_largest_that_did(monkeypatch):
+    def sample(work, device):
+        if work().shape[0] > 32:
+            raise torch.OutOfMemoryError("full")
+        return [0.1] * 10
+
+    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (32, 64))
+    monkeypatch.setattr(doctor_measure, "sample", sample)
+    assert doctor_measure.matmul_rate(torch.device("cpu"), "fp32", 1)["size"] == 32
+    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (64,))
+    assert doctor_measure.matmul_rate(torch.device("cpu"), "fp32", 1) is None
+
+
+def test_rates_are_the_median_and_the_spread_its_deciles():
+    found = doctor_measure.rates("flops_per_s", 100.0, [float(s) for s in range(1, 12)])
+    assert found == {"flops_per_s": pytest.approx(100 / 6), "p10_flops_per_s": 10.0, "p90_flops_per_s": 50.0, "samples": 11}
+
+
+def test_measured_rates_join_what_machine_json_holds_and_are_found_again(tmp_path):
+    merge_measured(tmp_path, HERE, RATES)
+    merge_measured(tmp_path, HERE | {"python": "4"}, RATES | {"date": "later"})
+    facts = json.loads((tmp_path / "machine.json").read_text())
+    assert facts["python"] == "3.11" and facts["measured"]["date"] == "later"  # older rates go, other facts stay
+    assert rates_measured_here(tmp_path, HERE, 1) == ({"fp32": 100.0, "bf16": 400.0}, None)
+    assert rates_measured_here(tmp_path, HERE, 8)[0] == {"fp32": 700.0}
+
+
+def test_rates_measured_beside_other_work_say_that_they_are_too_low(tmp_path):
+    merge_measured(tmp_path, HERE, RATES | {"cpu_busy_before_frac": 0.05})
+    assert rates_measured_here(tmp_path, HERE, 8) == ({"fp32": 700.0}, None)
+    merge_measured(tmp_path, HERE, RATES | {"cpu_busy_before_frac": 0.6})
+    rates, remark = rates_measured_here(tmp_path, HERE, 8)
+    assert rates == {"fp32": 700.0} and "took 60% of the CPU" in remark and "too low" in remark
+
+
+def test_rates_that_do_not_hold_here_are_refused_with_the_reason(tmp_path):
+    assert "doctor --measure" in rates_measured_here(tmp_path, HERE, 1)[1]
+    merge_measured(tmp_path, HERE, RATES)
+    assert rates_measured_here(tmp_path, HERE, 4) == \
+        (None, "rates were measured on 1 and 8 CPU thread(s), and this run uses 4 CPU thread(s)")
+    assert "this run uses the GPU" in rates_measured_here(tmp_path, HERE, None)[1]
+    other = HERE | {"gpu": "NVIDIA H200"}
+    assert "gpu none, and this one has NVIDIA H200" in rates_measured_here(tmp_path, other, None)[1]
+    with pytest.raises(OutputError, match="choose another folder"):
+        merge_measured(tmp_path, other, RATES)
+    (tmp_path / "machine.json").write_text("{")
+    assert "not JSON" in rates_measured_here(tmp_path, HERE, 1)[1]
+    with pytest.raises(OutputError, match="not JSON"):
+        merge_measured(tmp_path, HERE, RATES)
+
+
+def test_doctor_measure_writes_the_file_and_says_so(findings, monkeypatch, tmp_path, capsys):
+    row = {"dtype": "fp16", "threads": 1, "flops_per_s": 1.5e11, "p10_flops_per_s": 1.4e11, "p90_flops_per_s": 1.6e11,
+           "samples": 9, "size": 512, "how": "fp32, rounded once to fp16"}
+    copy = {"threads": 1, "bytes_per_s": 3e10, "p10_bytes_per_s": 2e10, "p90_bytes_per_s": 4e10, "samples": 9}
+    monkeypatch.setattr(doctor, "examine", lambda out: dict(findings))
+    monkeypatch.setattr(doctor_measure, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row],
+                                                                    "copy": [copy]})
+    assert doctor.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["measured"]["matmul"] == [row]
+    assert "150.0 GFLOP/s" in printed.err and "30.0 GB/s" in printed.err and "rounded once" in printed.err
+    assert "too low" in printed.err
+    assert json.loads((tmp_path / "machine.json").read_text())["measured"]["matmul"] == [row]

@@ -11,6 +11,7 @@ from harness.estimate import time as estimate_time
 from harness.estimate.model import data_facts, trace
 from harness.precision import Precision
 from harness.run import execute, load_run_data, model_request
+from instrument.flops import ProductDtypes, StepFlops
 
 
 def traced(settings):
@@ -43,14 +44,12 @@ def test_the_traced_model_is_the_model_that_runs(plan, case):
     assert traced(settings).n_params == sum(p.numel() for p in model.parameters())
 
 
-def test_flops_equal_the_closed_form_of_gpt2(plan):
+def test_flops_are_those_of_the_flops_command(plan, tmp_path):
+    from harness.flops import count
+
     settings = plan("gpt2_clm", "fp32_true")
-    facts = data_facts(settings)
-    rows, length, layers, width = settings.micro_batch, settings.seq_len, 2, 128
-    vocabulary = -(-facts.vocabulary // 128) * 128
-    products = 2 * rows * length * (layers * 12 * width * width + vocabulary * width)
-    scores = layers * 4 * rows * length * length * width  # causality saves nothing in the math backend
-    assert traced(settings).forward_flops == products + scores
+    counted = count(settings.case, settings.config, settings)["flops_per_step"]
+    assert estimate(settings, tmp_path)["time"]["flops_per_step"] == counted
 
 
 def test_kept_bytes_follow_the_dtype(plan):
@@ -115,21 +114,25 @@ def test_time_adds_steps_and_evaluations(plan, monkeypatch):
     found = traced(settings)
     monkeypatch.setattr(estimate_time, "cpu_product_rate", lambda _: 1e9)
     monkeypatch.setattr(estimate_time, "cpu_tanh_s", lambda: 0.0)
-    time = estimate_time.duration(settings, found)
-    assert time["flops_per_step"] == 3 * found.forward_flops * 2
+    flops = StepFlops(lambda length: (2_000_000 * length, 0, 0), ProductDtypes("fp32", "fp32", "fp32"), True, "planted")
+    time = estimate_time.duration(settings, found, flops)
+    assert time["flops_per_step"] == settings.batch_size * settings.seq_len * 2_000_000
     assert time["step_s"] == pytest.approx(time["flops_per_step"] / 1e9)
     assert estimate_time.evaluations(settings) == 5
-    assert time["evaluation_s"] == pytest.approx(5 * 2 * found.forward_flops / 1e9)
+    forwards = 5 * -(-settings.validation_documents // settings.micro_batch)
+    one_forward_s = time["step_s"] / (settings.batch_size // settings.micro_batch) / 3
+    assert time["evaluation_s"] == pytest.approx(forwards * one_forward_s)
     assert time["total_s"] == pytest.approx(10 * time["step_s"] + time["evaluation_s"])
 
 
-def test_an_unknown_gpu_has_no_time_and_a_known_one_states_its_rule(plan):
-    settings = plan("gpt2_clm", "amp_bf16")
-    rate, rule = estimate_time.gpu_rate(settings, "NVIDIA H200")
+def test_an_unknown_gpu_has_no_time_and_a_known_one_states_its_rule():
+    rate, rule = estimate_time.gpu_rate({"bf16": 10}, "NVIDIA H200")
     assert rate == pytest.approx(0.4 * 989e12) and "40%" in rule
-    rate, rule = estimate_time.gpu_rate(settings, "NVIDIA H999")
+    rate, rule = estimate_time.gpu_rate({"bf16": 10}, "NVIDIA H999")
     assert rate is None and "none is guessed" in rule
-    assert estimate_time.gpu_rate(settings, "Tesla T4")[0] is None  # it has no bf16
+    assert estimate_time.gpu_rate({"bf16": 10}, "Tesla T4")[0] is None  # it has no bf16
+    mixed, rule = estimate_time.gpu_rate({"bf16": 989, "fp32": 67}, "NVIDIA H200")
+    assert mixed == pytest.approx(0.4 * (989 + 67) / 2 * 1e12) and "bf16 and fp32" in rule
 
 
 def test_hub_data_are_not_downloaded_and_said_to_be_assumed(plan):

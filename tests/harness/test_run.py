@@ -8,6 +8,7 @@ import pytest
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.data.errors import DataError
 from harness import run as run_module
+from harness import training
 from harness.run import execute
 from harness.run_folder import OutputError, RunFolder, finished_runs, write_index
 from harness.terminal import CaseScreen
@@ -61,7 +62,8 @@ def test_a_divergence_is_a_result_with_its_step_and_phase(plan, tmp_path):
     assert (record.status, record.divergence_step) == ("diverged", 1)
     assert record.first_nonfinite.phase == "optimizer" and record.first_nonfinite.tensor == "param"
     assert record.steps_done == 1 and record.val_loss is None and record.final_weights_sha256 is None
-    assert record.error.startswith("param is")
+    assert record.error.startswith("step 1, optimizer, param of transformer.wte.weight, aten._foreach_addcdiv_: param is")
+    assert record.first_nonfinite.cause == "underflow_then_divide" and record.first_nonfinite.source_tensor == "exp_avg_sq"
 
 
 def test_what_the_device_cannot_do_is_unsupported_with_the_reason(plan, tmp_path):
@@ -71,7 +73,7 @@ def test_what_the_device_cannot_do_is_unsupported_with_the_reason(plan, tmp_path
 
 def test_a_crash_is_a_row_that_keeps_what_was_reached(plan, tmp_path, monkeypatch):
     settings = plan("gpt2_clm", "fp32_true", max_steps=3)
-    real = run_module.train
+    real = training.train
 
     def dies_after_two(*arguments):
         for number, reading in enumerate(real(*arguments), start=1):
@@ -79,7 +81,7 @@ def test_a_crash_is_a_row_that_keeps_what_was_reached(plan, tmp_path, monkeypatc
             if number == 2:
                 raise RuntimeError("boom")
 
-    monkeypatch.setattr(run_module, "train", dies_after_two)
+    monkeypatch.setattr(training, "train", dies_after_two)
     record = execute(settings, tmp_path)
     assert (record.status, record.steps_done, record.error) == ("error", 2, "RuntimeError: boom")
     assert "dies_after_two" in record.flags["traceback"]
@@ -142,6 +144,8 @@ def test_a_scaler_skip_is_an_event(plan, tmp_path, monkeypatch):
     assert record.status == "completed" and record.scaler_skips == 2
     assert [e.kind for e in events] == ["scaler_skip"] * 2
     assert [e.detail["loss_scale"] for e in events] == [2.0**40, 2.0**39]
+    producer = events[0].detail["first_nonfinite"]
+    assert (producer["step"], producer["phase"], producer["cause"], producer["dtype"]) == (1, "loss", "overflow", "float16")
 
 
 def test_bad_data_are_refused_before_anything_is_written(plan, tmp_path, monkeypatch):

@@ -1,0 +1,89 @@
+"""``bench overhead``: what the instruments cost a training step, beside what others' cost.
+
+Every arm has its own copy of one model (GPT-2, about 10 million parameters) and takes one step in
+turn, in an order that is reversed from round to round; ratios are to the bare loop's step of the
+same round. A second bare arm (A/A) shows how far two equal arms lie apart here. Processor time
+stands beside wall time, since other work on the machine touches it less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from harness.bench.figure import Figure, half_width_95, summarize
+
+TARGETS = {"cpu": 1.03, "cuda": 1.01}
+A_A_INTERVAL = 0.01
+WARMUP_ROUNDS = 3
+ARMS = ("bare", "bare_again", "light", "full", "debug_underflow_overflow", "detect_anomaly")
+
+
+def measure(pairs: int, out: Path | None = None) -> list[Figure]:
+    """Ratios of every arm's step time to the bare loop's; ``out`` gets ``overhead.json``."""
+    import tempfile
+
+    import torch
+
+    from harness.bench.overhead_arms import make_arms
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        arms, facts, close = make_arms(device, Path(folder))
+        try:
+            wall_s, cpu_s = _rounds(arms, pairs, facts["steps_a_turn"])
+        finally:
+            close()
+    figures = _figures(wall_s, "", facts, TARGETS[device.type]) + _figures(cpu_s, "_cpu", facts, None)
+    if out is not None:
+        from instrument.log import replace
+
+        rows = {"device": str(device), "pairs": pairs, **facts, "figures": [figure.as_row() for figure in figures],
+                "wall_s": wall_s, "cpu_s": cpu_s}
+        replace(out / "overhead.json", json.dumps(rows, allow_nan=False).encode() + b"\n")
+    return figures
+
+
+def _rounds(arms: dict[str, Iterator[None]], pairs: int, steps_a_turn: int) -> tuple[dict[str, list[float]], ...]:
+    """Wall and processor seconds of every arm's step, a round at a time."""
+    wall_s, cpu_s = ({name: [] for name in arms} for _ in range(2))
+    for turn in range(WARMUP_ROUNDS + pairs):
+        order = list(arms) if turn % 2 == 0 else list(reversed(arms))
+        for name in order:
+            began, began_cpu = time.perf_counter(), time.process_time()
+            next(arms[name])
+            spent, spent_cpu = time.perf_counter() - began, time.process_time() - began_cpu
+            if turn >= WARMUP_ROUNDS:
+                wall_s[name].append(spent / steps_a_turn)
+                cpu_s[name].append(spent_cpu / steps_a_turn)
+    return wall_s, cpu_s
+
+
+def _figures(seconds: dict[str, list[float]], suffix: str, facts: dict[str, object], target: float | None) -> list[Figure]:
+    """The bare step's time, and every other arm's ratio to it."""
+    bare = seconds["bare"]
+    figures = [summarize("overhead", f"bare_step_s{suffix}", bare, "s", note=str(facts["what"]))]
+    for name in ARMS[1:]:
+        ratios = [a / b for a, b in zip(seconds[name], bare, strict=True)]
+        note = _note(name, ratios, facts)
+        figures.append(summarize("overhead", f"{name}{suffix}", ratios, "ratio", note=note,
+                                 at_most=target if name == "light" else None))
+    added = {name: median(seconds[name]) - median(bare) for name in ("light", "debug_underflow_overflow")}
+    if added["light"] > 0:
+        figures.append(summarize("overhead", f"added_debug_over_light{suffix}",
+                                 [added["debug_underflow_overflow"] / added["light"]], "ratio", note="time added by DebugUnderflowOverflow over time added by light"))
+    return figures
+
+
+def _note(name: str, ratios: list[float], facts: dict[str, object]) -> str:
+    if name == "bare_again":
+        width = 2 * (half_width_95(ratios) or math.inf)
+        verdict = "under" if width < A_A_INTERVAL else "not under"
+        return f"A/A: the interval is {width:.2%} wide, {verdict} the {A_A_INTERVAL:.0%} that a claim of 1 % needs"
+    return str(facts["notes"].get(name, ""))
+
+

@@ -1,0 +1,103 @@
+"""``runs/<run_id>/snapshot/``: the state that a failed run's replay started from, on disk.
+
+``tensors.safetensors`` holds weights (tied ones once), buffers, optimizer states and random states;
+``snapshot.json`` the rest and a checksum. Never a pickle: reading a result must not run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from harness.forensics.failures import NothingToReplay, SnapshotError
+from harness.training import Training
+from instrument.replay.snapshot import NamedState, Snapshot
+
+SCHEMA = 1
+MOST_BYTES = 8_000_000_000
+FOLDER, TENSORS, FACTS = "snapshot", "tensors.safetensors", "snapshot.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """``file``: the folder's name in the run's folder, or None and ``why`` nothing was kept."""
+
+    file: str | None
+    nbytes: int
+    why: str | None = None
+
+
+def store(snapshot: Snapshot, run_folder: Path, run_id: str, *, most_bytes: int = MOST_BYTES) -> Stored:
+    """Keep a snapshot in its run's folder, in place of an older one. Never raises: a failed run is a
+    result also without its snapshot."""
+    folder = run_folder / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    if snapshot.nbytes > most_bytes:
+        return Stored(None, snapshot.nbytes, f"the snapshot of {snapshot.nbytes / 1e9:.1f} GB is larger than the "
+                                             f"{most_bytes / 1e9:.1f} GB that are kept")
+    writing = run_folder / f".{FOLDER}-{os.getpid()}"
+    try:
+        writing.mkdir(parents=True)
+        _write(snapshot.named(), writing, run_id)
+        writing.rename(folder)
+    except (OSError, SafetensorError, TypeError, ValueError) as error:  # a full disk, an optimizer that keeps odd things
+        return Stored(None, snapshot.nbytes, f"the snapshot could not be written: {error}")
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return Stored(FOLDER, snapshot.nbytes)
+
+
+def read_state(run_folder: Path, run_id: str) -> NamedState:
+    """The stored state of a run; raises `NothingToReplay` or `SnapshotError`."""
+    folder = run_folder / FOLDER
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+        with (folder / TENSORS).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if facts["schema"] != SCHEMA:
+            raise SnapshotError(f"{folder / FACTS} has schema {facts['schema']}; this version reads {SCHEMA}")
+        if facts["run_id"] != run_id:
+            raise SnapshotError(f"{folder} is the snapshot of {facts['run_id']}, not of {run_id}")
+        if facts["tensors_sha256"] != sha256:
+            raise SnapshotError(f"{folder / TENSORS} has changed since it was written (its checksum differs)")
+        return _state(facts["state"], load_file(folder / TENSORS))
+    except FileNotFoundError as error:
+        raise NothingToReplay(f"{run_id} has no stored snapshot ({error.filename} is missing): one of up to "
+                              f"{MOST_BYTES / 1e9:.0f} GB is kept when a run under --instrument light or full ends in a "
+                              "non-finite value") from error
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise SnapshotError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def load(run_folder: Path, training: Training) -> Snapshot:
+    """The stored snapshot of this training's run, to be restored into it; raises `SnapshotError`."""
+    state = read_state(run_folder, training.settings.run_id)
+    try:
+        return Snapshot.from_named(state, training.model, training.optimizer, training.precision.scaler)
+    except ValueError as error:
+        raise SnapshotError(f"{run_folder / FOLDER}: {error}") from error
+
+
+def _write(state: NamedState, folder: Path, run_id: str) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / TENSORS)
+    (folder / TENSORS).chmod(0o644)  # as every other result file; safetensors lets the owner alone read
+    with (folder / TENSORS).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {"schema": SCHEMA, "run_id": run_id, "tensors_sha256": sha256,
+             "state": {"step": state.step, "devices": state.devices, "aliases": state.aliases, "states": state.states,
+                       "groups": state.groups, "scaler": state.scaler}}
+    (folder / FACTS).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _state(facts: dict[str, Any], tensors: dict) -> NamedState:
+    groups = [{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+              for group in facts.pop("groups")]  # betas are a tuple, which JSON has not
+    return NamedState(**facts, groups=groups, tensors=tensors)

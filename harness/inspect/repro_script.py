@@ -1,0 +1,169 @@
+"""``inspect RUN --repro FILE.py``: a script that runs the failing op with torch alone, its tensors beside it. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from harness.inspect.locate import FoundRun, RunUnreadable
+from harness.inspect.repro_template import SCRIPT
+from harness.settings import SettingsError
+from instrument.forensics_record import ForensicsRecord
+from instrument.records import RunRecord
+
+OPERANDS_FILE, METADATA_KEY, SCHEMA = "culprit.safetensors", "culprit", 1
+FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+"""The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
+OURS = {"logit_stats": "logit_stats", "unscale": "unscale", "cross_entropy": "cross_entropy", "stats": "multi_tensor_stats",
+        "activation": "activation_stats", "histogram": "exponent_histogram", "bce": "bce_with_logits"}
+"""Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
+FLOAT_SOFTMAX = ("aten::_softmax", "aten::_log_softmax")
+"""Their third argument asks for fp32 out of fp16, which float64 refuses."""
+LAYOUT = ("tensors[{name!r}] = tensors[{name!r}].new_empty_strided(tensors[{name!r}].shape, {stride}).copy_(tensors[{name!r}])"
+          "  # laid out as it was\n")
+CALL = "torch.ops.{namespace}.{name}.{overload}({args}, **kwargs)"
+
+
+def write_repro(run: FoundRun, record: RunRecord | None, found: ForensicsRecord | None, script: Path) -> tuple[Path, Path]:
+    """Write ``script`` and its tensors; returns both paths. Raises `SettingsError` when this run has no op to show."""
+    if script.suffix != ".py":
+        raise SettingsError(f"--repro {script}: give a file that ends in .py; its tensors go beside it as .safetensors")
+    if found is None:
+        raise SettingsError(f"{run.run_id}: no failure of it was replayed, so there is no op to run again")
+    culprit = read_culprit(run)
+    if culprit["left_out"]:
+        raise SettingsError(f"{run.run_id}: the failing op cannot be run alone: {culprit['left_out']}")
+    tensors = script.with_suffix(".safetensors")
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.path / OPERANDS_FILE, tensors)
+        script.write_text(script_text(run.run_id, record, found, culprit))
+    except OSError as error:
+        raise SettingsError(f"--repro {script}: cannot write {error.filename}: {error.strerror}") from error
+    return script, tensors
+
+
+def read_culprit(run: FoundRun) -> dict[str, Any]:
+    """What was kept of the failing op (`harness.forensics.repro`), without its tensors."""
+    path = run.path / OPERANDS_FILE
+    if not path.is_file():
+        raise SettingsError(f"{run.run_id}: its culprit's operands were not kept ({path} is not there); run it again")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            culprit = json.loads((file.metadata() or {})[METADATA_KEY])
+        if culprit["schema"] > SCHEMA:
+            raise RunUnreadable(f"{path}: schema {culprit['schema']} is newer than this version reads ({SCHEMA})")
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise RunUnreadable(f"{path}: not the operands of an op: {error}") from error
+    return culprit
+
+
+def script_text(run_id: str, record: RunRecord | None, found: ForensicsRecord, culprit: dict[str, Any]) -> str:
+    """The script, from the facts of the op."""
+    namespace, _, name = culprit["op"].partition("::")
+    flags = record.flags if record is not None else {}
+    failed = culprit["failed"]
+    needs, imports = _needs(namespace)
+    plain = CALL.format(namespace=namespace, name=name, overload=culprit["overload"] or "default", args="*args")
+    wide = plain.replace("*args,", "*args[:2], False,") if culprit["op"] in FLOAT_SOFTMAX else plain
+    return Template(SCRIPT).substitute(
+        sentence=textwrap.fill(_safe(found.sentence), 110), run_id=run_id, op=f"{namespace}.{name}", needs=needs,
+        imports=imports, device=repr(culprit["device"]), switches="\n".join(_switches(flags, culprit["device"])),
+        layout="".join(LAYOUT.format(name=name, stride=tuple(stride)) for name, stride in culprit["strides"].items()),
+        args=_sequence([_literal(value) for value in culprit["args"]], "(", ")"),
+        kwargs="{" + ", ".join(f"{key!r}: {_literal(value)}" for key, value in culprit["kwargs"].items()) + "}",
+        failed=f"{tuple(failed['shape'])!r}, torch.{failed['dtype']}, {failed['counts']!r}",
+        divisor=_divisor(culprit), call=_run_call(plain, culprit, flags), wide_call=wide,
+        written=", ".join([*map(_place, culprit["overwritten"]), "returned"]),
+        names=repr(_argument_names(culprit)), version=record.env.get("torch_version", "unknown") if record else "unknown")
+
+
+def _place(place: int | str) -> str:
+    return f"kwargs[{place!r}]" if isinstance(place, str) else f"args[{place}]"
+
+
+def _safe(text: str) -> str:
+    """Text that may stand in a docstring."""
+    return text.replace("\\", "/").replace('"""', "'''")
+
+
+def _needs(namespace: str) -> tuple[str, str]:
+    """What a script needs beside torch: in words, and its import."""
+    if namespace in ("aten", "prims"):
+        return "Needs torch and safetensors alone.", ""
+    if namespace.startswith("dtype_dynamics_"):
+        room = OURS.get(namespace.removeprefix("dtype_dynamics_"), "")
+        module = f"kernels.{room}.op" if room else "kernels"
+        return ("The op is this project's own: run the script where the project can be imported.",
+                f"\nimport {module}  # noqa: F401 (registers the op)")
+    return f"The op comes with {namespace}, which must be installed.", f"\nimport {namespace}  # noqa: F401 (registers the op)"
+
+
+def _run_call(plain: str, culprit: dict[str, Any], flags: dict[str, Any]) -> str:
+    """The body of ``op``: the op as it ran."""
+    in_fp32 = (culprit["device"] == "cpu" and culprit["op"] in FP16_PRODUCTS and culprit["failed"]["dtype"] == "float16"
+               and flags.get("fp16_products") != "hardware")
+    if not in_fp32:
+        return f"    return {plain}"
+    return ("    # The run's CPU has no fp16 arithmetic: its products ran in fp32 and were rounded once, as tensor cores do.\n"
+            "    args = [a.float() if torch.is_tensor(a) else a for a in args]\n"
+            f"    return {plain}.half()")
+
+
+def _divisor(culprit: dict[str, Any]) -> str:
+    """The argument that the op divides by, as Python; ``None`` for an op that does not divide."""
+    place = culprit["divisor"]
+    if place is None or place >= len(culprit["args"]):
+        return "None"
+    value = culprit["args"][place]
+    return _literal(value[0] if isinstance(value, list) and value else value)
+
+
+def _switches(flags: dict[str, Any], device: str) -> list[str]:
+    """The run's own settings of what changes an op's rounding."""
+    switches = flags.get("switches") or {}
+    lines = [f"torch.set_num_threads({switches['threads']})"] if device == "cpu" and switches.get("threads") else []
+    if device == "cuda" and switches:
+        matmul = "torch.backends.cuda.matmul"
+        lines += [f"{matmul}.fp32_precision = {switches['fp32_precision']!r}",
+                  f"{matmul}.allow_fp16_reduced_precision_reduction = {switches['fp16_reduced_precision_reduction']}",
+                  f"{matmul}.allow_bf16_reduced_precision_reduction = {switches['bf16_reduced_precision_reduction']}",
+                  f"{matmul}.allow_fp16_accumulation = {switches['fp16_accumulation']}"]
+    return lines
+
+
+def _literal(value: Any) -> str:
+    """A kept argument as Python."""
+    if isinstance(value, list):
+        return _sequence([_literal(item) for item in value], "[", "]")
+    if not isinstance(value, dict):
+        return repr(value)
+    (kind, name), = value.items()
+    if kind == "tensor":
+        return f"tensors[{name!r}]"
+    if kind == "float":
+        return f"float({name!r})"
+    return "device" if kind == "device" else f"torch.{name}"
+
+
+def _sequence(items: list[str], opening: str, closing: str) -> str:
+    return opening + ", ".join(items) + ("," if opening == "(" and len(items) == 1 else "") + closing
+
+
+def _argument_names(culprit: dict[str, Any]) -> list[str]:
+    """The tensors' names in the order of the op's arguments."""
+    def names(value: Any):
+        if isinstance(value, list):
+            for item in value:
+                yield from names(item)
+        elif isinstance(value, dict) and "tensor" in value:
+            yield value["tensor"]
+
+    return list(names([culprit["args"], list(culprit["kwargs"].values())]))
+

@@ -1,0 +1,155 @@
+"""The fp32 runs of a case, what they predict for every narrower configuration, and what the runs beside them did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from bench_cases import DtypeConfig
+from bench_cases.dtype_configs import DTYPE_CONFIGS
+from harness.inspect.locate import RunNotFound, RunUnreadable
+from harness.optimizer import BETAS
+from harness.precision import FIRST_LOSS_SCALE
+from harness.run_folder import finished_runs
+from harness.settings import MAX_NORM
+from instrument.log import read
+from instrument.prediction import FORMATS, Arithmetic, Hazard, Reference, end, hazards
+from instrument.prediction_outcome import Happened, Outcome, compare
+from instrument.records import RecordError, RunRecord, StepRecord
+from instrument.watch.headroom import HeadroomTable
+from instrument.watch.module_log import ModuleRecord
+
+REFERENCE = "fp32_true"
+
+
+class ModuleHeadroom(msgspec.Struct, frozen=True):
+    """One module and direction of the fp32 run. ``bits_scaled``: the headroom that its gradient has in fp16 at the
+    first loss scale; null for outputs. ``flush_frac``: the share that fp16 would flush to zero, unscaled."""
+
+    module: str
+    direction: str
+    absmax: float
+    step: int
+    bits_fp16: float | None
+    bits_fp16_scaled: float | None
+    bits_bf16: float | None
+    flush_frac: float | None
+
+
+class ConfigPrediction(msgspec.Struct, frozen=True):
+    """A configuration: what would go wrong, of what it would end, and what came of it in a run where there is one."""
+
+    config: str
+    hazards: list[Hazard]
+    ends: Hazard | None
+    run_id: str | None
+    status: str | None
+    ended_at: int | None
+    happened: str | None
+    happened_in: str | None
+    outcomes: list[Outcome]
+
+
+class ReferencePrediction(msgspec.Struct, frozen=True):
+    """One fp32 run and all that follows from it."""
+
+    run_id: str
+    seed: int
+    lr: float
+    preset: str
+    status: str
+    steps: int
+    first_loss_scale: float
+    modules: list[ModuleHeadroom]
+    configs: list[ConfigPrediction]
+
+
+class Predictions(msgspec.Struct, frozen=True):
+    """The answer. ``without_reference``: runs that have no fp32 twin, and so no prediction; ``counts``: verdicts over
+    all kinds of hazards of all compared runs."""
+
+    case: str
+    out: str
+    references: list[ReferencePrediction]
+    without_reference: list[str]
+    counts: dict[str, int]
+
+
+def predictions(case: str, spelled: str, out: Path) -> Predictions:
+    """Predict and compare; raises `RunNotFound` when there is no fp32 run to predict from, `RunUnreadable`."""
+    runs = [run for run in finished_runs(out) if run.case == case]
+    references = [run for run in runs if run.dtype_config == REFERENCE and run.steps_done]
+    if not references:
+        raise RunNotFound(f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case {spelled} {REFERENCE} "
+                          f"--out {out}")
+    narrow = [run for run in runs if run.config["config"]["compute"] != "fp32"]
+    found = [_of(reference, [run for run in narrow if _are_twins(run, reference)], out) for reference in references]
+    compared = {config.run_id for reference in found for config in reference.configs}
+    counts = Counter(o.verdict for reference in found for config in reference.configs for o in config.outcomes)
+    return Predictions(case, str(out), found, sorted(run.run_id for run in narrow if run.run_id not in compared), dict(counts))
+
+
+def arithmetic_of(config: DtypeConfig) -> Arithmetic:
+    """What decides, of a configuration."""
+    states = {"foreach": config.weights, "fused": config.weights, "fp32_states": "fp32", "stochastic_rounding": "bf16",
+              "8bit": "8bit"}[config.optimizer]
+    return Arithmetic(compute=config.compute, head=config.head, states=states,
+                      update=config.weights if config.optimizer == "foreach" else "fp32", clip=config.clip,
+                      mixed=config.autocast is not None, eps=config.eps, beta2=BETAS[1], max_norm=MAX_NORM,
+                      loss_scale=FIRST_LOSS_SCALE if config.scaler else None)
+
+
+def _are_twins(run: RunRecord, reference: RunRecord) -> bool:
+    """The same experiment but for the dtype configuration."""
+    return run.seed == reference.seed and {k: v for k, v in run.config.items() if k != "config"} == \
+        {k: v for k, v in reference.config.items() if k != "config"}
+
+
+def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> ReferencePrediction:
+    modules = _modules(reference, out)
+    facts = Reference(modules, _records(out / "training_logs" / f"run_{reference.run_id}.jsonl", StepRecord),
+                      reference.n_params or 0)
+    by_config = {run.dtype_config: run for run in runs}
+    configs = {name: config for name, config in DTYPE_CONFIGS.items() if config.compute != "fp32"}
+    rows = [_config(config, hazards(facts, arithmetic_of(config)), by_config.get(name)) for name, config in configs.items()]
+    return ReferencePrediction(reference.run_id, reference.seed, reference.config["lr"], reference.preset, reference.status,
+                               reference.steps_done, FIRST_LOSS_SCALE, _headroom(modules), rows)
+
+
+def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> ConfigPrediction:
+    """One configuration; compared where a run of it came to a result."""
+    if run is None or run.status not in ("completed", "diverged"):
+        return ConfigPrediction(config.id, found, end(found), run and run.run_id, run and run.status, None, None, None, [])
+    happened = Happened(run.divergence_step, run.first_nonfinite, run.scaler_skips, run.flags.get("exp_avg_sq_zero_frac"))
+    where = run.first_nonfinite.module if run.first_nonfinite else None
+    return ConfigPrediction(config.id, found, end(found), run.run_id, run.status, run.divergence_step, happened.kind, where,
+                            compare(found, happened))
+
+
+def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
+    table = HeadroomTable()
+    table.add(modules)
+    fp16, bf16 = FORMATS["fp16"], FORMATS["bf16"]
+    return [ModuleHeadroom(r.module, r.direction, r.absmax, r.step, fp16.headroom_bits(r.absmax),
+                           fp16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None,
+                           bf16.headroom_bits(r.absmax), r.flush_frac) for r in table.rows()]
+
+
+def _modules(reference: RunRecord, out: Path) -> list[ModuleRecord]:
+    path = out / "runs" / reference.run_id / "activations.jsonl"
+    if not path.exists():
+        raise RunNotFound(f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was "
+                          "measured; run it again with --instrument light or full")
+    return _records(path, ModuleRecord)
+
+
+def _records(path: Path, kind: type) -> list:
+    try:
+        return list(read(path, kind))
+    except FileNotFoundError as error:
+        raise RunUnreadable(f"{path} is missing") from error
+    except RecordError as error:
+        raise RunUnreadable(str(error)) from error

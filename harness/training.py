@@ -1,0 +1,68 @@
+"""A run's model, optimizer and batches, ready to train, and able to run any of its steps again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench_cases.data.batches import Batches
+from harness.loop import LoopOptions, train
+from harness.precision import Precision
+from harness.settings import MAX_NORM, RunSettings
+from instrument.replay.recorder import OpRecorder
+from instrument.replay.snapshot import Snapshot
+from instrument.step_meter import Reading, StepMeter
+from instrument.watch.taps import ModuleTaps
+
+
+@dataclass
+class Training:
+    """``model`` is prepared (device, dtypes, head); ``forward`` is the same model, compiled where asked."""
+
+    settings: RunSettings
+    model: torch.nn.Module
+    forward: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    precision: Precision
+    valid_vocab: int | None
+
+    @classmethod
+    def prepare(cls, settings: RunSettings, model: torch.nn.Module, batches: Batches, precision: Precision,
+                valid_vocab: int | None) -> Training:
+        """Put a freshly built model and its optimizer under the configuration."""
+        model = precision.prepare(model)
+        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay, seed=settings.seed)
+        forward = torch.compile(model) if settings.compile else model
+        return cls(settings, model, forward, optimizer, batches, precision, valid_vocab)
+
+    @property
+    def options(self) -> LoopOptions:
+        """What the loop needs to know."""
+        s = self.settings
+        return LoopOptions(max_steps=s.max_steps, warmup_steps=s.warmup_steps, micro_batch=s.micro_batch, peak_lr=s.lr,
+                           max_norm=MAX_NORM, valid_vocab=self.valid_vocab, seed=s.seed)
+
+    def meter(self, window: int, taps: ModuleTaps | None = None) -> StepMeter:
+        """A meter over this training; ``window`` steps are read at a time."""
+        s = self.settings
+        return StepMeter(self.model, self.optimizer, self.precision.device, window=window, taps=taps,
+                         micro_batches=s.batch_size // s.micro_batch, warmup_steps=s.warmup_steps)
+
+    def train(self, meter: StepMeter, steps: Iterable[int] | None = None) -> Iterator[Reading]:
+        """Train, all steps or the given ones."""
+        return train(self.settings.case, self.forward, self.optimizer, self.batches, self.precision, meter, self.options, steps)
+
+    def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
+        """Run one step from the present state, eagerly; a recorder is told the losses."""
+        meter = self.meter(1, taps)
+        meter.on_loss = recorder.loss if recorder else None
+        (reading,) = train(self.settings.case, self.model, self.optimizer, self.batches, self.precision, meter,
+                           self.options, [step])
+        return reading
+
+    def snapshot(self, step: int) -> Snapshot:
+        """The state behind ``step`` steps, in host memory."""
+        return Snapshot(step, self.model, self.optimizer, self.precision.scaler)

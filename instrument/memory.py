@@ -1,0 +1,196 @@
+"""Where a training process' memory is: by storage, at its peak, and in a snapshot file when it runs out.
+
+Three figures of a GPU's memory differ and all are reported: *allocated* (bytes in live tensors),
+*reserved* (what torch's allocator holds from the driver), both of this process, and the *device*
+total of NVML (contexts, libraries and other processes too; `instrument.sampler`).
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SNAPSHOT_ENTRIES = 100_000
+"""Allocations and frees whose stacks a recorded history keeps (about 100 MB of host memory)."""
+KINDS = ("weights", "buffers", "gradients", "optimizer")
+
+
+def memory_split(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Bytes of ``weights``, ``buffers``, ``gradients`` and ``optimizer`` states as they are stored.
+
+    A storage counts once, whole, under the first kind that holds it: tied weights, views and tables
+    shared by all parameters are not counted again. 8-bit states count their own bytes and their
+    scales'. ``by_dtype`` has the same bytes, ``elsewhere_bytes`` what is not on the first weight's device
+    (step counters on the host, say), which no other figure includes.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    seen: set[int] = set()
+    by_dtype: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+    elsewhere_bytes = 0
+    for kind, tensors in _tensors_by_kind(model, optimizer):
+        for part in (part for tensor in tensors for part in _strided_parts(tensor)):
+            storage = part.untyped_storage()
+            if storage._cdata in seen:
+                continue
+            seen.add(storage._cdata)
+            if part.device != device:
+                elsewhere_bytes += storage.nbytes()
+                continue
+            dtype = str(part.dtype).removeprefix("torch.")
+            by_dtype[kind][dtype] = by_dtype[kind].get(dtype, 0) + storage.nbytes()
+    return {"device": str(device), **{f"{kind}_bytes": sum(by_dtype[kind].values()) for kind in KINDS},
+            "by_dtype": by_dtype, "elsewhere_bytes": elsewhere_bytes}
+
+
+def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *, instrument_bytes: int = 0) -> dict[str, Any]:
+    """``split`` and what the peak holds beyond it: activations and temporaries.
+
+    ``activations_bytes`` takes all gradients to be there at the peak, as they are from the second
+    micro-batch on; with one micro-batch the peak comes before most of them exist, so the truth lies
+    between that and ``activations_at_most_bytes``. A CPU has no peak of its allocator: null, and ``why``.
+    """
+    if peak_allocated_bytes is None:
+        return split | {"activations_bytes": None, "activations_at_most_bytes": None,
+                        "why_no_activations": "torch keeps no peak of the memory it allocates on a CPU"}
+    rest_bytes = peak_allocated_bytes - instrument_bytes - sum(split[f"{kind}_bytes"] for kind in KINDS)
+    if rest_bytes < 0:
+        return split | {"activations_bytes": None, "activations_at_most_bytes": None,
+                        "why_no_activations": "the peak is below what is stored now: it was taken before that was made"}
+    return split | {"activations_bytes": rest_bytes, "activations_at_most_bytes": rest_bytes + split["gradients_bytes"],
+                    "why_no_activations": None}
+
+
+def peak_memory(device: torch.device, *, peak_device_bytes: int | None = None) -> dict[str, int | None]:
+    """The peaks of a run by all measures, under a `RunRecord`'s names; null where there is none.
+
+    ``peak_device_bytes`` is the sampler's, of NVML. Allocated and reserved count from the last
+    ``torch.cuda.reset_peak_memory_stats``; RSS from the process' start.
+    """
+    cuda = device.type == "cuda"
+    return {"peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+            "peak_device_bytes": peak_device_bytes,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+@dataclass
+class Saved:
+    """``bytes``: storages that autograd keeps for backward; ``by_dtype`` the same."""
+
+    bytes: int = 0
+    by_dtype: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
+    """Counts what a forward pass inside it keeps for backward, weights left out: on any device the exact
+    part of the activations that must live until backward, which a peak also has temporaries in.
+
+    Costs host time at every saved tensor: for one pass outside all timing. The graph must be alive
+    at the end of the block (hold on to the loss), or a storage freed and used again counts once.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved, seen = Saved(), set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        for part in _strided_parts(tensor):
+            storage = part.untyped_storage()
+            if storage._cdata not in seen and storage._cdata not in weights:
+                seen.add(storage._cdata)
+                saved.bytes += storage.nbytes()
+                dtype = str(part.dtype).removeprefix("torch.")
+                saved.by_dtype[dtype] = saved.by_dtype.get(dtype, 0) + storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+@dataclass
+class Snapshot:
+    """Where the allocator's snapshot was written, or ``why`` there is none. ``history``: it has the stacks of
+    allocations."""
+
+    path: Path | None = None
+    why: str | None = None
+    history: bool = False
+
+
+@contextmanager
+def snapshot_on_oom(path: Path, device: torch.device, *, history: bool = False, always: bool = False) -> Iterator[Snapshot]:
+    """Writes the allocator's state to ``path`` (for https://pytorch.org/memory_viz) when the block runs out
+    of memory, or with ``always`` at its end too; an error goes on. ``history`` also records the stack of
+    every allocation, which costs time.
+    """
+    outcome = Snapshot(why="memory did not run out", history=history and device.type == "cuda" and _record_history(True))
+
+    def write() -> None:
+        written = write_snapshot(path, device)
+        outcome.path, outcome.why = written.path, written.why
+
+    try:
+        yield outcome
+        if always:
+            write()
+    except torch.OutOfMemoryError:  # its traceback still holds the tensors
+        write()
+        raise
+    finally:
+        if outcome.history:
+            _record_history(False)
+
+
+def write_snapshot(path: Path, device: torch.device) -> Snapshot:
+    """The allocator's snapshot now. Never raises: what went wrong is in ``why``."""
+    if device.type != "cuda":
+        return Snapshot(why="torch's allocator keeps no snapshot on a CPU")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except Exception as error:  # a full disk, a driver that gave up
+        return Snapshot(why=f"{type(error).__name__}: {error}")
+    return Snapshot(path=path)
+
+
+def _record_history(on: bool) -> bool:
+    """Start or stop recording; False where this torch cannot."""
+    try:
+        if on:
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+        else:
+            torch.cuda.memory._record_memory_history(enabled=None)
+    except Exception:
+        return False
+    return True
+
+
+def _tensors_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    yield "weights", iter(model.parameters())
+    yield "buffers", iter(model.buffers())
+    yield "gradients", (p.grad for p in model.parameters() if p.grad is not None)
+    if optimizer is not None:
+        yield "optimizer", (tensor for state in optimizer.state.values() for tensor in _leaves(state))
+
+
+def _leaves(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _strided_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A sparse gradient is two ordinary tensors."""
+    return (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)

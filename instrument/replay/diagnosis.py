@@ -1,0 +1,179 @@
+"""Why an op with finite inputs wrote a non-finite value: computed again in float64 from the same inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from instrument.replay.graph import Node
+from instrument.replay.recorder import mutated
+
+DENOMINATOR = {"div": 1, "div_": 1, "true_divide": 1, "addcdiv": 2, "addcdiv_": 2, "reciprocal": 0, "reciprocal_": 0,
+               "rsqrt": 0, "rsqrt_": 0, "_foreach_div": 1, "_foreach_div_": 1, "_foreach_addcdiv": 2,
+               "_foreach_addcdiv_": 2, "_foreach_reciprocal": 0}
+"""Position of the argument that an op divides by."""
+FUSED_ADAM = ("_fused_adamw_", "_fused_adam_")
+EXP_AVG_SQ_OF_FUSED = 3
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor that the op read. ``absmax``: largest finite |x|; null when nothing is finite."""
+
+    argument: str
+    shape: tuple[int, ...]
+    dtype: str
+    absmax: float | None
+    nonfinite: int
+    zeros: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """``kind`` is what prevails among the non-finite outputs; ``exact_absmax`` the largest |x| that
+    float64 gives where the op failed; ``headroom_bits`` what is left between the largest finite value
+    of its own dtype that the op read or wrote and the largest number of that dtype."""
+
+    cause: str
+    kind: str
+    input_absmax: float | None
+    headroom_bits: float | None
+    exact_absmax: float | None
+    output_shape: tuple[int, ...]
+    output_dtype: str
+    nonfinite: int
+    numel: int
+    operands: tuple[Operand, ...] = ()
+    zero_denominators: int = 0
+    denominator: torch.Tensor | None = field(default=None, repr=False)
+
+
+def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
+    """Diagnose one captured op (the function and its arguments as they were before it ran)."""
+    func, args, kwargs = captured
+    written = _run(func, args, kwargs)
+    out = _the_output(written, node)
+    bad = ~out.isfinite()
+    exact = _exact(func, args, kwargs, node)
+    operands = tuple(_operands(func, args, kwargs))
+    largest = max((o.absmax for o in operands if o.absmax is not None), default=None)
+    finite = out[~bad]
+    wrote = float(finite.abs().max()) if finite.numel() else 0.0
+    denominator = _denominator(func, args, out.shape)
+    zero = int(((denominator == 0) & bad).sum()) if denominator is not None else 0
+    limit = torch.finfo(out.dtype).max
+    dtype = str(out.dtype).removeprefix("torch.")
+    top = max([wrote, *(o.absmax for o in operands if o.dtype == dtype and o.absmax is not None)])
+    at_failure = None if exact is None or exact.shape != out.shape else exact[bad]
+    return Diagnosis(
+        cause=_cause(node, at_failure, zero, out[bad]), kind=_kind(out),
+        input_absmax=largest, headroom_bits=math.log2(limit / top) if top else None,
+        exact_absmax=_finite_max(at_failure), output_shape=tuple(out.shape),
+        output_dtype=dtype, nonfinite=int(bad.sum()), numel=out.numel(),
+        operands=operands, zero_denominators=zero, denominator=denominator)
+
+
+def _cause(node: Node, at_failure: torch.Tensor | None, zero: int, bad: torch.Tensor) -> str:
+    """``overflow``: finite in float64. ``underflow_then_divide`` is for the caller to tell from a true division by
+    zero, which is ``invalid`` as 0/0 and inf - inf are."""
+    if any(edge.kinds for edge in node.inputs) and not node.constant and (
+            at_failure is None or not at_failure.isfinite().any()):
+        return "from_input"
+    if zero:
+        return "invalid"
+    if at_failure is not None and at_failure.numel():
+        return "overflow" if bool(at_failure.isfinite().any()) else "invalid"
+    return "overflow" if bool(bad.isinf().any()) else "invalid"  # an op that float64 cannot run: by what it wrote
+
+
+def underflowed(node: Node, captured: tuple[Any, tuple, dict]) -> bool:
+    """Whether an op rounded a value to zero that float64 does not."""
+    func, args, kwargs = captured
+    exact = _exact(func, args, kwargs, node)
+    if exact is None:
+        return False
+    out = _the_output(_run(func, args, kwargs), node)
+    return out.shape == exact.shape and bool(((out == 0) & (exact != 0)).any())
+
+
+def divides(op: str) -> bool:
+    return op.rpartition(".")[2] in DENOMINATOR
+
+
+@torch.no_grad()
+def _run(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """What an op writes, on copies of its arguments."""
+    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+    out = func(*args, **kwargs)
+    return [t for t in (*mutated(func, args, kwargs), *tree_leaves(out)) if isinstance(t, torch.Tensor)]
+
+
+def _the_output(written: list[torch.Tensor], node: Node) -> torch.Tensor:
+    """The written tensor that the node stands for: the first non-finite one of its shape, else the first of it."""
+    like = [t for t in written if tuple(t.shape) == node.shape and t.is_floating_point()] or \
+        [t for t in written if t.is_floating_point()]
+    return next((t for t in like if not bool(t.isfinite().all())), like[0])
+
+
+def _exact(func, args: tuple, kwargs: dict, node: Node) -> torch.Tensor | None:
+    """The op in float64; None where float64 has no such op (or it is not torch's own)."""
+    if func.namespace != "aten":
+        return None
+
+    def wide(leaf):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return leaf.double()
+        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            return torch.float64
+        return leaf
+
+    wide_args, wide_kwargs = tree_map(wide, (args, kwargs))
+    if func._schema.name in ("aten::_softmax", "aten::_log_softmax"):
+        wide_args = (*wide_args[:2], False)
+    try:
+        return _the_output(_run(func, wide_args, wide_kwargs), node)
+    except (RuntimeError, NotImplementedError, TypeError, IndexError):
+        return None
+
+
+def _denominator(func, args: tuple, shape: torch.Size) -> torch.Tensor | None:
+    """What an op divides by, in the output's shape; for a fused AdamW what its root comes from."""
+    name = func._schema.name.partition("::")[2]
+    position = EXP_AVG_SQ_OF_FUSED if name in FUSED_ADAM else DENOMINATOR.get(name)
+    if position is None or position >= len(args):
+        return None
+    value = args[position]
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.expand(shape) if value.shape != shape and value.numel() == 1 else value if value.shape == shape else None
+
+
+def _operands(func, args: tuple, kwargs: dict):
+    """What the op read; an op of somebody's own is taken not to read what it writes to."""
+    written = {a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write and func.namespace != "aten"}
+    names = [argument.name for argument in func._schema.arguments]
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if name in written:
+            continue
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                finite = tensor[tensor.isfinite()]
+                yield Operand(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."),
+                              float(finite.abs().max()) if finite.numel() else None,
+                              tensor.numel() - finite.numel(), int((finite == 0).sum()))
+
+
+def _kind(out: torch.Tensor) -> str:
+    """What prevails, NaN or the infinities; ``-inf`` when all of these are negative."""
+    nan, infinite = int(out.isnan().sum()), int(out.isinf().sum())
+    return "nan" if nan > infinite else "inf" if bool((out == math.inf).any()) else "-inf"
+
+
+def _finite_max(values: torch.Tensor | None) -> float | None:
+    finite = values[values.isfinite()] if values is not None else torch.empty(0)
+    return float(finite.abs().max()) if finite.numel() else None

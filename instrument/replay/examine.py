@@ -1,0 +1,161 @@
+"""From a snapshot and a step function to the culprit: run to the failed step, record it, say why.
+
+The step is run twice from the same state: the first pass finds the culprit in the graph of ops, the
+second keeps the inputs of just that op (and of what made its denominator) and diagnoses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+
+from instrument.records import FirstNonfinite
+from instrument.replay.diagnosis import Diagnosis, diagnose, divides, underflowed
+from instrument.replay.graph import Culprit, Node, StepGraph
+from instrument.replay.recorder import OpRecorder
+from instrument.replay.snapshot import Snapshot
+
+StepFunction = Callable[[int, OpRecorder | None], None]
+"""Runs one whole step of training; the recorder, when there is one, is already recording."""
+DENOMINATOR_ANCESTORS = 24
+MOST_ABSORBED = 16
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The culprit of a step. ``tensor`` is what it wrote (``output``, ``grad``, ``param``, ``exp_avg``, ...),
+    ``source_tensor`` the optimizer state that its zero denominator came from; ``parameter`` the
+    parameter's name where there is one. ``diagnosis`` is None for a value that was there before the step."""
+
+    culprit: Culprit
+    graph: StepGraph
+    names: dict[int, tuple[str, str]]
+    phase: str
+    module: str | None
+    tensor: str
+    parameter: str | None
+    source_tensor: str | None
+    cause: str
+    kind: str
+    diagnosis: Diagnosis | None
+    captured: tuple | None
+
+    @property
+    def op(self) -> str | None:
+        return None if self.culprit.node is None else self.culprit.node.op
+
+    @property
+    def microbatch(self) -> int | None:
+        return None if self.culprit.node is None else self.culprit.node.microbatch
+
+
+def examine(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.nn.Module,
+            optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None = None) -> Examination | None:
+    """Replay ``step`` from ``snapshot``; None when everything stays finite this time.
+
+    Model, optimizer and scaler are left as they are behind the replayed step.
+    """
+    snapshot.restore()
+    for earlier in range(snapshot.step + 1, step):
+        run_step(earlier, None)
+    before = snapshot if snapshot.step == step - 1 else Snapshot(step - 1, model, optimizer, scaler)
+    first = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler))
+    culprit = find(first)
+    if culprit is None:
+        return None
+    if culprit.node is None:
+        return _from_before(culprit, first)
+    wanted = [culprit.node, *_behind_the_denominator(first.graph, culprit.node)]
+    before.restore()
+    second = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler,
+                                                capture=frozenset(node.index for node in wanted)))
+    return _conclude(culprit, wanted[1:], first, second)
+
+
+def find(recorder: OpRecorder) -> Culprit | None:
+    """The culprit of a recorded step: behind the loss, else the gradients, else parameters and states."""
+    found = (recorder.graph.culprit(recorder.failed[kind]) for kind in ("loss", "grad", "param"))
+    return next((culprit for culprit in found if culprit is not None), None)
+
+
+def _record(step: int, run_step: StepFunction, recorder: OpRecorder) -> OpRecorder:
+    with recorder.recording():
+        run_step(step, recorder)
+    return recorder
+
+
+def _behind_the_denominator(graph: StepGraph, node: Node) -> list[Node]:
+    """The ops of the same phase that made what the culprit divides by."""
+    if not divides(node.op):
+        return []
+    behind = [ancestor for edge in node.inputs for ancestor in graph.ancestors(edge, DENOMINATOR_ANCESTORS)]
+    return list({n.index: n for n in behind if n.phase == node.phase}.values())[:DENOMINATOR_ANCESTORS]
+
+
+def _conclude(culprit: Culprit, behind: list[Node], first: OpRecorder, second: OpRecorder) -> Examination:
+    node, names = culprit.node, first.names | second.names
+    named = first.names.get(node.storage)
+    tensor = named[1] if named else "grad" if node.phase in ("backward", "unscale", "clip") else "output"
+    diagnosis = diagnose(node, second.captured[node.index]) if node.index in second.captured else None
+    cause = diagnosis.cause if diagnosis else "invalid"
+    source = None
+    if diagnosis and diagnosis.zero_denominators:
+        rounded = any(n.index in second.captured and underflowed(n, second.captured[n.index]) for n in behind)
+        source = _state_behind(first, node)
+        if rounded or source is not None:
+            cause = "underflow_then_divide"
+    phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
+    return Examination(culprit, first.graph, names, phase, node.module, tensor, named[0] if named else None, source,
+                       cause, diagnosis.kind if diagnosis else "nan", diagnosis, second.captured.get(node.index))
+
+
+def _state_behind(recorder: OpRecorder, node: Node) -> str | None:
+    """The second moment that a denominator was made of, by its name."""
+    storages = {edge.storage for edge in node.inputs}
+    for edge in node.inputs:
+        storages |= {n.storage for n in recorder.graph.ancestors(edge, DENOMINATOR_ANCESTORS) if n.phase == node.phase}
+    states = {recorder.names[s][1] for s in storages if s in recorder.names}
+    return next((name for name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg") if name in states), None)
+
+
+def _from_before(culprit: Culprit, recorder: OpRecorder) -> Examination:
+    """The value was there before the step began: in a named tensor, or in what came in with the data."""
+    reader = next((n for n in recorder.graph.nodes if any(e.storage == culprit.storage and e.kinds and e.writer is None
+                                                          for e in n.inputs)), None)
+    name, what = recorder.names.get(culprit.storage, (None, "input"))
+    module = name.rpartition(".")[0] if name else reader.module if reader else None
+    if name is None and reader is not None and reader.storage in recorder.names:  # a number written into a named tensor
+        name, what = recorder.names[reader.storage]
+    phase = "optimizer" if reader is None or (reader.phase == "clip" and what != "grad") else reader.phase
+    kinds = next((e.kinds for e in (reader.inputs if reader else ()) if e.storage == culprit.storage), 1)
+    seen = culprit if name else replace(culprit, node=reader)
+    return Examination(seen, recorder.graph, recorder.names, phase, module, what, name, None, "from_input", kind_name(kinds),
+                       None, None)
+
+
+def kind_name(kinds: int) -> str:
+    """``nan``, ``inf`` or ``-inf`` from bits."""
+    return "nan" if kinds & 1 else "inf" if kinds & 2 else "-inf"
+
+
+
+
+def completed(surfaced: FirstNonfinite, examination: Examination | None, *, from_step: int,
+              matched: bool = True) -> FirstNonfinite:
+    """The record of a failure with what its replay found; ``replay.matched`` is false when the replayed step
+    stayed finite (then the rest is as it surfaced) or failed in another way."""
+    if examination is None:
+        return msgspec.structs.replace(surfaced, replay={"matched": False, "from_step": from_step})
+    e, diagnosis = examination, examination.diagnosis
+    return msgspec.structs.replace(
+        surfaced, phase=e.phase, module=e.module, op=e.op, microbatch=e.microbatch, tensor=e.tensor,
+        source_tensor=e.source_tensor, kind=e.kind, cause=e.cause,
+        dtype=e.culprit.node.dtype if e.culprit.node else surfaced.dtype,
+        input_absmax=diagnosis and diagnosis.input_absmax, headroom_bits=diagnosis and diagnosis.headroom_bits,
+        absorbed=[f"{n.phase}:{n.module or ''}:{n.op}" for n in e.culprit.absorbed][:MOST_ABSORBED],
+        replay={"matched": matched, "from_step": from_step, "ops": len(e.graph.nodes),
+                "spread_modules": e.culprit.spread, "alike": e.culprit.alike, "parameter": e.parameter,
+                "element": e.culprit.node and e.culprit.node.element})

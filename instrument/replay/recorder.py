@@ -1,0 +1,311 @@
+"""Recording a step op by op, underneath autograd and autocast: every op that really runs, forward and
+backward, in which phase and module, and whether what it wrote is finite.
+
+Every output is read back, so this is for replays, never for training itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from instrument.replay.graph import AFTER, NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
+from instrument.watch.modules import call_with_hooks
+from instrument.watch.scaler import wrap_unscale
+
+OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
+"""Ops that do not read what they write to."""
+UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
+"""Ops whose output is whatever was in memory."""
+
+
+def kinds_of(tensor: torch.Tensor) -> int:
+    """Bits of the non-finite values in a tensor; 0 for integers, empty tensors and other than plain ones."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0 or tensor.is_meta:
+        return 0
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor)
+    low, high = float(low), float(high)
+    if math.isnan(low) or math.isnan(high):  # a NaN hides the infinities
+        return NAN | POS_INF * bool((tensor == math.inf).any()) | NEG_INF * bool((tensor == -math.inf).any())
+    return POS_INF * (high == math.inf) | NEG_INF * (low == -math.inf)
+
+
+class OpRecorder(TorchDispatchMode):
+    """Records the ops between ``begin()`` and ``end()`` into ``graph``.
+
+    ``capture`` names op indices whose inputs are kept (cloned before the op runs) in ``captured``:
+    replaying a step twice gives the same indices, so a second pass can keep just what matters.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None,
+                 *, scaler: torch.amp.GradScaler | None = None, capture: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.graph = StepGraph()
+        self.capture = capture
+        self.captured: dict[int, tuple[Any, tuple, dict]] = {}
+        self.failed: dict[str, list[Edge]] = {"loss": [], "grad": [], "param": []}
+        """Edges of what a step must leave finite: the losses, the gradients, parameters and states."""
+        self.names: dict[int, tuple[str, str]] = {}
+        """Storage -> (parameter name, what it is of it: param, grad, exp_avg, ...)."""
+        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._parameters = dict(model.named_parameters())
+        self._writers: dict[int, int] = {}
+        self._known: dict[int, int] = {}  # storage -> kinds of its last write
+        self._kept: dict[int, StorageWeakRef] = {}  # holds the keys: a freed storage's address is not used again
+        self._modules: list[str] = []
+        self._module_of_sequence: dict[int, str | None] = {}
+        self._microbatch = -1
+        self._stage = "forward"  # of code outside of autograd
+        self._phase_asked: str | None = None
+        self._last_scalar: Edge | None = None
+        self._states_named = False
+        for name, parameter in self._parameters.items():
+            self.names[self._key(parameter)] = (name, "param")
+
+    # -- what the step tells ------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self) -> Iterator[OpRecorder]:
+        """Record everything inside, with the model's modules and the optimizer watched."""
+        removers = [call_with_hooks(self._model, self._enter, self._leave)]
+        if self._optimizer is not None:
+            removers += [self._optimizer.register_step_pre_hook(lambda *_: self._enter_optimizer()).remove,
+                         self._optimizer.register_step_post_hook(lambda *_: self._leave_optimizer()).remove]
+        if self._scaler is not None:
+            removers.append(wrap_unscale(self._scaler, lambda: self.phase("unscale")))
+        self._name_states()
+        try:
+            with self:
+                yield self
+            self._note_gradients()
+            self._name_states()
+            self._note_parameters()
+        finally:
+            for remove in removers:
+                remove()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name the phase of what runs inside (``unscale``, ``clip``), where nothing can be hooked."""
+        self._note_gradients()
+        self._phase_asked = name
+        try:
+            yield
+        finally:
+            self._phase_asked = None
+
+    def loss(self, loss: torch.Tensor) -> None:
+        """A loss of the step; without this call, the last number computed before backward is taken for one."""
+        with _disable_current_modes():
+            self.failed["loss"].append(self._edge(loss))
+
+    def _enter(self, name: str) -> None:
+        if not name and torch._C._current_autograd_node() is None:
+            self._stage = "forward"
+            self._microbatch += torch.is_grad_enabled()
+        self._modules.append(name)
+
+    def _leave(self, name: str) -> None:
+        while self._modules and self._modules.pop() != name:
+            pass
+        if not self._modules and torch._C._current_autograd_node() is None:
+            self._stage = "loss"
+
+    def _enter_optimizer(self) -> None:
+        self._note_gradients()
+        self._name_states()
+        self._stage = "optimizer"
+
+    def _leave_optimizer(self) -> None:
+        self._name_states()
+        self._stage = AFTER
+
+    # -- naming -------------------------------------------------------------------------------
+
+    def _note_gradients(self) -> None:
+        """Take the gradients as they are now for the ones that count; they are freed before the step ends."""
+        edges = []
+        with _disable_current_modes():
+            for name, parameter in self._parameters.items():
+                if parameter.grad is not None:
+                    edges.append(self._edge(parameter.grad))
+                    self.names[edges[-1].storage] = (name, "grad")
+        if any(edge.kinds for edge in edges) and not any(edge.kinds for edge in self.failed["grad"]):
+            self.failed["grad"] = edges
+
+    def _name_states(self) -> None:
+        if self._optimizer is None:
+            return
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if torch.is_tensor(value) and key != "step":
+                    self.names[self._key(value)] = (name, key)
+
+    def _note_parameters(self) -> None:
+        edges = [self._edge(parameter) for parameter in self._parameters.values()]
+        for parameter in self._parameters.values() if self._optimizer is not None else ():
+            edges += [self._edge(value) for key, value in self._optimizer.state.get(parameter, {}).items()
+                      if torch.is_tensor(value) and value.is_floating_point() and key != "step"]
+        self.failed["param"] = edges
+
+    def _key(self, tensor: torch.Tensor) -> int:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self._kept.setdefault(reference.cdata, reference)
+        return reference.cdata
+
+    def _edge(self, tensor: torch.Tensor) -> Edge:
+        """Who wrote a tensor, and whether what it holds now is finite."""
+        key = self._key(tensor)
+        kinds = 0 if self._known.get(key, -1) == 0 else kinds_of(tensor.detach())
+        return Edge(self._writers.get(key), key, kinds)
+
+    # -- the ops ------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _is_view(func):
+            return func(*args, **kwargs)
+        name = func._schema.name.replace("::", ".")
+        positions = _list_positions(func, args)
+        replaced = {id(t) for t in mutated(func, args, kwargs)} if name.rpartition(".")[2] in OVERWRITES else set()
+        reads = [(self._edge(leaf), positions.get(id(leaf))) for leaf in tree_leaves((args, kwargs))
+                 if _is_plain(leaf) and id(leaf) not in replaced]
+        if self.capture:
+            self._hold(func, args, kwargs, positions)
+        start_ns = time.time_ns()
+        out = func(*args, **kwargs)
+        written = [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out)) if _is_plain(t)]
+        written = [(t, positions.get(id(t))) for t in mutated(func, args, kwargs) if _is_plain(t)] + written
+        if written:
+            constant = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
+            self._record(name, reads, written, constant, start_ns)
+        return out
+
+    def _record(self, name: str, reads: list[tuple[Edge, int | None]], written: list[tuple[torch.Tensor, int | None]],
+                constant: bool, start_ns: int) -> None:
+        """Add the nodes of one op: one, or one for every position of its lists."""
+        phase, module = self._where()
+        seen: set[int] = set()
+        for tensor, element in written:
+            key = self._key(tensor)
+            if key in seen:
+                continue
+            seen.add(key)
+            kinds = 0 if name.rpartition(".")[2] in UNINITIALISED else kinds_of(tensor)
+            edges = [edge for edge, position in reads if element is None or position in (None, element)]
+            before = self._known.get(key, 0)
+            if before and tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes():
+                edges.append(Edge(self._writers.get(key), key, before))  # a part was written: the rest is as it was
+                kinds |= before
+            owner = self._owner(edges, key) if module is None else module
+            node = Node(len(self.graph.nodes), name, phase, owner, self._microbatch_of(phase), tuple(edges), key, kinds,
+                        str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start_ns, element, constant)
+            self.graph.add(node)
+            self._writers[key], self._known[key] = node.index, kinds
+            if tensor.ndim == 0 and phase in ("forward", "loss") and edges and not name.endswith("ones_like"):
+                self._last_scalar = Edge(node.index, key, kinds)
+
+    def _hold(self, func, args: tuple, kwargs: dict, positions: dict[int, int]) -> None:
+        """Keep an op's arguments as they are before it runs, where a node of it is to be captured: of an op
+        over lists, those of the node's position."""
+        overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if _is_plain(t)}
+        elements = [*overwritten.values(),
+                    *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns))]
+        for index, element in enumerate(elements, start=len(self.graph.nodes)):
+            if index in self.capture:  # an op that writes fewer tensors than it returns is overwritten by the next
+                self.captured[index] = (func, *tree_map(_clone, (pick_element(args, element), kwargs)))
+
+    def _where(self) -> tuple[str, str | None]:
+        """Phase and module of the op that runs now."""
+        node = torch._C._current_autograd_node()
+        if node is not None and self._phase_asked is None and self._stage != "optimizer":
+            if self._stage in ("forward", "loss"):
+                self._stage = "backward"
+                if not self.failed["loss"] and self._last_scalar is not None:
+                    self.failed["loss"].append(self._last_scalar)
+            if self._modules:  # a checkpointed module runs again
+                return "backward", self._modules[-1]
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                return "backward", self._owner_of_parameter(variable)
+            return "backward", self._module_of_sequence.get(node._sequence_nr())
+        if self._stage == "backward":
+            self._stage = "clip"
+            self._note_gradients()
+        module = self._modules[-1] if self._modules else None
+        if self._stage in ("forward", "loss"):
+            self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
+        return self._phase_asked or self._stage, module
+
+    def _microbatch_of(self, phase: str) -> int | None:
+        return self._microbatch if phase in ("forward", "loss", "backward") and self._microbatch >= 0 else None
+
+    def _owner_of_parameter(self, parameter: torch.Tensor) -> str | None:
+        named = self.names.get(self._key(parameter))
+        return named[0].rpartition(".")[0] if named else None
+
+    def _owner(self, edges: list[Edge], key: int) -> str | None:
+        """Outside of modules: the module whose parameter (or gradient, or state) an op works on."""
+        for storage in (key, *(edge.storage for edge in edges)):
+            if storage in self.names:
+                return self.names[storage][0].rpartition(".")[0]
+        writers = [edge.writer for edge in edges if edge.writer is not None]
+        return next((m for m in (self.graph.nodes[w].module for w in writers if self.graph.nodes[w].phase == "optimizer")
+                     if m is not None), None) if self._stage == "optimizer" else None
+
+
+def _is_plain(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided \
+        and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _is_view(func) -> bool:
+    """An op that hands out memory it was given and writes none."""
+    returns = [r.alias_info for r in func._schema.returns]
+    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
+
+
+def mutated(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The tensors among the arguments that an op writes to."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return found
+
+
+def pick_element(args: tuple, element: int | None) -> tuple:
+    """The arguments of one position of an op over lists, as lists of one; all of them for any other op."""
+    if element is None:
+        return args
+    return tuple([arg[element]] if isinstance(arg, (list, tuple)) and len(arg) == len(args[0]) else arg for arg in args)
+
+
+def _clone(leaf: object) -> object:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _list_positions(func, args: tuple) -> dict[int, int]:
+    """``id`` of a tensor -> its position, for an op that works on lists of tensors position by position;
+    empty for any other op (``cat`` takes a list, too, but writes one tensor)."""
+    first = func._schema.arguments[0] if func._schema.arguments else None
+    writes_lists = any(str(r.type) == "List[Tensor]" for r in func._schema.returns) or (
+        first is not None and str(first.type) == "List[Tensor]" and first.alias_info is not None)
+    if not writes_lists or not args or not isinstance(args[0], (list, tuple)):
+        return {}
+    return {id(leaf): position for argument in args
+            if isinstance(argument, (list, tuple)) and len(argument) == len(args[0])
+            for position, leaf in enumerate(argument) if isinstance(leaf, torch.Tensor)}

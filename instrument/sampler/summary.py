@@ -1,0 +1,128 @@
+"""What the looks at the machine add up to: a pure function of ``hardware.jsonl``. Torch-free."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from instrument.sampler.energy import Window, energy_of
+from instrument.sampler.record import HardwareRecord, Mark
+
+THROTTLE_REASONS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
+"""Clock event reasons that make a run's speed not the card's own. At the power limit
+(``sw_power_cap``) a large card works as designed: that share is reported, and is no flag."""
+NO_GPU = "the run is not on a GPU"
+"""The reason of the GPU's fields in a run on the processor."""
+MEDIANS = ("gpu_utilization_percent", "gpu_memory_utilization_percent", "process_cpu_percent", "system_cpu_percent",
+           "gpu_sm_clock_hz", "gpu_temperature_c")
+
+
+def summarize(records: Iterable[HardwareRecord], *, window: str | None = None) -> dict[str, Any]:
+    """Energy, power, memory, clocks and utilisation of a run.
+
+    With ``window``, only what lies between that mark's begins and ends counts, except peaks, which are
+    of the whole run. Figures without a reading are null; ``unknown`` has the reasons.
+    """
+    records = list(records)
+    windows, why_no_window = _windows(records, window)
+    inside = [r for r in records if any(begin <= r.time_s <= end for begin, end in windows)]
+    mig = any(r.gpu_is_mig for r in records)  # the board's joules are not the instance's
+    energy = energy_of(windows, counter_j=[] if mig else _series(records, "gpu_energy_counter_j"),
+                       power_w=[] if mig else _series(records, "gpu_power_w"), rapl_j=_rapl(records))
+    watts = [value for _, value in _series(inside, "gpu_power_w")]
+    reasons = _reason_shares(inside)
+    return {
+        "samples": len(records), "samples_in_window": len(inside), "window": window,
+        **asdict(energy), "why": why_no_window or (_mig_reason(mig) if energy.energy_j is None else None) or energy.why,
+        "gpu_power_mean_w": statistics.fmean(watts) if watts else None,
+        "gpu_power_peak_w": _peak(records, "gpu_power_w"),
+        "peak_device_bytes": _peak(records, "gpu_memory_used_bytes"),
+        "device_total_bytes": _peak(records, "gpu_memory_total_bytes"),
+        "peak_rss_sampled_bytes": _peak(records, "process_rss_bytes"),
+        "disk_free_least_bytes": _least(records, "disk_free_bytes"),
+        "clock_event_reasons": reasons,
+        "throttled": None if reasons is None else any(reason in reasons for reason in THROTTLE_REASONS),
+        "throttle_reasons": None if reasons is None else [reason for reason in THROTTLE_REASONS if reason in reasons],
+        **{f"{field}_median": _median(inside, field) for field in MEDIANS},
+        "unknown": _unknown(records),
+    }
+
+
+def windows_of(marks: Iterable[Mark], name: str) -> list[Window]:
+    """The windows between a mark's begins and ends; raises ValueError when they do not alternate."""
+    windows: list[Window] = []
+    begin_s = None
+    for mark in (mark for mark in marks if mark.name == name):
+        if (mark.edge == "begin") != (begin_s is None):
+            raise ValueError(f"the mark {name!r} has two {mark.edge}s in a row")
+        if mark.edge == "begin":
+            begin_s = mark.time_s
+        else:
+            windows.append((begin_s, mark.time_s))
+            begin_s = None
+    if begin_s is not None:
+        raise ValueError(f"the mark {name!r} has no end")
+    return windows
+
+
+def _windows(records: list[HardwareRecord], name: str | None) -> tuple[list[Window], str | None]:
+    if not records:
+        return [], "the sampler wrote no record"
+    if name is None:
+        return [(records[0].time_s, records[-1].time_s)], None
+    try:
+        windows = windows_of((mark for record in records for mark in record.marks), name)
+    except ValueError as error:
+        return [], str(error)
+    return windows, None if windows else f"the window {name!r} was never marked"
+
+
+def _mig_reason(mig: bool) -> str | None:
+    return "a MIG instance has no energy of its own: NVML counts the whole board" if mig else None
+
+
+def _unknown(records: list[HardwareRecord]) -> dict[str, str]:
+    """The last reason of every field that was missing, and how often it was. The first look and looks
+    close to another have no shares of processor time, which is nothing to tell."""
+    reasons = {field: reason for record in records for field, reason in record.unknown.items()}
+    missing = {field: sum(getattr(record, field) is None for record in records) for field in reasons}
+    return {field: reason if missing[field] == len(records) else f"{reason} ({missing[field]} of {len(records)} looks)"
+            for field, reason in reasons.items()
+            if missing[field] == len(records) or not field.endswith("_cpu_percent")}
+
+
+def _series(records: list[HardwareRecord], field: str) -> list[tuple[float, float]]:
+    return [(r.time_s, value) for r in records if (value := getattr(r, field)) is not None]
+
+
+def _rapl(records: list[HardwareRecord]) -> list[tuple[float, float]]:
+    """The processor's counter, which speaks only for a run on the processor."""
+    on_processor = bool(records) and records[0].unknown.get("gpu_power_w") == NO_GPU
+    return _series(records, "cpu_energy_counter_j") if on_processor else []
+
+
+def _reason_shares(records: list[HardwareRecord]) -> dict[str, float] | None:
+    """Share of the looks at which each reason held; null when none could be read."""
+    known = [r.gpu_clock_event_reasons for r in records if r.gpu_clock_event_reasons is not None]
+    counts = Counter(reason for reasons in known for reason in reasons)
+    return {reason: count / len(known) for reason, count in sorted(counts.items())} if known else None
+
+
+def _values(records: list[HardwareRecord], field: str) -> list[Any]:
+    return [value for record in records if (value := getattr(record, field)) is not None]
+
+
+def _peak(records: list[HardwareRecord], field: str) -> Any:
+    return max(_values(records, field), default=None)
+
+
+def _least(records: list[HardwareRecord], field: str) -> Any:
+    return min(_values(records, field), default=None)
+
+
+def _median(records: list[HardwareRecord], field: str) -> float | None:
+    values = _values(records, field)
+    return statistics.median(values) if values else None

@@ -1,0 +1,133 @@
+"""Our own tracks of a trace, as Chrome/Perfetto JSON events. Plain data in, plain data out; torch-free.
+
+Times are unix nanoseconds; the file's are microseconds since its ``baseTimeNanoseconds``. The format
+drops counter values that are not finite numbers: a sample loses that value and gets a marker instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+PID = 1_000_000_000
+"""Our process in the trace: above any pid_max of Linux (2^22), so no real process shares it."""
+PROCESS_NAME = "Datatype Dynamics Bench"
+PHASE_TID, FLOW_TID, MARKER_TID = 1, 2, 3
+THREAD_NAMES = {PHASE_TID: "phases", FLOW_TID: "non-finite values", MARKER_TID: "markers"}
+POINT_US = 1.0
+"""How long a point in time is drawn, where the format needs a slice to hold on to."""
+
+
+@dataclass(frozen=True)
+class CounterSample:
+    """Largest |x| of a module's output (``fwd``) and of its gradient (``bwd``) at a time."""
+
+    unix_ns: int
+    name: str
+    fwd: float | None = None
+    bwd: float | None = None
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A moment with a name: the overflow, a skipped step. ``detail`` is shown when it is clicked."""
+
+    unix_ns: int
+    name: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PhaseSlice:
+    """A phase of a step: forward, loss, backward, unscale, clip or optimizer."""
+
+    name: str
+    start_unix_ns: int
+    end_unix_ns: int
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A non-finite value on its way from the module that produced it to one it spread to."""
+
+    producer: str
+    from_unix_ns: int
+    propagator: str
+    to_unix_ns: int
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """Everything of ours that goes into a trace."""
+
+    counters: Sequence[CounterSample] = ()
+    markers: Sequence[Marker] = ()
+    phases: Sequence[PhaseSlice] = ()
+    flows: Sequence[Flow] = ()
+
+
+def events_of(tracks: Tracks, base_ns: int) -> list[dict[str, Any]]:
+    """Trace events in the order of their times, metadata first."""
+    events = [*_counters(tracks.counters, base_ns), *(_marker(marker, base_ns) for marker in tracks.markers),
+              *(_phase(phase, base_ns) for phase in tracks.phases), *_flows(tracks.flows, base_ns)]
+    return [*_names(), *sorted(events, key=lambda event: event["ts"])] if events else []
+
+
+def _us(unix_ns: int, base_ns: int) -> float:
+    return (unix_ns - base_ns) / 1e3
+
+
+def _names() -> list[dict[str, Any]]:
+    return [{"ph": "M", "name": "process_name", "pid": PID, "tid": 0, "args": {"name": PROCESS_NAME}},
+            {"ph": "M", "name": "process_sort_index", "pid": PID, "tid": 0, "args": {"sort_index": -1}},
+            *({"ph": "M", "name": "thread_name", "pid": PID, "tid": tid, "args": {"name": name}}
+              for tid, name in THREAD_NAMES.items())]
+
+
+def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, Any]]:
+    events = []
+    for sample in samples:
+        values = {"fwd": sample.fwd, "bwd": sample.bwd}
+        finite = {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
+        if finite:
+            events.append({"ph": "C", "pid": PID, "tid": 0, "ts": _us(sample.unix_ns, base_ns),
+                           "name": f"absmax {sample.name}", "args": finite})
+        lost = {key: str(value) for key, value in values.items() if value is not None and key not in finite}
+        if lost:
+            events.append(_marker(Marker(sample.unix_ns, f"absmax {sample.name} is not finite", lost), base_ns))
+    return events
+
+
+def _marker(marker: Marker, base_ns: int) -> dict[str, Any]:
+    return {"ph": "i", "s": "p", "cat": "ddb", "pid": PID, "tid": MARKER_TID, "ts": _us(marker.unix_ns, base_ns),
+            "name": marker.name, "args": dict(marker.detail)}
+
+
+def _phase(phase: PhaseSlice, base_ns: int) -> dict[str, Any]:
+    if phase.end_unix_ns < phase.start_unix_ns:
+        raise ValueError(f"phase {phase.name} of step {phase.step} ends before it starts")
+    return {"ph": "X", "cat": "ddb.phase", "pid": PID, "tid": PHASE_TID, "ts": _us(phase.start_unix_ns, base_ns),
+            "dur": (phase.end_unix_ns - phase.start_unix_ns) / 1e3, "name": phase.name,
+            "args": {} if phase.step is None else {"step": phase.step}}
+
+
+def _flows(flows: Sequence[Flow], base_ns: int) -> list[dict[str, Any]]:
+    """Arrows hold on to slices, so each end gets a short one, which ends before the next begins."""
+    times_ns = sorted({unix_ns for flow in flows for unix_ns in (flow.from_unix_ns, flow.to_unix_ns)})
+    dur_us = {now: min(POINT_US, (following - now) / 1e3) for now, following in pairwise(times_ns)}
+    ends: dict[tuple[str, int], dict[str, Any]] = {}
+    arrows = []
+    for number, flow in enumerate(flows, start=1):
+        if flow.to_unix_ns < flow.from_unix_ns:
+            raise ValueError(f"the flow from {flow.producer} to {flow.propagator} ends before it starts")
+        for letter, module, unix_ns in (("s", flow.producer, flow.from_unix_ns), ("f", flow.propagator, flow.to_unix_ns)):
+            place = {"pid": PID, "tid": FLOW_TID, "ts": _us(unix_ns, base_ns)}
+            ends.setdefault((module, unix_ns), {"ph": "X", "cat": "ddb.flow", "name": module, **place,
+                                                "dur": dur_us.get(unix_ns, POINT_US), "args": {}})
+            arrows.append({"ph": letter, "cat": "ddb.flow", "name": "non-finite", "id": number, **place,
+                           **({"bp": "e"} if letter == "f" else {})})
+    return [*ends.values(), *arrows]

@@ -1,0 +1,153 @@
+"""A window of steps under torch.profiler: one gzipped Chrome/Perfetto JSON with our own tracks in it.
+
+    with TraceWindow(path, device) as trace:
+        with trace.phase("forward", step):
+            ...
+    trace.table()                                # seconds by kernel class and phase
+
+Open the file at https://ui.perfetto.dev. Profiling slows the window down: never inside a timed one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from instrument.log import replace
+from instrument.records import PHASES
+from instrument.trace.time_table import PHASE_PREFIX, WINDOW, time_table
+from instrument.trace.tracks import CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of
+
+
+class TraceWindow:
+    """Profiles from `start` to `stop`, then writes ``path`` (``.json.gz``).
+
+    An exception inside still leaves a trace and goes on; a trace that cannot be written leaves its
+    reason in ``failure``. Phase slices are the host's times: on CUDA the kernels run later.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.device = device
+        self.failure: str | None = None
+        self._running = False
+        self._ours: dict[type, list] = {CounterSample: [], Marker: [], PhaseSlice: [], Flow: []}
+        self._events: list[dict[str, Any]] | None = None
+        self._now: tuple[record_function, str, int | None, int] | None = None
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells the terminal of every start and stop
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        self._profile = profile(activities=activities, record_shapes=True)
+        self._window = record_function(WINDOW)
+
+    def start(self) -> TraceWindow:
+        """Begin to profile. A profiler that cannot start (another one runs, CUPTI is missing) is a ``failure``."""
+        self._synchronize()
+        try:
+            self._profile.start()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+        else:
+            self._running = True
+            self._window.__enter__()
+        return self
+
+    def stop(self) -> None:
+        """End the window, wait for the device, and write the file. Never raises: an error that ended the window
+        must go on, and neither a broken device nor a full disk may hide it."""
+        if not self._running:
+            return
+        self._running = False
+        try:
+            self.enter(None)
+            self._synchronize()
+            self._window.__exit__(None, None, None)
+            self._profile.stop()
+            self._write()
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def __enter__(self) -> TraceWindow:
+        return self.start()
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def enter(self, phase: str | None, step: int | None = None) -> None:
+        """The phase before ends and ``phase`` (one of `PHASES`; None: no phase) begins: an annotation in
+        torch's part of the trace, and a slice on our track."""
+        if phase is not None and phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; allowed: {', '.join(PHASES)}, or None")
+        if self._now is not None:
+            annotation, name, of_step, start_ns = self._now
+            annotation.__exit__(None, None, None)
+            self.add(PhaseSlice(name, start_ns, time.time_ns(), of_step))
+            self._now = None
+        if phase is not None:
+            self._now = (record_function(PHASE_PREFIX + phase), phase, step, time.time_ns())
+            self._now[0].__enter__()
+
+    @contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """`enter` for the length of a block; phases do not nest."""
+        self.enter(name, step)
+        try:
+            yield
+        finally:
+            self.enter(None)
+
+    def add(self, *ours: CounterSample | Marker | PhaseSlice | Flow) -> None:
+        """Put these on our tracks; before `stop`; later with `add_tracks`."""
+        for one in ours:
+            self._ours[type(one)].append(one)
+
+    @property
+    def events(self) -> list[dict[str, Any]] | None:
+        """torch's events, once the window has been stopped and written."""
+        return self._events
+
+    @property
+    def phases(self) -> tuple[PhaseSlice, ...]:
+        """The phases that have ended so far."""
+        return tuple(self._ours[PhaseSlice])
+
+    def table(self, *, top: int = 20) -> dict[str, Any]:
+        """Seconds by kernel class and phase (`time_table`); raises RuntimeError when there is no trace."""
+        if self._events is None:
+            raise RuntimeError(f"there is no trace: {self.failure or 'the window has not been stopped'}")
+        return time_table(self._events, top=top)
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".trace-") as folder:
+            raw = Path(folder) / "torch.json"
+            self._profile.export_chrome_trace(str(raw))
+            trace = json.loads(raw.read_bytes())
+        self._events = trace["traceEvents"]
+        write_with_tracks(self.path, trace, Tracks(*(self._ours[kind] for kind in (CounterSample, Marker, PhaseSlice, Flow))))
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def write_with_tracks(path: Path, trace: dict[str, Any], tracks: Tracks) -> None:
+    """Write a decoded torch trace with ``tracks`` merged in, gzipped, in one step."""
+    ours = events_of(tracks, int(trace["baseTimeNanoseconds"]))
+    merged = {**trace, "traceEvents": [*trace["traceEvents"], *ours]}
+    replace(path, gzip.compress(msgspec.json.encode(merged), compresslevel=6, mtime=0))
+
+
+def add_tracks(path: Path, tracks: Tracks) -> None:
+    """Merge more ``tracks`` into a trace file that exists."""
+    write_with_tracks(path, json.loads(gzip.decompress(path.read_bytes())), tracks)

@@ -1,0 +1,179 @@
+"""The always-on statistics of module outputs and of their gradients, into a ring on the device.
+
+Blocks are measured at every step (largest value, non-finite counts), every leaf module at a
+cadence (zeros and what fp16 would flush as well). Gradients are taken by tensor hooks on the
+outputs: full backward hooks never fire for modules that return a model output, and break on
+in-place residuals. Nothing waits for the device; reading is the caller's, at its log points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from instrument.watch.modules import blocks, leaves, tensors_in
+from kernels import ActivationRing, activation_stats
+
+GRANULARITIES = ("off", "block", "module")
+MEASURED = (torch.float32, torch.bfloat16, torch.float16)
+FP16_MAX = 65_504.0
+KEPT_STEPS = 64
+
+
+@dataclass(frozen=True)
+class TapReading:
+    """One module output (``fwd``) or its gradient (``bwd``, at the scale at which backward ran) in one step.
+
+    ``absmax`` is over finite values. ``flush_frac``: share of the nonzero values that fp16 would
+    round to zero; null where only the range was taken. ``order`` is the module's place in the model.
+    """
+
+    step: int
+    module: str
+    order: int
+    direction: str
+    dtype: str
+    absmax: float
+    nan: int
+    inf: int
+    flush_frac: float | None
+
+    @property
+    def headroom_bits(self) -> float | None:
+        """Bits between the largest finite value and fp16's largest; null when all is zero."""
+        return math.log2(FP16_MAX / self.absmax) if self.absmax else None
+
+
+class ModuleTaps:
+    """Hooks on a model's modules. ``every``: the cadence of leaf modules in steps (0: never).
+
+    ``skip_output``: the model's own output is measured elsewhere (a fused loss measures its logits), so
+    modules that return that very tensor are left out from the second forward pass on.
+    ``kept_steps``: how many steps can wait to be read.
+
+    Use as ``begin_step(step)`` ... ``end_step()``; outside of steps and under ``torch.no_grad`` nothing is
+    measured. ``close()`` leaves no hook behind.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, *, granularity: str = "module", every: int = 16,
+                 skip_output: bool = False, kept_steps: int = KEPT_STEPS) -> None:
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
+        if every < 0:
+            raise ValueError(f"every is {every}; it must be at least 0 (0: leaf modules are never measured)")
+        self._blocks = {} if granularity == "off" else blocks(model)
+        self._leaves = leaves(model) if granularity == "module" and every else {}
+        order = [name for name, _ in model.named_modules() if name in self._blocks or name in self._leaves]
+        self._order = {name: place for place, name in enumerate(order)}
+        self._names = order
+        self._every = every
+        self._dtypes: dict[int, str] = {}
+        self._running = False
+        self._counts = "range"
+        self._kept_steps = kept_steps
+        self._step_of_tick: deque[int] = deque(maxlen=kept_steps)
+        self._addresses: dict[int, int] = {}
+        self._skipped: set[int] = set()
+        self._ticks = 0
+        self._read_ticks = 0
+        self._block_handles, self._leaf_handles = [], []
+        if order:
+            self._ring = ActivationRing(2 * len(order), steps=kept_steps, device=device)
+            self._slots = [self._ring.at(slot) for slot in range(2 * len(order))]
+            self._block_handles = [m.register_forward_hook(self._hook(n)) for n, m in self._blocks.items()]
+            if skip_output:
+                self._block_handles.append(model.register_forward_hook(self._find_output))
+
+    def begin_step(self, step: int) -> None:
+        """What modules do from here on belongs to ``step``."""
+        if not self._names:
+            return
+        self._running = True
+        due = bool(self._every) and (step - 1) % self._every == 0
+        self._counts = "all" if due else "range"
+        if due:
+            self._leaf_handles = [m.register_forward_hook(self._hook(n)) for n, m in self._leaves.items()
+                                  if n not in self._blocks]
+        self._ring.tick()
+        self._ticks += 1
+        self._step_of_tick.append(step)
+
+    def end_step(self) -> None:
+        """The step is over; leaf modules lose their hooks until the next time they are due."""
+        self._running = False
+        for handle in self._leaf_handles:
+            handle.remove()
+        self._leaf_handles = []
+
+    def close(self) -> None:
+        """Take every hook off."""
+        self.end_step()
+        for handle in self._block_handles:
+            handle.remove()
+        self._block_handles = []
+
+    @property
+    def pending_steps(self) -> int:
+        """Steps begun since the last `read`; more than ``kept_steps`` of them cannot be kept."""
+        return self._ticks - self._read_ticks
+
+    @property
+    def nearly_full(self) -> bool:
+        """Whether half of the ring waits to be read."""
+        return 2 * self.pending_steps >= self._kept_steps
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the ring."""
+        return self._ring.words.nbytes if self._names else 0
+
+    def read(self) -> list[TapReading]:
+        """The readings since the last call, by step and module; waits for the device."""
+        if not self._names or not self.pending_steps:
+            return []
+        newest = self._ticks
+        readings = []
+        for cell in self._ring.read():
+            if cell.step <= self._read_ticks:
+                continue
+            step = self._step_of_tick[cell.step - newest - 1]
+            place, direction = divmod(cell.slot, 2)
+            nonzero = None if cell.zeros is None else cell.numel - cell.zeros
+            readings.append(TapReading(
+                step=step, module=self._names[place], order=place, direction="bwd" if direction else "fwd",
+                dtype=self._dtypes.get(cell.slot, ""), absmax=cell.absmax, nan=cell.nan, inf=cell.inf,
+                flush_frac=cell.fp16_flush / nonzero if nonzero else None))
+        self._read_ticks = newest
+        return readings
+
+    def _hook(self, name: str):
+        slot = 2 * self._order[name]
+
+        def measure(module: torch.nn.Module, args: tuple, output: object) -> None:
+            if not self._running or not torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
+                return  # an evaluation, or a checkpointed module that runs a second time
+            if slot in self._skipped:
+                return
+            for tensor in tensors_in(output):
+                self._addresses[slot] = tensor.data_ptr()
+                self._measure(tensor, slot)
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._measure(gradient, slot + 1))
+
+        return measure
+
+    def _find_output(self, module: torch.nn.Module, args: tuple, output: object) -> None:
+        """Leave out what returned the model's own output, from the next pass on."""
+        outputs = {tensor.data_ptr() for tensor in tensors_in(output)}
+        self._skipped |= {slot for slot, address in self._addresses.items() if address in outputs}
+        self._addresses.clear()
+
+    @torch.no_grad()
+    def _measure(self, tensor: torch.Tensor, slot: int) -> None:
+        if tensor.dtype not in MEASURED:
+            return
+        self._dtypes.setdefault(slot, str(tensor.dtype).removeprefix("torch."))
+        activation_stats([tensor], self._slots[slot], counts=self._counts)

@@ -1,0 +1,114 @@
+"""A failed run explains itself: the record, the trace, and what the instruments must not change."""
+
+import gzip
+import json
+import math
+
+import pytest
+import torch
+
+from harness.run import execute
+from instrument.forensics_record import ForensicsRecord
+from instrument.log import read
+from instrument.records import EventRecord, StepRecord, decode
+from instrument.trace.chrome_format import violations
+from instrument.watch.module_log import ModuleRecord
+
+
+def forensics(out, settings):
+    return decode((out / "runs" / settings.run_id / "forensics.json").read_bytes(), ForensicsRecord)
+
+
+def test_fp16_adamw_is_told_from_overflow(plan, tmp_path):
+    settings = plan("roberta_single_cls", "fp16_naive")
+    record = execute(settings, tmp_path)
+    found = forensics(tmp_path, settings)
+    first = record.first_nonfinite
+    assert found.matched and found.first_nonfinite == first and record.error == found.sentence
+    assert (first.step, first.phase, first.op, first.tensor, first.source_tensor, first.cause) == (
+        1, "optimizer", "aten._foreach_addcdiv_", "param", "exp_avg_sq", "underflow_then_divide")
+    assert "its denominator from exp_avg_sq underflowed to 0" in found.sentence and "nothing overflowed" in found.sentence
+    assert found.output.zero_denominators == found.output.nonfinite
+    (here,) = [kernel for kernel in found.kernels if kernel.here]
+    assert here.name == first.op and here.nonfinite and here.duration_s > 0
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_forward_overflow_is_named_with_its_road(plan, tmp_path, log_every):
+    settings = plan("roberta_mlm", "amp_fp16_unscaled", max_steps=30, lr=3.0, log_every=log_every)
+    record = execute(settings, tmp_path)
+    found, first = forensics(tmp_path, settings), record.first_nonfinite
+    assert found.matched and first.replay["matched"] and first.step == record.divergence_step
+    assert first.cause == "overflow" and first.dtype == "float16" and first.headroom_bits >= 0
+    assert found.output.exact_absmax > 65_504 and found.chain[0].op == first.op and found.spread_modules > 1
+    assert [row.step for row in found.history] == list(range(1, first.step + 1))
+    assert sum(h.nonfinite for h in found.histograms) == 0  # its inputs were finite
+    for h, operand in zip(found.histograms, found.operands, strict=True):
+        assert sum(h.counts) + h.zeros + h.below + h.above == math.prod(operand.shape)
+
+
+def test_the_log_window_changes_nothing_of_what_is_found(plan, tmp_path):
+    found = []
+    for log_every in (1, 4):
+        out = tmp_path / str(log_every)
+        settings = plan("roberta_mlm", "amp_fp16_unscaled", max_steps=30, lr=3.0, log_every=log_every)
+        execute(settings, out)
+        found.append(forensics(out, settings))
+    a, b = found
+    assert (a.first_nonfinite, a.sentence, a.chain, a.operands) == (b.first_nonfinite, b.sentence, b.chain, b.operands)
+
+
+def test_the_trace_of_the_failed_step_keeps_the_formats_rules_and_holds_our_tracks(plan, tmp_path):
+    settings = plan("gpt2_single_cls", "fp16_naive")
+    execute(settings, tmp_path)
+    trace = json.loads(gzip.decompress((tmp_path / "traces" / forensics(tmp_path, settings).trace_file).read_bytes()))
+    assert violations(trace) == []
+    names = [event["name"] for event in trace["traceEvents"]]
+    assert any(name.startswith("first non-finite value: aten._foreach_addcdiv_") for name in names)
+    assert {"forward", "loss", "backward", "optimizer"} <= set(names)
+    assert any(event["ph"] == "C" and "h.0" in event["name"] for event in trace["traceEvents"])
+
+
+@pytest.mark.parametrize("config", ["fp32_true", "amp_fp16", "bf16_pure"])
+def test_instruments_and_traces_leave_the_run_bit_for_bit_as_it_is(plan, tmp_path, config, monkeypatch):
+    monkeypatch.setattr("harness.precision.FIRST_LOSS_SCALE", 2.0**30)  # skips, and the replay of the first
+    seen = {}
+    for level, trace in (("off", 0), ("light", 0), ("full", 2)):
+        settings = plan("gpt2_multi_cls", config, max_steps=20, instrument=level, trace_steps=trace)
+        record = execute(settings, tmp_path / level)
+        steps = read(tmp_path / level / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)
+        seen[level] = record.final_weights_sha256, record.val_loss, [(s.loss, s.grad_norm, s.loss_scale) for s in steps]
+        assert record.status == "completed" and record.instrument == level
+        assert ("time_by_kernel" in record.flags) == bool(trace)
+    assert seen["off"] == seen["light"] == seen["full"]
+    events = list(read(tmp_path / "full" / "runs" / settings.run_id / "events.jsonl", EventRecord))
+    skips = [event for event in events if event.kind == "scaler_skip"]
+    assert bool(skips) == (config == "amp_fp16")
+    assert all(skip.detail["first_nonfinite"]["op"] for skip in skips[:1])
+
+
+def test_off_writes_neither_modules_nor_hardware_nor_a_replay(plan, tmp_path):
+    settings = plan("gpt2_clm", "fp16_naive", instrument="off")
+    record = execute(settings, tmp_path)
+    assert record.status == "diverged" and record.first_nonfinite.replay is None and record.first_nonfinite.op is None
+    assert sorted(p.name for p in (tmp_path / "runs" / settings.run_id).iterdir()) == [
+        "evaluations.jsonl", "events.jsonl", "run.json"]
+
+
+def test_every_block_is_in_the_module_log_at_every_window(plan, tmp_path):
+    settings = plan("gpt2_clm", "amp_bf16", max_steps=20)
+    execute(settings, tmp_path)
+    rows = list(read(tmp_path / "runs" / settings.run_id / "activations.jsonl", ModuleRecord))
+    assert {(r.module, r.direction) for r in rows} >= {(f"transformer.h.{i}", d) for i in (0, 1) for d in ("fwd", "bwd")}
+    assert all(r.first_step <= r.absmax_step <= r.step and r.absmax > 0 and r.dtype in ("bfloat16", "float32") for r in rows)
+    assert any(r.module.endswith("mlp.c_fc") and r.flush_frac is not None for r in rows)  # leaves, at their cadence
+    assert max(r.step for r in rows) == 20
+
+
+def test_flops_and_memory_stand_in_the_row(plan, tmp_path):
+    settings = plan("gpt2_clm", "amp_bf16")
+    record = execute(settings, tmp_path)
+    assert record.flops_per_step > 6 * 4 * 32 * 1e5 and record.mfu is None and record.mfu_bf16_peak is None  # no datasheet
+    split = record.flags["memory_split"]
+    assert split["weights_bytes"] == 4 * record.n_params and split["optimizer_bytes"] >= 8 * record.n_params
+    assert torch.device(split["device"]).type == "cpu"

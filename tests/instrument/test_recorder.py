@@ -1,0 +1,153 @@
+"""Recording: every op that runs, in the phase and the module that it belongs to."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from instrument.replay.graph import NAN, NEG_INF, POS_INF
+from instrument.replay.recorder import OpRecorder, kinds_of
+
+
+def record(model, run, optimizer=None, **options):
+    recorder = OpRecorder(model, optimizer, **options)
+    with recorder.recording():
+        run(recorder)
+    return recorder
+
+
+def ops(recorder, phase):
+    return [(n.op, n.module) for n in recorder.graph.nodes if n.phase == phase]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
+@pytest.mark.parametrize(("values", "kinds"), [((1.0, -2.0), 0), ((float("nan"), 1.0), NAN), ((float("-inf"), 0.0), NEG_INF),
+                                               ((float("inf"), float("-inf"), float("nan")), 7), ((float("inf"),), POS_INF)])
+def test_the_kinds_of_a_tensor(dtype, values, kinds):
+    assert kinds_of(torch.tensor(values).to(dtype)) == kinds
+    assert kinds_of(torch.tensor([1, 2])) == 0 and kinds_of(torch.empty(0)) == 0
+
+
+def test_forward_backward_and_optimizer_ops_have_their_phase_and_module():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+
+    def step(recorder):
+        loss = model(torch.ones(3, 4)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    recorder = record(model, step, optimizer)
+    assert ops(recorder, "forward")[:3] == [("aten.ones", None), ("aten.addmm", "0"), ("aten.tanh", "1")] \
+        or ops(recorder, "forward")[:3] == [("aten.addmm", "0"), ("aten.tanh", "1"), ("aten.addmm", "2")]
+    assert ("aten.mean", None) in ops(recorder, "loss")
+    backward = ops(recorder, "backward")
+    assert backward.index(("aten.tanh_backward", "1")) > backward.index(("aten.mm", "2"))
+    assert {module for op, module in backward if op == "aten.mm"} == {"0", "2"}
+    assert any(op == "aten._foreach_norm" for op, _ in ops(recorder, "clip"))
+    addcdiv = [n for n in recorder.graph.nodes if n.op == "aten._foreach_addcdiv_"]
+    assert [n.module for n in addcdiv] == ["0", "0", "2", "2"] and [n.element for n in addcdiv] == [0, 1, 2, 3]
+    assert {recorder.names[n.storage] for n in addcdiv} == {(name, "param") for name, _ in model.named_parameters()}
+
+
+def test_a_checkpointed_module_is_named_in_backward_and_counts_as_one_micro_batch():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model = Model()
+    recorder = record(model, lambda _: model(torch.ones(2, 4)).sum().backward())
+    again = [n for n in recorder.graph.nodes if n.phase == "backward" and n.op == "aten.addmm"]
+    assert again and again[0].module == "inner.0"
+    assert {n.microbatch for n in recorder.graph.nodes} - {None} == {0}
+
+
+def test_micro_batches_are_counted_and_evaluations_are_not():
+    model = nn.Linear(2, 1)
+
+    def step(recorder):
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            with torch.no_grad():
+                model(torch.ones(1, 2))
+
+    recorder = record(model, step)
+    assert {n.microbatch for n in recorder.graph.nodes if n.phase == "backward"} == {0, 1}
+
+
+def test_only_the_failed_position_of_a_list_op_is_named():
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, foreach=True)
+
+    def step(recorder):
+        model(torch.ones(1, 2)).sum().backward()
+        model[1].weight.grad.fill_(torch.finfo(torch.float32).max)
+        model[1].weight.data.fill_(-torch.finfo(torch.float32).max)
+        optimizer.step()
+
+    recorder = record(model, step, optimizer)
+    culprit = recorder.graph.culprit(recorder.failed["param"])
+    assert culprit.node.module == "1" and culprit.node.phase == "optimizer" and culprit.alike == 0
+
+
+def test_writing_a_part_keeps_what_the_rest_came_from():
+    model = nn.Linear(2, 2)
+
+    def step(recorder):
+        x = model(torch.ones(2, 2))
+        whole = torch.zeros(4)
+        whole[0:2] = torch.log(-x[0].abs())  # NaN
+        whole[2:4] = x[1]
+        recorder.loss(whole.sum())
+
+    recorder = record(model, step)
+    assert recorder.graph.culprit(recorder.failed["loss"]).node.op == "aten.log"
+
+
+def test_memory_that_nobody_has_written_is_not_blamed():
+    model = nn.Linear(2, 2)
+
+    def step(recorder):
+        scratch = torch.empty(4)
+        torch.full((4,), float("nan"), out=torch.empty(4))
+        scratch.copy_(torch.ones(4))
+        recorder.loss(model(scratch.view(2, 2)).sum() / 0.0)
+
+    recorder = record(model, step)
+    assert recorder.graph.culprit(recorder.failed["loss"]).node.op == "aten.div"
+
+
+def test_the_second_pass_keeps_what_the_op_read_before_it_wrote():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, foreach=True)
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def step(recorder):
+        for p, value in zip(model.parameters(), start, strict=True):
+            p.data.copy_(value)
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    first = record(model, step, optimizer)
+    update = next(n for n in first.graph.nodes if n.phase == "optimizer" and n.element == 1)
+    second = record(model, step, optimizer, capture=frozenset([update.index]))
+    func, args, _ = second.captured[update.index]
+    assert func._schema.name == "aten::_foreach_add_"
+    assert torch.equal(args[0][0], start[1]) and len(args[0]) == 1 and not torch.equal(model.bias, start[1])
+
+
+def test_no_hook_is_left_behind():
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(RuntimeError, match="boom"):
+        record(model, lambda _: (_ for _ in ()).throw(RuntimeError("boom")), optimizer, scaler=scaler)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert "unscale_" not in vars(scaler)

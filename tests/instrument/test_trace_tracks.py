@@ -1,0 +1,66 @@
+"""Our tracks keep the format's rules whatever the numbers, and lose nothing silently."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instrument.trace.chrome_format import violations
+from instrument.trace.tracks import PID, CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of
+
+BASE_NS = 1_790_857_026_000_000_000
+times_ns = st.integers(BASE_NS, BASE_NS + 10**16)
+names = st.text(max_size=8)
+values = st.none() | st.floats(allow_nan=True, allow_infinity=True)
+
+
+@st.composite
+def flows(draw):
+    start = draw(times_ns)
+    return Flow(draw(names), start, draw(names), start + draw(st.integers(0, 5_000)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.builds(CounterSample, times_ns, names, values, values)), st.lists(st.builds(Marker, times_ns, names)),
+       st.lists(flows(), max_size=8))
+def test_any_tracks_make_a_sound_trace(counters, markers, arrows):
+    events = events_of(Tracks(counters=counters, markers=markers, flows=arrows), BASE_NS)
+    assert violations({"traceEvents": events}) == []
+    json.dumps(events, allow_nan=False)
+    kept = sum(len(event["args"]) for event in events if event["ph"] == "C")
+    lost = sum(len(event["args"]) for event in events if event["ph"] == "i" and "not finite" in event["name"])
+    assert kept + lost >= sum(value is not None for sample in counters for value in (sample.fwd, sample.bwd))
+    assert kept == sum(value is not None and math.isfinite(value) for sample in counters for value in (sample.fwd, sample.bwd))
+
+
+def test_times_are_microseconds_since_the_base():
+    (event,) = [e for e in events_of(Tracks(phases=[PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)]), BASE_NS)
+                if e["ph"] == "X"]
+    assert (event["ts"], event["dur"], event["name"], event["args"], event["pid"]) == (1.5, 2.5, "forward", {"step": 7}, PID)
+
+
+def test_a_value_that_is_not_finite_becomes_a_marker():
+    events = events_of(Tracks(counters=[CounterSample(BASE_NS, "h.3", fwd=2.0, bwd=math.inf)]), BASE_NS)
+    assert [e["args"] for e in events if e["ph"] == "C"] == [{"fwd": 2.0}]
+    assert [(e["name"], e["args"]) for e in events if e["ph"] == "i"] == [("absmax h.3 is not finite", {"bwd": "inf"})]
+
+
+def test_arrows_from_one_producer_share_its_slice():
+    tracks = Tracks(flows=[Flow("p", BASE_NS, "q", BASE_NS + 300), Flow("p", BASE_NS, "r", BASE_NS + 900)])
+    events = events_of(tracks, BASE_NS)
+    assert [e["name"] for e in events if e["ph"] == "X"] == ["p", "q", "r"]
+    assert len({e["id"] for e in events if e["ph"] == "s"}) == 2
+    assert all(e["bp"] == "e" for e in events if e["ph"] == "f")
+
+
+def test_what_runs_backwards_is_refused():
+    with pytest.raises(ValueError, match="ends before it starts"):
+        events_of(Tracks(phases=[PhaseSlice("loss", 2, 1)]), 0)
+    with pytest.raises(ValueError, match="from a to b ends before"):
+        events_of(Tracks(flows=[Flow("a", 2, "b", 1)]), 0)
+
+
+def test_nothing_gives_no_tracks():
+    assert events_of(Tracks(), BASE_NS) == []
