@@ -168,6 +168,8 @@ def _sizes(command: argparse.ArgumentParser) -> None:
                      help="how much is measured: off, light (default), full")
     run.add_argument("--trace", dest="trace_steps", type=int, nargs="?", const=3, default=0, metavar="N",
                      help="run N steps (default 3) again under torch.profiler when training is over, into traces/")
+    _both(run, "--memory-snapshot", action="store_true",
+          help="write the CUDA allocator's history at the end (on running out of memory it is written anyway)")
     run.add_argument("--compile", action="store_true", help="torch.compile: another experiment, recorded")
     _both(run, "--bucket-by-length", action="store_true", help="batches of documents of like length")
 

@@ -7,12 +7,14 @@ the replay of a failure. ``full``: every leaf module at every step, snapshots mo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from harness.forensics.investigate import investigate, scaler_skip
+from harness.forensics.investigate import investigate
 from harness.forensics.phase_trace import PhaseTrace
 from harness.forensics.stored import store
 from harness.run_folder import RunFolder
@@ -20,10 +22,13 @@ from harness.settings import RunSettings
 from harness.training import Training
 from instrument.forensics_record import ForensicsRecord
 from instrument.log import replace
-from instrument.memory import memory_split
+from instrument.memory import memory_split, with_activations
 from instrument.records import EventRecord, StepRecord, encode
+from instrument.replay.examine import explain_skip
+from instrument.sampler.energy import energy_per
 from instrument.sampler.sampler import Sampler
 from instrument.step_meter import Divergence, Reading
+from instrument.trace.magnitudes import ModuleMagnitudes
 from instrument.trace.window import TraceWindow
 from instrument.watch.module_log import ModuleLog
 from instrument.watch.taps import KEPT_STEPS, ModuleTaps
@@ -39,6 +44,8 @@ class Level:
     explained_skips: int
 
 
+TIMED = "timed"
+"""The sampler's window: training steps behind the preset's untimed ones, evaluations left out."""
 LEVELS = {"off": None, "light": Level(leaf_every=16, snapshot_every=50, explained_skips=1),
           "full": Level(leaf_every=1, snapshot_every=10, explained_skips=8)}
 
@@ -55,6 +62,9 @@ class Instruments:
         self.sampler: Sampler | None = None
         self._snapshot = None
         self._skips = 0
+        self._running = False
+        self._timed: list[int] | None = None
+        """Steps and real tokens since the sampler's window began."""
         if self.level is None:
             return
         if not settings.compile:  # hooks would break the compiled graph
@@ -70,8 +80,9 @@ class Instruments:
         return self
 
     def __exit__(self, *_) -> None:
+        self._clock(False)
         if self.sampler is not None:
-            self.hardware = self.sampler.stop(window="timed")
+            self.hardware = self.sampler.stop(window=TIMED)
         if self.taps is not None:
             self._modules.add(self.taps.read())
             self.taps.close()
@@ -84,19 +95,41 @@ class Instruments:
             return reading
         self._modules.add(reading.modules)
         step = reading.steps[-1].step
+        if self._timed is None and step >= self.settings.untimed_steps:
+            self._clock(True)
+        elif self._timed is not None:
+            self._timed = [self._timed[0] + len(reading.steps), self._timed[1] + sum(s.real_tokens for s in reading.steps)]
         if reading.divergence is None:
-            reading.events = [self._explained(event) for event in reading.events]
+            reading.events = [self._explained(event, step) for event in reading.events]
             if step - self._snapshot.step >= self.level.snapshot_every:
                 self._snapshot = self.training.snapshot(step)
         return reading
 
-    def _explained(self, event: EventRecord) -> EventRecord:
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no training (an evaluation): its energy is not counted."""
+        running = self._timed is not None
+        self._clock(False)
+        yield
+        if running:
+            self._clock(True)
+
+    def _clock(self, running: bool) -> None:
+        """Begin or end a window of timed steps for the sampler."""
+        if self.sampler is None or running == self._running:
+            return
+        self._timed = [0, 0] if self._timed is None else self._timed
+        self._running = running
+        self.sampler.mark(TIMED, "begin" if running else "end")
+
+    def _explained(self, event: EventRecord, now: int) -> EventRecord:
         """A scaler's skip with its producer, for the first few of a run."""
         if event.kind != "scaler_skip" or self._skips >= self.level.explained_skips:
             return event
         self._skips += 1
-        now = self.training.snapshot(event.step)
-        first = scaler_skip(self.training, event.step, self._snapshot, now)
+        training = self.training
+        first = explain_skip(event.step, training.again, self._snapshot, training.model, training.optimizer,
+                             training.precision.scaler, now=now)
         if first is None:
             return event
         return msgspec.structs.replace(event, detail=event.detail | {"first_nonfinite": msgspec.to_builtins(first)})
@@ -111,8 +144,13 @@ class Instruments:
         """What goes into the row's ``flags``."""
         if self.sampler is None:
             return {}
-        return {"hardware": self.hardware, "memory_split": memory_split(self.training.model, self.training.optimizer),
-                "instrument_bytes": self.own_bytes()}
+        device = self.training.precision.device
+        peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        split = with_activations(memory_split(self.training.model, self.training.optimizer), peak_bytes,
+                                 instrument_bytes=self.own_bytes()["device"])
+        steps, real_tokens = self._timed or (0, 0)
+        energy = energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
+        return {"hardware": self.hardware | energy, "memory_split": split, "instrument_bytes": self.own_bytes()}
 
     def own_bytes(self) -> dict[str, int]:
         """Memory that the instruments hold: the module ring on the device, the snapshot on the host."""
@@ -126,10 +164,11 @@ class Instruments:
         last = self.settings.max_steps
         path = self.folder.out / "traces" / f"{self.settings.run_id}.json.gz"
         now = self.training.snapshot(last)
-        with TraceWindow(path, self.training.precision.device) as trace:
+        with TraceWindow(path, self.training.precision.device) as trace, ModuleMagnitudes(self.training.model) as magnitudes:
             for step in range(max(1, last - n + 1), last + 1):
                 with PhaseTrace(trace, step).of(self.training):
                     self.training.again(step)
+            trace.add(*magnitudes.samples())
         now.restore()
         self.traced = {"trace": {"file": path.name, "failure": trace.failure}}
         if trace.failure is None:

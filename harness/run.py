@@ -25,6 +25,7 @@ from harness.settings import RunSettings
 from harness.summary import Outcome, summarize
 from harness.training import Training
 from instrument.environment import capture
+from instrument.memory import snapshot_on_oom
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
 from instrument.step_meter import Reading
 
@@ -100,7 +101,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
     outcome.flags["data"] = data.facts
     precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads,
                           compiled=settings.compile)
-    figures = None
+    figures = memory = None
     try:
         outcome.flags |= precision.flags
         own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
@@ -126,7 +127,8 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
             folder.events.write(EventRecord(step=0, kind="warning", detail={"what": figures.warning()}))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with Instruments(settings, training, folder) as instruments:
+        with snapshot_on_oom(folder.path / "memory_snapshot.pickle", device, history=settings.memory_snapshot,
+                             always=settings.memory_snapshot) as memory, Instruments(settings, training, folder) as instruments:
             began = time.perf_counter()
             for reading in training.train(training.meter(_window(settings), instruments.taps)):
                 reading.steps = [figures.fill(step, lengths.tolist())
@@ -136,7 +138,8 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
                 _add(outcome.timings_s, "steps", time.perf_counter() - began)
                 if outcome.divergence is None and settings.eval_every and step % settings.eval_every == 0 \
                         and step < settings.max_steps:
-                    evaluation(step)
+                    with instruments.pause():
+                        evaluation(step)
                 began = time.perf_counter()
         outcome.facts |= instruments.facts()
         outcome.flags |= instruments.flags() | {"optimizer_states": state_dtypes(training.optimizer),
@@ -152,6 +155,8 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
         outcome.flags |= instruments.traced
         outcome.status = "diverged" if outcome.divergence else "completed"
     finally:
+        if memory is not None and (memory.path is not None or settings.memory_snapshot):
+            outcome.flags["memory_snapshot"] = memory.path.name if memory.path else memory.why
         if figures is not None:
             outcome.facts |= figures.summary(outcome.steps, settings.untimed_steps)
         if device.type == "cuda":

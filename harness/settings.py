@@ -53,13 +53,14 @@ class Request:
     label_field: str = "labels"
     instrument: str = "light"
     trace_steps: int = 0
+    memory_snapshot: bool = False
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """One run, fully decided. ``eval_every`` 0 evaluates at the start and at the end only;
     ``log_every`` is the number of steps between two reads of the device; ``instrument`` is one of
-    `INSTRUMENT_LEVELS`, and ``trace_steps`` how many timed steps are run again under the profiler."""
+    `INSTRUMENT_LEVELS`, and ``trace_steps`` how many of the last steps are run again under the profiler."""
 
     case: Case
     config: DtypeConfig
@@ -90,6 +91,7 @@ class RunSettings:
     label_field: str
     instrument: str = "light"
     trace_steps: int = 0
+    memory_snapshot: bool = False
 
     @property
     def run_id(self) -> str:
@@ -111,7 +113,7 @@ class RunSettings:
     def as_config(self) -> dict[str, Any]:
         """The settings as plain data, for the record's ``config`` and for the hash."""
         plain = dataclasses.asdict(self)
-        for not_numerics in ("seed", "log_every", "instrument", "trace_steps"):
+        for not_numerics in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot"):
             del plain[not_numerics]
         for only_words in ("scenario", "in_default_matrix"):
             del plain["case"][only_words]
@@ -178,7 +180,7 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         validation_documents=asked.validation_documents or preset.validation_documents,
         dropout=asked.dropout, attention=asked.attention, compile=asked.compile,
         bucket_by_length=asked.bucket_by_length, text_field=asked.text_field, label_field=asked.label_field,
-        instrument=asked.instrument, trace_steps=asked.trace_steps)
+        instrument=asked.instrument, trace_steps=asked.trace_steps, memory_snapshot=asked.memory_snapshot)
 
 
 def choose_preset(asked: str, device: str) -> str:

@@ -28,7 +28,8 @@ def memory_split(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     A storage counts once, whole, under the first kind that holds it: tied weights, views and tables
     shared by all parameters are not counted again. 8-bit states count their own bytes and their
     scales'. ``by_dtype`` has the same bytes, ``elsewhere_bytes`` what is not on the first weight's device
-    (step counters on the host, say), which no other figure includes.
+    (step counters on the host, say), which no other figure includes. ``gradients_bytes`` are those held
+    now, none behind ``zero_grad``; ``gradients_complete_bytes`` is one for every trainable weight.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen: set[int] = set()
@@ -46,6 +47,7 @@ def memory_split(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
             dtype = str(part.dtype).removeprefix("torch.")
             by_dtype[kind][dtype] = by_dtype[kind].get(dtype, 0) + storage.nbytes()
     return {"device": str(device), **{f"{kind}_bytes": sum(by_dtype[kind].values()) for kind in KINDS},
+            "gradients_complete_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
             "by_dtype": by_dtype, "elsewhere_bytes": elsewhere_bytes}
 
 
@@ -59,11 +61,13 @@ def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *,
     if peak_allocated_bytes is None:
         return split | {"activations_bytes": None, "activations_at_most_bytes": None,
                         "why_no_activations": "torch keeps no peak of the memory it allocates on a CPU"}
-    rest_bytes = peak_allocated_bytes - instrument_bytes - sum(split[f"{kind}_bytes"] for kind in KINDS)
+    gradients_bytes = split["gradients_complete_bytes"]
+    stored_bytes = gradients_bytes + sum(split[f"{kind}_bytes"] for kind in KINDS if kind != "gradients")
+    rest_bytes = peak_allocated_bytes - instrument_bytes - stored_bytes
     if rest_bytes < 0:
         return split | {"activations_bytes": None, "activations_at_most_bytes": None,
                         "why_no_activations": "the peak is below what is stored now: it was taken before that was made"}
-    return split | {"activations_bytes": rest_bytes, "activations_at_most_bytes": rest_bytes + split["gradients_bytes"],
+    return split | {"activations_bytes": rest_bytes, "activations_at_most_bytes": rest_bytes + gradients_bytes,
                     "why_no_activations": None}
 
 

@@ -81,7 +81,8 @@ def _figures(seconds: dict[str, list[float]], suffix: str, facts: dict[str, obje
 
 def _note(name: str, ratios: list[float], facts: dict[str, object]) -> str:
     if name == "bare_again":
-        width = 2 * (half_width_95(ratios) or math.inf)
+        half = half_width_95(ratios)
+        width = math.inf if half is None else 2 * half
         verdict = "under" if width < A_A_INTERVAL else "not under"
         return f"A/A: the interval is {width:.2%} wide, {verdict} the {A_A_INTERVAL:.0%} that a claim of 1 % needs"
     return str(facts["notes"].get(name, ""))

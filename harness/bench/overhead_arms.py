@@ -20,6 +20,7 @@ from harness.planning import plan_run
 from harness.precision import Precision
 from harness.run import load_run_data, make_batches, model_request
 from harness.run_folder import RunFolder
+from harness.schedule import learning_rate
 from harness.settings import MAX_NORM, Request, RunSettings
 from harness.training import Training
 
@@ -71,6 +72,9 @@ def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSetting
 
     def step(number: int) -> None:
         batch = batches.step(number)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, peak=settings.lr, warmup_steps=settings.warmup_steps,
+                                        max_steps=settings.max_steps)
         for micro in batch.micro_batches(settings.micro_batch):
             micro = micro.to(precision.device)
             with precision.forward():

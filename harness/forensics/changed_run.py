@@ -68,8 +68,10 @@ def _training(rebuilt: Rebuilt, change: Change) -> Iterator[tuple[Training, InFp
     """A training with the change in it."""
     training = rebuilt.training(change.config)
     precision = training.precision
-    if change.module is not None and change.stays_fp32 and change.config.weights != "fp32":
-        precision.logits_dtype = precision.loss_dtype = torch.float32  # the head of 16-bit weights
+    if change.module is not None:
+        precision.check_logits = lambda logits: None  # their dtype may be what is changed
+        if change.stays_fp32:
+            precision.loss_dtype = torch.float32
     cast_back = None if change.stays_fp32 else precision.weights_dtype
     try:
         with in_fp32(training.model, change.module, cast_back) if change.module else nullcontext() as seen:

@@ -15,7 +15,7 @@ import msgspec
 
 from harness.forensics.changed_run import ChangedRun, run_changed, run_unchanged
 from harness.forensics.changes import Change, change_of, changes_of, confirms, enclosing_modules
-from harness.forensics.failures import NothingToReplay, SnapshotError
+from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
 from harness.forensics.rebuild import Rebuilt, rebuild
 from harness.forensics.stored import read_state
 from harness.precision import Unsupported
@@ -70,7 +70,10 @@ def try_changes(run_folder: Path, names: list[str], steps: int | None = None,
     changes = changes_of(names, rebuilt.settings.config, rebuilt.model, first)
     timed = list(range(state.step + 1, min(first.step, state.step + MOST_TIMED_STEPS) + 1))
     progress("unchanged")
-    control = run_unchanged(rebuilt, state, first.step, timed)
+    try:
+        control = run_unchanged(rebuilt, state, first.step, timed)
+    except Unsupported as error:
+        raise RebuildError(f"{record.run_id} cannot be run again here: {error}") from error
     reproduced = control.failed_at == first.step and control.first is not None and control.first.phase == first.phase_surfaced
     trials = _Trials(rebuilt, state, first, last, timed, control, reproduced, progress, [control.step_time_s])
     remedies = [trials.remedy(change) for change in changes]
@@ -183,12 +186,15 @@ def _where(run: ChangedRun) -> str:
 
 
 def _read(run_folder: Path) -> tuple[RunRecord, ForensicsRecord]:
+    """The run's row and its forensics; a healthy run has none, or those of an older run of the same settings."""
+    why = "--try is for runs that ended in a non-finite value under --instrument light or full"
     try:
-        return decode((run_folder / "run.json").read_bytes(), RunRecord), \
-            decode((run_folder / "forensics.json").read_bytes(), ForensicsRecord)
+        record = decode((run_folder / "run.json").read_bytes(), RunRecord)
+        if record.status != "diverged":
+            raise NothingToReplay(f"{record.run_id} is {record.status}: {why}")
+        return record, decode((run_folder / "forensics.json").read_bytes(), ForensicsRecord)
     except FileNotFoundError as error:
-        raise NothingToReplay(f"{run_folder.name} has no {Path(error.filename).name}: --try is for runs that ended in a "
-                              "non-finite value under --instrument light or full") from error
+        raise NothingToReplay(f"{run_folder.name} has no {Path(error.filename).name}: {why}") from error
     except RecordError as error:
         raise SnapshotError(f"{run_folder}: {error}") from error
 

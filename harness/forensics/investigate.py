@@ -7,6 +7,8 @@ step's ops and names the culprit (`instrument.replay`). The third profiles it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +26,12 @@ from harness.forensics.repro import save_operands
 from harness.forensics.words import sentence
 from harness.training import Training
 from instrument.forensics_record import ForensicsRecord
-from instrument.records import FirstNonfinite, StepRecord
+from instrument.records import StepRecord
 from instrument.replay.examine import Examination, completed, examine
 from instrument.replay.snapshot import Snapshot
 from instrument.step_meter import Divergence, Reading
-from instrument.trace.tracks import CounterSample, Flow, Marker
+from instrument.trace.magnitudes import ModuleMagnitudes, flows_from
+from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import TraceWindow
 from instrument.watch.taps import ModuleTaps, TapReading
 
@@ -71,7 +74,7 @@ def investigate(training: Training, divergence: Divergence, snapshot: Snapshot, 
     events = None
     if trace_path is not None:
         rerun.before.restore()
-        events = trace_step(training, divergence.step, trace_path, found, rerun.modules)
+        events = trace_step(training, divergence.step, trace_path, found)
     return ForensicsRecord(
         run_id=run_id, matched=matched, first_nonfinite=first, sentence=sentence(first, found, since, found.culprit.spread),
         parameter=found.parameter, spread_modules=found.culprit.spread, chain=tuple(chain_links(found.culprit.chain, found)),
@@ -115,52 +118,22 @@ def _equal(a: float | None, b: float | None, tolerance: float) -> bool:
     return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
-def trace_step(training: Training, step: int, path: Path, found: Examination, modules: list[TapReading]) -> list[dict] | None:
-    """Profile the failed step into ``path``, our tracks with it; its events, or None when it cannot be written."""
-    with TraceWindow(path, training.precision.device) as trace:
-        phases = PhaseTrace(trace, step)
-        with phases.of(training):
+def trace_step(training: Training, step: int, path: Path, found: Examination) -> list[dict] | None:
+    """Profile the failed step into ``path``, with the modules' magnitudes, a marker at the culprit and arrows to
+    what its value reached; torch's events, or None when there is no trace."""
+    with TraceWindow(path, training.precision.device) as trace, ModuleMagnitudes(training.model) as magnitudes:
+        with PhaseTrace(trace, step).of(training):
             training.again(step)
-        trace.add(*_tracks(found, modules, trace, step))
+        samples = magnitudes.samples()
+        trace.add(*samples, *flows_from(found.module or "", samples), *_marker(found, samples, trace.phases))
     return trace.events
 
 
-def _tracks(found: Examination, modules: list[TapReading], trace: TraceWindow, step: int):
-    """Counters of every module in the failed step, a marker at the culprit and flows to what it reached, laid over
-    the profiled step in proportion to the op's place in the recorded one."""
-    nodes = found.graph.nodes
-    slices = trace.phases
-    if not slices or not nodes:
-        return
-    start_ns, end_ns = slices[0].start_unix_ns, slices[-1].end_unix_ns
-
-    def at(index: int) -> int:
-        return start_ns + (end_ns - start_ns) * index // len(nodes)
-
-    first_of = {}
-    for node in nodes:
-        first_of.setdefault((node.module, "bwd" if node.phase == "backward" else "fwd"), node.index)
-    for r in modules:
-        if r.step == step and (r.module, r.direction) in first_of:
-            yield CounterSample(at(first_of[r.module, r.direction]), r.module, **{r.direction: r.absmax})
-    culprit = found.culprit.node
-    if culprit is None:
-        return
-    yield Marker(at(culprit.index), f"first non-finite value: {culprit.op}",
-                 {"module": culprit.module or "", "phase": found.phase, "cause": found.cause, "kind": found.kind})
-    for node in found.culprit.chain[1:6]:
-        yield Flow(culprit.module or culprit.op, at(culprit.index), node.module or node.op, at(node.index))
-
-
-def scaler_skip(training: Training, step: int, snapshot: Snapshot, now: Snapshot) -> FirstNonfinite | None:
-    """The producer behind a scaler's skipped step; puts the training back to ``now``."""
-    try:
-        found = examine(step, training.again, snapshot, training.model, training.optimizer, training.precision.scaler)
-    finally:
-        now.restore()
-    if found is None:
-        return None
-    blank = FirstNonfinite(step=step, microbatch=None, phase="backward", phase_surfaced="unscale", module=None, op=None,
-                           tensor="grad", source_tensor=None, kind="inf", dtype=None, cause=None, input_absmax=None,
-                           headroom_bits=None)
-    return completed(blank, found, from_step=snapshot.step)
+def _marker(found: Examination, samples: Sequence[CounterSample], phases: Sequence[PhaseSlice]) -> list[Marker]:
+    """A marker where the module's first non-finite value was seen, else where the culprit's phase began."""
+    seen = [s.unix_ns for s in samples if s.name == found.module
+            and any(value is not None and not math.isfinite(value) for value in (s.fwd, s.bwd))]
+    began = [p.start_unix_ns for p in phases if p.name == found.phase]
+    detail = {"module": found.module or "", "phase": found.phase, "cause": found.cause, "kind": found.kind}
+    return [Marker(time_ns, f"first non-finite value: {found.op or found.tensor}", detail)
+            for time_ns in (seen[:1] or began[-1:])]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from harness.training import Training
 from instrument.trace.window import TraceWindow
@@ -13,16 +14,13 @@ class PhaseTrace:
 
     def __init__(self, trace: TraceWindow, step: int) -> None:
         self._trace, self._step = trace, step
-        self._open = ExitStack()
 
     def enter(self, phase: str | None) -> None:
         """End the phase that is open and begin another (None: none)."""
-        self._open.close()
-        if phase is not None:
-            self._open.enter_context(self._trace.phase(phase, self._step))
+        self._trace.enter(phase, self._step)
 
     @contextmanager
-    def of(self, training: Training):
+    def of(self, training: Training) -> Iterator[None]:
         """Trace the phases of what ``training`` runs inside."""
         precision = training.precision
         marks = {"forward": "forward", "measure_gradients": "unscale", "clip": "clip", "update": "optimizer"}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
+from instrument.finite import surfaced
 from instrument.records import FirstNonfinite
 from instrument.replay.diagnosis import Diagnosis, diagnose, divides, underflowed
 from instrument.replay.graph import Culprit, Node, StepGraph
@@ -143,19 +144,30 @@ def kind_name(kinds: int) -> str:
 
 
 
-def completed(surfaced: FirstNonfinite, examination: Examination | None, *, from_step: int,
+def completed(seen: FirstNonfinite, examination: Examination | None, *, from_step: int,
               matched: bool = True) -> FirstNonfinite:
     """The record of a failure with what its replay found; ``replay.matched`` is false when the replayed step
     stayed finite (then the rest is as it surfaced) or failed in another way."""
     if examination is None:
-        return msgspec.structs.replace(surfaced, replay={"matched": False, "from_step": from_step})
+        return msgspec.structs.replace(seen, replay={"matched": False, "from_step": from_step})
     e, diagnosis = examination, examination.diagnosis
     return msgspec.structs.replace(
-        surfaced, phase=e.phase, module=e.module, op=e.op, microbatch=e.microbatch, tensor=e.tensor,
+        seen, phase=e.phase, module=e.module, op=e.op, microbatch=e.microbatch, tensor=e.tensor,
         source_tensor=e.source_tensor, kind=e.kind, cause=e.cause,
-        dtype=e.culprit.node.dtype if e.culprit.node else surfaced.dtype,
+        dtype=e.culprit.node.dtype if e.culprit.node else seen.dtype,
         input_absmax=diagnosis and diagnosis.input_absmax, headroom_bits=diagnosis and diagnosis.headroom_bits,
         absorbed=[f"{n.phase}:{n.module or ''}:{n.op}" for n in e.culprit.absorbed][:MOST_ABSORBED],
         replay={"matched": matched, "from_step": from_step, "ops": len(e.graph.nodes),
                 "spread_modules": e.culprit.spread, "alike": e.culprit.alike, "parameter": e.parameter,
                 "element": e.culprit.node and e.culprit.node.element})
+
+
+def explain_skip(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.nn.Module,
+                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, now: int) -> FirstNonfinite | None:
+    """What made the loss scaler skip ``step``, by a replay; everything is put back as it is behind step ``now``."""
+    present = Snapshot(now, model, optimizer, scaler)
+    try:
+        found = examine(step, run_step, snapshot, model, optimizer, scaler)
+    finally:
+        present.restore()
+    return completed(surfaced(step, "unscale", "grad", "inf"), found, from_step=snapshot.step) if found else None

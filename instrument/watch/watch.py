@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+import msgspec
 import torch
 
 from instrument.finite import first_bad, float_states
 from instrument.records import PHASES, EventRecord, FirstNonfinite
-from instrument.replay.examine import Examination, completed, examine
+from instrument.replay.examine import Examination, completed, examine, explain_skip
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
 from instrument.watch.headroom import Headroom, HeadroomTable
@@ -46,7 +47,8 @@ class Watch:
     ``granularity``: ``module`` (blocks every step, leaf modules every ``every`` steps), ``block`` or
     ``off`` (loss, gradients, parameters and states only). ``replay``: runs a whole step again, given
     its number; random state, weights, optimizer and scaler are put back by the watch, which keeps a
-    copy of them in host memory every ``snapshot_every`` steps. ``raise_on_nonfinite`` raises
+    copy of them in host memory every ``snapshot_every`` steps; it names the producer behind a failure,
+    and behind the first ``explained_skips`` steps that the scaler skips. ``raise_on_nonfinite`` raises
     `NonfiniteError` at the end of the step in which a failure is read.
     Raises ValueError for an unknown granularity or a cadence below 1.
     """
@@ -54,7 +56,7 @@ class Watch:
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
                  scaler: torch.amp.GradScaler | None = None, granularity: str = "module", every: int = 16,
                  log_every: int | None = None, replay: Callable[[int], object] | None = None, snapshot_every: int = 50,
-                 raise_on_nonfinite: bool = False) -> None:
+                 explained_skips: int = 1, raise_on_nonfinite: bool = False) -> None:
         for name, value in (("log_every", log_every), ("snapshot_every", snapshot_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -67,6 +69,7 @@ class Watch:
         self.taps = ModuleTaps(model, self.device, granularity=granularity, every=every)
         self.log_every = log_every or (1 if self.device.type == "cpu" else 10)
         self._replay, self._snapshot_every, self._raise = replay, snapshot_every, raise_on_nonfinite
+        self._explained_skips, self._skips = explained_skips, 0
         self._snapshot: Snapshot | None = None
         self._found: FirstNonfinite | None = None
         self._headroom = HeadroomTable()
@@ -156,7 +159,7 @@ class Watch:
             surface = Surface(step, dict(zip(COLUMNS, values, strict=True)), [r for r in readings if r.step == step],
                               self.names, [(name, tensor) for name, tensor, _ in self._states])
             if self.scaler is not None and surface.skipped:
-                self.events.append(EventRecord(step=step, kind="scaler_skip", detail=surface.skip_detail()))
+                self.events.append(self._skip(surface, steps[-1]))
             self._found = surface.first_nonfinite()
             if self._found is not None:
                 break
@@ -215,17 +218,34 @@ class Watch:
         return torch.stack([v.double() if isinstance(v, torch.Tensor) else
                             torch.full((), v, dtype=torch.float64, device=self.device) for v in values])
 
-    def _examine(self, surfaced: FirstNonfinite) -> None:
+    def _skip(self, surface: Surface, now: int) -> EventRecord:
+        """A scaler's skip; the first few with their producer, by replay."""
+        detail = surface.skip_detail()
+        if self._replay is not None and self._skips < self._explained_skips:
+            self._skips += 1
+            with self._replays() as run_step:
+                first = explain_skip(surface.step, run_step, self._snapshot, self.model, self.optimizer, self.scaler, now=now)
+            if first is not None:
+                detail["first_nonfinite"] = msgspec.to_builtins(first)
+        return EventRecord(step=surface.step, kind="scaler_skip", detail=detail)
+
+    def _examine(self, seen: FirstNonfinite) -> None:
         """Replay the failed step from the last snapshot and complete the record."""
+        after = Snapshot(seen.step, self.model, self.optimizer, self.scaler)
+        with self._replays() as run_step:
+            self.examination = examine(seen.step, run_step, self._snapshot, self.model, self.optimizer, self.scaler)
+        after.restore()
+        self._found = completed(seen, self.examination, from_step=self._snapshot.step)
+
+    @contextmanager
+    def _replays(self) -> Iterator[Callable[[int, OpRecorder | None], None]]:
+        """The caller's step function, with this watch's own hooks silent."""
         def run_step(step: int, recorder: OpRecorder | None) -> None:
             self._recorder = recorder
             self._replay(step)
 
-        after = Snapshot(surfaced.step, self.model, self.optimizer, self.scaler)
         self._replaying = True
         try:
-            self.examination = examine(surfaced.step, run_step, self._snapshot, self.model, self.optimizer, self.scaler)
+            yield run_step
         finally:
             self._replaying, self._recorder = False, None
-            after.restore()
-        self._found = completed(surfaced, self.examination, from_step=self._snapshot.step)

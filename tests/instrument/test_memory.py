@@ -46,6 +46,10 @@ def test_weights_gradients_and_adamw_states_by_the_closed_form():
     assert (split["weights_bytes"], split["gradients_bytes"], split["buffers_bytes"]) == (58 * 4, 58 * 4, 0)
     assert split["optimizer_bytes"] == 2 * 58 * 4 + 4 * 4  # and a step counter of 4 bytes per tensor
     assert split["by_dtype"]["optimizer"] == {"float32": split["optimizer_bytes"]} and split["elsewhere_bytes"] == 0
+    optimizer.zero_grad()
+    model[0].bias.requires_grad_(False)
+    split = memory_split(model, optimizer)
+    assert (split["gradients_bytes"], split["gradients_complete_bytes"]) == (0, 53 * 4)
 
 
 def test_a_shared_storage_counts_once():
@@ -54,6 +58,7 @@ def test_a_shared_storage_counts_once():
     step(model, optimizer, torch.arange(10)[None])
     split = memory_split(model, optimizer)
     assert split["weights_bytes"] == split["gradients_bytes"] == split["optimizer_bytes"] == 100 * 8 * 4
+    assert split["gradients_complete_bytes"] == 100 * 8 * 4
     assert split["buffers_bytes"] == 80 and split["by_dtype"]["buffers"] == {"int64": 80}
     flat = torch.zeros(100)
     model.a, model.b = nn.Parameter(flat[:10]), nn.Parameter(flat[10:20])
@@ -92,7 +97,8 @@ def test_8_bit_states_count_their_bytes_and_their_scales():
 
 
 def test_activations_are_what_the_peak_holds_beyond_the_rest():
-    split = {"weights_bytes": 100, "buffers_bytes": 10, "gradients_bytes": 100, "optimizer_bytes": 200}
+    split = {"weights_bytes": 100, "buffers_bytes": 10, "gradients_bytes": 0, "optimizer_bytes": 200,
+             "gradients_complete_bytes": 100}
     found = with_activations(split, 1000, instrument_bytes=40)
     assert (found["activations_bytes"], found["activations_at_most_bytes"]) == (550, 650)
     for peak_bytes, why in ((None, "on a CPU"), (300, "below what is stored")):

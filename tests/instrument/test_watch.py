@@ -150,6 +150,22 @@ def test_a_scalers_skip_is_an_event_with_its_place():
     assert event.detail["loss_scale"] == 4.0
 
 
+def test_a_skip_is_explained_by_a_replay_and_training_goes_on_as_if_nothing_had_happened():
+    plain, watched = Loop(scaled=True, at_2="forward"), Loop(scaled=True, at_2="forward")
+    for step in range(1, 5):
+        plain.step(step)
+    watch = Watch(watched.model, watched.optimizer, scaler=watched.scaler, replay=watched.step, snapshot_every=1)
+    for step in range(1, 5):
+        with watch.step(step):
+            watched.step(step)
+    (event,) = watch.events
+    first = event.detail["first_nonfinite"]
+    assert (first["step"], first["phase"], first["op"], first["cause"]) == (2, "forward", "aten.div", "invalid")
+    assert watch.first_nonfinite is None
+    assert all(map(torch.equal, plain.model.parameters(), watched.model.parameters()))
+    assert plain.scaler.get_scale() == watched.scaler.get_scale()
+
+
 def test_off_leaves_no_hook_and_closing_neither():
     loop = Loop(scaled=True)
     watch = loop.run(granularity="off")

@@ -1,0 +1,190 @@
+"""Which values of an fp32 run would leave the range of a narrower format, and what would come of it under a
+configuration. Torch-free.
+
+Everything is read from the reference alone: the ranges of its modules, its step log, its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from instrument.records import StepRecord
+
+HEAD, LOGITS, GRADIENTS = "head", "logits", "parameter gradients"
+FLUSHED = 0.5
+"""Share of values lost to zero from which it is called a hazard."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A floating-point format. ``smallest``: its smallest subnormal; up to half of it rounds to zero."""
+
+    id: str
+    largest: float
+    smallest: float
+
+    def headroom_bits(self, value: float) -> float | None:
+        """Bits from a magnitude to the largest number, negative beyond it; null for 0 and for what is not finite."""
+        return math.log2(self.largest / value) if value and math.isfinite(value) else None
+
+
+FORMATS = {f.id: f for f in (Format("fp16", 65504.0, 2.0**-24), Format("bf16", (2 - 2**-7) * 2.0**127, 2.0**-133),
+                             Format("fp32", (2 - 2**-23) * 2.0**127, 2.0**-149))}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What decides, of a configuration. Formats by id: ``compute`` of products, ``head`` behind the last encoder
+    output, ``states`` of AdamW (``8bit`` too) and ``update`` of its arithmetic, ``clip`` of the gradient norm.
+    ``mixed``: under autocast, where sums of residuals stay fp32. ``loss_scale``: the first one, or None."""
+
+    compute: str
+    head: str
+    states: str
+    update: str
+    clip: str
+    mixed: bool
+    eps: float
+    beta2: float
+    max_norm: float
+    loss_scale: float | None
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """One thing that would go wrong. ``value`` is the fp32 run's, at ``step``, and ``limit`` what it is beyond (or
+    below); ``share``: of values lost to zero; ``module``: null where it is about all of them."""
+
+    kind: str
+    module: str | None
+    step: int
+    value: float | None
+    limit: float | None
+    bits: float | None = None
+    share: float | None = None
+
+    @property
+    def fatal(self) -> bool:
+        """Whether training ends of it."""
+        return self.kind in FATAL
+
+
+FATAL = ("overflow_forward", "overflow_backward", "norm_overflow", "division_by_zero")
+"""In the order in which a step meets them."""
+KINDS = (*FATAL, "scaler_skip", "states_flush", "gradient_flush")
+COMPARED = (*FATAL, "scaler_skip", "states_flush")
+"""Not ``gradient_flush``: a run in fp16 cannot see what it has flushed."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An fp32 run. ``modules``: rows of its ``activations.jsonl`` (`watch.module_log.ModuleRecord`)."""
+
+    modules: Sequence
+    steps: Sequence[StepRecord]
+    n_params: int
+
+
+def hazards(reference: Reference, arithmetic: Arithmetic) -> list[Hazard]:
+    """What would go wrong under a configuration, by kind and then in the model's order."""
+    found = [*_forward(reference, arithmetic), *_backward(reference, arithmetic), *_norm(reference, arithmetic),
+             *_optimizer(reference, arithmetic), *_gradient_flush(reference, arithmetic)]
+    return sorted(found, key=lambda hazard: KINDS.index(hazard.kind))
+
+
+def end(found: Iterable[Hazard]) -> Hazard | None:
+    """The hazard that training ends of: the first fatal one, None when it survives."""
+    return min((h for h in found if h.fatal), key=lambda h: (h.step, FATAL.index(h.kind)), default=None)
+
+
+def smallest_gradient(arithmetic: Arithmetic) -> float:
+    """|g| up to which (1 - beta2) g^2 rounds to zero in the states' format."""
+    return math.sqrt(FORMATS[arithmetic.states].smallest / 2 / (1 - arithmetic.beta2))
+
+
+def _format_of(module: str, arithmetic: Arithmetic) -> Format:
+    return FORMATS[arithmetic.head if module == HEAD or module.startswith(f"{HEAD}.") else arithmetic.compute]
+
+
+def _beyond(reference: Reference, arithmetic: Arithmetic, direction: str, scale: float) -> dict[str, tuple[float, int, Format]]:
+    """Modules whose values times ``scale`` leave their format: value, step at which that was first seen, format."""
+    found: dict[str, tuple[float, int, Format]] = {}
+    holders = {row.module.rpartition(".")[0] for row in reference.modules}
+    for row in reference.modules:
+        if row.direction != direction or (arithmetic.mixed and row.module in holders):
+            continue  # what a block hands on under autocast is an fp32 sum
+        form, value = _format_of(row.module, arithmetic), (math.inf if row.inf or row.nan else row.absmax) * scale
+        if value > form.largest and form.id != "fp32":
+            worst, step, _ = found.get(row.module, (0.0, row.absmax_step, form))
+            found[row.module] = (max(worst, value), min(step, row.absmax_step), form)
+    return found
+
+
+def _forward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
+    for module, (value, step, form) in _beyond(reference, arithmetic, "fwd", 1.0).items():
+        yield Hazard("overflow_forward", module, step, value, form.largest, form.headroom_bits(value))
+    head = FORMATS[arithmetic.head]
+    over = [s for s in reference.steps if s.logit_absmax is not None and s.logit_absmax > head.largest]
+    if over and head.id != "fp32":
+        worst = max(s.logit_absmax for s in over)
+        yield Hazard("overflow_forward", LOGITS, over[0].step, worst, head.largest, head.headroom_bits(worst))
+
+
+def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
+    """Beyond the range at the scale at which backward runs; a scaler makes a skipped step of it."""
+    scale = arithmetic.loss_scale or 1.0
+    kind = "overflow_backward" if arithmetic.loss_scale is None else "scaler_skip"
+    for module, (value, step, form) in _beyond(reference, arithmetic, "bwd", scale).items():
+        yield Hazard(kind, module, step, value, form.largest, form.headroom_bits(value))
+    form = FORMATS[arithmetic.compute]
+    over = [s for s in reference.steps if s.grad_absmax is not None and s.grad_absmax * scale > form.largest]
+    if over and form.id != "fp32":
+        worst = max(s.grad_absmax for s in over) * scale
+        yield Hazard(kind, GRADIENTS, over[0].step, worst, form.largest, form.headroom_bits(worst))
+
+
+def _norm(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
+    form = FORMATS[arithmetic.clip]
+    over = [s for s in reference.steps if s.grad_norm is not None and s.grad_norm > form.largest]
+    if over and form.id != "fp32":
+        worst = max(s.grad_norm for s in over)
+        yield Hazard("norm_overflow", None, over[0].step, worst, form.largest, form.headroom_bits(worst))
+
+
+def _optimizer(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
+    """AdamW's second moment at the first update, from the gradients' norm alone.
+
+    n clipped gradients of norm N have a root mean square r = N / sqrt(n). At most a share (r / g)^2 of them
+    exceeds any g (Chebyshev): so at least 1 - (r / g0)^2 of the second moments round to zero, g0 being
+    `smallest_gradient`; and where r < g0, one does at least. Divided by with an epsilon that rounds to zero as
+    well, it ends training, whatever its gradient is.
+    """
+    if arithmetic.states not in FORMATS or arithmetic.states == "fp32" or not reference.steps:
+        return
+    first = reference.steps[0]
+    if first.grad_norm is None or not math.isfinite(first.grad_norm):
+        return
+    rms = min(first.grad_norm, arithmetic.max_norm) / math.sqrt(reference.n_params)
+    limit = smallest_gradient(arithmetic)
+    if rms >= limit:
+        return
+    if arithmetic.eps <= FORMATS[arithmetic.update].smallest / 2:
+        yield Hazard("division_by_zero", None, first.step, rms, limit)
+    share = 1 - (rms / limit) ** 2
+    if share >= FLUSHED:
+        yield Hazard("states_flush", None, first.step, rms, limit, share=share)
+
+
+def _gradient_flush(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
+    """What fp16 would flush without a scale, as the instruments counted it in fp32."""
+    if arithmetic.compute != "fp16" or arithmetic.loss_scale is not None:
+        return
+    worst: dict[str, Hazard] = {}
+    for row in reference.modules:
+        if row.direction == "bwd" and row.flush_frac is not None and row.flush_frac >= FLUSHED \
+                and row.flush_frac > (worst[row.module].share if row.module in worst else 0):
+            worst[row.module] = Hazard("gradient_flush", row.module, row.absmax_step, None, FORMATS["fp16"].smallest,
+                                       share=row.flush_frac)
+    yield from worst.values()

@@ -1,0 +1,76 @@
+"""The overhead benchmark's arithmetic and arms, at sizes that take no time. No test judges a speed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from harness.bench import overhead, overhead_arms
+from harness.settings import Request
+
+
+def test_ratios_are_to_the_bare_step_of_the_same_round():
+    seconds = {name: [1.0, 2.0, 4.0] for name in overhead.ARMS} | {"light": [1.02, 2.04, 4.08],
+                                                                   "debug_underflow_overflow": [2.0, 4.0, 8.0]}
+    figures = {f.name: f for f in overhead._figures(seconds, "", {"what": "x", "notes": {"light": "holds"}}, 1.03)}
+    assert figures["light"].median == pytest.approx(1.02) and figures["light"].met and figures["light"].note == "holds"
+    assert figures["debug_underflow_overflow"].median == 2.0 and figures["debug_underflow_overflow"].met is None
+    assert figures["added_debug_over_light"].median == pytest.approx(50.0)
+    assert "0.00% wide, under the 1%" in figures["bare_again"].note
+
+
+def test_an_interval_that_is_too_wide_says_so():
+    seconds = {name: [1.0, 1.0, 1.0] for name in overhead.ARMS} | {"bare_again": [0.9, 1.0, 1.1]}
+    figures = {f.name: f for f in overhead._figures(seconds, "", {"what": "x", "notes": {}}, None)}
+    assert "not under" in figures["bare_again"].note
+
+
+def test_every_arm_takes_turns_and_the_order_is_reversed():
+    taken = []
+
+    def arm(name):
+        while True:
+            taken.append(name)
+            yield
+
+    wall_s, cpu_s = overhead._rounds({name: arm(name) for name in "abc"}, 2, 2)
+    assert taken == [*"abc", *"cba", *"abc", *"cba", *"abc"]
+    assert {len(v) for v in (*wall_s.values(), *cpu_s.values())} == {2}
+
+
+def test_the_arms_do_the_same_work(plan, tmp_path, monkeypatch):
+    small = plan("gpt2_clm", "fp32_true", max_steps=50)
+    monkeypatch.setattr(overhead_arms, "_settings", lambda device: small)
+    trained = {}
+    prepare = overhead_arms.Precision.prepare
+    monkeypatch.setattr(overhead_arms.Precision, "prepare",
+                        lambda self, model: trained.setdefault(len(trained), prepare(self, model)))
+    arms, facts, close = overhead_arms.make_arms(torch.device("cpu"), tmp_path)
+    assert set(arms) == set(overhead.ARMS) and facts["steps_a_turn"] == 1
+    with pytest.warns(UserWarning, match="Anomaly"):
+        for _ in range(3):
+            for arm in arms.values():
+                next(arm)
+    close()
+    reference, *others = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in trained.values()]
+    assert len(others) == 5
+    for weights in others:  # the fused loss and our clipping round differently
+        assert float((weights - reference).abs().mean()) < 1e-4 * math.sqrt(float(reference.square().mean()))
+    assert "MB on the host" in facts["notes"]["light"]
+
+
+def test_the_figures_are_written_for_the_dossier(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead_arms, "make_arms", lambda device, folder: (
+        {name: iter(lambda: None, 1) for name in overhead.ARMS}, {"what": "x", "notes": {}, "steps_a_turn": 1}, lambda: None))
+    overhead.measure(3, tmp_path)
+    stored = json.loads((tmp_path / "overhead.json").read_text())
+    assert stored["pairs"] == 3 and len(stored["wall_s"]["light"]) == 3
+    assert {row["name"] for row in stored["figures"]} >= {"light", "light_cpu", "bare_again"}
+
+
+def test_about_ten_million_parameters_on_a_cpu():
+    settings = overhead_arms._settings(torch.device("cpu"))
+    sizes = settings.case.architecture.sizes["tiny"]
+    assert (sizes["n_embd"], sizes["n_layer"]) == (256, 12) and settings.log_every == 1
+    assert isinstance(Request().instrument, str)
