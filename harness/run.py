@@ -101,7 +101,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
     outcome.flags["data"] = data.facts
     precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads,
                           compiled=settings.compile)
-    figures = memory = None
+    figures = memory = instruments = None
     try:
         outcome.flags |= precision.flags
         own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
@@ -160,7 +160,8 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
         if figures is not None:
             outcome.facts |= figures.summary(outcome.steps, settings.untimed_steps)
         if device.type == "cuda":
-            outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+            ours_bytes = instruments.own_bytes()["device"] if instruments else 0  # published apart, in flags
+            outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(device) - ours_bytes,
                               "peak_reserved_bytes": torch.cuda.max_memory_reserved(device)}
         precision.close()
 

@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 
 @dataclass(frozen=True)
 class Figure:
-    """``n`` repetitions of one quantity in ``unit`` (``s``, ``bytes``, ``ratio``, ``steps/s``, ``count``).
+    """``n`` repetitions of one quantity in ``unit`` (``s``, ``us``, ``bytes``, ``ratio``, ``steps/s``, ``count``).
 
     ``low95`` and ``high95``: t-interval of the mean, null for fewer than two repetitions. A target
     is ``at_most`` or ``at_least``; ``met`` compares the median with it, null without a target.

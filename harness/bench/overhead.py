@@ -19,6 +19,7 @@ from harness.bench.figure import Figure, half_width_95, summarize
 
 TARGETS = {"cpu": 1.03, "cuda": 1.01}
 A_A_INTERVAL = 0.01
+LOG_WRITE_US = 20.0
 WARMUP_ROUNDS = 3
 ARMS = ("bare", "bare_again", "light", "full", "debug_underflow_overflow", "detect_anomaly")
 
@@ -38,7 +39,7 @@ def measure(pairs: int, out: Path | None = None) -> list[Figure]:
             wall_s, cpu_s = _rounds(arms, pairs, facts["steps_a_turn"])
         finally:
             close()
-    figures = _figures(wall_s, "", facts, TARGETS[device.type]) + _figures(cpu_s, "_cpu", facts, None)
+    figures = [*_figures(wall_s, "", facts, TARGETS[device.type]), *_figures(cpu_s, "_cpu", facts, None), log_write()]
     if out is not None:
         from instrument.log import replace
 
@@ -46,6 +47,26 @@ def measure(pairs: int, out: Path | None = None) -> list[Figure]:
                 "wall_s": wall_s, "cpu_s": cpu_s}
         replace(out / "overhead.json", json.dumps(rows, allow_nan=False).encode() + b"\n")
     return figures
+
+
+def log_write(records: int = 2000) -> Figure:
+    """What writing one step's record costs the training thread: encoded, one line, one system call."""
+    import tempfile
+
+    from instrument.log import JsonlLog
+    from instrument.records import StepRecord
+
+    record = StepRecord(step=812, loss=2.8173, lr=3e-4, grad_norm=1.2345, grad_absmax=0.25, grad_nonfinite=0,
+                        grad_underflow_frac=0.0123, logit_absmax=17.25, logit_nonfinite=0, logit_over_fp16=0, loss_scale=65536.0,
+                        step_skipped=False, step_time_s=0.0971, samples=32, tokens=32768, real_tokens=31000, seq_len=1024,
+                        flops=27_998_388_486_144, mfu=0.41, allocated_bytes=41_000_000_000)
+    spent_us = []
+    with tempfile.TemporaryDirectory() as folder, JsonlLog(Path(folder) / "log.jsonl") as log:
+        for _ in range(records):
+            began = time.perf_counter()
+            log.write(record)
+            spent_us.append(1e6 * (time.perf_counter() - began))
+    return summarize("overhead", "log_write", spent_us, "us", at_most=LOG_WRITE_US, note=f"{records} records, one at a time")
 
 
 def _rounds(arms: dict[str, Iterator[None]], pairs: int, steps_a_turn: int) -> tuple[dict[str, list[float]], ...]:
@@ -75,7 +96,8 @@ def _figures(seconds: dict[str, list[float]], suffix: str, facts: dict[str, obje
     added = {name: median(seconds[name]) - median(bare) for name in ("light", "debug_underflow_overflow")}
     if added["light"] > 0:
         figures.append(summarize("overhead", f"added_debug_over_light{suffix}",
-                                 [added["debug_underflow_overflow"] / added["light"]], "ratio", note="time added by DebugUnderflowOverflow over time added by light"))
+                                 [added["debug_underflow_overflow"] / added["light"]], "ratio",
+                                 note="time added by DebugUnderflowOverflow over time added by light"))
     return figures
 
 

@@ -50,6 +50,8 @@ def spelled(value: float, unit: str) -> str:
     """A value with its unit: the only place where bytes become GB."""
     if unit == "bytes":
         return f"{value / 1e9:.3f} GB"
+    if unit == "us":
+        return f"{value:.1f} us"
     if unit == "count":
         return f"{value:g}"
     return f"{value:.3f}" + ("" if unit == "ratio" else f" {unit}")

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.replay.graph import Node
-from instrument.replay.recorder import mutated
+from instrument.replay.op_schema import mutated
 
 DENOMINATOR = {"div": 1, "div_": 1, "true_divide": 1, "addcdiv": 2, "addcdiv_": 2, "reciprocal": 0, "reciprocal_": 0,
                "rsqrt": 0, "rsqrt_": 0, "_foreach_div": 1, "_foreach_div_": 1, "_foreach_addcdiv": 2,

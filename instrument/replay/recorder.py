@@ -17,29 +17,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from instrument.replay.graph import AFTER, NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
+from instrument.replay.graph import AFTER, Edge, Node, StepGraph
+from instrument.replay.op_schema import (
+    OVERWRITES,
+    UNINITIALISED,
+    is_plain,
+    is_view,
+    kinds_of,
+    list_positions,
+    mutated,
+    pick_element,
+)
 from instrument.watch.modules import call_with_hooks
 from instrument.watch.scaler import wrap_unscale
-
-OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
-"""Ops that do not read what they write to."""
-UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
-"""Ops whose output is whatever was in memory."""
-
-
-def kinds_of(tensor: torch.Tensor) -> int:
-    """Bits of the non-finite values in a tensor; 0 for integers, empty tensors and other than plain ones."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0 or tensor.is_meta:
-        return 0
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.element_size() == 1:
-        tensor = tensor.float()
-    low, high = torch.aminmax(tensor)
-    low, high = float(low), float(high)
-    if math.isnan(low) or math.isnan(high):  # a NaN hides the infinities
-        return NAN | POS_INF * bool((tensor == math.inf).any()) | NEG_INF * bool((tensor == -math.inf).any())
-    return POS_INF * (high == math.inf) | NEG_INF * (low == -math.inf)
 
 
 class OpRecorder(TorchDispatchMode):
@@ -175,19 +165,19 @@ class OpRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _is_view(func):
+        if is_view(func):
             return func(*args, **kwargs)
         name = func._schema.name.replace("::", ".")
-        positions = _list_positions(func, args)
+        positions = list_positions(func, args)
         replaced = {id(t) for t in mutated(func, args, kwargs)} if name.rpartition(".")[2] in OVERWRITES else set()
         reads = [(self._edge(leaf), positions.get(id(leaf))) for leaf in tree_leaves((args, kwargs))
-                 if _is_plain(leaf) and id(leaf) not in replaced]
+                 if is_plain(leaf) and id(leaf) not in replaced]
         if self.capture:
             self._hold(func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
-        written = [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out)) if _is_plain(t)]
-        written = [(t, positions.get(id(t))) for t in mutated(func, args, kwargs) if _is_plain(t)] + written
+        written = [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out)) if is_plain(t)]
+        written = [(t, positions.get(id(t))) for t in mutated(func, args, kwargs) if is_plain(t)] + written
         if written:
             constant = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
             self._record(name, reads, written, constant, start_ns)
@@ -220,7 +210,7 @@ class OpRecorder(TorchDispatchMode):
     def _hold(self, func, args: tuple, kwargs: dict, positions: dict[int, int]) -> None:
         """Keep an op's arguments as they are before it runs, where a node of it is to be captured: of an op
         over lists, those of the node's position."""
-        overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if _is_plain(t)}
+        overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_plain(t)}
         elements = [*overwritten.values(),
                     *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns))]
         for index, element in enumerate(elements, start=len(self.graph.nodes)):
@@ -266,46 +256,5 @@ class OpRecorder(TorchDispatchMode):
                      if m is not None), None) if self._stage == "optimizer" else None
 
 
-def _is_plain(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided \
-        and (leaf.is_floating_point() or leaf.is_complex())
-
-
-def _is_view(func) -> bool:
-    """An op that hands out memory it was given and writes none."""
-    returns = [r.alias_info for r in func._schema.returns]
-    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
-
-
-def mutated(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The tensors among the arguments that an op writes to."""
-    found = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return found
-
-
-def pick_element(args: tuple, element: int | None) -> tuple:
-    """The arguments of one position of an op over lists, as lists of one; all of them for any other op."""
-    if element is None:
-        return args
-    return tuple([arg[element]] if isinstance(arg, (list, tuple)) and len(arg) == len(args[0]) else arg for arg in args)
-
-
 def _clone(leaf: object) -> object:
     return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _list_positions(func, args: tuple) -> dict[int, int]:
-    """``id`` of a tensor -> its position, for an op that works on lists of tensors position by position;
-    empty for any other op (``cat`` takes a list, too, but writes one tensor)."""
-    first = func._schema.arguments[0] if func._schema.arguments else None
-    writes_lists = any(str(r.type) == "List[Tensor]" for r in func._schema.returns) or (
-        first is not None and str(first.type) == "List[Tensor]" and first.alias_info is not None)
-    if not writes_lists or not args or not isinstance(args[0], (list, tuple)):
-        return {}
-    return {id(leaf): position for argument in args
-            if isinstance(argument, (list, tuple)) and len(argument) == len(args[0])
-            for position, leaf in enumerate(argument) if isinstance(leaf, torch.Tensor)}

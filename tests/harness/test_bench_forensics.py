@@ -78,8 +78,8 @@ def test_models_are_the_same_each_time_and_small(kind):
 
 def test_the_score_is_printed_with_what_was_wrong(monkeypatch):
     real = list(trials.injection_trials(4, seed=9))
-    monkeypatch.setattr(trials, "injection_trials", lambda n: iter([replace(real[0], why_wrong="because"), *real[1:]]))
-    monkeypatch.setattr(trials, "healthy_trials", lambda n: iter(real[:1]))
+    monkeypatch.setattr(trials, "injection_trials", lambda n, device: iter([replace(real[0], why_wrong="because"), *real[1:]]))
+    monkeypatch.setattr(trials, "healthy_trials", lambda n, device: iter(real[:1]))
     figures = {figure.name: figure for figure in measure(4)}
     assert figures["right"].median == 0.75 and figures["right"].met is False and "3 of 4" in figures["right"].note
     assert figures["wrong: because"].n == 1 and figures["healthy_left_alone"].median == 1.0

@@ -23,8 +23,8 @@ BF16 = replace(NAIVE, compute="bf16", head="bf16", states="bf16", update="bf16")
 
 def step(number, norm=1.0, absmax=0.1, logits=1.0):
     return StepRecord(step=number, loss=1.0, lr=0.1, grad_norm=norm, grad_absmax=absmax, grad_nonfinite=0,
-                      grad_underflow_frac=0.0, logit_absmax=logits, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None, step_skipped=False,
-                      step_time_s=0.1, samples=1, tokens=1, real_tokens=1, seq_len=1)
+                      grad_underflow_frac=0.0, logit_absmax=logits, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None,
+                      step_skipped=False, step_time_s=0.1, samples=1, tokens=1, real_tokens=1, seq_len=1)
 
 
 def row(module, absmax, direction="fwd", at=1, flush=None, inf=0):

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from instrument.replay.graph import NAN, NEG_INF, POS_INF
-from instrument.replay.recorder import OpRecorder, kinds_of
+from instrument.replay.op_schema import kinds_of
+from instrument.replay.recorder import OpRecorder
 
 
 def record(model, run, optimizer=None, **options):

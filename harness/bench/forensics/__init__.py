@@ -18,8 +18,9 @@ def measure(trials: int) -> list[Figure]:
     from harness.bench.forensics.trials import healthy_trials, injection_trials
 
     torch.set_num_threads(1)
-    injected = list(injection_trials(trials))
-    healthy = list(healthy_trials(max(1, round(trials * HEALTHY_SHARE))))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    injected = list(injection_trials(trials, device=device))
+    healthy = list(healthy_trials(max(1, round(trials * HEALTHY_SHARE)), device=device))
     figures = []
     for plant in dict.fromkeys(result.trial.plant for result in sorted(injected, key=lambda r: r.trial.plant)):
         figures.append(_share(f"right_{plant}", [r for r in injected if r.trial.plant == plant]))

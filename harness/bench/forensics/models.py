@@ -41,27 +41,28 @@ class Branches(nn.Module):
         """(B, L) token ids and a gate (L, 1) -> ``{"logits": (B, L, V), "hidden": (B, L, D)}``."""
         x = self.embed(input_ids)
         right = self.right[1](self.right[0](x))
-        scores = (x @ x.transpose(1, 2)).masked_fill(torch.ones(LENGTH, LENGTH).tril() == 0, -torch.inf)  # a mask in health
+        future = torch.ones(LENGTH, LENGTH, device=x.device).tril() == 0
+        scores = (x @ x.transpose(1, 2)).masked_fill(future, -torch.inf)  # a mask in health
         x = self.left(torch.softmax(scores, -1) @ x) * gate + right
         x = self.twice(torch.tanh(self.twice(x))) + self.frozen(x)
         x = x + checkpoint(self.deep, x, use_reentrant=False)
         return {"logits": self.out(x), "hidden": x}
 
 
-def build(kind: str, dtype: torch.dtype, attention: str, seed: int) -> Subject:
+def build(kind: str, dtype: torch.dtype, attention: str, seed: int, device: str = "cpu") -> Subject:
     """A seeded model in ``dtype`` with deterministic batches by step and micro-batch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (Branches() if kind == "branches" else _library(kind, attention)).to(dtype).train()
+        model = (Branches() if kind == "branches" else _library(kind, attention)).to(device, dtype).train()
 
     def loss_of(model: nn.Module, step: int, microbatch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed * 7919 + step * 31 + microbatch)
-        ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=generator)
+        ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=generator).to(device)
         if kind == "branches":
-            gate = torch.linspace(0, 1, LENGTH, dtype=dtype)[:, None]
+            gate = torch.linspace(0, 1, LENGTH, dtype=dtype, device=device)[:, None]
             logits = model(ids, gate=gate)["logits"]
         else:
-            mask = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+            mask = torch.ones(ROWS, LENGTH, dtype=torch.int64, device=device)
             mask[0, LENGTH - 3:] = 0  # padding: the library's masks hold -inf or the dtype's minimum
             logits = model(input_ids=ids, attention_mask=mask).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())

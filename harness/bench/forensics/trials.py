@@ -38,6 +38,7 @@ class Trial:
     plant: str | None
     module: str | None
     step: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,29 @@ class Result:
                 "why_wrong": self.why_wrong}
 
 
-def injection_trials(n: int, seed: int = 0) -> Iterator[Result]:
+def injection_trials(n: int, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
     """``n`` runs with a planted fault; a draw whose plant cannot do what it should is drawn again."""
     done, draw = 0, seed * 1_000_003
     while done < n:
         draw += 1
-        result = run_trial(_draw(draw))
+        result = run_trial(_draw(draw, device))
         if result is not None:
             done += 1
             yield result
 
 
-def healthy_trials(n: int, seed: int = 0) -> Iterator[Result]:
+def healthy_trials(n: int, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
     """``n`` runs with nothing planted, masks and absorbed infinities among them: nothing must be named."""
     done, draw = 0, 500_000 + seed * 1_000_003
     while done < n:
         draw += 1
-        result = run_trial(_draw(draw, healthy=True))
+        result = run_trial(_draw(draw, device, healthy=True))
         if result is not None:
             done += 1
             yield result
 
 
-def _draw(seed: int, healthy: bool = False) -> Trial:
+def _draw(seed: int, device: str, healthy: bool = False) -> Trial:
     chance = random.Random(f"trial {seed}")
     model = chance.choice(KINDS)
     dtype = chance.choice(["float32", "float32", "bfloat16", "float16"])
@@ -90,7 +91,7 @@ def _draw(seed: int, healthy: bool = False) -> Trial:
     subject = build(model, getattr(torch, dtype), attention, seed)
     step = chance.randint(2 if kind in LIVING_STATES else 1, STEPS)
     module = None if healthy else chance.choice(candidates(kind, subject.model))
-    return Trial(seed, model, dtype, attention, micro_batches, kind, module, step)
+    return Trial(seed, model, dtype, attention, micro_batches, kind, module, step, device)
 
 
 def candidates(kind: str, model: nn.Module) -> list[str]:
@@ -146,7 +147,7 @@ class _Run:
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
-        self.subject: Subject = build(trial.model, getattr(torch, trial.dtype), trial.attention, trial.seed)
+        self.subject: Subject = build(trial.model, getattr(torch, trial.dtype), trial.attention, trial.seed, trial.device)
         if trial.plant is None and trial.model == "gpt2" and trial.dtype == "float16":
             make_gelu_overflow(self.subject.model)
         parameters = [p for p in self.subject.model.parameters() if p.requires_grad]
