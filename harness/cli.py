@@ -89,12 +89,13 @@ def _exit_code(error: Exception) -> int | None:
     from bench_cases.lookup import BadDeclaration, UnknownId
     from bench_cases.models import ModelError
     from bench_cases.reach import WeightsUnavailable
-    from harness.forensics.failures import RebuildError, SnapshotError
+    from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
     from harness.inspect.locate import RunNotFound, RunUnreadable
     from harness.run_folder import OutputError
     from harness.settings import SettingsError
 
     codes = {UnknownId: USAGE, BadDeclaration: USAGE, SettingsError: USAGE, ModelError: USAGE,
-             RunNotFound: USAGE, RunUnreadable: BAD_DATA, SnapshotError: BAD_DATA, RebuildError: ENVIRONMENT,
-             DataError: BAD_DATA, DataUnavailable: ENVIRONMENT, WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT}
+             RunNotFound: USAGE, RunUnreadable: BAD_DATA, NothingToReplay: USAGE, SnapshotError: BAD_DATA,
+             RebuildError: ENVIRONMENT, DataError: BAD_DATA, DataUnavailable: ENVIRONMENT,
+             WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

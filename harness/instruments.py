@@ -17,6 +17,7 @@ import torch
 from harness.forensics.investigate import investigate
 from harness.forensics.phase_trace import PhaseTrace
 from harness.forensics.stored import store
+from harness.optimizer import rounded_away_share
 from harness.run_folder import RunFolder
 from harness.settings import RunSettings
 from harness.training import Training
@@ -156,21 +157,35 @@ class Instruments:
         """Memory that the instruments hold: the module ring on the device, the snapshot on the host."""
         return {"device": self.taps.nbytes if self.taps else 0, "host": self._snapshot.nbytes if self._snapshot else 0}
 
+    @torch.no_grad()
+    def rounded_away(self) -> dict[str, object]:
+        """How much of an update rounds to nothing, by running the last step once more and putting it back."""
+        if self.level is None:
+            return {}
+        training, step = self.training, self.settings.max_steps
+        now, before = training.snapshot(step), [p.clone() for p in training.precision.parameters]
+        with torch.enable_grad():
+            training.again(step)
+        share = rounded_away_share(before, training.precision.parameters, training.optimizer)
+        now.restore()
+        return {"updates_rounded_away_frac": share}
+
     def trace_steps(self) -> None:
         """Run the last steps again under the profiler, where asked; weights and states are put back."""
         n = self.settings.trace_steps
         if not n:
             return
         last = self.settings.max_steps
+        steps = range(max(1, last - n + 1), last + 1)
         path = self.folder.out / "traces" / f"{self.settings.run_id}.json.gz"
         now = self.training.snapshot(last)
         with TraceWindow(path, self.training.precision.device) as trace, ModuleMagnitudes(self.training.model) as magnitudes:
-            for step in range(max(1, last - n + 1), last + 1):
+            for step in steps:
                 with PhaseTrace(trace, step).of(self.training):
                     self.training.again(step)
             trace.add(*magnitudes.samples())
         now.restore()
-        self.traced = {"trace": {"file": path.name, "failure": trace.failure}}
+        self.traced = {"trace": {"file": path.name, "failure": trace.failure, "steps": len(steps)}}
         if trace.failure is None:
             self.traced["time_by_kernel"] = trace.table()
 

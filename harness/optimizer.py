@@ -64,6 +64,17 @@ def zero_share(optimizer: torch.optim.Optimizer) -> float | None:
     return sum(int((tensor == 0).sum()) for tensor in squares) / total if total else None
 
 
+def rounded_away_share(before: list[torch.Tensor], parameters: list[torch.Tensor],
+                       optimizer: torch.optim.Optimizer) -> float | None:
+    """Share of the elements with a nonzero ``exp_avg`` that an update left exactly as they were: what it
+    changed was less than half a unit in the last place. ``before`` are the parameters' values before it. None
+    when no floating-point ``exp_avg`` exists."""
+    moving = [(old, p, optimizer.state[p]["exp_avg"]) for old, p in zip(before, parameters, strict=True)
+              if "exp_avg" in optimizer.state.get(p, {})]
+    total = sum(int((m != 0).sum()) for _, _, m in moving)
+    return sum(int(((old == p) & (m != 0)).sum()) for old, p, m in moving) / total if total else None
+
+
 def eight_bit_adamw() -> type[torch.optim.Optimizer]:
     """bitsandbytes' AdamW; imported late because its import initialises CUDA (pytorch forks)."""
     import logging

@@ -147,6 +147,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
         if outcome.divergence is None:
             evaluation(settings.max_steps)
             outcome.facts["final_weights_sha256"] = weights_sha256(training.model)
+            outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:
             began = time.perf_counter()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from instrument.log import JsonlLog, replace
 from instrument.records import RecordError, RunRecord, decode, encode
+
+OF_THE_OLD_RUN = ("run.json", "forensics.json", "culprit.safetensors", "activations.jsonl", "hardware.jsonl")
 
 
 class OutputError(Exception):
@@ -25,7 +28,9 @@ class RunFolder:
         self.out = out
         self.path = out / "runs" / run_id
         try:
-            (self.path / "run.json").unlink(missing_ok=True)  # the old terminal row must not outlive its logs
+            for name in OF_THE_OLD_RUN:  # its terminal row and what explains it must not outlive its logs
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "snapshot", ignore_errors=True)
             self.steps = JsonlLog(out / "training_logs" / f"run_{run_id}.jsonl", fresh=True)
             self.evaluations = JsonlLog(self.path / "evaluations.jsonl", fresh=True)
             self.events = JsonlLog(self.path / "events.jsonl", fresh=True)

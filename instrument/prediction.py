@@ -1,7 +1,9 @@
 """Which values of an fp32 run would leave the range of a narrower format, and what would come of it under a
 configuration. Torch-free.
 
-Everything is read from the reference alone: the ranges of its modules, its step log, its size.
+Everything is read from the reference alone: the ranges of its modules, its step log, its size. So two things
+cannot be seen: what an op makes between a module's input and its output (x^3 in gelu), and that a 16-bit run
+takes another road once it has rounded differently.
 """
 
 from __future__ import annotations
@@ -80,11 +82,13 @@ COMPARED = (*FATAL, "scaler_skip", "states_flush")
 
 @dataclass(frozen=True)
 class Reference:
-    """An fp32 run. ``modules``: rows of its ``activations.jsonl`` (`watch.module_log.ModuleRecord`)."""
+    """An fp32 run. ``modules``: rows of its ``activations.jsonl`` (`watch.module_log.ModuleRecord`);
+    ``micro_batches``: how many a step's gradients are summed over."""
 
     modules: Sequence
     steps: Sequence[StepRecord]
-    n_params: int
+    n_params: int | None
+    micro_batches: int = 1
 
 
 def hazards(reference: Reference, arithmetic: Arithmetic) -> list[Hazard]:
@@ -139,6 +143,8 @@ def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     for module, (value, step, form) in _beyond(reference, arithmetic, "bwd", scale).items():
         yield Hazard(kind, module, step, value, form.largest, form.headroom_bits(value))
     form = FORMATS[arithmetic.compute]
+    if arithmetic.mixed:  # each micro-batch's share is 16-bit, their sum fp32; one share is at least the m-th part
+        scale /= reference.micro_batches
     over = [s for s in reference.steps if s.grad_absmax is not None and s.grad_absmax * scale > form.largest]
     if over and form.id != "fp32":
         worst = max(s.grad_absmax for s in over) * scale
@@ -164,7 +170,7 @@ def _optimizer(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]
     if arithmetic.states not in FORMATS or arithmetic.states == "fp32" or not reference.steps:
         return
     first = reference.steps[0]
-    if first.grad_norm is None or not math.isfinite(first.grad_norm):
+    if reference.n_params is None or first.grad_norm is None or not math.isfinite(first.grad_norm):
         return
     rms = min(first.grad_norm, arithmetic.max_norm) / math.sqrt(reference.n_params)
     limit = smallest_gradient(arithmetic)

@@ -57,7 +57,7 @@ def log_write(records: int = 2000) -> Figure:
     from instrument.records import StepRecord
 
     record = StepRecord(step=812, loss=2.8173, lr=3e-4, grad_norm=1.2345, grad_absmax=0.25, grad_nonfinite=0,
-                        grad_underflow_frac=0.0123, logit_absmax=17.25, logit_nonfinite=0, logit_over_fp16=0, loss_scale=65536.0,
+                        grad_underflow_frac=0.0123, logit_absmax=17.25, logit_nonfinite=0, logit_over_fp16=0, loss_scale=65_536,
                         step_skipped=False, step_time_s=0.0971, samples=32, tokens=32768, real_tokens=31000, seq_len=1024,
                         flops=27_998_388_486_144, mfu=0.41, allocated_bytes=41_000_000_000)
     spent_us = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.diff.paired import loss_difference, speed
-from harness.diff.parting import EPSILONS_APART, common_windows, first_module, first_step, tolerance
+from harness.diff.parting import EPSILONS_APART, comparable_windows, first_module, first_step, tolerance
 from harness.diff.two_runs import Run, differences, why_not_paired
 
 OUTCOME = ("status", "steps_done", "divergence_step", "scaler_skips", "val_loss", "perplexity", "f1_micro", "f1_macro",
@@ -22,9 +22,9 @@ def compare(runs: tuple[Run, Run]) -> dict[str, Any]:
     found = {
         "a": _who(a), "b": _who(b), "same_run": a.place.path.resolve() == b.place.path.resolve(),
         "paired": not not_paired, "not_paired_because": not_paired,
-        "settings": differences(a.settings, b.settings), "environment": differences(a.environment, b.environment),
+        "settings": settings(a, b), "environment": differences(a.environment, b.environment),
         "rounding": {"relative": limit, "epsilons": EPSILONS_APART, "epsilon": max(a.epsilon, b.epsilon)},
-        "common_steps": len(a.steps.keys() & b.steps.keys()), "common_windows": common_windows(a, b),
+        "common_steps": len(a.steps.keys() & b.steps.keys()), "comparable_windows": comparable_windows(a, b),
         "first_difference": first_step(a, b, 0.0), "first_beyond_rounding": first_step(a, b, limit),
         "first_module_difference": first_module(a, b, 0.0), "first_module_beyond_rounding": first_module(a, b, limit),
         "loss": loss_difference(a, b), "speed": speed(a, b), "time_by_kernel": kernel_times(a, b), "memory": memory(a, b),
@@ -38,6 +38,12 @@ def _who(run: Run) -> dict[str, Any]:
     r = run.record
     return {"run_id": r.run_id, "results_folder": str(run.place.out), "case": r.case, "dtype_config": r.dtype_config,
             "seed": r.seed, "device": r.device, "error": r.error}
+
+
+def settings(a: Run, b: Run) -> list[dict[str, Any]]:
+    """What was decided differently; of two different cases their names are enough."""
+    rows = differences(a.settings, b.settings)
+    return [row for row in rows if a.record.case == b.record.case or not row["name"].startswith("case.")]
 
 
 def outcome(a: Run, b: Run) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ step, non-finite elements) is compared exactly. Gradients of modules are compare
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from harness.diff.two_runs import Run
@@ -36,22 +37,25 @@ def first_step(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
 
 
 def first_module(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
-    """The first module and direction, in order of windows and of execution, whose largest |x| differs by more than
-    ``limit``. None when none does, or no window is common: then `common_windows` is 0."""
+    """The first module and direction, by window and then in the model's order, whose largest |x| differs by more
+    than ``limit``. None when none does, or nothing can be compared: then `comparable_windows` is 0. Of two windows
+    the common steps are named; of the longer one, ``a`` or ``b`` is over all of it, so that they differ by at least
+    ``relative``."""
     left, right = _cells(a), _cells(b)
-    places = _execution_order(a)
+    places = _model_order(a)
     for key in sorted(left.keys() & right.keys(), key=lambda key: _when(key, places)):
         x, y = left[key], right[key]
-        if relative(x, y) > limit:
-            first, last, direction, module = key
-            return {"first_step": first, "step": last, "module": module, "direction": direction, "a": x, "b": y,
-                    "relative": relative(x, y)}
+        if _comparable(x, y) and relative(x.absmax, y.absmax) > limit:
+            first, direction, module = key
+            return {"first_step": first, "step": min(x.last, y.last), "module": module, "direction": direction, "a": x.absmax,
+                    "b": y.absmax, "relative": relative(x.absmax, y.absmax)}
     return None
 
 
-def common_windows(a: Run, b: Run) -> int:
-    """How many (module, direction, window) were measured in both."""
-    return len(_cells(a).keys() & _cells(b).keys())
+def comparable_windows(a: Run, b: Run) -> int:
+    """How many readings (module, direction, window) of the two runs can be compared."""
+    left, right = _cells(a), _cells(b)
+    return sum(_comparable(left[key], right[key]) for key in left.keys() & right.keys())
 
 
 def relative(x: float | None, y: float | None) -> float:
@@ -63,18 +67,38 @@ def relative(x: float | None, y: float | None) -> float:
     return abs(x - y) / max(abs(x), abs(y)) if x != y else 0.0
 
 
-def _cells(run: Run) -> dict[tuple, float]:
-    """(first step, last step, direction, module) -> largest |x|; of gradients, without the loss scale."""
+@dataclass(frozen=True)
+class _Cell:
+    """Largest |x| of a module in a window up to step ``last``, reached at step ``at``; of a gradient, without the loss
+    scale."""
+
+    absmax: float
+    at: int
+    last: int
+    forward: bool
+
+
+def _cells(run: Run) -> dict[tuple, _Cell]:
+    """By (first step of the window, direction, module)."""
     cells = {}
     for row in run.modules:
         step = run.steps.get(row.absmax_step)
         scale = (step.loss_scale if step and row.direction == "bwd" else None) or 1.0
-        cells[row.first_step, row.step, row.direction, row.module] = row.absmax / scale
+        cell = _Cell(row.absmax / scale, row.absmax_step, row.step, row.direction == "fwd")
+        cells[row.first_step, row.direction, row.module] = cell
     return cells
 
 
-def _execution_order(run: Run) -> dict[str, int]:
-    """Module -> its place in the order in which outputs are ready: what a module contains comes before it."""
+def _comparable(x: _Cell, y: _Cell) -> bool:
+    """Whether two windows with the same start tell something of the same steps. Of unequal lengths (a run that failed
+    has a short last one), when the longer's maximum lies in the shorter, or is surpassed by the shorter's."""
+    short, long = sorted((x, y), key=lambda cell: cell.last)
+    return short.last == long.last or long.at <= short.last or (short.forward and short.absmax > long.absmax)
+
+
+def _model_order(run: Run) -> dict[str, int]:
+    """Module -> its place: as the model lists them, but what a module contains before it, since its output comes
+    last. Siblings may run in another order than they are listed in."""
     listed = sorted({(row.order, row.module) for row in run.modules})
 
     def ready(entry: tuple[int, str]) -> tuple[int, int]:
@@ -87,5 +111,5 @@ def _execution_order(run: Run) -> dict[str, int]:
 
 def _when(key: tuple, places: dict[str, int]) -> tuple:
     """By the window's first step, then forward through the model, then backward through it."""
-    first, last, direction, module = key
-    return first, direction == "bwd", -places[module] if direction == "bwd" else places[module], last
+    first, direction, module = key
+    return first, direction == "bwd", -places[module] if direction == "bwd" else places[module]

@@ -51,7 +51,7 @@ def headline(found: dict[str, Any]) -> list[tuple[str, str]]:
                       "mix that with everything else.", "yellow"))
     if found["no_difference"]:
         return [*lines, (f"No difference: settings, environment, all {found['common_steps']} steps, "
-                         f"{found['common_windows']:,} module readings and the outcome are equal.", "green")]
+                         f"{found['comparable_windows']:,} module readings and the outcome are equal.", "green")]
     beyond = found["first_beyond_rounding"]
     if not found["common_steps"]:
         return [*lines, ("They have no step in common.", "yellow")]
@@ -69,16 +69,18 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
     """First step and first module: at all, and beyond rounding; the rule."""
     rule = found["rounding"]
     lines = []
-    for title, key in (("at all", "first_difference"), ("beyond rounding", "first_beyond_rounding")):
+    for title, key in _once(found, ("at all", "first_difference"), ("beyond rounding", "first_beyond_rounding")):
         step = found[key]
         lines.append(f"{title}: " + (f"step {step['step']}" if step else "no step"))
         lines += [f"    {f['name']:<14} {value(f['name'], f['a'])} / {value(f['name'], f['b'])}  {_apart(f['relative'])}"
                   for f in (step["fields"] if step else ())]
-    for title, key in (("first module at all", "first_module_difference"),
-                       ("first module beyond rounding", "first_module_beyond_rounding")):
+    for title, key in _once(found, ("first module at all", "first_module_difference"),
+                            ("first module beyond rounding", "first_module_beyond_rounding")):
         module = found[key]
         if module is None:
-            lines.append(f"{title}: " + ("none" if found["common_windows"] else "unknown, no window was measured in both"))
+            n = found["comparable_windows"]
+            none = f"none of {n:,} readings" if n else "unknown, no module was measured over the same steps"
+            lines.append(f"{title}: {none}")
             continue
         first, last = module["first_step"], module["step"]
         steps = f"step {last}" if first == last else f"steps {first}-{last}"
@@ -88,6 +90,12 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"Beyond rounding: apart by more than {rule['epsilons']} epsilons of the coarsest dtype in use "
                  f"({rule['relative']:.2g} relative); counts and skips exactly.")
     return lines
+
+
+def _once(found: dict[str, Any], at_all: tuple[str, str], beyond: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    """Both, or one line for both when they say the same."""
+    same = found[at_all[1]] == found[beyond[1]] and found[beyond[1]] is not None
+    return ((f"{at_all[0]}, and beyond rounding", beyond[1]),) if same else (at_all, beyond)
 
 
 def loss_lines(found: dict[str, Any]) -> list[str]:

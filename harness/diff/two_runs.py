@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.inspect.locate import FoundRun, RunNotFound, locate
+from harness.inspect.locate import FoundRun, RunNotFound, RunUnreadable, locate
 from harness.inspect.run_files import module_rows, records, run_record
 from instrument.records import RunRecord, StepRecord
 
@@ -36,7 +36,10 @@ class Run:
         config = self.record.config.get("config", {})
         names = {config.get(part) for part in ("weights", "compute", "head", "loss")}
         names |= {"tf32"} if config.get("tf32") else set()
-        return max(EPSILONS[name] for name in names if name in EPSILONS)
+        known = [EPSILONS[name] for name in names if name in EPSILONS]
+        if not known:
+            raise RunUnreadable(f"{self.place.path / 'run.json'}: its config names no dtype, so rounding cannot be told apart")
+        return max(known)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -44,9 +47,8 @@ class Run:
         r = self.record
         named = {name: getattr(r, name) for name in NAMED}
         switches = {key: r.flags.get(key) for key in ("switches", "fp16_products") if key in r.flags}
-        config = {key: value for key, value in r.config.items() if key not in ("case", "sources_fingerprint")}
-        decided = named | dict(flat(config)) | dict(flat(switches))
-        return {name: value for name, value in decided.items() if name != "config.id"}  # `dtype_config` says it
+        decided = named | dict(flat({**r.config, **switches}))
+        return {name: value for name, value in decided.items() if name not in ("config.id", "case.id")}  # named already
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -93,10 +93,10 @@ def _run(training: Training, snapshot: Snapshot, last: int) -> ChangedRun:
     result = ChangedRun()
     for step in range(snapshot.step + 1, last + 1):
         reading = training.again(step)
-        result.skipped += reading.steps[-1].step_skipped
         if reading.divergence is not None:
             result.failed_at, result.first = step, reading.divergence.first_nonfinite
             break
+        result.skipped += reading.steps[-1].step_skipped
         result.applied += not reading.steps[-1].step_skipped
     return result
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
 
 from harness.forensics.changed_run import ChangedRun, run_changed, run_unchanged
 from harness.forensics.changes import Change, change_of, changes_of, confirms, enclosing_modules
 from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
 from harness.forensics.rebuild import Rebuilt, rebuild
 from harness.forensics.stored import read_state
-from harness.precision import Unsupported
+from harness.precision import DTYPES, Unsupported
 from harness.settings import SettingsError
 from instrument.forensics_record import ForensicsRecord, Remedy
 from instrument.log import replace
@@ -161,9 +162,10 @@ class _Trials:
         """What a person must know beside yes and no."""
         if run.failed_at is not None:
             yield _where(run)
-            if run.in_fp32 is not None and run.in_fp32.largest is not None and self.first.cause == "overflow":
-                yield (f"in fp32 the largest output of {change.module} was {float(run.in_fp32.largest):.3g}, then cast to "
-                       f"{change.config.weights}")
+            weights = DTYPES[change.config.weights]
+            if run.in_fp32 is not None and run.in_fp32.largest is not None and run.in_fp32.largest > torch.finfo(weights).max:
+                largest = float(run.in_fp32.largest)
+                yield f"in fp32 its largest output was {largest:.3g}, which {change.config.weights} cannot hold"
         if run.skipped:
             yield f"{run.skipped} of {run.applied + run.skipped} updates skipped by the scaler"
         if run.failed_at is None and run.applied == 0:

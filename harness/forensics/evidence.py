@@ -16,6 +16,7 @@ from kernels import exponent_histogram
 
 MOST_LINKS, MOST_STEPS, KERNELS_AROUND = 64, 64, 8
 LOWEST_EXPONENT = -40
+OURS_PREFIX = "ddb.ours."
 LIMITS = {"float16": 65504.0, "bfloat16": torch.finfo(torch.bfloat16).max, "float32": torch.finfo(torch.float32).max}
 
 
@@ -109,11 +110,13 @@ def _durations(ops: Sequence[list[Node]], events: Sequence[dict]) -> dict[int, f
     for index, op in enumerate(ops):
         calls.setdefault(op[0].op.replace(".", "::", 1), []).append(index)
     profiled: dict[str, list[dict]] = {}
-    ends: dict[object, float] = {}  # of the recorded op that is running, by thread
-    for event in sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: e["ts"]):
-        if event["name"] in calls and event["ts"] >= ends.get(event["tid"], 0.0):
+    ends: dict[object, float] = {}  # of the recorded op, or of our own measuring, that is running, by thread
+    for event in sorted((e for e in events if e.get("ph") == "X"), key=lambda e: e["ts"]):
+        ours = str(event["name"]).startswith(OURS_PREFIX)
+        if (ours or (event.get("cat") == "cpu_op" and event["name"] in calls)) and event["ts"] >= ends.get(event["tid"], 0.0):
             ends[event["tid"]] = event["ts"] + event["dur"]
-            profiled.setdefault(event["name"], []).append(event)
+            if not ours:
+                profiled.setdefault(event["name"], []).append(event)
     return {index: event["dur"] / 1e6 for name, indices in calls.items() if len(profiled.get(name, ())) == len(indices)
             for index, event in zip(indices, profiled[name], strict=True)}
 

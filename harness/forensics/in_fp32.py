@@ -16,8 +16,8 @@ NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass
 class InFp32:
-    """What is known of the module. ``calls`` of it; ``largest``: the largest |x| that its output had in fp32,
-    before it was cast back (a device scalar, None without a cast)."""
+    """What is known of the module. ``calls`` of it; ``largest``: the largest finite |x| that its output had in
+    fp32, before it was cast back (a device scalar, None without a cast)."""
 
     calls: int = 0
     largest: torch.Tensor | None = None
@@ -72,7 +72,7 @@ def _cast(tree: Any, dtypes: tuple[torch.dtype, ...], dtype: torch.dtype) -> Any
 def _note_largest(out: Any, seen: InFp32) -> None:
     for leaf in torch.utils._pytree.tree_leaves(out):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel():
-            largest = leaf.detach().abs().amax()
+            largest = torch.where(leaf.isfinite(), leaf.detach().abs(), 0).amax()
             seen.largest = largest if seen.largest is None else torch.maximum(seen.largest, largest)
 
 

@@ -36,7 +36,7 @@ class FoundRun:
 
 def locate(name: str, out: Path | None) -> FoundRun:
     """The run that ``name`` means; without ``out``, in any folder of ``results/``. Raises `RunNotFound`."""
-    if "/" in name or Path(name).is_dir():
+    if "/" in name or (name and Path(name).resolve().parent.name == "runs" and Path(name).is_dir()):
         return _by_path(Path(name))
     folders = [out] if out is not None else sorted(path.parent for path in DEFAULT_RESULTS.glob("*/runs"))
     runs = [FoundRun(folder, path.name) for folder in folders for path in sorted((folder / "runs").glob("*")) if path.is_dir()]

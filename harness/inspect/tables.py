@@ -15,7 +15,9 @@ from harness.inspect.findings import KIND_WORDS
 MOST_LINKS, MOST_EVENTS = 12, 8
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 WIDE = 100
-"""Columns from which there is room for the whole module name beside everything else."""
+"""Columns from which there is room for an op's whole name."""
+OP_SHARE = 4
+"""An op's name takes at most this part of the width; its end is shown."""
 
 
 def plain_table(*columns: str, right: Sequence[str] = (), fold: Sequence[str] = ()) -> Table:
@@ -31,10 +33,12 @@ def chain_table(links: Sequence[dict[str, Any]], width: int, culprit_kind: str |
     """The first op of every module (and phase) that the value reached, in order. A link says which of NaN, +Inf and
     -Inf it holds, NaN before Inf; ``culprit_kind`` is what prevails in the first."""
     table = plain_table("#", "phase", "module", "op", "value", "dtype", right=("#",))
-    room = max(16, width - 52)
-    for place, link in enumerate(links[:MOST_LINKS], start=1):
-        table.add_row(str(place), link["phase"], Text(tail(link["tensor"] or link["module"] or "outside of modules", room)),
-                      bare(link["op"], width), KIND_WORDS[culprit_kind if place == 1 and culprit_kind else link["kind"]],
+    links = links[:MOST_LINKS]
+    ops = [tail(bare(link["op"], width), width // OP_SHARE) for link in links]
+    room = max(16, width - 34 - max(map(len, ops), default=0))
+    for place, (link, op) in enumerate(zip(links, ops, strict=True), start=1):
+        table.add_row(str(place), link["phase"], Text(tail(link["tensor"] or link["module"] or "–", room)),
+                      op, KIND_WORDS[culprit_kind if place == 1 and culprit_kind else link["kind"]],
                       dtype(link["dtype"]), style="bold red" if place == 1 and culprit_kind else None)
     return table
 
@@ -58,13 +62,14 @@ def operands_table(found: dict[str, Any]) -> Table:
 def kernel_table(rows: Sequence[dict[str, Any]], width: int) -> Table:
     """What ran around the failure; the culprit is marked, and so is what was not finite."""
     table = plain_table("", "name", "phase", "module", "time", "shape", "dtype", right=("time",))
-    table.columns[3].no_wrap = True
-    room = max(12, width - 66)
-    for row in rows:
+    names = [tail(bare(row["name"], width), width // OP_SHARE) for row in rows]
+    shapes = [" ".join(map(shape, row["shapes"])) for row in rows]
+    room = max(12, width - 36 - max(map(len, names), default=0) - max(map(len, shapes), default=0))
+    for row, name, sizes in zip(rows, names, shapes, strict=True):
         module = row["module"] or ""
         style = "bold red" if row["here"] else "red" if row["nonfinite"] else None
-        table.add_row("→" if row["here"] else "", bare(row["name"], width), row["phase"], Text(tail(module, room)),
-                      time_words(row["duration_s"]), " ".join(map(shape, row["shapes"])), dtype(row["dtype"]), style=style)
+        table.add_row("→" if row["here"] else "", name, row["phase"], Text(tail(module, room)),
+                      time_words(row["duration_s"]), sizes, dtype(row["dtype"]), style=style)
     return table
 
 

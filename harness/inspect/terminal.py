@@ -78,7 +78,7 @@ class InspectScreen:
             self._section("Kernels around the failure" if found["device_type"] == "cuda" else "Ops around the failure",
                           "times from the profiled replay; – where it saw no such op" if any(
                               row["duration_s"] is None for row in found["kernels"]) else "times from the profiled replay")
-            self._indented(kernel_table(found["kernels"], width - 2))
+            self._indented(kernel_table(found["kernels"], width))
 
     def _exact(self, output: dict[str, Any] | None) -> None:
         if output is None:

@@ -111,7 +111,7 @@ def _are_twins(run: RunRecord, reference: RunRecord) -> bool:
 def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> ReferencePrediction:
     modules = _modules(reference, out)
     facts = Reference(modules, _records(out / "training_logs" / f"run_{reference.run_id}.jsonl", StepRecord),
-                      reference.n_params or 0)
+                      reference.n_params, reference.batch_size // reference.micro_batch)
     by_config = {run.dtype_config: run for run in runs}
     configs = {name: config for name, config in DTYPE_CONFIGS.items() if config.compute != "fp32"}
     rows = [_config(config, hazards(facts, arithmetic_of(config)), by_config.get(name)) for name, config in configs.items()]
@@ -123,8 +123,11 @@ def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> 
     """One configuration; compared where a run of it came to a result."""
     if run is None or run.status not in ("completed", "diverged"):
         return ConfigPrediction(config.id, found, end(found), run and run.run_id, run and run.status, None, None, None, [])
-    happened = Happened(run.divergence_step, run.first_nonfinite, run.scaler_skips, run.flags.get("exp_avg_sq_zero_frac"))
-    where = run.first_nonfinite.module if run.first_nonfinite else None
+    first = run.first_nonfinite
+    clean_states = run.status == "completed" or (first is not None and first.phase == "optimizer")
+    zero_share = run.flags.get("exp_avg_sq_zero_frac") if clean_states else None  # a failed backward writes NaN into them
+    happened = Happened(run.divergence_step, first, run.scaler_skips, zero_share)
+    where = first.module if first else None
     return ConfigPrediction(config.id, found, end(found), run.run_id, run.status, run.divergence_step, happened.kind, where,
                             compare(found, happened))
 

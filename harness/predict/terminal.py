@@ -18,7 +18,7 @@ MOST_MODULES = 10
 SHORT_BITS = 1.0
 ENDS = {"overflow_forward": "forward overflow", "overflow_backward": "backward overflow", "norm_overflow": "norm overflow",
         "division_by_zero": "division by 0", "other": "another cause"}
-WORDS = {HIT: "[green]happened[/]", FALSE_ALARM: "[yellow]did not happen[/]", MISSED: "[red]not predicted[/]",
+WORDS = {HIT: "[green]as predicted[/]", FALSE_ALARM: "[yellow]did not happen[/]", MISSED: "[red]not predicted[/]",
          NOT_REACHED: "[dim]not reached[/]"}
 """A verdict in the table; the counts below have it in full."""
 
@@ -81,8 +81,7 @@ def configurations(rows: list[ConfigPrediction]) -> Table:
 def predicted(row: ConfigPrediction) -> str:
     """How it would end, in a few words."""
     if row.ends is None:
-        skips = ", with skips" if any(h.kind == "scaler_skip" for h in row.hazards) else ""
-        return f"[green]survives{skips}[/]"
+        return f"[green]survives{_besides([h.kind for h in row.hazards])}[/]"
     by = "step" if row.ends.kind == "division_by_zero" else "by step"  # modules are measured at a cadence
     return f"[red]{by} {row.ends.step}: {ENDS[row.ends.kind]}[/]"
 
@@ -91,17 +90,27 @@ def happened(row: ConfigPrediction) -> str:
     """How its run ended, in a few words."""
     if row.status is None:
         return "[dim]no run[/]"
-    if row.status != "diverged":
-        return row.status if row.status == "completed" else f"[dim]{row.status}[/]"
-    return f"step {row.ended_at}: {ENDS[row.happened]}"
+    if row.status == "diverged":
+        return f"step {row.ended_at}: {ENDS[row.happened]}"
+    if row.status != "completed":
+        return f"[dim]{row.status}[/]"
+    return f"completed{_besides([o.kind for o in row.outcomes if o.verdict in (HIT, MISSED)])}"
+
+
+def _besides(kinds: list[str]) -> str:
+    """What goes on beside training that does not end."""
+    words = {"scaler_skip": "steps skipped", "states_flush": "states flush to 0"}
+    return "".join(f", {text}" for kind, text in words.items() if kind in kinds)
 
 
 def verdict(row: ConfigPrediction) -> str:
     """The verdicts that occurred; agreement where nothing was predicted and nothing happened."""
-    seen = [words for v, words in WORDS.items() if any(o.verdict == v for o in row.outcomes)]
     if not row.outcomes:
         return ""
-    return "; ".join(seen) or "[green]as predicted[/]"
+    verdicts = {o.verdict for o in row.outcomes}
+    if HIT in verdicts:
+        verdicts.discard(NOT_REACHED)  # it ended as it should, of the first of several
+    return "; ".join(words for v, words in WORDS.items() if v in verdicts) or WORDS[HIT]
 
 
 def details(reference: ReferencePrediction) -> Iterator[str]:
@@ -112,6 +121,8 @@ def details(reference: ReferencePrediction) -> Iterator[str]:
             reasons.setdefault(reason, []).append(row.config)
     for reason, configs in reasons.items():
         yield f"[dim]{', '.join(configs)}: {escape(reason)}[/]"
+    if any(row.ends is not None and row.ends.kind == "overflow_forward" for row in reference.configs):
+        yield "[dim]'by step': parts of blocks are measured every 16 steps; an fp32 run with --instrument full measures all[/]"
     for row in reference.configs:
         for outcome in row.outcomes:
             if outcome.named is not None:
@@ -146,5 +157,7 @@ def closing(found: Predictions) -> Iterator[str]:
     compared = sum(bool(row.outcomes) for reference in found.references for row in reference.configs)
     runs = f"{compared} run{'s' if compared != 1 else ''}"
     yield f"[bold]hazards in {runs}[/]: {counts}" if counts else "no run of a narrower configuration to compare with yet"
+    if found.counts.get(MISSED):
+        yield "[dim]not predictable: what an op makes between a module's input and output (x^3 in gelu) is in no record[/]"
     if found.without_reference:
         yield f"[yellow]no prediction[/] without an fp32_true run of the same settings: {', '.join(found.without_reference)}"

@@ -30,9 +30,14 @@ def kinds_of(tensor: torch.Tensor) -> int:
     return POS_INF * (high == math.inf) | NEG_INF * (low == -math.inf)
 
 
-def is_plain(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided \
-        and (leaf.is_floating_point() or leaf.is_complex())
+def is_dense(leaf: object) -> bool:
+    """A tensor with memory of its own kind: strided, and not on the meta device."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided
+
+
+def can_be_nonfinite(leaf: object) -> bool:
+    """A dense tensor of real or complex numbers."""
+    return is_dense(leaf) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def is_view(func) -> bool:

@@ -21,7 +21,8 @@ from instrument.replay.graph import AFTER, Edge, Node, StepGraph
 from instrument.replay.op_schema import (
     OVERWRITES,
     UNINITIALISED,
-    is_plain,
+    can_be_nonfinite,
+    is_dense,
     is_view,
     kinds_of,
     list_positions,
@@ -171,13 +172,13 @@ class OpRecorder(TorchDispatchMode):
         positions = list_positions(func, args)
         replaced = {id(t) for t in mutated(func, args, kwargs)} if name.rpartition(".")[2] in OVERWRITES else set()
         reads = [(self._edge(leaf), positions.get(id(leaf))) for leaf in tree_leaves((args, kwargs))
-                 if is_plain(leaf) and id(leaf) not in replaced]
+                 if can_be_nonfinite(leaf) and id(leaf) not in replaced]
         if self.capture:
             self._hold(func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
-        written = [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out)) if is_plain(t)]
-        written = [(t, positions.get(id(t))) for t in mutated(func, args, kwargs) if is_plain(t)] + written
+        written = [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out)) if is_dense(t)]
+        written = [(t, positions.get(id(t))) for t in mutated(func, args, kwargs) if is_dense(t)] + written
         if written:
             constant = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
             self._record(name, reads, written, constant, start_ns)
@@ -204,13 +205,14 @@ class OpRecorder(TorchDispatchMode):
                         str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start_ns, element, constant)
             self.graph.add(node)
             self._writers[key], self._known[key] = node.index, kinds
-            if tensor.ndim == 0 and phase in ("forward", "loss") and edges and not name.endswith("ones_like"):
+            number = tensor.ndim == 0 and tensor.is_floating_point() and edges and not name.endswith("ones_like")
+            if number and phase in ("forward", "loss"):
                 self._last_scalar = Edge(node.index, key, kinds)
 
     def _hold(self, func, args: tuple, kwargs: dict, positions: dict[int, int]) -> None:
         """Keep an op's arguments as they are before it runs, where a node of it is to be captured: of an op
         over lists, those of the node's position."""
-        overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_plain(t)}
+        overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_dense(t)}
         elements = [*overwritten.values(),
                     *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns))]
         for index, element in enumerate(elements, start=len(self.graph.nodes)):

@@ -1,13 +1,17 @@
-"""``runs/<run_id>/activations.jsonl``: the range of every watched module, a line a module, direction and window."""
+"""``runs/<run_id>/activations.jsonl``: the range of every watched module, a line a module, direction and window.
+Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from instrument.log import JsonlLog
 from instrument.records import Record
-from instrument.watch.taps import TapReading
+
+if TYPE_CHECKING:
+    from instrument.watch.taps import TapReading
 
 
 class ModuleRecord(Record, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.optimizer import BETAS, adamw_for, round_stochastically, state_dtypes
+from harness.optimizer import BETAS, adamw_for, round_stochastically, rounded_away_share, state_dtypes
 
 OPTIONS = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1, "seed": 0}
 
@@ -120,3 +120,13 @@ def test_a_closure_is_refused():
     params, optimizer = train("fp32_states", steps=1)
     with pytest.raises(ValueError, match="no closure"):
         optimizer.step(lambda: None)
+
+
+def test_updates_that_round_to_nothing_are_counted():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 1e-3], dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-4, weight_decay=0.0)
+    parameter.grad = torch.tensor([1.0, -1.0, 0.0, 1.0], dtype=torch.bfloat16)
+    before = [parameter.detach().clone()]
+    optimizer.step()  # by 1e-4: less than half of 2^-8 at 1, and plenty at 1e-3
+    assert rounded_away_share(before, [parameter], optimizer) == pytest.approx(2 / 3)
+    assert rounded_away_share([], [], optimizer) is None

@@ -96,6 +96,13 @@ def test_gradients_are_judged_at_the_scale_at_which_backward_runs():
     assert kinds(hazards(reference(row("a", 7e4, "bwd"), n_params=4), NAIVE)) == ["overflow_backward"]
 
 
+def test_under_autocast_a_sum_over_micro_batches_is_beyond_only_if_a_share_of_it_is():
+    rows = reference(steps=(step(1, absmax=1.5),), n_params=4)
+    assert kinds(hazards(rows, AMP)) == ["scaler_skip"] and hazards(replace(rows, micro_batches=2), AMP) == []
+    large = replace(reference(steps=(step(1, absmax=7e4),), n_params=4), micro_batches=2)
+    assert kinds(hazards(large, NAIVE)) == ["overflow_backward"]  # summed in fp16
+
+
 def test_a_norm_beyond_fp16_overflows_where_it_is_accumulated_in_fp16():
     large = reference(steps=(step(1, norm=9.4e4),), n_params=4)
     assert kinds(hazards(large, replace(NAIVE, clip="fp16"))) == ["norm_overflow"] and hazards(large, NAIVE) == []
@@ -134,7 +141,10 @@ def test_what_is_predicted_of_the_optimizer_holds_for_torchs_adamw_in_fp16(seed,
 def test_epsilon_and_the_states_format_decide_whether_it_ends():
     small = reference(steps=(step(1, norm=1.0),), n_params=10**6)
     assert kinds(hazards(small, NAIVE)) == ["division_by_zero", "states_flush"]
+    unclipped = reference(steps=(step(1, norm=100.0),), n_params=10**6)  # clipping makes them small
+    assert hazards(unclipped, NAIVE) == hazards(small, NAIVE) and hazards(unclipped, replace(NAIVE, max_norm=1e9)) == []
     assert kinds(hazards(small, replace(NAIVE, eps=1e-4))) == ["states_flush"]
+    assert hazards(replace(small, n_params=None), NAIVE) == []  # not known: nothing is claimed
     for fine in (BF16, replace(NAIVE, states="fp32", update="fp32"), replace(NAIVE, states="8bit", update="fp32")):
         assert hazards(small, fine) == []
     assert smallest_gradient(NAIVE) == pytest.approx(5.46e-3, rel=1e-3)  # "about 5e-3"

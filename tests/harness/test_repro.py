@@ -1,0 +1,198 @@
+"""``inspect --repro``: the failing op alone, in a fresh process, fails as it did in the run."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from harness.cli import main
+from harness.forensics.repro import METADATA_KEY, save_operands
+from harness.inspect.locate import FoundRun, RunUnreadable, locate
+from harness.inspect.repro_script import OURS, read_culprit, script_text, write_repro
+from harness.run import execute
+from harness.settings import SettingsError
+from instrument.forensics_record import ForensicsRecord
+from instrument.records import FirstNonfinite
+from instrument.replay.examine import examine
+from instrument.replay.snapshot import Snapshot
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Op(torch.nn.Module):
+    """One fp16 parameter and one op on it."""
+
+    def __init__(self, op, start=4.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-start, start, 24).reshape(4, 6).half())
+        self.op = op
+
+    def forward(self):
+        return self.op(self.weight)
+
+
+def failure(op, *, start=4.0, factor=1.0, optimizer=None):
+    """The examination of a step whose op fails."""
+    model = Op(op, start)
+    optimizer = optimizer(model.parameters()) if optimizer else torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def run_step(step, recorder):
+        loss = (model().float() * factor).sum()
+        if recorder is not None:
+            recorder.loss(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found = examine(1, run_step, Snapshot(0, model, optimizer, None), model, optimizer)
+    assert found is not None
+    return found
+
+
+def kept(found, tmp_path, **options):
+    """A run's folder with the operands of ``found``, and the record that the script quotes."""
+    run = FoundRun(tmp_path, "case-config-s0-00000000")
+    save_operands(run.path / "culprit.safetensors", found, **options)
+    first = FirstNonfinite(step=1, microbatch=0, phase=found.phase, phase_surfaced=found.phase, module=found.module,
+                           op=found.op, tensor=found.tensor, source_tensor=None, kind=found.kind, dtype="float16",
+                           cause=found.cause, input_absmax=None, headroom_bits=None)
+    return run, ForensicsRecord(run_id=run.run_id, sentence='step 1: "it" failed \\ here', matched=True, first_nonfinite=first)
+
+
+def said(script, capsys):
+    """What a script prints, run in this process; raises SystemExit when it does not fail as the run did."""
+    runpy.run_path(str(script), run_name="__main__")
+    return capsys.readouterr().out
+
+
+ADAM = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, eps=1e-8, foreach=True)  # noqa: E731
+FAILURES = {
+    "exp": (lambda w: (w * 5).exp(), {}),
+    "pow": (lambda w: (w * 100).pow(2), {}),
+    "product with a transposed operand": (lambda w: (w * 90) @ w.mT * 10 @ torch.full((4, 3), 90.0).half(), {}),
+    "division by zero": (lambda w: w / (w * 0), {}),
+    "reciprocal": (lambda w: (w * 0).reciprocal(), {}),
+    "logarithm of a negative number": (lambda w: w.log(), {}),
+    "cast with a dtype": (lambda w: (w.float() * 1e5).to(torch.float16), {}),
+    "sum over a dimension": (lambda w: (w.abs() * 8000).sum(dim=1), {}),
+    "softmax": (lambda w: torch.softmax(w.log2().nan_to_num(0) * 0 - torch.inf, -1), {}),
+    "in place": (lambda w: (w * 1).mul_(30000), {}),
+    "backward": (lambda w: w * 30000, {"start": 1.0, "factor": 4.0}),
+    "optimizer": (lambda w: w * 1e-4, {"optimizer": ADAM}),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_script_says_what_the_replay_found(name, tmp_path, capsys):
+    op, options = FAILURES[name]
+    found = failure(op, **options)
+    run, record = kept(found, tmp_path)
+    script, _ = write_repro(run, None, record, tmp_path / "alone.py")
+    out = said(script, capsys)
+    d = found.diagnosis
+    counts = read_culprit(run)["failed"]["counts"]
+    assert sum(counts.values()) == d.nonfinite and counts[d.kind]
+    assert f"{d.nonfinite:,} of {d.numel:,} elements are not finite: " in out
+    assert out.rstrip().endswith("The same as in the run, kind by kind.")
+    assert ("Overflow: float64" in out) == (d.cause == "overflow")
+    assert ("divides by exactly 0" in out) == bool(d.zero_denominators)
+    if d.exact_absmax is not None:
+        assert f"up to {d.exact_absmax:.6g};" in out
+    assert re.search(r"-> float64 +float64 ", out), "the same op must have run in float64"
+
+
+def test_forward_backward_and_optimizer_are_among_them():
+    assert {failure(FAILURES[name][0], **FAILURES[name][1]).phase for name in ("exp", "backward", "optimizer")} == {
+        "forward", "backward", "optimizer"}
+
+
+def test_memory_layout_is_kept(tmp_path):
+    found = failure(lambda w: torch.mm((w * 90), (w * 90).mT) * 1)
+    run, record = kept(found, tmp_path)
+    strides = read_culprit(run)["strides"]
+    originals = dict(zip(("self", "mat2"), found.captured[1], strict=True))
+    assert strides == {n: list(t.stride()) for n, t in originals.items() if not t.is_contiguous()} and strides
+    script, tensors = write_repro(run, None, record, tmp_path / "alone.py")
+    variables = runpy.run_path(str(script))
+    for name, original in originals.items():
+        assert torch.equal(variables["tensors"][name], original) and variables["tensors"][name].stride() == original.stride()
+
+
+def test_a_script_whose_tensors_changed_does_not_claim_the_same(tmp_path):
+    run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
+    script, tensors = write_repro(run, None, record, tmp_path / "alone.py")
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: t * 0 for name, t in load_file(tensors).items()}, tensors)
+    with pytest.raises(SystemExit, match="stays finite here"):
+        runpy.run_path(str(script))
+
+
+def test_what_is_too_large_is_left_out_and_said(tmp_path):
+    run, record = kept(failure(FAILURES["exp"][0]), tmp_path, most_bytes=10)
+    with safe_open(run.path / "culprit.safetensors", "pt") as file:
+        assert list(file.keys()) == [] and "at most 10 are kept" in json.loads(file.metadata()[METADATA_KEY])["left_out"]
+    with pytest.raises(SettingsError, match="48 bytes, and at most 10 are kept"):
+        write_repro(run, None, record, tmp_path / "alone.py")
+
+
+def test_a_value_from_before_the_step_has_no_op_to_run(tmp_path):
+    run, record = kept(failure(lambda w: w * 1, start=float("nan")), tmp_path)
+    with pytest.raises(SettingsError, match="there is no op of it to run again"):
+        write_repro(run, None, record, tmp_path / "alone.py")
+
+
+def test_broken_operands_are_named(tmp_path):
+    run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
+    (run.path / "culprit.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(RunUnreadable, match="culprit.safetensors: not the operands"):
+        write_repro(run, None, record, tmp_path / "alone.py")
+    (run.path / "culprit.safetensors").unlink()
+    with pytest.raises(SettingsError, match="run it again"):
+        write_repro(run, None, record, tmp_path / "alone.py")
+
+
+def test_every_op_of_ours_has_an_import():
+    sources = "\n".join(path.read_text() for path in (REPOSITORY / "kernels").rglob("*.py"))
+    namespaces = set(re.findall(r'Library\("dtype_dynamics_(\w+)"', sources))
+    assert namespaces == set(OURS)
+    assert all((REPOSITORY / "kernels" / room / "op.py").is_file() for room in OURS.values())
+
+
+@pytest.mark.parametrize(("op", "device", "words"), [
+    ("aten::exp", "cuda", 'device = \'cuda\''), ("bitsandbytes::optimizer_update", "cpu", "import bitsandbytes"),
+    ("dtype_dynamics_cross_entropy::forward", "cuda", "import kernels.cross_entropy.op")])
+def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, words, tmp_path):
+    run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
+    switches = {"threads": 2, "fp32_precision": "ieee", "fp16_reduced_precision_reduction": False,
+                "bf16_reduced_precision_reduction": False, "fp16_accumulation": False}
+    made = SimpleNamespace(flags={"switches": switches}, env={"torch_version": "9.9"})
+    text = script_text(run.run_id, made, record, read_culprit(run) | {"op": op, "device": device})
+    compile(text, "alone.py", "exec")
+    assert words in text and "with torch 9.9" in text
+    assert ("allow_fp16_accumulation = False" in text) == (device == "cuda")
+    assert ("set_num_threads(2)" in text) == (device == "cpu")
+
+
+@pytest.mark.parametrize(("case", "config", "asked", "op"), [
+    ("gpt2_multi_cls", "fp16_naive", {}, "aten._foreach_addcdiv_"),
+    ("roberta_mlm", "amp_fp16_unscaled", {"lr": 300.0, "max_steps": 8}, None)])
+def test_a_run_fails_again_in_a_process_of_its_own(case, config, asked, op, plan, tmp_path, capsys):
+    record = execute(plan(case, config, **asked), tmp_path)
+    assert record.status == "diverged"
+    first = record.first_nonfinite
+    assert op is None or first.op == op
+    assert main(["inspect", record.run_id, "--out", str(tmp_path), "--repro", str(tmp_path / "alone.py")]) == 0
+    assert str(tmp_path / "alone.safetensors") in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = json.loads((locate(record.run_id, tmp_path).path / "forensics.json").read_bytes())["output"]
+    assert f"{output['nonfinite']:,} of {output['numel']:,} elements are not finite: " in done.stdout
+    assert {"nan": " NaN", "inf": " +Inf", "-inf": " -Inf"}[first.kind] in done.stdout and first.op in done.stdout

@@ -1,0 +1,148 @@
+"""The snapshot on disk: a fresh process' training goes on from it bit for bit, and damage is noticed."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+
+from bench_cases.models import build_model, weights_sha256
+from harness.forensics import stored
+from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
+from harness.forensics.rebuild import rebuild, settings_of
+from harness.precision import Precision
+from harness.run import execute, load_run_data, make_batches, model_request
+from harness.training import Training
+from instrument.forensics_record import ForensicsRecord
+from instrument.records import decode
+
+
+@pytest.fixture
+def fresh():
+    """``fresh(settings)``: a training as a new process would build it."""
+    made = []
+
+    def make(settings):
+        data = load_run_data(settings)
+        precision = Precision(settings.config, torch.device("cpu"), threads=1)
+        made.append(precision)
+        vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
+        return Training.prepare(settings, build_model(model_request(settings, data)), make_batches(settings, data), precision,
+                                vocabulary)
+
+    yield make
+    for precision in made:
+        precision.close()
+
+
+def records(training, steps):
+    """Step records without their times."""
+    return [msgspec.structs.replace(training.again(step).steps[-1], step_time_s=None) for step in steps]
+
+
+@pytest.mark.parametrize(("case", "config"), [
+    ("gpt2_clm", "amp_fp16"), ("roberta_mlm", "amp_bf16_8bit"), ("gpt2_multi_cls", "bf16_pure_sr"),
+    ("gpt2_single_cls", "fp16_naive_fp32_states")])
+def test_a_fresh_training_goes_on_from_the_file_bit_for_bit(plan, fresh, tmp_path, case, config):
+    settings = plan(case, config, max_steps=6, dropout=0.1)  # dropout: the random state counts, too
+    original = fresh(settings)
+    records(original, (1, 2, 3))
+    kept = stored.store(original.snapshot(3), tmp_path, settings.run_id)
+    assert kept.file == "snapshot" and kept.why is None
+    expected = records(original, (4, 5, 6))
+    original.precision.close()
+    other = fresh(settings)
+    records(other, (1,))  # a state of its own, to be replaced
+    stored.load(tmp_path, other).restore()
+    assert records(other, (4, 5, 6)) == expected
+    assert weights_sha256(other.model) == weights_sha256(original.model)
+
+
+def test_tied_weights_and_shared_tables_are_stored_once(plan, fresh, tmp_path):
+    settings = plan("gpt2_clm", "amp_bf16_8bit")
+    training = fresh(settings)
+    records(training, (1,))
+    stored.store(training.snapshot(1), tmp_path, settings.run_id)
+    state = stored.read_state(tmp_path, settings.run_id)
+    rows = [name for name, t in state.tensors.items() if name.startswith("model/") and t.shape[0] == training.model.head.model.
+            lm_head.weight.shape[0]]
+    assert rows == ["model/transformer.wte.weight"]
+    assert state.aliases and all(first in state.tensors for first in state.aliases.values())
+
+
+def test_a_run_that_fails_keeps_its_snapshot_and_a_healthy_one_keeps_none(plan, tmp_path):
+    failed, healthy = (execute(plan("gpt2_single_cls", config), tmp_path) for config in ("fp16_naive", "amp_bf16"))
+    folder = tmp_path / "runs" / failed.run_id
+    forensics = decode((folder / "forensics.json").read_bytes(), ForensicsRecord)
+    assert forensics.snapshot_file == failed.flags["snapshot"]["file"] == "snapshot"
+    assert sorted(p.name for p in (folder / "snapshot").iterdir()) == ["snapshot.json", "tensors.safetensors"]
+    assert {p.stat().st_mode & 0o777 for p in (folder / "snapshot").iterdir()} == {0o644}
+    assert stored.read_state(folder, failed.run_id).step == 0
+    with pytest.raises(NothingToReplay, match="has no stored snapshot"):
+        stored.read_state(tmp_path / "runs" / healthy.run_id, healthy.run_id)
+
+
+def test_a_snapshot_that_is_too_large_or_meets_a_full_disk_is_left_out_with_the_reason(plan, fresh, tmp_path, monkeypatch):
+    training = fresh(plan("gpt2_single_cls", "fp32_true"))
+    snapshot = training.snapshot(0)
+    kept = stored.store(snapshot, tmp_path, "x", most_bytes=1000)
+    assert kept.file is None and "larger than" in kept.why and kept.nbytes == snapshot.nbytes
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored, "save_file", full)
+    assert "No space left" in stored.store(snapshot, tmp_path, "x").why
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_noticed(plan, fresh, tmp_path):
+    settings = plan("gpt2_single_cls", "fp32_true")
+    training = fresh(settings)
+    stored.store(training.snapshot(0), tmp_path, settings.run_id)
+    with pytest.raises(SnapshotError, match="the snapshot of"):
+        stored.read_state(tmp_path, "another")
+    with pytest.raises(SnapshotError, match="another model"):
+        stored.load(tmp_path, SimpleNamespace(settings=settings, model=torch.nn.Linear(2, 2), precision=training.precision,
+                                              optimizer=torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())))
+    tensors = tmp_path / "snapshot" / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(SnapshotError, match="checksum"):
+        stored.read_state(tmp_path, settings.run_id)
+    (tmp_path / "snapshot" / "snapshot.json").write_text('{"schema": 1')
+    with pytest.raises(SnapshotError, match="cannot be read"):
+        stored.read_state(tmp_path, settings.run_id)
+
+
+def test_settings_come_back_from_the_record_alone(plan, tmp_path):
+    settings = plan("roberta_multi_cls", "amp_fp16", seed=3, lr=0.004, max_steps=1, bucket_by_length=True)
+    record = execute(settings, tmp_path)
+    again = settings_of(record)
+    assert again.run_id == record.run_id and again.as_config() == settings.as_config()
+    made = rebuild(record)
+    assert weights_sha256(made.model) == record.init_sha256 and made.warnings == ()
+
+
+def test_what_is_not_as_it_was_is_named(plan, tmp_path, monkeypatch):
+    record = execute(plan("gpt2_single_cls", "fp32_true", max_steps=1), tmp_path)
+    with pytest.raises(RebuildError, match="initial weights differ"):
+        rebuild(msgspec.structs.replace(record, init_sha256="0" * 64))
+    with pytest.raises(RebuildError, match="another version"):
+        settings_of(msgspec.structs.replace(record, config=record.config | {"unheard_of": 1}))
+    other = rebuild(msgspec.structs.replace(record, env=record.env | {"torch_version": "1.0"}))
+    assert other.warnings == (f"torch_version was 1.0 and is {record.env['torch_version']}",)
+    monkeypatch.setattr("harness.forensics.rebuild.fingerprint", lambda *_, **__: "changed")
+    with pytest.raises(RebuildError, match=r"differs: data_fingerprint '.*' -> 'changed'"):
+        settings_of(record)
+
+
+def test_a_case_of_the_callers_own_comes_back_as_well(plan, tmp_path):
+    own = plan("gpt2_single_cls", "fp32_true", max_steps=1)
+    own = replace(own, case=replace(own.case, weight_decay=0.5))  # in no registry
+    record = execute(own, tmp_path)
+    assert settings_of(record).case.weight_decay == 0.5
+    assert json.loads((tmp_path / "runs" / own.run_id / "run.json").read_text())["config"]["case"]["weight_decay"] == 0.5
