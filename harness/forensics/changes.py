@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import torch
 
-from bench_cases import DtypeConfig, lookup
+from bench_cases import DtypeConfig
+from bench_cases.lookup import UnknownId
 from harness.settings import SettingsError
 from instrument.records import FirstNonfinite
 
@@ -49,7 +51,7 @@ def change_of(name: str, config: DtypeConfig, model: torch.nn.Module) -> Change:
     """One change by its name."""
     if name.startswith("fp32:"):
         module = name.removeprefix("fp32:")
-        lookup("module", module, {n: m for n, m in model.named_modules() if n})
+        _require_module(module, model)
         return _module_in_fp32(name, module, config)
     return {"fp32_head": _fp32_head, "eps": _eps, "fp32_states": _fp32_states, "scaler": _scaler}[name](config)
 
@@ -94,6 +96,14 @@ def enclosing_modules(model: torch.nn.Module, module: str | None) -> list[str]:
     parts = (module or "").split(".")
     around = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
     return [name for name in around if type(model.get_submodule(name)).forward is not torch.nn.Module.forward]
+
+
+def _require_module(name: str, model: torch.nn.Module) -> None:
+    """Raise `UnknownId` with the nearest names unless the model has such a module."""
+    names = [n for n, _ in model.named_modules() if n]
+    if name not in names:
+        near = get_close_matches(name, names, n=4, cutoff=0.4) or [n for n, _ in model.named_children()]
+        raise UnknownId(f"--try 'fp32:{name}': the model has no such module; near: {', '.join(near)}")
 
 
 def _culprits_module(model: torch.nn.Module, first: FirstNonfinite) -> list[str]:

@@ -48,7 +48,7 @@ def test_names_that_are_no_change_and_no_module_are_refused_with_what_is_near():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(SettingsError, match=r"'fp32_haed' is no change; allowed: fp32_head, eps"):
         changes_of(["fp32_haed"], DTYPE_CONFIGS["fp16_naive"], model, first("overflow", "optimizer"))
-    with pytest.raises(UnknownId, match="unknown module '1'"):
+    with pytest.raises(UnknownId, match="'fp32:1': the model has no such module; near: 0"):
         change_of("fp32:1", DTYPE_CONFIGS["fp16_naive"], model)
 
 

@@ -30,7 +30,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("predict")
     for config in ("fp32_true", "fp16_naive", "amp_fp16", "fp16_naive_eps1e4"):
         run(out, "gpt2_multi_cls", config)
-    for config in ("fp32_true", "amp_fp16_unscaled", "bf16_pure"):
+    for config in ("fp32_true", "amp_fp16_unscaled", "bf16_pure", "fp16_naive_eps1e4"):
         run(out, "roberta_mlm", config, lr=3.0, instrument="full")
     return out
 
@@ -78,6 +78,9 @@ def test_a_forward_overflow_is_predicted_with_its_module(results):
     (outcome,) = [o for o in unscaled.outcomes if o.kind == "overflow_forward"]
     assert outcome.verdict == HIT and outcome.named
     assert unscaled.happened_in in {h.module for h in unscaled.hazards}
+    raised = rows["fp16_naive_eps1e4"]  # NaN has reached its states, so nobody can count their zeros
+    assert raised.happened == "overflow_forward" and "states_flush" not in verdicts(raised)
+    assert "states_flush" in {h.kind for h in raised.hazards} and "states_flush" in verdicts(rows["bf16_pure"])
     assert rows["bf16_pure"].ends is None and rows["bf16_pure"].status == "completed"
     modules = {(m.module, m.direction): m for m in found.references[0].modules}
     beyond = modules[unscaled.happened_in, "fwd"]

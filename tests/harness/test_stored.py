@@ -45,9 +45,11 @@ def records(training, steps):
 @pytest.mark.parametrize(("case", "config"), [
     ("gpt2_clm", "amp_fp16"), ("roberta_mlm", "amp_bf16_8bit"), ("gpt2_multi_cls", "bf16_pure_sr"),
     ("gpt2_single_cls", "fp16_naive_fp32_states")])
-def test_a_fresh_training_goes_on_from_the_file_bit_for_bit(plan, fresh, tmp_path, case, config):
+def test_a_fresh_training_goes_on_from_the_file_bit_for_bit(plan, fresh, tmp_path, monkeypatch, case, config):
     settings = plan(case, config, max_steps=6, dropout=0.1)  # dropout: the random state counts, too
-    original = fresh(settings)
+    with monkeypatch.context() as another_scale:
+        another_scale.setattr("harness.precision.FIRST_LOSS_SCALE", 2.0**12)
+        original = fresh(settings)
     records(original, (1, 2, 3))
     kept = stored.store(original.snapshot(3), tmp_path, settings.run_id)
     assert kept.file == "snapshot" and kept.why is None
