@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= gpt2_multi_cls amp_fp16 --preset tiny --data embedded
+OUT ?= results/tiny
 
 .PHONY: help run test soak lint matrix bench gpu freeze clean
 help:
-	@echo "make run     set up .venv and run the main job ($(RUN))"
+	@echo "make run     set up .venv, run the main job ($(RUN)) and build its dossier"
 	@echo "make test    set up .venv and run the tests"
-	@echo "make matrix  every case x configuration (tiny, embedded data)"
+	@echo "make matrix  every case x configuration (tiny, embedded data), and the dossier"
 	@echo "make bench   measure the harness itself"
 	@echo "make gpu     everything that needs a GPU: tests on it, kernel benchmark, the tiny matrix"
 	@echo "make soak    the long sweeps"
@@ -20,7 +21,8 @@ $(READY): setup.py constraints.txt install.sh
 	@touch $@
 
 run: $(READY)
-	$(BIN)/python -m harness case $(RUN)
+	$(BIN)/python -m harness case $(RUN) --out $(OUT)
+	$(BIN)/python -m report build $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m ruff check .
@@ -35,7 +37,8 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 
 matrix: $(READY)
-	$(BIN)/python -m harness matrix --preset tiny --data embedded
+	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
+	$(BIN)/python -m report build $(OUT)
 
 bench: $(READY)
 	$(BIN)/python -m harness bench

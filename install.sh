@@ -35,3 +35,6 @@ echo "install: installing the versions of constraints.txt into $VENV (a minute o
 "$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-warn-conflicts -c constraints.txt -e '.[dev]' ||
     fail "pip could not install the pinned versions (its message is above); is a package registry reachable?"
 "$VENV/bin/python" -c 'import torch' || need libstdc++6 libgomp1
+# Only the PDF needs Pango: without it everything else works, and `report build` says what is missing.
+"$VENV/bin/python" -c 'import weasyprint' 2>/dev/null ||
+    (need libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0) || echo "install: going on without PDF output" >&2

@@ -7,13 +7,17 @@ setup(
     version="0.1.0",
     description="Which floating-point configuration to train with on this GPU, and why one failed",
     python_requires=">=3.11",
-    packages=find_packages(include=["harness*", "kernels*", "instrument*", "bench_cases*"]),
+    packages=[*find_packages(include=["harness*", "kernels*", "instrument*", "bench_cases*", "report*"]), "templates"],
+    package_data={"templates": ["*", "*/*"]},
     install_requires=[
         "torch", "triton; platform_system == 'Linux'", "transformers", "datasets", "bitsandbytes",
         "nvidia-ml-py", "rich", "matplotlib", "seaborn", "jinja2", "msgspec", "psutil", "scipy",
-        "scikit-learn", "adjustText", "numpy", "tokenizers", "safetensors",
+        "scikit-learn", "adjustText", "numpy", "pandas", "tokenizers", "safetensors",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "accelerate"],
+        "pdf": ["weasyprint"],
+        "track": ["tensorboard", "wandb"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "accelerate", "weasyprint", "pypdf",
+                "tensorboard", "perfetto", "viztracer"],
     },
 )

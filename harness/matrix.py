@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,9 +58,18 @@ def matrix_command(options: argparse.Namespace) -> int:
         print("interrupted: the same command goes on with what is not done yet", file=sys.stderr)
         return INTERRUPTED
     screen.finish(rows.values())
+    last_words(out)
     if options.json:
         sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
     return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
+
+
+def last_words(out: Path) -> None:
+    """The report's verdict on the folder, on standard error. By a process of its own: the report reads files only,
+    and this room does not import it."""
+    command = [sys.executable, "-m", "report", "verdict", str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(finished.stdout or finished.stderr, file=sys.stderr, end="")
 
 
 def already_done(planned: list[RunSettings], out: Path) -> dict[str, RunRecord]:

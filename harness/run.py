@@ -98,7 +98,7 @@ def _train_and_evaluate(settings: RunSettings, data: TokenizedData, model: torch
     device = torch.device(settings.device)
     outcome.facts |= {"n_params": sum(p.numel() for p in model.parameters()),
                       "init_sha256": weights_sha256(model), "data_sha256": batches.sha256(settings.max_steps)}
-    outcome.flags["data"] = data.facts
+    outcome.flags["data"] = data.facts | {"vocabulary": data.valid_vocab}
     precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads,
                           compiled=settings.compile)
     figures = memory = instruments = None

@@ -19,6 +19,16 @@ def test_what_must_be_light_imports_no_torch(statement):
     assert modules_after(statement, "torch", "triton", "transformers", "datasets") == []
 
 
+def test_the_whole_report_imports_no_torch():
+    """Every module of it, each command's and each figure's."""
+    everything = ("import importlib, pkgutil, report; "
+                  "[importlib.import_module(m.name) for m in pkgutil.walk_packages(report.__path__, 'report.') "
+                  "if not m.name.endswith('__main__')]")
+    assert modules_after(everything, "torch", "triton", "transformers", "datasets", "harness", "kernels") == []
+    assert modules_after(everything, "report.cli", "report.tables", "report.export.wandb_replay") == [
+        "report.cli", "report.tables", "report.export.wandb_replay"]
+
+
 def test_the_layers_hold():
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -43,7 +43,7 @@ def measure(pairs: int, out: Path | None = None) -> list[Figure]:
     if out is not None:
         from instrument.log import replace
 
-        rows = {"device": str(device), "pairs": pairs, **facts, "figures": [figure.as_row() for figure in figures],
+        rows = {"device": str(device), "pairs": pairs, **facts, "rows": [figure.as_row() for figure in figures],
                 "wall_s": wall_s, "cpu_s": cpu_s}
         replace(out / "overhead.json", json.dumps(rows, allow_nan=False).encode() + b"\n")
     return figures

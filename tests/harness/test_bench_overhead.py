@@ -66,7 +66,7 @@ def test_the_figures_are_written_for_the_dossier(tmp_path, monkeypatch):
     overhead.measure(3, tmp_path)
     stored = json.loads((tmp_path / "overhead.json").read_text())
     assert stored["pairs"] == 3 and len(stored["wall_s"]["light"]) == 3
-    assert {row["name"] for row in stored["figures"]} >= {"light", "light_cpu", "bare_again"}
+    assert {row["name"] for row in stored["rows"]} >= {"light", "light_cpu", "bare_again"}
 
 
 def test_about_ten_million_parameters_on_a_cpu():

@@ -1,0 +1,178 @@
+"""The command line: which command, and which exit code an error gets. Words on standard error, JSON on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from report import arguments
+from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors are one line on standard error."""
+    options = arguments.parser().parse_args(argv)
+    try:
+        return COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        print("interrupted: give the same command again", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return OK
+    except Exception as error:
+        from report.words import printable
+
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"report: {printable(error)}", file=sys.stderr)
+        return code
+
+
+def _build(options: argparse.Namespace) -> int:
+    from report.dossier import build
+    from report.load import load
+
+    folder = load(options.folder)
+    result = build(folder, options.out, pdf=not options.no_pdf, formats=options.format, dpi=options.dpi,
+                   progress=not options.json and sys.stderr.isatty())
+    if options.json:
+        _print({"paths": [str(path) for path in result.paths], "seconds": result.seconds,
+                "defects": [asdict(defect) for defect in result.defects]})
+        return OK
+    pages = [path for path in result.paths if path.suffix == ".html" or path.name == "dossier.pdf"]
+    for path in pages:
+        print(path, file=sys.stderr)
+    if result.defects:
+        print(f"{len(result.defects)} defects in the files, listed in the dossier and by: "
+              f"python -m report validate {options.folder}", file=sys.stderr)
+    return OK
+
+
+def _verdict(options: argparse.Namespace) -> int:
+    from report.load import load
+    from report.verdict import verdict, verdict_text
+
+    folder = load(options.folder)
+    if options.json:
+        _print(asdict(verdict(folder)))
+    else:
+        print(verdict_text(folder, options.price_per_hour))
+    return OK
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from report.load import NoResults, load
+
+    try:
+        folder = load(options.folder)
+        runs, defects, refusal = len(folder.runs), folder.defects, None
+    except NoResults as error:
+        if error.missing:
+            raise
+        runs, defects, refusal = 0, error.defects, str(error)
+    if options.json:
+        _print({"runs": runs, "defects": [asdict(defect) for defect in defects]})
+    else:
+        for defect in defects:
+            print(defect, file=sys.stderr)
+        print(f"{runs} valid runs, {len(defects)} defects" + ("" if runs else f": {refusal}"), file=sys.stderr)
+    return BAD_DATA if defects or not runs else OK
+
+
+def _import(options: argparse.Namespace) -> int:
+    from report.importers.dtype_bench import import_dtype_bench
+
+    records, defects = import_dtype_bench(options.folder, options.out, options.gpu)
+    if options.json:
+        _print({"out": str(options.out), "runs": [record.run_id for record in records],
+                "defects": [asdict(defect) for defect in defects]})
+        return OK
+    for defect in defects:
+        print(defect, file=sys.stderr)
+    print(f"{len(records)} runs imported into {options.out}, {len(defects)} defects; the card is taken to be {options.gpu}, "
+          "which the logs do not say", file=sys.stderr)
+    if all(record.peak_flops_source is None for record in records):
+        print(f"no peak is known for {options.gpu!r}, and none is guessed: no MFU", file=sys.stderr)
+    return OK
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from report.compare import compare, show
+    from report.load import load
+
+    comparison = compare([load(path) for path in options.folders], options.price_per_hour)
+    if options.json:
+        rows = comparison.data.astype(object).where(comparison.data.notna(), None).to_dict("records")
+        _print({"devices": comparison.devices, "rows": rows, "differences": comparison.differences, "notes": comparison.notes})
+        return OK
+    from rich.console import Console
+
+    show(comparison, Console(highlight=False))
+    return OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from report.export import exporter
+    from report.load import load
+
+    paths = exporter(options.to)(load(options.folder), options.out or options.folder / "export" / options.to)
+    if options.json:
+        _print({"paths": [str(path) for path in paths]})
+    else:
+        print(f"{len(paths)} files in {_common(paths)}", file=sys.stderr)
+    return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from report.bench import bench_command
+
+    return bench_command(options)
+
+
+COMMANDS = {"build": _build, "verdict": _verdict, "validate": _validate, "import": _import, "compare": _compare,
+            "export": _export, "bench": _bench}
+
+
+def _print(content: Any) -> None:
+    """Strict JSON: what is not finite is null."""
+    print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    if isinstance(content, float):
+        return content if abs(content) < float("inf") else None
+    return content.item() if hasattr(content, "item") else content
+
+
+def _common(paths: list[Path]) -> Path:
+    return paths[0].parent if paths else Path()
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that a person can mend; None for a defect of ours."""
+    from report.errors import ImportRefused, MissingTool, UsageError
+    from report.load.defect import NoResults
+
+    if isinstance(error, NoResults):
+        return USAGE if error.missing else BAD_DATA
+    if isinstance(error, (UsageError, ImportRefused)):
+        return USAGE
+    if isinstance(error, (MissingTool, PermissionError)) or _pdf_unavailable(error):
+        return ENVIRONMENT
+    return None
+
+
+def _pdf_unavailable(error: Exception) -> bool:
+    """Whether ``report.pdf`` said that its tool is missing; it is imported only where a PDF is made."""
+    module = sys.modules.get("report.pdf")
+    return module is not None and isinstance(error, module.PdfUnavailable)

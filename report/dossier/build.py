@@ -1,0 +1,111 @@
+"""Folder in, dossier out: figures with their CSV, summary.json, index.html and dossier.pdf."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from report.dossier.context import context
+from report.dossier.figures import draw_all
+from report.dossier.progress import Progress
+from report.dossier.render import page
+from report.hypotheses import judge
+from report.tables import all_tables, hardware, headroom_map, step_times
+from report.tables.failures import failures
+from report.tables.trust import trust
+from report.verdict import verdict
+
+SECTION_TABLES = {"step_times": step_times, "hardware": hardware, "headroom": headroom_map}
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """``paths``: every file written, in order; ``seconds``: wall-clock time by stage; ``defects``: of
+    the folder, as `report.load` found them."""
+
+    paths: tuple[Path, ...]
+    seconds: dict[str, float]
+    defects: tuple
+
+
+def build(folder, out: Path | None = None, *, pdf: bool = True, formats: tuple[str, ...] = ("svg", "png"), dpi: int = 300,
+          progress: bool = False) -> BuildResult:
+    """Write ``plots/``, ``summary.json`` and ``dossier/`` under ``out`` (default: the results folder).
+
+    ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. Raises
+    `report.pdf.PdfUnavailable` before anything is written when ``pdf`` is asked for and WeasyPrint is
+    not installed.
+    """
+    out = folder.path if out is None else Path(out)
+    if pdf:
+        from report.pdf import require
+
+        require()
+    clock = _Clock()
+    with Progress(enabled=progress) as bar:
+        bar.step("tables")
+        tables = all_tables(folder) | {key: module.table(folder) for key, module in SECTION_TABLES.items()}
+        findings, decision, checks, cards = judge(folder), verdict(folder), trust(folder), failures(folder)
+        clock.lap("tables")
+        bar.expect(len(tables) + 1 + pdf)
+        drawn = draw_all(tables, out / "plots", formats, dpi, lambda letter: bar.step(f"figure {letter}"))
+        clock.lap("figures")
+        bar.step("page")
+        content = context(folder, drawn, tables, findings=findings, verdict=decision, checks=checks, failures=cards,
+                          defects=folder.defects)
+        html = page(content)
+        (out / "dossier").mkdir(parents=True, exist_ok=True)
+        paths = [out / "plots" / file for figure in drawn.values() for file in figure.files]
+        paths += [out / "summary.json", out / "dossier" / "index.html"]
+        paths[-1].write_text(html, encoding="utf-8", newline="\n")
+        paths[-2].write_text(_summary(folder, tables, findings, decision, checks), encoding="utf-8", newline="\n")
+        clock.lap("page")
+        if pdf:
+            from report.pdf import write_pdf
+
+            bar.step("pdf")
+            paths.append(out / "dossier" / "dossier.pdf")
+            write_pdf(html, paths[-1])
+            clock.lap("pdf")
+    return BuildResult(tuple(paths), clock.seconds, folder.defects)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._last = now - self._last, now
+
+
+def _summary(folder, tables: dict, findings, decision, checks) -> str:
+    """The page's claims as strict JSON, for programs: a non-finite number is null."""
+    content = {
+        "schema": 1, "device": folder.device, "marks": folder.marks, "runs": len(folder.runs),
+        "verdict": decision, "findings": findings, "checks": checks,
+        "figures": {key: {"name": table.name, "title": table.title, "caption": table.caption, "empty": table.empty,
+                          "excluded": table.excluded} for key, table in tables.items()},
+        "defects": [str(defect) for defect in folder.defects],
+    }
+    return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and numpy numbers as plain JSON values."""
+    if is_dataclass(value):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

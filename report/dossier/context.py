@@ -1,0 +1,140 @@
+"""Everything the page prints, as words: templates choose places, never values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from report.dossier import measurements
+from report.dossier.citations import RowNumbers
+from report.dossier.failure_cards import failure_cards
+from report.dossier.figures import Drawn
+from report.dossier.header import header
+from report.dossier.reproduce import commands, versions
+from report.dossier.runs_table import HEADS, run_rows
+from report.plots.text import clean
+from report.words import gigabytes
+
+EXECUTIVE = "ACB"
+PEAK_KINDS = {"rss": "resident", "device": "on the device", "reserved": "reserved"}
+MACHINE = ("step_times", "hardware")
+SECTIONS = (("decision", "Decision"), ("trust", "Can you trust this?"), ("summary", "Executive summary"),
+            ("hypotheses", "Hypotheses"), ("failures", "Failures"), ("time", "Where the time goes"),
+            ("hardware", "Memory, energy, hardware"), ("runs", "All runs"), ("methods", "Methods"),
+            ("reproduce", "Reproduce"))
+KERNEL_COLUMNS = (("op", ""), ("case", ""), ("arm", ""), ("status", ""), ("time_s", "us"), ("time_over_ours", ""),
+                  ("bytes_per_s", "GB/s"), ("share_of_copy", ""), ("pairs", ""), ("note", ""))
+KERNEL_HEADS = ("op", "case", "way", "status", "time (us)", "time over ours", "GB/s", "share of copy", "pairs", "note")
+OVERHEAD_COLUMNS = (("bench", ""), ("name", ""), ("unit", ""), ("n", ""), ("median", ""), ("low95", ""), ("high95", ""),
+                    ("at_most", ""), ("at_least", ""), ("met", ""))
+OVERHEAD_HEADS = ("bench", "figure", "unit", "n", "median", "95 % low", "high", "at most", "at least", "met")
+MOST_DEFECTS, MOST_EXCLUDED = 200, 12
+
+
+def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence, verdict, checks: Sequence,
+            failures: Sequence, defects: Sequence) -> dict[str, Any]:
+    """The template's values. ``drawn``: figures by letter; the rest as their modules return it."""
+    numbers = RowNumbers(folder.runs)
+    class_heads, class_rows = measurements.kernel_classes(folder.runs)
+    return {
+        **header(folder), "sections": SECTIONS, "machine_figures": [key for key in MACHINE if key in drawn],
+        "figures": {letter: _figure(figure, tables[letter], numbers) for letter, figure in drawn.items()},
+        "executive": [letter for letter in EXECUTIVE if letter in drawn],
+        "tasks": [_task(task, numbers) for task in verdict.tasks],
+        "open_questions": [clean(question, 600) for question in verdict.open_questions],
+        "next_command": clean(verdict.next_command or "", 600),
+        "checks": [_check(check, numbers) for check in checks],
+        "findings": _findings(findings, numbers),
+        "failures": failure_cards(failures, folder, numbers),
+        "class_heads": class_heads, "class_rows": class_rows,
+        "mfu_rows": measurements.mfu_rows(folder.runs),
+        "kernel_heads": KERNEL_HEADS, "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
+        "overhead_heads": OVERHEAD_HEADS, "overhead_rows": measurements.bench_table(folder.overhead, OVERHEAD_COLUMNS),
+        "peaks": _peaks(folder.runs),
+        "run_heads": HEADS, "run_rows": run_rows(folder.runs, numbers),
+        "commands": commands(folder.runs, numbers), "versions": versions(folder.runs, folder.machine),
+        "defects": [clean(defect, 400) for defect in defects[:MOST_DEFECTS]], "n_defects": len(defects),
+    }
+
+
+def _figure(figure: Drawn, table, numbers: RowNumbers) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    label = f"Figure {figure.letter}" if len(figure.letter) == 1 else figure.letter.replace("_", " ").capitalize()
+    return {"letter": figure.letter, "label": label, "name": figure.name, "title": clean(figure.title, 400),
+            "caption": clean(figure.caption, 3_000), "svg": Markup(figure.svg), "files": figure.files,
+            "empty": figure.empty and clean(figure.empty, 600), "n_excluded": figure.n_excluded,
+            "excluded": _excluded(table.excluded, numbers)}
+
+
+def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[dict[str, Any]]:
+    """What a figure leaves out, by reason: the rows, and what is no row by its name."""
+    reasons: dict[str, list[str]] = {}
+    for run_id, reason in excluded:
+        reasons.setdefault(clean(reason, 300), []).append(run_id)
+    return [{"reason": reason, "rows": numbers.cite(run_ids),
+             "others": [clean(run_id, 80) for run_id in run_ids if run_id not in numbers][:MOST_EXCLUDED]}
+            for reason, run_ids in reasons.items()]
+
+
+def _task(task, numbers: RowNumbers) -> dict[str, Any]:
+    """One row of the decision page."""
+    speed = f"{task.relative_speed:.2f}x" if task.relative_speed is not None else None
+    if speed and task.low is not None and task.high is not None:
+        speed += f" [{task.low:.2f}, {task.high:.2f}]"
+    elif speed:
+        speed += " (no interval)"
+    return {"column": clean(task.column), "use": clean(task.use) if task.use else None,
+            "avoid": [clean(a, 300) for a in ([task.avoid] if isinstance(task.avoid, str) else task.avoid or ())],
+            "speed": speed, "memory": _memory(task.peak_bytes, task.peak_kind),
+            "quality": clean(task.quality, 200) if task.quality not in (None, "") else None,
+            "cost": clean(task.cost or "", 200) or None,
+            "reason": clean(task.reason or "", 600), "confidence": clean(task.confidence or "", 300),
+            "rows": numbers.cite(task.run_ids)}
+
+
+def _memory(peak_bytes: float | None, kind: str | None) -> str | None:
+    """A peak with what it is a peak of, unless it is the usual one, memory allocated on the GPU."""
+    if peak_bytes is None:
+        return None
+    return gigabytes(peak_bytes) + ("" if kind in (None, "allocated") else f" {PEAK_KINDS.get(kind, clean(kind))}")
+
+
+def _check(check, numbers: RowNumbers) -> dict[str, Any]:
+    return {"name": clean(check.name, 80), "sign": {True: "✓", False: "✗"}.get(check.ok, "?"),
+            "state": {True: "yes", False: "no"}.get(check.ok, "open"),
+            "sentence": clean(check.sentence, 900), "rows": numbers.cite(check.run_ids)}
+
+
+def _findings(findings: Sequence, numbers: RowNumbers) -> list[dict[str, Any]]:
+    """Findings, each with its figure unless that stands further up already."""
+    shown = set(EXECUTIVE)
+    rows = []
+    for finding in findings:
+        rows.append(_finding(finding, numbers) | {"shows": finding.plot not in shown})
+        shown.add(finding.plot)
+    return rows
+
+
+def _finding(finding, numbers: RowNumbers) -> dict[str, Any]:
+    effect = None
+    if finding.effect is not None:
+        unit = f" {clean(finding.unit, 40)}" if finding.unit else ""
+        effect = f"{finding.effect:.3g}{unit}"
+        if finding.low is not None and finding.high is not None:
+            effect += f" [{finding.low:.3g}, {finding.high:.3g}]"
+    return {"id": finding.id, "claim": clean(finding.claim, 400), "verdict": finding.verdict,
+            "kind": {"supported": "yes", "refuted": "no"}.get(finding.verdict, "open"),
+            "sentence": clean(finding.sentence, 1_500), "effect": effect, "n": finding.n,
+            "would_decide": clean(finding.would_decide or "", 600), "plot": finding.plot,
+            "details": [clean(line, 600) for line in finding.details], "rows": numbers.cite(finding.run_ids)}
+
+
+def _peaks(runs: Sequence) -> list[tuple[str, str, str]]:
+    """Peak, source and number of rows: what an MFU of these rows is divided by."""
+    found: dict[tuple[float, str], int] = {}
+    for run in runs:
+        if run.peak_flops_per_s is not None:
+            key = run.peak_flops_per_s, clean(run.peak_flops_source or "source not recorded", 200)
+            found[key] = found.get(key, 0) + 1
+    return [(f"{peak / 1e12:,.1f} TFLOP/s", source, f"{n}") for (peak, source), n in sorted(found.items())]

@@ -1,0 +1,62 @@
+"""What it takes to make each row again: its command, and the versions it ran on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from instrument.records import RunRecord
+from report.dossier.citations import RowNumbers, in_order
+from report.plots.text import clean
+from report.words import gigabytes
+
+OPTIONS = {"preset": "--preset", "data": "--data", "weights": "--weights", "lr": "--lr", "batch_size": "--batch-size",
+           "micro_batch": "--micro-batch", "seq_len": "--seq-len", "max_steps": "--max-steps", "dropout": "--dropout",
+           "attention": "--sdpa"}
+"""Key of a row's settings -> option of ``harness case``."""
+PARTS = ("gpu", "cpu", "cpu_count", "memory_bytes", "system", "python")
+
+
+def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
+    """``rows``: number and command of every row that this program's harness made; ``foreign``: the
+    citations of the others."""
+    found = [(run.run_id, command(run)) for run in in_order(runs)]
+    return {"rows": [{"number": numbers[run_id], "command": words} for run_id, words in found if words],
+            "foreign": numbers.cite(run_id for run_id, words in found if not words)}
+
+
+def command(run: RunRecord) -> str | None:
+    """The command line that makes this row, every setting spelled out."""
+    if run.flags.get("imported") or run.flags.get("simulated") or "preset" not in run.config:
+        return None
+    words = ["python", "-m", "harness", "case", clean(run.case, 80), clean(run.dtype_config, 80), "--seed", str(run.seed)]
+    for key, option in OPTIONS.items():
+        if run.config.get(key) is not None:
+            words += [option, clean(run.config[key], 200)]
+    for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
+        if run.config.get(key) is True:
+            words.append(option)
+    return shlex.join(words)
+
+
+def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
+    """Machine and packages; where rows differ, every value with the number of rows that have it."""
+    found: dict[str, dict[str, int]] = {}
+    for run in runs:
+        for name, value in run.env.items():
+            if value is not None and (name in PARTS or name.endswith("_version") or name.startswith("gpu_")):
+                name, value = _printed(name, value)
+                values = found.setdefault(name, {})
+                values[value] = values.get(value, 0) + 1
+    if not found:
+        found = {name: {value: 1} for name, value in (_printed(*item) for item in machine.items())}
+    return [(name.removesuffix("_version").replace("_", " "),
+             next(iter(values)) if len(values) == 1 else "; ".join(f"{value} ({n} rows)" for value, n in values.items()))
+            for name, values in found.items()]
+
+
+def _printed(name: str, value: object) -> tuple[str, str]:
+    """A fact as it is read: bytes as GB."""
+    if name.endswith("_bytes") and isinstance(value, (int, float)):
+        return clean(name.removesuffix("_bytes"), 40), gigabytes(value)
+    return clean(name, 40), clean(value, 80)

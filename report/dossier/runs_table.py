@@ -1,0 +1,59 @@
+"""All runs as rows of words, with the bare number beside each for sorting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from instrument.records import RunRecord
+from report.dossier.citations import RowNumbers, in_order
+from report.plots.text import clean, short
+
+ABSENT = "–"
+
+
+class Cell(NamedTuple):
+    """``value``: what sorting compares, as text (empty: absent, None: sort by the text itself)."""
+
+    text: str
+    value: str | None = None
+    kind: str = "number"
+
+
+HEADS = ("#", "case", "configuration", "seed", "status", "died at", "val. loss", "F1 micro", "samples/s",
+         "real tokens/s", "step p50 (ms)", "MFU bf16 (%)", "memory (GB)", "energy (kJ)", "skips", "run")
+
+
+def run_rows(runs: Sequence[RunRecord], numbers: RowNumbers) -> list[dict]:
+    """One row a run, in the order of the citations: number, state, cells, link to the files."""
+    return [{"number": numbers[run.run_id], "status": run.status, "cells": _cells(run, numbers[run.run_id]),
+             "run": clean(run.run_id, 80), "href": run_href(run.run_id)} for run in in_order(runs)]
+
+
+def run_href(run_id: str) -> str | None:
+    """The run's folder as seen from the page; None for an id that is no plain name (it could lead
+    anywhere)."""
+    plain = all(c.isascii() and (c.isalnum() or c in "._-") for c in run_id) and ".." not in run_id
+    return f"../runs/{run_id}/run.json" if plain else None
+
+
+def _cells(run: RunRecord, number: int) -> list[Cell]:
+    memory = next((size for size in (run.peak_allocated_bytes, run.peak_rss_bytes) if size is not None), None)
+    return [
+        Cell(str(number), str(number)), Cell(clean(run.case, 40), kind="name"), Cell(clean(run.dtype_config, 40), kind="name"),
+        Cell(str(run.seed), str(run.seed)), Cell(run.status, kind="status"),
+        _number(run.divergence_step, "{:,.0f}"), _number(run.val_loss, "{:.4g}"), _number(run.f1_micro, "{:.3f}"),
+        _number(run.samples_per_s, "{:,.1f}"), _number(run.real_tokens_per_s, "{:,.0f}"),
+        _number(run.step_time_p50_s, "{:,.1f}", 1e3), _number(run.mfu_bf16_peak, "{:.1f}", 100),
+        _number(memory, "{:.2f}", 1e-9),
+        _number(run.energy_j, "{:,.1f}", 1e-3), _number(run.scaler_skips, "{:,.0f}"),
+    ]
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> Cell:
+    if value is None:
+        return Cell(ABSENT, "")
+    if not math.isfinite(value):
+        return Cell(short(value), "")
+    return Cell(form.format(value * scale), repr(float(value)))

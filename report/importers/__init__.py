@@ -1,0 +1,1 @@
+"""Other programs' logs in: each importer writes an ordinary results folder, marked IMPORTED."""

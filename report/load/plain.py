@@ -1,0 +1,45 @@
+"""Files without a record schema: plain JSON objects, read tolerantly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from report.load.columns import UNREADABLE
+from report.load.defect import Defect, defect
+
+
+def read_object(path: Path, name: str) -> tuple[dict[str, Any] | None, list[Defect]]:
+    """The JSON object in a file, or None; what is there and is none is a defect."""
+    try:
+        content = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        return None, []
+    except (*UNREADABLE, OSError) as error:
+        return None, [defect(name, None, f"not JSON: {error}")]
+    if not isinstance(content, dict):
+        return None, [defect(name, None, f"is a {type(content).__name__} and not an object")]
+    return content, []
+
+
+def read_objects(path: Path, name: str) -> tuple[list[dict[str, Any]], list[Defect]]:
+    """The JSON objects in a file's lines; a line that is none is a defect."""
+    rows: list[dict[str, Any]] = []
+    defects: list[Defect] = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        return rows, defects
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = msgspec.json.decode(line)
+        except UNREADABLE as error:
+            defects.append(defect(name, number, f"not JSON: {error}"))
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            defects.append(defect(name, number, f"is a {type(row).__name__} and not an object"))
+    return rows, defects

@@ -1,0 +1,87 @@
+"""D: the gradient norm, step by step, until the end of each run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from report.plots.decimate import decimate
+from report.plots.direct_labels import label_right
+from report.plots.palette import look
+from report.plots.style import THIN_PT, empty_figure, exclusion_note, log_axis, new_figure
+from report.plots.text import clean
+
+ROW_IN, FRAME_IN = 1.12, 0.3
+
+
+def draw(table) -> Figure:
+    """A row a case: steps linear at the left, logarithmic at the right, where an early death is seen."""
+    data: pd.DataFrame = table.data
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    cases = list(data["case"].unique())
+    figure = new_figure(table.title, ROW_IN * len(cases) + FRAME_IN, marks=table.marks,
+                        notes=("Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
+                               "Ring: spike, over 5 times the rolling median.", *exclusion_note(table.excluded)))
+    grid = figure.subplots(len(cases), 2, squeeze=False, sharey="row", width_ratios=(1, 1.1))
+    for (linear, log), case in zip(grid, cases, strict=True):
+        rows = data[data["case"] == case]
+        summary = table.summary[table.summary["case"] == case]
+        log_axis(linear, "y")
+        log_axis(log, "x")
+        for axes, log_x in ((linear, False), (log, True)):
+            for (config, _), run in rows.groupby(["dtype_config", "seed"], sort=False):
+                _run(axes, run, config, log_x)
+            axes.margins(x=0.02)
+        linear.set_title(clean(case), pad=8)
+        linear.set_ylabel("gradient norm")
+        _names(log, rows, summary)
+    grid[-1][0].set_xlabel("step")
+    grid[-1][1].set_xlabel("step, logarithmic")
+    return figure
+
+
+def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
+    """One run: the line (decimated, spikes kept), its marks, its end."""
+    style = look(config)
+    x, y = run["step"].to_numpy(), run["grad_norm"].to_numpy(float)
+    spike, skipped = run["spike"].to_numpy(bool), run["skipped"].to_numpy(bool)
+    last = run["last_finite"].to_numpy(bool)
+    shown = decimate(x, y, log_x=log_x, keep=spike | last)
+    axes.plot(x[shown], np.where(np.isfinite(y[shown]), y[shown], np.nan), color=style.colour, linestyle=style.line,
+              linewidth=0.8, alpha=0.9)
+    marks = decimate(x[spike], y[spike], bins=60, log_x=log_x)
+    axes.plot(x[spike][marks], y[spike][marks], "o", mfc="none", mec=style.colour, mew=THIN_PT, markersize=3.4)
+    if last.any():
+        axes.plot(x[last], y[last], "x", color=style.colour, markersize=6, mew=1.5, zorder=5, clip_on=False)
+    if skipped.any():
+        axes.plot(x[skipped], np.full(skipped.sum(), 1.03), "v", color=style.colour, markersize=3.2, mew=0,
+                  transform=axes.get_xaxis_transform(), clip_on=False)
+
+
+def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """Each configuration by name at the right: where it died, or its rate of spikes against fp32."""
+    labels = []
+    for config, runs in rows.groupby("dtype_config", sort=False):
+        finite = runs[np.isfinite(runs["grad_norm"])]
+        y = float(finite["grad_norm"].iloc[-1]) if len(finite) else axes.get_ylim()[0]
+        labels.append((y, _words(config, summary[summary["dtype_config"] == config]), look(config)))
+    label_right(axes, labels, height_in=ROW_IN - 0.3)
+
+
+def _words(config: str, summary: pd.DataFrame) -> str:
+    name = clean(config, 24)
+    died = summary["died_at"].dropna()
+    if len(died):
+        steps = sorted({int(step) for step in died})
+        where = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        seeds = f", {len(died)} of {len(summary)} seeds" if len(summary) > 1 else ""
+        return f"{name} × @ {where}{seeds}"
+    relative = summary["relative_to_fp32"].dropna()
+    if len(relative) and config != "fp32_true":
+        return f"{name}, spikes {relative.mean():.2g}x"
+    return name
+
+

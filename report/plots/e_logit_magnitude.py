@@ -1,0 +1,125 @@
+"""E: how large the logits are, against what fp16 can hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from report.plots.density import outline
+from report.plots.palette import look
+from report.plots.style import (
+    FULL_WIDTH_IN,
+    INK,
+    SMALL_PT,
+    THIN_PT,
+    WARNING_INK,
+    empty_figure,
+    exclusion_note,
+    log_axis,
+    new_figure,
+)
+from report.plots.text import clean, short
+
+FP16_MAX = 65_504.0
+ROW_IN, FRAME_IN = 1.12, 0.15
+HALF_WIDTH = 0.4
+NAME_CHARACTERS = 13
+WIDE_SLOT_IN, NARROW_SLOT_IN = 0.34, 0.2
+HEADROOM, FOOTROOM = 3.5, 2.0
+
+
+def draw(table) -> Figure:
+    """A panel a case; within it a violin a seed, side by side in their configuration."""
+    data: pd.DataFrame = table.data
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    cases = list(data["case"].unique())
+    configs = _beside(list(data["dtype_config"].unique()))
+    figure = new_figure(table.title, ROW_IN * len(cases) + FRAME_IN, marks=table.marks,
+                        notes=("Over each violin its largest finite value. n ✗: steps with a non-finite logit. "
+                               "Box: quartiles and median.", *exclusion_note(table.excluded)))
+    grid = figure.subplots(len(cases), 1, squeeze=False, sharex=True)
+    for (axes,), case in zip(grid, cases, strict=True):
+        rows = data[data["case"] == case]
+        _panel(axes, rows, table.summary[table.summary["case"] == case], configs)
+        axes.set_title(clean(case))
+        axes.set_ylabel("largest logit")
+    return figure
+
+
+def _beside(configs: list[str]) -> list[str]:
+    """The two that the figure compares, amp_bf16 with and without an fp32 head, side by side."""
+    pair = ["amp_bf16", "amp_bf16_fp32_head"]
+    if not set(pair) <= set(configs):
+        return configs
+    rest = [config for config in configs if config != pair[1]]
+    behind = rest.index(pair[0]) + 1
+    return [*rest[:behind], pair[1], *rest[behind:]]
+
+
+def _broken(name: str) -> list[str]:
+    """A configuration's name on lines of at most about 13 characters, broken behind an underscore."""
+    lines = [""]
+    for part in name.replace("_", "_ ").split(" "):
+        if lines[-1] and len(lines[-1]) + len(part) > NAME_CHARACTERS:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def _panel(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame, configs: list[str]) -> None:
+    log_axis(axes, "y")
+    seeds = sorted(data["seed"].unique())
+    slot_in = FULL_WIDTH_IN * 0.92 / (len(configs) * (len(seeds) + 0.6))
+    facts = summary.set_index(["dtype_config", "seed"])
+    tops = []
+    for (config, seed), run in data.groupby(["dtype_config", "seed"], sort=False):
+        at = configs.index(config) * (len(seeds) + 0.6) + seeds.index(seed)
+        values = run["logit_absmax"].to_numpy(float)
+        values = values[np.isfinite(values) & (values > 0)]
+        if len(values):
+            _violin(axes, at, np.log10(values), look(config).colour)
+            tops.append(values.max())
+        _largest(axes, at, values, int(facts.loc[(config, seed), "nonfinite_steps"]), slot_in)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / FOOTROOM, max(high, FP16_MAX * 1.6, *tops) * HEADROOM)
+    _limit(axes)
+    middle = (len(seeds) - 1) / 2
+    axes.set_xticks([i * (len(seeds) + 0.6) + middle for i in range(len(configs))])
+    axes.set_xticklabels(["\n".join(_broken(clean(config, 30))) for config in configs])
+    axes.set_xlim(-0.9, len(configs) * (len(seeds) + 0.6) - 0.7)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(False, axis="x")
+
+
+def _violin(axes: Axes, at: float, logs: np.ndarray, colour: str) -> None:
+    """Outline in log10, a box of quartiles in it, the median as a white line."""
+    positions, widths = outline(logs)
+    x = np.r_[at - HALF_WIDTH * widths, (at + HALF_WIDTH * widths)[::-1]]
+    axes.fill(x, 10 ** np.r_[positions, positions[::-1]], facecolor=colour, alpha=0.45, edgecolor=colour,
+              linewidth=THIN_PT)
+    low, middle, high = 10 ** np.percentile(logs, [25, 50, 75])
+    axes.fill_betweenx([low, high], at - 0.11, at + 0.11, color=colour, linewidth=0)
+    axes.plot([at - 0.16, at + 0.16], [middle, middle], color="white", linewidth=1.4, solid_capstyle="butt")
+    axes.plot([at - 0.16, at + 0.16], [middle, middle], color=INK, linewidth=0.6, solid_capstyle="butt")
+
+
+def _largest(axes: Axes, at: float, values: np.ndarray, nonfinite_steps: int, slot_in: float) -> None:
+    """The maximum over the violin, and how many steps had a non-finite logit."""
+    narrow = slot_in < WIDE_SLOT_IN
+    words = short(values.max(), 2 if narrow else 3) if len(values) else "none\nfinite"
+    if nonfinite_steps:
+        words += f"\n{nonfinite_steps} ✗"
+    y = values.max() if len(values) else 1.0
+    axes.annotate(words, (at, y), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom",
+                  size=SMALL_PT, rotation=90 if slot_in < NARROW_SLOT_IN else 0, linespacing=0.95)
+
+
+def _limit(axes: Axes) -> None:
+    """The largest finite fp16 number, and what lies beyond it."""
+    axes.axhline(FP16_MAX, color=WARNING_INK, linewidth=0.9, linestyle=(0, (4, 1.5)))
+    axes.axhspan(FP16_MAX, axes.get_ylim()[1], facecolor=WARNING_INK, alpha=0.06, linewidth=0)
+    axes.text(0.998, FP16_MAX * 1.12, "over 65,504: would overflow in fp16", transform=axes.get_yaxis_transform(),
+              ha="right", va="bottom", size=SMALL_PT, color=WARNING_INK)

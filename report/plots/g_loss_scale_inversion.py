@@ -1,0 +1,97 @@
+"""G: the training loss, and how far each configuration is from fp32 on the very same batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from report.plots.decimate import decimate
+from report.plots.direct_labels import label_right
+from report.plots.palette import look
+from report.plots.style import MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
+from report.plots.text import clean
+
+LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.3, 1.0, 0.2
+
+
+def draw(table) -> Figure:
+    """Per architecture two rows: loss, and loss minus fp32_true; a column a kind of target."""
+    data: pd.DataFrame = table.data
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    archs = list(data["arch"].unique())
+    columns = sorted(set(zip(data["kind"], data["loss_reduction"], strict=True)),
+                     key=lambda key: (key[0] != "Single-label", key[1] != "mean", key))
+    heights = [LOSS_IN, DIFFERENCE_IN] * len(archs)
+    figure = new_figure(table.title, sum(heights) + FRAME_IN, marks=table.marks,
+                        notes=("Cross: the last finite step of a run that died. Lower rows: training loss minus that of "
+                               "fp32_true on the same batch of the same seed.", *exclusion_note(table.excluded)))
+    grid = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
+    for at, arch in enumerate(archs):
+        for across, key in enumerate(columns):
+            rows = data[(data["arch"] == arch) & (data["kind"] == key[0]) & (data["loss_reduction"] == key[1])]
+            pair = grid[2 * at][across], grid[2 * at + 1][across]
+            if rows.empty:
+                for axes in pair:
+                    axes.axis("off")
+                continue
+            _pair(pair, rows, table.summary[table.summary["case"] == rows["case"].iloc[0]])
+            pair[0].set_title(clean(f"{key[0]} · {arch}{'' if key[1] == 'mean' else ' · ' + key[1]}"))
+        grid[2 * at][0].set_ylabel("loss (nats)")
+        grid[2 * at + 1][0].set_ylabel("minus fp32_true")
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) -> None:
+    upper, lower = pair
+    upper.sharex(lower)
+    lower.axhline(0, color=MUTED, linewidth=0.8)
+    reach = _reach(lower, rows["minus_reference"].to_numpy(float))
+    dead = summary[summary["died_at"].notna()].set_index(["dtype_config", "seed"])["died_at"]
+    for (config, seed), run in rows.groupby(["dtype_config", "seed"], sort=False):
+        died = (config, seed) in dead.index
+        _run(upper, run["step"].to_numpy(), run["loss"].to_numpy(float), config, died, np.inf)
+        if config != "fp32_true":
+            _run(lower, run["step"].to_numpy(), run["minus_reference"].to_numpy(float), config, died, reach)
+    for axes in pair:
+        axes.margins(x=0.02)
+    upper.tick_params(labelbottom=False)
+    _names(upper, rows, summary, LOSS_IN - 0.25)
+
+
+def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, died: bool, reach: float) -> None:
+    """One run's line, and a cross at its last finite step (at the frame when that is beyond it)."""
+    style = look(config)
+    shown = decimate(x, y)
+    axes.plot(x[shown], np.where(np.isfinite(y[shown]), y[shown], np.nan), color=style.colour, linestyle=style.line,
+              linewidth=0.7, alpha=0.85)
+    finite = np.flatnonzero(np.isfinite(y))
+    if died and len(finite):
+        axes.plot(x[finite[-1]], np.clip(y[finite[-1]], -reach, reach), "x", color=style.colour, markersize=6, mew=1.5,
+                  zorder=5, clip_on=False)
+
+
+def _reach(axes: Axes, differences: np.ndarray) -> float:
+    """Limits of the lower row that a few wild steps do not set; how many lie beyond is written."""
+    size = np.abs(differences[np.isfinite(differences)])
+    reach = float(np.quantile(size, 0.99)) * 1.25 if len(size) else 0.0
+    if reach == 0 or size.max() <= 1.6 * reach:
+        return np.inf
+    axes.set_ylim(-reach, reach)
+    axes.text(1.0, 1.02, f"{(size > reach).sum()} points beyond the frame, up to {size.max():.2g}",
+              transform=axes.transAxes, ha="right", va="bottom", size=SMALL_PT, color=MUTED)
+    return reach
+
+
+def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: float) -> None:
+    labels = []
+    for config, runs in rows.groupby("dtype_config", sort=False):
+        finite = runs.loc[np.isfinite(runs["loss"]), "loss"]
+        died = summary.loc[summary["dtype_config"] == config, "died_at"].dropna()
+        words = clean(config, 23) + (f" × @ {int(died.min())}" if len(died) else "")
+        labels.append((float(finite.iloc[-1]) if len(finite) else 0.0, words, look(config)))
+    label_right(axes, labels, height_in=height_in)

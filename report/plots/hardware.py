@@ -1,0 +1,99 @@
+"""Memory, utilisation and disk, as sampled while the runs went on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from report.plots.decimate import decimate
+from report.plots.density import outline
+from report.plots.palette import look
+from report.plots.style import INK, MUTED, SMALL_PT, TEXT_PT, THIN_PT, empty_figure, exclusion_note, new_figure
+from report.plots.text import clean
+
+ROW_IN, FRAME_IN = 1.6, 0.2
+MEMORY = (("gpu_memory_bytes", "GPU memory (GB)"), ("rss_bytes", "resident memory (GB)"))
+USE = (("gpu_percent", "GPU utilisation (%)"), ("cpu_percent", "CPU utilisation (%)"))
+
+
+def draw(table) -> Figure:
+    """Memory over time and as boxes, densities of utilisation, growth of the disk."""
+    data: pd.DataFrame = table.data
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no samples", table.marks)
+    figure = new_figure(table.title, ROW_IN * 4 + FRAME_IN, marks=table.marks, notes=exclusion_note(table.excluded))
+    grid = figure.subplots(4, 2, squeeze=False)
+    for (over, boxes), (column, words) in zip(grid[:2], MEMORY, strict=True):
+        _over_time(over, data, column, 1e-9, words)
+        _boxes(boxes, data, column, words)
+    for axes, (column, words) in zip(grid[2], USE, strict=True):
+        _densities(axes, data, column, words)
+    _over_time(grid[3][0], data, "disk_growth_bytes", 1e-9, "disk growth (GB)")
+    grid[3][0].set_xlabel("time since the run's start (s)")
+    _key(grid[3][1], data)
+    return figure
+
+
+def _over_time(axes: Axes, data: pd.DataFrame, column: str, scale: float, words: str) -> None:
+    axes.set_ylabel(words)
+    if _absent(axes, data, column):
+        return
+    for (_, config), run in data.groupby(["case", "dtype_config"], sort=False, observed=True):
+        x, y = run["time_s"].to_numpy(), run[column].to_numpy(float) * scale
+        shown = decimate(x, y)
+        axes.plot(x[shown], y[shown], color=look(config).colour, linestyle=look(config).line, linewidth=0.7, alpha=0.85)
+    if column != "disk_growth_bytes":
+        axes.set_ylim(bottom=0)
+
+
+def _boxes(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
+    """Box from the first to the third quartile, whiskers at the extremes, a configuration a row."""
+    if _absent(axes, data, column):
+        return
+    groups = [(config, run[column].dropna().to_numpy(float) / 1e9)
+              for config, run in data.groupby("dtype_config", sort=False, observed=True)]
+    for at, (config, values) in enumerate(groups):
+        if len(values):
+            low, middle, high = np.percentile(values, [25, 50, 75])
+            colour = look(config).colour
+            axes.plot([values.min(), values.max()], [at, at], color=colour, linewidth=0.9)
+            axes.barh(at, high - low, left=low, height=0.55, color=colour, alpha=0.6, linewidth=0)
+            axes.plot([middle, middle], [at - 0.28, at + 0.28], color=INK, linewidth=1.2)
+    axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.4, -0.6), xlabel=words)
+    axes.set_yticklabels([clean(config, 24) for config, _ in groups])
+    axes.set_xlim(left=0)
+    axes.grid(False, axis="y")
+
+
+def _densities(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
+    axes.set(xlabel=words, yticks=[], xlim=(0, 100))
+    if _absent(axes, data, column):
+        return
+    for config, run in data.groupby("dtype_config", sort=False, observed=True):
+        values = run[column].dropna().to_numpy(float)
+        if len(values):
+            style = look(config)
+            positions, density = outline(values)
+            axes.plot(positions, density, color=style.colour, linestyle=style.line, linewidth=0.9)
+            axes.axvline(np.median(values), color=style.colour, linewidth=THIN_PT, linestyle=(0, (4, 2)))
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("density")
+
+
+def _absent(axes: Axes, data: pd.DataFrame, column: str) -> bool:
+    """Whether there is no reading at all; then the frame says so."""
+    if data[column].notna().any():
+        return False
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", size=TEXT_PT, color=MUTED)
+    axes.set(xticks=[], yticks=[])
+    return True
+
+
+def _key(axes: Axes, data: pd.DataFrame) -> None:
+    """The configurations' lines by name, in the frame that is left."""
+    axes.axis("off")
+    for config in data["dtype_config"].unique():
+        axes.plot([], [], color=look(config).colour, linestyle=look(config).line, label=clean(config, 26))
+    axes.legend(loc="center left", ncols=2, fontsize=SMALL_PT, handlelength=2.2)

@@ -1,0 +1,155 @@
+"""The figures' common dress: seaborn's theme at final print size, the frame around each picture.
+
+Nothing here knows what is drawn. Text is at least 6.5 pt and lines at least 0.6 pt at the final
+size (7.0 in wide for a full column, 3.4 in for half). The colours of ink and paper are named, so
+that the page can swap them in its dark theme (`report.dossier.theme`).
+"""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import seaborn
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import NullLocator
+
+from report.plots.text import clean, power_of_ten
+
+FULL_WIDTH_IN, HALF_WIDTH_IN = 7.0, 3.4
+TEXT_PT, SMALL_PT, TITLE_PT = 7.5, 6.6, 9.0
+LINE_PT, THIN_PT = 1.1, 0.6
+INK, MUTED, GRID, PAPER, SHADE = "#1b1f24", "#575e67", "#dde1e6", "#ffffff", "#eef1f4"
+WARNING_INK, WARNING_PAPER = "#7a4a00", "#fff1d6"
+FAMILY = "Dossier Sans"
+FONTS = Path(__file__).resolve().parents[2] / "templates" / "fonts"
+
+MARK_GAP = "\u00a0 · \u00a0"  # browsers join plain spaces
+LEGEND_IN, LAYOUT_DPI = 0.26, 288
+MAX_NOTE_LINES = 2
+TITLE_LINE_IN, NOTE_LINE_IN, MARKS_IN = 0.165, 0.12, 0.2
+
+
+@cache
+def register_fonts() -> None:
+    """Tell matplotlib of the dossier's own font (a subset of Inter), so that text has the same
+    width here, in the page and in the PDF."""
+    for path in sorted(FONTS.glob("*.ttf")):
+        font_manager.fontManager.addfont(path)
+
+
+@contextmanager
+def theme(salt: str) -> Iterator[None]:
+    """seaborn's ticks theme, our sizes and ink, and output that is the same byte for byte.
+
+    ``salt`` names the figure: matplotlib derives an SVG's ids from it.
+    """
+    register_fonts()
+    base = seaborn.axes_style("ticks") | seaborn.plotting_context("paper")
+    own = {
+        "font.family": [FAMILY, "DejaVu Sans"], "font.size": TEXT_PT, "axes.titlesize": TEXT_PT,
+        "axes.labelsize": TEXT_PT, "xtick.labelsize": SMALL_PT, "ytick.labelsize": SMALL_PT,
+        "legend.fontsize": SMALL_PT, "legend.title_fontsize": SMALL_PT, "legend.frameon": False,
+        "axes.titleweight": 600, "axes.titlelocation": "left", "axes.titlepad": 4.0,
+        "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": MUTED,
+        "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+        "axes.linewidth": THIN_PT, "xtick.major.width": THIN_PT, "ytick.major.width": THIN_PT,
+        "xtick.minor.width": THIN_PT, "ytick.minor.width": THIN_PT, "grid.linewidth": THIN_PT,
+        "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5,
+        "xtick.major.pad": 2.0, "ytick.major.pad": 2.0, "axes.labelpad": 2.5,
+        "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True, "axes.facecolor": PAPER,
+        "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "lines.linewidth": LINE_PT,
+        "lines.markersize": 3.5, "axes.spines.top": False, "axes.spines.right": False,
+        "hatch.linewidth": THIN_PT, "axes.unicode_minus": True, "path.simplify": True,
+        "text.parse_math": False, "text.hinting": "none", "svg.fonttype": "none",
+        "svg.hashsalt": salt, "pdf.fonttype": 42,
+        "ps.fonttype": 42, "pdf.compression": 6,
+    }
+    with warnings.catch_warnings(), matplotlib.rc_context(base | own):
+        # A run's name may hold any script: the page's browser has more fonts than this process.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        finder = logging.getLogger("matplotlib.font_manager")
+        before, finder.level = finder.level, logging.ERROR  # the fallback font has no semi-bold, and says so each time
+        yield
+        finder.level = before
+
+
+def wrap(text: str, width_in: float, size_pt: float, max_lines: int) -> list[str]:
+    """``text`` broken to lines of about ``width_in`` at ``size_pt``, at most ``max_lines``."""
+    characters = int(width_in * 72 / (0.545 * size_pt))
+    return textwrap.wrap(clean(text, 2_000), characters, max_lines=max_lines, placeholder=" …")
+
+
+def new_figure(title: str, height_in: float, *, marks: tuple[str, ...] = (), notes: tuple[str, ...] = (),
+               width_in: float = FULL_WIDTH_IN) -> Figure:
+    """An empty figure ``width_in`` wide with its finding on top, its marks beneath it and notes at
+    its foot; ``height_in`` is what the drawing itself gets between them."""
+    heading = wrap(title, width_in - 0.1, TITLE_PT, 3)
+    foot = [line for note in notes for line in wrap(note, width_in - 0.1, SMALL_PT, MAX_NOTE_LINES)]
+    top_in = 0.08 + TITLE_LINE_IN * len(heading) + (MARKS_IN if marks else 0.0)
+    foot_in = NOTE_LINE_IN * len(foot) + (0.1 if foot else 0.0)
+    whole_in = height_in + top_in + foot_in
+    figure = Figure(figsize=(width_in, whole_in), dpi=LAYOUT_DPI)
+    figure.set_layout_engine(ConstrainedLayoutEngine(
+        w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02,
+        rect=(0.0, foot_in / whole_in, 1.0, height_in / whole_in)))
+    left = 0.05 / width_in
+    for line, words in enumerate(heading):
+        y_in = whole_in - 0.05 - TITLE_LINE_IN * (line + 0.78)
+        figure.text(left, y_in / whole_in, words, size=TITLE_PT, weight=600, va="baseline")
+    if marks:
+        figure.text(left + 0.03 / width_in, 1 - (top_in - 0.125) / whole_in,
+                    MARK_GAP.join(clean(mark) for mark in marks), size=SMALL_PT, weight=600, va="center",
+                    color=WARNING_INK, bbox={"facecolor": WARNING_PAPER, "edgecolor": "none", "pad": 1.8})
+    for line, words in enumerate(reversed(foot)):
+        figure.text(left, (0.05 + NOTE_LINE_IN * line) / whole_in, words, size=SMALL_PT, color=MUTED, va="baseline")
+    return figure
+
+
+def legend_row(figure: Figure, handles: list) -> None:
+    """A legend on one line between the drawing and the notes; takes its height from the drawing."""
+    engine = figure.get_layout_engine()
+    left, bottom, width, height = engine.get()["rect"]
+    row = LEGEND_IN / figure.get_figheight()
+    engine.set(rect=(left, bottom + row, width, height - row))
+    legend = figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, bottom), ncols=len(handles),
+                           handlelength=1.4, columnspacing=1.2, borderaxespad=0.2)
+    legend.set_in_layout(False)
+
+
+def exclusion_note(excluded: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """One note that names what a figure leaves out and why, by reason."""
+    if not excluded:
+        return ()
+    by_reason: dict[str, list[str]] = {}
+    for run_id, reason in excluded:
+        by_reason.setdefault(clean(reason, 120), []).append(clean(run_id))
+    parts = [f"{reason}: {', '.join(runs)}" for reason, runs in by_reason.items()]
+    return (f"Not drawn ({len(excluded)}): " + "; ".join(parts),)
+
+
+def log_axis(axes: Axes, which: str) -> None:
+    """A log axis with decades only, in plain text: matplotlib's own labels are mathtext, which is off,
+    and its minor ticks cost half of a figure's time."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis.set_major_formatter(power_of_ten)
+    axis.set_minor_locator(NullLocator())
+
+
+def empty_figure(title: str, why: str, marks: tuple[str, ...]) -> Figure:
+    """A figure that says why there is nothing to see."""
+    figure = new_figure(title, 0.7, marks=marks)
+    figure.set_layout_engine("none")  # there is no frame to place
+    figure.text(0.5, 0.3 / figure.get_figheight(), "\n".join(wrap(why, 6.4, TEXT_PT, 3)), ha="center",
+                va="center", color=MUTED)
+    return figure

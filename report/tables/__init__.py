@@ -1,0 +1,25 @@
+"""What the figures show, as DataFrames: pure functions of a results folder."""
+
+from report.load import Folder
+from report.tables import (
+    a_stability,
+    b_efficiency,
+    c_throughput,
+    d_grad_norm,
+    e_logits,
+    f_padding,
+    g_loss,
+    h_rank,
+)
+from report.tables.columns import TASK_COLUMNS, series_order
+from report.tables.table import Table
+
+__all__ = ["TABLES", "TASK_COLUMNS", "Table", "all_tables", "series_order"]
+
+TABLES = {"A": a_stability, "B": b_efficiency, "C": c_throughput, "D": d_grad_norm, "E": e_logits, "F": f_padding,
+          "G": g_loss, "H": h_rank}
+
+
+def all_tables(folder: Folder) -> dict[str, Table]:
+    """Every figure's table by its letter, in order."""
+    return {letter: module.table(folder) for letter, module in TABLES.items()}

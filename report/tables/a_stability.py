@@ -1,0 +1,128 @@
+"""A: which configuration completes, diverges or trains worse, for every case."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from bench_cases import DTYPE_CONFIGS
+from instrument.records import RunRecord
+from report.load import Folder
+from report.statistics.interval import mean_interval
+from report.tables.caption import data_words
+from report.tables.columns import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order
+from report.tables.judgement import Judged, Judgements, death_kind, gap_words, judge_runs
+from report.tables.table import Table, frame
+from report.words import count, sentence, shortened
+
+COLUMNS = ("case", "column", "arch", "loss_reduction", "dtype_config", "state", "n_seeds", "n_bad", "step", "phase",
+           "sign", "line1", "line2", "run_ids")
+SIGNS = {"completed": "✓", "diverged": "✗", "poor": "!", "failed": "⚠", "unsupported": "–", "missing": "·",
+         "unjudged": "?"}
+VERBS = {"diverged": ("diverges", "diverge"), "poor": ("trains worse", "train worse"),
+         "failed": ("fails to finish", "fail to finish")}
+WORST_FIRST = ("diverged", "poor", "failed", "unjudged", "completed", "unsupported")
+
+
+def table(folder: Folder) -> Table:
+    """One row a cell; a cell takes the worst state of its seeds and says how many they are."""
+    judgements = judge_runs(folder)
+    runs = judgements.selection.runs
+    cases = {run.case: run for run in reversed(runs)}
+    order = sorted(case_order(cases), key=lambda case: TASK_COLUMNS.index(column_of(cases[case])))
+    configs = series_order({run.dtype_config for run in runs}
+                           | {config.id for config in DTYPE_CONFIGS.values() if config.in_default_matrix})
+    data = frame([_cell(judgements, cases[case], config) for case in order for config in configs], COLUMNS)
+    absent = [column for column in TASK_COLUMNS if column not in set(data["column"])]
+    return Table("A", "a_stability_matrix", data, _title(data, judgements), _caption(folder, judgements, absent),
+                 excluded=judgements.selection.excluded, marks=folder.marks)
+
+
+def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
+    judged = judgements.of(case.case, config)
+    state = next((s for s in WORST_FIRST if any(j.state == s for j in judged)), "missing")
+    bad = [j for j in judged if j.state == state]
+    line1, line2 = _lines(state, bad, len(judged), config, judgements)
+    dead = bad if state == "diverged" else []
+    return {"case": case.case, "column": column_of(case), "arch": case.arch, "loss_reduction": case.loss_reduction,
+            "dtype_config": config, "state": state, "n_seeds": len(judged), "sign": SIGNS[state],
+            "n_bad": len(bad) if state in ("diverged", "poor", "failed") else 0,
+            "step": min((j.run.divergence_step for j in dead), default=None), "phase": _phase(dead),
+            "line1": line1, "line2": line2, "run_ids": " ".join(j.run.run_id for j in judged)}
+
+
+def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judgements) -> tuple[str, str]:
+    """The two short lines of a cell."""
+    seeds = f"{len(bad)} of {count(n, 'seed')}"
+    if state == "diverged":
+        phase = _phase(bad)
+        return _death(bad), f"{phase}, {seeds}" if phase else seeds
+    if state == "missing":
+        return "not run", ""
+    if state == "unsupported":
+        return "unsupported", ""
+    if state == "failed":
+        return bad[0].run.status, seeds
+    if state == "unjudged":
+        unhealthy = bad[0].run.case in judgements.unhealthy
+        if config == REFERENCE:
+            return ("ends above start", "unhealthy") if unhealthy else ("not judged", seeds)
+        why = "reference unhealthy" if unhealthy else "not comparable" if "not comparable" in bad[0].reason else "no reference"
+        return "not judged", why
+    if state == "poor":
+        worst = max(bad, key=lambda j: j.gap if j.gap is not None else 0)
+        return (gap_words(worst.gap, worst.unit) if "loss" in worst.reason
+                else f"F1 {100 * worst.f1_gap:+.1f} pt"), seeds
+    if config == REFERENCE:
+        return "reference", f"healthy, {count(n, 'seed')}"
+    return _gap_line(bad), count(n, "seed")
+
+
+def _gap_line(judged: list[Judged]) -> str:
+    """The mean distance from the reference, and whether the seeds resolve it."""
+    gaps = mean_interval([j.gap for j in judged if j.gap is not None])
+    resolved = ", resolved" if gaps.above(0) or gaps.below(0) else ""
+    return gap_words(gaps.value, judged[0].unit) + resolved if gaps.n else ""
+
+
+def _death(dead: list[Judged]) -> str:
+    """``NaN @ 50``, or the range of steps."""
+    steps = sorted(j.run.divergence_step for j in dead)
+    kinds = "/".join(dict.fromkeys(death_kind(j.run) for j in dead))
+    return f"{kinds} @ {steps[0]}" + (f"–{steps[-1]}" if steps[-1] != steps[0] else "")
+
+
+def _phase(dead: list[Judged]) -> str | None:
+    """The phases in which the first non-finite values were produced."""
+    phases = dict.fromkeys(j.run.first_nonfinite.phase for j in dead if j.run.first_nonfinite)
+    return "/".join(phases) or None
+
+
+def _title(data, judgements: Judgements) -> str:
+    """The finding: who diverges or is poor, in how many of the cases where it ran."""
+    findings = []
+    for state, verb in VERBS.items():
+        cases: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for config in dict.fromkeys(data["dtype_config"]):
+            rows = data[(data["dtype_config"] == config) & (data["n_seeds"] > 0)]
+            if hits := int((rows["state"] == state).sum()):
+                cases[hits, len(rows)].append(config)
+        for (hits, n), names in sorted(cases.items(), reverse=True):
+            findings.append(f"{shortened(names)} {verb[len(names) > 1]} in {hits} of {count(n, 'case')}")
+    title = "; ".join(findings) or ("no configuration diverges or trains worse" if len(data) else "no runs")
+    if judgements.unhealthy:
+        title += f"; {count(len(judgements.unhealthy), 'case')} not judged (reference unhealthy)"
+    elif not np.isin(data["state"], ("completed", "poor", "diverged")).any():
+        title = "Not decided: no cell could be judged"
+    return sentence(title)
+
+
+def _caption(folder: Folder, judgements: Judgements, absent: list[str]) -> str:
+    unhealthy = " ".join(f"{case} is not judged: {reason}." for case, reason in sorted(judgements.unhealthy.items()))
+    missing = f" Not run: {', '.join(absent)}." if absent else ""
+    return (f"{data_words(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
+            "applied gradient, a parameter or an optimizer state became non-finite, or the loss exploded. Poor: completed, "
+            "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
+            "(classification), or micro-F1 down by more than 2 points. Resolved: the 95 % t-interval over seeds of the "
+            f"paired difference excludes 0. Healthy: the reference ends below its start.{missing} {unhealthy}").strip()

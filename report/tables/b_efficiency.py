@@ -1,0 +1,114 @@
+"""B: model-FLOPs utilisation over peak memory, with the frontier of each case."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from instrument.records import RunRecord
+from report.load import Folder
+from report.statistics.interval import NOTHING, mean_interval
+from report.tables.caption import data_words
+from report.tables.columns import case_order, column_of, series_order
+from report.tables.eligible import eligible
+from report.tables.judgement import judge_runs
+from report.tables.table import Table, frame
+from report.tables.utilisation import FIELD, NOT_MEASURED, y_kind
+from report.words import count, sentence, shortened
+
+COLUMNS = ("case", "column", "arch", "dtype_config", "state", "n", "peak_bytes", "peak_least_bytes", "peak_most_bytes",
+           "peak_kind", "mfu_bf16_peak", "y_kind", "mfu_own", "low", "high", "on_frontier", "run_ids")
+MEMORY = {"allocated": "peak_allocated_bytes", "rss": "peak_rss_bytes"}
+
+
+def table(folder: Folder) -> Table:
+    """One row a case and configuration. ``mfu_bf16_peak`` holds the MFU that ``y_kind`` names."""
+    judgements = judge_runs(folder)
+    runs, excluded = eligible(folder, judgements.selection)
+    kind = y_kind(runs)
+    memory = memory_kind(runs)
+    rows = []
+    for case in case_order({run.case for run in runs}):
+        of_case = [run for run in runs if run.case == case]
+        rows += [_row(config, [run for run in of_case if run.dtype_config == config], kind, memory,
+                      [j.state for j in judgements.of(case, config)])
+                 for config in series_order({run.dtype_config for run in of_case})]
+    data = _with_frontier(frame([row for row in rows if row is not None], COLUMNS))
+    empty = None if not data.empty else NOT_MEASURED if kind is None and runs else "no completed run has enough timed steps"
+    return Table("B", "b_efficiency_frontier", data, _title(data, empty), _caption(folder, runs, kind, memory),
+                 excluded=excluded, marks=folder.marks, empty=empty)
+
+
+def memory_kind(runs: list[RunRecord]) -> str | None:
+    """The one measure of memory that every run has: the allocator's on a GPU, else resident memory."""
+    return next((kind for kind, field in MEMORY.items() if runs and all(getattr(r, field) is not None for r in runs)), None)
+
+
+def peak_of(runs: list[RunRecord], memory: str) -> int:
+    """What a configuration needs: the largest peak of its seeds. Where runs shared a process, a later
+    run's peak holds what earlier ones left, so the smallest is the nearest to the truth."""
+    peaks = [getattr(run, MEMORY[memory]) for run in runs]
+    return min(peaks) if any(shares_process(run) for run in runs) else max(peaks)
+
+
+def shares_process(run: RunRecord) -> bool:
+    """Whether the run's process had runs before it, whose memory its peak still holds."""
+    return bool((run.flags.get("imported") or {}).get("memory_shares_process"))
+
+
+def _row(config: str, runs: list[RunRecord], kind: str | None, memory: str | None, states: list[str]) -> dict | None:
+    values = [value for run in runs if kind and (value := getattr(run, FIELD[kind])) is not None]
+    peaks = [getattr(run, MEMORY[memory]) for run in runs] if memory else []
+    if not values or not peaks:
+        return None
+    mfu = mean_interval(values)
+    own = [run.mfu for run in runs if run.mfu is not None]
+    shared = any(shares_process(run) for run in runs)
+    first = runs[0]
+    return {"case": first.case, "column": column_of(first), "arch": first.arch, "dtype_config": config,
+            "state": next((s for s in ("poor", "unjudged") if s in states), "completed"), "n": len(runs),
+            "peak_bytes": peak_of(runs, memory), "peak_least_bytes": math.nan if shared else min(peaks),
+            "peak_most_bytes": math.nan if shared else max(peaks), "peak_kind": memory,
+            "mfu_bf16_peak": mfu.value, "y_kind": kind, "mfu_own": (mean_interval(own) if own else NOTHING).value,
+            "low": mfu.low, "high": mfu.high, "on_frontier": False, "run_ids": " ".join(run.run_id for run in runs)}
+
+
+def _with_frontier(data: pd.DataFrame) -> pd.DataFrame:
+    """Mark the rows that no other judged row of their case beats in both; equals stay."""
+    data["on_frontier"] = False
+    for _, rows in data[data["state"] == "completed"].groupby("case"):
+        for index, row in rows.iterrows():
+            no_worse = (rows["peak_bytes"] <= row["peak_bytes"]) & (rows["mfu_bf16_peak"] >= row["mfu_bf16_peak"])
+            better = (rows["peak_bytes"] < row["peak_bytes"]) | (rows["mfu_bf16_peak"] > row["mfu_bf16_peak"])
+            data.loc[index, "on_frontier"] = not (no_worse & better).any()
+    return data
+
+
+def _title(data: pd.DataFrame, empty: str | None) -> str:
+    """Whose frontier has a single configuration, and how high MFU gets."""
+    if empty:
+        return "Not decided: no MFU to compare."
+    top = data.loc[data["mfu_bf16_peak"].idxmax()]
+    highest = f"highest MFU is {100 * top['mfu_bf16_peak']:.0f} % of the {top['y_kind']} ({top['dtype_config']}, {top['case']})"
+    frontier = data[data["on_frontier"]]
+    if frontier.empty:
+        return sentence(f"{highest}; no case has a healthy reference, so no frontier is drawn")
+    alone = frontier.groupby("case").filter(lambda rows: len(rows) == 1)["dtype_config"].value_counts()
+    cases = frontier["case"].nunique()
+    words = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
+    return sentence("; ".join([*(words or [f"every frontier trades speed for memory "
+                                          f"({shortened(series_order(frontier['dtype_config']))})"]), highest]))
+
+
+def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: str | None) -> str:
+    measure = {"allocated": "peak memory that the allocator handed out, the largest of the seeds",
+               "rss": "peak resident memory of the process (there is no GPU)", None: "not measured"}[memory]
+    if any(shares_process(run) for run in runs):
+        measure += "; runs shared a process and left memory behind, so the smallest of the seeds is drawn, without interval"
+    against = {"bf16 peak": "against the card's dense bf16 peak", "measured peak": "against the matmul rate measured on this "
+               "machine (a CPU or an unknown card has no datasheet peak)", None: "not measured"}[kind]
+    return (f"{data_words(folder, runs)} Filled: MFU {against}, mean and 95 % t-interval over seeds. Hollow: against the peak "
+            "of the dtype that each FLOP ran in, which flatters fp32. Memory: "
+            f"{measure}. Frontier: no other configuration of the case is as fast with less memory; poor or unjudged "
+            "configurations are not on it.")

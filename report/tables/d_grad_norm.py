@@ -1,0 +1,90 @@
+"""D: gradient norm before clipping, step by step: deaths, loss-scaler skips and spikes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from bench_cases import DTYPE_CONFIGS
+from instrument.records import RunRecord
+from report.load import Folder
+from report.statistics.rolling import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
+from report.tables.caption import data_words
+from report.tables.columns import REFERENCE, case_order, series_order
+from report.tables.selection import Selection, select
+from report.tables.step_frame import long_frame
+from report.tables.table import Table, frame
+from report.words import count, sentence, shortened
+
+COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
+SUMMARY = ("case", "dtype_config", "seed", "n_steps", "spikes", "spikes_per_1000", "relative_to_fp32", "skips", "died_at",
+           "run_id")
+STRESSED = "fp16_naive"
+SHOWN = (STRESSED, "amp_bf16", REFERENCE, *DTYPE_CONFIGS[STRESSED].controls)
+
+
+def table(folder: Folder, configs: tuple[str, ...] = SHOWN) -> Table:
+    """All steps of the shown configurations. Spikes are found before anyone thins the lines out."""
+    selection = select(folder)
+    runs = [run for case in case_order({run.case for run in selection.runs}) for config in series_order(configs)
+            for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
+    runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]
+    data = long_frame(runs, COLUMNS, lambda run: _steps(folder, run))
+    summary = _summary(folder, runs, selection)
+    return Table("D", "d_grad_norm_heartbeat", data, _title(summary), _caption(folder, runs), summary,
+                 selection.excluded, folder.marks, None if runs else f"none of {', '.join(configs)} was run")
+
+
+def _steps(folder: Folder, run: RunRecord) -> dict:
+    columns = folder.steps(run.run_id)
+    norm = columns["grad_norm"]
+    last = np.zeros(len(norm), dtype=bool)
+    if run.status == "diverged" and np.isfinite(norm).any():
+        last[np.flatnonzero(np.isfinite(norm))[-1]] = True
+    return {"step": columns["step"], "grad_norm": norm, "skipped": columns["step_skipped"],
+            "spike": spikes(norm) & ~columns["step_skipped"], "last_finite": last}
+
+
+def _summary(folder: Folder, runs: list[RunRecord], selection: Selection) -> pd.DataFrame:
+    rates = {run.run_id: _rate(folder, run) for run in runs}
+    rows = []
+    for run in runs:
+        n, found, rate = rates[run.run_id]
+        reference = selection.reference(run)
+        base = rates[reference.run_id][2] if reference and reference.run_id in rates else math.nan
+        rows.append({"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "n_steps": n, "spikes": found,
+                     "spikes_per_1000": rate, "relative_to_fp32": rate / base if base else math.nan,
+                     "skips": run.scaler_skips, "died_at": run.divergence_step, "run_id": run.run_id})
+    return frame(rows, SUMMARY)
+
+
+def _rate(folder: Folder, run: RunRecord) -> tuple[int, int, float]:
+    """Steps, spikes, and spikes per 1,000 steps that had enough steps before them to be judged."""
+    found, n = int(_steps(folder, run)["spike"].sum()), len(folder.steps(run.run_id)["step"])
+    return n, found, 1000 * found / (n - FEWEST_STEPS) if n > FEWEST_STEPS else math.nan
+
+
+def _title(summary: pd.DataFrame) -> str:
+    if summary.empty:
+        return "Not decided: no gradient norms."
+    parts = []
+    for config in series_order(summary["dtype_config"]):
+        rows = summary[summary["dtype_config"] == config]
+        dead = rows[rows["died_at"].notna()]
+        if len(dead):
+            steps = sorted({int(step) for step in dead["died_at"]})
+            when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+            parts.append(f"{config} dies at {when} in {len(dead)} of {count(len(rows), 'run')}")
+    rates = summary.dropna(subset="spikes_per_1000").groupby("dtype_config")["spikes_per_1000"].mean()
+    alive = [f"{config} {rates[config]:.1f}" for config in series_order(rates.index)]
+    return sentence("; ".join([*parts, f"spikes per 1,000 steps: {shortened(alive, 4)}"] if alive else parts))
+
+
+def _caption(folder: Folder, runs: list[RunRecord]) -> str:
+    return (f"{data_words(folder, runs)} Global L2 norm of the gradient before clipping, after unscaling. Cross: the last "
+            "finite step of a run that diverged. Marks above the frame: steps that the loss scaler skipped, which is no "
+            f"divergence. Spike: above {SPIKE_FACTOR:g} times the median of the {WINDOW_STEPS} steps before it; a norm that "
+            "spikes as often under fp32_true is not a matter of precision. The controls change one thing in fp16_naive "
+            "each: epsilon 1e-4, or fp32 AdamW states.")

@@ -1,0 +1,113 @@
+"""E: the largest logit of every step beside what fp16 can hold."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from bench_cases import TASKS
+from instrument.records import RunRecord
+from report.load import Folder
+from report.tables.caption import data_words
+from report.tables.columns import case_order, is_lm, series_order
+from report.tables.selection import select
+from report.tables.step_frame import long_frame
+from report.tables.table import Table, frame
+from report.words import count, sentence
+
+FP16_MAX = 65_504.0
+FORWARD = ("forward", "loss")
+COLUMNS = ("case", "dtype_config", "seed", "step", "logit_absmax", "nonfinite")
+SUMMARY = ("case", "dtype_config", "seed", "max", "median", "over_fp16_steps", "nonfinite_steps", "overflow_steps",
+           "logits_per_step", "n_steps", "run_id")
+
+
+def table(folder: Folder) -> Table:
+    """All steps of all runs; the summary has one row a violin."""
+    selection = select(folder)
+    runs = [run for case in case_order({run.case for run in selection.runs})
+            for config in series_order({run.dtype_config for run in selection.of_case(case)})
+            for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
+    runs = [run for run in runs if np.isfinite(folder.steps(run.run_id)["logit_absmax"]).any()
+            or nonfinite_logits(folder, run).any()]
+    data = long_frame(runs, COLUMNS, lambda run: {
+        "step": folder.steps(run.run_id)["step"], "logit_absmax": folder.steps(run.run_id)["logit_absmax"],
+        "nonfinite": nonfinite_logits(folder, run)})
+    summary = frame([_row(folder, run) for run in runs], SUMMARY)
+    return Table("E", "e_logit_magnitude", data, _title(summary), _caption(folder, runs, summary), summary,
+                 selection.excluded, folder.marks, None if runs else "no run logged its logits")
+
+
+def nonfinite_logits(folder: Folder, run: RunRecord) -> np.ndarray:
+    """Steps at which some logit was not finite."""
+    columns = folder.steps(run.run_id)
+    return (columns["logit_nonfinite"] > 0) | np.isinf(columns["logit_absmax"])
+
+
+def over_fp16(folder: Folder, run: RunRecord) -> np.ndarray:
+    """Steps at which some finite logit lies beyond what fp16 can hold."""
+    columns = folder.steps(run.run_id)
+    finite = np.where(np.isfinite(columns["logit_absmax"]), columns["logit_absmax"], 0.0)
+    return (columns["logit_over_fp16"] > 0) | (finite > FP16_MAX)
+
+
+def overflows(folder: Folder, run: RunRecord) -> np.ndarray:
+    """Steps at which the logits left fp16's range of themselves. From the step of death on they are
+    non-finite because a parameter is, unless the run died in its forward pass."""
+    first, died_at = run.first_nonfinite, run.divergence_step
+    beyond = over_fp16(folder, run) | nonfinite_logits(folder, run)
+    if died_at is None:
+        return beyond
+    last = died_at if first is not None and first.phase in FORWARD else died_at - 1
+    return beyond & (folder.steps(run.run_id)["step"] <= last)
+
+
+def logits_per_step(folder: Folder, run: RunRecord) -> float:
+    """How many logits a step's maximum is over (real tokens or documents, times outputs); nan when the
+    record does not say."""
+    data = run.flags.get("data") or {}
+    if is_lm(run):
+        outputs, rows = data.get("vocabulary"), float(np.median(folder.steps(run.run_id)["real_tokens"]))
+    else:
+        multi = TASKS[run.task].loss == "bce_with_logits"
+        outputs, rows = data.get("labels" if multi else "classes"), run.batch_size
+    return outputs * rows if outputs else math.nan
+
+
+def _row(folder: Folder, run: RunRecord) -> dict:
+    absmax = folder.steps(run.run_id)["logit_absmax"]
+    finite = absmax[np.isfinite(absmax)]
+    return {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed,
+            "max": float(finite.max()) if len(finite) else math.nan,
+            "median": float(np.median(finite)) if len(finite) else math.nan,
+            "over_fp16_steps": int(over_fp16(folder, run).sum()),
+            "nonfinite_steps": int(nonfinite_logits(folder, run).sum()),
+            "overflow_steps": int(overflows(folder, run).sum()), "logits_per_step": logits_per_step(folder, run),
+            "n_steps": len(absmax), "run_id": run.run_id}
+
+
+def _title(summary: pd.DataFrame) -> str:
+    if summary.empty:
+        return "Not decided: no logits were logged."
+    beyond = summary[summary["overflow_steps"] > 0]
+    if summary["max"].notna().any():
+        top = summary.loc[summary["max"].idxmax()]
+        largest = f"the largest logit is {top['max']:,.4g} ({top['dtype_config']}, {top['case']})"
+    else:
+        largest = "no logit was finite"
+    if beyond.empty:
+        bits = math.log2(FP16_MAX / summary["max"].max())
+        return sentence(f"no logit leaves fp16's range: {largest}, {bits:.1f} bits below 65,504")
+    return sentence(f"logits leave fp16's range in {len(beyond)} of {count(len(summary), 'run')}; {largest}")
+
+
+def _caption(folder: Folder, runs: list[RunRecord], summary: pd.DataFrame) -> str:
+    numbers = summary["logits_per_step"].dropna() if len(summary) else pd.Series(dtype=float)
+    per_step = (f"{numbers.min():,.0f} to {numbers.max():,.0f} logits a step" if len(numbers)
+                else "the number of logits a step is not recorded")
+    return (f"{data_words(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
+            f"({per_step}; pad columns and ignored targets left out). Line: 65,504, the largest fp16 number. What lies "
+            "beyond it would overflow in fp16; in bf16 and fp32 it did not. Steps with non-finite logits are marks on top; "
+            "from a run's death on they follow from dead parameters and are no overflow of the logits.")

@@ -1,0 +1,71 @@
+"""Failed runs, one card each: what was first, why, the road to it, and what helps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from instrument.records import RunRecord
+from report.load import Folder
+from report.tables.judgement import death_words
+
+FAILED = ("diverged", "oom", "error", "hung")
+CAUSES = {
+    "overflow": "overflow: a value left the range of its dtype",
+    "underflow_then_divide": "underflow, then a division: a denominator became exactly 0",
+    "invalid": "an invalid operation, such as inf - inf or 0 / 0",
+    "from_input": "a value that was non-finite before this run's first operation",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """``cause`` in words or None; lists are plain data from ``runs/<run_id>/forensics.json``, empty when
+    there is none."""
+
+    run_id: str
+    sentence: str
+    cause: str | None
+    remedies: tuple[dict[str, Any], ...] = ()
+    chain: tuple[dict[str, Any], ...] = ()
+    kernels: tuple[dict[str, Any], ...] = ()
+    trace_file: str | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    status: str = "diverged"
+
+
+def failures(folder: Folder) -> tuple[Failure, ...]:
+    """A card for every run that ended in a failure, in order of run id."""
+    return tuple(_card(folder, run) for run in folder.runs if run.status in FAILED)
+
+
+def _card(folder: Folder, run: RunRecord) -> Failure:
+    forensics = folder.forensics(run.run_id)
+    told = forensics.get("sentence")
+    trace = forensics.get("trace_file")
+    return Failure(
+        run.run_id, told if isinstance(told, str) and told else failure_sentence(run), _cause(run),
+        *(_rows(forensics, key) for key in ("remedies", "chain", "kernels")),
+        trace if isinstance(trace, str) else None, _rows(forensics, "history"), run.status)
+
+
+def failure_sentence(run: RunRecord) -> str:
+    """What happened, from the row alone."""
+    if run.status != "diverged":
+        return f"ended {run.status} after {run.steps_done} steps" + (f": {run.error}" if run.error else "") + "."
+    first = run.first_nonfinite
+    if first is None:
+        return f"{death_words(run)}: {run.error or 'the loss exploded with finite values'}."
+    place = f"{first.module}.{first.tensor}" if first.module else first.tensor
+    source = f", from {first.source_tensor}" if first.source_tensor else ""
+    dtype = f" ({first.dtype})" if first.dtype else ""
+    return f"{death_words(run)}: {place} became {first.kind}{dtype} in the {first.phase}{source}."
+
+
+def _cause(run: RunRecord) -> str | None:
+    return CAUSES.get(run.first_nonfinite.cause) if run.first_nonfinite else None
+
+
+def _rows(forensics: dict[str, Any], key: str) -> tuple[dict[str, Any], ...]:
+    rows = forensics.get(key)
+    return tuple(row for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()

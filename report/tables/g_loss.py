@@ -1,0 +1,93 @@
+"""G: training loss of single-label beside multi-label, and its distance from fp32_true on the same batch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from instrument.records import RunRecord
+from report.load import Folder
+from report.tables.caption import data_words
+from report.tables.columns import case_order, column_of, is_lm, series_order
+from report.tables.fairness import unfair
+from report.tables.judgement import death_words
+from report.tables.selection import Selection, select
+from report.tables.step_frame import long_frame
+from report.tables.table import Table, frame
+from report.words import count, sentence, shortened
+
+COLUMNS = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "step", "loss", "minus_reference")
+SUMMARY = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "died_at", "death", "final_minus_reference",
+           "run_id")
+KINDS = {"Cls-Single": "Single-label", "Cls-Multi": "Multi-label"}
+
+
+def table(folder: Folder) -> Table:
+    """All steps of all classification runs."""
+    selection = select(folder)
+    cases = case_order({run.case for run in selection.runs if not is_lm(run)})
+    runs = [run for case in cases for config in series_order({run.dtype_config for run in selection.of_case(case)})
+            for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
+    runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]
+    data = long_frame(runs, COLUMNS, lambda run: _steps(folder, run, selection))
+    summary = frame([_row(folder, run, selection) for run in runs], SUMMARY)
+    return Table("G", "g_loss_scale_inversion", data, _title(summary), _caption(folder, runs), summary, selection.excluded,
+                 folder.marks, None if runs else "no classification run")
+
+
+def minus_reference(folder: Folder, run: RunRecord, selection: Selection) -> np.ndarray:
+    """Loss minus the reference's at the same step, where both saw the same batch; else nan."""
+    columns = folder.steps(run.run_id)
+    difference = np.full(len(columns["step"]), np.nan)
+    reference = selection.reference(run)
+    if reference is None or unfair(run, reference) is not None:
+        return difference
+    base = folder.steps(reference.run_id)
+    _, ours, theirs = np.intersect1d(columns["step"], base["step"], assume_unique=True, return_indices=True)
+    difference[ours] = columns["loss"][ours] - base["loss"][theirs]
+    return difference
+
+
+def _steps(folder: Folder, run: RunRecord, selection: Selection) -> dict:
+    columns = folder.steps(run.run_id)
+    return {"kind": KINDS[column_of(run)], "loss_reduction": run.loss_reduction, "arch": run.arch, "step": columns["step"],
+            "loss": columns["loss"], "minus_reference": minus_reference(folder, run, selection)}
+
+
+def _row(folder: Folder, run: RunRecord, selection: Selection) -> dict:
+    difference = minus_reference(folder, run, selection)
+    tail = difference[-max(1, len(difference) // 10):]
+    tail = tail[np.isfinite(tail)]
+    dead = run.status == "diverged"
+    return {"case": run.case, "kind": KINDS[column_of(run)], "loss_reduction": run.loss_reduction, "arch": run.arch,
+            "dtype_config": run.dtype_config, "seed": run.seed, "died_at": run.divergence_step,
+            "death": death_words(run) if dead else None, "run_id": run.run_id,
+            "final_minus_reference": float(tail.mean()) if len(tail) and not dead else math.nan}
+
+
+def _title(summary: pd.DataFrame) -> str:
+    """Where fp16_naive and its controls die, by kind."""
+    if summary.empty:
+        return "Not decided: no classification run."
+    stressed = summary[summary["dtype_config"].str.startswith("fp16_naive")]
+    if stressed.empty:
+        return "Not decided: fp16_naive was not run on classification."
+    parts = []
+    for config in series_order(stressed["dtype_config"]):
+        words = []
+        for kind in KINDS.values():
+            rows = stressed[(stressed["dtype_config"] == config) & (stressed["kind"] == kind)]
+            if len(rows):
+                words.append(f"{int(rows['died_at'].notna().sum())} of {count(len(rows), kind.lower() + ' run')}")
+        parts.append(f"{config} dies in {' and '.join(words)}")
+    return sentence("; ".join(parts))
+
+
+def _caption(folder: Folder, runs: list[RunRecord]) -> str:
+    reductions = shortened(sorted({run.loss_reduction for run in runs}))
+    return (f"{data_words(folder, runs)} Training loss before each update; single-label is softmax cross-entropy, multi-label "
+            f"binary cross-entropy with logits, so the units differ and each facet has its own axis (reduction: {reductions}). "
+            "Below: the loss minus fp32_true's at the same step, that is on the same batch from the same initial weights. "
+            "Crosses: divergence.")

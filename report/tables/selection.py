@@ -1,0 +1,104 @@
+"""Which runs are compared: one settings variant a case, one run a (case, configuration, seed).
+
+A folder may hold a case twice, with another learning rate say. Averaging the two would compare what
+differs in more than the configuration; so the variant with the most runs is shown and the others
+are named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from instrument.records import RunRecord
+from report.load import Folder
+from report.tables.columns import REFERENCE, column_of
+
+ROW_SETTINGS = ("preset", "data_source", "weights_source", "loss", "loss_reduction", "batch_size", "micro_batch",
+                "seq_len", "max_steps")
+"""Settings that stand in the row itself; the others stand in its ``config``."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``runs`` to compare, and ``excluded`` with (run_id, reason)."""
+
+    runs: tuple[RunRecord, ...]
+    excluded: tuple[tuple[str, str], ...]
+
+    def reference(self, run: RunRecord) -> RunRecord | None:
+        """The fp32_true run of the same case and seed."""
+        return self._references.get((run.case, run.seed))
+
+    @cached_property
+    def _references(self) -> dict[tuple[str, int], RunRecord]:
+        return {(run.case, run.seed): run for run in self.runs if run.dtype_config == REFERENCE}
+
+    def of_case(self, case: str) -> list[RunRecord]:
+        """The case's runs."""
+        return [run for run in self.runs if run.case == case]
+
+
+def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True) -> Selection:
+    """The main variant of every case among the runs that ``keep`` takes; the others are not mentioned."""
+    chosen: list[RunRecord] = []
+    excluded: list[tuple[str, str]] = []
+    for run in folder.runs:
+        if column_of(run) is None:
+            excluded.append((run.run_id, f"task {run.task!r} is not known to this version"))
+    for runs in _by_case(run for run in folder.runs if column_of(run) is not None):
+        runs = [run for run in runs if keep(run)]
+        variants = Counter(_key(run) for run in runs)
+        if not variants:
+            continue
+        main = min(variants, key=lambda key: (-variants[key], key))
+        seen: dict[tuple[str, int], str] = {}
+        for run in runs:
+            if _key(run) != main:
+                excluded.append((run.run_id, f"other settings than the {variants[main]} runs shown of its case: "
+                                             f"{_difference(_key(run), main)}"))
+            elif (run.dtype_config, run.seed) in seen:
+                excluded.append((run.run_id, f"a second run of what {seen[run.dtype_config, run.seed]} did"))
+            else:
+                seen[run.dtype_config, run.seed] = run.run_id
+                chosen.append(run)
+    return Selection(tuple(chosen), tuple(excluded))
+
+
+def is_bucketed(run: RunRecord) -> bool:
+    """Whether batches were made of documents of like length."""
+    return bool(run.config.get("bucket_by_length"))
+
+
+def settings_of(run: RunRecord) -> dict[str, Any]:
+    """Everything that was set, but for the configuration and the seed."""
+    rest = {name: value for name, value in run.config.items() if name not in ("config", "seed", "case", *ROW_SETTINGS)}
+    return {**{name: getattr(run, name) for name in ROW_SETTINGS}, **rest, "case": run.config.get("case")}
+
+
+def _key(run: RunRecord) -> str:
+    return json.dumps(settings_of(run), sort_keys=True, default=str)
+
+
+def _difference(key: str, main: str) -> str:
+    """What differs between two variants, in a few words."""
+    this, that = json.loads(key), json.loads(main)
+    changed = [name for name in sorted({*this, *that}) if this.get(name) != that.get(name)]
+    words = [f"{name} {_short(this.get(name))} instead of {_short(that.get(name))}" for name in changed[:3]]
+    return ", ".join(words) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..." + text[-6:]
+
+
+def _by_case(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    groups: dict[str, list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        groups[run.case].append(run)
+    return [groups[case] for case in sorted(groups)]

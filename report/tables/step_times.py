@@ -1,0 +1,56 @@
+"""How long steps take: over the run, and their distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from report.load import Folder
+from report.statistics.rolling import rolling_median
+from report.tables.caption import data_words
+from report.tables.columns import case_order, series_order
+from report.tables.step_frame import long_frame
+from report.tables.table import Table
+
+LETTER, NAME = "step_times", "step_times"
+COLUMNS = ("case", "dtype_config", "seed", "step", "step_time_s", "rolling_median_s")
+WINDOW_STEPS = 25
+FEWEST_STEPS = 10
+
+
+def table(folder: Folder) -> Table:
+    """Step times of the lowest seed of every case and configuration, warm-up left out."""
+    chosen, excluded = {}, []
+    for run in sorted(folder.runs, key=lambda run: run.seed):
+        if run.timed_steps >= FEWEST_STEPS:
+            chosen.setdefault((run.case, run.dtype_config), run)
+        else:
+            excluded.append((run.run_id, f"{run.timed_steps} timed steps of at least {FEWEST_STEPS}"))
+    runs = [chosen[key] for case in case_order(case for case, _ in chosen)
+            for key in [(case, config) for config in series_order(c for at, c in chosen if at == case)]]
+    data = long_frame(runs, COLUMNS, lambda run: _timed(folder.steps(run.run_id), run.timed_steps))
+    summary = pd.DataFrame([_summary(run, data) for run in runs])
+    if data.empty:
+        return Table(LETTER, NAME, data, "Step times", "", excluded=tuple(excluded), marks=folder.marks,
+                     empty=f"not measured: no run has {FEWEST_STEPS} timed steps.")
+    slowest_tail = summary.loc[(summary["p95_s"] / summary["median_s"]).idxmax()]
+    title = (f"The longest tail of step times: {slowest_tail['dtype_config']} on {slowest_tail['case']}, "
+             f"P95 {slowest_tail['p95_s'] / slowest_tail['median_s']:.2f} times the median.")
+    caption = (f"{data_words(folder, runs)} Left: rolling median over {WINDOW_STEPS} steps. Right: box from the first to "
+               "the third quartile, line at the median, diamond at the mean, tick at the 95th percentile. One seed a "
+               "configuration; steps of warm-up left out.")
+    return Table(LETTER, NAME, data, title, caption, summary, tuple(excluded), folder.marks)
+
+
+def _timed(steps: dict[str, np.ndarray], timed: int) -> dict[str, np.ndarray]:
+    """The timed steps are the last ones: those before them warmed up."""
+    times = steps["step_time_s"][-timed:]
+    return {"step": steps["step"][-timed:], "step_time_s": times, "rolling_median_s": rolling_median(times, WINDOW_STEPS)}
+
+
+def _summary(run, data: pd.DataFrame) -> dict:
+    own = data[(data["case"] == run.case) & (data["dtype_config"] == run.dtype_config)]["step_time_s"].to_numpy()
+    own = own[np.isfinite(own)]
+    low, middle, high, p95 = np.percentile(own, [25, 50, 75, 95]) if len(own) else [np.nan] * 4
+    return {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "n": len(own), "q1_s": low,
+            "median_s": middle, "q3_s": high, "p95_s": p95, "mean_s": own.mean() if len(own) else np.nan}

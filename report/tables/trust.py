@@ -1,0 +1,113 @@
+"""Can you trust this? Five lines: fairness, reference health, seeds, exclusions, own overhead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from report.load import Folder
+from report.statistics.interval import FEWEST_SEEDS
+from report.tables.columns import REFERENCE
+from report.tables.eligible import eligible
+from report.tables.fairness import unfair
+from report.tables.judgement import judge_runs
+from report.tables.selection import Selection, select
+from report.words import count, shortened
+
+DISTURBED = ("throttled", "contended")
+
+
+@dataclass(frozen=True)
+class Check:
+    """``ok`` None: it could not be checked, and ``sentence`` says why."""
+
+    name: str
+    ok: bool | None
+    sentence: str
+    run_ids: tuple[str, ...] = ()
+
+
+def trust(folder: Folder) -> tuple[Check, ...]:
+    """The five checks, and a sixth when the files had defects."""
+    selection = select(folder)
+    checks = (_fairness(selection), _health(folder), _seeds(selection), _exclusions(folder, selection), _overhead(folder))
+    defects = folder.defects
+    if not defects:
+        return checks
+    return (*checks, Check("files", False, f"{count(len(defects), 'defect')} in the files, listed at the end; the first: "
+                                           f"{defects[0]}."))
+
+
+def _fairness(selection: Selection) -> Check:
+    pairs = [(run, reference) for run in selection.runs if run.dtype_config != REFERENCE
+             and (reference := selection.reference(run)) is not None]
+    wrong = [(run, reason) for run, reference in pairs if (reason := unfair(run, reference)) is not None]
+    unknown = [run for run, _ in pairs if run.init_sha256 is None or run.data_sha256 is None]
+    if not pairs:
+        return Check("fairness", None, "No run stands beside an fp32_true run of its case and seed.")
+    if wrong:
+        return Check("fairness", False, f"{len(wrong)} of {count(len(pairs), 'pair')} are not compared; the first: "
+                                        f"{wrong[0][0].run_id}: {wrong[0][1]}.", tuple(run.run_id for run, _ in wrong))
+    if unknown:
+        return Check("fairness", None, f"{len(unknown)} of {count(len(pairs), 'pair')} have no hashes of weights and batches: "
+                                       f"that they are the same is the word of their source.",
+                     tuple(run.run_id for run in unknown))
+    return Check("fairness", True, f"All {len(pairs)} runs share initial weights, batches, switches and attention backend with "
+                                   f"fp32_true of their case and seed (hashes in every row).")
+
+
+def _health(folder: Folder) -> Check:
+    judgements = judge_runs(folder)
+    references = [run for run in judgements.selection.runs if run.dtype_config == REFERENCE]
+    ids = tuple(run.run_id for run in references if run.case in judgements.unhealthy)
+    if not references:
+        return Check("reference", None, "There is no fp32_true run: nothing can be judged.")
+    if judgements.unhealthy:
+        case, reason = next(iter(sorted(judgements.unhealthy.items())))
+        return Check("reference", False, f"The reference of {shortened(sorted(judgements.unhealthy))} is unhealthy and not "
+                                         f"judged by; {case}: {reason}.", ids)
+    return Check("reference", True, f"All {count(len(references), 'fp32_true run')} end below their start.")
+
+
+def _seeds(selection: Selection) -> Check:
+    seeds: dict[tuple[str, str], int] = {}
+    for run in selection.runs:
+        seeds[run.case, run.dtype_config] = seeds.get((run.case, run.dtype_config), 0) + 1
+    low, high = min(seeds.values(), default=0), max(seeds.values(), default=0)
+    span = count(low, "seed") if low == high else f"{low} to {high} seeds"
+    if low >= FEWEST_SEEDS:
+        return Check("seeds", True, f"{span} a cell; intervals are 95 % t-intervals over paired seeds.")
+    return Check("seeds", False, f"{span} a cell: {'one seed has no interval' if low == 1 else 'intervals are wide'}, and no "
+                                 f"hypothesis is decided below {FEWEST_SEEDS}.")
+
+
+def _exclusions(folder: Folder, selection: Selection) -> Check:
+    _, excluded = eligible(folder, selection)
+    disturbed = [(run_id, reason) for run_id, reason in excluded if reason.startswith(DISTURBED)]
+    ids = tuple(run_id for run_id, _ in excluded)
+    if not excluded:
+        return Check("exclusions", True, "No run is left out of the figures of speed and memory.")
+    reasons = shortened([f"{run_id} ({reason})" for run_id, reason in disturbed or excluded], 2)
+    what = f"{len(disturbed)} throttled or contended" if disturbed else "none throttled or contended"
+    verb = "is" if len(excluded) == 1 else "are"
+    return Check("exclusions", not disturbed, f"{count(len(excluded), 'run')} {verb} left out of the figures of speed and "
+                                              f"memory, {what}: {reasons}.", ids)
+
+
+def _overhead(folder: Folder) -> Check:
+    """The benchmark's own rows with an aim; the one that is furthest beyond it speaks."""
+    rows = [row for row in (folder.overhead or {}).get("rows", []) if isinstance(row, dict) and row.get("unit") == "ratio"
+            and _number(row, "median") is not None and _number(row, "at_most") is not None]
+    if not rows:
+        return Check("overhead", None, "The instruments' own cost on this machine was not measured (no overhead.json).")
+    worst = max(rows, key=lambda row: row["median"] / row["at_most"])
+    low, high = _number(worst, "low95"), _number(worst, "high95")
+    span = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+    missed = [row for row in rows if row["median"] > row["at_most"]]
+    return Check("overhead", not missed, f"The instruments cost {worst['median']:.3f}{span} times a step without them "
+                                         f"({worst.get('name')}; aim: at most {worst['at_most']:g}).")
+
+
+def _number(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,157 @@
+"""Per task: the fastest configuration whose quality holds, and those to stay away from.
+
+A configuration is recommended only when it completed every case and seed of the task that a healthy
+fp32_true completed, with a quality that is not poor. Controls are never recommended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from instrument.records import RunRecord
+from report.hypotheses import judge
+from report.hypotheses.evidence_base import EvidenceBase
+from report.hypotheses.finding import NOT_DECIDED
+from report.load import Folder
+from report.statistics.interval import FEWEST_SEEDS, Interval, exponential, mean_interval
+from report.tables.b_efficiency import memory_kind, peak_of
+from report.tables.columns import REFERENCE, TASK_COLUMNS, column_of, is_control, series_order
+from report.tables.group_speed import group_scores
+from report.tables.judgement import gap_words
+from report.tables.paired import pooled_rate
+from report.verdict.avoid import to_avoid
+from report.verdict.next_command import next_command
+from report.words import shortened
+
+
+@dataclass(frozen=True)
+class TaskVerdict:
+    """One task. ``use`` None: nothing can be recommended, and ``reason`` says why. ``relative_speed`` with
+    ``low`` and ``high`` is against fp32_true, ``relative_cost`` its inverse (the same machine by the
+    hour), ``cost`` both in words. ``quality`` in words. ``confidence``: ``high`` (3 seeds or more, ahead of every rival),
+    ``medium`` (3 seeds or more, tied), ``low``."""
+
+    column: str
+    use: str | None
+    avoid: tuple[str, ...]
+    relative_speed: float | None
+    low: float | None
+    high: float | None
+    peak_bytes: int | None
+    peak_kind: str | None
+    quality: str | None
+    reason: str
+    confidence: str | None
+    n: int
+    relative_cost: float | None
+    hours_per_million_samples: float | None
+    cost: str | None
+    cases: tuple[str, ...]
+    run_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision for one device. ``tasks`` in the order of the task columns, those that were run."""
+
+    device: str
+    marks: tuple[str, ...]
+    n_runs: int
+    n_seeds: int
+    n_defects: int
+    tasks: tuple[TaskVerdict, ...]
+    claims: tuple[tuple[str, str], ...]
+    open_questions: tuple[str, ...]
+    next_command: str
+
+
+def verdict(folder: Folder) -> Verdict:
+    """The decision, computed from the rows alone."""
+    base = EvidenceBase.of(folder)
+    findings = judge(folder)
+    good = [run for run in base.selection.runs if base.state(run) == "completed"
+            and run.seed in base.timed(run.case, run.dtype_config)]
+    scores = group_scores(good, column_of)
+    columns = [column for column in TASK_COLUMNS if any(column_of(run) == column for run in base.selection.runs)]
+    return Verdict(
+        folder.device, folder.marks, len(folder.runs), len({run.seed for run in folder.runs}), len(folder.defects),
+        tuple(_task(base, column, scores.get(column, {}), good) for column in columns),
+        tuple((f.id, f.verdict) for f in findings),
+        tuple(f"{f.id}: {f.claim} Not decided; it needs {f.would_decide}." for f in findings if f.verdict == NOT_DECIDED),
+        next_command(folder, base))
+
+
+def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good: list[RunRecord]) -> TaskVerdict:
+    cases = tuple(case for case, run in base.cases.items() if column_of(run) == column)
+    avoid = to_avoid(base, cases)
+    healthy = [case for case in cases if case not in base.judgements.unhealthy]
+    if not scores:
+        return _nothing(column, cases, avoid, _why_nothing(base, cases, healthy))
+    best = max(scores, key=lambda config: float(np.mean(scores[config])))
+    speed = exponential(mean_interval(scores[best]))
+    runs = [run for run in good if run.dtype_config == best and run.case in healthy]
+    memory = memory_kind(runs)
+    hours = 1e6 / pooled_rate([run.samples_per_s for run in runs]) / 3600
+    confidence, ties = _confidence(base, scores, best)
+    left_out = [case for case in cases if case not in healthy]
+    alone = len(scores) == 1
+    reason = "; ".join([*(["no other configuration completed every run"] if alone else []),
+                        *([f"tied with {shortened(ties)}"] if ties else []),
+                        *([f"{shortened(left_out)} left out: reference unhealthy"] if left_out else [])])
+    return TaskVerdict(
+        column, best, avoid, speed.value, *(_or_none(v) for v in (speed.low, speed.high)),
+        peak_of(runs, memory) if memory else None, memory, quality_words(base, runs, best), reason, confidence, speed.n,
+        1 / speed.value, hours, f"{1 / speed.value:.2f} of fp32_true's, {hours:.3g} hours per million samples", cases,
+        tuple(run.run_id for run in runs))
+
+
+def _nothing(column: str, cases: tuple[str, ...], avoid: tuple[str, ...], reason: str) -> TaskVerdict:
+    return TaskVerdict(column, None, avoid, None, None, None, None, None, None, reason, None, 0, None, None, None, cases, ())
+
+
+def _why_nothing(base: EvidenceBase, cases: tuple[str, ...], healthy: list[str]) -> str:
+    if not healthy:
+        case = cases[0]
+        return f"the fp32_true reference of {case} is unhealthy: {base.judgements.unhealthy[case]}"
+    return "no completed, undisturbed fp32_true run to judge by"
+
+
+def _confidence(base: EvidenceBase, scores: dict[str, list[float]], best: str) -> tuple[str, list[str]]:
+    """How sure, and which rivals the seeds do not separate from the best."""
+    n = len(scores[best])
+    if n < FEWEST_SEEDS:
+        return "low", []
+    ties = [rival for rival in series_order(scores) if rival != best
+            and not mean_interval(np.subtract(scores[best], scores[rival])).above(0.0)]
+    if "TINY PRESET" in base.folder.marks:
+        return "low", ties
+    return ("medium" if ties else "high"), ties
+
+
+def quality_words(base: EvidenceBase, runs: list[RunRecord], config: str) -> str | None:
+    """The largest mean distance from fp32_true over the task's cases, with its interval."""
+    if config == REFERENCE or is_control(config):
+        return "the reference"
+    found: list[tuple[float, str]] = []
+    for case in {run.case for run in runs}:
+        judged = [base.judgements.by_id[run.run_id] for run in runs if run.case == case]
+        gaps = mean_interval([j.gap for j in judged if j.gap is not None])
+        if gaps.n:
+            found.append((gaps.value, f"loss {gap_words(gaps.value, judged[0].unit)}{_spread(gaps, judged[0].unit)}"))
+        f1 = mean_interval([j.f1_gap for j in judged if j.f1_gap is not None])
+        if f1.n and found:
+            found[-1] = (found[-1][0], f"{found[-1][1]}, F1 {100 * f1.value:+.1f} pt")
+    return max(found)[1] if found else None
+
+
+def _spread(gaps: Interval, unit: str) -> str:
+    if not gaps.known:
+        return ""
+    scale = 1 if unit == "nats" else 100
+    return f" [{scale * gaps.low:+.2f}, {scale * gaps.high:+.2f}]"
+
+
+def _or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None

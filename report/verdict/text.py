@@ -1,0 +1,85 @@
+"""The decision on a terminal: at most 24 lines of 80 characters."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+
+from report.load import Folder
+from report.statistics.interval import Interval
+from report.tables.columns import REFERENCE
+from report.verdict.decision import TaskVerdict, Verdict, verdict
+from report.words import bounds, count, gigabytes, printable
+
+WIDTH, HEIGHT = 80, 24
+INDENT = 12
+MEMORY_WORDS = {"allocated": "", "rss": " resident", None: ""}
+
+
+def verdict_text(folder: Folder, price_per_hour: float | None = None) -> str:
+    """The last words of a matrix: per task what to use and what to avoid; what is open; what is next."""
+    return "\n".join(lines(verdict(folder), price_per_hour))
+
+
+def lines(decision: Verdict, price_per_hour: float | None = None) -> list[str]:
+    """Header, tasks, claims and the next command. Tasks share what room is left between them."""
+    head = _fitted(" · ".join([decision.device, count(decision.n_runs, "run"), count(decision.n_seeds, "seed"), *decision.marks,
+                               *([count(decision.n_defects, "defect in the files", "defects in the files")]
+                                 if decision.n_defects else [])]), "", 2)
+    tail = [*_fitted(_claims(decision), "", 2), *command_lines(decision.next_command)]
+    room = max(1, (HEIGHT - len(head) - len(tail)) // max(1, len(decision.tasks)))
+    body = [line for task in decision.tasks for line in _task(task, room, price_per_hour)]
+    return [printable(line) for line in (*head, *body, *tail)]
+
+
+def _task(task: TaskVerdict, room: int, price_per_hour: float | None) -> list[str]:
+    use = _fitted(use_words(task, price_per_hour), f"{task.column:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
+    left = room - len(use)
+    return use + (_fitted("avoid " + "; ".join(task.avoid), " " * INDENT, left) if task.avoid and left else [])
+
+
+def use_words(task: TaskVerdict, price_per_hour: float | None = None) -> str:
+    """What to use and why, or why nothing can be said."""
+    if task.use is None:
+        return f"no recommendation: {task.reason}"
+    speed = Interval(task.relative_speed, *(math.nan if v is None else v for v in (task.low, task.high)), task.n)
+    cost = f"cost x{task.relative_cost:.2f}"
+    if price_per_hour is not None:
+        cost = f"{price_per_hour * task.hours_per_million_samples:.3g} per million samples"
+    against = "nothing faster holds its quality" if task.use == REFERENCE else \
+        f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
+    parts = [f"use {task.use}: {against}",
+             f"{gigabytes(task.peak_bytes)}{MEMORY_WORDS[task.peak_kind]}",
+             *([task.quality] if task.quality and task.use != REFERENCE else []), cost, f"confidence {task.confidence}"]
+    return ", ".join(parts) + (f" ({task.reason})" if task.reason else "")
+
+
+def _claims(decision: Verdict) -> str:
+    """The claims by verdict, in a line or two."""
+    by_verdict: dict[str, list[str]] = {}
+    for name, outcome in decision.claims:
+        by_verdict.setdefault(outcome, []).append(name)
+    words = [f"{outcome}: {' '.join(by_verdict[outcome])}" for outcome in ("supported", "refuted", "not decided")
+             if outcome in by_verdict]
+    return "claims      " + "; ".join(words)
+
+
+def command_lines(command: str) -> list[str]:
+    """The next command, continued with backslashes so that it can be copied as it is. Lines break before
+    an option, and within one only where it is longer than a line."""
+    found = [f"{'next':<{INDENT - 1}}"]
+    for option in re.split(r" (?=--)", command):
+        fits = INDENT + 2 + len(option) <= WIDTH - 2
+        for word in [option] if fits else option.split(" "):
+            if len(found[-1]) + 1 + len(word) > WIDTH - 2:
+                found[-1] += " \\"
+                found.append(" " * (INDENT + 1))
+            found[-1] += " " + word
+    return found
+
+
+def _fitted(text: str, start: str, most: int) -> list[str]:
+    """Wrapped to the width with a hanging indent, cut after ``most`` lines with an ellipsis."""
+    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * INDENT, max_lines=most, placeholder=" ...",
+                         break_on_hyphens=False)

@@ -1,0 +1,118 @@
+"""The command line: exit codes, one-line errors, JSON on standard output."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from report import exit_codes
+from report.cli import main
+
+
+def run(capsys, *argv):
+    code = main(list(map(str, argv)))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def strict(text):
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_exit_codes_are_the_harness_own():
+    from harness import exit_codes as theirs
+
+    ours = {name: value for name, value in vars(exit_codes).items() if name.isupper()}
+    assert ours and all(getattr(theirs, name) == value for name, value in ours.items())
+
+
+@pytest.mark.parametrize("command", ["verdict", "validate", "build", "compare", "export"])
+def test_a_missing_folder_is_a_usage_error_in_one_line(capsys, tmp_path, command):
+    rest = {"compare": [tmp_path / "other"], "export": ["--to", "csv"]}.get(command, [])
+    code, out, err = run(capsys, command, tmp_path / "nothing", *rest)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "does not exist" in err and "results/" in err
+
+
+@pytest.mark.parametrize("command", ["verdict", "validate", "build"])
+def test_a_folder_without_a_valid_run_is_bad_data(capsys, tmp_path, command):
+    (tmp_path / "results.jsonl").write_text("{torn")
+    code, _, err = run(capsys, command, tmp_path)
+    assert code == 4 and "no valid run" in err
+
+
+def test_validate_exits_4_with_a_list_when_anything_is_wrong_and_0_otherwise(capsys, small):
+    assert run(capsys, "validate", small.path)[::2] == (0, "12 valid runs, 0 defects\n")
+    (small.path / "machine.json").write_text("[]")
+    log = next((small.path / "training_logs").iterdir())
+    log.write_bytes(log.read_bytes()[:-5])
+    code, out, err = run(capsys, "validate", small.path, "--json")
+    assert code == 4 and err == ""
+    content = strict(out)
+    assert content["runs"] == 12 and [d["line"] for d in content["defects"]] == [None, 60]
+    code, _, err = run(capsys, "validate", small.path)
+    assert code == 4 and f"{log.name}:60: " in err
+
+
+def test_validate_lists_what_is_wrong_with_a_folder_of_rubbish(capsys, tmp_path):
+    (tmp_path / "results.jsonl").write_text("{torn\n[]\n")
+    code, out, _ = run(capsys, "validate", tmp_path, "--json")
+    assert code == 4 and len(strict(out)["defects"]) == 2
+
+
+def test_verdict_speaks_words_or_json(capsys, small):
+    code, out, err = run(capsys, "verdict", small.path)
+    assert code == 0 and err == "" and "use bf16_pure" in out and "claims" in out
+    content = strict(run(capsys, "verdict", small.path, "--json")[1])
+    assert content["tasks"][0]["use"] == "bf16_pure" and content["marks"] == ["SIMULATED"] and content["n_seeds"] == 2
+
+
+def test_compare_and_export_speak_json(capsys, small, plant, tmp_path):
+    other = plant(("gpt2_clm",), ("fp32_true",), change=lambda *_: {"device": "other"}, name="other")
+    content = strict(run(capsys, "compare", small.path, other.path, "--json")[1])
+    assert content["devices"] == ["planted", "other"] and any(row["over_first"] for row in content["rows"])
+    content = strict(run(capsys, "export", small.path, "--to", "bencher", "--out", tmp_path / "b", "--json")[1])
+    assert content["paths"] == [str(tmp_path / "b" / "bencher.json")]
+
+
+def test_export_goes_beside_the_results_by_default(capsys, small):
+    code, _, err = run(capsys, "export", small.path, "--to", "latex")
+    assert code == 0 and (small.path / "export" / "latex" / "stability.tex").is_file() and "export/latex" in err
+
+
+def test_an_importer_without_logs_is_refused(capsys, tmp_path):
+    code, _, err = run(capsys, "import", "dtype-bench", tmp_path, "--out", tmp_path.parent / "never")
+    assert code == 2 and "no run of dtype-bench" in err and not (tmp_path.parent / "never").exists()
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["build", "x", "--format", "bmp"], "none of svg, png, pdf, eps"), (["build", "x", "--dpi", "0"], "above 0"),
+    (["verdict", "x", "--price-per-hour", "-1"], "no price above 0"), (["export", "x"], "--to"),
+    (["export", "x", "--to", "xml"], "invalid choice"), ([], "command"), (["import", "x"], "invalid choice")])
+def test_wrong_options_say_what_is_allowed(capsys, argv, says):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build", "verdict", "validate", "compare", "import", "export", "bench"])
+def test_every_command_has_help(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0 and "usage: python -m report" in capsys.readouterr().out
+
+
+def test_help_loads_neither_pandas_nor_matplotlib():
+    code = ("import sys; from report.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+            "sys.exit(any(m in sys.modules for m in ('pandas', 'matplotlib', 'numpy', 'torch', 'rich')))")
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 5
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch, small):
+    monkeypatch.setattr("report.verdict.verdict_text", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["verdict", str(small.path)])

@@ -1,0 +1,55 @@
+"""Files: no date, full numbers, cells that no spreadsheet runs."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from report.plots.registry import DRAW
+from report.plots.style import theme
+from report.plots.write import neutral, picture, write_csv
+from tests.report.hand_made_tables import made
+
+
+def test_formulas_are_neutralised_and_numbers_are_not(tmp_path):
+    frame = pd.DataFrame({"name": ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tx", "plain"],
+                          "value": [-1.5, 2, np.nan, np.inf, 0, 1]})
+    write_csv(frame, tmp_path / "x.csv")
+    back = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)
+    assert list(back["name"]) == ["'=cmd|' /C calc'!A0", "'+1", "'-1", "'@x", "'\tx", "plain"]
+    assert list(back["value"]) == ["-1.5", "2", "", "inf", "0", "1"]
+
+
+def test_categories_and_nul_are_written(tmp_path):
+    frame = pd.DataFrame({"name": pd.Categorical(["=a", "=a", "b\x00"])})
+    write_csv(frame, tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text().splitlines() == ["name", "'=a", "'=a", "b"]
+
+
+@pytest.mark.parametrize("letter", "BDE")
+def test_the_csv_is_exactly_the_table(letter, tmp_path):
+    data = made(letter).data
+    write_csv(data, tmp_path / "x.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "x.csv"), neutral(data), check_dtype=False, rtol=1e-9)
+
+
+def test_shortening_outlines_leaves_text_alone():
+    table = made("H", title="a step of 0.12345678 s, d=0.98765432")
+    with theme(table.name):
+        svg = picture(DRAW["H"](table), "svg", 72).decode()
+    assert "0.12345678" in svg and "0.98765432" in svg and "<dc:date>" not in svg
+    assert not any(len(part.split(".")[-1]) > 4 for line in svg.splitlines() if line.lstrip().startswith("<path d=")
+                   for part in line.split('"')[1].split() if "." in part)
+
+
+@pytest.mark.parametrize("kind,magic", [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF"), ("eps", b"%!PS")])
+def test_every_format_is_what_it_says(kind, magic):
+    table = made("A")
+    with theme(table.name):
+        content = picture(DRAW["A"](table), kind, 300)
+    assert content.startswith(magic) and b"CreationDate" not in content
+    if kind == "png":
+        from PIL import Image
+
+        assert Image.open(io.BytesIO(content)).width == 2100

@@ -1,0 +1,155 @@
+"""Every interval against scipy, a closed form, or its coverage in simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from report.statistics.bootstrap import block_bootstrap, coefficient_of_variation
+from report.statistics.interval import mean_interval, ratio_interval, share_interval
+from report.statistics.ranking import kendall_tau, rank_with_ties
+from report.statistics.rolling import rolling_median, spikes
+
+
+def mean(values):
+    return values.mean(axis=-1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_the_mean_interval_is_scipys_t_interval(n):
+    values = np.random.default_rng(n).normal(3, 2, n)
+    found = mean_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found.low == pytest.approx(expected.low) and found.high == pytest.approx(expected.high)
+    assert found.value == pytest.approx(values.mean()) and found.n == n
+
+
+def test_one_value_has_no_interval_and_none_has_no_value():
+    one, none = mean_interval([2.0]), mean_interval([])
+    assert one.value == 2.0 and not one.known and not one.above(0) and not one.below(3)
+    assert math.isnan(none.value) and none.n == 0 and not none.known
+
+
+def test_a_value_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="1 of 2"):
+        mean_interval([1.0, math.inf])
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_t_interval_covers_what_it_says_where_a_percentile_bootstrap_does_not(n):
+    random = np.random.default_rng(0)
+    samples = random.normal(1.0, 1.0, (2_000, n))
+    covered = np.mean([interval.low <= 1.0 <= interval.high for interval in map(mean_interval, samples)])
+    resampled = samples[:, random.integers(0, n, (400, n))].mean(axis=-1)
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
+    assert 0.935 < covered < 0.965
+    assert np.mean((low <= 1.0) & (high >= 1.0)) < 0.90
+
+
+def test_a_ratio_is_the_geometric_mean_of_pairs_and_its_inverse_is_the_inverse():
+    over, under = [2.0, 8.0, 4.5], [1.0, 2.0, 1.5]
+    there, back = ratio_interval(over, under), ratio_interval(under, over)
+    assert there.value == pytest.approx(stats.gmean([2.0, 4.0, 3.0]))
+    assert there.low == pytest.approx(1 / back.high) and there.high == pytest.approx(1 / back.low)
+
+
+def test_pairing_removes_what_seeds_share():
+    seeds = np.array([1.0, 2.0, 4.0])
+    assert ratio_interval(3 * seeds, seeds).low == pytest.approx(3.0)  # a factor of 4 between seeds, none between pairs
+
+
+def test_ratios_need_pairs_and_positive_values():
+    with pytest.raises(ValueError, match="no pairs"):
+        ratio_interval([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="above 0"):
+        ratio_interval([1.0, 0.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 3), (3, 3), (1, 3), (2, 5), (0, 1)])
+def test_a_share_has_scipys_exact_interval(hits, n):
+    found = share_interval(hits, n)
+    expected = stats.binomtest(hits, n).proportion_ci(0.95, method="exact")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_block_bootstrap_covers_the_mean_of_dependent_steps_where_single_steps_do_not():
+    """An AR(1) series with correlation 0.6: resampling single steps gives an interval half as wide as it should be."""
+    random = np.random.default_rng(1)
+    n, repeats = 400, 150
+    shocks = random.normal(size=(repeats, n + 50))
+    series = np.zeros_like(shocks)
+    for step in range(1, n + 50):
+        series[:, step] = 0.6 * series[:, step - 1] + shocks[:, step]
+    hits = {block: 0 for block in (1, 15)}
+    for values in series[:, 50:]:
+        for block in hits:
+            found = block_bootstrap(values, mean, block=block, draws=300)
+            hits[block] += found.low <= 0.0 <= found.high
+    assert hits[15] / repeats > 0.87 and hits[1] / repeats < 0.75
+
+
+def test_the_bootstrap_is_the_same_each_time_and_silent_on_short_series():
+    values = np.random.default_rng(2).normal(size=200)
+    assert block_bootstrap(values, mean) == block_bootstrap(values, mean)
+    assert not block_bootstrap(values[:9], mean).known
+    assert block_bootstrap(np.full(3, np.nan), mean).n == 0
+
+
+def test_the_coefficient_of_variation_is_scipys():
+    values = np.random.default_rng(3).uniform(1, 2, 50)
+    assert float(coefficient_of_variation(values)) == pytest.approx(stats.variation(values, ddof=1))
+
+
+def test_the_rolling_median_is_numpys_window_by_window():
+    values = np.random.default_rng(4).normal(size=120)
+    values[30] = math.nan
+    expected = [np.nanmedian(values[max(0, i - 49): i + 1]) for i in range(120)]
+    assert rolling_median(values).tolist() == pytest.approx(expected)
+
+
+def test_a_spike_is_found_where_it_is_and_not_in_its_own_shadow():
+    values = np.ones(100)
+    values[[40, 41, 70]] = [6.0, 5.0, math.inf]
+    values[9] = 50.0  # nine steps before it are too few to judge by
+    assert np.flatnonzero(spikes(values)).tolist() == [40]
+
+
+def test_ranks_tie_where_the_seeds_do_not_separate_neighbours():
+    scores = {"fast": [3.0, 3.1, 2.9], "slow": [1.0, 1.1, 0.9], "near": [2.95, 3.12, 2.88]}
+    found = {r.name: (r.rank, r.tie_group) for r in rank_with_ties(scores)}
+    assert found == {"fast": (1, 0), "near": (2, 0), "slow": (3, 1)}
+
+
+def test_pairing_separates_ranks_that_overlap():
+    scores = {"a": [1.01, 2.01, 3.011], "b": [1.0, 2.0, 3.0]}
+    assert [r.tie_group for r in rank_with_ties(scores)] == [0, 1]
+
+
+def test_one_seed_separates_no_ranks_and_unequal_seeds_are_refused():
+    assert {r.tie_group for r in rank_with_ties({"a": [9.0], "b": [1.0]})} == {0}
+    with pytest.raises(ValueError, match="same seeds"):
+        rank_with_ties({"a": [1.0], "b": [1.0, 2.0]})
+
+
+def test_tau_is_scipys_from_five_pairs_on_and_none_below():
+    first, second = [1, 2, 3, 4, 5, 6, 7], [1, 3, 2, 4, 5, 7, 6]
+    tau, low, high = kendall_tau(first, second)
+    assert tau == pytest.approx(stats.kendalltau(first, second).statistic) and low < tau < high
+    assert kendall_tau(first[:4], second[:4]) is None
+    assert kendall_tau([1] * 5, second[:5]) is None
+
+
+def test_a_perfect_tau_still_has_an_interval():
+    tau, low, high = kendall_tau(range(5), range(5))
+    assert tau == pytest.approx(1.0) and high >= tau and low < 0.6
+    assert kendall_tau(range(5), range(5)[::-1])[2] > -0.6
+
+
+def test_fiellers_interval_covers_the_tau_of_a_normal_population():
+    random = np.random.default_rng(5)
+    rho = 0.7
+    truth = 2 / math.pi * math.asin(rho)
+    pairs = random.multivariate_normal([0, 0], [[1, rho], [rho, 1]], size=(600, 10))
+    covered = np.mean([low <= truth <= high for _, low, high in (kendall_tau(*sample.T) for sample in pairs)])
+    assert 0.92 < covered < 0.985

@@ -1,0 +1,170 @@
+"""B, C, F, H: intervals by hand, words for the dead, frontiers, padding, ranks."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from scipy import stats
+
+from report.load import load
+from report.tables import b_efficiency, c_throughput, f_padding, h_rank
+from report.tables.eligible import eligible
+from report.tables.paired import pooled_rate
+from report.tables.selection import select
+
+CONFIGS = ("fp32_true", "amp_bf16", "bf16_pure")
+SPEEDS = {"amp_bf16": 2.0, "bf16_pure": 3.0, "amp_fp16": 1.8, "amp_bf16_8bit": 1.5}
+
+
+def fast(case, config, seed):
+    return {"speed": SPEEDS.get(config, 1.0)}
+
+
+def rows(table):
+    return table.data.set_index(["case", "dtype_config"])
+
+
+def test_relative_speed_is_the_paired_log_ratio_by_hand(plant):
+    folder = plant(("gpt2_clm",), CONFIGS, change=fast)
+    row = rows(c_throughput.table(folder)).loc[("gpt2_clm", "amp_bf16")]
+    speed = {(r.dtype_config, r.seed): r.samples_per_s for r in folder.runs}
+    logs = [math.log(speed["amp_bf16", s] / speed["fp32_true", s]) for s in range(3)]
+    low, high = stats.t.interval(0.95, 2, np.mean(logs), stats.sem(logs))
+    assert (row["relative"], row["low"], row["high"]) == pytest.approx((math.exp(np.mean(logs)), math.exp(low), math.exp(high)))
+    assert row["n"] == 3 and row["samples_per_s"] == pytest.approx(stats.hmean([speed["amp_bf16", s] for s in range(3)]))
+
+
+def test_rates_are_pooled_total_over_total():
+    assert pooled_rate([1.0, 3.0]) == pytest.approx(1.5)  # 2 batches in 1 + 1/3 of the time, not 2 a second
+
+
+def test_one_seed_has_a_dot_without_interval(plant):
+    table = c_throughput.table(plant(("gpt2_clm",), CONFIGS, (0,), fast))
+    row = rows(table).loc[("gpt2_clm", "amp_bf16")]
+    assert row["relative"] == pytest.approx(2.0, rel=0.01) and math.isnan(row["low"]) and "one seed" in table.title
+
+
+def test_the_reference_is_one_without_interval(plant):
+    row = rows(c_throughput.table(plant(("gpt2_clm",), CONFIGS))).loc[("gpt2_clm", "fp32_true")]
+    assert row["relative"] == 1.0 and math.isnan(row["low"])
+
+
+def test_a_dead_run_is_a_word_and_no_bar(plant):
+    table = c_throughput.table(plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed:
+                                     {"dies_at": 55} if config == "bf16_pure" else {}))
+    row = rows(table).loc[("gpt2_clm", "bf16_pure")]
+    assert row["word"] == "NaN @ 55" and math.isnan(row["relative"]) and row["n"] == 0
+    assert {reason for _, reason in table.excluded} == {"NaN @ 55"} and len(table.excluded) == 3
+
+
+@pytest.mark.parametrize(("row", "enters"), [
+    ({"steps": 55}, True), ({"steps": 54}, False),
+    ({"steps": 15, "preset": "tiny"}, True), ({"steps": 14, "preset": "tiny"}, False),
+    ({"flags": {"simulated": True, "hardware": {"throttled": True, "throttle_reasons": ["hw_slowdown"]}}}, False),
+    ({"flags": {"simulated": True, "hardware": {"throttled": False}}}, True),
+    ({"flags": {"simulated": True, "hardware": {"contended": True}}}, False)])
+def test_a_run_enters_with_fifty_timed_steps_undisturbed(plant, row, enters):
+    folder = plant(("gpt2_clm",), ("fp32_true",), (0,), lambda *_: dict(row))
+    runs, excluded = eligible(folder, select(folder))
+    assert (len(runs) == 1) is enters and len(excluded) == (not enters)
+    if "throttled" in str(excluded):
+        assert excluded[0][1] == "throttled: hw_slowdown"
+
+
+def test_speed_without_a_reference_is_shown_and_not_compared(plant):
+    table = c_throughput.table(plant(("gpt2_clm",), ("amp_bf16",)))
+    row = rows(table).loc[("gpt2_clm", "amp_bf16")]
+    assert math.isnan(row["relative"]) and row["samples_per_s"] > 0 and "fp32_true" in row["word"]
+    assert table.title.startswith("Not decided")
+
+
+def test_the_frontier_keeps_ties_and_drops_the_dominated(plant):
+    memory = {"fp32_true": 9, "amp_bf16": 5, "bf16_pure": 5, "amp_fp16": 7, "amp_bf16_8bit": 4}
+
+    def change(case, config, seed):
+        mfu = {"fp32_true": 0.1, "amp_bf16": 0.3, "bf16_pure": 0.3, "amp_fp16": 0.2, "amp_bf16_8bit": 0.2}[config]
+        return {"peak_allocated_bytes": memory[config] * 10**9, "mfu": mfu, "speed": 1.0,
+                "mfu_bf16_peak": mfu}
+
+    table = b_efficiency.table(plant(("gpt2_clm",), tuple(memory), change=change))
+    on = table.data[table.data["on_frontier"]]["dtype_config"].tolist()
+    assert on == ["amp_bf16", "bf16_pure", "amp_bf16_8bit"]  # equal in both, and the leanest
+    assert table.data["peak_kind"].unique().tolist() == ["allocated"] and table.empty is None
+
+
+def test_a_poor_configuration_is_never_on_the_frontier(plant):
+    folder = plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed:
+                   {"speed": SPEEDS.get(config, 1.0), "gap": 4.0 * (config == "bf16_pure")})
+    data = rows(b_efficiency.table(folder))
+    assert not data.loc[("gpt2_clm", "bf16_pure"), "on_frontier"] and data.loc[("gpt2_clm", "amp_bf16"), "on_frontier"]
+
+
+def test_without_mfu_there_is_no_efficiency_and_the_reason_is_said(plant):
+    table = b_efficiency.table(plant(("gpt2_clm",), CONFIGS, change=lambda *_: {"mfu": None}))
+    assert table.data.empty and "not measured" in table.empty and table.title.startswith("Not decided")
+
+
+def test_the_padding_tax_is_the_share_of_work_that_was_padding(plant):
+    folder = plant(("gpt2_clm", "gpt2_multi_cls"), ("fp32_true", "amp_bf16"), change=lambda case, config, seed:
+                   {"real": 0.6 if "cls" in case else 1.0})
+    table = f_padding.table(folder)
+    summary = table.summary.set_index(["case", "seed"])
+    columns = folder.steps("gpt2_multi_cls-amp_bf16-s0-0badcafe")
+    timed = columns["step"] > 5
+    expected = 1 - columns["real_tokens"][timed].sum() / columns["tokens"][timed].sum()
+    assert summary.loc[("gpt2_multi_cls", 0), "tax"] == pytest.approx(expected, abs=0.002)
+    assert summary.loc[("gpt2_clm", 0), "tax"] == pytest.approx(0.0, abs=1e-12)
+    assert summary.loc[("gpt2_multi_cls", 0), "cv_real"] > summary.loc[("gpt2_clm", 0), "cv_real"]
+    assert set(table.data["dtype_config"]) == {"amp_bf16"}
+
+
+def test_batches_are_sorted_by_real_tokens(plant):
+    table = f_padding.table(plant(("gpt2_multi_cls",), ("fp32_true",), change=lambda *_: {"real": 0.5}))
+    for _, run in table.data.groupby("seed"):
+        assert (np.diff(run["real_tokens"]) >= 0).all() and run["order"].tolist() == list(range(55))
+        assert run["real_tokens"].nunique() > 10
+
+
+def test_padding_falls_back_to_tokens_per_second_in_the_open(plant):
+    table = f_padding.table(plant(("gpt2_multi_cls",), ("fp32_true",), change=lambda *_: {"real": 0.5, "mfu": None}))
+    assert set(table.data["y_kind"]) == {"tokens/s"} and table.data["mfu_real"].isna().all()
+    assert (table.data["real_tokens_per_s"] < table.data["tokens_per_s"]).all() and "no MFU was measured" in table.caption
+
+
+def test_bucketed_runs_are_told_apart(plant, add_row):
+    folder = plant(("gpt2_multi_cls",), ("fp32_true",), change=lambda *_: {"real": 0.5})
+    other = plant(("gpt2_multi_cls",), ("fp32_true",), (0,), lambda *_: {"real": 0.9}, name="bucketed")
+    record = other.runs[0]
+    renamed = msgspec.structs.replace(record, run_id=record.run_id[:-8] + "deadbeef",
+                                      config=record.config | {"bucket_by_length": True})
+    log = (other.path / "training_logs" / f"run_{record.run_id}.jsonl").read_bytes()
+    add_row(folder, renamed)
+    (folder.path / "training_logs" / f"run_{renamed.run_id}.jsonl").write_bytes(log)
+    summary = f_padding.table(load(folder.path)).summary
+    assert summary["bucketed"].tolist().count(True) == 1
+    assert summary[summary["bucketed"]]["tax"].max() < summary[~summary["bucketed"]]["tax"].min()
+
+
+BOTH = ("gpt2_clm", "gpt2_multi_cls")
+
+
+def test_ranks_compare_both_sides_and_leave_controls_out(plant):
+    folder = plant(BOTH, ("fp32_true", "amp_bf16", "bf16_pure", "fp16_naive_eps1e4"), change=lambda case, config, seed: {
+        "speed": {"amp_bf16": 3.0, "bf16_pure": 2.0}.get(config, 1.0) if case == "gpt2_clm" else SPEEDS.get(config, 1.0)})
+    table = h_rank.table(folder)
+    ranks = table.data.set_index(["side", "dtype_config"])["rank"]
+    assert ranks["LM", "amp_bf16"] == 1 and ranks["classification", "bf16_pure"] == 1
+    assert "fp16_naive_eps1e4" not in set(table.data["dtype_config"]) and "changes with the task" in table.title
+    assert table.summary["tau"].isna().all() and "needs 5" in table.summary["note"].iloc[0]
+
+
+def test_a_configuration_that_died_anywhere_is_not_ranked(plant):
+    dead = (BOTH[1], "amp_bf16", 2)
+    folder = plant(BOTH, CONFIGS, change=lambda *key: fast(*key) | ({"dies_at": 20} if key == dead else {}))
+    assert set(h_rank.table(folder).data["dtype_config"]) == {"fp32_true", "bf16_pure"}
+
+
+def test_tau_comes_with_five_configurations(plant):
+    summary = h_rank.table(plant(BOTH, ("fp32_true", *SPEEDS), change=fast)).summary.iloc[0]
+    assert summary["tau"] == pytest.approx(1.0) and summary["tau_low"] < 0.7

@@ -1,0 +1,121 @@
+"""A: every state is reached by planted data, at its threshold, and only there."""
+
+import msgspec
+import pytest
+
+from report.tables import a_stability
+from report.tables.judgement import judge_runs
+from report.tables.selection import select
+from report.tables.trust import trust
+
+LM, CLS = "gpt2_clm", "gpt2_single_cls"
+CONFIGS = ("fp32_true", "amp_bf16")
+
+
+def cell(folder, case=LM, config="amp_bf16"):
+    data = a_stability.table(folder).data
+    (row,) = data[(data["case"] == case) & (data["dtype_config"] == config)].to_dict("records")
+    return row
+
+
+def only(**given):
+    """Arguments for amp_bf16's runs alone."""
+    return lambda case, config, seed: dict(given) if config == "amp_bf16" else {}
+
+
+@pytest.mark.parametrize(("case", "given", "state"), [
+    (LM, {"gap": 0.19}, "completed"), (LM, {"gap": 0.21}, "poor"), (LM, {"gap": -3.0}, "completed"),
+    (CLS, {"gap": 0.09 * 3}, "completed"), (CLS, {"gap": 0.11 * 3}, "poor"), (LM, {"gap": 4.0}, "poor")])
+def test_poor_is_above_0_2_nats_or_ten_percent(plant, case, given, state):
+    assert cell(plant((case,), CONFIGS, change=only(**given)), case)["state"] == state
+
+
+@pytest.mark.parametrize(("reference", "ours", "state"), [
+    (0.50, 0.49, "completed"), (0.50, 0.47, "poor"), (0.04, 0.0, "completed"), (0.05, 0.02, "poor")])
+def test_f1_two_points_down_is_poor_unless_the_reference_has_learned_nothing(plant, reference, ours, state):
+    folder = plant((CLS,), CONFIGS, change=lambda case, config, seed: {"f1": ours if config == "amp_bf16" else reference})
+    assert cell(folder, CLS)["state"] == state
+
+
+def test_a_cell_says_how_many_seeds_are_bad(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"gap": 4.0 * (seed == 1)} if config == "amp_bf16" else {})
+    row = cell(folder)
+    assert (row["state"], row["n_bad"], row["line1"], row["line2"]) == ("poor", 1, "+4.00 nats", "1 of 3 seeds")
+
+
+def test_a_death_names_kind_step_phase_and_seeds(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 50 + seed} if config == "amp_bf16" and seed < 2
+                   else {})
+    row = cell(folder)
+    assert (row["state"], row["step"], row["line1"], row["line2"]) == ("diverged", 50, "NaN @ 50–51", "optimizer, 2 of 3 seeds")
+    assert a_stability.table(folder).title == "amp_bf16 diverges in 1 of 1 case."
+
+
+def test_an_explosion_with_finite_values_is_called_that(plant):
+    assert cell(plant((LM,), CONFIGS, change=only(dies_at=30, first=None)))["line1"] == "exploded @ 30"
+
+
+def test_smaller_differences_that_the_seeds_resolve_stay_green_and_are_annotated(plant):
+    resolved = cell(plant((LM,), CONFIGS, change=only(gap=0.1), name="a"))
+    assert resolved["state"] == "completed" and "resolved" in resolved["line1"]
+    noisy = cell(plant((LM,), CONFIGS, name="b", change=lambda case, config, seed:
+                       {"gap": 0.1 * (seed - 1)} if config == "amp_bf16" else {}))
+    assert noisy["state"] == "completed" and "resolved" not in noisy["line1"]
+
+
+def test_an_unhealthy_reference_leaves_its_case_unjudged_and_others_alone(plant):
+    folder = plant((LM, CLS), CONFIGS, change=lambda case, config, seed: {"end": 9.5} if case == LM else {})
+    assert cell(folder)["state"] == "unjudged" and cell(folder)["line2"] == "reference unhealthy"
+    assert cell(folder, config="fp32_true")["line2"] == "unhealthy"
+    assert cell(folder, CLS)["state"] == "completed" and cell(folder, CLS, "fp32_true")["line2"].startswith("healthy")
+    assert "1 case not judged" in a_stability.table(folder).title
+
+
+def test_a_reference_that_diverged_is_unhealthy(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 20} if config == "fp32_true" else {})
+    assert cell(folder)["state"] == "unjudged" and cell(folder, config="fp32_true")["state"] == "diverged"
+
+
+def test_without_a_reference_nothing_is_judged(plant):
+    folder = plant((LM,), ("amp_bf16",))
+    assert cell(folder)["state"] == "unjudged" and cell(folder)["line2"] == "no reference"
+    assert a_stability.table(folder).title.startswith("Not decided")
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"init_sha256": "other"}, "initial weights"), ({"data_sha256": None}, "batches"),
+    ({"attention_backend": "flash"}, "flash"),
+    ({"flags": {"simulated": True, "switches": {"fp16_accumulation": True}}}, "fp16_accumulation"),
+    ({"env": {"gpu": "another"}}, "GPU")])
+def test_rows_that_differ_in_more_than_the_configuration_are_not_compared(plant, row, says):
+    folder = plant((LM,), CONFIGS, change=only(**row))
+    judged = judge_runs(folder).by_id["gpt2_clm-amp_bf16-s0-0badcafe"]
+    assert judged.state == "unjudged" and says in judged.reason
+    check = trust(folder)[0]
+    assert check.ok is False and len(check.run_ids) == 3
+
+
+@pytest.mark.parametrize(("status", "state"), [("oom", "failed"), ("hung", "failed"), ("error", "failed"),
+                                               ("preempted", "failed"), ("unsupported", "unsupported")])
+def test_other_ends_have_their_own_state(plant, status, state):
+    folder = plant((LM,), CONFIGS, change=only(status=status, val_loss=None))
+    assert cell(folder)["state"] == state
+
+
+def test_default_configurations_that_were_not_run_are_missing(plant):
+    folder = plant((LM,), CONFIGS)
+    assert cell(folder, config="bf16_pure")["state"] == "missing" and cell(folder, config="bf16_pure")["n_seeds"] == 0
+
+
+def test_every_cell_differs_from_every_other_state_by_its_sign():
+    assert len(set(a_stability.SIGNS.values())) == len(a_stability.SIGNS) == len(a_stability.WORST_FIRST) + 1
+
+
+def test_other_settings_of_a_case_are_named_and_not_averaged(plant, add_row):
+    folder = plant((LM,), CONFIGS)
+    record = folder.by_id["gpt2_clm-amp_bf16-s0-0badcafe"]
+    selection = select(add_row(folder, msgspec.structs.replace(
+        record, run_id="gpt2_clm-amp_bf16-s0-feedbeef", config=record.config | {"lr": 0.5}, steps_done=0)))
+    assert len(selection.runs) == 6
+    assert selection.excluded == (("gpt2_clm-amp_bf16-s0-feedbeef", "other settings than the 6 runs shown of its case: "
+                                   "lr 0.5 instead of 0.001"),)

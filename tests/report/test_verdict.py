@@ -1,0 +1,152 @@
+"""What to use and what to avoid: computed from the rows, within 24 lines of 80 characters."""
+
+import itertools
+
+import pytest
+
+from bench_cases import CASES, DTYPE_CONFIGS
+from report.load import load
+from report.verdict import verdict, verdict_text
+from report.verdict.text import HEIGHT, WIDTH, command_lines
+
+LM, MULTI = "gpt2_clm", "gpt2_multi_cls"
+CONFIGS = ("fp32_true", "amp_bf16", "bf16_pure")
+SPEEDS = {"amp_bf16": 2.0, "bf16_pure": 3.0}
+
+
+def task(folder, column="LM-Decoder"):
+    return {t.column: t for t in verdict(folder).tasks}[column]
+
+
+def planted(plant, cases=(LM,), configs=CONFIGS, seeds=(0, 1, 2), **of_config):
+    return plant(cases, configs, seeds, lambda case, config, seed:
+                 {"speed": SPEEDS.get(config, 1.0)} | of_config.get(config, {}))
+
+
+def test_the_fastest_good_configuration_is_recommended_with_its_numbers(plant):
+    found = task(planted(plant))
+    assert (found.use, found.confidence, found.n) == ("bf16_pure", "high", 3)
+    assert found.relative_speed == pytest.approx(3.0, rel=0.01) and found.low < found.relative_speed < found.high
+    assert found.relative_cost == pytest.approx(1 / found.relative_speed)
+    assert found.hours_per_million_samples == pytest.approx(1e6 / 300 / 3600, rel=0.01)
+    assert (found.peak_bytes, found.peak_kind) == (10**10, "allocated") and len(found.run_ids) == 3
+
+
+@pytest.mark.parametrize(("bad", "says"), [({"gap": 4.0}, "+4.00 nats"), ({"dies_at": 55}, "NaN @ 55, optimizer"),
+                                           ({"status": "oom", "val_loss": None}, "oom")])
+def test_a_configuration_that_fails_is_avoided_with_its_reason_however_fast(plant, bad, says):
+    found = task(planted(plant, bf16_pure=bad))
+    assert found.use == "amp_bf16"
+    assert len(found.avoid) == 1 and found.avoid[0].startswith("bf16_pure: ") and says in found.avoid[0]
+    assert "3 of 3 runs" in found.avoid[0]
+
+
+def test_one_bad_seed_is_enough_not_to_recommend(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed:
+                   {"speed": SPEEDS.get(config, 1.0), "gap": 4.0 * (config == "bf16_pure" and seed == 2)})
+    assert task(folder).use == "amp_bf16" and "1 of 3 runs" in task(folder).avoid[0]
+
+
+def test_slower_than_fp32_is_avoided_when_the_seeds_resolve_it(plant):
+    slow = task(planted(plant, amp_bf16={"speed": 0.8}))
+    assert any(line.startswith("amp_bf16: slower than fp32_true, 0.80x") for line in slow.avoid)
+    assert task(plant((LM,), CONFIGS, (0,), lambda *_: {}, "one")).avoid == ()
+
+
+def test_fp32_itself_is_recommended_when_nothing_beats_it(plant):
+    found = task(planted(plant, amp_bf16={"speed": 0.8}, bf16_pure={"speed": 0.7}))
+    assert found.use == "fp32_true" and found.relative_speed == pytest.approx(1.0) and found.quality == "the reference"
+
+
+def test_a_reference_that_stands_alone_is_not_praised(plant):
+    folder = plant((LM,), ("fp32_true", "fp16_naive"), change=lambda case, config, seed:
+                   {"dies_at": 3} if config == "fp16_naive" else {})
+    assert "no other configuration completed" in task(folder).reason and "1.00x" not in verdict_text(folder)
+
+
+def test_controls_are_never_recommended_nor_warned_of(plant):
+    found = task(planted(plant, configs=(*CONFIGS, "fp16_naive_eps1e4"), fp16_naive_eps1e4={"speed": 9.0}))
+    assert found.use == "bf16_pure" and found.avoid == ()
+
+
+def test_ties_and_few_seeds_lower_the_confidence(plant):
+    tied = task(plant((LM,), CONFIGS, change=lambda case, config, seed:
+                      {"speed": {"amp_bf16": 2.9 + 0.1 * seed, "bf16_pure": 3.0}.get(config, 1.0)}))
+    assert tied.confidence == "medium" and "tied with" in tied.reason
+    assert task(plant((LM,), CONFIGS, (0, 1), name="two")).confidence == "low"
+
+
+def test_an_unhealthy_case_is_left_out_of_recommendations_and_its_deaths_are_not(plant):
+    found = task(planted(plant, fp32_true={"end": 9.9}, bf16_pure={"dies_at": 20}))
+    assert found.use is None and "unhealthy" in found.reason and found.confidence is None
+    assert found.avoid == ("bf16_pure: NaN @ 20, optimizer (3 of 3 runs)",)
+
+
+def test_a_configuration_must_do_every_case_of_a_task(plant):
+    folder = plant((MULTI, "roberta_multi_cls"), CONFIGS, change=lambda case, config, seed:
+                   {"speed": SPEEDS.get(config, 1.0)} | ({"dies_at": 9} if config == "bf16_pure" and "roberta" in case else {}))
+    assert task(folder, "Cls-Multi").use == "amp_bf16"
+
+
+def test_open_questions_are_the_claims_not_decided(plant):
+    decision = verdict(planted(plant))
+    assert {outcome for name, outcome in decision.claims if name in ("H1", "H2")} == {"not decided"}
+    assert any(question.startswith("H1: ") and "seeds 0 1 2" in question for question in decision.open_questions)
+    assert len(decision.open_questions) == sum(outcome == "not decided" for _, outcome in decision.claims)
+
+
+REAL = {"flags": {}}
+
+
+@pytest.mark.parametrize(("cases", "configs", "seeds", "given", "command"), [
+    ((LM,), ("amp_bf16",), (0, 1, 2), REAL, "--cases gpt2_clm --preset full"),
+    ((LM,), CONFIGS, (0, 1, 2), REAL | {"end": 9.9}, "--cases gpt2_clm --lr 0.00033 --preset full"),
+    ((LM,), CONFIGS, (0,), REAL, "--cases gpt2_clm --seeds 0 1 2 --preset full"),
+    ((LM,), CONFIGS, (0, 1, 2), REAL, "--cases roberta_mlm gpt2_multi_cls"),
+    (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL, "python -m report build"),
+    (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL | {"preset": "tiny"},
+     "python -m harness matrix --preset full"),
+    ((LM,), CONFIGS, (0,), {}, "python -m harness matrix --seeds 0 1 2")])
+def test_the_next_command_fills_the_largest_gap(plant, cases, configs, seeds, given, command):
+    assert command in verdict(plant(cases, configs, seeds, lambda *_: dict(given))).next_command
+
+
+def fits(text):
+    lines = text.splitlines()
+    return len(lines) <= HEIGHT and all(len(line) <= WIDTH for line in lines)
+
+
+def test_the_whole_matrix_with_everything_wrong_fits_a_terminal(plant):
+    """All cases and configurations, every fourth cell dead or poor, long names, six tasks' worth of reasons."""
+    wrong = itertools.cycle([{}, {"dies_at": 7}, {"gap": 9.0}, {}, {"status": "error", "error": "x" * 500, "val_loss": None}])
+    folder = plant(tuple(CASES), tuple(DTYPE_CONFIGS), (0, 1), lambda case, config, seed:
+                   {} if config == "fp32_true" else dict(next(wrong)))
+    text = verdict_text(folder)
+    assert fits(text), text
+    assert all(column in text for column in ("LM-Decoder", "LM-Encoder", "Cls-Multi", "Cls-Single", "avoid", "claims", "next"))
+
+
+def test_damaged_files_and_a_price_are_said(plant):
+    folder = planted(plant)
+    (folder.path / "machine.json").write_text("{")
+    text = verdict_text(load(folder.path), price_per_hour=2.0)
+    assert "1 defect in the files" in text and "1.85 per million samples" in text and fits(text)
+
+
+def test_a_long_command_can_be_copied_as_it_is():
+    command = "python -m harness matrix --cases " + " ".join(CASES) + " --seeds 0 1 2 --out 'results/a folder'"
+    lines = command_lines(command)
+    joined = " ".join(line.removesuffix("\\").strip() for line in lines).removeprefix("next").strip()
+    assert " ".join(joined.split()) == command
+    assert all(line.endswith("\\") for line in lines[:-1]) and not lines[-1].endswith("\\")
+    assert all(len(line) <= WIDTH for line in lines) and len(lines) > 3
+
+
+def test_escape_sequences_in_the_files_do_not_reach_the_terminal(plant):
+    folder = plant((LM,), ("fp32_true", "amp_bf16"), (0,), lambda case, config, seed: {
+        "device": "\x1b[2J\x07\u202egpu"} | ({"status": "error", "error": "\x1b]0;x", "val_loss": None} if seed else {}))
+    (folder.path / "runs" / "x").mkdir()
+    (folder.path / "runs" / "x" / "run.json").write_text('{"schema":1,"\x1b[31m":2}')
+    folder = load(folder.path)
+    assert all(line.isprintable() for line in verdict_text(folder).splitlines())
+    assert all(str(defect).isprintable() for defect in folder.defects) and folder.defects
