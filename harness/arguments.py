@@ -18,6 +18,7 @@ examples:
   python -m harness predict gpt2_multi_cls                what would fail in 16 bits, from the fp32 run, and did it
   python -m harness diff RUN_ID RUN_ID                    where two runs part, and what each costs
   python -m harness flops gpt2_clm --preset full          what a training step costs, with no GPU
+  python -m harness repair results/nvidia-h200            after a crash: what is intact, and the index rebuilt
   python -m harness doctor                                what this machine can and cannot do
 
 exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, error or hung,
@@ -41,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     _out(predict)
     _json(predict)
     _diff(commands.add_parser("diff", help="two runs side by side: where they part, and what each costs"))
+    repair = commands.add_parser("repair", help="rebuild a results folder's index, cut torn lines, merge shards")
+    repair.add_argument("folder", type=Path, metavar="DIR", help="a results folder, such as results/nvidia-h200")
+    repair.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR2",
+                        help="copy the finished runs of these folders that DIR lacks, first")
+    _json(repair)
     doctor = commands.add_parser("doctor", help="what this machine can do, and what will not work here")
     doctor.add_argument("--measure", action="store_true",
                         help="measure matmul rates and copy bandwidth, into machine.json of the results folder")

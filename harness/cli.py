@@ -63,6 +63,10 @@ def _command(name: str):
         from harness.doctor import doctor_command
 
         return doctor_command
+    if name == "repair":
+        from harness.repair import repair_command
+
+        return repair_command
     from harness.bench import bench_command
 
     return bench_command

@@ -21,8 +21,8 @@ from harness.optimizer import rounded_away_share
 from harness.run_folder import RunFolder
 from harness.settings import RunSettings
 from harness.training import Training
+from instrument.files import replace
 from instrument.forensics_record import ForensicsRecord
-from instrument.log import replace
 from instrument.memory import memory_split, with_activations
 from instrument.records import EventRecord, StepRecord, encode
 from instrument.replay.examine import explain_skip

@@ -18,6 +18,7 @@ from rich.text import Text
 from harness.pool import Pool, Running
 from harness.settings import RunSettings
 from harness.stability import LEGEND, STYLES, cell_words, stability_table
+from instrument.files import replace
 from instrument.records import RunRecord
 
 
@@ -121,4 +122,5 @@ def draw(table: Table, path: Path) -> None:
     console = Console(record=True, width=86, file=io.StringIO(), force_terminal=True)
     console.print(table, Text(LEGEND, style="dim"))
     svg = console.export_svg(title="python -m harness matrix", unique_id="stability")
-    path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "DejaVu Sans Mono"))
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "DejaVu Sans Mono")
+    replace(path, svg.encode())

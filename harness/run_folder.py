@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from instrument.log import JsonlLog, replace
+from instrument.files import locked, plain_inside, remove, replace
+from instrument.log import JsonlLog
 from instrument.records import RecordError, RunRecord, decode, encode
+from instrument.run_id import is_safe, require_safe
 
+INDEX, INDEX_LOCK = "results.jsonl", ".index.lock"
+UNREADABLE = (RecordError, ValueError, RecursionError)
+"""What a hostile line makes the decoder raise: a broken schema, a number out of range, endless nesting."""
 OF_THE_OLD_RUN = ("run.json", "forensics.json", "culprit.safetensors", "activations.jsonl", "hardware.jsonl")
 
 
@@ -24,12 +26,14 @@ class RunFolder:
     """``runs/<run_id>/`` and ``training_logs/run_<run_id>.jsonl`` of one run, started over."""
 
     def __init__(self, out: Path, run_id: str) -> None:
+        require_safe(run_id)
         require_writable(out)
+        require_no_links(out, run_id)
         self.out = out
         self.path = out / "runs" / run_id
         try:
             for name in OF_THE_OLD_RUN:  # its terminal row and what explains it must not outlive its logs
-                (self.path / name).unlink(missing_ok=True)
+                remove(self.path / name)
             shutil.rmtree(self.path / "snapshot", ignore_errors=True)
             self.steps = JsonlLog(out / "training_logs" / f"run_{run_id}.jsonl", fresh=True)
             self.evaluations = JsonlLog(self.path / "evaluations.jsonl", fresh=True)
@@ -55,6 +59,14 @@ def write_terminal(out: Path, record: RunRecord) -> None:
     write_index(out)
 
 
+def require_no_links(out: Path, run_id: str) -> None:
+    """Raise `OutputError` where a link would lead a run's files out of the results folder."""
+    for place in (out / "training_logs", out / "traces", out / "runs", out / "runs" / run_id):
+        if place.is_symlink():
+            raise OutputError(f"{place} is a link, and links in a results folder are not followed; "
+                              f"put the whole folder elsewhere with --out")
+
+
 def require_writable(out: Path) -> None:
     """Make the folder; raises `OutputError` with the reason when it cannot be written."""
     try:
@@ -73,11 +85,15 @@ def write_machine(out: Path, facts: dict[str, object]) -> None:
 
 
 def finished_run(out: Path, run_id: str) -> RunRecord | None:
-    """The terminal row of a run, or None when it has none (or one that cannot be read)."""
-    try:
-        return decode((out / "runs" / run_id / "run.json").read_bytes(), RunRecord)
-    except (FileNotFoundError, RecordError):
+    """The terminal row of a run, or None when it has none of its own that can be read."""
+    path = out / "runs" / run_id / "run.json"
+    if not is_safe(run_id) or not plain_inside(out, path):
         return None
+    try:
+        record = decode(path.read_bytes(), RunRecord)
+    except (FileNotFoundError, *UNREADABLE):
+        return None
+    return record if record.run_id == run_id else None
 
 
 def finished_runs(out: Path) -> list[RunRecord]:
@@ -86,14 +102,28 @@ def finished_runs(out: Path) -> list[RunRecord]:
     return [record for run_id in ids if (record := finished_run(out, run_id)) is not None]
 
 
+def indexed_rows(out: Path) -> dict[str, RunRecord]:
+    """The readable rows that the index holds now, by run id; of one that comes twice the first."""
+    rows: dict[str, RunRecord] = {}
+    path = out / INDEX
+    for line in path.read_bytes().splitlines() if plain_inside(out, path) else ():
+        try:
+            record = decode(line, RunRecord)
+        except UNREADABLE:
+            continue
+        rows.setdefault(record.run_id, record)
+    return rows
+
+
+def index_content(out: Path) -> bytes:
+    """``results.jsonl`` as it should be: the runs' own rows, and the rows of runs that have no folder here
+    (the index is all that there is of them)."""
+    rows = {run_id: row for run_id, row in indexed_rows(out).items() if not (out / "runs" / run_id).exists()}
+    rows |= {row.run_id: row for row in finished_runs(out)}
+    return b"".join(encode(rows[run_id]) + b"\n" for run_id in sorted(rows))
+
+
 def write_index(out: Path) -> None:
     """Rebuild ``results.jsonl`` from the runs' own rows. One process at a time."""
-    with _locked(out / ".index.lock"):
-        replace(out / "results.jsonl", b"".join(encode(record) + b"\n" for record in finished_runs(out)))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with locked(out / INDEX_LOCK):
+        replace(out / INDEX, index_content(out))

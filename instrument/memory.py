@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from instrument.files import replacing
+
 SNAPSHOT_ENTRIES = 100_000
 """Allocations and frees whose stacks a recorded history keeps (about 100 MB of host memory)."""
 KINDS = ("weights", "buffers", "gradients", "optimizer")
@@ -156,8 +158,8 @@ def write_snapshot(path: Path, device: torch.device) -> Snapshot:
     if device.type != "cuda":
         return Snapshot(why="torch's allocator keeps no snapshot on a CPU")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
+        with replacing(path) as temporary:
+            torch.cuda.memory._dump_snapshot(str(temporary))
     except Exception as error:  # a full disk, a driver that gave up
         return Snapshot(why=f"{type(error).__name__}: {error}")
     return Snapshot(path=path)

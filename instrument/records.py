@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from instrument.run_id import require_safe
+
 SCHEMA = 1
 """Version on every line. Older versions are migrated by `decode`, newer ones refused."""
 
@@ -211,6 +213,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     nonfinite: dict[str, str] = {}
 
     def __post_init__(self) -> None:
+        require_safe(self.run_id)  # it becomes the name of files
         _one_of("status", self.status, STATUSES)
         if self.status == "diverged" and self.divergence_step is None:
             raise ValueError("a diverged run needs its divergence_step")

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 
 from kernels import bench, compile
 
@@ -90,12 +91,21 @@ def _bench(args) -> int:
             print(_words(row), file=sys.stderr)
     text = json.dumps(document, indent=1, allow_nan=False)
     if args.out:
-        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.out, "w") as file:
-            file.write(text + "\n")
+        _replace(pathlib.Path(args.out), text + "\n")
     if args.json:
         print(text)
     return 0
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Readers see the old file or the new one. (The harness's own way of writing files is a room above this one.)"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp~", delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
 
 
 def _line(*cells) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from instrument.files import replace
 
 
 class PdfUnavailable(RuntimeError):
@@ -31,11 +31,7 @@ def write_pdf(html: str, path: Path) -> None:
 
     document = HTML(string=figures_as_images(html), base_url=None, url_fetcher=data_only_fetcher(), media_type="print")
     content = document.write_pdf(pdf_identifier=b"datatype-dynamics-bench", full_fonts=False)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(partial, path)
-    path.chmod(0o644)
+    replace(path, content)
 
 
 def figures_as_images(html: str) -> str:

@@ -41,7 +41,7 @@ def measure(pairs: int, out: Path | None = None) -> list[Figure]:
             close()
     figures = [*_figures(wall_s, "", facts, TARGETS[device.type]), *_figures(cpu_s, "_cpu", facts, None), log_write()]
     if out is not None:
-        from instrument.log import replace
+        from instrument.files import replace
 
         rows = {"device": str(device), "pairs": pairs, **facts, "rows": [figure.as_row() for figure in figures],
                 "wall_s": wall_s, "cpu_s": cpu_s}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run_folder import OutputError, require_writable
-from instrument.log import replace
+from instrument.files import replace
 
 IDENTITY = ("cpu", "gpu")
 BUSY_FRAC = 0.1

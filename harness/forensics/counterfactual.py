@@ -21,8 +21,8 @@ from harness.forensics.rebuild import Rebuilt, rebuild
 from harness.forensics.stored import read_state
 from harness.precision import DTYPES, Unsupported
 from harness.settings import SettingsError
+from instrument.files import replace
 from instrument.forensics_record import ForensicsRecord, Remedy
-from instrument.log import replace
 from instrument.records import FirstNonfinite, RecordError, RunRecord, decode, encode
 from instrument.replay.snapshot import NamedState
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch.utils._pytree import tree_leaves, tree_map
 
-from instrument.log import replace
+from instrument.files import replace
 from instrument.replay.diagnosis import DENOMINATOR
 from instrument.replay.examine import Examination
 from instrument.replay.recorder import mutated

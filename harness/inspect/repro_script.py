@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import textwrap
 from pathlib import Path
 from string import Template
@@ -12,6 +11,7 @@ from typing import Any
 from harness.inspect.locate import FoundRun, RunUnreadable
 from harness.inspect.repro_template import SCRIPT
 from harness.settings import SettingsError
+from instrument.files import copy, replace
 from instrument.forensics_record import ForensicsRecord
 from instrument.records import RunRecord
 
@@ -39,9 +39,8 @@ def write_repro(run: FoundRun, record: RunRecord | None, found: ForensicsRecord 
         raise SettingsError(f"{run.run_id}: the failing op cannot be run alone: {culprit['left_out']}")
     tensors = script.with_suffix(".safetensors")
     try:
-        script.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.path / OPERANDS_FILE, tensors)
-        script.write_text(script_text(run.run_id, record, found, culprit))
+        copy(run.path / OPERANDS_FILE, tensors)
+        replace(script, script_text(run.run_id, record, found, culprit).encode())
     except OSError as error:
         raise SettingsError(f"--repro {script}: cannot write {error.filename}: {error.strerror}") from error
     return script, tensors

@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from instrument.files import remove
 from instrument.log import JsonlLog, read
 from instrument.records import RecordError
 from instrument.sampler.gpu import FIELDS, GpuSensors, company_unknown
@@ -52,7 +53,7 @@ class Sampler:
         """Begin to look; time 0 of the records. A sampler that cannot start says so in its summary."""
         self._start_s = time.monotonic()
         try:
-            self.path.unlink(missing_ok=True)  # an earlier run's looks must not be summed up as this one's
+            remove(self.path)  # an earlier run's looks must not be summed up as this one's
             self._thread.start()
         except (OSError, RuntimeError) as error:
             self.failure = f"{type(error).__name__}: {error}"

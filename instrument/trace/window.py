@@ -24,7 +24,7 @@ import msgspec
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from instrument.log import replace
+from instrument.files import replace
 from instrument.records import PHASES
 from instrument.trace.time_table import PHASE_PREFIX, WINDOW, time_table
 from instrument.trace.tracks import CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from instrument.files import replace
 from report.dossier.context import context
 from report.dossier.figures import draw_all
 from report.dossier.progress import Progress
@@ -58,11 +59,10 @@ def build(folder, out: Path | None = None, *, pdf: bool = True, formats: tuple[s
         content = context(folder, drawn, tables, findings=findings, verdict=decision, checks=checks, failures=cards,
                           defects=folder.defects)
         html = page(content)
-        (out / "dossier").mkdir(parents=True, exist_ok=True)
         paths = [out / "plots" / file for figure in drawn.values() for file in figure.files]
         paths += [out / "summary.json", out / "dossier" / "index.html"]
-        paths[-1].write_text(html, encoding="utf-8", newline="\n")
-        paths[-2].write_text(_summary(folder, tables, findings, decision, checks), encoding="utf-8", newline="\n")
+        replace(paths[-1], html.encode())
+        replace(paths[-2], _summary(folder, tables, findings, decision, checks).encode())
         clock.lap("page")
         if pdf:
             from report.pdf import write_pdf

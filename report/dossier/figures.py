@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from instrument.files import make_folder, replace
 from report.dossier.inline_svg import inline, standalone
 from report.plots.registry import DRAW
 from report.plots.style import theme
@@ -39,7 +40,7 @@ def draw_all(tables: dict[str, Table], folder: Path, formats: tuple[str, ...], d
              done: Callable[[str], None]) -> dict[str, Drawn]:
     """Every table's figure in ``folder`` (a file per format, and the CSV); calls ``done`` with each
     letter as it is finished. The bytes do not depend on the number of processes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     drawn = {}
     for figure in _map(tables, folder, formats, dpi):
         done(figure.letter)
@@ -81,7 +82,7 @@ def draw_one(table: Table, folder: Path, formats: tuple[str, ...], dpi: int) -> 
     svg = pictures["svg"].decode()
     pictures["svg"] = standalone(svg).encode()
     for kind in formats:
-        (folder / f"{table.name}.{kind}").write_bytes(pictures[kind])
+        replace(folder / f"{table.name}.{kind}", pictures[kind])
     write_csv(table.data, folder / f"{table.name}.csv")
     return Drawn(table.letter, table.name, table.title, table.caption,
                  inline(svg, table.letter.lower(), f"{table.letter}: {table.title}"),

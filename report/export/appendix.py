@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from instrument.files import replace
 from report.export.latex import export as export_tables
 from report.export.tex import escape, identifier
 from report.load import Folder
@@ -50,11 +51,10 @@ def export(folder: Folder, out: Path) -> list[Path]:
     from report.dossier.figures import draw_all
 
     tables = all_tables(folder)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     draw_all(tables, out / "figures", ("pdf",), 300, lambda letter: None)
     written = export_tables(folder, out / "tables")
-    (out / "references.bib").write_text(BIBLIOGRAPHY, encoding="utf-8")
-    (out / "appendix.tex").write_text(document(folder, tables, out), encoding="utf-8")
+    replace(out / "references.bib", BIBLIOGRAPHY.encode())
+    replace(out / "appendix.tex", document(folder, tables, out).encode())
     return [out / "appendix.tex", out / "references.bib", *written, *sorted((out / "figures").glob("*.pdf"))]
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+from instrument.files import replace
 from report.load import Folder
 from report.tables import b_efficiency, c_throughput
 
@@ -16,9 +17,8 @@ MEASURES = {"samples_per_s": ("C", "samples_per_s", None, None), "speed_over_fp3
 
 def export(folder: Folder, out: Path) -> list[Path]:
     """``bencher.json``: ``{"device/case/configuration": {measure: {value, lower_value, upper_value}}}``."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "bencher.json"
-    path.write_text(json.dumps(metrics(folder), indent=1, allow_nan=False) + "\n")
+    replace(path, json.dumps(metrics(folder), indent=1, allow_nan=False).encode() + b"\n")
     return [path]
 
 

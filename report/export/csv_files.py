@@ -14,7 +14,6 @@ from report.tables import all_tables
 
 def export(folder: Folder, out: Path) -> list[Path]:
     """``<table>.csv`` and ``<table>_summary.csv`` for A to H, ``runs.csv``, ``findings.csv``."""
-    out.mkdir(parents=True, exist_ok=True)
     frames: dict[str, pd.DataFrame] = {"runs": runs_frame(folder), "findings": findings_frame(folder)}
     for table in all_tables(folder).values():
         frames[table.name] = table.data

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from instrument.files import replace
 from report.export.tex import escape, identifier, tabular
 from report.hypotheses import judge
 from report.load import Folder
@@ -18,13 +19,12 @@ NOTHING = "--"
 
 def export(folder: Folder, out: Path) -> list[Path]:
     """``stability.tex``, ``throughput.tex``, ``efficiency.tex``, ``findings.tex``: each a tabular to \\input."""
-    out.mkdir(parents=True, exist_ok=True)
     tables = all_tables(folder)
     texts = {"stability": stability(tables["A"].data), "throughput": throughput(tables["C"].data),
              "efficiency": efficiency(tables["B"].data), "findings": findings(folder)}
     paths = [out / f"{name}.tex" for name in texts]
     for path, text in zip(paths, texts.values(), strict=True):
-        path.write_text(f"% {folder.device}: {', '.join(folder.marks) or 'measured'}; needs booktabs\n" + text)
+        replace(path, f"% {folder.device}: {', '.join(folder.marks) or 'measured'}; needs booktabs\n{text}".encode())
     return paths
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_cases import CASES, DTYPE_CONFIGS
+from instrument.files import replace
 from instrument.flops.closed_form import CLOSED_FORMS, Sizes
-from instrument.log import replace
 from instrument.mfu import Peaks, datasheet_peaks
 from instrument.records import RunRecord, StepRecord, encode
 from report.errors import ImportRefused

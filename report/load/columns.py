@@ -16,6 +16,7 @@ import numpy as np
 
 from instrument.records import KINDS, SCHEMA, AnyRecord, Record, RecordError, decode
 from report.load.defect import Defect, defect
+from report.load.inside import link_on_the_way
 
 CHUNK_BYTES = 4 << 20
 NOT_COLUMNS = ("schema", "nonfinite")
@@ -33,8 +34,8 @@ def read_columns(path: Path, kind: type[Record], name: str) -> tuple[dict[str, n
     """
     dtypes = column_dtypes(kind)
     pieces: list[dict[str, np.ndarray]] = []
-    defects: list[Defect] = []
-    for first_line, chunk in _chunks(path):
+    defects = link_on_the_way(path, name)
+    for first_line, chunk in () if defects else _chunks(path):
         rows = _decode_chunk(chunk, kind)
         if rows is None:
             rows = [row for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
@@ -55,8 +56,8 @@ def column_dtypes(kind: type[Record]) -> dict[str, np.dtype]:
 
 def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
     """The valid records of a small file in order, and what was wrong with the others."""
-    defects: list[Defect] = []
-    rows = [row for first_line, chunk in _chunks(path)
+    defects = link_on_the_way(path, name)
+    rows = [row for first_line, chunk in (() if defects else _chunks(path))
             for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
     return rows, defects
 

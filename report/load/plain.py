@@ -9,10 +9,13 @@ import msgspec
 
 from report.load.columns import UNREADABLE
 from report.load.defect import Defect, defect
+from report.load.inside import link_on_the_way
 
 
 def read_object(path: Path, name: str) -> tuple[dict[str, Any] | None, list[Defect]]:
     """The JSON object in a file, or None; what is there and is none is a defect."""
+    if links := link_on_the_way(path, name):
+        return None, links
     try:
         content = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
@@ -27,7 +30,8 @@ def read_object(path: Path, name: str) -> tuple[dict[str, Any] | None, list[Defe
 def read_objects(path: Path, name: str) -> tuple[list[dict[str, Any]], list[Defect]]:
     """The JSON objects in a file's lines; a line that is none is a defect."""
     rows: list[dict[str, Any]] = []
-    defects: list[Defect] = []
+    if defects := link_on_the_way(path, name):
+        return rows, defects
     try:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, IsADirectoryError):

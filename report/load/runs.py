@@ -8,6 +8,7 @@ from pathlib import Path
 from instrument.records import RunRecord, decode, encode
 from report.load.columns import UNREADABLE, checked, read_records
 from report.load.defect import Defect, defect
+from report.load.inside import link_on_the_way
 
 INDEX = "results.jsonl"
 
@@ -39,6 +40,9 @@ def _own_rows(path: Path) -> tuple[dict[str, RunRecord], list[Defect]]:
     defects: list[Defect] = []
     for file in sorted((path / "runs").glob("*/run.json")):
         name = f"runs/{file.parent.name}/run.json"
+        if links := link_on_the_way(file, name):
+            defects += links
+            continue
         try:
             row = checked(decode(file.read_bytes(), RunRecord))
         except (*UNREADABLE, OSError) as error:
@@ -58,18 +62,11 @@ def _index_rows(path: Path) -> tuple[dict[str, RunRecord], list[Defect]]:
     if (path / INDEX).is_file() and (path / INDEX).stat().st_size == 0:
         defects.append(defect(INDEX, None, "is empty"))
     for row in records:
-        if not is_file_name(row.run_id):
-            defects.append(defect(INDEX, None, f"run_id {row.run_id!r} is no file name: left out"))
-        elif row.run_id in rows:
+        if row.run_id in rows:
             defects.append(defect(INDEX, None, f"run {row.run_id!r} stands there more than once; counted once"))
         else:
             rows[row.run_id] = row
     return rows, defects
-
-
-def is_file_name(run_id: str) -> bool:
-    """Whether a run id stays inside its folder when it is made part of a path."""
-    return 0 < len(run_id) <= 240 and not run_id.startswith(".") and not set(run_id) & set("/\\\0")
 
 
 def _one_device(rows: tuple[RunRecord, ...], defects: list[Defect]) -> tuple[tuple[RunRecord, ...], list[Defect]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from instrument.files import replace
+
 FORMATS = ("svg", "png", "pdf", "eps")
 NO_DATES = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None},
             "pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "eps": {"Creator": "matplotlib"}}
@@ -62,4 +64,4 @@ def _plain(value: object) -> object:
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """``frame`` in base units as CSV; an absent number is an empty cell, infinity is ``inf``."""
-    neutral(frame).to_csv(path, index=False, lineterminator="\n", float_format="%.10g")
+    replace(path, neutral(frame).to_csv(index=False, lineterminator="\n", float_format="%.10g").encode())

@@ -19,7 +19,7 @@ from harness.run import execute
 from harness.settings import Request, SettingsError
 from instrument.forensics_record import ForensicsRecord
 from instrument.log import read
-from instrument.log import replace as replace_file
+from instrument.files import replace as replace_file
 from instrument.records import RunRecord, StepRecord, decode, encode
 from instrument.replay.snapshot import Snapshot
 

@@ -1,62 +1,198 @@
-"""Lines are whole, files are replaced in one step, and a bad line is named."""
+"""Lines are whole whoever writes them, a failed write is taken back, and a bad line is named."""
 
-import threading
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
 
 import pytest
 
-from instrument.log import JsonlLog, read, replace
-from instrument.records import EventRecord, RecordError
+from instrument import background, log
+from instrument.files import try_lock
+from instrument.log import Appender, JsonlLog, read
+from instrument.records import EventRecord, RecordError, encode
+
+SPAWN = multiprocessing.get_context("spawn")
 
 
-def event(step: int) -> EventRecord:
-    return EventRecord(step=step, kind="warning", detail={"text": "x" * 500})
+def event(step: int, text: str = "x" * 500) -> EventRecord:
+    return EventRecord(step=step, kind="warning", detail={"text": text})
 
 
 def test_what_is_written_is_read_back_in_order(tmp_path):
     path = tmp_path / "deep" / "events.jsonl"
-    with JsonlLog(path) as log:
+    with JsonlLog(path) as lines:
         for step in range(20):
-            log.write(event(step))
-    with JsonlLog(path) as log:  # appends
-        log.write(event(20))
+            lines.write(event(step))
+    with JsonlLog(path) as lines:  # appends
+        lines.write(event(20))
     assert [record.step for record in read(path, EventRecord)] == list(range(21))
     with JsonlLog(path, fresh=True):
         pass
     assert path.read_bytes() == b""
 
 
-def test_concurrent_writers_never_mix_lines(tmp_path):
+def append_many(path, writer: int, lines: int) -> None:
+    """Lines of very different lengths, from 1 byte to 100 kB of text."""
+    with JsonlLog(path) as log_file:
+        for step in range(lines):
+            log_file.write(event(writer * lines + step, "x" * (100_000 if step % 97 == 0 else step % 700)))
+
+
+def check_concurrent_writers(path, writers: int, lines: int) -> None:
+    processes = [SPAWN.Process(target=append_many, args=(path, writer, lines)) for writer in range(writers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * writers
+    steps = [record.step for record in read(path, EventRecord)]
+    assert sorted(steps) == list(range(writers * lines))
+    for writer in range(writers):  # and each writer's in its order
+        own = [step for step in steps if step // lines == writer]
+        assert own == sorted(own)
+
+
+def test_concurrent_processes_never_mix_lines(tmp_path):
+    check_concurrent_writers(tmp_path / "events.jsonl", writers=4, lines=200)
+
+
+@pytest.mark.soak
+def test_eight_processes_append_two_thousand_lines_each(tmp_path):
+    check_concurrent_writers(tmp_path / "events.jsonl", writers=8, lines=2000)
+
+
+def test_a_writer_that_takes_part_of_a_line_at_a_time_mixes_nothing_under_the_lock(tmp_path, monkeypatch):
+    """What O_APPEND alone does not give: the kernel may take a line in pieces."""
+    whole_write, path = os.write, tmp_path / "events.jsonl"
+    with JsonlLog(path) as other:
+        def in_pieces(fd: int, data: bytes) -> int:
+            if fd == mine._lines._fd:
+                assert not try_lock(other._lines._fd), "the lock is held while a line is in pieces"
+                return whole_write(fd, data[:7])
+            return whole_write(fd, data)
+
+        with JsonlLog(path) as mine:
+            monkeypatch.setattr(os, "write", in_pieces)
+            mine.write(event(1))
+            other.write(event(2))
+            monkeypatch.undo()
+    assert [record.step for record in read(path, EventRecord)] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", [b'{"schema":1,"st', b"\0\0\0", "{\"é".encode()[:-1]])
+def test_a_torn_last_line_is_ended_when_the_log_is_opened(tmp_path, torn):
     path = tmp_path / "events.jsonl"
+    path.write_bytes(encode(event(1)) + b"\n" + torn)
+    with JsonlLog(path) as lines:
+        lines.write(event(2))
+    assert path.read_bytes().split(b"\n") == [encode(event(1)), torn, encode(event(2)), b""]
 
-    def write(start):
-        with JsonlLog(path) as log:
-            for step in range(start, start + 100):
-                log.write(event(step))
 
-    threads = [threading.Thread(target=write, args=(k * 100,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(record.step for record in read(path, EventRecord)) == list(range(400))
+def test_a_whole_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(encode(event(1)))
+    with JsonlLog(path) as lines:
+        lines.write(event(2))
+    assert [record.step for record in read(path, EventRecord)] == [1, 2]
+
+
+def test_a_full_disk_leaves_the_earlier_lines_whole(tmp_path):
+    """A limit on the file's size makes the kernel take a part of a line and refuse the rest."""
+    path = tmp_path / "events.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    lines = JsonlLog(path)
+    try:
+        lines.write(event(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))
+        with pytest.raises(OSError, match=r"events\.jsonl") as raised:
+            lines.write(event(2))
+        assert raised.value.errno == errno.EFBIG
+        assert path.read_bytes() == encode(event(1)) + b"\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    lines.write(event(3))  # the disk has room again
+    lines.close()
+    assert [record.step for record in read(path, EventRecord)] == [1, 3]
+
+
+def test_a_file_that_was_deleted_is_an_error_and_not_a_silence(tmp_path):
+    path = tmp_path / "events.jsonl"
+    lines = JsonlLog(path)
+    lines.write(event(1))
+    path.unlink()
+    lines._lines._sync_quietly()  # what the background does every few seconds
+    with pytest.raises(FileNotFoundError, match="deleted while it was being written"):
+        lines.write(event(2))
+    with pytest.raises(FileNotFoundError, match=r"events\.jsonl"):
+        lines.close()
+
+
+def test_the_background_syncs_what_was_written_and_the_writer_never_waits(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(log, "SYNC_EVERY_S", 0.02)
+    real_fsync = os.fsync
+
+    def slow_fsync(fd: int) -> None:
+        time.sleep(0.2)
+        real_fsync(fd)
+        synced.append(time.monotonic())
+
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    lines = Appender(tmp_path / "log.jsonl")
+    longest_s = 0.0
+    until_s = time.monotonic() + 1.0
+    while time.monotonic() < until_s:
+        began_s = time.monotonic()
+        lines.append(b"{}\n")
+        longest_s = max(longest_s, time.monotonic() - began_s)
+        time.sleep(0.001)
+    while_open = len(synced)
+    lines.close()
+    assert while_open >= 2 and len(synced) > while_open, "synced meanwhile, and on close"
+    assert longest_s < 0.15, "an append waited for a sync"
+
+
+def test_an_idle_log_is_not_synced_again(tmp_path, monkeypatch):
+    lines = Appender(tmp_path / "log.jsonl")
+    lines.append(b"{}\n")
+    lines.sync()
+    monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("nothing is new"))
+    lines.sync()
+    monkeypatch.undo()
+    lines.close()
+    lines.close()
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"not ours\n")
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        JsonlLog(tmp_path / "log.jsonl", fresh=True)
+    assert (tmp_path / "elsewhere").read_bytes() == b"not ours\n"
+
+
+def test_a_forked_child_does_not_run_its_parents_jobs(tmp_path):
+    calls = tmp_path / "calls"
+    key = background.every(0.02, lambda: calls.open("a").write(f"{os.getpid()}\n"))
+    pid = os.fork()
+    if pid == 0:
+        background.every(0.01, lambda: None)  # starts a thread of its own
+        time.sleep(0.2)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    background.cancel(key)
+    assert set(calls.read_text().split()) == {str(os.getpid())}
 
 
 def test_a_bad_line_is_named_by_file_and_number(tmp_path):
     path = tmp_path / "events.jsonl"
-    with JsonlLog(path) as log:
-        log.write(event(1))
-    with path.open("ab") as file:
-        file.write(b'{"schema": 1, "st')
+    path.write_bytes(encode(event(1)) + b"\n" + b'{"schema": 1, "st')
     with pytest.raises(RecordError, match=r"events\.jsonl:2: not JSON"):
         list(read(path, EventRecord))
-
-
-def test_replacing_leaves_no_temporary_file_and_keeps_the_old_on_failure(tmp_path):
-    path = tmp_path / "run.json"
-    replace(path, b"old")
-    replace(path, b"new")
-    assert path.read_bytes() == b"new"
-    with pytest.raises(TypeError):
-        replace(path, "text is not bytes")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+    assert json.loads(path.read_bytes().splitlines()[0])["step"] == 1

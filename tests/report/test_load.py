@@ -141,7 +141,7 @@ def test_an_index_row_cannot_lead_out_of_the_folder(small):
     row = index.read_bytes().splitlines(keepends=True)[0]
     index.write_bytes(index.read_bytes() + row.replace(RUN.encode(), b"../../etc/x"))
     folder = load(small.path)
-    assert len(folder.runs) == 12 and any("no file name" in what for what in whats(folder))
+    assert len(folder.runs) == 12 and any("no safe file name" in what for what in whats(folder))
 
 
 def test_runs_of_another_device_are_left_out(small):

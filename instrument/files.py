@@ -1,0 +1,184 @@
+"""Every result file is written here, or line by line in `instrument.log`. Torch-free.
+
+**Replace** (`replacing`, `replace`, `copy`): a temporary file in the same folder, sync, rename, sync of
+the folder: readers see the old content or the new one. The writer holds the temporary file's lock while
+it lives, which is how `is_abandoned` knows what a dead one left behind.
+
+**Crash sweep**: with ``DDB_CRASH_AT_FILE_OPERATION=n`` the process dies (`os._exit`, no clean-up) just
+before its n-th file operation; a write counts as two, the second being its middle.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+CRASH_VARIABLE = "DDB_CRASH_AT_FILE_OPERATION"
+CRASHED = 86
+"""Exit code of a process that the crash sweep killed."""
+TEMPORARY = ".tmp~"
+"""Suffix of temporary files: ``.<name>.<random>.tmp~``."""
+
+_crash_at = int(os.environ.get(CRASH_VARIABLE, "0"))
+_operations = 0
+
+
+def crash_at(nth: int) -> None:
+    """Die before the ``nth`` file operation from now; 0: never."""
+    global _crash_at, _operations
+    _crash_at, _operations = nth, 0
+
+
+def operation(fd: int = -1, half: bytes | memoryview = b"") -> None:
+    """Count one operation; where the sweep says so, write ``half`` and die."""
+    global _operations
+    if not _crash_at:
+        return
+    _operations += 1
+    if _operations == _crash_at:
+        if half:
+            os.write(fd, half)
+        os._exit(CRASHED)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """Yield a temporary path to write the new content to; leaving the block puts it in ``path``'s place.
+
+    The content may be written in place or as a new file of that name. An exception leaves the old file.
+    """
+    make_folder(path.parent)
+    operation()
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY)
+    temporary = Path(name)
+    try:
+        try_lock(fd)
+        yield temporary
+        _sync_path(temporary)
+        os.chmod(temporary, mode)
+        operation()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+    sync_folder(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replace a file's content in one step: readers see the old or the new, never a part."""
+    view = memoryview(data)
+    with replacing(path) as temporary:
+        fd = os.open(temporary, os.O_WRONLY)
+        try:
+            operation()
+            operation(fd, view[: len(view) // 2])
+            while view:
+                view = view[os.write(fd, view):]
+        finally:
+            os.close(fd)
+
+
+def copy(source: Path, path: Path) -> None:
+    """Copy a regular file (OSError for a link), in one step for readers of ``path``."""
+    with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as content, replacing(path) as temporary, \
+            temporary.open("wb") as target:
+        operation()
+        shutil.copyfileobj(content, target, 1 << 20)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a file's end off, in place, so that a writer that has it open goes on in the same file."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        operation()
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there."""
+    operation()
+    path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and the ones above it."""
+    if not path.is_dir():
+        operation()
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path``, one process or thread at a time; the file is made and stays."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether nobody writes this temporary file any more: its writer would hold its lock."""
+    try:
+        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return try_lock(fd)
+    finally:
+        os.close(fd)
+
+
+def plain_inside(root: Path, path: Path) -> bool:
+    """Whether ``path`` is a regular file below ``root`` with no link on the way: what is read from a
+    results folder must lie in it."""
+    try:
+        parts = path.relative_to(root).parts
+        modes = [os.lstat(root.joinpath(*parts[:depth])).st_mode for depth in range(1, len(parts) + 1)]
+    except (OSError, ValueError):
+        return False
+    return ".." not in parts and bool(modes) and all(map(stat.S_ISDIR, modes[:-1])) and stat.S_ISREG(modes[-1])
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk; file systems that cannot (some network ones) are left be."""
+    operation()
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _sync_path(path: Path) -> None:
+    operation()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def try_lock(fd: int) -> bool:
+    """Take the exclusive lock of an open file if it is free and the file system has locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

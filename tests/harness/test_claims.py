@@ -1,0 +1,179 @@
+"""Of all who want a run one gets it; the dead hold nothing; the living are never robbed."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+
+import pytest
+
+from harness import claims
+from harness.claims import FILE, RunClaimed, claim, owner_of
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def grab(out, count: int, start, wins, done) -> None:
+    """Try for every run, in an order of one's own; keep what was won until all have tried."""
+    start.wait()
+    order = sorted(range(count), key=lambda k: hash((k * 2654435761 + os.getpid()) % 1_000_003))
+    held = []
+    for k in order:
+        try:
+            held.append(claim(out, f"run-{k}"))
+            wins.put(k)
+        except RunClaimed:
+            pass
+    done.wait()
+    for own in held:
+        own.release()
+
+
+def check_one_winner_each(out, processes: int, count: int, *, plant_dead: bool) -> None:
+    if plant_dead:
+        for k in range(count):
+            leave_dead_claim(out, f"run-{k}")
+    start, done, wins = SPAWN.Barrier(processes), SPAWN.Barrier(processes), SPAWN.Queue()
+    workers = [SPAWN.Process(target=grab, args=(out, count, start, wins, done), daemon=True) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    won = [wins.get(timeout=120) for _ in range(count)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * processes
+    assert wins.empty() and sorted(won) == list(range(count))
+    assert not [path.name for path in out.glob("runs/*/*")], "released, and no temporary file left"
+
+
+@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
+def test_six_processes_and_fifty_runs_one_winner_each(tmp_path, plant_dead):
+    check_one_winner_each(tmp_path, 6, 50, plant_dead=plant_dead)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
+def test_sixteen_processes_and_five_hundred_runs_one_winner_each(tmp_path, plant_dead):
+    check_one_winner_each(tmp_path, 16, 500, plant_dead=plant_dead)
+
+
+def leave_dead_claim(out, run_id: str, **changed):
+    """A claim whose owner is gone: nobody holds its lock."""
+    own = claim(out, run_id)
+    facts = json.loads((own.path).read_bytes())
+    own.release()
+    own.path.write_text(json.dumps(facts | changed))
+    return own.path
+
+
+def test_a_claim_names_its_owner_and_goes_with_release(tmp_path):
+    own = claim(tmp_path, "a")
+    facts = owner_of(tmp_path, "a")
+    assert facts["pid"] == os.getpid() and facts["host"] and time.time() - facts["started_unix_s"] < 60
+    with pytest.raises(RunClaimed, match=f"a is being executed by process {os.getpid()} on ") as raised:
+        claim(tmp_path, "a")
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    own.release()
+    own.release()
+    assert owner_of(tmp_path, "a") is None and not own.path.exists()
+    with claim(tmp_path, "a") as again:
+        assert again.is_held
+    assert not again.is_held
+
+
+def hold(out, told) -> None:
+    claim(out, "a")
+    told.send(True)
+    time.sleep(60)
+
+
+def test_a_killed_owner_s_run_is_free_at_once(tmp_path):
+    here, there = SPAWN.Pipe()
+    owner = SPAWN.Process(target=hold, args=(tmp_path, there))
+    owner.start()
+    here.recv()
+    with pytest.raises(RunClaimed):
+        claim(tmp_path, "a")
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.join()
+    began_s = time.monotonic()
+    claim(tmp_path, "a").release()
+    assert time.monotonic() - began_s < 5
+
+
+def test_on_another_host_the_heartbeat_tells(tmp_path):
+    path = leave_dead_claim(tmp_path, "a", boot="another kernel", host="elsewhere", pid=1)
+    with pytest.raises(RunClaimed, match="process 1 on elsewhere"):
+        claim(tmp_path, "a")
+    long_ago_s = time.time() - claims.STALE_S - 5
+    os.utime(path, (long_ago_s, long_ago_s))
+    claim(tmp_path, "a").release()
+
+
+def test_the_heartbeat_renews_the_file_s_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
+    own = claim(tmp_path, "a")
+    os.utime(own.path, (1, 1))
+    deadline_s = time.monotonic() + 5
+    while own.path.stat().st_mtime == 1 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert time.time() - own.path.stat().st_mtime < 60
+    own.release()
+
+
+def test_an_owner_taken_for_dead_finds_out_and_frees_nothing_of_the_new_one(tmp_path):
+    slept = claim(tmp_path, "a")
+    slept.path.unlink()
+    new = claim(tmp_path, "a")
+    assert new.is_held and not slept.is_held
+    slept.release()
+    assert new.is_held and owner_of(tmp_path, "a") is not None
+    new.release()
+
+
+def test_a_takeover_under_way_holds_others_off_but_not_for_ever(tmp_path, monkeypatch):
+    path = leave_dead_claim(tmp_path, "a")
+    mark = path.with_name(f"{FILE}.after-{json.loads(path.read_bytes())['token']}")
+    mark.touch()
+    with pytest.raises(RunClaimed):
+        claim(tmp_path, "a")
+    os.utime(mark, (1, 1))
+    claim(tmp_path, "a").release()
+    assert not mark.exists()
+
+
+def test_a_file_system_without_hard_links_has_one_winner_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    own = claim(tmp_path, "a")
+    with pytest.raises(RunClaimed):
+        claim(tmp_path, "a")
+    own.release()
+    leave_dead_claim(tmp_path, "b")
+    claim(tmp_path, "b").release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"token": "../../x", "boot": "b"}', b'{"token": 7}', b"\xff" * 5000])
+def test_a_claim_that_is_not_of_our_making_holds_nothing_and_leads_nowhere(tmp_path, content):
+    path = tmp_path / "runs" / "a" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    claim(tmp_path, "a").release()
+    assert [p.name for p in tmp_path.rglob("*")] == ["runs", "a"]
+
+
+def test_a_claim_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"theirs")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        claim(tmp_path, "a")
+    assert (tmp_path / "elsewhere").read_bytes() == b"theirs"
+
+
+def test_an_unsafe_id_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no safe file name"):
+        claim(tmp_path, "../a")

@@ -1,0 +1,247 @@
+"""Replacing is one step, abandoned files are told from live ones, and nothing writes past this module."""
+
+import ast
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from instrument import files
+from instrument.log import JsonlLog
+from instrument.records import EventRecord, RecordError, decode
+from instrument.run_id import LONGEST, is_safe, require_safe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_replacing_leaves_no_temporary_file_and_keeps_the_old_on_failure(tmp_path):
+    path = tmp_path / "run.json"
+    files.replace(path, b"old")
+    files.replace(path, b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(TypeError):
+        files.replace(path, "text is not bytes")
+    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_replacing_takes_writers_that_make_a_new_file(tmp_path):
+    """As libraries do that rename on their own."""
+    with files.replacing(tmp_path / "tensors") as temporary:
+        (tmp_path / "theirs").write_bytes(b"content")
+        os.replace(tmp_path / "theirs", temporary)
+    assert (tmp_path / "tensors").read_bytes() == b"content"
+
+
+def test_the_order_is_write_sync_rename_sync_of_the_folder(tmp_path, monkeypatch):
+    did = []
+
+    def note(name: str, real, *args):
+        is_folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")
+        did.append("sync of the folder" if is_folder else name)
+        return real(*args)
+
+    for name in ("write", "fsync", "replace"):
+        monkeypatch.setattr(os, name, partial(note, name, getattr(os, name)))
+    files.replace(tmp_path / "run.json", b"content")
+    assert did == ["write", "fsync", "replace", "sync of the folder"]
+
+
+def test_a_temporary_file_is_abandoned_only_when_its_writer_is_gone(tmp_path):
+    with files.replacing(tmp_path / "run.json") as temporary:
+        assert not files.is_abandoned(temporary)
+        left = tmp_path / f".run.json.abc{files.TEMPORARY}"
+        left.write_bytes(b"half")
+        assert files.is_abandoned(left)
+
+
+@pytest.mark.parametrize("plant", ["file", "folder", "outside", "missing", "link to a link"])
+def test_what_is_read_lies_in_the_folder(tmp_path, plant):
+    root, outside = tmp_path / "results", tmp_path / "outside"
+    (root / "runs" / "a").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "run.json").write_bytes(b"{}")
+    path = root / "runs" / "a" / "run.json"
+    path.write_bytes(b"{}")
+    assert files.plain_inside(root, path)
+    if plant == "file":
+        path.unlink()
+        path.symlink_to(outside / "run.json")
+    elif plant == "folder":
+        path = root / "runs" / "b" / "run.json"
+        (root / "runs" / "b").symlink_to(outside)
+    elif plant == "outside":
+        path = root / "runs" / ".." / ".." / "outside" / "run.json"
+    elif plant == "missing":
+        path.unlink()
+    else:
+        (root / "links").symlink_to(root / "runs")
+        path = root / "links" / "a" / "run.json"
+    assert not files.plain_inside(root, path)
+
+
+def test_copying_refuses_links(tmp_path):
+    (tmp_path / "secret").write_bytes(b"s")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError):
+        files.copy(tmp_path / "link", tmp_path / "copy")
+    files.copy(tmp_path / "secret", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"s"
+
+
+@pytest.mark.parametrize("run_id", ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "a\nb", "-rf", ".claim", "a b",
+                                    "ä", "x" * (LONGEST + 1), None, 7])
+def test_unsafe_run_ids_are_refused_in_one_sentence(run_id):
+    assert not is_safe(run_id)
+    with pytest.raises(ValueError, match="no safe file name; allowed") as raised:
+        require_safe(run_id)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_our_own_run_ids_are_safe():
+    assert is_safe("gpt2_multi_cls-amp_bf16_fp32_head-s0-0badcafe") and is_safe("x" * LONGEST)
+
+
+SEQUENCE = """
+import sys
+from functools import partial
+from pathlib import Path
+from instrument.files import replace
+from instrument.log import JsonlLog
+from instrument.records import EventRecord
+out = Path(sys.argv[1])
+with JsonlLog(out / "events.jsonl") as log:
+    for step in range(1, 7):
+        log.write(EventRecord(step=step, kind="warning", detail={"text": "x" * 50}))
+        print(f"row {step}", flush=True)
+        if step % 3 == 0:
+            replace(out / "state.json", b'{"step": %d}' % step)
+            print(f"state {step}", flush=True)
+"""
+
+
+def test_killed_at_any_file_operation_nothing_acknowledged_is_lost(tmp_path):
+    """The crash sweep on a small sequence: in one process a crash, forked, since an import costs a second."""
+    survived = 0
+    for nth in range(1, 200):
+        out = tmp_path / str(nth)
+        told, exit_code = crash_in_a_fork(out, nth)
+        lines = (out / "events.jsonl").read_bytes().split(b"\n") if (out / "events.jsonl").exists() else [b""]
+        whole = [decode(line, EventRecord).step for line in lines[:-1]]
+        acknowledged = [int(word.split()[1]) for word in told if word.startswith("row")]
+        assert whole[: len(acknowledged)] == acknowledged and len(whole) <= len(acknowledged) + 1, nth
+        if lines[-1]:  # at most one torn line, and it is the last
+            with pytest.raises(RecordError):
+                decode(lines[-1], EventRecord)
+        states = [int(word.split()[1]) for word in told if word.startswith("state")]
+        if states:
+            assert (out / "state.json").read_bytes() in [b'{"step": %d}' % step for step in (states[-1], 6)], nth
+        if exit_code == 0:
+            survived = nth
+            break
+        assert exit_code == files.CRASHED
+        with JsonlLog(out / "events.jsonl") as log:  # the next process goes on
+            log.write(EventRecord(step=99, kind="warning", detail={}))
+        last = (out / "events.jsonl").read_bytes().split(b"\n")
+        assert last[-1] == b"" and decode(last[-2], EventRecord).step == 99
+    assert survived == 1 + 1 + 6 * 2 + 2 * 6 + 2 + 1, "folder, file, six lines, two replacements, two syncs on closing"
+
+
+def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
+    """Run the sequence in a forked child that dies at its ``nth`` file operation; what it acknowledged, its exit code."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.dup2(writing, 1)
+            sys.stdout, sys.argv = os.fdopen(1, "w"), ["-", str(out)]
+            files.crash_at(nth)
+            exec(SEQUENCE, {"__name__": "sequence"})
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with open(reading) as told:
+        words = told.read().splitlines()
+    return words, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_the_environment_variable_does_the_same(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SEQUENCE, str(tmp_path)], capture_output=True, text=True, check=False,
+                          env={**os.environ, files.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == files.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr
+
+
+WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "to_csv", "touch", "rename", "replace", "unlink", "truncate",
+           "ftruncate", "symlink", "link", "copyfile", "copytree", "copy", "copy2", "move", "rmtree", "mkstemp", "save", "dump"}
+"""Names of calls that write, move or delete files (where they belong to os, shutil, tempfile, json, numpy, torch or a path)."""
+MODULES = {"os", "shutil", "tempfile", "json", "np", "torch", "pickle"}
+ALLOWED = {
+    "instrument/files.py": "is the module",
+    "instrument/log.py": "is the module's other half",
+    "harness/claims.py": "a claim appears by a hard link with its lock held, not by replacing",
+    "harness/run_folder.py": "deletes an earlier run's snapshot; probes whether the folder can be written",
+    "harness/worker.py": "a process's standard output and error, which libraries write",
+    "harness/forensics/stored.py": "writes a folder under a temporary name and renames it whole",
+    "harness/listing.py": "JSON to standard output",
+    "harness/repair/__init__.py": "JSON to standard output",
+    "report/plots/write.py": "draws into memory",
+    "report/bench/command.py": "JSON to standard output",
+    "report/bench/simulate.py": "makes a benchmark's input",
+    "report/bench/plain_script.py": "is the naive script that the benchmark compares with",
+    "bench_cases/data/cache.py": "the data cache, no result: a folder renamed whole",
+    "bench_cases/data/hub.py": "the data cache", "bench_cases/data/tokenized.py": "the data cache",
+    "bench_cases/data/tokenizer.py": "the data cache",
+    "kernels/__main__.py": "below this room: it replaces its file on its own",
+}
+
+
+def direct_writes(source: str) -> list[int]:
+    """Lines with a call that writes, moves or deletes a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called, words = node.func, [arg.value for arg in (*node.args, *(k.value for k in node.keywords))
+                                    if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        owner = called.value.id if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) else None
+        if name == "open":
+            flags = ast.unparse(node)
+            if any(set(word) <= set("rwxabt+U") and set(word) & set("wxa+") for word in words) or "O_WRONLY" in flags \
+                    or "O_RDWR" in flags or "O_CREAT" in flags:
+                found.append(node.lineno)
+        elif name in WRITERS and (name in ("write_text", "write_bytes", "savefig", "save_file", "to_csv", "touch", "unlink",
+                                           "copyfile", "copytree", "rmtree", "mkstemp", "ftruncate") or owner in MODULES):
+            found.append(node.lineno)
+    return found
+
+
+def test_the_scan_finds_what_it_is_for():
+    for planted in ("p.write_text('x')", "open(p, 'w')", "p.open('ab')", "os.open(p, os.O_CREAT)", "os.replace(a, b)",
+                    "shutil.copy(a, b)", "figure.savefig(p)", "save_file(t, p)", "gzip.open(p, 'wt')", "torch.save(x, p)",
+                    "gzip.open(p, mode='xb')"):
+        assert direct_writes(planted) == [1], planted
+    for harmless in ("p.read_text()", "open(p)", "p.open('rb')", "text.replace('a', 'b')", "replace(path, data)",
+                     "copy.copy(x)", "gzip.open(p, 'rt')"):
+        assert not direct_writes(harmless), harmless
+
+
+def test_nothing_writes_files_past_this_module():
+    offenders, used = [], set()
+    for room in ("harness", "instrument", "report", "bench_cases", "kernels"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            name, lines = str(path.relative_to(ROOT)), direct_writes(path.read_text(encoding="utf-8"))
+            if lines and name in ALLOWED:
+                used.add(name)
+            else:
+                offenders += [f"{name}:{line}" for line in lines]
+    assert not offenders, "write through instrument.files, or allow it here with a reason"
+    assert used == set(ALLOWED), "the list of exceptions names a file that writes nothing"
