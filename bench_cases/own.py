@@ -58,7 +58,7 @@ def _configuration(model: str) -> dict[str, Any]:
 
         from bench_cases.reach import reach
 
-        config = reach(lambda: AutoConfig.from_pretrained(model), model,
+        config = reach(lambda: AutoConfig.from_pretrained(model, trust_remote_code=False), model,
                        "give --model DIR with a config.json, or a hub id that can be reached").to_dict()
     if "model_type" not in config:
         raise BadDeclaration(f"--model {model}: its config.json names no model_type")

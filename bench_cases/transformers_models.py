@@ -63,7 +63,7 @@ def _configuration(request: ModelRequest) -> Any:
                 setattr(config, name, value)
     else:
         source = architecture.hub_id if request.weights == "pretrained" else request.weights
-        config = reach(lambda: AutoConfig.from_pretrained(source), source)
+        config = reach(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), source)
         if config.model_type != _default_configuration(architecture).model_type:
             raise ModelError(f"weights {source!r} are a {config.model_type}, and the case wants "
                              f"{architecture.id}")
@@ -95,7 +95,7 @@ def _default_configuration(architecture: Architecture) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not architecture.sizes:
-        return reach(lambda: AutoConfig.from_pretrained(architecture.hub_id), architecture.hub_id)
+        return reach(lambda: AutoConfig.from_pretrained(architecture.hub_id, trust_remote_code=False), architecture.hub_id)
     config = CONFIG_MAPPING[architecture.id]()
     setattr(config, architecture.position_key, architecture.max_positions + architecture.position_offset)
     return config
@@ -107,13 +107,13 @@ def _scratch(auto: Any, config: Any, request: ModelRequest) -> nn.Module:
     Without it, masks would have to be added to scores: only models that need no mask run so.
     """
     try:
-        return auto.from_config(config, attn_implementation="sdpa")
+        return auto.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
     if request.task.head == "classification" and not request.architecture.causal:
         raise ModelError(f"{config.model_type} has no scaled-dot-product attention, which padded documents need here")
-    return auto.from_config(config, attn_implementation="eager")
+    return auto.from_config(config, attn_implementation="eager", trust_remote_code=False)
 
 
 def _load(auto: Any, config: Any, request: ModelRequest) -> nn.Module:
@@ -126,7 +126,7 @@ def _load(auto: Any, config: Any, request: ModelRequest) -> nn.Module:
         raise ModelError(f"weights {source!r} know {config.vocab_size} tokens and the data's tokenizer "
                          f"{request.vocabulary}: pretrained weights need their own tokenizer "
                          f"(put it into DIR/{request.architecture.id}/, or use --weights scratch)")
-    model = reach(lambda: auto.from_pretrained(source, config=config, dtype=torch.float32,
-                                              attn_implementation="sdpa"), source)
+    model = reach(lambda: auto.from_pretrained(source, config=config, dtype=torch.float32, attn_implementation="sdpa",
+                                              trust_remote_code=False, weights_only=True), source)
     model.resize_token_embeddings(padded_vocabulary(request.vocabulary), mean_resizing=False)
     return model

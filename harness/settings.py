@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench_cases import PRESETS, Case, DtypeConfig, lookup
-from instrument.run_id import ALLOWED, LONGEST, is_safe
 
 ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
 DEVICES = ("auto", "cpu", "cuda")
@@ -168,8 +167,6 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
     if device == "cpu" and asked.attention in ("efficient", "cudnn"):
         raise SettingsError(f"sdpa policy {asked.attention!r} exists on CUDA only; allowed here: auto, math, flash")
     max_steps = asked.max_steps or preset.max_steps
-    if not is_safe(f"{case.id}-{config.id}-s{seed}-{'0' * 8}"):
-        raise SettingsError(f"case {case.id!r} with {config.id!r}: a run id names files; allowed: up to {LONGEST} {ALLOWED}")
     return RunSettings(
         case=case, config=config, seed=seed, preset=preset.id, device=device, data=data,
         data_fingerprint=data_fingerprint, sources_fingerprint=sources_fingerprint, weights=weights, lr=lr,

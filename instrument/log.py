@@ -151,7 +151,9 @@ class JsonlLog:
 
 
 def read(path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
-    """The records of a file in order; raises `RecordError` naming file and line."""
+    """The records of a file in order; raises `RecordError` naming file and line, and for a link."""
+    if path.is_symlink():
+        raise RecordError(f"{path} is a link, and links in a results folder are not followed")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:

@@ -186,7 +186,7 @@ def _from_library(spec: TokenizerSpec):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(spec.id, local_files_only=True)
+        return AutoTokenizer.from_pretrained(spec.id, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything from OSError to KeyError here
         if spec.kind == "folder":
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -195,7 +195,7 @@ def _from_library(spec: TokenizerSpec):
             raise hub_reach.unavailable(spec.id, error) from error
     hub_reach.commit("model", spec.id, "main")
     try:
-        return AutoTokenizer.from_pretrained(spec.id)
+        return AutoTokenizer.from_pretrained(spec.id, trust_remote_code=False)
     except Exception as error:
         raise hub_reach.unavailable(spec.id, error) from error
 

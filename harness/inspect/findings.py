@@ -10,6 +10,7 @@ import msgspec
 
 from harness.inspect.locate import FoundRun
 from harness.inspect.run_files import failure_of, module_rows, records, run_record
+from instrument.files import plain_inside
 from instrument.forensics_record import ForensicsRecord, Magnitude
 from instrument.records import EventRecord, FirstNonfinite, RunRecord, StepRecord
 
@@ -91,4 +92,4 @@ def surfaced_words(first: FirstNonfinite) -> str:
 
 def _trace(run: FoundRun, name: str | None) -> str | None:
     path = run.out / "traces" / name if name else None
-    return str(path) if path is not None and path.is_file() else None
+    return str(path) if path is not None and plain_inside(run.out, path) else None

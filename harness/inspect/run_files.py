@@ -34,6 +34,8 @@ def records(path: Path, kind: type[AnyRecord]) -> list[AnyRecord]:
 
 
 def _one(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
+    if path.is_symlink():
+        raise RunUnreadable(f"{path} is a link, and links in a results folder are not followed")
     try:
         return decode(path.read_bytes(), kind)
     except FileNotFoundError:

@@ -82,8 +82,9 @@ def _run_ids(out: Path, done: Repair) -> list[str]:
 
 def _repair_run(out: Path, run_id: str, done: Repair) -> None:
     """Look first; only a run with something to mend is claimed, and looked at again."""
-    if not _needs_mending(out, run_id):
-        done.files += [state for state, _ in states(out, run_id)]
+    seen = list(states(out, run_id))
+    if _row_to_mend(out, run_id) is None and all(found is None or found.in_order for _, found in seen):
+        done.files += [state for state, _ in seen]
         return
     own = claim(out, run_id)
     try:
@@ -98,19 +99,15 @@ def _repair_run(out: Path, run_id: str, done: Repair) -> None:
             os.rmdir(out / "runs" / run_id)
 
 
-def _needs_mending(out: Path, run_id: str) -> bool:
-    row = f"runs/{run_id}/run.json"
-    broken_row = files.plain_inside(out, out / row) and finished_run(out, run_id) is None and run_id in indexed_rows(out)
-    return broken_row or any(found is not None and (out / state.file).read_bytes() != found.content
-                             for state, found in states(out, run_id))
+def _row_to_mend(out: Path, run_id: str) -> RunRecord | None:
+    """The index's row of a run whose ``run.json`` is there and cannot be read; the index was written after it."""
+    if not files.plain_inside(out, out / "runs" / run_id / "run.json") or finished_run(out, run_id) is not None:
+        return None
+    return indexed_rows(out).get(run_id)
 
 
 def _mend_row(out: Path, run_id: str, done: Repair) -> None:
-    """Write an unreadable ``run.json`` again from the index, which was written after it."""
-    path = out / "runs" / run_id / "run.json"
-    if not files.plain_inside(out, path) or finished_run(out, run_id) is not None:
-        return
-    row = indexed_rows(out).get(run_id)
+    row, path = _row_to_mend(out, run_id), out / "runs" / run_id / "run.json"
     if row is not None:
         _keep_aside(path, [path.read_bytes()])
         files.replace(path, encode(row) + b"\n")
@@ -118,9 +115,9 @@ def _mend_row(out: Path, run_id: str, done: Repair) -> None:
 
 
 def _mend_log(path: Path, found: SortedLines, state: FileState, done: Repair) -> None:
-    before, after = path.read_bytes(), found.content
-    if before == after:
+    if found.in_order:
         return
+    before, after = path.read_bytes(), found.content
     if found.cut:
         _keep_aside(path, found.cut)
         state.notes.append(f"what is no JSON is in {path.name}{TORN}")

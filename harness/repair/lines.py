@@ -35,6 +35,8 @@ class SortedLines:
     repeated: int = 0
     steps: int = 0
     """Different steps among the records."""
+    in_order: bool = True
+    """Whether the file is as it should be."""
 
     @property
     def content(self) -> bytes:
@@ -60,6 +62,7 @@ def sort_lines(content: bytes, kind: type[Record] | None) -> SortedLines:
                 torn = _is_cut_short(piece)
                 found.torn, found.damaged = found.torn + torn, found.damaged + (not torn)
     found.steps = len({line[0] for line in seen})
+    found.in_order = found.content == content
     return found
 
 

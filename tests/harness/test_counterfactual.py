@@ -17,9 +17,9 @@ from harness.forensics.stored import read_state
 from harness.planning import plan_run
 from harness.run import execute
 from harness.settings import Request, SettingsError
+from instrument.files import replace as replace_file
 from instrument.forensics_record import ForensicsRecord
 from instrument.log import read
-from instrument.files import replace as replace_file
 from instrument.records import RunRecord, StepRecord, decode, encode
 from instrument.replay.snapshot import Snapshot
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import msgspec
 import numpy as np
@@ -209,3 +210,14 @@ def test_the_fast_reader_agrees_with_the_careful_one_on_random_damage(small, tmp
     ({"device": "cpu-amd-epyc", "config": {}, "flags": {}}, ("CPU",)), ({"flags": {}}, ())])
 def test_marks_say_what_a_reader_must_know(plant, row, marks):
     assert plant(("gpt2_clm",), ("fp32_true",), (0,), lambda *_: row).marks == marks
+
+
+def test_pipes_are_not_opened(small):
+    """Reading one would wait for ever."""
+    os.mkfifo(small.path / "kernels.json")
+    log = small.path / "training_logs" / f"run_{RUN}.jsonl"
+    log.unlink()
+    os.mkfifo(log)
+    folder = load(small.path)
+    assert len(folder.steps(RUN)["step"]) == 0 and folder.kernels is None
+    assert sum("no plain file" in what for what in whats(folder)) == 2
