@@ -23,8 +23,8 @@ from pathlib import Path
 CRASH_VARIABLE = "DDB_CRASH_AT_FILE_OPERATION"
 CRASHED = 86
 """Exit code of a process that the crash sweep killed."""
-TEMPORARY = ".tmp~"
-"""Suffix of temporary files: ``.<name>.<random>.tmp~``."""
+TEMPORARY = ".ddb-tmp"
+"""Suffix of temporary files: ``.<name>.<random>.ddb-tmp``."""
 
 _crash_at = int(os.environ.get(CRASH_VARIABLE, "0"))
 _operations = 0

@@ -100,7 +100,7 @@ def _bench(args) -> int:
 def _replace(path: pathlib.Path, text: str) -> None:
     """Readers see the old file or the new one. (The harness's own way of writing files is a room above this one.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp~", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".ddb-tmp", delete=False) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

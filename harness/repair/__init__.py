@@ -24,6 +24,9 @@ def repair_command(options: argparse.Namespace) -> int:
     merged = Repair(str(options.folder))
     try:
         merge(options.folder, options.merge, merged)
+        if not any((options.folder / name).exists() for name in ("runs", "training_logs", "results.jsonl")):
+            raise SettingsError(f"{options.folder} holds neither runs/ nor training_logs/ nor results.jsonl; give a results "
+                                "folder, such as results/nvidia-h200")
         done = repair_folder(options.folder)
     except OSError as error:
         raise OutputError(f"cannot repair {options.folder}: {error.filename}: {error.strerror}; lines that were intact "

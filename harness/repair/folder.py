@@ -29,7 +29,8 @@ SIDE_FILES = ("machine.json", "kernels.json", "overhead.json")
 
 @dataclass
 class Repair:
-    """What `repair_folder` found and did. ``changed``: files written; ``in_use``: run ids left alone."""
+    """What `repair_folder` found and did. ``changed``: files written or removed; ``in_use``: run ids left alone;
+    ``runs``: with a row; ``unfinished``: ids of runs without one."""
 
     folder: str
     files: list[FileState] = field(default_factory=list)
@@ -37,6 +38,7 @@ class Repair:
     in_use: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     runs: int = 0
+    unfinished: list[str] = field(default_factory=list)
 
     @property
     def is_damaged(self) -> bool:
@@ -51,7 +53,8 @@ class Repair:
 def repair_folder(out: Path) -> Repair:
     """Mend the folder; raises OSError where it cannot be written. A second call changes no byte."""
     done = Repair(str(out))
-    for run_id in _run_ids(out, done):
+    run_ids = _run_ids(out, done)
+    for run_id in run_ids:
         with suppress(RunClaimed):
             if owner_of(out, run_id) is None:
                 _repair_run(out, run_id, done)
@@ -64,7 +67,8 @@ def repair_folder(out: Path) -> Repair:
     for temporary in _temporaries(out):
         files.remove(temporary)
         done.changed.append(str(temporary.relative_to(out)))
-    done.runs = len(indexed_rows(out))
+    rows = indexed_rows(out)
+    done.runs, done.unfinished = len(rows), [run_id for run_id in run_ids if run_id not in rows]
     return done
 
 
@@ -141,10 +145,10 @@ def _repair_index(out: Path, done: Repair) -> None:
             after = index_content(out)
             if gone := _not_in(before, after):
                 _keep_aside(path, gone)
-                state.notes.append(f"{len(gone)} lines that no run stands behind are in {INDEX}{TORN}")
+                state.notes.append(f"lines that no run stands behind, now in {INDEX}{TORN}: {len(gone)}")
             files.replace(path, after)
         state.intact = after.count(b"\n")
-        state.notes.append(f"rebuilt: {state.intact} rows")
+        state.notes.append(f"rebuilt, rows: {state.intact}")
         done.changed.append(INDEX)
     done.files.append(state)
 

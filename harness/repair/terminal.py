@@ -18,21 +18,28 @@ def print_repair(done: Repair) -> None:
         if words := _words(state):
             _say(f"  {state.file}: {words}")
     if done.merged:
-        _say(f"merged {len(done.merged)} runs: {_some(done.merged)}")
+        _say(f"merged {_count(len(done.merged), 'run')}: {_some(done.merged)}")
     if done.in_use:
         _say(f"left alone, since a living process executes them: {_some(done.in_use)}")
     intact, lost = sum(state.intact for state in done.files), sum(state.lost for state in done.files)
-    written = f"{len(done.changed)} files written" if done.changed else "nothing to mend"
-    _say(f"{done.folder}: {done.runs} runs, {intact:,} lines intact, {lost:,} lost; {written}")
+    if done.unfinished:
+        left = _count(len(done.unfinished), "run")
+        _say(f"{left} without a result, which `case` or `matrix` runs again: {_some(done.unfinished)}")
+    changed = f"{_count(len(done.changed), 'file')} changed" if done.changed else "nothing to mend"
+    _say(f"{done.folder}: {_count(done.runs, 'finished run')}, {_count(intact, 'line')} intact, {lost:,} lost; {changed}")
 
 
 def _words(state: FileState) -> str:
     counts = [f"{getattr(state, name):,} {word}" for name, word in COUNTS.items() if getattr(state, name)]
-    return "; ".join([*([f"{state.intact:,} lines intact"] if counts else []), *counts, *state.notes])
+    return "; ".join([*([f"{_count(state.intact, 'line')} intact"] if counts else []), *counts, *state.notes])
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _say(line: str) -> None:

@@ -356,7 +356,7 @@ def test_folders_of_two_devices_are_not_merged(tmp_path, capsys):
 
 def test_the_command_says_what_it_did_and_exits_accordingly(out, capsys):
     assert cli.main(["repair", str(out)]) == OK
-    assert capsys.readouterr().err.endswith(f"{out}: 2 runs, 30 lines intact, 0 lost; nothing to mend\n")
+    assert capsys.readouterr().err.endswith(f"{out}: 2 finished runs, 30 lines intact, 0 lost; nothing to mend\n")
     log_of(out).write_bytes(log_of(out).read_bytes() + b'{"torn')
     assert cli.main(["repair", str(out), "--json"]) == OK
     told = json.loads(capsys.readouterr().out)
@@ -367,11 +367,20 @@ def test_the_command_says_what_it_did_and_exits_accordingly(out, capsys):
     assert "training_logs/run_a.jsonl" in err and "run.json says 12 steps, and 0 are here" in err
 
 
-@pytest.mark.parametrize("folder", ["missing", "file"])
-def test_what_is_no_folder_is_refused_in_one_sentence(tmp_path, capsys, folder):
+@pytest.mark.parametrize("folder", ["missing", "file", "somebody's"])
+def test_what_is_no_results_folder_is_refused_in_one_sentence(tmp_path, capsys, folder):
     (tmp_path / "file").write_bytes(b"")
+    theirs = tmp_path / "somebody's" / f".theirs{files.TEMPORARY}"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"kept")
     assert cli.main(["repair", str(tmp_path / folder)]) == USAGE
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1 and theirs.exists()
+
+
+def test_merging_into_a_new_folder_makes_it(tmp_path):
+    plant(tmp_path / "one", "a")
+    assert cli.main(["repair", str(tmp_path / "new"), "--merge", str(tmp_path / "one")]) == OK
+    assert [run.run_id for run in load(tmp_path / "new").runs] == ["a"]
 
 
 def test_a_folder_that_cannot_be_written_is_exit_5(out, capsys, monkeypatch):
