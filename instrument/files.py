@@ -1,6 +1,6 @@
 """Every result file is written here, or line by line in `instrument.log`. Torch-free.
 
-**Replace** (`replacing`, `replace`, `copy`): a temporary file in the same folder, sync, rename, sync of
+**Replace** (`replacing`, `replace`, `copy`, `placing_folder`): a temporary file in the same folder, sync, rename, sync of
 the folder: readers see the old content or the new one. The writer holds the temporary file's lock while
 it lives, which is how `is_abandoned` knows what a dead one left behind.
 
@@ -106,10 +106,61 @@ def truncate(path: Path, size: int) -> None:
         os.close(fd)
 
 
+@contextmanager
+def placing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; leaving the block syncs the files in it and gives it the name ``path``.
+
+    A folder that has that name is removed just before. An exception leaves it, and nothing of the new one.
+    """
+    make_folder(path.parent)
+    operation()
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY))
+    fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try_lock(fd)
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            _sync_path(file)
+        sync_folder(temporary)
+        os.chmod(temporary, 0o755)
+        remove_folder(path)
+        operation()
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(fd)
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder if it is there: by a temporary name first, so that half of it never looks like all of it."""
+    if not path.is_dir() or path.is_symlink():
+        return
+    operation()
+    going = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY))
+    os.rename(path, going)
+    operation()
+    shutil.rmtree(going, ignore_errors=True)
+
+
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
     operation()
     path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete the temporary files and folders that dead writers left in a folder; returns their paths."""
+    left = [path for path in sorted(folder.glob(f".*{TEMPORARY}")) if is_abandoned(path)]
+    for path in left:
+        operation()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return left
 
 
 def make_folder(path: Path) -> None:
@@ -131,7 +182,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_abandoned(temporary: Path) -> bool:
-    """Whether nobody writes this temporary file any more: its writer would hold its lock."""
+    """Whether nobody writes this temporary file or folder any more: its writer would hold its lock."""
     try:
         fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:

@@ -64,9 +64,8 @@ def repair_folder(out: Path) -> Repair:
         if (out / name).exists() or (out / name).is_symlink():
             done.files.append(object_state(out, name))
     _repair_index(out, done)
-    for temporary in _temporaries(out):
-        files.remove(temporary)
-        done.changed.append(str(temporary.relative_to(out)))
+    for place in _places(out):
+        done.changed += [str(path.relative_to(out)) for path in files.sweep(place)]
     rows = indexed_rows(out)
     done.runs, done.unfinished = len(rows), [run_id for run_id in run_ids if run_id not in rows]
     return done
@@ -176,9 +175,7 @@ def _keep_aside(path: Path, pieces: list[bytes]) -> None:
         lines.close()
 
 
-def _temporaries(out: Path) -> list[Path]:
-    """Temporary files that dead writers left."""
-    places = [out, out / "runs", out / "training_logs", out / "traces",
-              *(path for path in (out / "runs").glob("*") if path.is_dir() and not path.is_symlink())]
-    return [path for place in places if not place.is_symlink()
-            for path in sorted(place.glob(f".*{files.TEMPORARY}")) if files.is_abandoned(path)]
+def _places(out: Path) -> list[Path]:
+    """The folders in which dead writers may have left temporary files."""
+    places = [out, out / "runs", out / "training_logs", out / "traces", *sorted((out / "runs").glob("*"))]
+    return [place for place in places if place.is_dir() and not place.is_symlink()]

@@ -15,8 +15,9 @@ from instrument.records import EvaluationRecord, EventRecord, Record, RunRecord,
 from instrument.sampler.record import HardwareRecord
 from instrument.watch.module_log import ModuleRecord
 
-KINDS: dict[str, type[Record]] = {"evaluations.jsonl": EvaluationRecord, "events.jsonl": EventRecord,
-                                  "hardware.jsonl": HardwareRecord, "activations.jsonl": ModuleRecord}
+KINDS: dict[str, type[Record]] = {"evaluations": EvaluationRecord, "events": EventRecord, "hardware": HardwareRecord,
+                                  "activations": ModuleRecord}
+"""By a log's name up to its first dot: ``hardware.until-50.jsonl`` is one of the hardware's, too."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ def states(out: Path, run_id: str) -> Iterator[tuple[FileState, SortedLines | No
     logs = [out / "training_logs" / f"run_{run_id}.jsonl", *sorted(folder.glob("*.jsonl"))]
     for path in logs:
         name = str(path.relative_to(out))
-        kind = StepRecord if path is logs[0] else KINDS.get(path.name)
+        kind = StepRecord if path is logs[0] else KINDS.get(path.name.partition(".")[0])
         if path.is_symlink() or (path.exists() and not plain_inside(out, path)):
             yield FileState(name, foreign=1, notes=["is a link or no plain file: not read"]), None
         elif path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from instrument.files import replace
+from instrument.files import make_folder, replace
 from report.export.latex import export as export_tables
 from report.export.tex import escape, identifier
 from report.load import Folder
@@ -51,6 +51,7 @@ def export(folder: Folder, out: Path) -> list[Path]:
     from report.dossier.figures import draw_all
 
     tables = all_tables(folder)
+    make_folder(out / "figures")
     draw_all(tables, out / "figures", ("pdf",), 300, lambda letter: None)
     written = export_tables(folder, out / "tables")
     replace(out / "references.bib", BIBLIOGRAPHY.encode())

@@ -61,6 +61,44 @@ def test_a_temporary_file_is_abandoned_only_when_its_writer_is_gone(tmp_path):
         assert files.is_abandoned(left)
 
 
+def test_a_folder_appears_whole_in_the_old_one_s_place_or_not_at_all(tmp_path):
+    path = tmp_path / "checkpoint-5"
+    for content in (b"old", b"new"):
+        with files.placing_folder(path) as writing:
+            (writing / "tensors").write_bytes(content)
+            assert not files.is_abandoned(writing)
+    with pytest.raises(RuntimeError), files.placing_folder(path) as writing:
+        (writing / "tensors").write_bytes(b"half")
+        raise RuntimeError
+    assert (path / "tensors").read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
+    files.remove_folder(path)
+    files.remove_folder(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_at_any_operation_a_folder_is_whole_or_absent_and_the_rest_is_swept(tmp_path):
+    for nth in range(1, 50):
+        out = tmp_path / str(nth)
+        out.mkdir()
+        for content in (b"old", b"new"):
+            pid = os.fork()
+            if pid == 0:
+                files.crash_at(nth if content == b"new" else 0)
+                with files.placing_folder(out / "state") as writing:
+                    for name in ("a", "b"):
+                        (writing / name).write_bytes(content)
+                os._exit(0)
+            exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        files.sweep(out)
+        assert {p.name for p in out.iterdir()} <= {"state"}
+        found = {p.read_bytes() for p in (out / "state").glob("*")} if (out / "state").exists() else set()
+        assert found in ({b"old"}, {b"new"}, set()), nth
+        if exit_code == 0:
+            assert found == {b"new"}
+            return
+    pytest.fail("the sweep did not come to its end")
+
+
 @pytest.mark.parametrize("plant", ["file", "folder", "outside", "missing", "link to a link"])
 def test_what_is_read_lies_in_the_folder(tmp_path, plant):
     root, outside = tmp_path / "results", tmp_path / "outside"
