@@ -21,7 +21,7 @@ TARGETS = {"cpu": 1.03, "cuda": 1.01}
 A_A_INTERVAL = 0.01
 LOG_WRITE_US = 20.0
 WARMUP_ROUNDS = 3
-ARMS = ("bare", "bare_again", "light", "full", "debug_underflow_overflow", "detect_anomaly")
+ARMS = ("bare", "bare_again", "light", "full", "watch", "debug_underflow_overflow", "detect_anomaly")
 
 
 def measure(pairs: int, out: Path | None = None) -> list[Figure]:

@@ -54,7 +54,7 @@ def test_the_arms_do_the_same_work(plan, tmp_path, monkeypatch):
                 next(arm)
     close()
     reference, *others = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in trained.values()]
-    assert len(others) == 5
+    assert len(others) == 6
     for weights in others:  # the fused loss and our clipping round differently
         assert float((weights - reference).abs().mean()) < 1e-4 * math.sqrt(float(reference.square().mean()))
     assert "MB on the host" in facts["notes"]["light"]
