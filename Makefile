@@ -37,18 +37,24 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-cache
 
 matrix: $(READY)
+	$(BIN)/python -m harness doctor --measure --out $(OUT)
 	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 
 bench: $(READY)
 	$(BIN)/python -m harness bench
 
-# One command for a machine with a GPU: correctness on the device, the kernels' figures, a first matrix.
+# One command for a machine with a GPU: correctness on the device, the kernels' and the instruments' figures, a first
+# matrix and its dossier.
+gpu: OUT = results/gpu
 gpu: $(READY)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU here; make run and make test need none')"
 	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_switches.py
-	$(BIN)/python -m kernels bench --out results/kernels.json
-	$(BIN)/python -m harness matrix --preset tiny --data embedded
+	$(BIN)/python -m harness doctor --measure --out $(OUT)
+	$(BIN)/python -m kernels bench --out $(OUT)/kernels.json
+	$(BIN)/python -m harness bench forensics overhead --out $(OUT)
+	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
+	$(BIN)/python -m report build $(OUT)
 
 freeze: $(READY)
 	sh install.sh --freeze

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("what", nargs="*", metavar="what", help="help, run, matrix, trainer, forensics, overhead (default: all)")
     bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
     bench.add_argument("--trials", type=_at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
-    bench.add_argument("--pairs", type=_at_least_one, default=30, metavar="N", help="overhead: rounds of all arms (default 30)")
+    bench.add_argument("--pairs", type=_at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
     bench.add_argument("--out", type=Path, metavar="DIR", help="overhead: write DIR/overhead.json for the dossier, too")
     _json(bench)
     return top

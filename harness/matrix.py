@@ -21,6 +21,7 @@ from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.planning import choose_device, data_options, plan_run, results_folder
 from harness.pool import Ended, Pool
+from harness.predict.store import store_all
 from harness.run import make_batches, model_request
 from harness.run_folder import finished_run, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
@@ -58,6 +59,7 @@ def matrix_command(options: argparse.Namespace) -> int:
         print("interrupted: the same command goes on with what is not done yet", file=sys.stderr)
         return INTERRUPTED
     screen.finish(rows.values())
+    store_all(sorted({row.case for row in rows.values()}), out)
     last_words(out)
     if options.json:
         sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))

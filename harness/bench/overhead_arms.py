@@ -23,6 +23,7 @@ from harness.run_folder import RunFolder
 from harness.schedule import learning_rate
 from harness.settings import MAX_NORM, Request, RunSettings
 from harness.training import Training
+from instrument.watch.watch import Watch
 
 SIZES = {"cpu": {"n_embd": 256, "n_layer": 12, "n_head": 4}}
 """On a CPU, GPT-2 with about 10 million parameters; on a GPU, the full preset's."""
@@ -38,7 +39,7 @@ def make_arms(device: torch.device, folder: Path) -> tuple[dict[str, Iterator[No
     closing = ExitStack()
     arms: dict[str, Iterator[None]] = {}
     notes: dict[str, str] = {}
-    for name in ("bare", "bare_again", "debug_underflow_overflow", "detect_anomaly"):
+    for name in ("bare", "bare_again", "watch", "debug_underflow_overflow", "detect_anomaly"):
         arms[name] = _bare(name, copy.deepcopy(model).to(device), made, settings, data.valid_vocab, closing)
     for name in ("light", "full"):
         arms[name] = _ours(replace(settings, instrument=name), copy.deepcopy(model), batches, data.valid_vocab, folder, closing,
@@ -69,6 +70,7 @@ def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSetting
     optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay, seed=0)
     if name == "debug_underflow_overflow":
         DebugUnderflowOverflow(model)
+    watch = Watch(model, optimizer, log_every=settings.log_every) if name == "watch" else None
 
     def step(number: int) -> None:
         batch = batches.step(number)
@@ -87,7 +89,8 @@ def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSetting
 
     def steps() -> Iterator[None]:
         for number in count(1):
-            with torch.autograd.detect_anomaly(check_nan=True) if name == "detect_anomaly" else nullcontext():
+            around = watch.step(number) if watch else nullcontext()
+            with torch.autograd.detect_anomaly(check_nan=True) if name == "detect_anomaly" else around:
                 step(number)
             if number % settings.log_every == 0:  # where our loop reads the device, too
                 if precision.device.type == "cuda":

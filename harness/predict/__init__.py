@@ -7,7 +7,8 @@ import sys
 
 
 def predict_command(options: argparse.Namespace) -> int:
-    """Print the predictions and what became of them; ``--json`` prints them as one object on standard output."""
+    """Print the predictions and what became of them; ``--json`` prints them as one object on standard output.
+    The results folder keeps them for the dossier."""
     from bench_cases.own import find_case
     from harness.exit_codes import OK
 
@@ -16,9 +17,11 @@ def predict_command(options: argparse.Namespace) -> int:
 
     from harness.planning import choose_device, results_folder
     from harness.predict.gather import predictions
+    from harness.predict.store import store
 
     out = results_folder(options.out, choose_device("auto"))
     found = predictions(case.id, options.case, out)
+    store(found, out)
     if options.json:
         sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
         return OK

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.replay.graph import Node
-from instrument.replay.op_schema import mutated
+from instrument.replay.op_schema import mutated, values_of
 
 DENOMINATOR = {"div": 1, "div_": 1, "true_divide": 1, "addcdiv": 2, "addcdiv_": 2, "reciprocal": 0, "reciprocal_": 0,
                "rsqrt": 0, "rsqrt_": 0, "_foreach_div": 1, "_foreach_div_": 1, "_foreach_addcdiv": 2,
@@ -80,7 +80,7 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
 def _cause(node: Node, at_failure: torch.Tensor | None, zero: int, bad: torch.Tensor) -> str:
     """``overflow``: finite in float64. ``underflow_then_divide`` is for the caller to tell from a true division by
     zero, which is ``invalid`` as 0/0 and inf - inf are."""
-    if any(edge.kinds for edge in node.inputs) and not node.constant and (
+    if any(edge.kinds and edge.writer is None for edge in node.inputs) and not node.constant and (
             at_failure is None or not at_failure.isfinite().any()):
         return "from_input"
     if zero:
@@ -109,7 +109,7 @@ def _run(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """What an op writes, on copies of its arguments."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
     out = func(*args, **kwargs)
-    return [t for t in (*mutated(func, args, kwargs), *tree_leaves(out)) if isinstance(t, torch.Tensor)]
+    return [values_of(t) for t in (*mutated(func, args, kwargs), *tree_leaves(out)) if isinstance(t, torch.Tensor)]
 
 
 def _the_output(written: list[torch.Tensor], node: Node) -> torch.Tensor:
@@ -160,7 +160,7 @@ def _operands(func, args: tuple, kwargs: dict):
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
         if name in written:
             continue
-        for tensor in tree_leaves(value):
+        for tensor in map(values_of, tree_leaves(value)):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 finite = tensor[tensor.isfinite()]
                 yield Operand(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ def kinds_of(tensor: torch.Tensor) -> int:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0 or tensor.is_meta:
         return 0
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.element_size() == 1:
         tensor = tensor.float()
     low, high = torch.aminmax(tensor)
@@ -33,6 +33,12 @@ def kinds_of(tensor: torch.Tensor) -> int:
 def is_dense(leaf: object) -> bool:
     """A tensor with memory of its own kind: strided, and not on the meta device."""
     return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.layout == torch.strided
+
+
+def values_of(leaf: object) -> object:
+    """A sparse tensor's values, which have memory of their own; anything else as it is."""
+    sparse = isinstance(leaf, torch.Tensor) and leaf.layout == torch.sparse_coo
+    return leaf._values() if sparse else leaf
 
 
 def can_be_nonfinite(leaf: object) -> bool:

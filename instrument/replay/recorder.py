@@ -28,6 +28,7 @@ from instrument.replay.op_schema import (
     list_positions,
     mutated,
     pick_element,
+    values_of,
 )
 from instrument.watch.modules import call_with_hooks
 from instrument.watch.scaler import wrap_unscale
@@ -60,6 +61,7 @@ class OpRecorder(TorchDispatchMode):
         self._microbatch = -1
         self._stage = "forward"  # of code outside of autograd
         self._phase_asked: str | None = None
+        self._updating = False
         self._last_scalar: Edge | None = None
         self._states_named = False
         for name, parameter in self._parameters.items():
@@ -106,6 +108,8 @@ class OpRecorder(TorchDispatchMode):
         if not name and torch._C._current_autograd_node() is None:
             self._stage = "forward"
             self._microbatch += torch.is_grad_enabled()
+        if self._modules:  # a checkpoint's node is made before the modules inside it run: it is the caller's
+            self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._modules[-1])
         self._modules.append(name)
 
     def _leave(self, name: str) -> None:
@@ -117,11 +121,11 @@ class OpRecorder(TorchDispatchMode):
     def _enter_optimizer(self) -> None:
         self._note_gradients()
         self._name_states()
-        self._stage = "optimizer"
+        self._stage, self._updating = "optimizer", True
 
     def _leave_optimizer(self) -> None:
         self._name_states()
-        self._stage = AFTER
+        self._stage, self._updating = AFTER, False
 
     # -- naming -------------------------------------------------------------------------------
 
@@ -131,7 +135,7 @@ class OpRecorder(TorchDispatchMode):
         with _disable_current_modes():
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    edges.append(self._edge(parameter.grad))
+                    edges.append(self._edge(values_of(parameter.grad)))
                     self.names[edges[-1].storage] = (name, "grad")
         if any(edge.kinds for edge in edges) and not any(edge.kinds for edge in self.failed["grad"]):
             self.failed["grad"] = edges
@@ -171,14 +175,16 @@ class OpRecorder(TorchDispatchMode):
         name = func._schema.name.replace("::", ".")
         positions = list_positions(func, args)
         replaced = {id(t) for t in mutated(func, args, kwargs)} if name.rpartition(".")[2] in OVERWRITES else set()
-        reads = [(self._edge(leaf), positions.get(id(leaf))) for leaf in tree_leaves((args, kwargs))
-                 if can_be_nonfinite(leaf) and id(leaf) not in replaced]
+        reads = [(self._edge(values), positions.get(id(leaf))) for leaf in tree_leaves((args, kwargs))
+                 if can_be_nonfinite(values := values_of(leaf)) and id(leaf) not in replaced]
         if self.capture:
             self._hold(func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
-        written = [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out)) if is_dense(t)]
-        written = [(t, positions.get(id(t))) for t in mutated(func, args, kwargs) if is_dense(t)] + written
+        written = [(values, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out))
+                   if is_dense(values := values_of(t))]
+        written = [(values, positions.get(id(t))) for t in mutated(func, args, kwargs)
+                   if is_dense(values := values_of(t))] + written
         if written:
             constant = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
             self._record(name, reads, written, constant, start_ns)
@@ -227,14 +233,18 @@ class OpRecorder(TorchDispatchMode):
                 self._stage = "backward"
                 if not self.failed["loss"] and self._last_scalar is not None:
                     self.failed["loss"].append(self._last_scalar)
-            if self._modules:  # a checkpointed module runs again
-                return "backward", self._modules[-1]
             variable = getattr(node, "variable", None)
-            if variable is not None:
-                return "backward", self._owner_of_parameter(variable)
-            return "backward", self._module_of_sequence.get(node._sequence_nr())
+            if self._modules:  # a checkpointed module runs again
+                module = self._modules[-1]
+            elif variable is not None:
+                module = self._owner_of_parameter(variable)
+            else:
+                module = self._module_of_sequence.get(node._sequence_nr())
+            if torch.is_grad_enabled():  # what runs again, or create_graph, has a backward pass of its own
+                self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
+            return "backward", module
         if self._stage == "backward":
-            self._stage = "clip"
+            self._stage = "optimizer" if self._updating else "clip"  # an optimizer that calls a closure goes on
             self._note_gradients()
         module = self._modules[-1] if self._modules else None
         if self._stage in ("forward", "loss"):

@@ -7,6 +7,8 @@ states made since would stay. So tensors are copied as they are, and what did no
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +35,16 @@ class NamedState:
 
 
 class Snapshot:
-    """Weights, buffers, optimizer states, loss scaler and random states behind ``step`` steps."""
+    """Weights, buffers, gradients, optimizer states, loss scaler and random states (torch's, Python's, NumPy's)
+    behind ``step`` steps."""
 
     def __init__(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None,
                  scaler: torch.amp.GradScaler | None = None) -> None:
         self.step = step
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._tensors = [(t, _to_host(t)) for t in (*model.parameters(), *model.buffers())]
+        self._buffers = [(m._buffers, name, held) for m in model.modules() for name, held in m._buffers.items()]
+        self._gradients = {p: None if p.grad is None else _Held(p.grad) for p in _trained(model, optimizer)}
         self._states: dict[torch.Tensor, dict[str, Any]] = {}
         self._groups: list[dict[str, Any]] = []
         self._generators = _generators(optimizer)
@@ -48,14 +53,16 @@ class Snapshot:
             self._groups = [{k: copy.copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self._generator_states = [g.get_state() for g in self._generators]
         self._scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
+        self._python_random = random.getstate()
+        self._numpy_random = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._cpu_random = torch.get_rng_state()
         self._cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory that it holds."""
-        states = [held for state in self._states.values() for held in state.values() if isinstance(held, _Held)]
-        return sum(t.nbytes for _, t in self._tensors) + sum(held.host.nbytes for held in states)
+        held = [held for state in self._states.values() for held in state.values()] + [*self._gradients.values()]
+        return sum(t.nbytes for _, t in self._tensors) + sum(one.nbytes for one in held if isinstance(one, _Held))
 
     def named(self) -> NamedState:
         """What it holds, by name, for a file; waits for copies that are still under way."""
@@ -75,8 +82,8 @@ class Snapshot:
                         tensors[name] = held.host
                     else:
                         aliases[name] = first[id(held.tensor)]
-        for kind, random in (("cpu", [self._cpu_random]), ("cuda", self._cuda_random), ("optimizer", self._generator_states)):
-            tensors |= {f"random/{kind}/{i}": state for i, state in enumerate(random)}
+        for kind, held in (("cpu", [self._cpu_random]), ("cuda", self._cuda_random), ("optimizer", self._generator_states)):
+            tensors |= {f"random/{kind}/{i}": state for i, state in enumerate(held)}
         return NamedState(self.step, tensors, devices, aliases, states, self._groups, self._scale)
 
     @classmethod
@@ -90,18 +97,23 @@ class Snapshot:
         if unlike := sorted(stored.keys() ^ targets.keys()) or [n for n, t in targets.items() if t.shape != stored[n].shape]:
             raise ValueError(f"the stored state is of another model: {unlike[0]} differs, one of {len(unlike)}")
         made._tensors = [(target, stored[name]) for name, target in targets.items()]
+        made._gradients = dict.fromkeys(made._gradients)
         made._states, made._groups, made._scale = _held_states(state, model), state.groups, state.scaler
         made._cpu_random, made._cuda_random = state.tensors["random/cpu/0"], _numbered(state, "random/cuda/")
         made._generator_states = _numbered(state, "random/optimizer/")
+        made._python_random = made._numpy_random = None
         return made
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back; gradients are dropped."""
+        """Put everything back; in another process (`from_named`) without gradients, Python's and NumPy's random state."""
         for tensor, host in self._tensors:
             tensor.copy_(host)
+        for buffers, name, tensor in self._buffers:
+            buffers[name] = tensor  # a module may have put another in its place
+        for parameter, held in self._gradients.items():
+            parameter.grad = None if held is None else held.restored()
         if self._optimizer is not None:
-            self._optimizer.zero_grad(set_to_none=True)
             for group, held in zip(self._optimizer.param_groups, self._groups, strict=True):
                 group.update(copy.deepcopy(held))
             for parameter in list(self._optimizer.state):
@@ -113,26 +125,40 @@ class Snapshot:
                     del state[key]
                 for key, held in held_state.items():
                     state[key] = held.restored() if isinstance(held, _Held) else copy.deepcopy(held)
-        else:
-            self._model.zero_grad(set_to_none=True)
         if self._scaler is not None:
             _restore_scaler(self._scaler, self._scale)
         for generator, state in zip(self._generators, self._generator_states, strict=True):
             generator.set_state(state)
+        if self._python_random is not None:
+            random.setstate(self._python_random)
+        if self._numpy_random is not None:
+            sys.modules["numpy"].random.set_state(self._numpy_random)
         torch.set_rng_state(self._cpu_random)
         if self._cuda_random:
             torch.cuda.set_rng_state_all(self._cuda_random)
 
 
 class _Held:
-    """A state tensor and its copy; goes back into the same memory."""
+    """A state or gradient and its copy; goes back into the same memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.host = tensor, _to_host(tensor)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy; a sparse one's values and indices."""
+        parts = (self.host,) if self.host.layout == torch.strided else (self.host._indices(), self.host._values())
+        return sum(part.nbytes for part in parts)
+
     def restored(self) -> torch.Tensor:
         self.tensor.copy_(self.host)
         return self.tensor
+
+
+def _trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    """The model's parameters and what else the optimizer updates, each once."""
+    others = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
+    return list(dict.fromkeys([*model.parameters(), *others]))
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

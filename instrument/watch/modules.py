@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 def call_with_hooks(model: nn.Module, entering: Callable[[str], None], leaving: Callable[[str], None]) -> Callable[[], None]:
@@ -28,7 +29,8 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     model has some parameters outside of them, its direct children."""
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(layer + ".") for layer in layers):
+        a_list = isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)
+        if a_list and not any(name.startswith(layer + ".") for layer in layers):
             layers |= {f"{name}.{child}": part for child, part in module.named_children()}
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
     around = {name: child for name, child in model.named_children()

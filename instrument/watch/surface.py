@@ -1,6 +1,6 @@
 """Where a failure shows in the counters of one step of a loop that is not ours. Torch-free.
 
-The counters name the first module in the model's order whose output (or, backward, gradient) is
+The counters name the first module in the order of execution whose output (or, backward, gradient) is
 not finite; which op inside made it, and whether an earlier infinity was harmless, only a replay
 can say.
 """
@@ -42,8 +42,9 @@ class Surface:
     def skip_detail(self) -> dict[str, object]:
         """What a scaler's skip was about."""
         found = self._in_forward() or self._in_gradients()
-        return {"loss_scale": self.row["loss_scale"], "phase": found.phase, "module": found.module, "tensor": found.tensor,
-                "kind": found.kind}
+        scale = self.row["loss_scale"]
+        return {"loss_scale": scale if scale >= 0 else None, "phase": found.phase, "module": found.module,
+                "tensor": found.tensor, "kind": found.kind}
 
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The earliest phase that shows a failure; None for a healthy step, whatever infinities died out inside."""
@@ -52,6 +53,8 @@ class Surface:
             return self._in_forward() or (self._loss() if loss_failed else self._in_gradients())
         for kind, phase_tensor in (("state", None), ("param", "param")):
             if self.row[f"{kind}_tensor"] >= 0:
+                if not self.updated and (earlier := self._in_forward()):
+                    return earlier  # it was there before this step
                 index = int(self.row[f"{kind}_tensor"])
                 name, tensor = (self.names[index], phase_tensor) if phase_tensor else self.states[index]
                 return surfaced(self.step, "optimizer", tensor, prevailing(self.row[f"{kind}_nan"]),
@@ -60,7 +63,7 @@ class Surface:
 
     def _in_forward(self) -> FirstNonfinite | None:
         forward = [r for r in self.bad if r.direction == "fwd"]
-        return self._at(_innermost(forward, min), "forward", "output") if forward else None
+        return self._at(_innermost(forward), "forward", "output") if forward else None
 
     def _loss(self) -> FirstNonfinite:
         return surfaced(self.step, "loss", "output", nonfinite_name(self.row["loss"]))
@@ -69,7 +72,7 @@ class Surface:
         where = self.bad_gradients
         backward = [r for r in self.bad if r.direction == "bwd"]
         if where == "backward" and backward:
-            return self._at(_innermost(backward, max), "backward", "grad")
+            return self._at(_innermost(backward), "backward", "grad")
         name = self.names[int(self.row[f"{where}_tensor"])]
         phase = {"update": "unscale_or_clip"}.get(where, where)
         return surfaced(self.step, phase, "grad", prevailing(self.row[f"{where}_nan"]), module=name.rpartition(".")[0])
@@ -78,8 +81,8 @@ class Surface:
         return surfaced(self.step, phase, tensor, prevailing(reading.nan - reading.inf), module=reading.module)
 
 
-def _innermost(readings: Sequence[TapReading], first) -> TapReading:
+def _innermost(readings: Sequence[TapReading]) -> TapReading:
     """The first of the readings in execution order, and of modules inside one another the inner one."""
     inner = [r for r in readings if not any(o.module.startswith(r.module + ".") or (not r.module and o.module)
                                             for o in readings)]
-    return first(inner, key=lambda r: r.order)
+    return min(inner, key=lambda r: r.called)

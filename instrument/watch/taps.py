@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from instrument.replay.op_schema import is_dense
+from instrument.watch.hook import Hook
 from instrument.watch.modules import blocks, leaves, tensors_in
 from kernels import ActivationRing, activation_stats
 
@@ -28,7 +30,9 @@ class TapReading:
     """One module output (``fwd``) or its gradient (``bwd``, at the scale at which backward ran) in one step.
 
     ``absmax`` is over finite values. ``flush_frac``: share of the nonzero values that fp16 would
-    round to zero; null where only the range was taken. ``order`` is the module's place in the model.
+    round to zero; null where only the range was taken. ``order`` is the module's place in the model,
+    ``called`` its place in that step's order of execution (of several calls the last): modules are not defined in
+    the order they run.
     """
 
     step: int
@@ -40,6 +44,7 @@ class TapReading:
     nan: int
     inf: int
     flush_frac: float | None
+    called: int
 
     @property
     def headroom_bits(self) -> float | None:
@@ -79,13 +84,17 @@ class ModuleTaps:
         self._skipped: set[int] = set()
         self._ticks = 0
         self._read_ticks = 0
-        self._block_handles, self._leaf_handles = [], []
+        self._called_in_tick: deque[dict[int, int]] = deque(maxlen=kept_steps)
+        self._turns = 0
+        self._measured: set[int] = set()  # in this step's forward passes
+        self._skip_output = skip_output
+        self._block_handles, self._step_handles = [], []
         if order:
             self._ring = ActivationRing(2 * len(order), steps=kept_steps, device=device)
             self._slots = [self._ring.at(slot) for slot in range(2 * len(order))]
-            self._block_handles = [m.register_forward_hook(self._hook(n)) for n, m in self._blocks.items()]
+            self._block_handles = [m.register_forward_hook(Hook(self._hook(n))) for n, m in self._blocks.items()]
             if skip_output:
-                self._block_handles.append(model.register_forward_hook(self._find_output))
+                self._block_handles.append(model.register_forward_hook(Hook(self._find_output)))
 
     def begin_step(self, step: int) -> None:
         """What modules do from here on belongs to ``step``."""
@@ -95,18 +104,20 @@ class ModuleTaps:
         due = bool(self._every) and (step - 1) % self._every == 0
         self._counts = "all" if due else "range"
         if due:
-            self._leaf_handles = [m.register_forward_hook(self._hook(n)) for n, m in self._leaves.items()
+            self._step_handles = [m.register_forward_hook(Hook(self._hook(n))) for n, m in self._leaves.items()
                                   if n not in self._blocks]
         self._ring.tick()
         self._ticks += 1
         self._step_of_tick.append(step)
+        self._called_in_tick.append({})
+        self._measured.clear()
 
     def end_step(self) -> None:
         """The step is over; leaf modules lose their hooks until the next time they are due."""
         self._running = False
-        for handle in self._leaf_handles:
+        for handle in self._step_handles:
             handle.remove()
-        self._leaf_handles = []
+        self._step_handles = []
 
     def close(self) -> None:
         """Take every hook off."""
@@ -139,13 +150,13 @@ class ModuleTaps:
         for cell in self._ring.read():
             if cell.step <= self._read_ticks:
                 continue
-            step = self._step_of_tick[cell.step - newest - 1]
+            step, called = self._step_of_tick[cell.step - newest - 1], self._called_in_tick[cell.step - newest - 1]
             place, direction = divmod(cell.slot, 2)
             nonzero = None if cell.zeros is None else cell.numel - cell.zeros
             readings.append(TapReading(
                 step=step, module=self._names[place], order=place, direction="bwd" if direction else "fwd",
                 dtype=self._dtypes.get(cell.slot, ""), absmax=cell.absmax, nan=cell.nan, inf=cell.inf,
-                flush_frac=cell.fp16_flush / nonzero if nonzero else None))
+                flush_frac=cell.fp16_flush / nonzero if nonzero else None, called=called[cell.slot]))
         self._read_ticks = newest
         return readings
 
@@ -153,15 +164,25 @@ class ModuleTaps:
         slot = 2 * self._order[name]
 
         def measure(module: torch.nn.Module, args: tuple, output: object) -> None:
-            if not self._running or not torch.is_grad_enabled() or torch._C._current_autograd_node() is not None:
-                return  # an evaluation, or a checkpointed module that runs a second time
-            if slot in self._skipped:
+            if not self._running:
                 return
+            again = torch._C._current_autograd_node() is not None  # a checkpointed module runs a second time
+            if not again:
+                self._call(slot)
+            if not torch.is_grad_enabled() or slot in self._skipped or (again and slot in self._measured):
+                return  # an evaluation, the first pass of a reentrant checkpoint, the second of another
+            if not again:
+                self._measured.add(slot)
             for tensor in tensors_in(output):
-                self._addresses[slot] = tensor.data_ptr()
+                if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                    continue  # inside vmap or grad: it has no memory of its own
+                if self._skip_output:
+                    self._addresses[slot] = tensor.data_ptr()
                 self._measure(tensor, slot)
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._measure(gradient, slot + 1))
+                    handle = tensor.register_hook(lambda gradient: self._measure_gradient(gradient, slot + 1))
+                    if tensor.is_leaf:  # a module that returns its parameter: the hook would outlive the step
+                        self._step_handles.append(handle)
 
         return measure
 
@@ -171,9 +192,19 @@ class ModuleTaps:
         self._skipped |= {slot for slot, address in self._addresses.items() if address in outputs}
         self._addresses.clear()
 
+    def _call(self, slot: int) -> None:
+        """Note a slot's turn in this step; the last one counts: what is called again and again (a dropout) mostly
+        passes on what others made."""
+        called = self._called_in_tick[-1]
+        called[slot] = self._turns = self._turns + 1
+
+    def _measure_gradient(self, gradient: torch.Tensor, slot: int) -> None:
+        self._call(slot)
+        self._measure(gradient, slot)
+
     @torch.no_grad()
     def _measure(self, tensor: torch.Tensor, slot: int) -> None:
-        if tensor.dtype not in MEASURED:
+        if tensor.dtype not in MEASURED or not is_dense(tensor):
             return
         self._dtypes.setdefault(slot, str(tensor.dtype).removeprefix("torch."))
         activation_stats([tensor], self._slots[slot], counts=self._counts)

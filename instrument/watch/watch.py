@@ -15,19 +15,20 @@ then op, cause and the exact producer are known, and what infinities were absorb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import msgspec
 import torch
 
-from instrument.finite import first_bad, float_states
+from instrument.finite import surfaced
 from instrument.records import PHASES, EventRecord, FirstNonfinite
-from instrument.replay.examine import Examination, completed, examine, explain_skip
-from instrument.replay.recorder import OpRecorder
-from instrument.replay.snapshot import Snapshot
+from instrument.replay.examine import Examination, completed
 from instrument.watch.headroom import Headroom, HeadroomTable
+from instrument.watch.hook import Hook
 from instrument.watch.modules import tensors_in
+from instrument.watch.replays import Replayed, Replays
 from instrument.watch.scaler import wrap_unscale
+from instrument.watch.step_row import StepRow
 from instrument.watch.surface import COLUMNS, Surface
 from instrument.watch.taps import ModuleTaps
 
@@ -46,11 +47,12 @@ class Watch:
 
     ``granularity``: ``module`` (blocks every step, leaf modules every ``every`` steps), ``block`` or
     ``off`` (loss, gradients, parameters and states only). ``replay``: runs a whole step again, given
-    its number; random state, weights, optimizer and scaler are put back by the watch, which keeps a
-    copy of them in host memory every ``snapshot_every`` steps; it names the producer behind a failure,
-    and behind the first ``explained_skips`` steps that the scaler skips. ``raise_on_nonfinite`` raises
-    `NonfiniteError` at the end of the step in which a failure is read.
-    Raises ValueError for an unknown granularity or a cadence below 1.
+    its number; weights, buffers, gradients, optimizer, scaler and random state (torch's, Python's, NumPy's) are
+    put back by the watch, which keeps a copy of them in host memory every ``snapshot_every`` steps. Anything else
+    that the function changes (a scheduler, a counter, a loader's place) stays changed: leave it out of it. A replay
+    names the producer behind a failure, and behind the first ``explained_skips`` steps that the scaler skips.
+    ``raise_on_nonfinite`` raises `NonfiniteError` at the end of the step in which a failure is read.
+    Raises ValueError for an unknown granularity, a cadence below 1 or a model with nothing to train.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
@@ -60,54 +62,58 @@ class Watch:
         for name, value in (("log_every", log_every), ("snapshot_every", snapshot_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.device = self.parameters[0].device
+        self._row = StepRow(model, optimizer, scaler)
+        self.device = self._row.device
+        self.scaler = scaler
         self.events: list[EventRecord] = []
         self.examination: Examination | None = None
         self.taps = ModuleTaps(model, self.device, granularity=granularity, every=every)
         self.log_every = log_every or (1 if self.device.type == "cpu" else 10)
-        self._replay, self._snapshot_every, self._raise = replay, snapshot_every, raise_on_nonfinite
-        self._explained_skips, self._skips = explained_skips, 0
-        self._snapshot: Snapshot | None = None
+        self._replays = None if replay is None else Replays(replay, self._row, model, optimizer, scaler, snapshot_every)
+        self._raise, self._explained_skips, self._skips = raise_on_nonfinite, explained_skips, 0
         self._found: FirstNonfinite | None = None
         self._headroom = HeadroomTable()
         self._steps: list[int] = []
         self._ring = torch.zeros(self.log_every, len(COLUMNS), dtype=torch.float64, device=self.device)
-        self._states: list[tuple[str, str, torch.Tensor]] = []
-        self._row: dict[str, torch.Tensor | float] = {}
-        self._recorder: OpRecorder | None = None
-        self._replaying = False
-        self._removers: list[Callable[[], None]] = [model.register_forward_hook(self._await_backward).remove]
+        self._replaying = self._backward_awaited = False
+        self._removers: list[Callable[[], None]] = [
+            part.register_forward_hook(Hook(self._await_backward)).remove for part in {model, *model.children()}]
         if optimizer is not None:
-            self._removers += [optimizer.register_step_pre_hook(lambda *_: self._before_update()).remove,
-                               optimizer.register_step_post_hook(lambda *_: self._after_update()).remove]
+            self._removers.append(optimizer.register_step_pre_hook(lambda *_: self._row.updating()).remove)
         if scaler is not None:
-            self._removers.append(wrap_unscale(scaler, self._around_unscale))
+            self._removers.append(wrap_unscale(scaler, self._row.unscaling))
 
     # -- in the loop --------------------------------------------------------------------------
 
     @contextmanager
     def step(self, step: int) -> Iterator[Watch]:
-        """Around everything that belongs to one attempted update."""
+        """Around everything that belongs to one attempted update. Raises RuntimeError inside another step."""
         if self._replaying:
             yield self
             return
-        if self._replay is not None and (self._snapshot is None or step - self._snapshot.step > self._snapshot_every):
-            self._snapshot = Snapshot(step - 1, self.model, self.optimizer, self.scaler)
-        self._row = {name: -1.0 if name.endswith("_tensor") else 0.0 for name in COLUMNS} | {"loss_scale": -1.0}
+        if self._row.open:
+            raise RuntimeError(f"watch.step({step}) inside another step of the same watch; steps follow one another")
+        if self._replays is not None and self._replays.due:
+            self._read_and_raise()
+            self._replays.keep(step)
+        self._row.begin()
+        self._backward_awaited = False
         self.taps.begin_step(step)
         try:
             yield self
+        except BaseException:
+            self._row.drop()
+            if self._replays is not None:
+                self._replays.interrupted()
+            raise
         finally:
             self.taps.end_step()
-        self._ring[len(self._steps)] = self._row_on_device()
+        self._ring[len(self._steps)] = self._row.end()
         self._steps.append(step)
+        if self._replays is not None:
+            self._replays.completed(step)
         if len(self._steps) == self.log_every:
-            self.read()
-            if self._raise and self._found is not None:
-                raise NonfiniteError(self._found)
+            self._read_and_raise()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -115,21 +121,22 @@ class Watch:
         if name not in PHASES:
             raise ValueError(f"phase is {name!r}; allowed: {', '.join(PHASES)}")
         if self._replaying:
-            with self._recorder.phase(name) if self._recorder else nullcontext():
+            with self._replays.phase(name):
                 yield
-            return
-        yield
-        if name in ("unscale", "clip"):
-            self._measure_gradients(name)
-
-    @torch.no_grad()
-    def loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Tell the loss (each micro-batch's); returns it. Without it, a bad loss shows as bad gradients."""
-        if self._replaying:
-            if self._recorder:
-                self._recorder.loss(loss)
         else:
-            self._row["loss"] = self._row["loss"] + loss.detach().double().sum()
+            yield
+        if name in ("unscale", "clip"):
+            self._row.gradients(name)
+
+    def loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Tell the loss (each micro-batch's); returns it. Without it, a bad loss shows as bad gradients. Raises
+        RuntimeError outside of a step."""
+        if self._row.open:
+            self._row.loss(loss)
+        elif not self._replaying:
+            raise RuntimeError("watch.loss(...) outside of a step; call it inside `with watch.step(number):`")
+        elif self._replays.recorder is not None:
+            self._replays.recorder.loss(loss)
         return loss
 
     # -- what was seen ------------------------------------------------------------------------
@@ -146,7 +153,10 @@ class Watch:
         return self._headroom.rows()
 
     def read(self) -> None:
-        """Decode the pending steps: the watch's only wait for the device."""
+        """Decode the pending steps: the watch's only wait for the device. Inside a step, a watch that replays leaves
+        them for later: a replay would pull the weights from under the step's backward pass."""
+        if self._row.open and self._replays is not None:
+            return
         steps, self._steps = self._steps, []
         if not steps:
             return
@@ -155,16 +165,15 @@ class Watch:
         self._headroom.add(readings)
         if self._found is not None:
             return
-        for step, values in zip(steps, rows, strict=True):
+        for index, (step, values) in enumerate(zip(steps, rows, strict=True)):
             surface = Surface(step, dict(zip(COLUMNS, values, strict=True)), [r for r in readings if r.step == step],
-                              self.names, [(name, tensor) for name, tensor, _ in self._states])
+                              self._row.names, [(name, tensor) for name, tensor, _ in self._row.states])
             if self.scaler is not None and surface.skipped:
-                self.events.append(self._skip(surface, steps[-1]))
+                self.events.append(self._skip(surface, len(steps) - index, values))
             self._found = surface.first_nonfinite()
             if self._found is not None:
+                self._examine(len(steps) - index, values)
                 break
-        if self._found is not None and self._replay is not None:
-            self._examine(self._found)
 
     def close(self) -> None:
         """Take every hook off the model, the optimizer and the scaler."""
@@ -173,79 +182,57 @@ class Watch:
             remove()
         self._removers = []
 
-    # -- hooks --------------------------------------------------------------------------------
+    # -- behind the scenes --------------------------------------------------------------------
+
+    def _read_and_raise(self) -> None:
+        self.read()
+        if self._raise and self._found is not None:
+            raise NonfiniteError(self._found)
 
     def _await_backward(self, module: torch.nn.Module, args: tuple, output: object) -> None:
-        """When the model's output gets its gradient, ask autograd to call at the end of that backward pass."""
-        if self._replaying or not torch.is_grad_enabled() or not self._row:
+        """When an output of the model (or of a part that is called by itself) gets its gradient, ask autograd to
+        call at the end of that backward pass."""
+        if not self._row.open or not torch.is_grad_enabled():
             return
         for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                tensor.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(
-                    lambda: self._measure_gradients("backward")))
-                return
+            if tensor.grad_fn is not None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                tensor.register_hook(self._call_after_backward)
 
-    def _measure_gradients(self, name: str) -> None:
-        """Where the gradients stand behind ``backward``, ``unscale``, ``clip`` or just before the ``update``."""
-        if self._replaying or not self._row:
-            return
-        gradients = [torch.empty(0, device=self.device) if p.grad is None else p.grad for p in self.parameters]
-        self._row |= first_bad(name, gradients, self.device)
+    def _call_after_backward(self, gradient: torch.Tensor) -> None:
+        if not self._backward_awaited:
+            self._backward_awaited = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
-    @contextmanager
-    def _around_unscale(self) -> Iterator[None]:
-        if not self._replaying and self._row:
-            self._row["loss_scale"] = self.scaler.scale(torch.ones((), device=self.device))
-        yield
-        self._measure_gradients("unscale")
+    def _after_backward(self) -> None:
+        self._backward_awaited = False
+        self._row.gradients("backward")
 
-    def _before_update(self) -> None:
-        self._measure_gradients("update")
-        if not self._replaying and self._row:
-            self._row["updated"] = 1.0
-
-    def _after_update(self) -> None:
-        if self._replaying or not self._row:
-            return
-        if not self._states:  # made by the first update that is not skipped
-            self._states = float_states(self.optimizer, self.parameters, self.names)
-        self._row |= first_bad("param", self.parameters, self.device)
-        self._row |= first_bad("state", [tensor for *_, tensor in self._states], self.device)
-
-    def _row_on_device(self) -> torch.Tensor:
-        values = [self._row[name] for name in COLUMNS]
-        self._row = {}
-        return torch.stack([v.double() if isinstance(v, torch.Tensor) else
-                            torch.full((), v, dtype=torch.float64, device=self.device) for v in values])
-
-    def _skip(self, surface: Surface, now: int) -> EventRecord:
+    def _skip(self, surface: Surface, steps_ago: int, values: list[float]) -> EventRecord:
         """A scaler's skip; the first few with their producer, by replay."""
         detail = surface.skip_detail()
-        if self._replay is not None and self._skips < self._explained_skips:
+        if self._replays is not None and self._skips < self._explained_skips:
             self._skips += 1
-            with self._replays() as run_step:
-                first = explain_skip(surface.step, run_step, self._snapshot, self.model, self.optimizer, self.scaler, now=now)
-            if first is not None:
-                detail["first_nonfinite"] = msgspec.to_builtins(first)
+            replayed = self._again(steps_ago, values)
+            if replayed.matched:
+                seen = surfaced(surface.step, "unscale", "grad", "inf")
+                detail["first_nonfinite"] = msgspec.to_builtins(completed(seen, replayed.found, from_step=replayed.from_step))
+            else:
+                detail["replay"] = replayed.words()
         return EventRecord(step=surface.step, kind="scaler_skip", detail=detail)
 
-    def _examine(self, seen: FirstNonfinite) -> None:
-        """Replay the failed step from the last snapshot and complete the record."""
-        after = Snapshot(seen.step, self.model, self.optimizer, self.scaler)
-        with self._replays() as run_step:
-            self.examination = examine(seen.step, run_step, self._snapshot, self.model, self.optimizer, self.scaler)
-        after.restore()
-        self._found = completed(seen, self.examination, from_step=self._snapshot.step)
+    def _examine(self, steps_ago: int, values: list[float]) -> None:
+        """Replay the failed step from the last snapshot and complete the record; where it fails in another way (its
+        examination is kept), the record stays as it surfaced."""
+        if self._replays is None:
+            return
+        replayed = self._again(steps_ago, values)
+        self.examination = replayed.found
+        self._found = completed(self._found, replayed.found, from_step=replayed.from_step) if replayed.matched else \
+            msgspec.structs.replace(self._found, replay=replayed.words())
 
-    @contextmanager
-    def _replays(self) -> Iterator[Callable[[int, OpRecorder | None], None]]:
-        """The caller's step function, with this watch's own hooks silent."""
-        def run_step(step: int, recorder: OpRecorder | None) -> None:
-            self._recorder = recorder
-            self._replay(step)
-
-        self._replaying = True
+    def _again(self, steps_ago: int, values: list[float]) -> Replayed:
+        self._replaying, self._backward_awaited = True, False
         try:
-            yield run_step
+            return self._replays.again(steps_ago, values)
         finally:
-            self._replaying, self._recorder = False, None
+            self._replaying = False

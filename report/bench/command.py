@@ -18,7 +18,7 @@ from report.bench.process import ROOT, Spent, spend
 from report.bench.simulate import simulate
 
 STEPS, MORE = 1_000, 10
-PLAIN = str(ROOT / "report" / "bench" / "plain_script.py")
+PLAIN, EIGHT = (str(ROOT / "report" / "bench" / name) for name in ("plain_script.py", "eight_figures.py"))
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,25 @@ def measure(place: Path, repeats: int, *, seeds: int = 3, steps: int = STEPS) ->
     _say(f"simulating {42 * seeds} runs x {steps:,} and x {MORE * steps:,} steps")
     simulate(once, seeds=seeds, steps=steps)
     simulate(tenfold, seeds=seeds, steps=MORE * steps)
-    page, full, plain, larger = [], [], [], []
+    page, full, eight, plain, larger = [], [], [], [], []
     for number in range(1, repeats + 1):
         _say(f"repetition {number} of {repeats}")
         page.append(_built(once, place / "page", "--no-pdf"))
         plain.append(spend(PLAIN, str(once), str(place / "plain")))
+        eight.append(spend(EIGHT, str(once), str(place / "eight")))
         full.append(_built(once, place / "full"))
         larger.append(_built(tenfold, place / "larger", "--no-pdf"))
     size_bytes = (place / "page" / "dossier" / "index.html").stat().st_size
     return [
-        measured("dossier as HTML", "s", [arm.wall_s for arm in page], 15.0),
-        measured("its memory", "bytes", [float(arm.peak_bytes) for arm in page], 600e6),
-        measured("its size", "bytes", [float(size_bytes)], 6e6),
+        measured("HTML", "s", [arm.wall_s for arm in page], 15.0),
+        measured("HTML, memory", "bytes", [float(arm.peak_bytes) for arm in page], 600e6),
+        measured("HTML, size", "bytes", [float(size_bytes)], 6e6),
         measured("PDF besides", "s", [with_pdf.wall_s - without.wall_s for with_pdf, without in zip(full, page, strict=True)],
                  10.0),
-        measured("ten times the rows", "ratio", _ratios(larger, page), 11.0),
-        measured("against the plain script", "ratio", _ratios(page, plain), 0.3),
-        measured("the plain script itself", "s", [arm.wall_s for arm in plain], None),
+        measured("10x the rows", "ratio", _ratios(larger, page), 11.0),
+        measured("8 figures / plain script", "ratio", _ratios(eight, plain), 0.3),
+        measured("dossier / plain script", "ratio", _ratios(page, plain), None),
+        measured("plain script", "s", [arm.wall_s for arm in plain], None),
     ]
 
 
@@ -98,15 +100,16 @@ def show(rows: list[Measured]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Report, 126 simulated runs x 1,000 steps", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("figure", "median [least, most]", "n", "target", ""):
-        table.add_column(name, justify="left" if name in ("figure", "") else "right", no_wrap=True)
+    for name in ("figure", "median, range", "n", "target", ""):
+        table.add_column(Text(name), justify="left" if name in ("figure", "") else "right", no_wrap=True)
     for row in rows:
         bounded = row.at_most is not None
-        spread = f" [{_words(row.least, row.unit)}, {_words(row.most, row.unit)}]" if row.n > 1 else ""
+        spread = f", {_words(row.least, row.unit)} to {_words(row.most, row.unit)}" if row.n > 1 else ""
         table.add_row(row.name, _words(row.median, row.unit) + spread, str(row.n),
-                      f"at most {_words(row.at_most, row.unit)}" if bounded else "",
+                      f"≤ {_words(row.at_most, row.unit)}" if bounded else "",
                       ("met" if row.met else "missed") if bounded else "")
     Console(stderr=True, highlight=False).print(table)
 

@@ -84,7 +84,8 @@ def _row(case, config, seed: int, log: list[StepRecord], step_time_s: np.ndarray
     mean = {name: float(np.mean([getattr(step, name) for step in timed]))
             for name in ("mfu", "mfu_bf16_peak", "mfu_real_tokens", "mfu_bf16_peak_real_tokens")}
     tail = log[-max(1, len(log) // 10):]
-    final = float(np.nanmean([step.loss for step in tail]))
+    finite = [step.loss for step in tail if np.isfinite(step.loss)]
+    final = float(np.mean(finite)) if finite else None
     first = FirstNonfinite(step=len(log), microbatch=0, phase="optimizer", phase_surfaced="forward", module="lm_head",
                            op=None, tensor="param", source_tensor="exp_avg_sq", kind="inf", dtype="fp16",
                            cause="underflow_then_divide", input_absmax=None, headroom_bits=None) if died else None
@@ -95,7 +96,7 @@ def _row(case, config, seed: int, log: list[StepRecord], step_time_s: np.ndarray
         dtype_config=config.id, seed=seed, preset="full", device=DEVICE, data_source="hub", weights_source="scratch",
         status="diverged" if died else "completed", divergence_step=len(log) if died else None, first_nonfinite=first,
         steps_done=len(log), max_steps=max_steps, timed_steps=len(timed), batch_size=BATCH, micro_batch=8, seq_len=512,
-        n_params=PARAMS, loss_initial=log[0].loss, train_loss_final=final, val_loss=None if died else final * 1.02,
+        n_params=PARAMS, loss_initial=log[0].loss, train_loss_final=final, val_loss=None if died else 1.02 * final,
         perplexity=None, f1_micro=None if lm or died else 0.61, f1_macro=None if lm or died else 0.22,
         samples_per_s=BATCH * len(timed) / seconds, tokens_per_s=sum(s.tokens for s in timed) / seconds,
         real_tokens_per_s=sum(s.real_tokens for s in timed) / seconds,

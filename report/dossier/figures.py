@@ -78,7 +78,8 @@ def draw_one(table: Table, folder: Path, formats: tuple[str, ...], dpi: int) -> 
     """One figure: drawn once, written in every format."""
     with theme(table.name):
         figure = DRAW[table.letter](table)
-        pictures = {kind: picture(figure, kind, dpi) for kind in dict.fromkeys(("svg", *formats))}
+        kinds = sorted({"svg", *formats}, key=lambda kind: (kind == "eps", kind))
+        pictures = {kind: picture(figure, kind, dpi) for kind in kinds}
     svg = pictures["svg"].decode()
     pictures["svg"] = standalone(svg).encode()
     for kind in formats:

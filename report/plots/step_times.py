@@ -11,7 +11,7 @@ from report.plots.palette import look
 from report.plots.style import INK, THIN_PT, empty_figure, exclusion_note, new_figure
 from report.plots.text import clean
 
-LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 1.0, 0.13, 0.38, 0.25
+LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 1.0, 0.108, 0.33, 0.25
 
 
 def draw(table) -> Figure:

@@ -6,8 +6,14 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.collections import Collection
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from instrument.files import replace
 
@@ -21,8 +27,11 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def picture(figure: Figure, kind: str, dpi: int) -> bytes:
-    """The figure as ``svg``, ``png``, ``pdf`` or ``eps``: without a date, so the same bytes each time."""
+    """The figure as ``svg``, ``png``, ``pdf`` or ``eps``: without a date, so the same bytes each time.
+    ``eps`` knows no transparency: its shades are mixed with the paper, in the figure itself, so it comes last."""
     freeze_layout(figure)
+    if kind == "eps":
+        make_opaque(figure)
     buffer = io.BytesIO()
     extra = {"pil_kwargs": {"compress_level": PNG_COMPRESSION}} if kind == "png" else {}
     figure.savefig(buffer, format=kind, dpi=dpi, metadata=NO_DATES[kind], **extra)
@@ -42,6 +51,22 @@ def freeze_layout(figure: Figure) -> None:
     if engine is not None:
         engine.execute(figure)
         figure.set_layout_engine("none")
+
+
+def make_opaque(figure: Figure) -> None:
+    """Replace every see-through face, edge and line by the colour it has on white paper."""
+    boxes = [text.get_bbox_patch() for text in figure.findobj(Text) if text.get_bbox_patch() is not None]
+    for artist in [*figure.findobj(lambda artist: isinstance(artist, (Collection, Patch))), *boxes]:
+        mixed = {}
+        for part in ("facecolor", "edgecolor"):
+            colour = np.atleast_2d(to_rgba_array(getattr(artist, f"get_{part}")()))
+            mixed[part] = np.c_[colour[:, :3] * colour[:, 3:] + (1 - colour[:, 3:]), np.where(colour[:, 3:] > 0, 1.0, 0.0)]
+        artist.set_alpha(None)
+        for part, colour in mixed.items():
+            if len(colour):
+                getattr(artist, f"set_{part}")(colour if isinstance(artist, Collection) else colour[0])
+    for line in figure.findobj(Line2D):
+        line.set_alpha(None)
 
 
 def neutral(frame: pd.DataFrame) -> pd.DataFrame:

@@ -34,9 +34,12 @@ def test_every_arm_takes_turns_and_the_order_is_reversed():
             taken.append(name)
             yield
 
-    wall_s, cpu_s = overhead._rounds({name: arm(name) for name in "abc"}, 2, 2)
-    assert taken == [*"abc", *"cba", *"abc", *"cba", *"abc"]
-    assert {len(v) for v in (*wall_s.values(), *cpu_s.values())} == {2}
+    names = ("bare", "light", "full")
+    wall_s, cpu_s = overhead._rounds({name: arm(name) for name in names}, 5, 2)
+    often = ("bare", "light")
+    assert taken == [*names, *names[::-1], *names, *names[::-1], *often, *often[::-1], *often, *names[::-1]]
+    assert {len(v) for v in (*wall_s.values(), *cpu_s.values())} == {5}
+    assert [v is None for v in wall_s["full"]] == [False, True, True, True, False]
 
 
 def test_the_arms_do_the_same_work(plan, tmp_path, monkeypatch):
@@ -54,7 +57,7 @@ def test_the_arms_do_the_same_work(plan, tmp_path, monkeypatch):
                 next(arm)
     close()
     reference, *others = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in trained.values()]
-    assert len(others) == 5
+    assert len(others) == 6
     for weights in others:  # the fused loss and our clipping round differently
         assert float((weights - reference).abs().mean()) < 1e-4 * math.sqrt(float(reference.square().mean()))
     assert "MB on the host" in facts["notes"]["light"]

@@ -53,3 +53,15 @@ def test_every_format_is_what_it_says(kind, magic):
         from PIL import Image
 
         assert Image.open(io.BytesIO(content)).width == 2100
+
+
+@pytest.mark.parametrize("letter", "BEF")
+def test_eps_has_no_transparency_and_keeps_its_shades_pale(letter, caplog):
+    table = made(letter)
+    with theme(table.name):
+        figure = DRAW[letter](table)
+        content = picture(figure, "eps", 72)
+    assert content.startswith(b"%!PS") and not [record for record in caplog.records if "transparency" in record.message]
+    faces = np.concatenate([collection.get_facecolor() for axes in figure.axes for collection in axes.collections
+                            if len(collection.get_facecolor())])
+    assert set(faces[:, 3]) <= {0.0, 1.0} and (faces[:, :3].min(axis=1) > 0.6).any()
