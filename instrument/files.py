@@ -61,7 +61,7 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     try:
         try_lock(fd)
         yield temporary
-        _sync_path(temporary)
+        sync_file(temporary)
         os.chmod(temporary, mode)
         operation()
         os.replace(temporary, path)
@@ -120,7 +120,7 @@ def placing_folder(path: Path) -> Iterator[Path]:
         try_lock(fd)
         yield temporary
         for file in sorted(temporary.iterdir()):
-            _sync_path(file)
+            sync_file(file)
         sync_folder(temporary)
         os.chmod(temporary, 0o755)
         remove_folder(path)
@@ -217,7 +217,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _sync_path(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
     operation()
     fd = os.open(path, os.O_RDONLY)
     try:
