@@ -9,7 +9,7 @@ import msgspec
 
 from harness.inspect.locate import RunNotFound, RunUnreadable
 from harness.predict.gather import Predictions, predictions
-from instrument.log import replace
+from instrument.files import replace
 
 
 def store(found: Predictions, out: Path) -> None:
