@@ -39,7 +39,8 @@ firsts = st.builds(FirstNonfinite, step=st.integers(1, 9), microbatch=st.none() 
                    cause=st.sampled_from([None, "overflow", "invalid"]), input_absmax=maybe, headroom_bits=maybe,
                    absorbed=st.lists(words, max_size=2), replay=st.none())
 nested = st.dictionaries(st.text("abc", min_size=1, max_size=3), numbers | words | st.booleans(), max_size=3)
-runs = st.builds(RunRecord, run_id=words, case=words, scenario=words, arch=words, task=words, loss=words,
+run_ids = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,30}", fullmatch=True)
+runs = st.builds(RunRecord, run_id=run_ids, case=words, scenario=words, arch=words, task=words, loss=words,
                  loss_reduction=words, dtype_config=words, seed=st.integers(0, 9), preset=words, device=words,
                  data_source=words, weights_source=words, status=st.sampled_from(STATUSES),
                  divergence_step=st.integers(1, 9), first_nonfinite=st.none() | firsts, max_steps=st.integers(1, 9),
