@@ -2,8 +2,9 @@
 
 Every arm has its own copy of one model (GPT-2, about 10 million parameters) and takes one step in
 turn, in an order that is reversed from round to round; ratios are to the bare loop's step of the
-same round. The arms behind the claim (bare twice, light) run in every round, the others in every fourth. A second bare arm (A/A) shows how far two equal arms lie apart here. Processor time
-stands beside wall time, since other work on the machine touches it less.
+same round. The arms behind the claim (bare twice, light) run in every round, the others in every
+fourth. The second bare arm (A/A) shows how far two equal arms lie apart here. Processor time stands
+beside wall time, since other work on the machine touches it less.
 """
 
 from __future__ import annotations

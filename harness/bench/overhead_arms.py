@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -88,6 +89,7 @@ def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSetting
         optimizer.zero_grad(set_to_none=True)
 
     def steps() -> Iterator[None]:
+        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
         for number in count(1):
             around = watch.step(number) if watch else nullcontext()
             with torch.autograd.detect_anomaly(check_nan=True) if name == "detect_anomaly" else around:
