@@ -1,0 +1,261 @@
+"""A run that was stopped and goes on equals the one that was not, bit for bit, in every configuration."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from bench_cases import DTYPE_CONFIGS
+from harness import checkpoint
+from harness.checkpointing import Checkpointing
+from harness.resume import log_paths
+from harness.run import execute
+from harness.run_folder import finished_run
+from harness.signals import Stop
+from instrument.log import read
+from instrument.records import EvaluationRecord, EventRecord, StepRecord
+from instrument.watch.module_log import ModuleRecord
+
+TIMES = {"step_time_s", "mfu", "mfu_bf16_peak", "mfu_measured_peak", "mfu_real_tokens", "mfu_bf16_peak_real_tokens",
+         "mfu_measured_peak_real_tokens", "duration_s"}
+KINDS = {"steps": StepRecord, "evaluations": EvaluationRecord, "events": EventRecord, "activations": ModuleRecord}
+OF_THE_RUN = ("status", "steps_done", "final_weights_sha256", "init_sha256", "data_sha256", "loss_initial", "train_loss_final",
+              "val_loss", "f1_micro", "perplexity", "scaler_skips", "divergence_step", "first_nonfinite", "flops_per_step")
+
+
+def written(settings, out):
+    """Everything a run wrote that does not depend on time, and its row's results."""
+    logs = {name: [{k: v for k, v in msgspec.to_builtins(record).items() if k not in TIMES}
+                   for record in read(out / path, KINDS[name])]
+            for name, path in log_paths(settings.run_id).items() if (out / path).exists()}
+    row = finished_run(out, settings.run_id)
+    return logs, {name: getattr(row, name) for name in OF_THE_RUN}
+
+
+def stopped_at(settings, out, step):
+    """Run until a signal comes during ``step`` (0: during the first evaluation)."""
+    stop = Stop()
+
+    def signals(record):
+        if isinstance(record, EvaluationRecord | StepRecord) and record.step == step:
+            stop.request("SIGTERM")
+
+    return execute(settings, out, signals, stop=stop)
+
+
+class Killed(BaseException):
+    """The process is gone: nothing behind this line is written by the run."""
+
+
+def killed_at(settings, out, step):
+    """Run until the process dies behind ``step``; what a run's end still wrote is taken back to a torn line."""
+    def dies(record):
+        if isinstance(record, StepRecord) and record.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        execute(settings, out, dies)
+    with (out / log_paths(settings.run_id)["steps"]).open("ab") as log:
+        log.write(b'{"schema":1,"step":99')
+
+
+@pytest.fixture
+def small(plan):
+    def make(config, case="gpt2_single_cls", **asked):
+        return plan(case, config, **{"max_steps": 7, "batch_size": 2, "seq_len": 16, "eval_every": 3, **asked})
+
+    return make
+
+
+@pytest.mark.parametrize("config", DTYPE_CONFIGS)
+def test_stopped_twice_a_run_equals_the_one_that_was_not(small, tmp_path, config):
+    settings = small(config, dropout=0.1)
+    whole = execute(settings, tmp_path / "whole")
+    parts = [stopped_at(settings, tmp_path / "parts", step) for step in (2, 6)]
+    last = execute(settings, tmp_path / "parts")
+    assert written(settings, tmp_path / "parts") == written(settings, tmp_path / "whole")
+    if whole.status == "completed":
+        assert [part.status for part in parts] == ["preempted"] * 2 and [part.steps_done for part in parts] == [2, 6]
+        assert last.flags["resumed"]["behind_steps"] == [2, 6]
+        assert whole.final_weights_sha256 is not None and not checkpoint.steps(tmp_path / "parts" / "runs" / settings.run_id)
+    else:
+        assert whole.status in ("diverged", "unsupported")
+
+
+@pytest.mark.parametrize(("case", "config"), [("gpt2_clm", "amp_fp16"), ("roberta_mlm", "amp_bf16_8bit"),
+                                              ("roberta_multi_cls", "bf16_pure_sr"), ("gpt2_multi_cls", "amp_fp16_unscaled")])
+@pytest.mark.parametrize("cuts", [(0, 3, 7), pytest.param((1, 2, 4, 5, 6), marks=pytest.mark.soak)])
+def test_every_cut_gives_the_same_run(small, tmp_path, monkeypatch, case, config, cuts):
+    monkeypatch.setattr("harness.precision.FIRST_LOSS_SCALE", 2.0**36)  # skipped steps, the first of them explained
+    settings = small(config, case)
+    execute(settings, tmp_path / "whole")
+    expected = written(settings, tmp_path / "whole")
+    for step in cuts:
+        out = tmp_path / str(step)
+        assert stopped_at(settings, out, step).status == "preempted"  # behind step 7, too: its evaluation is to come
+        execute(settings, out)
+        assert written(settings, out) == expected, f"cut at {step}"
+
+
+def test_the_modules_windows_are_those_of_the_whole_run(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.instruments.KEPT_STEPS", 6)  # summed up over three steps
+    settings = small("amp_bf16", max_steps=8, instrument="full")
+    execute(settings, tmp_path / "whole")
+    lines = written(settings, tmp_path / "whole")[0]["activations"]
+    assert {line["step"] for line in lines} == {1, 3, 6, 8}  # 1: the module whose output is the model's own, once
+    for step in (1, 2, 3, 4, 5):
+        stopped_at(settings, tmp_path / str(step), step)
+        execute(settings, tmp_path / str(step))
+        assert written(settings, tmp_path / str(step)) == written(settings, tmp_path / "whole")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(small, tmp_path):
+    settings = small("amp_fp16", checkpoint_every=2)
+    execute(replace(settings, checkpoint_every=0), tmp_path / "whole")
+    killed_at(settings, tmp_path / "parts", 5)
+    assert finished_run(tmp_path / "parts", settings.run_id) is None
+    record = execute(settings, tmp_path / "parts")
+    assert record.flags["resumed"]["behind_steps"] == [4]
+    assert written(settings, tmp_path / "parts") == written(settings, tmp_path / "whole")
+    flags = record.flags["checkpoints"]
+    assert flags["written"] == 1 and flags["rule"] == "every 2 steps" and record.flags["timings_s"]["checkpoints"] > 0
+
+
+def test_an_exploding_loss_is_noticed_at_the_same_step(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("instrument.explosion.EXPLOSION_STEPS", 3)
+    monkeypatch.setattr("instrument.explosion.MEDIAN_STEPS", 4)
+    monkeypatch.setattr("instrument.explosion.deque", lambda maxlen: deque(maxlen=4))
+    settings = small("fp32_true", "gpt2_clm", max_steps=30, lr=3.0)
+    whole = execute(settings, tmp_path / "whole")
+    assert whole.status == "diverged" and whole.first_nonfinite is None
+    step = whole.divergence_step - 2
+    stopped_at(settings, tmp_path / "parts", step)
+    execute(settings, tmp_path / "parts")
+    assert written(settings, tmp_path / "parts") == written(settings, tmp_path / "whole")
+
+
+def test_a_log_window_and_an_instrument_level_may_change_between_the_parts(small, tmp_path):
+    settings = small("amp_bf16", max_steps=9, eval_every=0)
+    execute(settings, tmp_path / "whole")
+    stopped_at(replace(settings, log_every=4), tmp_path / "parts", 4)
+    record = execute(replace(settings, instrument="off", log_every=3), tmp_path / "parts")
+    ours, whole = written(settings, tmp_path / "parts"), written(settings, tmp_path / "whole")
+    assert ours[1] == whole[1] and ours[0]["steps"] == whole[0]["steps"]
+    assert record.instrument == "off" and record.flags["resumed"]["instrument_before"] == "light"
+
+
+def test_a_stop_in_a_log_window_does_not_wait_for_its_end(small, tmp_path, monkeypatch):
+    settings = replace(small("amp_bf16", max_steps=9, eval_every=0), log_every=9)
+    stop = Stop()
+    stop.request("SIGTERM")
+    record = execute(settings, tmp_path, stop=stop)  # asked before the first step
+    assert (record.status, record.steps_done) == ("preempted", 0) and "before its first step" in record.error
+    seen, stop = [], Stop()
+    cut = Checkpointing.cut
+
+    def asked_at_5(self, step):
+        if step == 5:
+            stop.request("SIGTERM")
+        seen.append(step)
+        return cut(self, step)
+
+    monkeypatch.setattr(Checkpointing, "cut", asked_at_5)
+    record = execute(settings, tmp_path, stop=stop)
+    assert seen == [1, 2, 3, 4, 5] and record.steps_done == 5 and "goes on from checkpoint-5" in record.error
+
+
+def test_cold_steps_behind_a_continuation_are_not_timed(small, tmp_path):
+    settings = replace(small("amp_bf16", max_steps=9), untimed_steps=2)
+    stopped_at(settings, tmp_path, 5)
+    record = execute(settings, tmp_path)
+    assert record.timed_steps == 9 - 2 - 2 and record.energy_j is None
+    assert record.flags["hardware"]["part"].startswith("behind step 5")
+    assert (tmp_path / "runs" / settings.run_id / "hardware.until-5.jsonl").exists()
+
+
+def test_a_finished_run_and_a_failed_one_start_over(small, tmp_path):
+    settings = small("fp32_true")
+    stopped_at(settings, tmp_path, 3)
+    folder = tmp_path / "runs" / settings.run_id
+    row = json.loads((folder / "run.json").read_bytes())
+    (folder / "run.json").write_text(json.dumps(row | {"status": "error", "error": "x"}))
+    record = execute(settings, tmp_path)
+    assert "resumed" not in record.flags and record.steps_done == 7 and checkpoint.steps(folder) == []
+
+
+def command(more, out):
+    return [sys.executable, "-m", "harness", "case", "gpt2_single_cls", "amp_fp16", "--preset", "tiny", "--data", "embedded",
+            "--max-steps", "60", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--validation-documents", "2",
+            "--documents", "400", "--eval-every", "20", "--checkpoint-every", "3", "--out", str(out), *more]
+
+
+def test_fresh_starts_over(tmp_path, command_environment):
+    process = subprocess.Popen(command([], tmp_path), env=command_environment, stderr=subprocess.PIPE)
+    wait_for_steps(tmp_path, 7, process)
+    process.kill()
+    process.communicate()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert checkpoint.steps(run)
+    finished = subprocess.run(command(["--json", "--fresh"], tmp_path), env=command_environment, capture_output=True, text=True)
+    row = json.loads(finished.stdout)
+    assert row["status"] == "completed" and "resumed" not in row["flags"]
+    assert "goes on" not in finished.stderr
+
+
+def wait_for_steps(out, count, process, timeout_s=120):
+    """Until the run has logged ``count`` steps or has ended."""
+    until = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < until:
+        logs = list(out.glob("training_logs/*.jsonl"))
+        if logs and logs[0].read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.002)
+
+
+def killed_at_random(out, environment, kills, seed):
+    """Kill and start the same command again ``kills`` times at random moments, then let it end; the row, and how
+    many steps were in the log at each death."""
+    rng = random.Random(seed)
+    logged = []
+    for _ in range(kills):
+        process = subprocess.Popen(command([], out), env=environment, stderr=subprocess.DEVNULL)
+        wait_for_steps(out, min(60, (logged[-1] if logged else 0) + rng.randint(0, 6)), process)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        log = next(iter(out.glob("training_logs/*.jsonl")), None)
+        logged.append(log.read_bytes().count(b"\n") if log else 0)
+    finished = subprocess.run(command(["--json"], out), env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout), logged
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.soak)])
+def test_sigkill_at_random_moments_loses_nothing(tmp_path, command_environment, kills):
+    environment = {**command_environment, "OMP_NUM_THREADS": "1"}
+    whole = json.loads(subprocess.run(command(["--json"], tmp_path / "whole"), env=environment, capture_output=True,
+                                      text=True).stdout)
+    rounds, left = 0, kills
+    while left > 0:  # a run of 60 steps takes some ten kills
+        out = tmp_path / f"parts-{rounds}"
+        row, logged = killed_at_random(out, environment, min(left, 10), seed=rounds)
+        assert row["status"] == "completed" and row["final_weights_sha256"] == whole["final_weights_sha256"]
+        assert same_steps(out, tmp_path / "whole")
+        assert len(list(out.glob("runs/*/run.json"))) == 1 and not list(out.glob("runs/*/checkpoint-*"))
+        assert not list(out.glob("runs/*/.checkpoint-*")), os.listdir(next(out.glob("runs/*")))
+        rounds, left = rounds + 1, left - 10
+
+
+def same_steps(one, other):
+    logs = [next(out.glob("training_logs/*.jsonl")) for out in (one, other)]
+    rows = [[{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in log.read_bytes().splitlines()]
+            for log in logs]
+    return rows[0] == rows[1] and len(rows[0]) == 60
