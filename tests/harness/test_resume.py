@@ -1,11 +1,7 @@
 """A run that was stopped and goes on equals the one that was not, bit for bit, in every configuration."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from dataclasses import replace
@@ -16,6 +12,8 @@ import pytest
 from bench_cases import DTYPE_CONFIGS
 from harness import checkpoint
 from harness.checkpointing import Checkpointing
+from harness.cli import main
+from harness.pool import Pool
 from harness.resume import log_paths
 from harness.run import execute
 from harness.run_folder import finished_run
@@ -191,71 +189,71 @@ def test_a_finished_run_and_a_failed_one_start_over(small, tmp_path):
     assert "resumed" not in record.flags and record.steps_done == 7 and checkpoint.steps(folder) == []
 
 
-def command(more, out):
-    return [sys.executable, "-m", "harness", "case", "gpt2_single_cls", "amp_fp16", "--preset", "tiny", "--data", "embedded",
-            "--max-steps", "60", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--validation-documents", "2",
-            "--documents", "400", "--eval-every", "20", "--checkpoint-every", "3", "--out", str(out), *more]
+def ends(settings, out, kill_when=lambda logged: False):
+    """Run in a process of its own, from a fork server; SIGKILL it when ``kill_when(steps logged)`` says so."""
+    pool, log = Pool([settings], out, 1), out / log_paths(settings.run_id)["steps"]
+
+    def look():
+        for run in pool.running:
+            if kill_when(log.read_bytes().count(b"\n") if log.exists() else 0):
+                run.process.kill()
+
+    (ended,) = pool.run(look, seconds_between_ticks=0.002)
+    return ended
 
 
-def test_fresh_starts_over(tmp_path, command_environment):
-    process = subprocess.Popen(command([], tmp_path), env=command_environment, stderr=subprocess.PIPE)
-    wait_for_steps(tmp_path, 7, process)
-    process.kill()
-    process.communicate()
-    (run,) = (tmp_path / "runs").iterdir()
-    assert checkpoint.steps(run)
-    finished = subprocess.run(command(["--json", "--fresh"], tmp_path), env=command_environment, capture_output=True, text=True)
-    row = json.loads(finished.stdout)
-    assert row["status"] == "completed" and "resumed" not in row["flags"]
-    assert "goes on" not in finished.stderr
+def behind(steps, wait_s):
+    """Says that it is time ``wait_s`` after ``steps`` were logged: in a step, an evaluation or a checkpoint."""
+    def due(logged):
+        if logged < steps:
+            return False
+        time.sleep(wait_s)
+        return True
+
+    return due
 
 
-def wait_for_steps(out, count, process, timeout_s=120):
-    """Until the run has logged ``count`` steps or has ended."""
-    until = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < until:
-        logs = list(out.glob("training_logs/*.jsonl"))
-        if logs and logs[0].read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-
-
-def killed_at_random(out, environment, kills, seed):
-    """Kill and start the same command again ``kills`` times at random moments, then let it end; the row, and how
-    many steps were in the log at each death."""
-    rng = random.Random(seed)
-    logged = []
-    for _ in range(kills):
-        process = subprocess.Popen(command([], out), env=environment, stderr=subprocess.DEVNULL)
-        wait_for_steps(out, min(60, (logged[-1] if logged else 0) + rng.randint(0, 6)), process)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        log = next(iter(out.glob("training_logs/*.jsonl")), None)
-        logged.append(log.read_bytes().count(b"\n") if log else 0)
-    finished = subprocess.run(command(["--json"], out), env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout), logged
+def killed_at_random(settings, out, kills, rng):
+    """Kill and start again up to ``kills`` times at random moments, then let it end: the record, and how many
+    deaths there were."""
+    log = out / log_paths(settings.run_id)["steps"]
+    for deaths in range(kills):
+        logged = log.read_bytes().count(b"\n") if log.exists() else 0
+        when = behind(min(logged + rng.randint(0, 4), settings.max_steps - 1), rng.random() * 0.03)
+        ended = ends(settings, out, when)
+        if ended.record is not None:
+            return ended.record, deaths
+    return ends(settings, out).record, kills
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.soak)])
-def test_sigkill_at_random_moments_loses_nothing(tmp_path, command_environment, kills):
-    environment = {**command_environment, "OMP_NUM_THREADS": "1"}
-    whole = json.loads(subprocess.run(command(["--json"], tmp_path / "whole"), env=environment, capture_output=True,
-                                      text=True).stdout)
-    rounds, left = 0, kills
-    while left > 0:  # a run of 60 steps takes some ten kills
-        out = tmp_path / f"parts-{rounds}"
-        row, logged = killed_at_random(out, environment, min(left, 10), seed=rounds)
-        assert row["status"] == "completed" and row["final_weights_sha256"] == whole["final_weights_sha256"]
-        assert same_steps(out, tmp_path / "whole")
-        assert len(list(out.glob("runs/*/run.json"))) == 1 and not list(out.glob("runs/*/checkpoint-*"))
-        assert not list(out.glob("runs/*/.checkpoint-*")), os.listdir(next(out.glob("runs/*")))
-        rounds, left = rounds + 1, left - 10
+def test_sigkill_at_random_moments_loses_nothing(small, tmp_path, kills):
+    rng = random.Random(kills)
+    killed = rounds = 0
+    while killed < kills:
+        config = ("amp_fp16", "amp_bf16_8bit", "bf16_pure_sr")[rounds % 3]
+        settings = small(config, max_steps=40, eval_every=10, checkpoint_every=3)
+        whole, out = tmp_path / f"whole-{config}", tmp_path / f"parts-{rounds}"
+        if not whole.exists():
+            assert ends(settings, whole).record.status == "completed"
+        record, deaths = killed_at_random(settings, out, min(kills - killed, 15), rng)
+        killed, rounds = killed + deaths, rounds + 1
+        assert record.status == "completed" and written(settings, out) == written(settings, whole)
+        left = {path.name for path in (out / "runs" / settings.run_id).iterdir()}
+        assert not any("checkpoint" in name for name in left) and "run.json" in left
+    print(f"{killed} SIGKILLs in {rounds} runs, all as if there had been none")
 
 
-def same_steps(one, other):
-    logs = [next(out.glob("training_logs/*.jsonl")) for out in (one, other)]
-    rows = [[{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in log.read_bytes().splitlines()]
-            for log in logs]
-    return rows[0] == rows[1] and len(rows[0]) == 60
+def test_fresh_starts_over(small, tmp_path, capsys):
+    words = ["case", "gpt2_single_cls", "fp32_true", "--preset", "tiny", "--data", "embedded", "--max-steps", "7",
+             "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--validation-documents", "4",
+             "--documents", "400", "--eval-every", "3", "--out", str(tmp_path), "--json"]
+    settings = small("fp32_true")
+    for more, behind in ((["--fresh"], None), ([], [3])):
+        stopped_at(settings, tmp_path, 3)
+        assert main([*words, *more]) == 0
+        told = capsys.readouterr()
+        row = json.loads(told.out)
+        assert row["run_id"] == settings.run_id and row["status"] == "completed"
+        assert row["flags"].get("resumed", {}).get("behind_steps") == behind
+        assert ("goes on behind step 3, from checkpoint-3" in told.err) == (behind is not None)
