@@ -53,8 +53,8 @@ def matrix_command(options: argparse.Namespace) -> int:
     require_writable(out)
     for settings in {prepared_key(s): s for s in todo}.values():
         prepare(settings)
-    for settings in todo if options.fresh else ():
-        discard(out, settings.run_id)
+    for run_id in {*done, *(s.run_id for s in todo if options.fresh)}:  # those done: a process killed at its very end
+        discard(out, run_id)
     rows = dict(done)
     with Stop(patient=True).listening() as stop:
         try:

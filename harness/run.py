@@ -94,7 +94,7 @@ def _finish(folder: RunFolder, record: RunRecord) -> None:
     """The terminal row; what a run could go on from goes when there is nothing left to do."""
     try:
         folder.finish(record)
-        if record.status != "preempted":
+        if record.status in ("completed", "diverged", "unsupported"):
             resume.discard(folder.out, record.run_id)
     except OSError as error:
         raise output_error(error, folder.out) or error from error
