@@ -1,7 +1,11 @@
 """A run that was stopped and goes on equals the one that was not, bit for bit, in every configuration."""
 
 import json
+import math
+import os
 import random
+import shutil
+import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -257,3 +261,60 @@ def test_fresh_starts_over(small, tmp_path, capsys):
         assert row["run_id"] == settings.run_id and row["status"] == "completed"
         assert row["flags"].get("resumed", {}).get("behind_steps") == behind
         assert ("goes on behind step 3, from checkpoint-3" in told.err) == (behind is not None)
+
+
+FILE_OPERATIONS = ("write", "fsync", "mkdir", "rename", "replace", "truncate", "unlink", "rmdir")
+
+
+def dies_at(patch, operation):
+    """From the ``operation``-th file operation of this thread on, all of them raise: nothing more reaches the disk
+    but half of a write. The list returned grows with each."""
+    seen = []
+
+    def dying(name, real):
+        def call(*arguments, **options):
+            if threading.current_thread() is threading.main_thread():
+                seen.append(name)
+                if len(seen) == operation and name == "write":
+                    real(arguments[0], arguments[1][:len(arguments[1]) // 2])
+                if len(seen) >= operation:
+                    raise Killed
+            return real(*arguments, **options)
+        return call
+
+    for name in FILE_OPERATIONS:
+        patch.setattr(os, name, dying(name, getattr(os, name)))
+    return seen
+
+
+@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.soak), 0.03])
+@pytest.mark.parametrize("behind_step", [0, 3], ids=["from the beginning", "from a checkpoint"])
+def test_a_death_at_any_file_operation_loses_nothing(small, tmp_path, share, behind_step):
+    settings = small("amp_fp16", max_steps=5, eval_every=2, checkpoint_every=2)
+    execute(settings, tmp_path / "whole")
+    expected, begun = written(settings, tmp_path / "whole"), tmp_path / "begun"
+    begun.mkdir()
+    if behind_step:
+        stopped_at(settings, begun, behind_step)
+    log = log_paths(settings.run_id)["steps"]
+
+    def dies(operation):
+        shutil.copytree(begun, tmp_path / "out")
+        with pytest.MonkeyPatch.context() as patch:
+            seen = dies_at(patch, operation)
+            execute(settings, tmp_path / "out")
+        return len(seen)
+
+    operations = dies(math.inf)
+    shutil.rmtree(tmp_path / "out")
+    sample = sorted(random.Random(0).sample(range(1, operations + 1), math.ceil(share * operations)))
+    for operation in sample:
+        with pytest.raises(Killed):
+            dies(operation)
+        *lines, torn = (tmp_path / "out" / log).read_bytes().split(b"\n") if (tmp_path / "out" / log).exists() else [b""]
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert len(lines) >= behind_step
+        execute(settings, tmp_path / "out")
+        assert written(settings, tmp_path / "out") == expected, f"death at operation {operation}"
+        shutil.rmtree(tmp_path / "out")
+    print(f"{operations} file operations, {len(sample)} deaths")
