@@ -18,7 +18,7 @@ import torch
 
 from harness import checkpoint
 from harness.checkpoint import CheckpointError, Progress
-from harness.run_folder import OF_THE_OLD_RUN, OutputError, RunFolder, finished_run, require_writable
+from harness.run_folder import OF_THE_OLD_RUN, OutputError, RunFolder, finished_run
 from harness.settings import RunSettings
 from harness.training import Training
 from instrument.environment import capture
@@ -143,7 +143,6 @@ class ContinuedFolder(RunFolder):
     """The folder of a run that goes on: its logs up to the checkpoint, everything later removed."""
 
     def __init__(self, out: Path, run_id: str, resumption: Resumption) -> None:
-        require_writable(out)
         self.out = out
         self.path = out / "runs" / run_id
         try:

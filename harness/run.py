@@ -18,7 +18,7 @@ from harness.output_failure import output_error
 from harness.planning import data_options
 from harness.precision import Unsupported
 from harness.resume import Resumption
-from harness.run_folder import RunFolder, write_machine
+from harness.run_folder import RunFolder, require_writable, write_machine
 from harness.settings import RunSettings
 from harness.signals import Stop, Stopped
 from harness.summary import Outcome, summarize
@@ -46,6 +46,7 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     batches = make_batches(settings, data)
     outcome.facts |= {"n_params": sum(p.numel() for p in model.parameters()),
                       "init_sha256": weights_sha256(model), "data_sha256": batches.sha256(settings.max_steps)}
+    require_writable(out)
     resumption, skipped = resume.find(settings, out, outcome.facts)
     folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else \
         resume.start_over(out, settings.run_id)
