@@ -80,6 +80,7 @@ def _case(command: argparse.ArgumentParser) -> None:
     _both(command, "--model-arch", metavar="ARCH", help="with --task: the case, the long way")
     _both(command, "--dtype-config", metavar="CONFIG", help="the dtype configuration, the long way")
     command.add_argument("--seed", type=int, default=0, help="default 0")
+    _fresh(command)
     _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
     _own_model(command)
     _sizes(command)
@@ -99,11 +100,18 @@ def _matrix(command: argparse.ArgumentParser) -> None:
           help="do not run the control configurations of a run that diverged")
     command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
     command.add_argument("--rerun", action="store_true", help="run again what is already done")
+    _fresh(command)
     _both(command, "--dry-run", action="store_true", help="print the plan and stop")
     _own_model(command)
     _sizes(command)
     _out(command)
     _json(command)
+
+
+def _fresh(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fresh", action="store_true",
+                         help="start over: what was stopped does not go on from its checkpoint (in a matrix: nor is what is "
+                              "done taken as done)")
 
 
 def _flops(command: argparse.ArgumentParser) -> None:
@@ -170,6 +178,11 @@ def _sizes(command: argparse.ArgumentParser) -> None:
     run.add_argument("--dropout", type=float, default=0.0, help="default 0: the same for every configuration")
     run.add_argument("--sdpa", dest="attention", choices=ATTENTION_CHOICES, default="auto",
                      help="attention backend; default: the one that takes every dtype")
+    _both(run, "--checkpoint-every", type=int, default=0, metavar="N",
+          help="write a checkpoint behind every N steps; default 0: only when a signal (Ctrl-C, SIGTERM) stops the run")
+    run.add_argument("--mtbf", dest="mtbf_s", type=float, metavar="SECONDS",
+                     help="the machine lasts this long on average: a checkpoint every sqrt(2 x cost of one x SECONDS) "
+                          "seconds (Young/Daly), the cost as measured")
     run.add_argument("--instrument", choices=INSTRUMENT_LEVELS, default="light",
                      help="how much is measured: off, light (default), full")
     run.add_argument("--trace", dest="trace_steps", type=int, nargs="?", const=3, default=0, metavar="N",

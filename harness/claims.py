@@ -71,10 +71,12 @@ class Claim:
         if self.fd < 0:
             return
         background.cancel(self.job)
-        if self.is_held:  # or its folder vanished, or it is another's by now
-            self.path.unlink(missing_ok=True)
-        os.close(self.fd)
-        self.fd = -1
+        try:
+            if self.is_held:  # or its folder vanished, or it is another's by now
+                self.path.unlink(missing_ok=True)
+        finally:  # the lock goes, whatever becomes of the file
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> Claim:
         return self

@@ -93,6 +93,7 @@ def _exit_code(error: Exception) -> int | None:
     from bench_cases.lookup import BadDeclaration, UnknownId
     from bench_cases.models import ModelError
     from bench_cases.reach import WeightsUnavailable
+    from harness.claims import RunClaimed
     from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
     from harness.inspect.locate import RunNotFound, RunUnreadable
     from harness.run_folder import OutputError
@@ -101,5 +102,5 @@ def _exit_code(error: Exception) -> int | None:
     codes = {UnknownId: USAGE, BadDeclaration: USAGE, SettingsError: USAGE, ModelError: USAGE,
              RunNotFound: USAGE, RunUnreadable: BAD_DATA, NothingToReplay: USAGE, SnapshotError: BAD_DATA,
              RebuildError: ENVIRONMENT, DataError: BAD_DATA, DataUnavailable: ENVIRONMENT,
-             WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT}
+             WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT, RunClaimed: ENVIRONMENT}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

@@ -18,8 +18,10 @@ from harness.forensics.investigate import investigate
 from harness.forensics.phase_trace import PhaseTrace
 from harness.forensics.stored import store
 from harness.optimizer import rounded_away_share
+from harness.resume import Resumption
 from harness.run_folder import RunFolder
 from harness.settings import RunSettings
+from harness.signals import Stopped
 from harness.training import Training
 from instrument.files import replace
 from instrument.forensics_record import ForensicsRecord
@@ -54,7 +56,8 @@ LEVELS = {"off": None, "light": Level(leaf_every=16, snapshot_every=50, explaine
 class Instruments:
     """Everything beside the meter; a context around the training steps."""
 
-    def __init__(self, settings: RunSettings, training: Training, folder: RunFolder) -> None:
+    def __init__(self, settings: RunSettings, training: Training, folder: RunFolder,
+                 resumption: Resumption | None = None) -> None:
         self.level: Level | None = LEVELS[settings.instrument]
         self.training, self.folder, self.settings = training, folder, settings
         self.forensics: ForensicsRecord | None = None
@@ -62,30 +65,37 @@ class Instruments:
         self.taps: ModuleTaps | None = None
         self.sampler: Sampler | None = None
         self._snapshot = None
-        self._skips = 0
+        self._resumption = resumption
+        self._skips = resumption.scaler_skips if resumption else 0
+        self._left: dict[str, object] | None = None
         self._running = False
         self._timed: list[int] | None = None
         """Steps and real tokens since the sampler's window began."""
         if self.level is None:
             return
+        earlier = resumption.progress.taps if resumption else None
         if not settings.compile:  # hooks would break the compiled graph
             self.taps = ModuleTaps(training.model, training.precision.device, every=self.level.leaf_every, skip_output=True,
                                    kept_steps=max(KEPT_STEPS, 2 * settings.log_every))
-        self._modules = ModuleLog(folder.path / "activations.jsonl")
+            if earlier is not None:
+                self.taps.go_on(earlier)
+        self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resumption is None)
         self.sampler = Sampler(folder.path / "hardware.jsonl", gpu_uuid=_gpu_uuid(training.precision.device))
-        self._snapshot = training.snapshot(0)
+        self._snapshot = training.snapshot(resumption.step if resumption else 0)
 
     def __enter__(self) -> Instruments:
         if self.sampler is not None:
             self.sampler.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._clock(False)
         if self.sampler is not None:
             self.hardware = self.sampler.stop(window=TIMED)
         if self.taps is not None:
-            self._modules.add(self.taps.read())
+            if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
+                self._modules.add(self.taps.read())
+            self._left = self.taps.left()
             self.taps.close()
         if self.level is not None:
             self._modules.close()
@@ -115,6 +125,10 @@ class Instruments:
         if running:
             self._clock(True)
 
+    def left(self) -> dict[str, object] | None:
+        """What of the modules' readings waits to be written, for a checkpoint."""
+        return self._left if self.taps is None or self._left is not None else self.taps.left()
+
     def _clock(self, running: bool) -> None:
         """Begin or end a window of timed steps for the sampler."""
         if self.sampler is None or running == self._running:
@@ -139,7 +153,9 @@ class Instruments:
         """Fields of the run's row."""
         if self.sampler is None:
             return {}
-        return {"energy_j": self.hardware.get("energy_j"), "peak_device_bytes": self.hardware.get("peak_device_bytes")}
+        # A part's joules under the run's name would disguise that the others are missing; its peak is one of equals.
+        energy_j = None if self._resumption else self.hardware.get("energy_j")
+        return {"energy_j": energy_j, "peak_device_bytes": self.hardware.get("peak_device_bytes")}
 
     def flags(self) -> dict[str, object]:
         """What goes into the row's ``flags``."""
@@ -151,7 +167,11 @@ class Instruments:
                                  instrument_bytes=self.own_bytes()["device"])
         steps, real_tokens = self._timed or (0, 0)
         energy = energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
-        return {"hardware": self.hardware | energy, "memory_split": split, "instrument_bytes": self.own_bytes()}
+        hardware = self.hardware | energy
+        if self._resumption:
+            step = self._resumption.step
+            hardware |= {"part": f"behind step {step}; what was before is in hardware.until-{step}.jsonl"}
+        return {"hardware": hardware, "memory_split": split, "instrument_bytes": self.own_bytes()}
 
     def own_bytes(self) -> dict[str, int]:
         """Memory that the instruments hold: the module ring on the device, the snapshot on the host."""

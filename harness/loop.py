@@ -3,7 +3,7 @@ scaler's own check."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,11 @@ class LoopOptions:
 
 
 def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches, precision: Precision,
-          meter: StepMeter, options: LoopOptions, steps: Iterable[int] | None = None) -> Iterator[Reading]:
-    """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and ends after
-    a divergence."""
-    steps = list(steps or range(1, options.max_steps + 1))
+          meter: StepMeter, options: LoopOptions, steps: Iterable[int] | None = None,
+          cut: Callable[[int], bool] = lambda step: False) -> Iterator[Reading]:
+    """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and wherever
+    ``cut(step)`` asks for one, and ends after a divergence."""
+    steps = list(range(1, options.max_steps + 1) if steps is None else steps)
     for step in steps:
         lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps,
                            max_steps=options.max_steps)
@@ -63,7 +64,7 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer.zero_grad(set_to_none=True)
         meter.end_step()
 
-        if meter.due or step == steps[-1]:
+        if meter.due or cut(step) or step == steps[-1]:
             reading = meter.read()
             yield reading
             if reading.divergence is not None:

@@ -17,14 +17,18 @@ from bench_cases.data import load_data
 from bench_cases.models import build_model
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
+from harness.claims import RunClaimed
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
+from harness.output_failure import output_error
 from harness.planning import choose_device, data_options, plan_run, results_folder
 from harness.pool import Ended, Pool
 from harness.predict.store import store_all
+from harness.resume import discard
 from harness.run import make_batches, model_request
-from harness.run_folder import finished_run, require_writable, write_index, write_terminal
+from harness.run_folder import OutputError, finished_run, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
+from harness.signals import Stop
 from harness.summary import Outcome, summarize
 from instrument.records import RunRecord, encode
 
@@ -35,7 +39,8 @@ def matrix_command(options: argparse.Namespace) -> int:
     out = results_folder(options.out, device)
     planned = plan(options, device)
     jobs = choose_jobs(options.jobs, planned, device)
-    done = {} if options.rerun else already_done(planned, out)
+    again = options.rerun or options.fresh
+    done = {} if again else already_done(planned, out)
     if not options.no_follow_up:  # deaths whose controls an interrupted or an earlier matrix left undone
         dead = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
         planned = distinct([*planned, *(control for s in dead for control in controls_of(s))])
@@ -50,13 +55,18 @@ def matrix_command(options: argparse.Namespace) -> int:
     require_writable(out)
     for settings in {prepared_key(s): s for s in todo}.values():
         prepare(settings)
+    for run_id in {*done, *(s.run_id for s in todo if options.fresh)}:  # those done: a process killed at its very end
+        discard(out, run_id)
     rows = dict(done)
-    try:
-        for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up):
-            rows[record.run_id] = record
-    except KeyboardInterrupt:
+    with Stop(patient=True).listening() as stop:
+        try:
+            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop):
+                rows[record.run_id] = record
+        except OSError as error:
+            raise output_error(error, out) or error from error
+    if stop.requested:
         screen.finish(rows.values())
-        print("interrupted: the same command goes on with what is not done yet", file=sys.stderr)
+        print(f"stopped by {stop.requested}: the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
     screen.finish(rows.values())
     store_all(sorted({row.case for row in rows.values()}), out)
@@ -98,15 +108,25 @@ def settled(record: RunRecord | None) -> RunRecord | None:
     return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
 
 
-def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *,
-            follow_up: bool) -> Iterable[RunRecord]:
-    """Yield every row as it comes; a diverged run brings its control configurations along."""
+def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *, follow_up: bool,
+            stop: Stop) -> Iterable[RunRecord]:
+    """Yield every row as it comes; a diverged run brings its control configurations along. A folder that one run
+    could not write ends them all, and raises `OutputError` when they have ended."""
     queue = list(todo)
     known = {settings.run_id for settings in todo}
-    pool = Pool(queue, out, jobs)
+    pool, unwritable = Pool(queue, out, jobs, stop), None
     with screen.live(pool):
         for ended in pool.run(screen.tick):
-            record = ended.record or crashed(ended, out)
+            if isinstance(ended.failure, OutputError):
+                unwritable = unwritable or ended.failure
+                stop.request("a folder that cannot be written")
+                continue
+            if isinstance(ended.failure, RunClaimed):
+                screen.console.print(f"  {ended.failure}: left to it", markup=False)
+                continue
+            record = ended.record or (crashed(ended, out) if ended.failure else finished_run(out, ended.settings.run_id))
+            if record is None:  # stopped before it could write a row
+                continue
             if follow_up and record.status == "diverged":
                 controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
                 known |= {c.run_id for c in controls}
@@ -114,6 +134,8 @@ def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen,
                 screen.expect(controls)
             screen.ended(record, ended.duration_s)
             yield record
+    if unwritable is not None:
+        raise unwritable
     write_index(out)
 
 

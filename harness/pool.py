@@ -15,7 +15,10 @@ from pathlib import Path
 
 import torch
 
+from harness.claims import RunClaimed
+from harness.run_folder import OutputError
 from harness.settings import RunSettings
+from harness.signals import Stop
 from instrument.records import RunRecord, StepRecord
 
 
@@ -32,21 +35,24 @@ class Running:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that is over: its row, or why there is none."""
+    """A run that is over: its row, or why there is none. Both None: it was stopped before it could write one."""
 
     settings: RunSettings
     record: RunRecord | None
-    failure: str | None
+    failure: str | OutputError | RunClaimed | None
     duration_s: float
 
 
 class Pool:
-    """At most ``jobs`` runs at a time, in the order of ``queue`` (which may grow meanwhile)."""
+    """At most ``jobs`` runs at a time, in the order of ``queue`` (which may grow meanwhile). When ``stop`` is
+    requested no other run begins, and those that run end behind a checkpoint."""
 
-    def __init__(self, queue: list[RunSettings], out: Path, jobs: int) -> None:
+    def __init__(self, queue: list[RunSettings], out: Path, jobs: int, stop: Stop | None = None) -> None:
         self.queue = queue
         self.out = out
         self.jobs = jobs
+        self.stop = stop or Stop()
+        self._told = False
         self.running: list[Running] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
@@ -55,8 +61,9 @@ class Pool:
     def run(self, tick: Callable[[], None], seconds_between_ticks: float = 0.25) -> Iterator[Ended]:
         """Yield every run as it ends; ``tick`` is called while waiting. Leaves no process behind."""
         try:
-            while self.queue or self.running:
-                while self.queue and len(self.running) < self.jobs:
+            while self.running or (self.queue and not self.stop.requested):
+                self._pass_on_the_stop()
+                while self.queue and len(self.running) < self.jobs and not self.stop.requested:
                     self.running.append(self._start(self.queue.pop(0)))
                 ready = wait([run.reports for run in self.running], timeout=seconds_between_ticks)
                 for run in [run for run in self.running if run.reports in ready]:
@@ -66,9 +73,16 @@ class Pool:
                         yield ended
                 tick()
         finally:
+            for run in self.running:  # a second signal, or an error of ours
+                run.process.kill()
+                run.process.join()
+
+    def _pass_on_the_stop(self) -> None:
+        """Once: the processes have groups and terminals in common with us by chance only."""
+        if self.stop.requested and not self._told:
+            self._told = True
             for run in self.running:
                 run.process.terminate()
-                run.process.join()
 
     def _start(self, settings: RunSettings) -> Running:
         here, there = self._context.Pipe(duplex=False)
@@ -77,12 +91,11 @@ class Pool:
         there.close()
         return Running(settings, process, here)
 
-    @staticmethod
-    def _receive(run: Running) -> Ended | None:
+    def _receive(self, run: Running) -> Ended | None:
         """Take one message; None while the run goes on."""
         try:
             message = run.reports.recv()
-        except EOFError:  # the process is gone without its last word
+        except (EOFError, ConnectionResetError):  # the process is gone without its last word
             message = None
         if isinstance(message, StepRecord):
             run.last_step = message
@@ -91,6 +104,8 @@ class Pool:
         duration_s = time.monotonic() - run.started_s
         if isinstance(message, RunRecord):
             return Ended(run.settings, message, None, duration_s)
+        if message is None and self._told:  # it had not begun to listen, or nothing to finish
+            return Ended(run.settings, None, None, duration_s)
         return Ended(run.settings, None, message or _death(run.process.exitcode), duration_s)
 
 

@@ -54,13 +54,17 @@ class Request:
     instrument: str = "light"
     trace_steps: int = 0
     memory_snapshot: bool = False
+    checkpoint_every: int = 0
+    mtbf_s: float | None = None
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """One run, fully decided. ``eval_every`` 0 evaluates at the start and at the end only;
     ``log_every`` is the number of steps between two reads of the device; ``instrument`` is one of
-    `INSTRUMENT_LEVELS`, and ``trace_steps`` how many of the last steps are run again under the profiler."""
+    `INSTRUMENT_LEVELS`, and ``trace_steps`` how many of the last steps are run again under the profiler.
+    Checkpoints: behind every ``checkpoint_every`` steps, or as often as a machine that lasts ``mtbf_s``
+    seconds on average makes worth it; 0 and None: on a signal only."""
 
     case: Case
     config: DtypeConfig
@@ -92,6 +96,8 @@ class RunSettings:
     instrument: str = "light"
     trace_steps: int = 0
     memory_snapshot: bool = False
+    checkpoint_every: int = 0
+    mtbf_s: float | None = None
 
     @property
     def run_id(self) -> str:
@@ -113,7 +119,7 @@ class RunSettings:
     def as_config(self) -> dict[str, Any]:
         """The settings as plain data, for the record's ``config`` and for the hash."""
         plain = dataclasses.asdict(self)
-        for not_numerics in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot"):
+        for not_numerics in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"):
             del plain[not_numerics]
         for only_words in ("scenario", "in_default_matrix"):
             del plain["case"][only_words]
@@ -138,12 +144,16 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         value = getattr(asked, name)
         if value is not None and value <= 0:
             raise SettingsError(f"{name} is {value}; it must be at least 1")
-    for name in ("eval_every", "threads", "trace_steps"):
+    for name in ("eval_every", "threads", "trace_steps", "checkpoint_every"):
         value = getattr(asked, name)
         if value is not None and value < 0:
             raise SettingsError(f"{name} is {value}; it must be at least 0")
     if asked.instrument not in INSTRUMENT_LEVELS:
         raise SettingsError(f"instrument is {asked.instrument!r}; allowed: {', '.join(INSTRUMENT_LEVELS)}")
+    if asked.mtbf_s is not None and not (math.isfinite(asked.mtbf_s) and asked.mtbf_s > 0):
+        raise SettingsError(f"mtbf is {asked.mtbf_s:g} s; it must be a positive number of seconds")
+    if asked.mtbf_s is not None and asked.checkpoint_every:
+        raise SettingsError("--checkpoint-every and --mtbf both say how often to write a checkpoint; give one of them")
     if seed < 0:
         raise SettingsError(f"seed is {seed}; it must be at least 0")
     batch_size = asked.batch_size or preset.batch_size
@@ -180,7 +190,8 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         validation_documents=asked.validation_documents or preset.validation_documents,
         dropout=asked.dropout, attention=asked.attention, compile=asked.compile,
         bucket_by_length=asked.bucket_by_length, text_field=asked.text_field, label_field=asked.label_field,
-        instrument=asked.instrument, trace_steps=asked.trace_steps, memory_snapshot=asked.memory_snapshot)
+        instrument=asked.instrument, trace_steps=asked.trace_steps, memory_snapshot=asked.memory_snapshot,
+        checkpoint_every=asked.checkpoint_every, mtbf_s=asked.mtbf_s)
 
 
 def choose_preset(asked: str, device: str) -> str:

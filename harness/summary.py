@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import statistics
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -28,6 +30,22 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
+    resumed_behind: list[int] = field(default_factory=list)
+    began_s: float = field(default_factory=time.perf_counter)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        """Count ``seconds`` more for a part of the run."""
+        self.timings_s[name] = self.timings_s.get(name, 0.0) + seconds
+
+    def timings_now_s(self) -> dict[str, float]:
+        """The time spent so far, by part and in ``total``; of all processes that had a part in the run."""
+        return self.timings_s | {"total": self.timings_s.get("total", 0.0) + time.perf_counter() - self.began_s}
+
+    def warm_steps(self, untimed_steps: int) -> list[StepRecord]:
+        """The steps, those without their time that come as soon behind a continuation as the untimed ones come
+        behind the beginning: a process' first steps are slow."""
+        cold = {step for behind in self.resumed_behind for step in range(behind + 1, behind + 1 + untimed_steps)}
+        return [msgspec.structs.replace(s, step_time_s=None) if s.step in cold else s for s in self.steps]
 
 
 def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
@@ -50,7 +68,7 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         train_loss_final=statistics.fmean(finite[-max(1, len(outcome.steps) // 10):]) if finite else None,
         val_loss=last and last.val_loss, perplexity=last and last.perplexity, f1_micro=last and last.f1_micro,
         f1_macro=last and last.f1_macro, f1_micro_tuned=last and last.f1_micro_tuned,
-        **throughput(outcome.steps[settings.untimed_steps:]),
+        **throughput(outcome.warm_steps(settings.untimed_steps)[settings.untimed_steps:]),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         scaler_skips=sum(s.step_skipped for s in outcome.steps), instrument=settings.instrument,
         env=capture(device), config=settings.as_config(),
@@ -60,7 +78,8 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
 
 def throughput(steps: list[StepRecord]) -> dict[str, float | int | None]:
     """Rates over the timed steps: total over total, never a mean of ratios."""
-    times = [s.step_time_s for s in steps if s.step_time_s is not None]
+    steps = [s for s in steps if s.step_time_s is not None]
+    times = [s.step_time_s for s in steps]
     if not times:
         return {"timed_steps": 0}
     total_s = sum(times)

@@ -51,6 +51,11 @@ class CaseScreen:
         self._announce()
         if isinstance(record, EvaluationRecord):
             self.console.print(f"  evaluation at step {record.step}: {evaluation_words(record)}")
+        elif isinstance(record, EventRecord) and record.kind == "resumed":
+            for why in record.detail["skipped"]:
+                self.console.print(f"  skipped {why}", style="yellow", markup=False)
+            self.console.print(f"  goes on behind step {record.step}, from checkpoint-{record.step}" if record.step else
+                               "  no checkpoint can be used: starts over", markup=False)
         elif isinstance(record, EventRecord):
             self.console.print(f"  step {record.step}: {record.kind} {record.detail}", style="yellow", markup=False)
         elif self._bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +51,11 @@ class Training:
         return StepMeter(self.model, self.optimizer, self.precision.device, window=window, taps=taps,
                          micro_batches=s.batch_size // s.micro_batch, warmup_steps=s.warmup_steps)
 
-    def train(self, meter: StepMeter, steps: Iterable[int] | None = None) -> Iterator[Reading]:
-        """Train, all steps or the given ones."""
-        return train(self.settings.case, self.forward, self.optimizer, self.batches, self.precision, meter, self.options, steps)
+    def train(self, meter: StepMeter, steps: Iterable[int] | None = None,
+              cut: Callable[[int], bool] = lambda step: False) -> Iterator[Reading]:
+        """Train, all steps or the given ones; ``cut`` asks for a reading behind a step."""
+        return train(self.settings.case, self.forward, self.optimizer, self.batches, self.precision, meter, self.options,
+                     steps, cut)
 
     def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
         """Run one step from the present state, eagerly; a recorder is told the losses."""

@@ -8,38 +8,59 @@ use a CUDA context made before the fork.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.roberta.modeling_roberta  # noqa: F401  (paid here, once)
 
+from harness import checkpoint
+from harness.claims import RunClaimed, owner_of
 from harness.run import execute
+from harness.run_folder import OutputError
 from harness.settings import RunSettings
+from harness.signals import Stop
 from instrument.records import RunRecord, StepRecord
 
 
 def run_in_process(settings: RunSettings, out: Path, reports: Connection) -> None:
-    """Execute one run; sends `StepRecord`s while it goes, then the `RunRecord` or the error's text."""
-    _redirect_output(out, settings.run_id)
+    """Execute one run; sends `StepRecord`s while it goes, then the `RunRecord`, the error's text, an
+    `OutputError` or a `RunClaimed`. SIGTERM ends it behind a checkpoint."""
+    stop = Stop()
+    stop.obey_the_matrix()
     try:
-        record: RunRecord | str = execute(settings, out, lambda row: _send_steps(reports, row))
+        if (owner := owner_of(out, settings.run_id)) is not None:  # before its output is written to
+            raise RunClaimed(settings.run_id, owner)
+        _redirect_output(out, settings.run_id)
+        ended: RunRecord | OutputError | RunClaimed | str = execute(settings, out, lambda row: _send_steps(reports, row, stop), stop=stop)
+    except (OutputError, RunClaimed) as error:  # every other run's, too; and nobody's row
+        ended = error
     except Exception as error:
-        record = f"{type(error).__name__}: {error}"
-    reports.send(record)
+        ended = f"{type(error).__name__}: {error}"
+    with suppress(BrokenPipeError):
+        reports.send(ended)
     reports.close()
 
 
-def _send_steps(reports: Connection, row: object) -> None:
+def _send_steps(reports: Connection, row: object, stop: Stop) -> None:
     if isinstance(row, StepRecord):
-        reports.send(row)
+        try:
+            reports.send(row)
+        except BrokenPipeError:  # killed; whoever starts it again must not find this process in the way
+            stop.request("the end of the matrix")
 
 
 def _redirect_output(out: Path, run_id: str) -> None:
-    """Libraries' warnings go into the run's folder, not through the live table."""
+    """Libraries' warnings go into the run's folder, not through the live table; those of a run that goes on are
+    added to."""
     path = out / "runs" / run_id / "output.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    goes_on = os.O_APPEND if checkpoint.steps(path.parent) else os.O_TRUNC
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | goes_on, 0o644)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)

@@ -9,7 +9,7 @@ first non-finite value is exact whatever the window, because every step has its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -88,6 +88,11 @@ class StepMeter:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._explosion = ExplosionDetector(warmup_steps)
         self._states: list[tuple[str, str, torch.Tensor]] = []
+
+    def go_on(self, earlier: Iterable[StepRecord]) -> None:
+        """Take in the steps of a run that is continued, in order: the explosion detector looks back at them."""
+        for record in earlier:
+            self._explosion.exploded(record.step, record.loss)
 
     def begin_step(self, step: int, lr: float, loss_scale: torch.Tensor | None) -> None:
         """Start the clock of attempted update ``step``; ``loss_scale`` is a device scalar or None."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from harness.forensics.failures import NothingToReplay, SnapshotError
 from harness.training import Training
+from instrument import files
 from instrument.replay.snapshot import NamedState, Snapshot
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: the facts have a checksum of their own."""
 MOST_BYTES = 8_000_000_000
 FOLDER, TENSORS, FACTS = "snapshot", "tensors.safetensors", "snapshot.json"
 
@@ -39,40 +39,43 @@ def store(snapshot: Snapshot, run_folder: Path, run_id: str, *, most_bytes: int 
     """Keep a snapshot in its run's folder, in place of an older one. Never raises: a failed run is a
     result also without its snapshot."""
     folder = run_folder / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
     if snapshot.nbytes > most_bytes:
+        files.remove_folder(folder)
         return Stored(None, snapshot.nbytes, f"the snapshot of {snapshot.nbytes / 1e9:.1f} GB is larger than the "
                                              f"{most_bytes / 1e9:.1f} GB that are kept")
-    writing = run_folder / f".{FOLDER}-{os.getpid()}"
     try:
-        writing.mkdir(parents=True)
-        _write(snapshot.named(), writing, run_id)
-        writing.rename(folder)
+        with files.placing_folder(folder) as writing:
+            write_state(snapshot.named(), writing, run_id)
     except (OSError, SafetensorError, TypeError, ValueError) as error:  # a full disk, an optimizer that keeps odd things
         return Stored(None, snapshot.nbytes, f"the snapshot could not be written: {error}")
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return Stored(FOLDER, snapshot.nbytes)
 
 
 def read_state(run_folder: Path, run_id: str) -> NamedState:
     """The stored state of a run; raises `NothingToReplay` or `SnapshotError`."""
-    folder = run_folder / FOLDER
     try:
-        facts = json.loads((folder / FACTS).read_bytes())
-        with (folder / TENSORS).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if facts["schema"] != SCHEMA:
-            raise SnapshotError(f"{folder / FACTS} has schema {facts['schema']}; this version reads {SCHEMA}")
-        if facts["run_id"] != run_id:
-            raise SnapshotError(f"{folder} is the snapshot of {facts['run_id']}, not of {run_id}")
-        if facts["tensors_sha256"] != sha256:
-            raise SnapshotError(f"{folder / TENSORS} has changed since it was written (its checksum differs)")
-        return _state(facts["state"], load_file(folder / TENSORS))
+        return read_folder(run_folder / FOLDER, run_id)[0]
     except FileNotFoundError as error:
         raise NothingToReplay(f"{run_id} has no stored snapshot ({error.filename} is missing): one of up to "
                               f"{MOST_BYTES / 1e9:.0f} GB is kept when a run under --instrument light or full ends in a "
                               "non-finite value") from error
+
+
+def read_folder(folder: Path, run_id: str) -> tuple[NamedState, dict[str, Any]]:
+    """The state in a folder and what was written ``more``; raises `FileNotFoundError` or `SnapshotError`."""
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+        with (folder / TENSORS).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if facts["schema"] not in (1, SCHEMA):
+            raise SnapshotError(f"{folder / FACTS} has schema {facts['schema']}; this version reads up to {SCHEMA}")
+        if facts["schema"] == SCHEMA and facts.pop("facts_sha256") != _digest(facts):
+            raise SnapshotError(f"{folder / FACTS} has changed since it was written (its checksum differs)")
+        if facts["run_id"] != run_id:
+            raise SnapshotError(f"{folder} is the snapshot of {facts['run_id']}, not of {run_id}")
+        if facts["tensors_sha256"] != sha256:
+            raise SnapshotError(f"{folder / TENSORS} has changed since it was written (its checksum differs)")
+        return _state(facts["state"], load_file(folder / TENSORS)), facts.get("more", {})
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise SnapshotError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -86,15 +89,22 @@ def load(run_folder: Path, training: Training) -> Snapshot:
         raise SnapshotError(f"{run_folder / FOLDER}: {error}") from error
 
 
-def _write(state: NamedState, folder: Path, run_id: str) -> None:
+def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, Any] | None = None) -> None:
+    """Write a state, and ``more`` plain facts with it, into an empty folder (of `files.placing_folder`, which syncs it)."""
     save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / TENSORS)
     (folder / TENSORS).chmod(0o644)  # as every other result file; safetensors lets the owner alone read
     with (folder / TENSORS).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {"schema": SCHEMA, "run_id": run_id, "tensors_sha256": sha256,
              "state": {"step": state.step, "devices": state.devices, "aliases": state.aliases, "states": state.states,
-                       "groups": state.groups, "scaler": state.scaler}}
+                       "groups": state.groups, "scaler": state.scaler}, "more": more or {}}
+    facts["facts_sha256"] = _digest(facts)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    """SHA-256 of facts as JSON, whatever their order and layout."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _state(facts: dict[str, Any], tensors: dict) -> NamedState:

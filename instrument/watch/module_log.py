@@ -36,8 +36,8 @@ class ModuleRecord(Record, frozen=True, kw_only=True):
 class ModuleLog:
     """Writes a line for every module and direction in each batch of readings it is given."""
 
-    def __init__(self, path: Path) -> None:
-        self._log = JsonlLog(path, fresh=True)
+    def __init__(self, path: Path, *, fresh: bool = True) -> None:
+        self._log = JsonlLog(path, fresh=fresh)
 
     def add(self, readings: Iterable[TapReading]) -> None:
         """Sum up and append."""

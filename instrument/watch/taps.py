@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -89,6 +90,8 @@ class ModuleTaps:
         self._measured: set[int] = set()  # in this step's forward passes
         self._skip_output = skip_output
         self._block_handles, self._step_handles = [], []
+        self._earlier: list[TapReading] = []
+        self._earlier_steps = 0
         if order:
             self._ring = ActivationRing(2 * len(order), steps=kept_steps, device=device)
             self._slots = [self._ring.at(slot) for slot in range(2 * len(order))]
@@ -129,7 +132,7 @@ class ModuleTaps:
     @property
     def pending_steps(self) -> int:
         """Steps begun since the last `read`; more than ``kept_steps`` of them cannot be kept."""
-        return self._ticks - self._read_ticks
+        return self._earlier_steps + self._ticks - self._read_ticks
 
     @property
     def nearly_full(self) -> bool:
@@ -143,10 +146,26 @@ class ModuleTaps:
 
     def read(self) -> list[TapReading]:
         """The readings since the last call, by step and module; waits for the device."""
+        readings = self._unread()
+        self._read_ticks, self._earlier, self._earlier_steps = self._ticks, [], 0
+        return readings
+
+    def left(self) -> dict[str, Any]:
+        """What a continued run needs to go on as if it had not been stopped, as plain data: the readings that
+        wait, which still wait afterwards, and which modules return the model's own output."""
+        return {"steps": self.pending_steps, "skipped": sorted(self._skipped),
+                "readings": [asdict(reading) for reading in self._unread()]}
+
+    def go_on(self, left: dict[str, Any]) -> None:
+        """Take up what another process' taps on the same model `left`."""
+        self._earlier_steps, self._skipped = left["steps"], set(left["skipped"])
+        self._earlier = [TapReading(**reading) for reading in left["readings"]]
+
+    def _unread(self) -> list[TapReading]:
         if not self._names or not self.pending_steps:
             return []
         newest = self._ticks
-        readings = []
+        readings = list(self._earlier)
         for cell in self._ring.read():
             if cell.step <= self._read_ticks:
                 continue
@@ -157,7 +176,6 @@ class ModuleTaps:
                 step=step, module=self._names[place], order=place, direction="bwd" if direction else "fwd",
                 dtype=self._dtypes.get(cell.slot, ""), absmax=cell.absmax, nan=cell.nan, inf=cell.inf,
                 flush_frac=cell.fp16_flush / nonzero if nonzero else None, called=called[cell.slot]))
-        self._read_ticks = newest
         return readings
 
     def _hook(self, name: str):

@@ -177,3 +177,14 @@ def test_a_claim_that_is_a_link_is_not_followed(tmp_path):
 def test_an_unsafe_id_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no safe file name"):
         claim(tmp_path, "../a")
+
+
+def test_a_run_that_another_process_executes_is_left_to_it(plan, tmp_path):
+    from harness.run import execute
+
+    settings = plan("gpt2_clm", "fp32_true")
+    with claim(tmp_path, settings.run_id), pytest.raises(RunClaimed, match="is being executed by process"):
+        execute(settings, tmp_path)
+    assert not (tmp_path / "runs" / settings.run_id / "run.json").exists()
+    assert execute(settings, tmp_path).status == "completed"
+    assert not (tmp_path / "runs" / settings.run_id / ".claim").exists()

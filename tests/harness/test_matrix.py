@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -106,12 +108,12 @@ def test_a_process_that_dies_is_a_row_and_the_next_run_is_unaffected(plan, tmp_p
             if run.settings.seed == 0 and run.last_step is not None:
                 run.process.kill()
             if run.settings.seed == 1 and run.last_step is not None:
-                run.process.terminate()
+                os.kill(run.process.pid, signal.SIGABRT)
 
     for one in pool.run(kill_the_first, seconds_between_ticks=0.05):
         ended.append(one)
     assert [one.record for one in ended] == [None, None]
-    assert "killed by SIGKILL" in ended[0].failure and "killed by SIGTERM" in ended[1].failure
+    assert "killed by SIGKILL" in ended[0].failure and "killed by SIGABRT" in ended[1].failure
 
     from harness.matrix import crashed
 

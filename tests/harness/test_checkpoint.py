@@ -1,0 +1,274 @@
+"""Checkpoints on disk: whole or not there, two kept, damage skipped with a word; and a disk that fails."""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from harness import checkpoint
+from harness.checkpoint import CheckpointError
+from harness.checkpoint_interval import CheckpointInterval, young_daly_s
+from harness.output_failure import output_error
+from harness.resume import log_paths
+from harness.run import execute
+from harness.run_folder import OutputError, finished_run
+from harness.settings import SettingsError
+from harness.signals import Stop
+from instrument.log import read
+from instrument.records import StepRecord
+
+
+@pytest.fixture
+def stopped(plan, tmp_path):
+    """Settings, results folder and run folder of a run with checkpoints behind steps 2 and 4, stopped behind 5."""
+    settings = plan("gpt2_single_cls", "amp_fp16", max_steps=7, batch_size=2, seq_len=16, checkpoint_every=2)
+    stop, out = Stop(), tmp_path / "results"
+
+    def asks(record):
+        if isinstance(record, StepRecord) and record.step == 5:
+            stop.request("SIGTERM")
+
+    execute(settings, out, asks, stop=stop)
+    return settings, out, out / "runs" / settings.run_id
+
+
+def goes_on(settings, out):
+    """The run to its end; which step it went on from (None: from none) and the words about what was skipped."""
+    record = execute(settings, out)
+    assert record.status == "completed" and record.steps_done == 7
+    told = record.flags.get("resumed", {"behind_steps": [], "skipped": []})
+    return (told["behind_steps"] or [None])[-1], told["skipped"], record.final_weights_sha256
+
+
+def test_two_are_kept_without_a_pickle(stopped):
+    settings, _, folder = stopped
+    assert checkpoint.steps(folder) == [5, 4]
+    assert sorted(p.name for p in (folder / "checkpoint-5").iterdir()) == ["snapshot.json", "tensors.safetensors"]
+    state, progress = checkpoint.read(folder, settings.run_id, 5)
+    assert state.step == 5 and state.scaler["scale"] > 0 and progress.taps["steps"] == 5
+    with pytest.raises(CheckpointError, match="not of another"):
+        checkpoint.read(folder, "another", 5)
+
+
+def flip_a_bit(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def damage(folder, kind):
+    if kind == "a missing file":
+        (folder / "snapshot.json").unlink()
+    elif kind == "a truncated file":
+        os.truncate(folder / "tensors.safetensors", 1000)
+    else:
+        flip_a_bit(folder / kind, random.Random(1))
+
+
+@pytest.mark.parametrize("kind", ["a missing file", "a truncated file", "tensors.safetensors", "snapshot.json"])
+def test_a_damaged_one_is_skipped_with_a_word_for_the_one_before(stopped, kind):
+    settings, out, folder = stopped
+    shutil.copytree(out, out.with_name("whole"))
+    damage(folder / "checkpoint-5", kind)
+    step, skipped, sha256 = goes_on(settings, out)
+    assert step == 4 and len(skipped) == 1 and skipped[0].startswith("checkpoint-5: ")
+    assert goes_on(settings, out.with_name("whole"))[::2] == (5, sha256)
+
+
+def test_no_flipped_bit_passes(stopped):
+    settings, _, folder = stopped
+    rng = random.Random(0)
+    for name in ["snapshot.json"] * 150 + ["tensors.safetensors"] * 20:
+        path = folder / "checkpoint-5" / name
+        whole = path.read_bytes()
+        flip_a_bit(path, rng)
+        try:
+            state, progress = checkpoint.read(folder, settings.run_id, 5)
+        except CheckpointError:
+            pass
+        else:  # between two tokens of the JSON, say: then nothing else is read than was written
+            path.write_bytes(whole)
+            before = checkpoint.read(folder, settings.run_id, 5)
+            assert (progress, state.groups, state.states, state.scaler) == (before[1], before[0].groups, before[0].states,
+                                                                           before[0].scaler)
+        path.write_bytes(whole)
+
+
+def test_with_all_of_them_damaged_the_run_starts_over_and_says_so(stopped):
+    settings, out, folder = stopped
+    for step in (4, 5):
+        damage(folder / f"checkpoint-{step}", "tensors.safetensors")
+    step, skipped, _ = goes_on(settings, out)
+    assert step is None and len(skipped) == 2
+
+
+@pytest.mark.parametrize(("log", "used"), [("steps", 4), ("evaluations", None)])
+def test_a_log_that_lost_lines_is_not_gone_on_from(stopped, log, used):
+    settings, out, _ = stopped
+    path = out / log_paths(settings.run_id)[log]
+    os.truncate(path, path.stat().st_size - 1)
+    step, skipped, _ = goes_on(settings, out)
+    assert step == used and "is not what it was: 1 bytes are missing" in skipped[0]
+
+
+def test_another_torch_or_processor_starts_over(stopped, monkeypatch):
+    settings, out, _ = stopped
+    monkeypatch.setattr("harness.resume.capture", lambda device: {"torch_version": "1.0", "cpu": "x", "cpu_capability": "y"})
+    step, skipped, _ = goes_on(settings, out)
+    assert step is None and "torch_version was" in skipped[0] and "and is 1.0" in skipped[0]
+
+
+def test_what_a_killed_process_half_wrote_is_swept_away(stopped):
+    settings, out, folder = stopped
+    (folder / ".checkpoint-6-99999").mkdir()
+    (folder / ".checkpoint-6-99999" / "tensors.safetensors").write_bytes(b"half")
+    assert goes_on(settings, out)[0] == 5
+    assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
+
+
+def test_young_daly():
+    assert young_daly_s(30.0, 24 * 3600.0) == pytest.approx(math.sqrt(2 * 30 * 86400))
+    # the overhead cost / T + T / (2 mtbf) is least there: T found by trying every one
+    least = min(range(10, 20_000), key=lambda t: 30 / t + t / (2 * 86400))
+    assert young_daly_s(30.0, 86400.0) == pytest.approx(least, abs=1)
+    assert young_daly_s(100.0, 10.0) == 100.0  # outside of what the formula is for
+
+
+def test_the_interval_follows_the_measured_cost():
+    now = [0.0]
+    interval = CheckpointInterval(every_steps=0, mtbf_s=200.0, first_step=3, clock=lambda: now[0])
+    assert [interval.due(step) for step in (1, 2, 3)] == [False, False, True]
+    interval.wrote(1.0)
+    assert interval.interval_s == 20.0 and not interval.due(4)
+    now[0] = 20.0
+    assert interval.due(5)
+    interval.wrote(3.0)
+    assert interval.interval_s == pytest.approx(math.sqrt(2 * 2 * 200)) and "Young/Daly" in interval.rule
+
+
+def test_mtbf_in_a_run(plan, tmp_path):
+    record = execute(plan("gpt2_single_cls", "fp32_true", max_steps=12, batch_size=2, seq_len=16, mtbf_s=1e-6), tmp_path)
+    found = record.flags["checkpoints"]
+    assert found["written"] >= 1 and found["interval_s"] == pytest.approx(found["cost_s"], rel=0.01)
+    assert record.flags["timings_s"]["checkpoints"] == pytest.approx(found["written"] * found["cost_s"], rel=0.05)
+
+
+@pytest.mark.parametrize(("asked", "words"), [({"mtbf_s": -1.0}, "mtbf is -1 s"), ({"checkpoint_every": -1}, "at least 0"),
+                                              ({"mtbf_s": 1.0, "checkpoint_every": 2}, "give one of them")])
+def test_what_makes_no_sense_is_refused(plan, asked, words):
+    with pytest.raises(SettingsError, match=words):
+        plan("gpt2_clm", "fp32_true", **asked)
+
+
+def test_checkpoints_are_no_part_of_a_runs_identity(plan):
+    assert plan("gpt2_clm", "fp32_true").run_id == plan("gpt2_clm", "fp32_true", checkpoint_every=9).run_id
+
+
+def disk_full_behind(monkeypatch, out, nbytes):
+    """Every write below ``out`` behind its first ``nbytes`` fails as on a full disk, the last one in its middle."""
+    real, room = os.write, [nbytes]
+
+    def write(fd, data):
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith(str(out)):
+            return real(fd, data)
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(fd, bytes(data)[:room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", write)
+
+
+@pytest.mark.parametrize("nbytes", [0, 700, 2000, 4000, 6000, 12_000])
+def test_a_disk_that_fills_up_ends_the_run_with_its_lines_intact(plan, tmp_path, monkeypatch, nbytes):
+    settings = plan("gpt2_single_cls", "fp32_true", max_steps=7, batch_size=2, seq_len=16, checkpoint_every=2)
+    whole = execute(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        disk_full_behind(patch, tmp_path / "full", nbytes)
+        with pytest.raises(OutputError, match="No space left on device"):
+            execute(settings, tmp_path / "full")
+    assert finished_run(tmp_path / "full", settings.run_id) is None
+    log = tmp_path / "full" / log_paths(settings.run_id)["steps"]
+    if log.exists():  # at most its last line is torn
+        *lines, last = log.read_bytes().split(b"\n")
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    record = execute(settings, tmp_path / "full")  # there is room again
+    assert record.final_weights_sha256 == whole.final_weights_sha256
+    assert [r.step for r in read(log, StepRecord)] == list(range(1, 8))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(stopped, monkeypatch):
+    settings, out, folder = stopped
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("harness.forensics.stored.save_file", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        execute(settings, out)
+    assert checkpoint.steps(folder) == [5, 4] and not list(folder.glob(".checkpoint*"))
+    monkeypatch.undo()
+    assert goes_on(settings, out)[0] == 5
+
+
+@pytest.mark.parametrize("goes", ["renamed", "removed", "its log removed"])
+def test_a_folder_that_disappears_is_noticed_and_not_made_again(plan, tmp_path, goes):
+    settings = plan("gpt2_single_cls", "fp32_true", max_steps=7, batch_size=2, seq_len=16)
+    out = tmp_path / "results"
+
+    def disappears(record):
+        if isinstance(record, StepRecord) and record.step == 3:
+            if goes == "its log removed":
+                (out / log_paths(settings.run_id)["steps"]).unlink()
+            else:
+                out.rename(tmp_path / "elsewhere")
+                if goes == "removed":
+                    shutil.rmtree(tmp_path / "elsewhere")
+
+    with pytest.raises(OutputError, match=("has disappeared" if goes != "its log removed" else "No such file")):
+        execute(settings, out, disappears)
+    assert not (out / "runs" / settings.run_id / "run.json").exists()
+    if goes == "renamed":
+        assert len(list(read(tmp_path / "elsewhere" / log_paths(settings.run_id)["steps"], StepRecord))) >= 3
+
+
+def test_an_error_about_something_else_is_not_the_folders(tmp_path):
+    assert output_error(FileNotFoundError(errno.ENOENT, "no compiler", "/usr/bin/g++"), tmp_path) is None
+    assert output_error(ConnectionResetError(errno.ECONNRESET, "x"), tmp_path) is None
+    assert "Read-only file system" in str(output_error(OSError(errno.EROFS, "x", str(tmp_path / "a")), tmp_path))
+
+
+@pytest.mark.parametrize("command", ["case", "matrix"])
+def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command_environment, command):
+    """A real limit: no file of the process may grow beyond 100 KB, and a checkpoint is larger."""
+    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+               "sys.argv[0] = 'harness'; runpy.run_module('harness', run_name='__main__')")
+    words = ["case", "gpt2_single_cls", "fp32_true"] if command == "case" else \
+        ["matrix", "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "--jobs", "2"]
+    words += ["--preset", "tiny", "--data", "embedded", "--max-steps", "40", "--batch-size", "2", "--micro-batch", "2",
+              "--seq-len", "16", "--documents", "400", "--validation-documents", "4", "--checkpoint-every", "2"]
+    finished = subprocess.run([sys.executable, "-c", limited, *words, "--out", str(tmp_path)], capture_output=True, text=True,
+                              env=command_environment, check=False)
+    assert finished.returncode == 5, finished.stderr
+    (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("harness: ")]
+    assert "File too large" in sentence and "what was written before is intact" in sentence
+    assert "Traceback" not in finished.stderr and not list(tmp_path.glob("runs/*/run.json"))
+
+
+def test_an_unwritable_folder_is_refused_in_one_sentence(stopped, monkeypatch):
+    settings, out, _ = stopped
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out / "runs"))
+
+    monkeypatch.setattr("harness.resume.os.truncate", denied)
+    with pytest.raises(OutputError, match="Permission denied"):
+        execute(replace(settings, log_every=2), out)
