@@ -33,7 +33,8 @@ def test_the_run_id_is_a_safe_name_of_case_config_seed_and_settings():
 
 def test_the_hash_changes_with_every_setting_but_seed_and_logging():
     plain = settle()
-    same = [replace(plain, seed=9), replace(plain, log_every=7), replace(plain, case=replace(CASE, scenario="Z")),
+    same = [replace(plain, seed=9), replace(plain, log_every=7), replace(plain, checkpoint_every=3), replace(plain, mtbf_s=9.0),
+            replace(plain, case=replace(CASE, scenario="Z")),
             replace(plain, config=replace(CONFIG, note="other words"))]
     assert {s.settings_hash for s in same} == {plain.settings_hash}
     changed = {"case": CASES["gpt2_single_cls"], "config": DTYPE_CONFIGS["amp_bf16"], "preset": "full",
@@ -41,7 +42,7 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
                "lr": 1.0, "dropout": 0.5,
                "attention": "flash", "compile": True, "bucket_by_length": True, "text_field": "t", "label_field": "l"}
     for field in fields(plain):
-        if field.name in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot"):
+        if field.name in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"):
             continue
         value = changed.get(field.name, getattr(plain, field.name))
         value = value + 1 if field.name not in changed else value
