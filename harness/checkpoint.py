@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from harness.forensics.failures import SnapshotError
 from harness.forensics.stored import read_folder, write_state
-from instrument import files
+from instrument.files import placing_folder, remove_folder, sweep
 from instrument.replay.snapshot import NamedState, Snapshot
 
 KEPT = 2
@@ -45,15 +45,15 @@ def write(run_folder: Path, run_id: str, snapshot: Snapshot, progress: Progress)
     """Write the checkpoint behind the snapshot's step and drop what is older than the last two. Raises `OSError`
     (a full disk), and then nothing has changed."""
     folder = run_folder / f"{PREFIX}{snapshot.step}"
-    files.sweep(run_folder)
+    sweep(run_folder)
     try:
-        with files.placing_folder(folder) as writing:  # one of the same step is damaged, or it would have been gone on from
+        with placing_folder(folder) as writing:
             write_state(snapshot.named(), writing, run_id, msgspec.to_builtins(progress))
     except SafetensorError as error:  # how safetensors reports what the system told it
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from error
     for step in steps(run_folder)[KEPT:]:
-        files.remove_folder(run_folder / f"{PREFIX}{step}")
+        remove_folder(run_folder / f"{PREFIX}{step}")
     return folder
 
 
@@ -78,7 +78,7 @@ def read(run_folder: Path, run_id: str, step: int) -> tuple[NamedState, Progress
 
 def discard(run_folder: Path, keep: int | None = None) -> None:
     """Remove a run's checkpoints, or those newer than the one behind step ``keep``."""
-    files.sweep(run_folder)
+    sweep(run_folder)
     for step in steps(run_folder):
         if keep is None or step > keep:
-            files.remove_folder(run_folder / f"{PREFIX}{step}")
+            remove_folder(run_folder / f"{PREFIX}{step}")

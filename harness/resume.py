@@ -19,8 +19,8 @@ from harness.checkpoint import CheckpointError, Progress
 from harness.run_folder import OF_THE_OLD_RUN, OutputError, RunFolder, finished_run, require_no_links
 from harness.settings import RunSettings
 from harness.training import Training
-from instrument import files
 from instrument.environment import capture
+from instrument.files import remove, remove_folder, sync_file, truncate
 from instrument.log import JsonlLog
 from instrument.records import AnyRecord, EvaluationRecord, EventRecord, RecordError, StepRecord, decode
 from instrument.replay.snapshot import NamedState, Snapshot
@@ -76,7 +76,7 @@ def log_bytes(out: Path, run_id: str) -> dict[str, int]:
     sizes = {}
     for path in (out / name for name in log_paths(run_id).values()):
         if path.exists():  # without instruments there is no activations.jsonl
-            files.sync_file(path)
+            sync_file(path)
             sizes[str(path.relative_to(out))] = path.stat().st_size
     return sizes
 
@@ -152,11 +152,11 @@ class ContinuedFolder(RunFolder):
             if (self.path / "hardware.jsonl").exists():  # the sampler begins another
                 (self.path / "hardware.jsonl").replace(self.path / f"hardware.until-{resumption.step}.jsonl")
             for name in set(OF_THE_OLD_RUN) - {"activations.jsonl"}:
-                files.remove(self.path / name)
-            files.remove_folder(self.path / "snapshot")
+                remove(self.path / name)
+            remove_folder(self.path / "snapshot")
             for path in log_paths(run_id).values():
                 if (out / path).exists():
-                    files.truncate(out / path, resumption.progress.log_bytes.get(path, 0))
+                    truncate(out / path, resumption.progress.log_bytes.get(path, 0))
             self.steps, self.evaluations, self.events = (
                 JsonlLog(out / log_paths(run_id)[name]) for name in ("steps", "evaluations", "events"))
         except OSError as error:
@@ -167,7 +167,7 @@ def start_over(out: Path, run_id: str) -> RunFolder:
     """The folder of a run that begins at step 1."""
     discard(out, run_id)
     for earlier in (out / "runs" / run_id).glob("hardware.until-*.jsonl"):
-        files.remove(earlier)
+        remove(earlier)
     return RunFolder(out, run_id)
 
 

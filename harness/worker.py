@@ -33,7 +33,8 @@ def run_in_process(settings: RunSettings, out: Path, reports: Connection) -> Non
         if (owner := owner_of(out, settings.run_id)) is not None:  # before its output is written to
             raise RunClaimed(settings.run_id, owner)
         _redirect_output(out, settings.run_id)
-        ended: RunRecord | OutputError | RunClaimed | str = execute(settings, out, lambda row: _send_steps(reports, row, stop), stop=stop)
+        ended: RunRecord | OutputError | RunClaimed | str = execute(
+            settings, out, lambda row: _send_steps(reports, row, stop), stop=stop)
     except (OutputError, RunClaimed) as error:  # every other run's, too; and nobody's row
         ended = error
     except Exception as error:

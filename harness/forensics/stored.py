@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.forensics.failures import NothingToReplay, SnapshotError
 from harness.training import Training
-from instrument import files
+from instrument.files import placing_folder, remove_folder
 from instrument.replay.snapshot import NamedState, Snapshot
 
 SCHEMA = 2
@@ -39,12 +39,12 @@ def store(snapshot: Snapshot, run_folder: Path, run_id: str, *, most_bytes: int 
     """Keep a snapshot in its run's folder, in place of an older one. Never raises: a failed run is a
     result also without its snapshot."""
     folder = run_folder / FOLDER
+    remove_folder(folder)
     if snapshot.nbytes > most_bytes:
-        files.remove_folder(folder)
         return Stored(None, snapshot.nbytes, f"the snapshot of {snapshot.nbytes / 1e9:.1f} GB is larger than the "
                                              f"{most_bytes / 1e9:.1f} GB that are kept")
     try:
-        with files.placing_folder(folder) as writing:
+        with placing_folder(folder) as writing:
             write_state(snapshot.named(), writing, run_id)
     except (OSError, SafetensorError, TypeError, ValueError) as error:  # a full disk, an optimizer that keeps odd things
         return Stored(None, snapshot.nbytes, f"the snapshot could not be written: {error}")
@@ -90,7 +90,7 @@ def load(run_folder: Path, training: Training) -> Snapshot:
 
 
 def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, Any] | None = None) -> None:
-    """Write a state, and ``more`` plain facts with it, into an empty folder (of `files.placing_folder`, which syncs it)."""
+    """Write a state, and ``more`` plain facts with it, into an empty folder that `instrument.files` places."""
     save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / TENSORS)
     (folder / TENSORS).chmod(0o644)  # as every other result file; safetensors lets the owner alone read
     with (folder / TENSORS).open("rb") as file:

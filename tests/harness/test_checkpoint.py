@@ -21,6 +21,7 @@ from harness.run import execute
 from harness.run_folder import OutputError, finished_run
 from harness.settings import SettingsError
 from harness.signals import Stop
+from instrument.files import TEMPORARY
 from instrument.log import read
 from instrument.records import StepRecord
 
@@ -127,8 +128,9 @@ def test_another_torch_or_processor_starts_over(stopped, monkeypatch):
 
 def test_what_a_killed_process_half_wrote_is_swept_away(stopped):
     settings, out, folder = stopped
-    (folder / ".checkpoint-6-99999").mkdir()
-    (folder / ".checkpoint-6-99999" / "tensors.safetensors").write_bytes(b"half")
+    left = folder / f".checkpoint-6.abc{TEMPORARY}"
+    left.mkdir()
+    (left / "tensors.safetensors").write_bytes(b"half")
     assert goes_on(settings, out)[0] == 5
     assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
 
@@ -260,7 +262,9 @@ def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command_environment, co
     assert finished.returncode == 5, finished.stderr
     (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("harness: ")]
     assert "File too large" in sentence and "what was written before is intact" in sentence
-    assert "Traceback" not in finished.stderr and not list(tmp_path.glob("runs/*/run.json"))
+    assert "Traceback" not in finished.stderr
+    rows = [json.loads(path.read_bytes()) for path in tmp_path.glob("runs/*/run.json")]
+    assert all(row["status"] == "preempted" for row in rows), rows  # the other run, stopped before it met the limit
 
 
 def test_an_unwritable_folder_is_refused_in_one_sentence(stopped, monkeypatch):
@@ -269,6 +273,6 @@ def test_an_unwritable_folder_is_refused_in_one_sentence(stopped, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out / "runs"))
 
-    monkeypatch.setattr("harness.resume.os.truncate", denied)
+    monkeypatch.setattr("harness.resume.truncate", denied)
     with pytest.raises(OutputError, match="Permission denied"):
         execute(replace(settings, log_every=2), out)

@@ -263,7 +263,7 @@ def test_fresh_starts_over(small, tmp_path, capsys):
         assert ("goes on behind step 3, from checkpoint-3" in told.err) == (behind is not None)
 
 
-FILE_OPERATIONS = ("write", "fsync", "mkdir", "rename", "replace", "truncate", "unlink", "rmdir")
+FILE_OPERATIONS = ("write", "fsync", "mkdir", "rename", "replace", "truncate", "ftruncate", "unlink", "rmdir")
 
 
 def dies_at(patch, operation):
