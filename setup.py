@@ -15,9 +15,9 @@ setup(
         "scikit-learn", "adjustText", "numpy", "pandas", "tokenizers", "safetensors",
     ],
     extras_require={
-        "pdf": ["weasyprint"],
+        "pdf": ["weasyprint>=70"],
         "track": ["tensorboard", "wandb"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "accelerate", "weasyprint", "pypdf",
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "accelerate", "weasyprint>=70", "pypdf",
                 "tensorboard", "perfetto", "viztracer"],
     },
 )

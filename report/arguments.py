@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     _build(commands.add_parser("build", help="figures A to H, the HTML and the PDF dossier"))
     verdict = commands.add_parser("verdict", help="per task what to use and what to avoid, within 24 x 80 characters")
     _folder(verdict)
-    verdict.add_argument("--price-per-hour", type=_price, metavar="P", help="of this machine, to give the cost in money")
+    _priced(verdict)
     _json(verdict)
     validate = commands.add_parser("validate", help="list what is wrong with the files; exits 4 when anything is")
     _folder(validate)
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="two devices or more side by side")
     compare.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="results folders, one a device")
     compare.add_argument("--price-per-hour", type=_price, nargs="+", metavar="P", help="one a folder, in their order")
+    compare.add_argument("--currency", type=_currency, metavar="WORD", help="the word behind prices, such as EUR")
     _json(compare)
     _import(commands.add_parser("import", help="bring another program's logs in, marked IMPORTED"))
     export = commands.add_parser("export", help="the results in another tool's format")
@@ -56,6 +57,9 @@ def _build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--format", type=_pictures, default=("svg", "png"), metavar="svg,png,pdf,eps",
                          help="picture formats, comma-separated (default svg,png)")
     command.add_argument("--dpi", type=_positive, default=300, help="of PNG pictures (default 300)")
+    command.add_argument("--heartbeat", nargs="+", default=(), metavar="CONFIG",
+                         help="configurations that figure D shows beside fp16_naive, its controls, amp_bf16 and fp32_true")
+    _priced(command)
     _json(command)
 
 
@@ -71,6 +75,11 @@ def _import(command: argparse.ArgumentParser) -> None:
 
 def _folder(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="DIR", help="a results folder, such as results/nvidia-h200")
+
+
+def _priced(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--price-per-hour", type=_price, metavar="P", help="of this machine, to give the cost in money")
+    command.add_argument("--currency", type=_currency, metavar="WORD", help="the word behind prices, such as EUR")
 
 
 def _json(command: argparse.ArgumentParser) -> None:
@@ -99,3 +108,9 @@ def _price(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no price above 0")
     return value
+
+
+def _currency(text: str) -> str:
+    if not 0 < len(text) <= 8 or not text.isprintable() or any(c.isdigit() or c.isspace() for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no currency's word or sign of at most 8 characters, such as EUR")
+    return text

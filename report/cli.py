@@ -40,7 +40,8 @@ def _build(options: argparse.Namespace) -> int:
 
     folder = load(options.folder)
     result = build(folder, options.out, pdf=not options.no_pdf, formats=options.format, dpi=options.dpi,
-                   progress=not options.json and sys.stderr.isatty())
+                   progress=not options.json and sys.stderr.isatty(), heartbeat=tuple(options.heartbeat),
+                   price=_price(options))
     if options.json:
         _print({"paths": [str(path) for path in result.paths], "seconds": result.seconds,
                 "defects": [asdict(defect) for defect in result.defects]})
@@ -60,10 +61,22 @@ def _verdict(options: argparse.Namespace) -> int:
 
     folder = load(options.folder)
     if options.json:
-        _print(asdict(verdict(folder)))
+        _print(asdict(verdict(folder, _price(options))))
     else:
-        print(verdict_text(folder, options.price_per_hour))
+        print(verdict_text(folder, _price(options)))
     return OK
+
+
+def _price(options: argparse.Namespace):
+    """The price of an hour, or None. Raises `UsageError` for a currency without one."""
+    from report.errors import UsageError
+    from report.verdict import Price
+
+    if options.price_per_hour is None:
+        if options.currency:
+            raise UsageError(f"--currency {options.currency} says nothing without --price-per-hour")
+        return None
+    return Price(options.price_per_hour, options.currency or "")
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -104,12 +117,17 @@ def _import(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from report.compare import compare, show
+    from report.errors import UsageError
     from report.load import load
 
-    comparison = compare([load(path) for path in options.folders], options.price_per_hour)
+    if options.currency and not options.price_per_hour:
+        raise UsageError(f"--currency {options.currency} says nothing without --price-per-hour")
+    comparison = compare([load(path) for path in options.folders], options.price_per_hour,
+                         options.currency or "")
     if options.json:
         rows = comparison.data.astype(object).where(comparison.data.notna(), None).to_dict("records")
-        _print({"devices": comparison.devices, "rows": rows, "differences": comparison.differences, "notes": comparison.notes})
+        _print({"devices": comparison.devices, "rows": rows, "differences": comparison.differences, "notes": comparison.notes,
+                "currency": comparison.currency})
         return OK
     from rich.console import Console
 

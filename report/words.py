@@ -37,6 +37,12 @@ def bounds(interval: Interval, form: str) -> str:
     return "(one seed)" if interval.n == 1 else "(no interval)"
 
 
+def signed(value: float, digits: int) -> str:
+    """``+0.31``, ``-0.31``; what rounds to nothing is ``0.00``, without a sign that says more than the digits."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
+
+
 def gigabytes(size_bytes: float | None) -> str:
     """``26.5 GB``."""
     if size_bytes is None or math.isnan(size_bytes):

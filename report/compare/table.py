@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from instrument.records import RunRecord
 from report.errors import UsageError
 from report.load import Folder
 from report.tables import a_stability, b_efficiency, c_throughput
 from report.tables.b_efficiency import memory_kind, peak_of
 from report.tables.columns import TASK_COLUMNS, case_order, series_order
 from report.tables.eligible import eligible
+from report.tables.paired import pooled_rate
 from report.tables.selection import select, settings_of
 from report.words import joined
 
 COLUMNS = ("device", "case", "column", "dtype_config", "state", "line1", "n", "samples_per_s", "relative", "low", "high", "mfu",
-           "y_kind", "peak_bytes", "peak_kind", "over_first", "price_per_hour", "cost_per_million_samples")
+           "y_kind", "peak_bytes", "peak_kind", "over_first", "price_per_hour", "cost_per_million_samples",
+           "cost_per_billion_real_tokens")
 SAME = ("preset", "data_source", "weights_source", "batch_size", "micro_batch", "seq_len", "max_steps", "loss_reduction")
 """Settings that two devices' runs of a case must share for their speeds to be compared."""
 
@@ -35,9 +38,10 @@ class Comparison:
     data: pd.DataFrame
     differences: tuple[str, ...]
     notes: tuple[str, ...]
+    currency: str = ""
 
 
-def compare(folders: Sequence[Folder], prices_per_hour: Sequence[float] | None = None) -> Comparison:
+def compare(folders: Sequence[Folder], prices_per_hour: Sequence[float] | None = None, currency: str = "") -> Comparison:
     """Two folders or more, of different devices. ``over_first``: samples/s over the first device's,
     where both ran the case with the same settings. Raises `UsageError`."""
     devices = [folder.device for folder in folders]
@@ -52,7 +56,7 @@ def compare(folders: Sequence[Folder], prices_per_hour: Sequence[float] | None =
     data = pd.concat([_device(folder, prices.get(folder.device)) for folder in folders], ignore_index=True)
     differ = _settings_differ(folders)
     data = _over_first(data, devices[0], differ)
-    return Comparison(tuple(devices), _ordered(data), _differences(data), (*_notes(differ), *_marks(folders)))
+    return Comparison(tuple(devices), _ordered(data), _differences(data), (*_notes(differ), *_marks(folders)), currency)
 
 
 def _device(folder: Folder, price: float | None) -> pd.DataFrame:
@@ -67,18 +71,25 @@ def _device(folder: Folder, price: float | None) -> pd.DataFrame:
     rows.insert(0, "device", folder.device)
     rows["price_per_hour"] = math.nan if price is None else price
     rows["cost_per_million_samples"] = rows["price_per_hour"] * 1e6 / rows["samples_per_s"] / 3600
+    rows["cost_per_billion_real_tokens"] = rows["price_per_hour"] * 1e9 / rows.pop("real_tokens_per_s") / 3600
     return rows
 
 
 def _memory(folder: Folder) -> pd.DataFrame:
-    """Peak memory of every cell that finished, whether its MFU is known or not."""
+    """Peak memory and rate of real tokens of every cell that finished, whether its MFU is known or not."""
     runs, _ = eligible(folder, select(folder))
     kind = memory_kind(runs)
     cells: dict[tuple[str, str], list] = {}
-    for run in runs if kind else ():
+    for run in runs:
         cells.setdefault((run.case, run.dtype_config), []).append(run)
-    return pd.DataFrame([(*key, peak_of(cell, kind), kind) for key, cell in cells.items()],
-                        columns=["case", "dtype_config", "peak_bytes", "peak_kind"])
+    rows = [(*key, peak_of(cell, kind) if kind else math.nan, kind, _token_rate(cell)) for key, cell in cells.items()]
+    return pd.DataFrame(rows, columns=["case", "dtype_config", "peak_bytes", "peak_kind", "real_tokens_per_s"])
+
+
+def _token_rate(runs: Sequence[RunRecord]) -> float:
+    """Tokens a second without padding, over seeds as samples are; nan unless every run counted them."""
+    rates = [run.real_tokens_per_s for run in runs]
+    return pooled_rate(rates) if rates and all(rates) else math.nan
 
 
 def _settings_differ(folders: Sequence[Folder]) -> dict[tuple[str, str], str]:

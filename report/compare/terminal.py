@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from report.compare.table import Comparison
+from report.verdict.price import plain
 from report.words import gigabytes, printable
 
 STYLES = {"diverged": "red", "poor": "dark_orange", "failed": "red", "unjudged": "dim", "completed": "green"}
@@ -31,6 +32,9 @@ def show(comparison: Comparison, console: Console) -> None:
                 table.add_row(f"  {escape(printable(cell['device']))}", *_cells(cell, priced))
         console.print(table)
         console.print()
+    if comparison.data["price_per_hour"].notna().any():
+        words = f"cost/M: {comparison.currency or 'price'} per million samples; per 10^9 real tokens: see --json"
+        console.print(words, style="dim", markup=False)
     if comparison.differences:
         console.print("[bold]not the same on every device[/]")
     for line in comparison.differences:
@@ -45,7 +49,7 @@ def _cells(cell: dict, priced: bool) -> list[str]:
                _known(100 * cell["mfu"], "{:.0f} %"),
                NOTHING if math.isnan(cell["peak_bytes"]) else gigabytes(cell["peak_bytes"])]
     if priced:
-        numbers.append(_known(cell["cost_per_million_samples"], "{:.2f}"))
+        numbers.append(NOTHING if math.isnan(cell["cost_per_million_samples"]) else plain(cell["cost_per_million_samples"]))
     return [f"[{STYLES.get(cell['state'], 'default')}]{escape(state)}[/]", *numbers]
 
 

@@ -15,12 +15,14 @@ from report.dossier.figures import draw_all
 from report.dossier.progress import Progress
 from report.dossier.render import page
 from report.hypotheses import judge
-from report.tables import all_tables, hardware, headroom_map, step_times
+from report.tables import all_tables, hardware, headroom_map, kernel_time, overhead, step_times
 from report.tables.failures import failures
+from report.tables.predicted import predicted
 from report.tables.trust import trust
-from report.verdict import verdict
+from report.verdict import Price, verdict
 
-SECTION_TABLES = {"step_times": step_times, "hardware": hardware, "headroom": headroom_map}
+SECTION_TABLES = {"kernel_time": kernel_time, "overhead": overhead, "step_times": step_times, "hardware": hardware,
+                  "headroom": headroom_map}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class BuildResult:
 
 
 def build(folder, out: Path | None = None, *, pdf: bool = True, formats: tuple[str, ...] = ("svg", "png"), dpi: int = 300,
-          progress: bool = False) -> BuildResult:
+          progress: bool = False, heartbeat: tuple[str, ...] = (), price: Price | None = None) -> BuildResult:
     """Write ``plots/``, ``summary.json`` and ``dossier/`` under ``out`` (default: the results folder).
 
-    ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. Raises
-    `report.pdf.PdfUnavailable` before anything is written when ``pdf`` is asked for and WeasyPrint is
-    not installed.
+    ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. ``heartbeat``:
+    configurations that figure D shows beside its own. ``price`` of an hour gives costs in money. Raises, before
+    anything is written, `report.pdf.PdfUnavailable` when ``pdf`` is asked for and WeasyPrint is not
+    installed, and `UsageError` for a heartbeat that the folder does not hold.
     """
     out = folder.path if out is None else Path(out)
     if pdf:
@@ -49,20 +52,21 @@ def build(folder, out: Path | None = None, *, pdf: bool = True, formats: tuple[s
     clock = _Clock()
     with Progress(enabled=progress) as bar:
         bar.step("tables")
-        tables = all_tables(folder) | {key: module.table(folder) for key, module in SECTION_TABLES.items()}
-        findings, decision, checks, cards = judge(folder), verdict(folder), trust(folder), failures(folder)
+        tables = all_tables(folder, heartbeat) | {key: module.table(folder) for key, module in SECTION_TABLES.items()}
+        findings, decision, checks, cards = judge(folder), verdict(folder, price), trust(folder), failures(folder)
+        forecast = predicted(folder)
         clock.lap("tables")
         bar.expect(len(tables) + 1 + pdf)
         drawn = draw_all(tables, out / "plots", formats, dpi, lambda letter: bar.step(f"figure {letter}"))
         clock.lap("figures")
         bar.step("page")
         content = context(folder, drawn, tables, findings=findings, verdict=decision, checks=checks, failures=cards,
-                          defects=folder.defects)
+                          forecast=forecast, defects=folder.defects)
         html = page(content)
         paths = [out / "plots" / file for figure in drawn.values() for file in figure.files]
         paths += [out / "summary.json", out / "dossier" / "index.html"]
         replace(paths[-1], html.encode())
-        replace(paths[-2], _summary(folder, tables, findings, decision, checks).encode())
+        replace(paths[-2], _summary(folder, tables, findings, decision, checks, forecast).encode())
         clock.lap("page")
         if pdf:
             from report.pdf import write_pdf
@@ -86,11 +90,12 @@ class _Clock:
         self.seconds[stage], self._last = now - self._last, now
 
 
-def _summary(folder, tables: dict, findings, decision, checks) -> str:
+def _summary(folder, tables: dict, findings, decision, checks, forecast) -> str:
     """The page's claims as strict JSON, for programs: a non-finite number is null."""
     content = {
         "schema": 1, "device": folder.device, "marks": folder.marks, "runs": len(folder.runs),
         "verdict": decision, "findings": findings, "checks": checks,
+        "predictions": {"counts": forecast.counts, "not_predicted": forecast.missing},
         "figures": {key: {"name": table.name, "title": table.title, "caption": table.caption, "empty": table.empty,
                           "excluded": table.excluded} for key, table in tables.items()},
         "defects": [str(defect) for defect in folder.defects],

@@ -10,6 +10,7 @@ from report.dossier.citations import RowNumbers
 from report.dossier.failure_cards import failure_cards
 from report.dossier.figures import Drawn
 from report.dossier.header import header
+from report.dossier.prediction import prediction_words
 from report.dossier.reproduce import commands, versions
 from report.dossier.runs_table import HEADS, run_rows
 from report.plots.text import clean
@@ -25,17 +26,14 @@ SECTIONS = (("decision", "Decision"), ("trust", "Can you trust this?"), ("summar
 KERNEL_COLUMNS = (("op", ""), ("case", ""), ("arm", ""), ("status", ""), ("time_s", "us"), ("time_over_ours", ""),
                   ("bytes_per_s", "GB/s"), ("share_of_copy", ""), ("pairs", ""), ("note", ""))
 KERNEL_HEADS = ("op", "case", "way", "status", "time (us)", "time over ours", "GB/s", "share of copy", "pairs", "note")
-OVERHEAD_COLUMNS = (("bench", ""), ("name", ""), ("unit", ""), ("n", ""), ("median", ""), ("low95", ""), ("high95", ""),
-                    ("at_most", ""), ("at_least", ""), ("met", ""))
-OVERHEAD_HEADS = ("bench", "figure", "unit", "n", "median", "95 % low", "high", "at most", "at least", "met")
 MOST_DEFECTS, MOST_EXCLUDED = 200, 12
 
 
 def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence, verdict, checks: Sequence,
-            failures: Sequence, defects: Sequence) -> dict[str, Any]:
+            failures: Sequence, forecast, defects: Sequence) -> dict[str, Any]:
     """The template's values. ``drawn``: figures by letter; the rest as their modules return it."""
     numbers = RowNumbers(folder.runs)
-    class_heads, class_rows = measurements.kernel_classes(folder.runs)
+    class_heads, class_rows = measurements.kernel_classes(tables["kernel_time"].data)
     return {
         **header(folder), "sections": SECTIONS, "machine_figures": [key for key in MACHINE if key in drawn],
         "figures": {letter: _figure(figure, tables[letter], numbers) for letter, figure in drawn.items()},
@@ -46,10 +44,12 @@ def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence
         "checks": [_check(check, numbers) for check in checks],
         "findings": _findings(findings, numbers),
         "failures": failure_cards(failures, folder, numbers),
+        "predicted": prediction_words(forecast, folder),
         "class_heads": class_heads, "class_rows": class_rows,
+        "top_heads": measurements.TOP_HEADS, "top_rows": measurements.top_kernels(tables["kernel_time"].summary),
         "mfu_rows": measurements.mfu_rows(folder.runs),
         "kernel_heads": KERNEL_HEADS, "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
-        "overhead_heads": OVERHEAD_HEADS, "overhead_rows": measurements.bench_table(folder.overhead, OVERHEAD_COLUMNS),
+        "overhead_heads": measurements.OVERHEAD_HEADS, "overhead_rows": measurements.overhead_rows(tables["overhead"].summary),
         "peaks": _peaks(folder.runs),
         "run_heads": HEADS, "run_rows": run_rows(folder.runs, numbers),
         "commands": commands(folder.runs, numbers), "versions": versions(folder.runs, folder.machine),

@@ -1,68 +1,143 @@
-"""One card a failure: what died, why, what was tried, and the road to it."""
+"""One card a failure: what died, why, what was tried, and the road to it. Forensics are read as plain data: what
+is missing or of another kind is a dash, and nothing of it is markup."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from report.dossier.citations import RowNumbers
-from report.dossier.runs_table import run_href
+from report.dossier.runs_table import ABSENT, run_href
+from report.dossier.sparkline import sparkline
 from report.plots.text import clean, short
 
-MOST_CARDS, MOST_LINKS = 24, 12
+MOST_CARDS, MOST_LINKS, MOST_REMEDIES = 24, 8, 12
 """Cards in full; further failures are rows of the table of all runs."""
+BESIDE = 3
+"""Kernels shown before the culprit, and as many after it."""
+FEWEST_STEPS = 3
+"""A magnitude over fewer steps is said in words; from here on it is drawn as well."""
+REMEDY_HEADS = ("change", "survives", "time", "memory", "confirms, or why not")
+CHAIN_HEADS = ("", "phase", "module", "op", "kind", "dtype")
+KERNEL_HEADS = ("", "kernel", "module", "phase", "us", "shapes", "dtype")
+DIRECTIONS = (("absmax_fwd", "output"), ("absmax_bwd", "gradient"))
 
 
 def failure_cards(failures: Sequence, folder, numbers: RowNumbers) -> dict[str, Any]:
-    """Cards in the order given, and how many failures got none."""
+    """Cards in the order given, how many failures got none, and the heads of the cards' tables."""
     return {"cards": [_card(failure, folder, numbers) for failure in failures[:MOST_CARDS]],
-            "further": max(0, len(failures) - MOST_CARDS)}
+            "further": max(0, len(failures) - MOST_CARDS), "remedy_heads": REMEDY_HEADS, "chain_heads": CHAIN_HEADS,
+            "kernel_heads": KERNEL_HEADS}
 
 
 def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
     run = folder.by_id.get(failure.run_id)
+    chain = _objects(failure.chain)
     return {
         "case": clean(run.case if run else failure.run_id), "config": clean(run.dtype_config) if run else "",
         "seed": run.seed if run else None, "status": run.status if run else "",
         "sentence": clean(failure.sentence, 900), "cause": clean(failure.cause or "", 600),
-        "remedies": [_remedy(remedy) for remedy in failure.remedies or ()],
-        "chain": [_link(link) for link in (failure.chain or ())[:MOST_LINKS]],
-        "kernels": [_kernel(kernel) for kernel in (failure.kernels or ())[:MOST_LINKS]],
+        "remedies": [_remedy(remedy) for remedy in _objects(failure.remedies)[:MOST_REMEDIES]],
+        "chain": [[str(at), *_link(link)] for at, link in enumerate(chain[:MOST_LINKS], start=1)],
+        "chain_further": max(0, len(chain) - MOST_LINKS),
+        "kernels": _kernels(_objects(failure.kernels)), "history": _history(_objects(failure.history)),
         "trace": clean(failure.trace_file, 200) if failure.trace_file else None,
         "rows": numbers.cite([failure.run_id]), "href": run_href(failure.run_id),
     }
 
 
-def _remedy(remedy: object) -> str:
-    """A remedy tried on the dead step, in words; ratios against the failed configuration."""
-    if not isinstance(remedy, dict):
-        return clean(remedy, 300)
-    survives = {True: "survives", False: "dies too"}.get(remedy.get("survives"), "not tried")
-    words = [f"{clean(remedy.get('change', 'unnamed change'), 200)}: {survives}"]
-    for key, name in (("step_time_ratio", "step time"), ("bytes_ratio", "memory")):
-        if isinstance(remedy.get(key), (int, float)):
-            words.append(f"{name} {remedy[key]:.2f}x")
-    if remedy.get("confirms"):
-        words.append(f"confirmed by {clean(remedy['confirms'], 80)}")
-    if remedy.get("why"):
-        words.append(clean(remedy["why"], 200))
-    return ", ".join(words)
+def _remedy(remedy: dict) -> list[str]:
+    """A change tried on the snapshot, and what it costs against the run that failed."""
+    outcome = {True: "yes", False: "no"}.get(_flag(remedy.get("survives")), "not tried")
+    steps, failed_at = _number(remedy.get("steps")), _number(remedy.get("failed_at"))
+    if outcome == "yes" and steps:
+        outcome += f", {steps:.0f} steps"
+    elif outcome == "no" and failed_at is not None:
+        outcome += f", dies at step {failed_at:.0f}"
+    confirms = remedy.get("why")
+    if isinstance(remedy.get("confirms"), str):
+        confirms = f"confirms {remedy['confirms'].replace('_', ' ')}"
+    return [_word(remedy.get("change"), 80), outcome, *(_ratio(remedy.get(key)) for key in ("step_time_ratio", "bytes_ratio")),
+            _word(confirms, 200)]
 
 
-def _link(link: object) -> str:
-    """One place of the chain from producer to where it surfaced."""
-    if not isinstance(link, dict):
-        return clean(link, 200)
-    place = ".".join(clean(link[key], 80) for key in ("module", "tensor") if link.get(key))
-    words = [clean(link[key], 60) for key in ("phase", "op", "kind", "dtype", "shape") if link.get(key)]
-    return f"{place} ({', '.join(words)})" if words else place
+def _link(link: dict) -> list[str]:
+    """One place on the way from the producer to where the value surfaced."""
+    place = _word(link.get("module"), 80)
+    tensor = link.get("tensor")
+    if tensor and not str(tensor).startswith(str(link.get("module"))):
+        place += f" ({clean(tensor, 60)})"
+    elif tensor and tensor != link.get("module"):
+        place = clean(tensor, 90)  # a parameter's name begins with its module's
+    return [_word(link.get("phase"), 20), place, *(_word(link.get(key), 60) for key in ("op", "kind", "dtype"))]
 
 
-def _kernel(kernel: object) -> str:
-    if not isinstance(kernel, dict):
-        return clean(kernel, 200)
-    words = [clean(kernel.get("name", "unnamed"), 120)]
-    if isinstance(kernel.get("duration_s"), (int, float)):
-        words.append(f"{short(kernel['duration_s'] * 1e6)} us")
-    words += [clean(kernel[key], 120) for key in ("module", "phase", "dtype", "shapes") if kernel.get(key)]
-    return ", ".join(words)
+def _kernels(kernels: list[dict]) -> list[dict[str, Any]]:
+    """The culprit marked, and its neighbours; without a culprit the last ones that were seen."""
+    here = next((at for at, kernel in enumerate(kernels) if kernel.get("here") is True), None)
+    first = max(0, len(kernels) - 2 * BESIDE - 1 if here is None else here - BESIDE)
+    last = len(kernels) if here is None else here + BESIDE + 1
+    return [{"here": kernel.get("here") is True, "cells": _kernel(kernel)} for kernel in kernels[first:last]]
+
+
+def _kernel(kernel: dict) -> list[str]:
+    duration_s = _number(kernel.get("duration_s"))
+    mark = "→" if kernel.get("here") is True else "✗" if kernel.get("nonfinite") is True else ""
+    return [mark, _word(kernel.get("name"), 80), _word(kernel.get("module"), 80), _word(kernel.get("phase"), 20),
+            ABSENT if duration_s is None else short(duration_s * 1e6), _shapes(kernel.get("shapes")),
+            _word(kernel.get("dtype"), 20)]
+
+
+def _shapes(shapes: object) -> str:
+    """The first shapes of an op's outputs; a foreach op has one a parameter."""
+    if not isinstance(shapes, list) or not shapes:
+        return ABSENT
+    words = [clean(str(shape), 40) for shape in shapes[:2]]
+    return ", ".join(words) + (f" and {len(shapes) - 2} more" if len(shapes) > 2 else "")
+
+
+def _history(rows: list[dict]) -> list[dict[str, Any]]:
+    """The culprit's largest |x| before it died, a line of words for its output and for its gradient."""
+    found = []
+    for key, name in DIRECTIONS:
+        points = [(step, value) for row in rows
+                  if (step := _number(row.get("step"))) is not None and (value := _number(row.get(key))) is not None]
+        if points:
+            found.append({"words": f"{name}: {_span_words(points)}", "line": _line(name, points)})
+    return found
+
+
+def _span_words(points: list[tuple[float, float]]) -> str:
+    (first, before), (last, after) = points[0], points[-1]
+    if len(points) == 1:
+        return f"{short(before)} at step {first:.0f}"
+    return f"{short(before)} at step {first:.0f}, {short(after)} at step {last:.0f}"
+
+
+def _line(name: str, points: list[tuple[float, float]]) -> Markup | None:
+    return sparkline(points, f"largest {name} by step") if len(points) >= FEWEST_STEPS else None
+
+
+def _objects(rows: object) -> list[dict]:
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, (list, tuple)) else []
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _number(value: object) -> float | None:
+    """A plain finite number, or None."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if fine else None
+
+
+def _ratio(value: object) -> str:
+    number = _number(value)
+    return ABSENT if number is None else f"{number:.2f}x"
+
+
+def _word(value: object, limit: int) -> str:
+    return ABSENT if value is None or value == "" else clean(value, limit)

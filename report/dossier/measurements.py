@@ -6,13 +6,18 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+import pandas as pd
+
 from instrument.records import RunRecord
 from report.dossier.citations import in_order
 from report.plots.text import clean, short
+from report.tables.kernel_time import IDLE
 
 ABSENT = "–"
 DENOMINATORS = (("own dtype's peak", "mfu"), ("bf16 peak", "mfu_bf16_peak"), ("measured peak", "mfu_measured_peak"))
 MAX_ROWS = 60
+TOP_HEADS = ("case", "configuration", "kernel", "class", "phase", "calls a step", "ms a step", "inputs")
+OVERHEAD_HEADS = ("arm", "step time, ratio to bare", "processor time, ratio", "aim", "", "n", "note")
 
 
 def mfu_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
@@ -27,30 +32,55 @@ def mfu_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     return rows
 
 
-def kernel_classes(runs: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: share of kernel time by class of kernel, per case and configuration, of the
-    first run that has a profile. Both empty when none has."""
-    found = {}
-    for (case, config), group in _groups(runs).items():
-        profile = next((run.flags["time_by_kernel"] for run in group if run.flags.get("time_by_kernel")), None)
-        seconds = _numbers(profile)
-        if seconds:
-            found[case, config] = seconds
-    classes = list(dict.fromkeys(name for seconds in found.values() for name in seconds))
+def kernel_classes(data: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: milliseconds of a step by class of kernel with the share of all kernel time, a row a case
+    and configuration; idle time, which is no kernel's, in milliseconds only. Both empty without a profile."""
+    classes = list(dict.fromkeys(data["class"]))
     rows = []
-    for (case, config), seconds in found.items():
-        total = sum(seconds.values())
-        shares = [f"{100 * seconds[name] / total:.1f}" if name in seconds and total else ABSENT for name in classes]
-        rows.append([clean(case), clean(config), *shares])
-    return [clean(name) for name in classes], rows
+    for (case, config), profile in data.groupby(["case", "dtype_config"], sort=False):
+        seconds = profile.groupby("class", sort=False)["seconds_per_step"].sum()
+        total = seconds.drop(IDLE, errors="ignore").sum()
+        rows.append([clean(case), clean(config), *(_share(name, seconds, total) for name in classes)])
+    return [clean(name, 30) for name in classes], rows
 
 
-def _numbers(profile: object) -> dict[str, float]:
-    """Seconds by class: plain numbers, or objects that carry ``time_s``."""
-    if not isinstance(profile, dict):
-        return {}
-    values = {name: value.get("time_s") if isinstance(value, dict) else value for name, value in profile.items()}
-    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float)) and value >= 0}
+def _share(name: str, seconds: pd.Series, total: float) -> str:
+    if name not in seconds:
+        return ABSENT
+    words = short(1e3 * seconds[name])
+    return words if name == IDLE or not total else f"{words} ({100 * seconds[name] / total:.0f} %)"
+
+
+def top_kernels(top: pd.DataFrame) -> list[list[str]]:
+    """The kernels that took longest of each profile (`report.tables.kernel_time.TOP`)."""
+    return [[clean(row["case"], 40), clean(row["dtype_config"], 40), *(clean(row[key] or ABSENT, 90) for key in
+             ("name", "class", "phase")), ABSENT if pd.isna(row["calls_per_step"]) else short(row["calls_per_step"]),
+             short(1e3 * row["seconds_per_step"]), _shapes(row["input_shapes"])] for row in top.to_dict("records")]
+
+
+def _shapes(shapes: object) -> str:
+    if not isinstance(shapes, list) or not shapes:
+        return ABSENT
+    return clean(", ".join(clean(str(shape), 40) for shape in shapes[:3]) + (" ..." if len(shapes) > 3 else ""), 90)
+
+
+def overhead_rows(ratios: pd.DataFrame) -> list[list[str]]:
+    """The ratios to the bare loop (`report.tables.overhead.SUMMARY`) as words."""
+    rows = []
+    for row in ratios.head(MAX_ROWS).to_dict("records"):
+        known = not math.isnan(row["at_most"]) and not math.isnan(row["ratio"])
+        rows.append([clean(row["arm"], 60), _interval(row, ""), _interval(row, "cpu_"),
+                     f"at most {row['at_most']:g}" if known else "none",
+                     ("met" if row["ratio"] <= row["at_most"] else "missed") if known else ABSENT,
+                     ABSENT if math.isnan(row["n"]) else f"{row['n']:.0f}", clean(row["note"] or "", 200)])
+    return rows
+
+
+def _interval(row: dict, kind: str) -> str:
+    value, low, high = (row[f"{kind}{name}"] for name in ("ratio", "low", "high"))
+    if math.isnan(value):
+        return ABSENT
+    return f"{value:.3f}" + ("" if math.isnan(low) or math.isnan(high) else f" [{low:.3f}, {high:.3f}]")
 
 
 def bench_table(document: dict | None, columns: Sequence[tuple[str, str]]) -> list[list[str]]:

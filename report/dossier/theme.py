@@ -16,7 +16,8 @@ DARK_FURNITURE = {style.INK: "#e7eaee", style.MUTED: "#a3abb5", style.GRID: "#33
 def dark_colours() -> dict[str, str]:
     """Light -> dark for everything a figure may be drawn in; a state's cell keeps its colours."""
     looks = [*palette.LOOKS.values(), *palette.FAMILIES.values(), palette.OTHER]
-    return {look.colour: look.dark for look in looks} | DARK_FURNITURE
+    looks += palette.ARM_LOOKS.values()
+    return {look.colour: look.dark for look in looks} | dict(palette.KERNEL_CLASSES.values()) | DARK_FURNITURE
 
 
 def dark_rules() -> str:

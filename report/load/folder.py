@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
+from instrument.run_id import is_safe
 from instrument.sampler.record import HardwareRecord
 from report.load.columns import read_columns, read_records
 from report.load.defect import Defect, NoResults, defect
@@ -46,6 +47,7 @@ class Folder:
         self._hardware: dict[str, dict[str, np.ndarray] | None] = {}
         self._small: dict[tuple[str, str], list] = {}
         self._forensics: dict[str, dict[str, Any]] = {}
+        self._predictions: dict[str, dict[str, Any] | None] = {}
         self.machine: dict[str, Any] = self._side_file("machine.json") or {}
         self.kernels = self._side_file("kernels.json")
         self.overhead = self._side_file("overhead.json")
@@ -75,6 +77,7 @@ class Folder:
             self.hardware(run.run_id)
             self.forensics(run.run_id)
             self.activations(run.run_id)
+            self.predictions(run.case)
         return tuple(sorted(self._defects, key=lambda d: (d.file, d.line or 0, d.what)))
 
     def steps(self, run_id: str) -> dict[str, np.ndarray]:
@@ -117,6 +120,12 @@ class Folder:
             self._small[run_id, "activations"], defects = read_objects(self.path / name, name)
             self._defects += defects
         return self._small[run_id, "activations"]
+
+    def predictions(self, case: str) -> dict[str, Any] | None:
+        """What the fp32 runs of a case predicted, as plain data; None when nobody asked them."""
+        if case not in self._predictions:
+            self._predictions[case] = self._side_file(f"predictions/{case}.json") if is_safe(case) else None
+        return self._predictions[case]
 
     def _records(self, run_id: str, stem: str, kind: type) -> list:
         if (run_id, stem) not in self._small:

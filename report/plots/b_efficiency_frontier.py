@@ -8,6 +8,7 @@ from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from report.plots.palette import arch_markers, look
 from report.plots.style import (
@@ -25,7 +26,7 @@ from report.plots.style import (
 from report.plots.text import clean
 
 PANEL_IN = 2.55
-PLACEMENT_STEPS, MOST_MOVE_PX = 160, 14
+PLACEMENT_STEPS, MOST_MOVE_PX, LEADER_GAP_PT = 160, 14, 3.0
 PEAK_WORDS = {"allocated": "peak memory allocated", "rss": "peak resident memory", "device": "peak device memory",
               "reserved": "peak memory reserved"}
 
@@ -58,8 +59,16 @@ def draw(table) -> Figure:
     figure.get_layout_engine().execute(figure)  # labels are placed on the frames' final size
     figure.set_layout_engine("none")
     for axes, task in zip(grid.flat, tasks, strict=False):
+        _alone(figure, axes)  # each placement draws what is visible
         _labels(axes, data[data["column"] == task])
+    _alone(figure, None)
     return figure
+
+
+def _alone(figure: Figure, shown: Axes | None) -> None:
+    """Show one frame, or with None all."""
+    for axes in figure.axes:
+        axes.set_visible(shown is None or axes is shown)
 
 
 def _y_label(data: pd.DataFrame) -> str:
@@ -111,8 +120,22 @@ def _labels(axes: Axes, data: pd.DataFrame) -> None:
     texts = [axes.text(at_x, at_y, clean(config, 24), size=SMALL_PT)
              for at_x, at_y, config in zip(x, y, data["dtype_config"], strict=False)]
     adjust_text(texts, x=x, y=y, target_x=x[:len(texts)], target_y=y[:len(texts)], ax=axes, iter_lim=PLACEMENT_STEPS,
-                max_move=(MOST_MOVE_PX, MOST_MOVE_PX), expand=(1.15, 1.6), force_text=(0.4, 0.8),
-                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": THIN_PT})
+                max_move=(MOST_MOVE_PX, MOST_MOVE_PX), expand=(1.15, 1.6), force_text=(0.4, 0.8))
+    _leaders(axes, texts, np.c_[x, y][:len(texts)])
+
+
+def _leaders(axes: Axes, texts: list[Text], markers: np.ndarray) -> None:
+    """A thin line from every name that had to move to the marker (in data units) that it names."""
+    to_data = axes.transData.inverted()
+    gap_px = LEADER_GAP_PT / 72 * axes.figure.dpi
+    for text, marker in zip(texts, axes.transData.transform(markers), strict=True):
+        box = text.get_window_extent()
+        end = np.clip(marker, box.min, box.max)  # the nearest place of the name
+        length_px = float(np.hypot(*(end - marker)))
+        if length_px > 3 * gap_px:
+            start = marker + (end - marker) * gap_px / length_px
+            x, y = to_data.transform([start, end]).T
+            axes.plot(x, y, color=MUTED, linewidth=THIN_PT, scalex=False, scaley=False, zorder=1.4)
 
 
 def _legend(figure: Figure, data: pd.DataFrame, markers: dict[str, str]) -> None:

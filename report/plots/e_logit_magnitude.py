@@ -25,7 +25,7 @@ from report.plots.style import (
 from report.plots.text import clean, short
 
 FP16_MAX = 65_504.0
-ROW_IN, FRAME_IN = 1.12, 0.15
+ROW_IN, FRAME_IN = 0.98, 0.15
 HALF_WIDTH = 0.4
 NAME_CHARACTERS = 13
 WIDE_SLOT_IN, NARROW_SLOT_IN = 0.34, 0.2

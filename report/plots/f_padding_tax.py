@@ -15,7 +15,7 @@ from report.plots.palette import look
 from report.plots.style import SMALL_PT, THIN_PT, empty_figure, exclusion_note, new_figure
 from report.plots.text import clean
 
-ROW_IN, FRAME_IN = 1.65, 0.2
+ROW_IN, FRAME_IN = 1.4, 0.2
 POINT_BINS = 120
 
 

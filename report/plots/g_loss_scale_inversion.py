@@ -13,7 +13,7 @@ from report.plots.palette import look
 from report.plots.style import MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
 from report.plots.text import clean
 
-LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.3, 1.0, 0.2
+LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.82, 0.2
 
 
 def draw(table) -> Figure:

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from report.plots.decimate import decimate
 from report.plots.density import outline
 from report.plots.palette import look
-from report.plots.style import INK, MUTED, SMALL_PT, TEXT_PT, THIN_PT, empty_figure, exclusion_note, new_figure
+from report.plots.style import INK, SMALL_PT, THIN_PT, empty_figure, exclusion_note, new_figure
 from report.plots.text import clean
 
-ROW_IN, FRAME_IN = 1.6, 0.2
+ROW_IN, KEY_IN, FRAME_IN = 1.6, 0.75, 0.2
 MEMORY = (("gpu_memory_bytes", "GPU memory (GB)"), ("rss_bytes", "resident memory (GB)"))
+DISK = ("disk_growth_bytes", "disk growth (GB)")
 USE = (("gpu_percent", "GPU utilisation (%)"), ("cpu_percent", "CPU utilisation (%)"))
 
 
@@ -23,25 +24,35 @@ def draw(table) -> Figure:
     data: pd.DataFrame = table.data
     if table.empty or data.empty:
         return empty_figure(table.title, table.empty or "no samples", table.marks)
-    figure = new_figure(table.title, ROW_IN * 4 + FRAME_IN, marks=table.marks, notes=exclusion_note(table.excluded))
-    grid = figure.subplots(4, 2, squeeze=False)
-    for (over, boxes), (column, words) in zip(grid[:2], MEMORY, strict=True):
-        _over_time(over, data, column, 1e-9, words)
-        _boxes(boxes, data, column, words)
-    for axes, (column, words) in zip(grid[2], USE, strict=True):
-        _densities(axes, data, column, words)
-    _over_time(grid[3][0], data, "disk_growth_bytes", 1e-9, "disk growth (GB)")
-    grid[3][0].set_xlabel("time since the run's start (s)")
-    _key(grid[3][1], data)
+    memory, use = ([(column, words) for column, words in readings if data[column].notna().any()] for readings in (MEMORY, USE))
+    frames = [frame for column, words in memory for frame in ((_over_time, column, words), (_boxes, column, words))]
+    frames += [(_densities, column, words) for column, words in use]
+    frames += [(_over_time, *DISK)] if data[DISK[0]].notna().any() else []
+    down = (len(frames) + 2) // 2  # and a frame for the key
+    heights = [ROW_IN] * down
+    if len(frames) % 2 == 0:
+        heights[-1] = KEY_IN  # the key has a row to itself
+    figure = new_figure(table.title, sum(heights) + FRAME_IN, marks=table.marks,
+                        notes=(*_absent(data), *exclusion_note(table.excluded)))
+    grid = figure.subplots(down, 2, squeeze=False, height_ratios=heights).flat
+    for axes, (draw_one, column, words) in zip(grid, frames, strict=False):
+        draw_one(axes, data, column, words)
+    _key(grid[len(frames)], data)
+    for spare in grid[len(frames) + 1:]:
+        spare.axis("off")
     return figure
 
 
-def _over_time(axes: Axes, data: pd.DataFrame, column: str, scale: float, words: str) -> None:
-    axes.set_ylabel(words)
-    if _absent(axes, data, column):
-        return
+def _absent(data: pd.DataFrame) -> tuple[str, ...]:
+    """A note that names what no run measured; it gets no empty frame."""
+    absent = [words.rpartition(" (")[0] for column, words in (*MEMORY, *USE, DISK) if not data[column].notna().any()]
+    return (f"Not measured: {', '.join(absent)}.",) if absent else ()
+
+
+def _over_time(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
+    axes.set(ylabel=words, xlabel="time since the run's start (s)")
     for (_, config), run in data.groupby(["case", "dtype_config"], sort=False, observed=True):
-        x, y = run["time_s"].to_numpy(), run[column].to_numpy(float) * scale
+        x, y = run["time_s"].to_numpy(), run[column].to_numpy(float) / 1e9
         shown = decimate(x, y)
         axes.plot(x[shown], y[shown], color=look(config).colour, linestyle=look(config).line, linewidth=0.7, alpha=0.85)
     if column != "disk_growth_bytes":
@@ -50,8 +61,6 @@ def _over_time(axes: Axes, data: pd.DataFrame, column: str, scale: float, words:
 
 def _boxes(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
     """Box from the first to the third quartile, whiskers at the extremes, a configuration a row."""
-    if _absent(axes, data, column):
-        return
     groups = [(config, run[column].dropna().to_numpy(float) / 1e9)
               for config, run in data.groupby("dtype_config", sort=False, observed=True)]
     for at, (config, values) in enumerate(groups):
@@ -69,8 +78,6 @@ def _boxes(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
 
 def _densities(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
     axes.set(xlabel=words, yticks=[], xlim=(0, 100))
-    if _absent(axes, data, column):
-        return
     for config, run in data.groupby("dtype_config", sort=False, observed=True):
         values = run[column].dropna().to_numpy(float)
         if len(values):
@@ -80,15 +87,6 @@ def _densities(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
             axes.axvline(np.median(values), color=style.colour, linewidth=THIN_PT, linestyle=(0, (4, 2)))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("density")
-
-
-def _absent(axes: Axes, data: pd.DataFrame, column: str) -> bool:
-    """Whether there is no reading at all; then the frame says so."""
-    if data[column].notna().any():
-        return False
-    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", size=TEXT_PT, color=MUTED)
-    axes.set(xticks=[], yticks=[])
-    return True
 
 
 def _key(axes: Axes, data: pd.DataFrame) -> None:

@@ -69,6 +69,22 @@ def arch_markers(archs: list[str]) -> dict[str, str]:
     return {arch: ARCH_MARKERS.get(arch) or spare[arch] for arch in archs}
 
 
+KERNEL_CLASSES = {
+    "matmul": ("#332288", "#9483ea"), "attention": ("#2f8f80", "#5cc7b5"), "elementwise": ("#a68a1e", "#e0cb6a"),
+    "reduction": ("#c25468", "#ee8b9b"), "optimizer": ("#7d1f4e", "#d0689c"), "copy": ("#80878f", "#9aa1a9"),
+    "ours": ("#117733", "#57bd77"), "other": ("#9a3f8b", "#d184c5")}
+"""Class of kernel -> colour on paper and in the dark theme (after Paul Tol's muted set): none is a configuration's."""
+
+ARM_LOOKS = {"bare": Look("#3a3f46", "#c9ced6", "o", "-"), "light": Look("#0f7a6c", "#4fc3b2", "s", DASH),
+             "full": Look("#9a5a00", "#e6a84f", "^", DOT)}
+"""Instruments off, light and full."""
+
+
+def kernel_class_look(name: str) -> str | None:
+    """The colour of a class of kernel; that of ``other`` for one this version does not know, None for idle time."""
+    return None if name == "idle" else KERNEL_CLASSES.get(name, KERNEL_CLASSES["other"])[0]
+
+
 @dataclass(frozen=True)
 class StateLook:
     """A cell of the stability matrix: fill, ink on it, hatch, and the sign that says it without colour."""

@@ -1,4 +1,4 @@
-"""The figures by letter: A to H, then those of the sections on failures and on the machine."""
+"""The figures by letter: A to H, then those of the sections on failures, time and the machine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from report.plots import (
     h_rank_correlation,
     hardware,
     headroom,
+    kernel_time,
+    overhead,
     step_times,
 )
 
@@ -25,4 +27,5 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "D": d_grad_norm_heartbeat.draw, "E": e_logit_magnitude.draw, "F": f_padding_tax.draw,
     "G": g_loss_scale_inversion.draw, "H": h_rank_correlation.draw,
     "headroom": headroom.draw, "hardware": hardware.draw, "step_times": step_times.draw,
+    "kernel_time": kernel_time.draw, "overhead": overhead.draw,
 }

@@ -20,6 +20,7 @@ TABLES = {"A": a_stability, "B": b_efficiency, "C": c_throughput, "D": d_grad_no
           "G": g_loss, "H": h_rank}
 
 
-def all_tables(folder: Folder) -> dict[str, Table]:
-    """Every figure's table by its letter, in order."""
-    return {letter: module.table(folder) for letter, module in TABLES.items()}
+def all_tables(folder: Folder, heartbeat: tuple[str, ...] = ()) -> dict[str, Table]:
+    """Every figure's table by its letter, in order. ``heartbeat``: configurations that D shows beside its own."""
+    return {letter: module.table(folder, heartbeat) if letter == "D" else module.table(folder)
+            for letter, module in TABLES.items()}

@@ -14,7 +14,7 @@ from report.tables.caption import data_words
 from report.tables.columns import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order
 from report.tables.judgement import Judged, Judgements, death_kind, gap_words, judge_runs
 from report.tables.table import Table, frame
-from report.words import count, sentence, shortened
+from report.words import count, sentence, shortened, signed
 
 COLUMNS = ("case", "column", "arch", "loss_reduction", "dtype_config", "state", "n_seeds", "n_bad", "step", "phase",
            "sign", "line1", "line2", "run_ids")
@@ -22,6 +22,9 @@ SIGNS = {"completed": "✓", "diverged": "✗", "poor": "!", "failed": "⚠", "u
          "unjudged": "?"}
 VERBS = {"diverged": ("diverges", "diverge"), "poor": ("trains worse", "train worse"),
          "failed": ("fails to finish", "fail to finish")}
+RESOLVED = "*"
+"""Behind a difference that the seeds tell from 0; a cell has room for a sign and not for the word."""
+SHORT_PHASES = {"optimizer": "optim", "backward": "backw."}
 WORST_FIRST = ("diverged", "poor", "failed", "unjudged", "completed", "unsupported")
 
 
@@ -57,7 +60,7 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
     seeds = f"{len(bad)} of {count(n, 'seed')}"
     if state == "diverged":
         phase = _phase(bad)
-        return _death(bad), f"{phase}, {seeds}" if phase else seeds
+        return _death(bad), f"{_short_phase(phase)}, {len(bad)}/{n}" if phase else seeds
     if state == "missing":
         return "not run", ""
     if state == "unsupported":
@@ -67,29 +70,29 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
     if state == "unjudged":
         unhealthy = bad[0].run.case in judgements.unhealthy
         if config == REFERENCE:
-            return ("ends above start", "unhealthy") if unhealthy else ("not judged", seeds)
-        why = "reference unhealthy" if unhealthy else "not comparable" if "not comparable" in bad[0].reason else "no reference"
+            return ("ends higher", "unhealthy") if unhealthy else ("not judged", seeds)
+        why = "unhealthy ref" if unhealthy else "no fair pair" if "not comparable" in bad[0].reason else "no reference"
         return "not judged", why
     if state == "poor":
         worst = max(bad, key=lambda j: j.gap if j.gap is not None else 0)
         return (gap_words(worst.gap, worst.unit) if "loss" in worst.reason
-                else f"F1 {100 * worst.f1_gap:+.1f} pt"), seeds
+                else f"F1 {signed(100 * worst.f1_gap, 1)} pt"), seeds
     if config == REFERENCE:
-        return "reference", f"healthy, {count(n, 'seed')}"
+        return "reference", f"healthy, n={n}"
     return _gap_line(bad), count(n, "seed")
 
 
 def _gap_line(judged: list[Judged]) -> str:
     """The mean distance from the reference, and whether the seeds resolve it."""
     gaps = mean_interval([j.gap for j in judged if j.gap is not None])
-    resolved = ", resolved" if gaps.above(0) or gaps.below(0) else ""
+    resolved = RESOLVED if gaps.above(0) or gaps.below(0) else ""
     return gap_words(gaps.value, judged[0].unit) + resolved if gaps.n else ""
 
 
 def _death(dead: list[Judged]) -> str:
     """``NaN @ 50``, or the range of steps."""
     steps = sorted(j.run.divergence_step for j in dead)
-    kinds = "/".join(dict.fromkeys(death_kind(j.run) for j in dead))
+    kinds = "/".join(dict.fromkeys("loss↑" if (kind := death_kind(j.run)) == "exploded" else kind for j in dead))
     return f"{kinds} @ {steps[0]}" + (f"–{steps[-1]}" if steps[-1] != steps[0] else "")
 
 
@@ -97,6 +100,12 @@ def _phase(dead: list[Judged]) -> str | None:
     """The phases in which the first non-finite values were produced."""
     phases = dict.fromkeys(j.run.first_nonfinite.phase for j in dead if j.run.first_nonfinite)
     return "/".join(phases) or None
+
+
+def _short_phase(phase: str) -> str:
+    """One phase as it fits a cell; several as their number, which the CSV spells out."""
+    several = phase.count("/") + 1
+    return SHORT_PHASES.get(phase, phase) if several == 1 else f"{several} phases"
 
 
 def _title(data, judgements: Judgements) -> str:
@@ -124,5 +133,7 @@ def _caption(folder: Folder, judgements: Judgements, absent: list[str]) -> str:
     return (f"{data_words(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
             "applied gradient, a parameter or an optimizer state became non-finite, or the loss exploded. Poor: completed, "
             "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
-            "(classification), or micro-F1 down by more than 2 points. Resolved: the 95 % t-interval over seeds of the "
-            f"paired difference excludes 0. Healthy: the reference ends below its start.{missing} {unhealthy}").strip()
+            "(classification), or micro-F1 down by more than 2 points. loss↑: it exploded with finite "
+            "values. *: the 95 % t-interval over seeds of the "
+            "paired difference excludes 0. k/n: seeds. Healthy: the reference ends below its start."
+            f"{missing} {unhealthy}").strip()

@@ -9,6 +9,7 @@ import pandas as pd
 
 from bench_cases import DTYPE_CONFIGS
 from instrument.records import RunRecord
+from report.errors import UsageError
 from report.load import Folder
 from report.statistics.rolling import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
 from report.tables.caption import data_words
@@ -16,7 +17,7 @@ from report.tables.columns import REFERENCE, case_order, series_order
 from report.tables.selection import Selection, select
 from report.tables.step_frame import long_frame
 from report.tables.table import Table, frame
-from report.words import count, sentence, shortened
+from report.words import count, joined, sentence, shortened
 
 COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
 SUMMARY = ("case", "dtype_config", "seed", "n_steps", "spikes", "spikes_per_1000", "relative_to_fp32", "skips", "died_at",
@@ -25,9 +26,14 @@ STRESSED = "fp16_naive"
 SHOWN = (STRESSED, "amp_bf16", REFERENCE, *DTYPE_CONFIGS[STRESSED].controls)
 
 
-def table(folder: Folder, configs: tuple[str, ...] = SHOWN) -> Table:
-    """All steps of the shown configurations. Spikes are found before anyone thins the lines out."""
+def table(folder: Folder, more: tuple[str, ...] = ()) -> Table:
+    """All steps of the shown configurations, and of ``more`` that someone asked for. Spikes are found before anyone
+    thins the lines out. Raises `UsageError` for a configuration that the folder does not hold."""
     selection = select(folder)
+    ran = series_order({run.dtype_config for run in folder.runs})
+    if unknown := [config for config in more if config not in ran]:
+        raise UsageError(f"no run of {shortened(unknown)} for the heartbeat; this folder has {joined(ran)}")
+    configs = tuple(dict.fromkeys((*SHOWN, *more)))
     runs = [run for case in case_order({run.case for run in selection.runs}) for config in series_order(configs)
             for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
     runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]

@@ -16,7 +16,7 @@ from report.tables.judgement import death_words
 from report.tables.selection import Selection, select
 from report.tables.step_frame import long_frame
 from report.tables.table import Table, frame
-from report.words import count, sentence, shortened
+from report.words import count, joined, sentence, shortened
 
 COLUMNS = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "step", "loss", "minus_reference")
 SUMMARY = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "died_at", "death", "final_minus_reference",
@@ -74,15 +74,29 @@ def _title(summary: pd.DataFrame) -> str:
     stressed = summary[summary["dtype_config"].str.startswith("fp16_naive")]
     if stressed.empty:
         return "Not decided: fp16_naive was not run on classification."
-    parts = []
-    for config in series_order(stressed["dtype_config"]):
-        words = []
-        for kind in KINDS.values():
-            rows = stressed[(stressed["dtype_config"] == config) & (stressed["kind"] == kind)]
-            if len(rows):
-                words.append(f"{int(rows['died_at'].notna().sum())} of {count(len(rows), kind.lower() + ' run')}")
-        parts.append(f"{config} dies in {' and '.join(words)}")
+    configs = series_order(stressed["dtype_config"])
+    deaths = {config: _deaths(stressed[stressed["dtype_config"] == config]) for config in configs}
+    alive = [config for config in configs if not any(dead for dead, _ in deaths[config].values())]
+    dying = [config for config in configs if config not in alive]
+    parts = [_death_words(config, deaths[config], first=config == dying[0]) for config in dying]
+    if alive:
+        n = sum(runs for config in alive for _, runs in deaths[config].values())
+        parts.append(f"{joined(alive)} {'does' if len(alive) == 1 else 'do'} not die ({count(n, 'run')})")
     return sentence("; ".join(parts))
+
+
+def _deaths(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Kind -> (runs that died, runs), of the kinds that ran."""
+    return {kind: (int(of_kind["died_at"].notna().sum()), len(of_kind)) for kind in KINDS.values()
+            if len(of_kind := rows[rows["kind"] == kind])}
+
+
+def _death_words(config: str, of_kind: dict[str, tuple[int, int]], *, first: bool) -> str:
+    """The first says what the numbers are; those after it would only repeat it."""
+    if first:
+        words = [f"{dead} of {count(n, f'{kind.lower()} run')}" for kind, (dead, n) in of_kind.items()]
+        return f"{config} dies in {joined(words)}"
+    return f"{config} in {joined(f'{dead} of {n}' for dead, n in of_kind.values())}"
 
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:

@@ -21,14 +21,15 @@ def headroom(folder: Folder, run_id: str) -> pd.DataFrame | None:
     ``headroom_bits`` is log2(largest number of the dtype / absmax): 0 at the edge, nan for a dtype that
     is not known, inf for a module that gave zeros only. A row that lacks something is left out.
     """
-    rows = [row for read in folder.activations(run_id) if (row := _row(read)) is not None]
+    rows = [row for read in folder.activations(run_id) if (row := headroom_row(read)) is not None]
     if not rows:
         return None
     data = pd.DataFrame(rows, columns=list(COLUMNS))
     return data.sort_values(["step", "order"], kind="stable", ignore_index=True)
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any] | None:
+def headroom_row(row: dict[str, Any]) -> dict[str, Any] | None:
+    """One reading with its headroom; None when it lacks a step, a module, an order or a direction."""
     try:
         absmax = row.get("absmax")
         absmax = math.nan if absmax is None else float(absmax)

@@ -16,6 +16,7 @@ from report.load import Folder
 from report.tables.columns import REFERENCE, is_lm
 from report.tables.fairness import unfair
 from report.tables.selection import Selection, select
+from report.words import signed
 
 POOR_NATS = 0.2
 POOR_SHARE = 0.10
@@ -129,7 +130,7 @@ def final_losses(run: RunRecord, reference: RunRecord) -> tuple[float | None, fl
 
 def gap_words(gap: float, unit: str) -> str:
     """``+0.31 nats`` or ``+12 %``."""
-    return f"{gap:+.2f} nats" if unit == "nats" else f"{100 * gap:+.1f} %"
+    return f"{signed(gap, 2)} nats" if unit == "nats" else f"{signed(100 * gap, 1)} %"
 
 
 def death_words(run: RunRecord) -> str:

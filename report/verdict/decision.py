@@ -23,15 +23,16 @@ from report.tables.judgement import gap_words
 from report.tables.paired import pooled_rate
 from report.verdict.avoid import to_avoid
 from report.verdict.next_command import next_command
-from report.words import shortened
+from report.verdict.price import Price, cost_words
+from report.words import shortened, signed
 
 
 @dataclass(frozen=True)
 class TaskVerdict:
     """One task. ``use`` None: nothing can be recommended, and ``reason`` says why. ``relative_speed`` with
     ``low`` and ``high`` is against fp32_true, ``relative_cost`` its inverse (the same machine by the
-    hour), ``cost`` both in words. ``quality`` in words. ``confidence``: ``high`` (3 seeds or more, ahead of every rival),
-    ``medium`` (3 seeds or more, tied), ``low``."""
+    hour); ``cost`` says it in words, in money where the price of an hour is known. ``quality`` in words.
+    ``confidence``: ``high`` (3 seeds or more, ahead of every rival), ``medium`` (3 seeds or more, tied), ``low``."""
 
     column: str
     use: str | None
@@ -47,6 +48,7 @@ class TaskVerdict:
     n: int
     relative_cost: float | None
     hours_per_million_samples: float | None
+    hours_per_billion_real_tokens: float | None
     cost: str | None
     cases: tuple[str, ...]
     run_ids: tuple[str, ...]
@@ -65,10 +67,12 @@ class Verdict:
     claims: tuple[tuple[str, str], ...]
     open_questions: tuple[str, ...]
     next_command: str
+    price_per_hour: float | None = None
+    currency: str = ""
 
 
-def verdict(folder: Folder) -> Verdict:
-    """The decision, computed from the rows alone."""
+def verdict(folder: Folder, price: Price | None = None) -> Verdict:
+    """The decision, computed from the rows alone; ``price`` turns hours into money."""
     base = EvidenceBase.of(folder)
     findings = judge(folder)
     good = [run for run in base.selection.runs if base.state(run) == "completed"
@@ -77,13 +81,14 @@ def verdict(folder: Folder) -> Verdict:
     columns = [column for column in TASK_COLUMNS if any(column_of(run) == column for run in base.selection.runs)]
     return Verdict(
         folder.device, folder.marks, len(folder.runs), len({run.seed for run in folder.runs}), len(folder.defects),
-        tuple(_task(base, column, scores.get(column, {}), good) for column in columns),
+        tuple(_task(base, column, scores.get(column, {}), good, price) for column in columns),
         tuple((f.id, f.verdict) for f in findings),
         tuple(f"{f.id}: {f.claim} Not decided; it needs {f.would_decide}." for f in findings if f.verdict == NOT_DECIDED),
-        next_command(folder, base))
+        next_command(folder, base), price.per_hour if price else None, price.currency if price else "")
 
 
-def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good: list[RunRecord]) -> TaskVerdict:
+def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good: list[RunRecord],
+          price: Price | None) -> TaskVerdict:
     cases = tuple(case for case, run in base.cases.items() if column_of(run) == column)
     avoid = to_avoid(base, cases)
     healthy = [case for case in cases if case not in base.judgements.unhealthy]
@@ -94,6 +99,7 @@ def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good:
     runs = [run for run in good if run.dtype_config == best and run.case in healthy]
     memory = memory_kind(runs)
     hours = 1e6 / pooled_rate([run.samples_per_s for run in runs]) / 3600
+    token_hours = _token_hours(runs)
     confidence, ties = _confidence(base, scores, best)
     left_out = [case for case in cases if case not in healthy]
     alone = len(scores) == 1
@@ -103,12 +109,19 @@ def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good:
     return TaskVerdict(
         column, best, avoid, speed.value, *(_or_none(v) for v in (speed.low, speed.high)),
         peak_of(runs, memory) if memory else None, memory, quality_words(base, runs, best), reason, confidence, speed.n,
-        1 / speed.value, hours, f"{1 / speed.value:.2f} of fp32_true's, {hours:.3g} hours per million samples", cases,
+        1 / speed.value, hours, token_hours, cost_words(1 / speed.value, hours, token_hours, price), cases,
         tuple(run.run_id for run in runs))
 
 
 def _nothing(column: str, cases: tuple[str, ...], avoid: tuple[str, ...], reason: str) -> TaskVerdict:
-    return TaskVerdict(column, None, avoid, None, None, None, None, None, None, reason, None, 0, None, None, None, cases, ())
+    return TaskVerdict(column, None, avoid, None, None, None, None, None, None, reason, None, 0, None, None, None, None, cases,
+                       ())
+
+
+def _token_hours(runs: list[RunRecord]) -> float | None:
+    """Hours for 10^9 tokens without padding; None unless every run counted them."""
+    rates = [run.real_tokens_per_s for run in runs]
+    return 1e9 / pooled_rate(rates) / 3600 if rates and all(rates) else None
 
 
 def _why_nothing(base: EvidenceBase, cases: tuple[str, ...], healthy: list[str]) -> str:
@@ -142,7 +155,7 @@ def quality_words(base: EvidenceBase, runs: list[RunRecord], config: str) -> str
             found.append((gaps.value, f"loss {gap_words(gaps.value, judged[0].unit)}{_spread(gaps, judged[0].unit)}"))
         f1 = mean_interval([j.f1_gap for j in judged if j.f1_gap is not None])
         if f1.n and found:
-            found[-1] = (found[-1][0], f"{found[-1][1]}, F1 {100 * f1.value:+.1f} pt")
+            found[-1] = (found[-1][0], f"{found[-1][1]}, F1 {signed(100 * f1.value, 1)} pt")
     return max(found)[1] if found else None
 
 
@@ -150,7 +163,7 @@ def _spread(gaps: Interval, unit: str) -> str:
     if not gaps.known:
         return ""
     scale = 1 if unit == "nats" else 100
-    return f" [{scale * gaps.low:+.2f}, {scale * gaps.high:+.2f}]"
+    return f" [{signed(scale * gaps.low, 2)}, {signed(scale * gaps.high, 2)}]"
 
 
 def _or_none(value: float) -> float | None:

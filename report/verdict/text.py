@@ -10,6 +10,7 @@ from report.load import Folder
 from report.statistics.interval import Interval
 from report.tables.columns import REFERENCE
 from report.verdict.decision import TaskVerdict, Verdict, verdict
+from report.verdict.price import Price
 from report.words import bounds, count, gigabytes, printable
 
 WIDTH, HEIGHT = 80, 24
@@ -17,36 +18,38 @@ INDENT = 12
 MEMORY_WORDS = {"allocated": "", "rss": " resident", None: ""}
 
 
-def verdict_text(folder: Folder, price_per_hour: float | None = None) -> str:
+def verdict_text(folder: Folder, price: Price | None = None) -> str:
     """The last words of a matrix: per task what to use and what to avoid; what is open; what is next."""
-    return "\n".join(lines(verdict(folder), price_per_hour))
+    return "\n".join(lines(verdict(folder, price), price))
 
 
-def lines(decision: Verdict, price_per_hour: float | None = None) -> list[str]:
+def lines(decision: Verdict, price: Price | None = None) -> list[str]:
     """Header, tasks, claims and the next command. Tasks share what room is left between them."""
     head = _fitted(" · ".join([decision.device, count(decision.n_runs, "run"), count(decision.n_seeds, "seed"), *decision.marks,
                                *([count(decision.n_defects, "defect in the files", "defects in the files")]
                                  if decision.n_defects else [])]), "", 2)
     tail = [*_fitted(_claims(decision), "", 2), *command_lines(decision.next_command)]
     room = max(1, (HEIGHT - len(head) - len(tail)) // max(1, len(decision.tasks)))
-    body = [line for task in decision.tasks for line in _task(task, room, price_per_hour)]
+    body = [line for task in decision.tasks for line in _task(task, room, price)]
     return [printable(line) for line in (*head, *body, *tail)]
 
 
-def _task(task: TaskVerdict, room: int, price_per_hour: float | None) -> list[str]:
-    use = _fitted(use_words(task, price_per_hour), f"{task.column:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
+def _task(task: TaskVerdict, room: int, price: Price | None) -> list[str]:
+    use = _fitted(use_words(task, price), f"{task.column:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
     left = room - len(use)
     return use + (_fitted("avoid " + "; ".join(task.avoid), " " * INDENT, left) if task.avoid and left else [])
 
 
-def use_words(task: TaskVerdict, price_per_hour: float | None = None) -> str:
+def use_words(task: TaskVerdict, price: Price | None = None) -> str:
     """What to use and why, or why nothing can be said."""
     if task.use is None:
         return f"no recommendation: {task.reason}"
     speed = Interval(task.relative_speed, *(math.nan if v is None else v for v in (task.low, task.high)), task.n)
     cost = f"cost x{task.relative_cost:.2f}"
-    if price_per_hour is not None:
-        cost = f"{price_per_hour * task.hours_per_million_samples:.3g} per million samples"
+    if price is not None:
+        tokens = task.hours_per_billion_real_tokens
+        cost = f"{price.of(task.hours_per_million_samples)} per million samples" + \
+            (f", {price.of(tokens)} per 10^9 real tokens" if tokens else "")
     against = "nothing faster holds its quality" if task.use == REFERENCE else \
         f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
     parts = [f"use {task.use}: {against}",

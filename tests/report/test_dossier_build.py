@@ -138,16 +138,26 @@ def plant_hostile_rows(place) -> None:
         row = decode(path.read_bytes(), RunRecord)
         row = msgspec.structs.replace(row, error=nasty, device=NASTY[0], data_source=nasty[:9_000],
                                       weights_source=nasty[:9_000], env={"gpu": nasty, nasty[:200]: nasty},
+                                      flags=row.flags | {"trace": {"steps": 1}, "time_by_kernel": {
+                                          "source": nasty, "idle_s": nasty, "seconds": {nasty: {nasty: 1.0}, "copy": nasty},
+                                          "top": [{"name": nasty, "total_s": 1.0, "phase": nasty, "input_shapes": [nasty]}]}},
                                       peak_flops_source=nasty, config={**row.config, "preset": nasty, "lr": nasty})
         if row.dtype_config == "amp_fp16":
             row = msgspec.structs.replace(row, dtype_config=f"amp_fp16{nasty}")
         path.write_bytes(encode(row) + b"\n")
         lines.append(encode(row) + b"\n")
     (place / "results.jsonl").write_bytes(b"".join(lines) + b'{"torn')
-    dead = next(path for path in (place / "runs").iterdir() if "fp16_naive" in path.name)
+    dead = next(path for path in sorted((place / "runs").iterdir()) if "gpt2_clm-fp16_naive" in path.name)
     (dead / "forensics.json").write_text(json.dumps({"sentence": NASTY[0], "trace_file": NASTY[2], "remedies": [
         {"change": NASTY[1], "survives": True, "step_time_ratio": "x"}], "chain": [{"module": NASTY[0], "phase": NASTY[3]}],
         "kernels": [{"name": NASTY[9], "duration_s": 1e-6}, "text"]}))
+    (place / "predictions").mkdir()
+    (place / "predictions" / "gpt2_clm.json").write_text(json.dumps({"references": [{"configs": [
+        {"run_id": dead.name, "ends": {"kind": NASTY[0], "module": NASTY[1], "step": 1}, "happened": NASTY[9],
+         "outcomes": [{"kind": nasty, "verdict": "predicted and happened"} for nasty in NASTY]}]}]}))
+    (place / "overhead.json").write_text(json.dumps({"device": NASTY[0], "what": NASTY[3], "simulated": True, "rows": [
+        {"name": nasty, "unit": "ratio", "median": 1.0, "note": nasty} for nasty in NASTY],
+        "wall_s": {"bare": [1.0, 2.0], "light": [1.0, 2.0]}}))
     (place / "kernels.json").write_text(json.dumps({"rows": [{"op": NASTY[0], "case": NASTY[1], "time_s": 1e-6}, 3]}))
 
 

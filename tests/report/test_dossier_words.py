@@ -1,5 +1,6 @@
 """What the page says beside its figures: citations, commands, cards, tables of measurements."""
 
+import re
 from types import SimpleNamespace
 
 import msgspec
@@ -9,9 +10,11 @@ from instrument.records import RunRecord, decode
 from report.bench.simulate import simulate
 from report.dossier import measurements
 from report.dossier.citations import RowNumbers, in_order
-from report.dossier.failure_cards import MOST_CARDS, failure_cards
+from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards
 from report.dossier.reproduce import command, commands, versions
 from report.dossier.runs_table import run_href, run_rows
+from report.dossier.sparkline import sparkline
+from report.tables import kernel_time
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +90,30 @@ def test_mfu_is_the_median_over_seeds_in_per_cent(runs):
         [name for name in RunRecord.__struct_fields__ if name.startswith("mfu")]))]) == []
 
 
-def test_kernel_classes_are_shares_of_the_profile(runs):
-    run = msgspec.structs.replace(runs[0], flags={"time_by_kernel": {"matmul": 3.0, "optimizer": {"time_s": 1.0}}})
-    heads, rows = measurements.kernel_classes([run, runs[4]])
-    assert heads == ["matmul", "optimizer"] and rows == [["gpt2_clm", "fp32_true", "75.0", "25.0"]]
-    assert measurements.kernel_classes(runs[:2]) == ([], [])
+PROFILE = {"source": "cpu_self_time", "wall_s": 5.0, "sum_s": 4.0, "idle_s": 1.0, "seconds": {
+    "optimizer": {"optimizer": 1.0}, "matmul": {"forward": 1.0, "backward": 2.0}}, "top": [
+    {"name": "aten::mm", "class": "matmul", "phase": "backward", "count": 6, "total_s": 0.5, "input_shapes": [[4, 8], [8, 2]]}]}
+
+
+def test_kernel_classes_are_milliseconds_a_step_and_shares_of_kernel_time(runs):
+    run = msgspec.structs.replace(runs[0], flags={"time_by_kernel": PROFILE, "trace": {"steps": 2}})
+    table = kernel_time.table(SimpleNamespace(runs=[run, runs[4]], device="x", marks=()))
+    heads, rows = measurements.kernel_classes(table.data)
+    assert heads == ["matmul", "optimizer", "idle"]  # in the order of the classes, whatever that of the file
+    assert rows == [["gpt2_clm", "fp32_true", "1,500 (75 %)", "500 (25 %)", "500"]]
+    assert measurements.top_kernels(table.summary) == [
+        ["gpt2_clm", "fp32_true", "aten::mm", "matmul", "backward", "3", "250", "[4, 8], [8, 2]"]]
+    assert "matmul in 1 of 1 profile" in table.title and "75 %" in table.title
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"time_by_kernel": PROFILE}, {"time_by_kernel": PROFILE, "trace": {"steps": 0}},
+    {"time_by_kernel": PROFILE, "trace": {"steps": "3"}}, {"time_by_kernel": "text", "trace": {"steps": 2}},
+    {"time_by_kernel": {"seconds": {"matmul": 3.0}}, "trace": {"steps": 2}}])
+def test_a_profile_without_steps_or_seconds_is_not_measured(runs, flags):
+    run = msgspec.structs.replace(runs[0], flags=flags)
+    table = kernel_time.table(SimpleNamespace(runs=[run], device="x", marks=()))
+    assert "not measured" in table.empty and measurements.kernel_classes(table.data) == ([], [])
 
 
 @pytest.mark.parametrize("document", [None, {}, {"rows": "text"}, {"rows": [3, None]}])
@@ -107,24 +129,59 @@ def test_a_benchmark_is_printed_in_its_units():
 
 def card_of(runs, **fields):
     empty = {"run_id": runs[0].run_id, "sentence": "died", "cause": None, "remedies": (), "chain": (), "kernels": (),
-             "trace_file": None}
+             "history": (), "trace_file": None}
     folder = SimpleNamespace(by_id={run.run_id: run for run in runs})
     return failure_cards([SimpleNamespace(**empty | fields)], folder, RowNumbers(runs))["cards"][0]
 
 
-def test_a_card_tells_remedy_chain_and_kernels(runs):
-    card = card_of(runs, remedies=({"change": "eps 1e-4", "survives": True, "step_time_ratio": 1.04, "bytes_ratio": 1.0,
-                                    "confirms": None}, {"change": "clip", "survives": None, "why": "no GPU"}),
-                   chain=({"module": "h.0", "tensor": "param", "phase": "optimizer", "op": "div", "kind": "inf",
-                           "dtype": "fp16", "shape": [2, 3]},),
-                   kernels=({"name": "aten::div", "duration_s": 2e-6, "phase": "optimizer"},))
-    assert card["remedies"] == ["eps 1e-4: survives, step time 1.04x, memory 1.00x", "clip: not tried, no GPU"]
-    assert card["chain"] == ["h.0.param (optimizer, div, inf, fp16, [2, 3])"]
-    assert card["kernels"] == ["aten::div, 2 us, optimizer"]
+def test_a_card_tells_remedies_in_columns(runs):
+    card = card_of(runs, remedies=(
+        {"change": "eps 1e-4", "survives": True, "steps": 20, "step_time_ratio": 1.04, "bytes_ratio": 1.0,
+         "confirms": "underflow_then_divide"},
+        {"change": "clip", "survives": None, "why": "no GPU"},
+        {"change": "scaler", "survives": False, "failed_at": 6, "why": "2 of 5 skipped", "step_time_ratio": True}, "text"))
+    assert card["remedies"] == [["eps 1e-4", "yes, 20 steps", "1.04x", "1.00x", "confirms underflow then divide"],
+                                ["clip", "not tried", "–", "–", "no GPU"],
+                                ["scaler", "no, dies at step 6", "–", "–", "2 of 5 skipped"]]
+
+
+def test_a_chain_is_numbered_and_its_rest_counted(runs):
+    link = {"module": "h.0", "tensor": "h.0.weight", "phase": "optimizer", "op": "div", "kind": "inf", "dtype": "fp16"}
+    card = card_of(runs, chain=(link, {"phase": "forward", "module": None}, *[link] * 9))
+    assert card["chain"][0] == ["1", "optimizer", "h.0.weight", "div", "inf", "fp16"]
+    assert card["chain"][1] == ["2", "forward", "–", "–", "–", "–"]
+    assert len(card["chain"]) == MOST_LINKS and card["chain_further"] == 11 - MOST_LINKS
+
+
+@pytest.mark.parametrize(("here", "n", "shown"), [(5, 20, range(2, 9)), (0, 20, range(0, 4)), (19, 20, range(16, 20)),
+                                                  (None, 20, range(13, 20)), (1, 2, range(0, 2)), (None, 0, range(0))])
+def test_the_culprit_stands_marked_between_its_neighbours(runs, here, n, shown):
+    card = card_of(runs, kernels=tuple({"name": f"k{at}", "here": at == here, "nonfinite": at == 7, "duration_s": 2e-6,
+                                        "shapes": [[2, 3]] * 3} for at in range(n)))
+    assert [kernel["cells"][1] for kernel in card["kernels"]] == [f"k{at}" for at in shown]
+    assert [kernel["cells"][1] for kernel in card["kernels"] if kernel["here"]] == ([] if here is None else [f"k{here}"])
+    assert all(kernel["cells"][4:6] == ["2", "[2, 3], [2, 3] and 1 more"] for kernel in card["kernels"])
+
+
+def test_magnitudes_are_drawn_from_three_steps_on(runs):
+    rows = [{"step": step, "absmax_fwd": 2.0**step, "absmax_bwd": None if step < 3 else 0.5} for step in (1, 2, 3)]
+    output, gradient = card_of(runs, history=tuple(rows))["history"]
+    assert output["words"] == "output: 2 at step 1, 8 at step 3" and output["line"].count("<polyline") == 1
+    assert gradient == {"words": "gradient: 0.5 at step 3", "line": None}
+    assert card_of(runs, history=tuple(rows[:2]))["history"][0]["line"] is None
+    assert card_of(runs, history=({"step": "x", "absmax_fwd": 1}, {"step": 1, "absmax_fwd": float("nan")}))["history"] == []
+
+
+def test_a_sparkline_rises_with_the_logarithm_and_puts_zero_on_the_ground():
+    line = sparkline([(1, 0.0), (2, 1.0), (3, 4.0), (4, 16.0)], "a < b")
+    heights = [float(point.split(",")[1]) for point in re.search(r'points="([^"]*)"', line)[1].split()]
+    assert heights[0] == heights[1] > heights[2] > heights[3]
+    assert heights[1] - heights[2] == pytest.approx(heights[2] - heights[3], abs=0.2) and "a &lt; b" in line
+    assert sparkline([(1, 0.0), (2, 0.0)], "x") is None and sparkline([(1, 3.0)], "x") is None
 
 
 def test_many_failures_are_counted_and_not_all_printed(runs):
     many = [SimpleNamespace(run_id=run.run_id, sentence="died", cause="", remedies=None, chain=None, kernels=None,
-                            trace_file=None) for run in runs[:MOST_CARDS + 3]]
+                            history=None, trace_file=None) for run in runs[:MOST_CARDS + 3]]
     cards = failure_cards(many, SimpleNamespace(by_id={}), RowNumbers(runs))
     assert len(cards["cards"]) == MOST_CARDS and cards["further"] == 3

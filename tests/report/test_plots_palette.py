@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 
 from bench_cases import DTYPE_CONFIGS
+from instrument.kernel_classes import CLASSES
 from report.dossier.theme import DARK_FURNITURE, dark_colours
 from report.plots import palette, style
 
@@ -73,3 +74,15 @@ def test_an_unknown_configuration_keeps_its_dtypes_colour_and_its_look():
 def test_architectures_never_share_a_marker():
     archs = ["mamba", "gpt2", "resolvent", "roberta"]
     assert len(set(palette.arch_markers(archs).values())) == 4
+
+
+@pytest.mark.parametrize("name", palette.KERNEL_CLASSES)
+def test_every_class_of_kernel_has_a_colour_of_its_own_on_both_papers(name):
+    colour, dark = palette.KERNEL_CLASSES[name]
+    assert contrast(colour, style.PAPER) >= 3 and contrast(dark, DARK_FURNITURE[style.PAPER]) >= 3
+    assert colour not in {look.colour for look in palette.LOOKS.values()}
+
+
+def test_the_classes_of_the_palette_are_those_of_the_traces():
+    assert tuple(palette.KERNEL_CLASSES) == CLASSES and palette.kernel_class_look("idle") is None
+    assert palette.kernel_class_look("<new>") == palette.kernel_class_look("other")

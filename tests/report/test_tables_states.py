@@ -7,6 +7,7 @@ from report.tables import a_stability
 from report.tables.judgement import judge_runs
 from report.tables.selection import select
 from report.tables.trust import trust
+from tests.report.conftest import ADAMW
 
 LM, CLS = "gpt2_clm", "gpt2_single_cls"
 CONFIGS = ("fp32_true", "amp_bf16")
@@ -47,25 +48,25 @@ def test_a_death_names_kind_step_phase_and_seeds(plant):
     folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 50 + seed} if config == "amp_bf16" and seed < 2
                    else {})
     row = cell(folder)
-    assert (row["state"], row["step"], row["line1"], row["line2"]) == ("diverged", 50, "NaN @ 50–51", "optimizer, 2 of 3 seeds")
+    assert (row["state"], row["step"], row["line1"], row["line2"]) == ("diverged", 50, "NaN @ 50–51", "optim, 2/3")
     assert a_stability.table(folder).title == "amp_bf16 diverges in 1 of 1 case."
 
 
 def test_an_explosion_with_finite_values_is_called_that(plant):
-    assert cell(plant((LM,), CONFIGS, change=only(dies_at=30, first=None)))["line1"] == "exploded @ 30"
+    assert cell(plant((LM,), CONFIGS, change=only(dies_at=30, first=None)))["line1"] == "loss↑ @ 30"
 
 
 def test_smaller_differences_that_the_seeds_resolve_stay_green_and_are_annotated(plant):
     resolved = cell(plant((LM,), CONFIGS, change=only(gap=0.1), name="a"))
-    assert resolved["state"] == "completed" and "resolved" in resolved["line1"]
+    assert resolved["state"] == "completed" and resolved["line1"] == "+0.10 nats*"
     noisy = cell(plant((LM,), CONFIGS, name="b", change=lambda case, config, seed:
                        {"gap": 0.1 * (seed - 1)} if config == "amp_bf16" else {}))
-    assert noisy["state"] == "completed" and "resolved" not in noisy["line1"]
+    assert noisy["state"] == "completed" and noisy["line1"] == "0.00 nats"
 
 
 def test_an_unhealthy_reference_leaves_its_case_unjudged_and_others_alone(plant):
     folder = plant((LM, CLS), CONFIGS, change=lambda case, config, seed: {"end": 9.5} if case == LM else {})
-    assert cell(folder)["state"] == "unjudged" and cell(folder)["line2"] == "reference unhealthy"
+    assert cell(folder)["state"] == "unjudged" and cell(folder)["line2"] == "unhealthy ref"
     assert cell(folder, config="fp32_true")["line2"] == "unhealthy"
     assert cell(folder, CLS)["state"] == "completed" and cell(folder, CLS, "fp32_true")["line2"].startswith("healthy")
     assert "1 case not judged" in a_stability.table(folder).title
@@ -119,3 +120,15 @@ def test_other_settings_of_a_case_are_named_and_not_averaged(plant, add_row):
     assert len(selection.runs) == 6
     assert selection.excluded == (("gpt2_clm-amp_bf16-s0-feedbeef", "other settings than the 6 runs shown of its case: "
                                    "lr 0.5 instead of 0.001"),)
+
+
+@pytest.mark.parametrize("change", [
+    {"dies_at": 50, "first": msgspec.structs.replace(ADAMW, phase="backward")}, {"dies_at": 50, "first": None}, {"gap": 4.0},
+    {"gap": 0.1}, {"gap": -0.001}, {"status": "unsupported"}, {"status": "oom", "val_loss": None}, {"init_sha256": "other"}])
+def test_no_cell_is_wider_than_a_column_of_eight_cases(plant, change):
+    """13 characters with the sign, so that nothing ends in an ellipsis; what rounds to 0 has no sign."""
+    folder = plant((LM, CLS), CONFIGS, change=lambda case, config, seed:
+                   ({"end": 9.5} if case == CLS else {}) if config == "fp32_true" else dict(change))
+    for row in a_stability.table(folder).data.to_dict("records"):
+        assert len(f"{row['sign']} {row['line1']}") <= 13 and len(row["line2"]) <= 13, row
+        assert "-0.00" not in row["line1"]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from instrument.records import FirstNonfinite, StepRecord, decode, encode
+from report.errors import UsageError
 from report.load import load
+from report.plots.style import TITLE_PT, wrap
 from report.tables import TABLES, all_tables, d_grad_norm, e_logits, g_loss
 from report.tables.failures import failures
 from report.tables.headroom import headroom
@@ -103,6 +105,25 @@ def test_where_each_kind_dies_is_the_title(plant):
     table = g_loss.table(folder)
     assert table.title == "fp16_naive dies in 0 of 1 single-label run and 1 of 1 multi-label run."
     assert table.summary.set_index(["case", "dtype_config"]).loc[("gpt2_multi_cls", "fp16_naive"), "death"] == "NaN @ 9"
+
+
+def test_the_title_of_g_names_each_configuration_once_and_fits_two_lines(plant):
+    dead = {"fp16_naive": 2, "fp16_naive_eps1e4": 1}
+    configs = ("fp32_true", *dead, "fp16_naive_fp32_states")
+    folder = plant(("gpt2_single_cls", "gpt2_multi_cls"), configs, (0, 1), lambda case, config, seed:
+                   {"dies_at": 9} if seed < dead.get(config, 0) else {})
+    title = g_loss.table(folder).title
+    assert title == ("fp16_naive dies in 2 of 2 single-label runs and 2 of 2 multi-label runs; fp16_naive_eps1e4 in 1 of 2 and "
+                     "1 of 2; fp16_naive_fp32_states does not die (4 runs).")
+    assert len(wrap(title, 6.9, TITLE_PT, 9)) <= 2
+
+
+def test_the_heartbeat_takes_what_was_asked_for_and_refuses_what_is_not_there(plant):
+    folder = plant(("gpt2_clm",), ("fp32_true", "amp_fp16", "bf16_pure"), (0,))
+    assert set(d_grad_norm.table(folder).data["dtype_config"]) == {"fp32_true"}
+    assert set(d_grad_norm.table(folder, ("bf16_pure",)).data["dtype_config"]) == {"fp32_true", "bf16_pure"}
+    with pytest.raises(UsageError, match=r"no run of fp8.*this folder has fp32_true, amp_fp16 and bf16_pure"):
+        d_grad_norm.table(folder, ("fp8",))
 
 
 def test_every_table_stands_on_a_folder_with_a_single_dead_run(plant):

@@ -1,12 +1,13 @@
 """What to use and what to avoid: computed from the rows, within 24 lines of 80 characters."""
 
+import dataclasses
 import itertools
 
 import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from report.load import load
-from report.verdict import verdict, verdict_text
+from report.verdict import Price, verdict, verdict_text
 from report.verdict.text import HEIGHT, WIDTH, command_lines
 
 LM, MULTI = "gpt2_clm", "gpt2_multi_cls"
@@ -129,8 +130,19 @@ def test_the_whole_matrix_with_everything_wrong_fits_a_terminal(plant):
 def test_damaged_files_and_a_price_are_said(plant):
     folder = planted(plant)
     (folder.path / "machine.json").write_text("{")
-    text = verdict_text(load(folder.path), price_per_hour=2.0)
-    assert "1 defect in the files" in text and "1.85 per million samples" in text and fits(text)
+    text = verdict_text(load(folder.path), Price(2.0, "EUR"))
+    assert "1 defect in the files" in text and "1.85 EUR per million samples" in text and fits(text)
+
+
+def test_a_price_makes_hours_money_and_changes_nothing_else(plant):
+    folder = planted(plant, bf16_pure={"real_tokens_per_s": 30_000.0})
+    free, priced = task(folder), {t.column: t for t in verdict(folder, Price(2.0, "EUR")).tasks}["LM-Decoder"]
+    assert free.hours_per_billion_real_tokens == pytest.approx(1e9 / 30_000 / 3600)
+    assert "hours per million samples" in free.cost and "EUR" not in free.cost
+    assert priced.cost == "0.33 of fp32_true's, 1.85 EUR per million samples, 18.5 EUR per 10⁹ real tokens"
+    assert priced == dataclasses.replace(free, cost=priced.cost)
+    assert "18.5 EUR per 10^9 real tokens" in " ".join(verdict_text(folder, Price(2.0, "EUR")).split())
+    assert task(planted(plant)).hours_per_billion_real_tokens is None  # nobody counted tokens: nothing is said
 
 
 def test_a_long_command_can_be_copied_as_it_is():
