@@ -140,11 +140,13 @@ class Attempt:
 
     def _between_steps(self, step: int) -> None:
         """What is due behind ``step``; none of it counts as training."""
-        with self.instruments.pause():
-            if self._evaluation_due(step):
-                self._evaluate(step)
-            if self.checkpointing.due(step):
-                self.checkpointing.write(self.instruments)
+        evaluation, checkpoint = self._evaluation_due(step), self.checkpointing.due(step)
+        if evaluation or checkpoint:  # a pause wakes the sampler: not at every step
+            with self.instruments.pause():
+                if evaluation:
+                    self._evaluate(step)
+                if checkpoint:
+                    self.checkpointing.write(self.instruments)
         if step < self.settings.max_steps:
             self.stop.check()
 

@@ -95,6 +95,15 @@ def test_off_writes_neither_modules_nor_hardware_nor_a_replay(plan, tmp_path):
         "evaluations.jsonl", "events.jsonl", "run.json"]
 
 
+def test_the_sampler_is_told_where_timing_begins_and_ends_and_not_every_step(plan, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("instrument.sampler.sampler.Sampler.mark", lambda self, name, edge: told.append(edge))
+    settings = plan("gpt2_single_cls", "fp32_true", max_steps=12, eval_every=6, checkpoint_every=8)
+    execute(settings, tmp_path)
+    assert settings.untimed_steps < 6
+    assert told == ["begin", "end", "begin", "end", "begin", "end"]  # apart: the evaluation at 6, the checkpoint at 8
+
+
 def test_every_block_is_in_the_module_log_at_every_window(plan, tmp_path):
     settings = plan("gpt2_clm", "amp_bf16", max_steps=20)
     execute(settings, tmp_path)
