@@ -28,16 +28,13 @@ def case_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(settings, out, options.json)
     from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
-    from harness.resume import discard
     from harness.run import execute
     from harness.signals import Stop
     from harness.terminal import CaseScreen
     from instrument.records import encode
 
-    if options.fresh:
-        discard(out, settings.run_id)
     with CaseScreen(settings, out) as screen, Stop().listening() as stop:
-        record = execute(settings, out, screen.show, started_s, stop)
+        record = execute(settings, out, screen.show, started_s, stop, fresh=options.fresh)
     screen.summary(record)
     if options.json:
         sys.stdout.write(encode(record).decode() + "\n")

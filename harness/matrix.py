@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from bench_cases.data import load_data
 from bench_cases.models import build_model
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
-from harness.claims import RunClaimed
+from harness.claims import RunClaimed, claim
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
@@ -56,7 +57,8 @@ def matrix_command(options: argparse.Namespace) -> int:
     for settings in {prepared_key(s): s for s in todo}.values():
         prepare(settings)
     for run_id in {*done, *(s.run_id for s in todo if options.fresh)}:  # those done: a process killed at its very end
-        discard(out, run_id)
+        with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
+            discard(out, run_id)
     rows = dict(done)
     with Stop(patient=True).listening() as stop:
         try:

@@ -28,9 +28,9 @@ from instrument.records import EventRecord, RunRecord
 
 
 def execute(settings: RunSettings, out: Path, progress: Progress = lambda record: None,
-            started_s: float | None = None, stop: Stop | None = None) -> RunRecord:
+            started_s: float | None = None, stop: Stop | None = None, *, fresh: bool = False) -> RunRecord:
     """Run and write ``settings``' experiment into the results folder ``out``, from its last checkpoint on where
-    it was stopped before.
+    it was stopped before, or with ``fresh`` from the beginning.
 
     ``started_s`` (``time.perf_counter``) is when the process began to work on it; ``stop`` may ask it to end with a
     checkpoint (``preempted``). Bad data and unreachable sources raise before anything is written (`DataError`,
@@ -54,6 +54,8 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     except OSError as error:
         raise output_error(error, out) or error from error
     with own:
+        if fresh:
+            resume.discard(out, settings.run_id)
         return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches)
 
 

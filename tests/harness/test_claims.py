@@ -183,8 +183,13 @@ def test_a_run_that_another_process_executes_is_left_to_it(plan, tmp_path):
     from harness.run import execute
 
     settings = plan("gpt2_clm", "fp32_true")
-    with claim(tmp_path, settings.run_id), pytest.raises(RunClaimed, match="is being executed by process"):
-        execute(settings, tmp_path)
+    theirs = tmp_path / "runs" / settings.run_id / "checkpoint-1"
+    theirs.mkdir(parents=True)
+    with claim(tmp_path, settings.run_id):
+        for fresh in (False, True):
+            with pytest.raises(RunClaimed, match="is being executed by process"):
+                execute(settings, tmp_path, fresh=fresh)
+    assert theirs.exists()
     assert not (tmp_path / "runs" / settings.run_id / "run.json").exists()
     assert execute(settings, tmp_path).status == "completed"
     assert not (tmp_path / "runs" / settings.run_id / ".claim").exists()
