@@ -74,7 +74,7 @@ def test_every_error_code_at_every_call_is_a_null_and_a_reason(nvml):
     for call in CALLS:
         for code in CODES:
             nvml(fail={call: pynvml.NVMLError(code)})
-            sensors = GpuSensors("a")
+            sensors = GpuSensors("a", patience=Patience(wait_s=20.0, limit_s=60.0))  # no test of patience
             for _ in range(2):
                 found, unknown = sensors.read()
                 assert set(found) | set(unknown) == ALL_FIELDS and not set(found) & set(unknown), (call, code)
