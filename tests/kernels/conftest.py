@@ -3,8 +3,24 @@ chooses it), compiled on CUDA."""
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from kernels import small_loss
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_counts_in_any_numpy():
+    """Triton 3.6's interpreter counts a loop by ``int`` of an array of one element, which NumPy 2.4 and later refuse;
+    later interpreters squeeze it first, and so does this."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = interpreter._patch_lang_tensor
+
+        def patched(tensor, scope):
+            original(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+        patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield
 
 
 @pytest.fixture(params=["cuda" if torch.cuda.is_available() else "cpu"])
