@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bench_cases.architectures import Architecture
+from bench_cases.library_masks import leave_out_idle_masks
 from bench_cases.models import VOCABULARY_MULTIPLE, ModelError, ModelRequest, padded_vocabulary
 from bench_cases.reach import reach
 
@@ -31,6 +32,7 @@ def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module
     encoder = library_model if request.task.head == "classification" else getattr(library_model, name)
     # It reads token ids back to the host in every forward pass, to warn of what our collator cannot do.
     encoder.warn_if_padding_and_no_attention_mask = lambda *_: None
+    leave_out_idle_masks()
     if request.task.head != "classification":
         return name, encoder, LibraryHead(library_model)
     if getattr(encoder, "pooler", None) is not None:
