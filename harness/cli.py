@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from bench_cases.packages import missing_package
 from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"harness: {error}", file=sys.stderr)
+        print(f"harness: {missing_package(error) or error}", file=sys.stderr)
         return code
 
 
@@ -89,6 +90,8 @@ def _inspect(options) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
+    if missing_package(error):
+        return ENVIRONMENT
     from bench_cases.data.errors import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId
     from bench_cases.models import ModelError

@@ -25,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return OK
     except Exception as error:
+        from bench_cases.packages import missing_package
         from report.words import printable
 
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"report: {printable(error)}", file=sys.stderr)
+        print(f"report: {printable(missing_package(error) or error)}", file=sys.stderr)
         return code
 
 
@@ -39,7 +40,7 @@ def _build(options: argparse.Namespace) -> int:
     from report.load import load
 
     folder = load(options.folder)
-    result = build(folder, options.out, pdf=not options.no_pdf, formats=options.format, dpi=options.dpi,
+    result = build(folder, options.out, pdf=_pdf_possible(options), formats=options.format, dpi=options.dpi,
                    progress=not options.json and sys.stderr.isatty(), heartbeat=tuple(options.heartbeat),
                    price=_price(options))
     if options.json:
@@ -53,6 +54,20 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{len(result.defects)} defects in the files, listed in the dossier and by: "
               f"python -m report validate {options.folder}", file=sys.stderr)
     return OK
+
+
+def _pdf_possible(options: argparse.Namespace) -> bool:
+    """Whether a PDF is wanted and can be made. Without its engine the dossier is the page alone, and a line says so."""
+    from report.pdf import PdfUnavailable, require
+
+    if options.no_pdf:
+        return False
+    try:
+        require()
+    except PdfUnavailable as why:
+        print(f"report: going on without dossier.pdf: {why}", file=sys.stderr)
+        return False
+    return True
 
 
 def _verdict(options: argparse.Namespace) -> int:
@@ -178,6 +193,10 @@ def _common(paths: list[Path]) -> Path:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
+    from bench_cases.packages import missing_package
+
+    if missing_package(error):
+        return ENVIRONMENT
     from report.errors import ImportRefused, MissingTool, UsageError
     from report.load.defect import NoResults
 
@@ -185,12 +204,4 @@ def _exit_code(error: Exception) -> int | None:
         return USAGE if error.missing else BAD_DATA
     if isinstance(error, (UsageError, ImportRefused)):
         return USAGE
-    if isinstance(error, (MissingTool, PermissionError)) or _pdf_unavailable(error):
-        return ENVIRONMENT
-    return None
-
-
-def _pdf_unavailable(error: Exception) -> bool:
-    """Whether ``report.pdf`` said that its tool is missing; it is imported only where a PDF is made."""
-    module = sys.modules.get("report.pdf")
-    return module is not None and isinstance(error, module.PdfUnavailable)
+    return ENVIRONMENT if isinstance(error, (MissingTool, PermissionError)) else None

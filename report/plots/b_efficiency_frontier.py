@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,8 +24,14 @@ from report.plots.style import (
 )
 from report.plots.text import clean
 
+try:
+    from adjustText import adjust_text
+except ImportError:  # the one figure that needs it then says so
+    adjust_text = None
+
 PANEL_IN = 2.55
 PLACEMENT_STEPS, MOST_MOVE_PX, LEADER_GAP_PT = 160, 14, 3.0
+UNPLACED = "adjustText is not installed: the names stand where their markers are, over one another where those are close."
 PEAK_WORDS = {"allocated": "peak memory allocated", "rss": "peak resident memory", "device": "peak device memory",
               "reserved": "peak memory reserved"}
 
@@ -40,7 +45,7 @@ def draw(table) -> Figure:
     across = min(2, len(tasks))
     down = -(-len(tasks) // across)
     figure = new_figure(table.title, PANEL_IN * down + LEGEND_IN, marks=table.marks,
-                        notes=exclusion_note(table.excluded))
+                        notes=exclusion_note(table.excluded) + (() if adjust_text else (UNPLACED,)))
     _legend(figure, data, arch_markers(list(data["arch"].unique())))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     markers = arch_markers(list(data["arch"].unique()))
@@ -119,6 +124,8 @@ def _labels(axes: Axes, data: pd.DataFrame) -> None:
     y = np.r_[data["mfu_bf16_peak"], own["mfu_own"]] * 100
     texts = [axes.text(at_x, at_y, clean(config, 24), size=SMALL_PT)
              for at_x, at_y, config in zip(x, y, data["dtype_config"], strict=False)]
+    if adjust_text is None:
+        return
     adjust_text(texts, x=x, y=y, target_x=x[:len(texts)], target_y=y[:len(texts)], ax=axes, iter_lim=PLACEMENT_STEPS,
                 max_move=(MOST_MOVE_PX, MOST_MOVE_PX), expand=(1.15, 1.6), force_text=(0.4, 0.8))
     _leaders(axes, texts, np.c_[x, y][:len(texts)])

@@ -135,3 +135,11 @@ def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
     told = json.loads((small.path / "summary.json").read_text())["verdict"]
     assert (told["price_per_hour"], told["currency"]) == (2.5, "EUR")
     assert "bf16_pure" in (small.path / "plots" / "d_grad_norm_heartbeat.csv").read_text()
+
+
+def test_without_weasyprint_the_page_is_built_and_a_line_says_what_is_missing(capsys, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("report.pdf.find_spec", lambda name: None)
+    code, out, err = run(capsys, "build", small.path, "--format", "svg", "--out", tmp_path)
+    assert code == 0 and (tmp_path / "dossier" / "index.html").is_file() and not (tmp_path / "dossier" / "dossier.pdf").exists()
+    assert err.startswith("report: going on without dossier.pdf: no PDF without WeasyPrint: install weasyprint")
+    assert str(tmp_path / "dossier" / "index.html") in err and "--no-pdf" in err

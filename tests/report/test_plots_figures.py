@@ -200,3 +200,13 @@ def test_h_without_tau_says_why():
 
 def test_markers_are_not_scatter_clouds():
     assert not [c for axes in drawn(made("B")).axes for c in axes.collections if isinstance(c, PathCollection)]
+
+
+def test_without_adjusttext_the_frontier_is_drawn_and_says_so(figures, monkeypatch):
+    """The names stay at their markers: a machine that lacks the package loses their placement, not the figure."""
+    monkeypatch.setattr("report.plots.b_efficiency_frontier.adjust_text", None)
+    plain = drawn(made("B"))
+    note = "adjustText is not installed"
+    assert note in " ".join(text.get_text() for text in texts(plain))
+    assert note not in " ".join(text.get_text() for text in texts(figures["B"]))
+    assert sum(text.get_text() == "bf16_pure" for text in texts(plain)) == 6
