@@ -10,7 +10,8 @@ import triton.language as tl
 from kernels.dispatch import interpreted
 from kernels.multi_tensor_stats.packed import fast_packed
 
-# Triton's interpreter truncates where the GPU rounds fp32 to bf16, and turns subnormal bf16 into 0: there, by hand.
+# Triton's interpreter truncates where the GPU rounds fp32 to bf16, and turns subnormal bf16 into other numbers: there,
+# by hand and in integers to the end.
 _INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -19,8 +20,9 @@ def rounded(x, like):
     """fp32 x in the dtype of `like`, to nearest, ties to even."""
     if _INTERPRETED and like.dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.where(x != x, x, bits.to(tl.float32, bitcast=True)).to(like.dtype)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        quiet = bits | 0x400000  # NaN stays NaN when its low bits go
+        return (tl.where(x != x, quiet, nearest) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(like.dtype)
 
