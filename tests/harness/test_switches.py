@@ -35,6 +35,13 @@ def test_the_accumulation_proof_tells_fp32_from_fp16_partial_sums(monkeypatch):
     assert not switches.accumulates_in_fp32(CPU, torch.float16)
 
 
+def test_the_accumulation_proof_allows_what_a_tensor_core_drops(monkeypatch):
+    """Aligning 24 bits to the largest summand loses the last ones of a small one: that is no sum in fp16."""
+    whole = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (whole(a.double(), b.double()) + 4_096.0).to(a.dtype))
+    assert switches.accumulates_in_fp32(CPU, torch.float16)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_switches_hold_on_the_gpu():
     gpu = torch.device("cuda")
