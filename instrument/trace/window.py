@@ -47,7 +47,8 @@ class TraceWindow:
         self._now: tuple[record_function, str, int | None, int] | None = None
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells the terminal of every start and stop
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        self._profile = profile(activities=activities, record_shapes=True)
+        # One cycle, so there is nothing to accumulate; but torch 2.11 warns of every profile that would not.
+        self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
         self._window = record_function(WINDOW)
 
     def start(self) -> TraceWindow:
