@@ -1,9 +1,10 @@
 #!/bin/sh
-# Makes $VENV and installs the pinned versions. Says in one line what is missing from the system,
+# Makes $VENV and installs the versions pinned in $CONSTRAINTS. Says in one line what is missing from the system,
 # and installs it where it may (root, apt-get). Called by the Makefile.
 set -eu
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
+CONSTRAINTS=${CONSTRAINTS:-constraints.txt}
 
 fail() { echo "install: $1" >&2; exit 1; }
 
@@ -16,12 +17,17 @@ need() {
     fail "missing from this system: $*; install with: sudo apt-get install $*"
 }
 
+[ -f "$CONSTRAINTS" ] ||
+    fail "there is no file $CONSTRAINTS; CONSTRAINTS is one of: $(echo constraints*.txt)"
+
 if [ "${1:-}" = --freeze ]; then
     {
-        sed -n '/^#/p' constraints.txt
-        "$VENV/bin/python" -m pip freeze --exclude-editable | sed 's/^\(torch==[0-9.]*\).*/\1/'
+        sed -n '/^#/p' "$CONSTRAINTS"
+        # A CUDA build of torch pins its NVIDIA libraries itself.
+        "$VENV/bin/python" -m pip freeze --exclude-editable |
+            sed -e 's/^\(torch==[0-9.]*\).*/\1/' -e '/^nvidia-ml-py==/b' -e '/^nvidia-/d' -e '/^cuda-/d'
     } > constraints.new
-    mv constraints.new constraints.txt
+    mv constraints.new "$CONSTRAINTS"
     exit
 fi
 
@@ -31,8 +37,8 @@ command -v "$PYTHON" >/dev/null || need python3 python3-venv
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || fail "cannot make $VENV with $PYTHON -m venv"
-echo "install: installing the versions of constraints.txt into $VENV (a minute or two)" >&2
-"$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-warn-conflicts -c constraints.txt -e '.[dev]' ||
+echo "install: installing the versions of $CONSTRAINTS into $VENV (a minute or two)" >&2
+"$VENV/bin/python" -m pip install -q --disable-pip-version-check --no-warn-conflicts -c "$CONSTRAINTS" -e '.[dev]' ||
     fail "pip could not install the pinned versions (its message is above); is a package registry reachable?"
 "$VENV/bin/python" -c 'import torch' || need libstdc++6 libgomp1
 # Only the PDF needs Pango: without it everything else works, and `report build` says what is missing.

@@ -16,7 +16,7 @@ from instrument.environment import cpu_name, version
 
 LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "datasets", "bitsandbytes", "nvidia-ml-py", "numpy",
              "scikit-learn", "scipy", "msgspec", "psutil", "rich")
-CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+PROJECT = Path(__file__).resolve().parents[2]
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -68,9 +68,15 @@ def compilers() -> dict[str, object]:
             "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file()}
 
 
-def library_versions(constraints: Path = CONSTRAINTS) -> list[dict[str, str | None]]:
+def constraints_of(torch_version: str, folder: Path = PROJECT) -> Path:
+    """The constraints file of a torch's generation (``constraints-torch2.11.txt``); of any other torch, the main one."""
+    own = folder / f"constraints-torch{'.'.join(torch_version.split('.')[:2])}.txt"
+    return own if own.is_file() else folder / "constraints.txt"
+
+
+def library_versions(constraints: Path | None = None) -> list[dict[str, str | None]]:
     """Installed beside tested versions; ``note`` says what differs. Without the file, tested is null."""
-    tested = pinned(constraints)
+    tested = pinned(constraints or constraints_of(torch.__version__))
     rows = []
     for name in LIBRARIES:
         installed, wanted = version(name), tested.get(name)

@@ -126,10 +126,15 @@ def _trials(trials: dict[str, str | None]) -> str:
 
 def _versions(rows: list[dict]) -> str:
     """What differs from the tested versions, or that nothing does."""
-    noted = [f"{row['library']} {row['installed'] or ''} ({row['note']}{', ' + row['tested'] if row['tested'] else ''})"
+    noted = [" ".join(filter(None, (row["library"], row["installed"], f"({row['note']}{_wanted(row)})")))
              for row in rows if row["note"]]
     tested = sum(row["tested"] is not None and row["note"] is None for row in rows)
     return f"{tested} of {len(rows)} as tested" + ("; " + "; ".join(noted) if noted else "")
+
+
+def _wanted(row: dict) -> str:
+    """The tested version, behind the note that it is another or none."""
+    return "" if row["tested"] is None else f", {row['tested']}" if row["installed"] else f"; tested: {row['tested']}"
 
 
 def _gb(count: int | None) -> str:
