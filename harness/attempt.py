@@ -78,6 +78,7 @@ class Attempt:
         if any(done.step == step for done in self.outcome.evaluations):  # before the run was stopped
             return
         began_s, s, training = time.perf_counter(), self.settings, self.training
+        self.stop.pulse.at("evaluation", step)
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
         record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step)
         self.outcome.evaluations.append(record)
@@ -120,6 +121,7 @@ class Attempt:
 
     def _cut(self, step: int) -> bool:
         """What is evaluated or stored is the state behind a step whose records are read."""
+        self.stop.pulse.beat(step)
         return self._evaluation_due(step) or self.checkpointing.cut(step)
 
     def _evaluation_due(self, step: int) -> bool:
@@ -146,8 +148,10 @@ class Attempt:
                 if evaluation:
                     self._evaluate(step)
                 if checkpoint:
+                    self.stop.pulse.at("checkpoint", step)
                     self.checkpointing.write(self.instruments)
         if step < self.settings.max_steps:
+            self.stop.pulse.at("training", step)
             self.stop.check()
 
     def _conclude(self) -> None:
@@ -155,17 +159,20 @@ class Attempt:
         outcome, instruments = self.outcome, self.instruments
         if outcome.divergence is None:
             self._evaluate(self.settings.max_steps)
+            self.stop.pulse.at("closing", self.settings.max_steps)
             outcome.facts["final_weights_sha256"] = weights_sha256(self.training.model)
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:
             began_s = time.perf_counter()
+            self.stop.pulse.at("forensics", len(outcome.steps))
             outcome.divergence = instruments.investigate(outcome.divergence, outcome.steps[-1])
             outcome.add_time("forensics", time.perf_counter() - began_s)
         outcome.flags |= instruments.traced
 
     def _last_words(self, who: Stopped) -> str:
         """Write a checkpoint; what there is to know about a run that was asked to stop."""
+        self.stop.pulse.at("checkpoint", len(self.outcome.steps))
         name, step = self.checkpointing.write(self.instruments), len(self.outcome.steps)
         return (f"stopped by {who} {f'behind step {step}' if step else 'before its first step'}; the same command "
                 f"{f'goes on from {name}' if name else 'starts it over'}")

@@ -23,14 +23,13 @@ from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
 from harness.planning import choose_device, data_options, plan_run, results_folder
-from harness.pool import Ended, Pool
+from harness.pool import Pool
 from harness.predict.store import store_all
 from harness.resume import discard
 from harness.run import make_batches, model_request
-from harness.run_folder import OutputError, finished_run, require_writable, write_index, write_terminal
+from harness.run_folder import OutputError, finished_run, require_writable, write_index
 from harness.settings import RunSettings, SettingsError, choose_preset
 from harness.signals import Stop
-from harness.summary import Outcome, summarize
 from instrument.records import RunRecord, encode
 
 
@@ -126,7 +125,7 @@ def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen,
             if isinstance(ended.failure, RunClaimed):
                 screen.console.print(f"  {ended.failure}: left to it", markup=False)
                 continue
-            record = ended.record or (crashed(ended, out) if ended.failure else finished_run(out, ended.settings.run_id))
+            record = ended.record or finished_run(out, ended.settings.run_id)
             if record is None:  # stopped before it could write a row
                 continue
             if follow_up and record.status == "diverged":
@@ -139,13 +138,6 @@ def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen,
     if unwritable is not None:
         raise unwritable
     write_index(out)
-
-
-def crashed(ended: Ended, out: Path) -> RunRecord:
-    """The row of a run whose process left none."""
-    record = summarize(ended.settings, Outcome(status="error", error=ended.failure))
-    write_terminal(out, record)
-    return record
 
 
 def controls_of(settings: RunSettings) -> list[RunSettings]:

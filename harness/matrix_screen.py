@@ -73,7 +73,7 @@ class MatrixScreen:
                              f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
                              (" ".join(filter(None, words)), STYLES.get(status, "yellow")), f"  {duration_s:.1f} s")
         self.console.print(line, soft_wrap=True)
-        if record.status == "error":
+        if record.status in ("error", "oom", "hung"):
             self.console.print(f"          {record.error}", style="yellow", markup=False, soft_wrap=True)
 
     def finish(self, records: Iterable[RunRecord]) -> None:

@@ -1,0 +1,79 @@
+"""The row of a run whose process wrote none: what it had reached, and what killed it. Torch-free."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import msgspec
+
+from harness.claims import RunClaimed, claim
+from harness.output_failure import output_error
+from harness.reached import reached
+from harness.run_folder import UNREADABLE, OutputError, finished_run, write_terminal
+from harness.supervise.death import Death
+from instrument.log import Appender
+from instrument.records import RunRecord, StepRecord, decode
+
+
+def bury(draft: RunRecord, out: Path, death: Death, *, steps: list[StepRecord] | None, pid: int | None) -> RunRecord:
+    """Write the terminal row and return it. ``steps``: what the dead process ``pid`` logged; None where it had not begun to
+    write the run's files: only if it had, a row that is there is its own and stands. Raises `OutputError`, and
+    `RunClaimed` when another living process has the run by now."""
+    try:
+        with _claim(out, draft.run_id, pid):
+            if steps is not None and (written := finished_run(out, draft.run_id)) is not None:
+                return written
+            row = with_death(draft, death, steps or [])
+            _keep_stack(out, row, death)
+            write_terminal(out, row)
+    except OSError as error:
+        raise output_error(error, out) or OutputError(f"cannot write {error.filename or out}: {error.strerror}") from error
+    return row
+
+
+def _claim(out: Path, run_id: str, pid: int | None) -> AbstractContextManager:
+    """The run's claim, or none where the process that nobody can kill still holds it."""
+    try:
+        return claim(out, run_id)
+    except RunClaimed as error:
+        if error.owner.get("pid") != pid:
+            raise
+        return nullcontext()
+
+
+def with_death(draft: RunRecord, death: Death, steps: list[StepRecord]) -> RunRecord:
+    """The draft with what was reached and how it ended. A run that died before it began to write keeps the draft's."""
+    resumed = draft.flags.get("resumed") or {}
+    facts = reached(steps, draft.config["untimed_steps"], resumed.get("behind_steps", [])) if steps else {}
+    return msgspec.structs.replace(draft, status=death.status, error=death.error, flags=draft.flags | {"death": death.flags},
+                                   peak_rss_bytes=death.detail.get("peak_rss_last_seen_bytes"), **facts)
+
+
+def amend(row: RunRecord, out: Path, death: Death) -> RunRecord:
+    """A row that a dying process still wrote (a hung one, behind its checkpoint), with what was done to it."""
+    amended = msgspec.structs.replace(row, status=death.status, error=f"{death.error}; {row.error}",
+                                      flags=row.flags | {"death": death.flags})
+    _keep_stack(out, amended, death)
+    write_terminal(out, amended)
+    return amended
+
+
+def logged_steps(out: Path, run_id: str) -> list[StepRecord]:
+    """The steps that a run has logged; a line torn by its death ends them."""
+    steps: list[StepRecord] = []
+    try:
+        for line in (out / "training_logs" / f"run_{run_id}.jsonl").read_bytes().splitlines():
+            steps.append(decode(line, StepRecord))
+    except (FileNotFoundError, *UNREADABLE):
+        pass
+    return steps
+
+
+def _keep_stack(out: Path, row: RunRecord, death: Death) -> None:
+    """Into the run's output, for people."""
+    if not death.stack:
+        return
+    log = Appender(out / "runs" / row.run_id / "output.log")
+    log.append(f"{death.error}\n{death.stack.rstrip()}\n".encode())
+    log.close()
