@@ -30,6 +30,7 @@ from harness.run import make_batches, model_request
 from harness.run_folder import OutputError, finished_run, require_writable, write_index
 from harness.settings import RunSettings, SettingsError, choose_preset
 from harness.signals import Stop
+from harness.supervise.vigil import Rules
 from instrument.records import RunRecord, encode
 
 
@@ -61,7 +62,8 @@ def matrix_command(options: argparse.Namespace) -> int:
     rows = dict(done)
     with Stop(patient=True).listening() as stop:
         try:
-            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop):
+            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop,
+                                  rules=Rules(hang_after_s=options.hang_after_s)):
                 rows[record.run_id] = record
         except OSError as error:
             raise output_error(error, out) or error from error
@@ -110,12 +112,12 @@ def settled(record: RunRecord | None) -> RunRecord | None:
 
 
 def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *, follow_up: bool,
-            stop: Stop) -> Iterable[RunRecord]:
+            stop: Stop, rules: Rules | None = None) -> Iterable[RunRecord]:
     """Yield every row as it comes; a diverged run brings its control configurations along. A folder that one run
     could not write ends them all, and raises `OutputError` when they have ended."""
     queue = list(todo)
     known = {settings.run_id for settings in todo}
-    pool, unwritable = Pool(queue, out, jobs, stop), None
+    pool, unwritable = Pool(queue, out, jobs, stop, rules), None
     with screen.live(pool):
         for ended in pool.run(screen.tick):
             if isinstance(ended.failure, OutputError):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from harness.supervise.death import of_exception
+from harness.supervise.where import where_of
 from instrument.records import RunRecord, encode
 
 SECONDS_BETWEEN_BEATS = 1.0
@@ -58,6 +60,11 @@ class Pulse:
             return
         self._due_s = now_s + SECONDS_BETWEEN_BEATS
         self._say(Beat(self._phase, self._steps_done))
+
+    def fault(self, error: Exception) -> None:
+        """Tell what ended the run where it could not write its row itself."""
+        if self._say is not None:
+            self._say(of_exception(error, **where_of(error)))
 
     def draft(self, row: Callable[[], RunRecord], out: object) -> None:
         """Leave a row with the supervisor."""
