@@ -22,6 +22,7 @@ from harness.resume import Resumption
 from harness.run_folder import RunFolder
 from harness.settings import RunSettings
 from harness.signals import Stopped
+from harness.supervise.behind import behind
 from harness.training import Training
 from instrument.files import replace
 from instrument.forensics_record import ForensicsRecord
@@ -62,6 +63,8 @@ class Instruments:
         self.training, self.folder, self.settings = training, folder, settings
         self.forensics: ForensicsRecord | None = None
         self.traced: dict[str, object] = {}
+        self.failed: dict[str, object] = {}
+        """For the row's ``flags``: what could not be closed behind an error."""
         self.taps: ModuleTaps | None = None
         self.sampler: Sampler | None = None
         self._snapshot = None
@@ -88,17 +91,20 @@ class Instruments:
             self.sampler.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_) -> None:
         self._clock(False)
         if self.sampler is not None:
             self.hardware = self.sampler.stop(window=TIMED)
-        if self.taps is not None:
-            if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
-                self._modules.add(self.taps.read())
-            self._left = self.taps.left()
-            self.taps.close()
-        if self.level is not None:
-            self._modules.close()
+        with behind(error, self.failed, "the last module statistics"):
+            if self.taps is not None:
+                if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
+                    self._modules.add(self.taps.read())
+                self._left = self.taps.left()
+        with behind(error, self.failed, "closing the instruments"):
+            if self.taps is not None:
+                self.taps.close()
+            if self.level is not None:
+                self._modules.close()
 
     def after(self, reading: Reading) -> Reading:
         """Take in a log window: keep the modules' values, explain skips, take the next snapshot."""

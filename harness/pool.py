@@ -22,8 +22,9 @@ from harness.run_folder import OutputError
 from harness.settings import RunSettings
 from harness.signals import Stop
 from harness.summary import Outcome, summarize
-from harness.supervise.burial import amend, bury, logged_steps
-from harness.supervise.death import Death, of_exception
+from harness.supervise.burial import amend, bury
+from harness.supervise.death import Death
+from harness.supervise.fault import fault_of
 from harness.supervise.pulse import Beat, Draft
 from harness.supervise.vigil import Rules, Vigil
 from instrument.records import RunRecord, StepRecord, decode
@@ -158,13 +159,8 @@ class Pool:
             run.vigil.close()
 
     def _bury(self, run: Running, death: Death | None) -> RunRecord:
-        run_id = run.settings.run_id
-        steps = logged_steps(self.out, run_id) if run.vigil.opened else None
-        if death is None:
-            done = None if steps is None else len(steps)
-            death = run.vigil.death(_exit_code(run.process), done, self.out / "runs" / run_id / "output.log")
         draft = run.draft or summarize(run.settings, Outcome())
-        return bury(draft, self.out, death, steps=steps, pid=run.process.pid)
+        return bury(draft, self.out, run.vigil, _exit_code(run.process), death)
 
 
 def supervise(settings: RunSettings, out: Path, *, stop: Stop | None = None,
@@ -190,7 +186,7 @@ def _enter(settings: RunSettings, out: Path, reports: Connection, stacks: Path) 
     try:
         from harness.worker import run_in_process
     except Exception as error:  # an installation that is broken or half updated
-        reports.send(of_exception(error, phase="starting"))
+        reports.send(fault_of(error))
         return
     run_in_process(settings, out, reports, stacks)
 

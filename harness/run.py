@@ -23,10 +23,9 @@ from harness.run_folder import RunFolder, require_writable, write_machine
 from harness.settings import RunSettings
 from harness.signals import Stop, Stopped
 from harness.summary import Outcome, machine_of, summarize
-from harness.supervise import death
+from harness.supervise.death import chain
+from harness.supervise.fault import fault_of
 from harness.supervise.pulse import OPEN
-from harness.supervise.where import where_of
-from instrument.memory_exhausted import memory_when_it_ran_out
 from instrument.records import EventRecord, RunRecord
 
 
@@ -45,10 +44,11 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     started_s = began_s if started_s is None else started_s
     outcome = Outcome(timings_s={"imports": began_s - started_s}, began_s=started_s, machine=machine_of(settings))
     stop.pulse.draft(lambda: summarize(settings, outcome), out)
+    stop.pulse.device = settings.device
     stop.pulse.at("data")
     data = load_run_data(settings)
     outcome.timings_s["data"] = time.perf_counter() - began_s
-    stop.pulse.at("model")
+    stop.pulse.at("build")
     model = build_model(model_request(settings, data))
     outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
     batches = make_batches(settings, data)
@@ -89,21 +89,19 @@ def _execute_claimed(settings: RunSettings, out: Path, outcome: Outcome, progres
     except (Exception, SystemExit) as error:  # a crash is a row with its cause, not a lost run
         if isinstance(error, OSError) and (failure := output_error(error, out)):
             raise failure from error
-        _note_death(error, outcome, settings)
+        _note_death(error, outcome, settings.device)
     outcome.timings_s = outcome.timings_now_s()
     record = summarize(settings, outcome)
     _finish(folder, record)
     return record
 
 
-def _note_death(error: BaseException, outcome: Outcome, settings: RunSettings) -> None:
-    """What killed the run, where, and how its memory was, which is freed then."""
-    died = death.of_exception(error, **where_of(error))
-    outcome.status, outcome.error = died.status, died.error
-    outcome.flags |= {"death": died.flags, "traceback": "".join(traceback.format_exception(error))}
-    if died.status == "oom":
-        outcome.flags["oom"] = memory_when_it_ran_out(str(error), torch.device(settings.device), died.cause)
-    for link in death.chain(error):
+def _note_death(error: BaseException, outcome: Outcome, device: str) -> None:
+    """What killed the run, where, and how memory stood; what the failed frames hold of it is freed."""
+    death = fault_of(error, device)
+    outcome.status, outcome.error = death.status, death.error
+    outcome.flags |= death.flags | {"traceback": "".join(traceback.format_exception(error))}
+    for link in chain(error):
         traceback.clear_frames(link.__traceback__)
 
 

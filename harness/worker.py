@@ -21,8 +21,8 @@ from harness.run import execute
 from harness.run_folder import OutputError
 from harness.settings import RunSettings
 from harness.signals import Stop
-from harness.supervise import death
 from harness.supervise.death import Death
+from harness.supervise.fault import fault_of
 from harness.supervise.pulse import Pulse
 from harness.supervise.stack_file import write_stacks_to
 from instrument.records import RunRecord, StepRecord
@@ -44,7 +44,7 @@ def run_in_process(settings: RunSettings, out: Path, reports: Connection, stacks
     except (OutputError, RunClaimed) as error:  # every other run's, too; and nobody's row
         ended = error
     except (Exception, SystemExit) as error:
-        ended = death.of_exception(error)
+        ended = fault_of(error, settings.device)
     with suppress(BrokenPipeError):
         reports.send(ended)
     reports.close()

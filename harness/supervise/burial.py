@@ -12,19 +12,22 @@ from harness.output_failure import output_error
 from harness.reached import reached
 from harness.run_folder import UNREADABLE, OutputError, finished_run, write_terminal
 from harness.supervise.death import Death
+from harness.supervise.vigil import Vigil
 from instrument.log import Appender
 from instrument.records import RunRecord, StepRecord, decode
 
 
-def bury(draft: RunRecord, out: Path, death: Death, *, steps: list[StepRecord] | None, pid: int | None) -> RunRecord:
-    """Write the terminal row and return it. ``steps``: what the dead process ``pid`` logged; None where it had not begun to
-    write the run's files: only if it had, a row that is there is its own and stands. Raises `OutputError`, and
-    `RunClaimed` when another living process has the run by now."""
+def bury(draft: RunRecord, out: Path, vigil: Vigil, exit_code: int | None, told: Death | None = None) -> RunRecord:
+    """Write the terminal row of the run that ``vigil`` watched, and return it. ``told``: what the process said of its end;
+    otherwise ``exit_code`` and what is known speak. Where it had begun to write the run's files, a row that is there is its
+    own and stands. Raises `OutputError`, and `RunClaimed` when another living process has the run by now."""
+    steps = remains(out, draft.run_id, vigil.opened)
+    death = told or vigil.death(exit_code, len(steps), out / "runs" / draft.run_id / "output.log")
     try:
-        with _claim(out, draft.run_id, pid):
-            if steps is not None and (written := finished_run(out, draft.run_id)) is not None:
+        with _claim(out, draft.run_id, vigil.pid):
+            if vigil.opened and (written := finished_run(out, draft.run_id)) is not None:
                 return written
-            row = with_death(draft, death, steps or [])
+            row = with_death(draft, death, steps)
             _keep_stack(out, row, death)
             write_terminal(out, row)
     except OSError as error:
@@ -46,22 +49,25 @@ def with_death(draft: RunRecord, death: Death, steps: list[StepRecord]) -> RunRe
     """The draft with what was reached and how it ended. A run that died before it began to write keeps the draft's."""
     resumed = draft.flags.get("resumed") or {}
     facts = reached(steps, draft.config["untimed_steps"], resumed.get("behind_steps", [])) if steps else {}
-    return msgspec.structs.replace(draft, status=death.status, error=death.error, flags=draft.flags | {"death": death.flags},
+    return msgspec.structs.replace(draft, status=death.status, error=death.error, flags=draft.flags | death.flags,
                                    peak_rss_bytes=death.detail.get("peak_rss_last_seen_bytes"), **facts)
 
 
 def amend(row: RunRecord, out: Path, death: Death) -> RunRecord:
     """A row that a dying process still wrote (a hung one, behind its checkpoint), with what was done to it."""
     amended = msgspec.structs.replace(row, status=death.status, error=f"{death.error}; {row.error}",
-                                      flags=row.flags | {"death": death.flags})
+                                      flags=row.flags | death.flags)
     _keep_stack(out, amended, death)
     write_terminal(out, amended)
     return amended
 
 
-def logged_steps(out: Path, run_id: str) -> list[StepRecord]:
-    """The steps that a run has logged; a line torn by its death ends them."""
+def remains(out: Path, run_id: str, opened: bool) -> list[StepRecord]:
+    """The steps that a run has logged; a line torn by its death ends them. A run that had not begun to write (``opened``)
+    has those of the part before, which it was to go on from, and none without a checkpoint."""
     steps: list[StepRecord] = []
+    if not opened and not any((out / "runs" / run_id).glob("checkpoint-*")):
+        return steps
     try:
         for line in (out / "training_logs" / f"run_{run_id}.jsonl").read_bytes().splitlines():
             steps.append(decode(line, StepRecord))

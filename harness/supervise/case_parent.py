@@ -145,21 +145,18 @@ class Family:
     def _row(self, exit_code: int | None) -> RunRecord:
         """The row of the run that this process has outlived."""
         from harness.run_folder import finished_run
-        from harness.supervise.burial import amend, bury, logged_steps
+        from harness.supervise.burial import amend, bury
 
         draft, out = decode(self.draft.row, RunRecord), Path(self.draft.out)
         written = finished_run(out, draft.run_id) if self.vigil.opened else None
         if self.vigil.hung and written is not None and written.status == "preempted":
             return amend(written, out, self.vigil.hang())
-        steps = logged_steps(out, draft.run_id) if self.vigil.opened else None
-        death = self.death or self.vigil.death(exit_code, None if steps is None else len(steps),
-                                               out / "runs" / draft.run_id / "output.log")
-        return bury(draft, out, death, steps=steps, pid=self.pid)
+        return bury(draft, out, self.vigil, exit_code, self.death)
 
     def _without_a_run(self, exit_code: int | None) -> int:
         if exit_code is not None and exit_code >= 0:
             return exit_code
-        print(f"harness: {self.vigil.death(exit_code, None, Path(os.devnull)).error}; it had not yet got to a run, so there is "
+        print(f"harness: {self.vigil.death(exit_code, 0, Path(os.devnull)).error}; it had not yet got to a run, so there is "
               f"no row", file=sys.stderr)
         return ENVIRONMENT
 

@@ -39,12 +39,14 @@ MESSAGES = (
 
 @dataclass(frozen=True)
 class Death:
-    """``detail`` is what else is known, for ``flags["death"]``; ``stack`` the stacks of all threads, for people."""
+    """``detail`` is what else is known, for ``flags["death"]``; ``stack`` the stacks of all threads, for people; ``memory``
+    how it stood when it ran out."""
 
     cause: str
     error: str
     detail: dict[str, Any] = field(default_factory=dict)
     stack: str = ""
+    memory: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.cause not in CAUSES:
@@ -57,9 +59,10 @@ class Death:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The row's ``flags["death"]``."""
+        """``death``, and ``oom`` where memory ran out, of the row's ``flags``."""
         known = {name: value for name, value in self.detail.items() if value is not None}
-        return {"cause": self.cause, "goes_on": self.cause in GOES_ON, **known}
+        oom = {} if self.memory is None else {"oom": self.memory}
+        return {"death": {"cause": self.cause, "goes_on": self.cause in GOES_ON, **known}, **oom}
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 def sentence(error: BaseException) -> str:
     """``Type: first line``."""
+    if isinstance(error, SystemExit):
+        return f"the run's code called sys.exit({error.code!r})"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.supervise.death import of_exception
-from harness.supervise.where import where_of
+from harness.supervise.fault import fault_of
 from instrument.records import RunRecord, encode
 
 SECONDS_BETWEEN_BEATS = 1.0
 OPEN = "opening"
 """The phase from which on the run's files are this attempt's own."""
-PHASES = ("starting", "data", "model", OPEN, "evaluation", "training", "checkpoint", "forensics", "closing")
+PHASES = ("starting", "data", "build", OPEN, "evaluation", "training", "checkpoint", "forensics", "closing")
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,8 @@ class Pulse:
         self._say = say
         self._phase, self._steps_done = PHASES[0], 0
         self._due_s = 0.0
-
-    @property
-    def connected(self) -> bool:
-        """Whether anybody listens."""
-        return self._say is not None
+        self.device: str | None = None
+        """The run's, once it is known."""
 
     def at(self, phase: str, steps_done: int | None = None) -> None:
         """The run enters a phase; told at once, so that the supervisor knows which one ended it."""
@@ -64,7 +60,7 @@ class Pulse:
     def fault(self, error: Exception) -> None:
         """Tell what ended the run where it could not write its row itself."""
         if self._say is not None:
-            self._say(of_exception(error, **where_of(error)))
+            self._say(fault_of(error, self.device))
 
     def draft(self, row: Callable[[], RunRecord], out: object) -> None:
         """Leave a row with the supervisor."""

@@ -120,12 +120,12 @@ class Vigil:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def death(self, exit_code: int | None, steps_done: int | None, output: Path) -> Death:
+    def death(self, exit_code: int | None, steps_done: int, output: Path) -> Death:
         """What ended the process, which is gone and left no word; ``steps_done`` as its log has it, ``output`` is where it
         wrote what it said."""
         kills, counter = self._oom_kills.risen()
         evidence = Evidence(
-            phase=self.last.phase, steps_done=self.last.steps_done if steps_done is None else steps_done,
+            phase=self.last.phase, steps_done=steps_done,
             beat_age_s=self._silent_s or self._clock() - self._heard_s,
             rss_bytes=self._rss_bytes, peak_rss_bytes=self._peak_rss_bytes, memory_limit_bytes=memory_limit_bytes(),
             oom_kills=kills, oom_counter=counter, stack=self.stacks.text(), output=tail(output))
