@@ -63,7 +63,7 @@ def matrix_command(options: argparse.Namespace) -> int:
     with Stop(patient=True).listening() as stop:
         try:
             for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop,
-                                  rules=Rules(hang_after_s=options.hang_after_s)):
+                                  rules=Rules.asked(options.hang_after_s)):
                 rows[record.run_id] = record
         except OSError as error:
             raise output_error(error, out) or error from error

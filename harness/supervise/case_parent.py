@@ -51,7 +51,7 @@ def run_supervised(words: list[str]) -> int:
     options = arguments.parser().parse_args(words)
     if options.dry_run:
         return main(words)
-    vigil = Vigil(Rules(hang_after_s=options.hang_after_s))
+    vigil = Vigil(Rules.asked(options.hang_after_s))
     here, there = Pipe(duplex=False)
     parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     pid = os.fork()

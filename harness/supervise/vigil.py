@@ -21,8 +21,6 @@ from harness.supervise.pulse import OPEN, PHASES, Beat
 from harness.supervise.stack_file import ASK, StackFile
 
 HANG_AFTER_S = 900.0
-STARTING_FACTOR = 4
-"""Until its first step is done a run may download, compile and allocate, with nothing to tell for long."""
 SECONDS_BETWEEN_LOOKS = 1.0
 UNKILLABLE_AFTER_S = 30.0
 """A process that SIGKILL does not end waits in the kernel (for a driver or a disk), and nobody can end it."""
@@ -33,12 +31,19 @@ ASLEEP_S = 10.0
 @dataclass(frozen=True)
 class Rules:
     """When a run counts as hung (0: never), how long it may take to end after SIGTERM, and where the kernel counts its
-    out-of-memory kills (None: the places of this machine)."""
+    out-of-memory kills (None: the places of this machine). ``starting_factor``: until its first step is done, a run may
+    download, compile and allocate with nothing to tell for that many times longer."""
 
     hang_after_s: float = HANG_AFTER_S
+    starting_factor: float = 4.0
     grace_s: float = 30.0
     for_stacks_s: float = 1.0
     oom_counters: Sequence[Path] | None = None
+
+    @classmethod
+    def asked(cls, hang_after_s: float) -> Rules:
+        """As ``--hang-after`` has it; who is in a hurry to notice is in a hurry to end it."""
+        return cls(hang_after_s=hang_after_s, grace_s=min(cls.grace_s, hang_after_s))
 
 
 class Vigil:
@@ -88,7 +93,7 @@ class Vigil:
     @property
     def limit_s(self) -> float:
         """How long it may be silent now; 0: for ever."""
-        return self.rules.hang_after_s * (1 if self._trained else STARTING_FACTOR)
+        return self.rules.hang_after_s * (1 if self._trained else self.rules.starting_factor)
 
     def look(self) -> None:
         """Read its memory once a second; when it hangs, take the next step against it."""

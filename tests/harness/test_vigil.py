@@ -6,7 +6,7 @@ import pytest
 
 from harness.supervise.pulse import Beat
 from harness.supervise.stack_file import ASK
-from harness.supervise.vigil import STARTING_FACTOR, UNKILLABLE_AFTER_S, Rules, Vigil
+from harness.supervise.vigil import UNKILLABLE_AFTER_S, Rules, Vigil
 
 
 class Watched(Vigil):
@@ -69,7 +69,7 @@ def test_until_the_first_step_is_done_there_is_more_time(watched):
     vigil = watched(hang_after_s=10)
     for beat in (Beat("data", 0), Beat("build", 0), Beat("opening", 0), Beat("evaluation", 0), training(0)):
         vigil.hear(beat)
-        assert vigil.limit_s == 10 * STARTING_FACTOR
+        assert vigil.limit_s == 10 * vigil.rules.starting_factor
     vigil.hear(training(1))
     assert vigil.limit_s == 10
 
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_has_not_made_a_step_of_its_own_yet(watched):
     vigil = watched(hang_after_s=10)
     for beat in (Beat("opening", 50), training(50)):
         vigil.hear(beat)
-    assert vigil.limit_s == 10 * STARTING_FACTOR and vigil.opened
+    assert vigil.limit_s == 10 * vigil.rules.starting_factor and vigil.opened
     vigil.hear(training(51))
     assert vigil.limit_s == 10
 
