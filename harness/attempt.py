@@ -194,6 +194,8 @@ class Attempt:
             outcome.flags |= self.checkpointing.flags()
         if self.instruments is not None:
             outcome.flags |= self.instruments.failed
+            if struck is not None:  # who else was there is part of why memory ran out
+                outcome.flags |= self.instruments.hardware_flags()
         with behind(struck, outcome.flags, "the figures of speed"):
             if self.figures is not None:
                 outcome.facts |= self.figures.summary(outcome.warm_steps(s.untimed_steps), s.untimed_steps)

@@ -6,10 +6,13 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
-from harness.supervise.pulse import Pulse
+
+if TYPE_CHECKING:
+    from harness.supervise.pulse import Pulse
 
 
 def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:

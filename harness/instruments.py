@@ -67,6 +67,7 @@ class Instruments:
         """For the row's ``flags``: what could not be closed behind an error."""
         self.taps: ModuleTaps | None = None
         self.sampler: Sampler | None = None
+        self.hardware: dict[str, object] | None = None
         self._snapshot = None
         self._resumption = resumption
         self._skips = resumption.scaler_skips if resumption else 0
@@ -171,13 +172,19 @@ class Instruments:
         peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         split = with_activations(memory_split(self.training.model, self.training.optimizer), peak_bytes,
                                  instrument_bytes=self.own_bytes()["device"])
+        return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": self.own_bytes()}
+
+    def hardware_flags(self) -> dict[str, object]:
+        """What the sampler saw, once it has ended."""
+        if self.hardware is None:
+            return {}
         steps, real_tokens = self._timed or (0, 0)
         energy = energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
         hardware = self.hardware | energy
         if self._resumption:
             step = self._resumption.step
             hardware |= {"part": f"behind step {step}; what was before is in hardware.until-{step}.jsonl"}
-        return {"hardware": hardware, "memory_split": split, "instrument_bytes": self.own_bytes()}
+        return {"hardware": hardware}
 
     def own_bytes(self) -> dict[str, int]:
         """Memory that the instruments hold: the module ring on the device, the snapshot on the host."""

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from harness.disturbed import disturbance
 from harness.settings import RunSettings
 from harness.stability import STYLES
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
@@ -103,6 +104,8 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
         say(f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
             f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
             f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {record.timed_steps} steps")
+    if (disturbed := disturbance(record)) is not None:
+        say(f"  {disturbed}", style="yellow", markup=False)
     say(f"  memory: {memory_words(record)}")
     say(f"  {out / 'runs' / record.run_id}", style="dim", markup=False)
 

@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from instrument.sampler.gpu import GpuSensors
+
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 ALLOCATOR = {"allocated_bytes": "allocated_bytes.all.current", "reserved_bytes": "reserved_bytes.all.current",
              "active_bytes": "active_bytes.all.current", "inactive_split_bytes": "inactive_split_bytes.all.current",
@@ -23,7 +25,7 @@ def memory_when_it_ran_out(message: str, device: torch.device, cause: str) -> di
     the memory that ran out, the host's for ``cause`` `HOST`. What cannot be read is null, with the reason in ``unknown``.
     Never raises."""
     figures: dict[str, Any] = {"requested_bytes": requested_bytes(message), "unknown": {}}
-    for read in (_process, _limits, _machine) if cause == HOST else (_allocator, _device):
+    for read in (_process, _limits, _machine) if cause == HOST else (_allocator, _device, _company):
         _ask(read, device, figures)
     return figures
 
@@ -53,6 +55,18 @@ def _device(device: torch.device) -> dict[str, Any]:
         return {}
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return {"device_free_bytes": free_bytes, "device_total_bytes": total_bytes}
+
+
+def _company(device: torch.device) -> dict[str, Any]:
+    """Whether others hold memory of the same device."""
+    if device.type != "cuda":
+        return {}
+    sensors = GpuSensors(str(torch.cuda.get_device_properties(device).uuid))
+    try:
+        sensors.read()  # opens the library
+        return {"company": sensors.company()}
+    finally:
+        sensors.close()
 
 
 def _process(device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from harness.supervise.vigil import Vigil
 from instrument.log import Appender
 from instrument.records import RunRecord, StepRecord, decode
 
+PREFIX = "checkpoint-"
+"""As in `harness.checkpoint`, which imports torch."""
+
 
 def bury(draft: RunRecord, out: Path, vigil: Vigil, exit_code: int | None, told: Death | None = None) -> RunRecord:
     """Write the terminal row of the run that ``vigil`` watched, and return it. ``told``: what the process said of its end;
@@ -27,7 +30,7 @@ def bury(draft: RunRecord, out: Path, vigil: Vigil, exit_code: int | None, told:
         with _claim(out, draft.run_id, vigil.pid):
             if vigil.opened and (written := finished_run(out, draft.run_id)) is not None:
                 return written
-            row = with_death(draft, death, steps)
+            row = with_death(draft, death, steps, _last_checkpoint(out, draft.run_id))
             _keep_stack(out, row, death)
             write_terminal(out, row)
     except OSError as error:
@@ -45,11 +48,13 @@ def _claim(out: Path, run_id: str, pid: int | None) -> AbstractContextManager:
         return nullcontext()
 
 
-def with_death(draft: RunRecord, death: Death, steps: list[StepRecord]) -> RunRecord:
+def with_death(draft: RunRecord, death: Death, steps: list[StepRecord], checkpoint: str | None) -> RunRecord:
     """The draft with what was reached and how it ended. A run that died before it began to write keeps the draft's."""
+    goes_on = death.flags["death"]["goes_on"] and checkpoint is not None
+    error = f"{death.error}; the same command goes on from {checkpoint}" if goes_on else death.error
     resumed = draft.flags.get("resumed") or {}
     facts = reached(steps, draft.config["untimed_steps"], resumed.get("behind_steps", [])) if steps else {}
-    return msgspec.structs.replace(draft, status=death.status, error=death.error, flags=draft.flags | death.flags,
+    return msgspec.structs.replace(draft, status=death.status, error=error, flags=draft.flags | death.flags,
                                    peak_rss_bytes=death.detail.get("peak_rss_last_seen_bytes"), **facts)
 
 
@@ -66,7 +71,7 @@ def remains(out: Path, run_id: str, opened: bool) -> list[StepRecord]:
     """The steps that a run has logged; a line torn by its death ends them. A run that had not begun to write (``opened``)
     has those of the part before, which it was to go on from, and none without a checkpoint."""
     steps: list[StepRecord] = []
-    if not opened and not any((out / "runs" / run_id).glob("checkpoint-*")):
+    if not opened and _last_checkpoint(out, run_id) is None:
         return steps
     try:
         for line in (out / "training_logs" / f"run_{run_id}.jsonl").read_bytes().splitlines():
@@ -74,6 +79,13 @@ def remains(out: Path, run_id: str, opened: bool) -> list[StepRecord]:
     except (FileNotFoundError, *UNREADABLE):
         pass
     return steps
+
+
+def _last_checkpoint(out: Path, run_id: str) -> str | None:
+    """Its name; whether it is whole is seen when it is read."""
+    steps = [int(number) for path in (out / "runs" / run_id).glob(f"{PREFIX}*")
+             if (number := path.name.removeprefix(PREFIX)).isdecimal()]
+    return f"{PREFIX}{max(steps)}" if steps else None
 
 
 def _keep_stack(out: Path, row: RunRecord, death: Death) -> None:

@@ -168,7 +168,9 @@ def show(row: RunRecord, out: Path, as_json: bool) -> None:
     from harness.terminal import show_summary
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.show_cursor(True)  # a bar that was killed leaves it hidden
+    if console.is_terminal:  # a bar that was killed leaves its line and no cursor
+        console.show_cursor(True)
+        console.print()
     show_summary(console, row, out)
     if as_json:
         sys.stdout.write(encode(row).decode() + "\n")

@@ -18,9 +18,10 @@ PHASES = {
     ("bench_cases/data/__init__.py", "load_data"): "data",
 }
 """Of the functions that a run goes through, outermost first."""
-IN_THE_LOOP = {"backward": "backward", "training_loss": "loss", "measure_gradients": "unscale", "clip": "clip",
-               "update": "optimizer", "to": "batch", "step": "batch"}
-"""By the function that the loop called; any other is the forward pass."""
+IN_THE_LOOP = {**dict.fromkeys(("_wrapped_call_impl", "_call_impl", "__call__", "compile_wrapper", "_fn"), "forward"),
+               "check_logits": "forward", "training_loss": "loss", "backward": "backward", "measure_gradients": "unscale",
+               "clip": "clip", "update": "optimizer", "to": "batch", "step": "batch"}
+"""By the function that the loop called; of any other it is only known that it was in a step."""
 
 
 def where_of(error: BaseException) -> dict[str, Any]:
@@ -31,8 +32,7 @@ def where_of(error: BaseException) -> dict[str, Any]:
             return {"phase": phase}
         if _name(outer) == LOOP:
             called = inner.f_code.co_name if inner is not None else ""
-            phase = "evaluation" if called == "evaluate" else IN_THE_LOOP.get(called, "forward" if inner else "step")
-            return {"phase": phase, "step": outer.f_locals.get("step")}
+            return {"phase": IN_THE_LOOP.get(called, "step"), "step": outer.f_locals.get("step")}
     return {}
 
 

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
+from harness import checkpoint
 from harness.claims import RunClaimed
 from harness.run import execute
 from harness.run_folder import finished_run, finished_runs
 from harness.summary import Outcome, summarize
-from harness.supervise.burial import amend, bury, remains
+from harness.supervise.burial import PREFIX, amend, bury, remains
 from harness.supervise.death import Death
 from harness.supervise.pulse import Beat
 from harness.supervise.vigil import Rules, Vigil
@@ -57,6 +58,16 @@ def test_a_run_that_had_not_begun_to_write_has_nothing_of_the_one_before(dead, t
     assert (row.steps_done, row.loss_initial, row.error) == (0, None, "DataError: x")
     (tmp_path / "runs" / settings.run_id / "checkpoint-2").mkdir()  # but one that was to go on has its part before
     assert bury(draft, tmp_path, vigil, -9).steps_done == 3
+
+
+def test_a_killed_run_with_a_checkpoint_says_that_it_goes_on(dead, tmp_path):
+    settings, draft, vigil = dead
+    assert PREFIX == checkpoint.PREFIX
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
+        (tmp_path / "runs" / settings.run_id / name).mkdir()
+    assert bury(draft, tmp_path, vigil, -9).error.endswith("; the same command goes on from checkpoint-10")
+    (tmp_path / "runs" / settings.run_id / "run.json").unlink()
+    assert "goes on" not in bury(draft, tmp_path, vigil, -11).error  # a segfault does not
 
 
 def test_a_run_that_another_process_has_by_now_is_left_to_it(dead, tmp_path):
