@@ -119,8 +119,8 @@ def _fresh(command: argparse.ArgumentParser) -> None:
 
 def _hang_after(command: argparse.ArgumentParser) -> None:
     _both(command, "--hang-after", dest="hang_after_s", type=_seconds, default=900.0, metavar="SECONDS",
-          help="a run that shows no sign of life for so long (until its first step is done: four times as long) is asked to "
-               "stop, then killed, and its row is `hung`; default 900; 0: never")
+          help="a run that shows no sign of life for so long (four times as long until its first step is done; or four times "
+               "its longest step) is asked to stop, then killed, and its row is `hung`; default 900; 0: never")
 
 
 def _seconds(text: str) -> float:

@@ -11,7 +11,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -41,9 +41,9 @@ class Finished:
     code: int
 
 
-def is_wanted(words: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether a command line is a single run's, with nobody else to supervise it."""
-    return words[:1] == ["case"] and not any(name in environment for name in ELSEWHERE)
+def is_wanted(words: Sequence[str], variable: Callable[[str], str | None]) -> bool:
+    """Whether a command line is a single run's, with nobody else to supervise it. ``variable``: the environment's."""
+    return words[:1] == ["case"] and not any(variable(name) for name in ELSEWHERE)
 
 
 def run_supervised(words: list[str]) -> int:
@@ -57,6 +57,7 @@ def run_supervised(words: list[str]) -> int:
     pid = os.fork()
     if pid == 0:
         here.close()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _run(words, there, vigil.stacks.path, parent)
     there.close()
@@ -75,7 +76,10 @@ def _run(words: list[str], reports: Connection, stacks: Path, parent: int) -> No
         with suppress(BrokenPipeError):  # the parent is gone, and this process about to follow
             reports.send(message)
 
-    code = main(words, Pulse(say))
+    try:
+        code = main(words, Pulse(say))
+    except KeyboardInterrupt:  # before it was ready to hear of it, or behind its end
+        code = INTERRUPTED
     say(Finished(code))
     sys.exit(code)
 

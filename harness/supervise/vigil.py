@@ -32,7 +32,8 @@ ASLEEP_S = 10.0
 class Rules:
     """When a run counts as hung (0: never), how long it may take to end after SIGTERM, and where the kernel counts its
     out-of-memory kills (None: the places of this machine). ``starting_factor``: until its first step is done, a run may
-    download, compile and allocate with nothing to tell for that many times longer."""
+    download, compile and allocate with nothing to tell for that many times longer, and from then on it may be silent for
+    that many times its longest silence so far."""
 
     hang_after_s: float = HANG_AFTER_S
     starting_factor: float = 4.0
@@ -64,7 +65,8 @@ class Vigil:
         """What is still to be done to a hung run: when, which signal, its name in the row."""
         self._done: list[str] = []
         self._killed_s: float | None = None
-        self._silent_s = 0.0
+        self._silent_s = self._longest_s = 0.0
+        self._limit_s = 0.0
         self._was_stopped = False
 
     def begin(self, pid: int) -> None:
@@ -74,7 +76,10 @@ class Vigil:
 
     def hear(self, beat: Beat | None = None) -> None:
         """It is alive; ``beat`` says where it is."""
-        self._heard_s = self._clock()
+        now_s = self._notice_sleep()
+        if self._trained:
+            self._longest_s = max(self._longest_s, now_s - self._heard_s)
+        self._heard_s = now_s
         if beat is not None:
             self._trained |= beat.phase == "training" and beat.steps_done > self.last.steps_done
             self.opened |= PHASES.index(beat.phase) >= PHASES.index(OPEN)
@@ -92,15 +97,14 @@ class Vigil:
 
     @property
     def limit_s(self) -> float:
-        """How long it may be silent now; 0: for ever."""
-        return self.rules.hang_after_s * (1 if self._trained else self.rules.starting_factor)
+        """How long it may be silent now; 0: for ever. A run whose steps take minutes is not hung in every one of them."""
+        if not self._trained or not self.rules.hang_after_s:
+            return self.rules.hang_after_s * self.rules.starting_factor
+        return max(self.rules.hang_after_s, self._longest_s * self.rules.starting_factor)
 
     def look(self) -> None:
         """Read its memory once a second; when it hangs, take the next step against it."""
-        now_s = self._clock()
-        if now_s - self._looked_s > ASLEEP_S:
-            self._heard_s += now_s - self._looked_s
-        self._looked_s = now_s
+        now_s = self._notice_sleep()
         if self.pid is None:
             return
         if now_s >= self._memory_due_s:
@@ -109,6 +113,7 @@ class Vigil:
             self._rss_bytes = rss_bytes or self._rss_bytes  # of a process that is gone there is nothing to read
             self._peak_rss_bytes = peak_bytes or self._peak_rss_bytes
         if not self.hung and self.limit_s and now_s - self._heard_s > self.limit_s:
+            self._limit_s = self.limit_s
             self._silent_s, self._was_stopped = now_s - self._heard_s, is_stopped(self.pid)
             asked_s = now_s + self.rules.for_stacks_s
             self._next = [(now_s, ASK, ""), (asked_s, signal.SIGTERM, "SIGTERM"),
@@ -118,6 +123,14 @@ class Vigil:
             self.send(number)
             self._done += [name] if name else []
             self._killed_s = now_s if number == signal.SIGKILL else None
+
+    def _notice_sleep(self) -> float:
+        """The time now; a silence while the supervisor itself slept does not count."""
+        now_s = self._clock()
+        if now_s - self._looked_s > ASLEEP_S:
+            self._heard_s += now_s - self._looked_s
+        self._looked_s = now_s
+        return now_s
 
     def send(self, number: int) -> None:
         """A signal to the process, if it is still there."""
@@ -142,7 +155,7 @@ class Vigil:
                                         rss_bytes=self._rss_bytes, peak_rss_bytes=self._peak_rss_bytes,
                                         stack=self.stacks.text())
         ended_by = (self._done or ["itself"])[-1] + (" (the process was stopped)" if self._was_stopped else "")
-        return death.of_hang(evidence, self.limit_s, ended_by)
+        return death.of_hang(evidence, self._limit_s, ended_by)
 
     def close(self) -> None:
         """The process is gone."""

@@ -25,14 +25,17 @@ def test_a_death_is_a_row_with_its_cause(kind, tmp_path):
     assert trial.right, str(trial)
 
 
-def test_every_way_to_hang_is_noticed_and_ended(tmp_path):
+def test_every_way_to_hang_is_noticed_and_ended_and_the_next_run_is_bit_for_bit_the_same(plan, tmp_path):
     """All at once: they wait. Striking in a step, so that the short limit holds."""
+    healthy = plan("gpt2_clm", "amp_bf16", max_steps=3)
+    alone = execute(healthy, tmp_path / "alone")
     kinds = [kind for kind in KINDS if kind.startswith("hang")]
     plants = [Plant(kind, "forward", 3) for kind in kinds]
     template = planned("exception", 0, tmp_path)[1]
     runs = [replace(template, case=case_with(plant)) for plant in plants]
     rows = {ended.settings.case.id: ended.record
-            for ended in Pool(list(runs), tmp_path, jobs=4, rules=Rules(**HANG_RULES)).run(lambda: None, 0.1)}
+            for ended in Pool([*runs, healthy], tmp_path, jobs=4, rules=Rules(**HANG_RULES)).run(lambda: None, 0.1)}
+    assert rows["gpt2_clm"].final_weights_sha256 == alone.final_weights_sha256 is not None
     for kind in kinds:
         row = rows[f"gpt2_clm_{kind}"]
         assert (row.status, row.steps_done, row.flags["death"]["step"]) == ("hung", 2, 2), row.error

@@ -83,6 +83,17 @@ def test_a_run_that_goes_on_has_not_made_a_step_of_its_own_yet(watched):
     assert vigil.limit_s == 10
 
 
+def test_a_run_with_long_steps_may_be_silent_for_four_of_them(watched):
+    vigil = watched(hang_after_s=10)
+    for step in range(4):
+        vigil.hear(training(step))
+        vigil.pass_time(9)
+    assert vigil.limit_s == 36 and not vigil.hung
+    vigil.now_s += 3600  # not its silence: the supervisor slept
+    vigil.hear(training(5))
+    assert vigil.limit_s == 36
+
+
 def test_never_means_never(watched):
     vigil = watched(hang_after_s=0)
     vigil.hear(training(3))
