@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
@@ -81,6 +82,7 @@ def _case(command: argparse.ArgumentParser) -> None:
     _both(command, "--dtype-config", metavar="CONFIG", help="the dtype configuration, the long way")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     _fresh(command)
+    _hang_after(command)
     _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
     _own_model(command)
     _sizes(command)
@@ -101,6 +103,7 @@ def _matrix(command: argparse.ArgumentParser) -> None:
     command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
     command.add_argument("--rerun", action="store_true", help="run again what is already done")
     _fresh(command)
+    _hang_after(command)
     _both(command, "--dry-run", action="store_true", help="print the plan and stop")
     _own_model(command)
     _sizes(command)
@@ -112,6 +115,23 @@ def _fresh(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fresh", action="store_true",
                          help="start over: what was stopped does not go on from its checkpoint (in a matrix: nor is what is "
                               "done taken as done)")
+
+
+def _hang_after(command: argparse.ArgumentParser) -> None:
+    _both(command, "--hang-after", dest="hang_after_s", type=_seconds, default=900.0, metavar="SECONDS",
+          help="a run that shows no sign of life for so long (four times as long until its first step is done; or four times "
+               "its longest step) is asked to stop, then killed, and its row is `hung`; default 900; 0: never")
+
+
+def _seconds(text: str) -> float:
+    """A duration, 0 included."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: seconds from 0")
+    return seconds
 
 
 def _flops(command: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from harness.run_folder import RunFolder
 from harness.settings import RunSettings
 from harness.signals import Stop, Stopped
 from harness.summary import Outcome
+from harness.supervise.behind import behind
 from harness.training import Training
 from instrument.environment import capture
 from instrument.memory import Snapshot as MemorySnapshot
@@ -49,6 +50,7 @@ class Attempt:
     def run(self, data: TokenizedData, model: torch.nn.Module, batches: Batches, request: ModelRequest) -> None:
         """Train and evaluate. Raises `Stopped` with a sentence, behind a checkpoint, when asked to stop."""
         s, outcome = self.settings, self.outcome
+        struck: BaseException | None = None
         outcome.flags["data"] = data.facts | {"vocabulary": data.valid_vocab}
         precision = Precision(s.config, self.device, attention=s.attention, threads=s.threads, compiled=s.compile)
         try:
@@ -70,14 +72,20 @@ class Attempt:
             except Stopped as who:
                 raise Stopped(self._last_words(who)) from None
             outcome.status = "diverged" if outcome.divergence else "completed"
+        except BaseException as error:
+            struck = error
+            raise
         finally:
-            self._memory_and_speed()
-            precision.close()
+            self._memory_and_speed(struck)
+            with behind(struck, outcome.flags, "taking back the switches"):
+                precision.close()
+            del struck
 
     def _evaluate(self, step: int) -> None:
         if any(done.step == step for done in self.outcome.evaluations):  # before the run was stopped
             return
         began_s, s, training = time.perf_counter(), self.settings, self.training
+        self.stop.pulse.at("evaluation", step)
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
         record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step)
         self.outcome.evaluations.append(record)
@@ -120,6 +128,7 @@ class Attempt:
 
     def _cut(self, step: int) -> bool:
         """What is evaluated or stored is the state behind a step whose records are read."""
+        self.stop.pulse.beat(step)
         return self._evaluation_due(step) or self.checkpointing.cut(step)
 
     def _evaluation_due(self, step: int) -> bool:
@@ -146,8 +155,10 @@ class Attempt:
                 if evaluation:
                     self._evaluate(step)
                 if checkpoint:
+                    self.stop.pulse.at("checkpoint", step)
                     self.checkpointing.write(self.instruments)
         if step < self.settings.max_steps:
+            self.stop.pulse.at("training", step)
             self.stop.check()
 
     def _conclude(self) -> None:
@@ -155,32 +166,41 @@ class Attempt:
         outcome, instruments = self.outcome, self.instruments
         if outcome.divergence is None:
             self._evaluate(self.settings.max_steps)
+            self.stop.pulse.at("closing", self.settings.max_steps)
             outcome.facts["final_weights_sha256"] = weights_sha256(self.training.model)
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:
             began_s = time.perf_counter()
+            self.stop.pulse.at("forensics", len(outcome.steps))
             outcome.divergence = instruments.investigate(outcome.divergence, outcome.steps[-1])
             outcome.add_time("forensics", time.perf_counter() - began_s)
         outcome.flags |= instruments.traced
 
     def _last_words(self, who: Stopped) -> str:
         """Write a checkpoint; what there is to know about a run that was asked to stop."""
+        self.stop.pulse.at("checkpoint", len(self.outcome.steps))
         name, step = self.checkpointing.write(self.instruments), len(self.outcome.steps)
         return (f"stopped by {who} {f'behind step {step}' if step else 'before its first step'}; the same command "
                 f"{f'goes on from {name}' if name else 'starts it over'}")
 
-    def _memory_and_speed(self) -> None:
-        """Facts of the part that was run, however it ended."""
+    def _memory_and_speed(self, struck: BaseException | None) -> None:
+        """Facts of the part that was run, however it ended (``struck`` by an error)."""
         outcome, s = self.outcome, self.settings
         memory = self.memory
         if memory is not None and (memory.path is not None or s.memory_snapshot):
             outcome.flags["memory_snapshot"] = memory.path.name if memory.path else memory.why
-        if self.figures is not None:
-            outcome.facts |= self.figures.summary(outcome.warm_steps(s.untimed_steps), s.untimed_steps)
         if self.checkpointing is not None:
             outcome.flags |= self.checkpointing.flags()
-        if self.device.type == "cuda":
-            ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
-            outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
-                              "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device)}
+        if self.instruments is not None:
+            outcome.flags |= self.instruments.failed
+            if struck is not None:  # who else was there is part of why memory ran out
+                outcome.flags |= self.instruments.hardware_flags()
+        with behind(struck, outcome.flags, "the figures of speed"):
+            if self.figures is not None:
+                outcome.facts |= self.figures.summary(outcome.warm_steps(s.untimed_steps), s.untimed_steps)
+        with behind(struck, outcome.flags, "the allocator's peaks"):
+            if self.device.type == "cuda":
+                ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
+                outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
+                                  "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device)}

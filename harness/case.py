@@ -1,4 +1,4 @@
-"""``python -m harness case``: one run in this process."""
+"""``python -m harness case``: one run in this process, which `supervise.case_parent` has made for it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def case_command(options: argparse.Namespace) -> int:
     from harness.terminal import CaseScreen
     from instrument.records import encode
 
-    with CaseScreen(settings, out) as screen, Stop().listening() as stop:
+    with CaseScreen(settings, out) as screen, Stop(pulse=options.pulse).listening() as stop:
         record = execute(settings, out, screen.show, started_s, stop, fresh=options.fresh)
     screen.summary(record)
     if options.json:

@@ -6,15 +6,21 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bench_cases.packages import missing_package
 from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
+if TYPE_CHECKING:
+    from harness.supervise.pulse import Pulse
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. Errors are one line on standard error."""
+
+def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
+    """Run one command; returns its exit code. Errors are one line on standard error. ``pulse``: to the supervisor of
+    this process, which a single run has."""
     options = arguments.parser().parse_args(argv)
+    options.pulse = pulse
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: rows written, exit 75
     try:
@@ -25,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return OK
     except Exception as error:
+        if pulse is not None:
+            pulse.fault(error)
         code = _exit_code(error)
         if code is None:
             raise

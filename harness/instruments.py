@@ -22,6 +22,7 @@ from harness.resume import Resumption
 from harness.run_folder import RunFolder
 from harness.settings import RunSettings
 from harness.signals import Stopped
+from harness.supervise.behind import behind
 from harness.training import Training
 from instrument.files import replace
 from instrument.forensics_record import ForensicsRecord
@@ -62,8 +63,11 @@ class Instruments:
         self.training, self.folder, self.settings = training, folder, settings
         self.forensics: ForensicsRecord | None = None
         self.traced: dict[str, object] = {}
+        self.failed: dict[str, object] = {}
+        """For the row's ``flags``: what could not be closed behind an error."""
         self.taps: ModuleTaps | None = None
         self.sampler: Sampler | None = None
+        self.hardware: dict[str, object] | None = None
         self._snapshot = None
         self._resumption = resumption
         self._skips = resumption.scaler_skips if resumption else 0
@@ -88,17 +92,20 @@ class Instruments:
             self.sampler.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_) -> None:
         self._clock(False)
         if self.sampler is not None:
             self.hardware = self.sampler.stop(window=TIMED)
-        if self.taps is not None:
-            if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
-                self._modules.add(self.taps.read())
-            self._left = self.taps.left()
-            self.taps.close()
-        if self.level is not None:
-            self._modules.close()
+        with behind(error, self.failed, "the last module statistics"):
+            if self.taps is not None:
+                if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
+                    self._modules.add(self.taps.read())
+                self._left = self.taps.left()
+        with behind(error, self.failed, "closing the instruments"):
+            if self.taps is not None:
+                self.taps.close()
+            if self.level is not None:
+                self._modules.close()
 
     def after(self, reading: Reading) -> Reading:
         """Take in a log window: keep the modules' values, explain skips, take the next snapshot."""
@@ -165,13 +172,19 @@ class Instruments:
         peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         split = with_activations(memory_split(self.training.model, self.training.optimizer), peak_bytes,
                                  instrument_bytes=self.own_bytes()["device"])
+        return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": self.own_bytes()}
+
+    def hardware_flags(self) -> dict[str, object]:
+        """What the sampler saw, once it has ended."""
+        if self.hardware is None:
+            return {}
         steps, real_tokens = self._timed or (0, 0)
         energy = energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
         hardware = self.hardware | energy
         if self._resumption:
             step = self._resumption.step
             hardware |= {"part": f"behind step {step}; what was before is in hardware.until-{step}.jsonl"}
-        return {"hardware": hardware, "memory_split": split, "instrument_bytes": self.own_bytes()}
+        return {"hardware": hardware}
 
     def own_bytes(self) -> dict[str, int]:
         """Memory that the instruments hold: the module ring on the device, the snapshot on the host."""

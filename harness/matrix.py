@@ -23,14 +23,14 @@ from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
 from harness.planning import choose_device, data_options, plan_run, results_folder
-from harness.pool import Ended, Pool
+from harness.pool import Pool
 from harness.predict.store import store_all
 from harness.resume import discard
 from harness.run import make_batches, model_request
-from harness.run_folder import OutputError, finished_run, require_writable, write_index, write_terminal
+from harness.run_folder import OutputError, finished_run, require_writable, write_index
 from harness.settings import RunSettings, SettingsError, choose_preset
 from harness.signals import Stop
-from harness.summary import Outcome, summarize
+from harness.supervise.vigil import Rules
 from instrument.records import RunRecord, encode
 
 
@@ -62,7 +62,8 @@ def matrix_command(options: argparse.Namespace) -> int:
     rows = dict(done)
     with Stop(patient=True).listening() as stop:
         try:
-            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop):
+            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop,
+                                  rules=Rules.asked(options.hang_after_s)):
                 rows[record.run_id] = record
         except OSError as error:
             raise output_error(error, out) or error from error
@@ -111,12 +112,12 @@ def settled(record: RunRecord | None) -> RunRecord | None:
 
 
 def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *, follow_up: bool,
-            stop: Stop) -> Iterable[RunRecord]:
+            stop: Stop, rules: Rules | None = None) -> Iterable[RunRecord]:
     """Yield every row as it comes; a diverged run brings its control configurations along. A folder that one run
     could not write ends them all, and raises `OutputError` when they have ended."""
     queue = list(todo)
     known = {settings.run_id for settings in todo}
-    pool, unwritable = Pool(queue, out, jobs, stop), None
+    pool, unwritable = Pool(queue, out, jobs, stop, rules), None
     with screen.live(pool):
         for ended in pool.run(screen.tick):
             if isinstance(ended.failure, OutputError):
@@ -126,7 +127,7 @@ def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen,
             if isinstance(ended.failure, RunClaimed):
                 screen.console.print(f"  {ended.failure}: left to it", markup=False)
                 continue
-            record = ended.record or (crashed(ended, out) if ended.failure else finished_run(out, ended.settings.run_id))
+            record = ended.record or finished_run(out, ended.settings.run_id)
             if record is None:  # stopped before it could write a row
                 continue
             if follow_up and record.status == "diverged":
@@ -139,13 +140,6 @@ def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen,
     if unwritable is not None:
         raise unwritable
     write_index(out)
-
-
-def crashed(ended: Ended, out: Path) -> RunRecord:
-    """The row of a run whose process left none."""
-    record = summarize(ended.settings, Outcome(status="error", error=ended.failure))
-    write_terminal(out, record)
-    return record
 
 
 def controls_of(settings: RunSettings) -> list[RunSettings]:

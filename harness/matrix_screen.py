@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from harness.disturbed import disturbance
 from harness.pool import Pool, Running
 from harness.settings import RunSettings
 from harness.stability import LEGEND, STYLES, cell_words, stability_table
@@ -73,8 +74,9 @@ class MatrixScreen:
                              f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
                              (" ".join(filter(None, words)), STYLES.get(status, "yellow")), f"  {duration_s:.1f} s")
         self.console.print(line, soft_wrap=True)
-        if record.status == "error":
-            self.console.print(f"          {record.error}", style="yellow", markup=False, soft_wrap=True)
+        for words in (record.error if record.status in ("error", "oom", "hung") else None, disturbance(record)):
+            if words:
+                self.console.print(f"          {words}", style="yellow", markup=False, soft_wrap=True)
 
     def finish(self, records: Iterable[RunRecord]) -> None:
         """The stability matrix, the last words."""

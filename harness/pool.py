@@ -1,7 +1,7 @@
 """Runs in processes of their own, some at a time, started from a fork server.
 
 The server has torch, the models and the harness imported and nothing initialised, so a process
-starts in milliseconds; a crash, a leak or an out-of-memory kill ends with the process.
+starts in milliseconds; a crash, a leak or an out-of-memory kill ends with the process, and is a row.
 """
 
 from __future__ import annotations
@@ -9,49 +9,65 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import psutil
 import torch
 
 from harness.claims import RunClaimed
 from harness.run_folder import OutputError
 from harness.settings import RunSettings
 from harness.signals import Stop
-from instrument.records import RunRecord, StepRecord
+from harness.summary import Outcome, summarize
+from harness.supervise.burial import amend, bury
+from harness.supervise.death import Death
+from harness.supervise.fault import fault_of
+from harness.supervise.pulse import Beat, Draft
+from harness.supervise.vigil import Rules, Vigil
+from instrument.records import RunRecord, StepRecord, decode
+
+STARTS = 3
+"""Tries to start a process: a fork server that was killed is started again by the next try."""
 
 
 @dataclass
 class Running:
-    """A run in its process, and the last step it reported."""
+    """A run in its process, the watch over it, and the last step it reported."""
 
     settings: RunSettings
     process: multiprocessing.process.BaseProcess
     reports: Connection
+    vigil: Vigil
     started_s: float = field(default_factory=time.monotonic)
     last_step: StepRecord | None = None
+    draft: RunRecord | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that is over: its row, or why there is none. Both None: it was stopped before it could write one."""
+    """A run that is over: its terminal row as it was written (that of its death, if it died), or why there is none.
+    Both None: it was stopped before it could write one."""
 
     settings: RunSettings
     record: RunRecord | None
-    failure: str | OutputError | RunClaimed | None
+    failure: OutputError | RunClaimed | None
     duration_s: float
 
 
 class Pool:
     """At most ``jobs`` runs at a time, in the order of ``queue`` (which may grow meanwhile). When ``stop`` is
-    requested no other run begins, and those that run end behind a checkpoint."""
+    requested no other run begins, and those that run end behind a checkpoint. ``rules`` say when a run hangs."""
 
-    def __init__(self, queue: list[RunSettings], out: Path, jobs: int, stop: Stop | None = None) -> None:
+    def __init__(self, queue: list[RunSettings], out: Path, jobs: int, stop: Stop | None = None,
+                 rules: Rules | None = None) -> None:
         self.queue = queue
         self.out = out
         self.jobs = jobs
         self.stop = stop or Stop()
+        self.rules = rules or Rules()
         self._told = False
         self.running: list[Running] = []
         self._context = multiprocessing.get_context("forkserver")
@@ -66,8 +82,8 @@ class Pool:
                 while self.queue and len(self.running) < self.jobs and not self.stop.requested:
                     self.running.append(self._start(self.queue.pop(0)))
                 ready = wait([run.reports for run in self.running], timeout=seconds_between_ticks)
-                for run in [run for run in self.running if run.reports in ready]:
-                    ended = self._receive(run)
+                for run in list(self.running):
+                    ended = self._receive(run) if run.reports in ready else self._look(run)
                     if ended is not None:
                         self.running.remove(run)
                         yield ended
@@ -76,6 +92,7 @@ class Pool:
             for run in self.running:  # a second signal, or an error of ours
                 run.process.kill()
                 run.process.join()
+                run.vigil.close()
 
     def _pass_on_the_stop(self) -> None:
         """Once: the processes have groups and terminals in common with us by chance only."""
@@ -85,11 +102,22 @@ class Pool:
                 run.process.terminate()
 
     def _start(self, settings: RunSettings) -> Running:
-        here, there = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_enter, args=(settings, self.out, there), daemon=True)
-        process.start()
-        there.close()
-        return Running(settings, process, here)
+        vigil = Vigil(self.rules)
+        for tries_left in reversed(range(STARTS)):
+            here, there = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=_enter, args=(settings, self.out, there, vigil.stacks.path), daemon=True)
+            try:
+                process.start()
+            except (EOFError, ConnectionError):  # the fork server has just died
+                here.close()
+                if not tries_left:
+                    raise
+            finally:
+                there.close()
+            if process.pid is not None:
+                break
+        vigil.begin(process.pid)
+        return Running(settings, process, here, vigil)
 
     def _receive(self, run: Running) -> Ended | None:
         """Take one message; None while the run goes on."""
@@ -97,31 +125,79 @@ class Pool:
             message = run.reports.recv()
         except (EOFError, ConnectionResetError):  # the process is gone without its last word
             message = None
-        if isinstance(message, StepRecord):
-            run.last_step = message
+        if isinstance(message, (StepRecord, Beat, Draft)):
+            run.vigil.hear(message if isinstance(message, Beat) else None)
+            run.last_step = message if isinstance(message, StepRecord) else run.last_step
+            run.draft = decode(message.row, RunRecord) if isinstance(message, Draft) else run.draft
             return None
         run.process.join()
+        return self._end(run, message)
+
+    def _look(self, run: Running) -> Ended | None:
+        """At a run that has nothing to tell; None while there is hope."""
+        run.vigil.look()
+        return self._end(run, None) if run.vigil.given_up else None
+
+    def _end(self, run: Running, message: RunRecord | Death | OutputError | RunClaimed | None) -> Ended:
+        """What became of a run, from its last message, or from how its process ended."""
         duration_s = time.monotonic() - run.started_s
-        if isinstance(message, RunRecord):
-            return Ended(run.settings, message, None, duration_s)
-        if message is None and self._told:  # it had not begun to listen, or nothing to finish
-            return Ended(run.settings, None, None, duration_s)
-        return Ended(run.settings, None, message or _death(run.process.exitcode), duration_s)
+        try:
+            if isinstance(message, (OutputError, RunClaimed)):
+                return Ended(run.settings, None, message, duration_s)
+            if message is None and self._told and not run.vigil.hung:  # it had not begun to listen, or nothing to finish
+                return Ended(run.settings, None, None, duration_s)
+            if isinstance(message, RunRecord):
+                slow = run.vigil.hung and message.status == "preempted"
+                record = amend(message, self.out, run.vigil.hang()) if slow else message
+            else:
+                record = self._bury(run, message)
+            return Ended(run.settings, record, None, duration_s)
+        except (OutputError, RunClaimed) as error:
+            return Ended(run.settings, None, error, duration_s)
+        finally:
+            run.reports.close()
+            run.vigil.close()
+
+    def _bury(self, run: Running, death: Death | None) -> RunRecord:
+        draft = run.draft or summarize(run.settings, Outcome())
+        return bury(draft, self.out, run.vigil, _exit_code(run.process), death)
 
 
-def _enter(settings: RunSettings, out: Path, reports: Connection) -> None:
+def supervise(settings: RunSettings, out: Path, *, stop: Stop | None = None,
+              on_step: Callable[[StepRecord], None] = lambda step: None, rules: Rules | None = None,
+              tick: Callable[[], None] = lambda: None, seconds_between_ticks: float = 0.25) -> Ended:
+    """One run in a fresh process, to its end; for whoever has no matrix (a task on another machine). ``on_step`` gets
+    the last step reported, where it is another, at every tick."""
+    pool, shown = Pool([settings], out, jobs=1, stop=stop, rules=rules), 0
+
+    def look() -> None:
+        nonlocal shown
+        for run in pool.running:
+            if run.last_step is not None and run.last_step.step != shown:
+                shown = run.last_step.step
+                on_step(run.last_step)
+        tick()
+
+    return next(pool.run(look, seconds_between_ticks), Ended(settings, None, None, 0.0))
+
+
+def _enter(settings: RunSettings, out: Path, reports: Connection, stacks: Path) -> None:
     """First function of a run's process; the import is free there, and not paid by the parent."""
-    from harness.worker import run_in_process
+    try:
+        from harness.worker import run_in_process
+    except Exception as error:  # an installation that is broken or half updated
+        reports.send(fault_of(error))
+        return
+    run_in_process(settings, out, reports, stacks)
 
-    run_in_process(settings, out, reports)
 
-
-def _death(exit_code: int | None) -> str:
-    """Why a process ended without a word."""
-    import signal
-
-    if exit_code is not None and exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = " (the kernel kills so when memory runs out)" if name == "SIGKILL" else ""
-        return f"the run's process was killed by {name}{hint}"
-    return f"the run's process exited with code {exit_code} without a result"
+def _exit_code(process: multiprocessing.process.BaseProcess) -> int | None:
+    """How the process ended; None when nobody knows: the fork server, whose child it was, is gone too. `multiprocessing`
+    says 255 then."""
+    if process.exitcode != 255:
+        return process.exitcode
+    server = getattr(multiprocessing.forkserver._forkserver, "_forkserver_pid", None)
+    with suppress(psutil.NoSuchProcess):
+        if server is not None and psutil.Process(server).status() != psutil.STATUS_ZOMBIE:
+            return 255
+    return None

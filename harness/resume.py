@@ -1,6 +1,7 @@
 """Going on where a run stopped: which checkpoint, which lines of its logs, and everything that looks back.
 
-A run with a checkpoint and no terminal row, or a ``preempted`` one, goes on from its newest usable checkpoint;
+A run with a checkpoint and no terminal row, a ``preempted`` one, or one of a death from outside (`supervise.death.GOES_ON`)
+goes on from its newest usable checkpoint;
 log lines behind that are dropped, since they are written again, the same. What is not part of the settings hash
 may differ from the part before: a log window or an instrument level holds from the checkpoint on, and the row's
 ``instrument`` is the last part's, ``flags["resumed"]`` has the others'.
@@ -22,7 +23,7 @@ from harness.training import Training
 from instrument.environment import capture
 from instrument.files import remove, remove_folder, sync_file, truncate
 from instrument.log import JsonlLog
-from instrument.records import AnyRecord, EvaluationRecord, EventRecord, RecordError, StepRecord, decode
+from instrument.records import AnyRecord, EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
 from instrument.replay.snapshot import NamedState, Snapshot
 from instrument.run_id import require_safe
 from instrument.watch.module_log import ModuleRecord
@@ -85,7 +86,7 @@ def find(settings: RunSettings, out: Path, facts: dict[str, Any]) -> tuple[Resum
     """What the run can go on from, and why newer checkpoints or all of them were skipped. ``facts`` has the
     hashes of its initial weights and batches now."""
     row = finished_run(out, settings.run_id)
-    if row is not None and row.status != "preempted":
+    if row is not None and row.status != "preempted" and not died_from_outside(row):
         return None, []
     folder, skipped = out / "runs" / settings.run_id, []
     for step in checkpoint.steps(folder):
@@ -96,6 +97,12 @@ def find(settings: RunSettings, out: Path, facts: dict[str, Any]) -> tuple[Resum
         except CheckpointError as error:
             skipped.append(f"checkpoint-{step}: {error}")
     return None, skipped
+
+
+def died_from_outside(row: RunRecord) -> bool:
+    """Killed or hung: its checkpoint is as good as that of a run whose machine went away without a row."""
+    death = row.flags.get("death")
+    return isinstance(death, dict) and death.get("goes_on") is True
 
 
 def _refuse_another(settings: RunSettings, progress: Progress, facts: dict[str, Any]) -> None:

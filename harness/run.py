@@ -22,8 +22,10 @@ from harness.resume import Resumption
 from harness.run_folder import RunFolder, require_writable, write_machine
 from harness.settings import RunSettings
 from harness.signals import Stop, Stopped
-from harness.summary import Outcome, summarize
-from instrument.environment import capture
+from harness.summary import Outcome, machine_of, summarize
+from harness.supervise.death import chain
+from harness.supervise.fault import fault_of
+from harness.supervise.pulse import OPEN
 from instrument.records import EventRecord, RunRecord
 
 
@@ -40,9 +42,13 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     """
     began_s, stop = time.perf_counter(), stop or Stop()
     started_s = began_s if started_s is None else started_s
-    outcome = Outcome(timings_s={"imports": began_s - started_s}, began_s=started_s)
+    outcome = Outcome(timings_s={"imports": began_s - started_s}, began_s=started_s, machine=machine_of(settings))
+    stop.pulse.draft(lambda: summarize(settings, outcome), out)
+    stop.pulse.device = settings.device
+    stop.pulse.at("data")
     data = load_run_data(settings)
     outcome.timings_s["data"] = time.perf_counter() - began_s
+    stop.pulse.at("build")
     model = build_model(model_request(settings, data))
     outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
     batches = make_batches(settings, data)
@@ -66,29 +72,37 @@ def _execute_claimed(settings: RunSettings, out: Path, outcome: Outcome, progres
     folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else \
         resume.start_over(out, settings.run_id)
     _go_on(outcome, resumption, skipped, progress)
+    stop.pulse.draft(lambda: summarize(settings, outcome), out)
+    stop.pulse.at(OPEN, len(outcome.steps))
     stop.patient = True
     try:
-        write_machine(out, capture(torch.device(settings.device)))
+        write_machine(out, outcome.machine[1])
         Attempt(settings, folder, outcome, progress, stop, resumption).run(data, model, batches, model_request(settings, data))
     except Unsupported as error:
         outcome.status, outcome.error = "unsupported", str(error)
-    except torch.OutOfMemoryError as error:
-        outcome.status, outcome.error = "oom", str(error).splitlines()[0]
     except Stopped as error:
         outcome.status, outcome.error = "preempted", str(error)
     except KeyboardInterrupt:
         outcome.status, outcome.error = "preempted", "interrupted"
         folder.finish(summarize(settings, outcome))
         raise
-    except Exception as error:  # a crash is a row with its cause, not a lost run
+    except (Exception, SystemExit) as error:  # a crash is a row with its cause, not a lost run
         if isinstance(error, OSError) and (failure := output_error(error, out)):
             raise failure from error
-        outcome.status, outcome.error = "error", f"{type(error).__name__}: {error}"
-        outcome.flags["traceback"] = traceback.format_exc()
+        _note_death(error, outcome, settings.device)
     outcome.timings_s = outcome.timings_now_s()
     record = summarize(settings, outcome)
     _finish(folder, record)
     return record
+
+
+def _note_death(error: BaseException, outcome: Outcome, device: str) -> None:
+    """What killed the run, where, and how memory stood; what the failed frames hold of it is freed."""
+    death = fault_of(error, device)
+    outcome.status, outcome.error = death.status, death.error
+    outcome.flags |= death.flags | {"traceback": "".join(traceback.format_exception(error))}
+    for link in chain(error):
+        traceback.clear_frames(link.__traceback__)
 
 
 def _go_on(outcome: Outcome, resumption: Resumption | None, skipped: list[str], progress: Progress) -> None:

@@ -3,14 +3,21 @@ minute or more before they take the machine away. A second signal leaves at once
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from harness.supervise.pulse import Pulse
+
 Item = TypeVar("Item")
+TOGETHER_S = 0.1
+"""Equal signals that come as close together are one: whoever signals a whole group (`timeout`, a batch system) reaches a run
+twice, by itself and by its supervisor, who passes it on."""
 
 
 class Stopped(Exception):
@@ -19,11 +26,13 @@ class Stopped(Exception):
 
 class Stop:
     """``requested``: who asked (``SIGTERM``), or None. ``patient``: there is something to finish first; until then
-    a signal leaves at once, by `KeyboardInterrupt`."""
+    a signal leaves at once, by `KeyboardInterrupt`. ``pulse``: whoever looks for a wish to stop is alive."""
 
-    def __init__(self, *, patient: bool = False) -> None:
+    def __init__(self, *, patient: bool = False, pulse: Pulse | None = None) -> None:
         self.requested: str | None = None
         self.patient = patient
+        self.pulse = pulse or Pulse()
+        self._heard_s = -math.inf
 
     def request(self, who: str) -> None:
         """Ask to stop; the first who asks is remembered."""
@@ -31,6 +40,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise `Stopped` when asked to."""
+        self.pulse.beat()
         if self.requested is not None:
             raise Stopped(self.requested)
 
@@ -63,8 +73,12 @@ class Stop:
         signal.signal(signal.SIGTERM, lambda number, frame: self.request("SIGTERM"))
 
     def _heard(self, number: int, frame: object) -> None:
+        again = signal.Signals(number).name == self.requested and time.monotonic() - self._heard_s < TOGETHER_S
+        if again:
+            return
         if not self.patient or self.requested is not None:
             raise KeyboardInterrupt
+        self._heard_s = time.monotonic()
         self.request(signal.Signals(number).name)
         # Not through a screen: the handler may have come in the middle of its drawing.
         os.write(2, f"\n{self.requested}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())

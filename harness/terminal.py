@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from harness.disturbed import disturbance
 from harness.settings import RunSettings
 from harness.stability import STYLES
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
@@ -84,22 +85,29 @@ class CaseScreen:
         self._announce()
         if self._bar:
             self._bar.stop()
-        say = self.console.print
-        style = STYLES.get(record.status, "yellow")
-        say(f"[{style}]{record.status}[/] after {record.steps_done} steps"
-            + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else ""))
-        if record.first_nonfinite is not None:
-            say("  " + first_nonfinite_words(record), style="red", markup=False)
-            if record.first_nonfinite.replay is not None:
-                say(f"  more: python -m harness inspect {record.run_id} --out {self.out}", style="dim", markup=False)
-        elif record.error:
-            say(f"  {record.error}", style=style, markup=False)
-        if record.timed_steps:
-            say(f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
-                f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
-                f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {record.timed_steps} steps")
-        say(f"  memory: {memory_words(record)}")
-        say(f"  {self.out / 'runs' / record.run_id}", style="dim", markup=False)
+        show_summary(self.console, record, self.out)
+
+
+def show_summary(console: Console, record: RunRecord, out: Path) -> None:
+    """A run's row in a few lines."""
+    say = console.print
+    style = STYLES.get(record.status, "yellow")
+    say(f"[{style}]{record.status}[/] after {record.steps_done} steps"
+        + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else ""))
+    if record.first_nonfinite is not None:
+        say("  " + first_nonfinite_words(record), style="red", markup=False)
+        if record.first_nonfinite.replay is not None:
+            say(f"  more: python -m harness inspect {record.run_id} --out {out}", style="dim", markup=False)
+    elif record.error:
+        say(f"  {record.error}", style=style, markup=False)
+    if record.timed_steps:
+        say(f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
+            f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
+            f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {record.timed_steps} steps")
+    if (disturbed := disturbance(record)) is not None:
+        say(f"  {disturbed}", style="yellow", markup=False)
+    say(f"  memory: {memory_words(record)}")
+    say(f"  {out / 'runs' / record.run_id}", style="dim", markup=False)
 
 
 def step_words(record: StepRecord) -> str:

@@ -21,35 +21,45 @@ from harness.run import execute
 from harness.run_folder import OutputError
 from harness.settings import RunSettings
 from harness.signals import Stop
+from harness.supervise.death import Death
+from harness.supervise.fault import fault_of
+from harness.supervise.pulse import Pulse
+from harness.supervise.stack_file import write_stacks_to
 from instrument.records import RunRecord, StepRecord
 
 
-def run_in_process(settings: RunSettings, out: Path, reports: Connection) -> None:
-    """Execute one run; sends `StepRecord`s while it goes, then the `RunRecord`, the error's text, an
-    `OutputError` or a `RunClaimed`. SIGTERM ends it behind a checkpoint."""
+def run_in_process(settings: RunSettings, out: Path, reports: Connection, stacks: Path) -> None:
+    """Execute one run; sends `StepRecord`s and signs of life while it goes, then the `RunRecord`, the `Death` of one that
+    could not begin, an `OutputError` or a `RunClaimed`. SIGTERM ends it behind a checkpoint."""
     stop = Stop()
     stop.obey_the_matrix()
+    stop.pulse = Pulse(lambda message: _tell(reports, message, stop))
+    ended: RunRecord | OutputError | RunClaimed | Death
     try:
+        write_stacks_to(stacks)
         if (owner := owner_of(out, settings.run_id)) is not None:  # before its output is written to
             raise RunClaimed(settings.run_id, owner)
         _redirect_output(out, settings.run_id)
-        ended: RunRecord | OutputError | RunClaimed | str = execute(
-            settings, out, lambda row: _send_steps(reports, row, stop), stop=stop)
+        ended = execute(settings, out, lambda row: _tell_steps(reports, row, stop), stop=stop)
     except (OutputError, RunClaimed) as error:  # every other run's, too; and nobody's row
         ended = error
-    except Exception as error:
-        ended = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        ended = fault_of(error, settings.device)
     with suppress(BrokenPipeError):
         reports.send(ended)
     reports.close()
 
 
-def _send_steps(reports: Connection, row: object, stop: Stop) -> None:
+def _tell_steps(reports: Connection, row: object, stop: Stop) -> None:
     if isinstance(row, StepRecord):
-        try:
-            reports.send(row)
-        except BrokenPipeError:  # killed; whoever starts it again must not find this process in the way
-            stop.request("the end of the matrix")
+        _tell(reports, row, stop)
+
+
+def _tell(reports: Connection, message: object, stop: Stop) -> None:
+    try:
+        reports.send(message)
+    except BrokenPipeError:  # killed; whoever starts it again must not find this process in the way
+        stop.request("the end of the matrix")
 
 
 def _redirect_output(out: Path, run_id: str) -> None:

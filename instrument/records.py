@@ -148,6 +148,10 @@ class RunRecord(Record, frozen=True, kw_only=True):
     ``loss_initial`` is the training loss of step 1, before any update; ``train_loss_final`` the
     mean over the last tenth of the finite steps. Rates are total over total of the timed steps.
     Memory is the run's own process. Fields of measurements not yet made are null.
+
+    ``flags["death"]`` of a run that failed: ``cause`` (one of `harness.supervise.death.CAUSES`), ``goes_on`` (whether the same
+    command goes on from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
+    memory stood when it ran out. ``flags["hardware"]``: ``throttled`` and ``contended`` are true, false, or null for unknown.
     """
 
     run_id: str

@@ -225,7 +225,7 @@ def killed_at_random(settings, out, kills, rng):
         logged = log.read_bytes().count(b"\n") if log.exists() else 0
         when = behind(min(logged + rng.randint(0, 4), settings.max_steps - 1), rng.random() * 0.03)
         ended = ends(settings, out, when)
-        if ended.record is not None:
+        if ended.record.status == "completed":
             return ended.record, deaths
     return ends(settings, out).record, kills
 

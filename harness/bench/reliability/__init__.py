@@ -1,0 +1,1 @@
+"""``python -m harness bench reliability``: faults injected on purpose, and what is lost by them."""

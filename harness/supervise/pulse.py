@@ -1,0 +1,68 @@
+"""The signs of life of a run's main thread: where it is, told to its supervisor about once a second. Torch-free."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harness.supervise.fault import fault_of
+from instrument.records import RunRecord, encode
+
+SECONDS_BETWEEN_BEATS = 1.0
+OPEN = "opening"
+"""The phase from which on the run's files are this attempt's own."""
+PHASES = ("starting", "data", "build", OPEN, "evaluation", "training", "checkpoint", "forensics", "closing")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The main thread was in ``phase``, behind ``steps_done`` steps."""
+
+    phase: str
+    steps_done: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The run's row as far as it is known (an encoded `RunRecord`), for the case that no better one is written, and the
+    results folder it belongs to."""
+
+    row: bytes
+    out: str
+
+
+class Pulse:
+    """``say`` takes a message to the supervisor; without one nothing is told, at no cost."""
+
+    def __init__(self, say: Callable[[object], None] | None = None) -> None:
+        self._say = say
+        self._phase, self._steps_done = PHASES[0], 0
+        self._due_s = 0.0
+        self.device: str | None = None
+        """The run's, once it is known."""
+
+    def at(self, phase: str, steps_done: int | None = None) -> None:
+        """The run enters a phase; told at once, so that the supervisor knows which one ended it."""
+        if phase != self._phase:
+            self._phase, self._due_s = phase, 0.0
+        self.beat(steps_done)
+
+    def beat(self, steps_done: int | None = None) -> None:
+        """The main thread is alive."""
+        if steps_done is not None:
+            self._steps_done = steps_done
+        if self._say is None or (now_s := time.monotonic()) < self._due_s:
+            return
+        self._due_s = now_s + SECONDS_BETWEEN_BEATS
+        self._say(Beat(self._phase, self._steps_done))
+
+    def fault(self, error: Exception) -> None:
+        """Tell what ended the run where it could not write its row itself."""
+        if self._say is not None:
+            self._say(fault_of(error, self.device))
+
+    def draft(self, row: Callable[[], RunRecord], out: object) -> None:
+        """Leave a row with the supervisor."""
+        if self._say is not None:
+            self._say(Draft(encode(row()), str(out)))

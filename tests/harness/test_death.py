@@ -1,0 +1,128 @@
+"""What killed a run: causes from exceptions and exit codes, and never one without evidence."""
+
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench_cases.data.errors import DataError, DataUnavailable
+from bench_cases.models import ModelError
+from harness.supervise.death import CAUSES, GOES_ON, Death, Evidence, of_exception, of_exit, of_hang
+
+STACK = """Fatal Python error: Segmentation fault
+
+Thread 0x01 (most recent call first):
+  File "/a/b.py", line 1 in idle
+
+Current thread 0x02 (most recent call first):
+  File "/c/d.py", line 7 in strike
+  File "/c/e.py", line 9 in run
+"""
+
+
+def behind(outer: Exception, inner: Exception) -> Exception:
+    """``outer``, raised while ``inner`` was handled."""
+    try:
+        try:
+            raise inner
+        except Exception:
+            raise outer from None if isinstance(outer, KeyError) else inner
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(("error", "status", "cause"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "oom", "cuda_oom"),
+    (torch.AcceleratorError("CUDA error: out of memory"), "oom", "cuda_oom"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", "cuda_oom"),
+    (MemoryError(), "oom", "host_oom"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "oom", "host_oom"),
+    (OSError(12, "Cannot allocate memory"), "oom", "host_oom"),
+    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "error", "illegal_access"),
+    (RuntimeError("CUDA error: misaligned address"), "error", "illegal_access"),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error", "poisoned_context"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "error", "poisoned_context"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "error", "poisoned_context"),
+    (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), "error", "device_error"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), "error", "device_error"),
+    (ModuleNotFoundError("No module named 'x'"), "error", "import_failure"),
+    (OSError("libcudart.so.13: cannot open shared object file: No such file or directory"), "error", "import_failure"),
+    (DataError("x.jsonl:3: not JSON"), "error", "bad_data"),
+    (DataUnavailable("no network"), "error", "bad_data"),
+    (SystemExit(4), "error", "exit"),
+    (ZeroDivisionError("division by zero"), "error", "exception"),
+    (ValueError("the file says: CUDA out of memory"), "error", "exception"),  # quoted, not met
+    (behind(ModelError("cannot be trained"), MemoryError("x")), "oom", "host_oom"),
+    (behind(RuntimeError("clean-up failed"), torch.AcceleratorError("CUDA error: an illegal memory access")), "error",
+     "illegal_access"),
+    (behind(KeyError("instead"), MemoryError()), "error", "exception"),  # raised "from None": the first is disowned
+])
+def test_an_exception_has_the_cause_of_the_first_that_has_one(error, status, cause):
+    death = of_exception(error, step=3)
+    assert (death.status, death.cause, death.flags["death"]["step"]) == (status, cause, 3)
+    assert death.error and "\n" not in death.error
+
+
+def test_the_sentence_is_that_of_the_error_which_has_the_cause():
+    error = behind(RuntimeError("clean-up failed"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."))
+    assert of_exception(error).error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."
+    assert of_exception(ValueError("first\nsecond")).error == "ValueError: first"
+
+
+def test_a_sigkill_is_the_kernels_only_on_evidence():
+    seen = {"phase": "training", "steps_done": 7, "rss_bytes": 12_300_000_000}
+    kernel = of_exit(-9, Evidence(oom_kills=1, oom_counter="/sys/fs/cgroup/memory.events", **seen))
+    assert (kernel.status, kernel.cause) == ("oom", "host_oom_kill")
+    assert "in training behind step 7" in kernel.error and "rose by 1, /sys/fs/cgroup/memory.events" in kernel.error
+    assert "12.30 GB resident when last seen" in kernel.error
+    somebody, nobody_knows = (of_exit(-9, Evidence(oom_kills=kills, **seen)) for kills in (0, None))
+    assert (somebody.status, somebody.cause, nobody_knows.cause) == ("error", "killed", "killed")
+    assert "the kernel counted no out-of-memory kill" in somebody.error and "is not known" in nobody_knows.error
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL"])
+def test_a_crash_says_where_python_was(name):
+    death = of_exit(-signal.Signals[name], Evidence(phase="training", steps_done=2, stack=STACK))
+    assert (death.status, death.cause, death.detail["signal"]) == ("error", "segfault", name)
+    assert death.error == f"the run's process was killed by {name} in training behind step 2, at /c/d.py:7 in strike"
+    assert death.detail["stack"] == ['File "/c/d.py", line 7 in strike', 'File "/c/e.py", line 9 in run']
+    assert death.stack == STACK
+
+
+@pytest.mark.parametrize(("words", "cause"), [
+    ("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n", "host_oom"),
+    ("terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: an illegal memory access "
+     "was encountered\n", "illegal_access"),
+    ("terminate called after throwing an instance of 'std::logic_error'\n  what():  a bug\n", "segfault"),
+    ("earlier a library wrote: illegal memory access\n", "segfault"),
+])
+def test_an_abort_has_the_cause_that_cpp_named(words, cause):
+    assert of_exit(-signal.SIGABRT, Evidence(output="a warning\n" + words)).cause == cause
+
+
+def test_an_exit_and_an_unknown_end():
+    assert (of_exit(3, Evidence(phase="build")).cause, of_exit(0, Evidence()).cause) == ("exit", "exit")
+    assert "exited with code 3 without a result in build" in of_exit(3, Evidence(phase="build")).error
+    unknown = of_exit(None, Evidence())
+    assert unknown.cause == "killed" and "fork server" in unknown.error
+    assert of_exit(-signal.SIGTERM, Evidence()).error == "the run's process was killed by SIGTERM"
+
+
+def test_a_hang_says_for_how_long_where_and_what_ended_it():
+    death = of_hang(Evidence(phase="evaluation", steps_done=0, beat_age_s=901.23, stack=STACK), 900, "SIGKILL")
+    assert (death.status, death.flags["death"]["beat_age_s"]) == ("hung", 901.2)
+    assert death.error == "no sign of life for 900 s in evaluation, at /c/d.py:7 in strike; ended by SIGKILL"
+
+
+@given(st.integers(-70, 300), st.integers(0, 3) | st.none(), st.text(), st.text())
+def test_every_end_has_a_cause_and_only_those_from_outside_go_on(exit_code, oom_kills, stack, output):
+    death = of_exit(exit_code, Evidence(oom_kills=oom_kills, stack=stack, output=output))
+    assert death.cause in CAUSES and death.flags["death"]["goes_on"] == (death.cause in GOES_ON)
+    assert (death.cause == "host_oom_kill") == (exit_code == -9 and bool(oom_kills))
+
+
+def test_a_cause_that_is_not_declared_is_refused():
+    with pytest.raises(ValueError, match="cause is 'bad luck'; allowed: cuda_oom"):
+        Death("bad luck", "x")

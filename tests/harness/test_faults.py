@@ -1,0 +1,127 @@
+"""Planted deaths: each leaves a row with its cause and the steps before it, and the next run is as if there had been none."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from harness.bench.reliability.faults import HANG_RULES, KINDS, Trial, case_with, planned, run_faults
+from harness.bench.reliability.plants import Plant
+from harness.pool import Pool, supervise
+from harness.run import execute
+from harness.run_folder import finished_runs
+from harness.signals import Stop
+from harness.supervise.vigil import Rules
+from instrument.log import read
+from instrument.records import StepRecord
+
+QUICK = [kind for kind in KINDS if not kind.startswith("hang")]
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_a_death_is_a_row_with_its_cause(kind, tmp_path):
+    (trial,) = run_faults(kind, 1, tmp_path / "out", first=1)
+    assert trial.right, str(trial)
+
+
+def test_every_way_to_hang_is_noticed_and_ended_and_the_next_run_is_bit_for_bit_the_same(plan, tmp_path):
+    """All at once: they wait. Striking in a step, so that the short limit holds."""
+    healthy = plan("gpt2_clm", "amp_bf16", max_steps=3)
+    alone = execute(healthy, tmp_path / "alone")
+    kinds = [kind for kind in KINDS if kind.startswith("hang")]
+    plants = [Plant(kind, "forward", 3) for kind in kinds]
+    template = planned("exception", 0, tmp_path)[1]
+    runs = [replace(template, case=case_with(plant)) for plant in plants]
+    rows = {ended.settings.case.id: ended.record
+            for ended in Pool([*runs, healthy], tmp_path, jobs=4, rules=Rules(**HANG_RULES)).run(lambda: None, 0.1)}
+    assert rows["gpt2_clm"].final_weights_sha256 == alone.final_weights_sha256 is not None
+    for kind in kinds:
+        row = rows[f"gpt2_clm_{kind}"]
+        assert (row.status, row.steps_done, row.flags["death"]["step"]) == ("hung", 2, 2), row.error
+        death = row.flags["death"]
+        assert death["beat_age_s"] > HANG_RULES["hang_after_s"] and death["goes_on"] and death["ended_by"].startswith("SIGKILL")
+        stack = "\n".join(death.get("stack", []))
+        assert ("plants.py" in stack) == (kind != "hang_stopped"), stack  # a process that is stopped cannot say where it is
+        output = (tmp_path / "runs" / row.run_id / "output.log").read_text()
+        assert ("Current thread" in output) == (kind != "hang_stopped")
+    assert "the process was stopped" in rows["gpt2_clm_hang_stopped"].error
+
+
+@pytest.mark.parametrize("kind", ["segfault", "sigkill", "host_oom"])
+def test_the_next_run_is_bit_for_bit_the_same(kind, plan, tmp_path):
+    healthy = plan("gpt2_clm", "amp_bf16", max_steps=3)
+    alone = execute(healthy, tmp_path / "alone")
+    sick = replace(planned("exception", 0, tmp_path)[1], case=case_with(Plant(kind, "backward", 2)))
+    rows = [ended.record for ended in Pool([sick, healthy], tmp_path / "behind", jobs=1).run(lambda: None)]
+    assert rows[0].status in ("error", "oom") and rows[1].status == "completed"
+    assert rows[1].final_weights_sha256 == alone.final_weights_sha256 is not None
+    assert losses(tmp_path / "alone", healthy) == losses(tmp_path / "behind", healthy)
+
+
+def losses(out, settings):
+    return [step.loss for step in read(out / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)]
+
+
+def test_a_fork_server_that_is_killed_is_started_again(plan, tmp_path):
+    from multiprocessing.forkserver import _forkserver
+
+    runs = [plan("gpt2_clm", "fp32_true", seed=seed, max_steps=30) for seed in (0, 1)]
+    pool, killed = Pool(list(runs), tmp_path, jobs=1), []
+
+    def kill_the_server():
+        if not killed and any(run.last_step is not None for run in pool.running):
+            killed.append(_forkserver._forkserver_pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    rows = [ended.record for ended in pool.run(kill_the_server, 0.05)]
+    assert killed and _forkserver._forkserver_pid != killed[0]
+    assert [row.status for row in rows] == ["completed", "completed"] and len(finished_runs(tmp_path)) == 2
+
+
+def test_a_run_that_dies_behind_its_fork_server_died_in_a_way_that_nobody_knows(plan, tmp_path):
+    from multiprocessing.forkserver import _forkserver
+
+    pool = Pool([plan("gpt2_clm", "fp32_true", max_steps=200)], tmp_path, jobs=1)
+
+    def kill_both():
+        if any(run.last_step is not None for run in pool.running):
+            os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
+            os.kill(pool.running[0].process.pid, signal.SIGKILL)
+
+    (ended,) = pool.run(kill_both, 0.05)
+    assert (ended.record.status, ended.record.flags["death"]["cause"]) == ("error", "killed")
+    assert "how it ended is not known" in ended.record.error and "signal" not in ended.record.flags["death"]
+
+
+def test_one_run_is_supervised_without_a_matrix(plan, tmp_path):
+    seen = []
+    ended = supervise(plan("gpt2_clm", "fp32_true", max_steps=3), tmp_path, on_step=seen.append, seconds_between_ticks=0.01)
+    assert ended.record.status == "completed" and ended.failure is None and seen[-1].step == 3
+    stop = Stop()
+    stop.request("a test")
+    assert supervise(plan("gpt2_clm", "fp32_true", seed=1), tmp_path, stop=stop).record is None
+
+
+def test_a_killed_run_goes_on_and_one_that_crashed_starts_over(plan, tmp_path):
+    for kind, resumed in (("sigkill", True), ("segfault", False)):
+        settings = replace(planned("exception", 0, tmp_path)[1], case=case_with(Plant(kind, "forward", 4)), checkpoint_every=2)
+        dead = supervise(settings, tmp_path).record
+        assert dead.steps_done == 3 and dead.flags["death"]["goes_on"] is resumed
+        again = supervise(settings, tmp_path).record  # counting its own steps, behind a checkpoint it never gets to the fourth
+        assert again.status == ("completed" if resumed else "error")
+        assert ("resumed" in again.flags) is resumed
+
+
+def test_a_wrong_row_is_not_taken_for_a_right_one():
+    right = Trial("segfault", "forward", 3, "error", "segfault", 2, 2, "")
+    assert right.right
+    for wrong in ({"status": "oom"}, {"cause": "killed"}, {"cause": None}, {"steps_done": 1}, {"kind": "sigkill"}):
+        assert not replace(right, **wrong).right
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_of_each_are_classified(kind, tmp_path):
+    wrong = [str(trial) for trial in run_faults(kind, 50, tmp_path / "out") if not trial.right]
+    assert not wrong, wrong
