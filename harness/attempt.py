@@ -16,6 +16,8 @@ from harness.flops.for_run import utilisation
 from harness.instruments import Instruments
 from harness.optimizer import state_dtypes, zero_share
 from harness.output_failure import Presence
+from harness.parallel.facts import facts_of_all
+from harness.parallel.team import ALONE, Team
 from harness.precision import Precision
 from harness.resume import Resumption
 from harness.run_folder import RunFolder
@@ -37,9 +39,9 @@ class Attempt:
     """One process' part in a run, all of it or behind a checkpoint; fills ``outcome`` as it goes."""
 
     def __init__(self, settings: RunSettings, folder: RunFolder, outcome: Outcome, progress: Progress, stop: Stop,
-                 resumption: Resumption | None) -> None:
+                 resumption: Resumption | None, team: Team = ALONE) -> None:
         self.settings, self.folder, self.outcome, self.progress = settings, folder, outcome, progress
-        self.stop, self.resumption = stop, resumption
+        self.stop, self.resumption, self.team = stop, resumption, team
         self.device = torch.device(settings.device)
         self.checkpointing: Checkpointing | None = None
         self.figures: Utilisation | None = None
@@ -57,7 +59,7 @@ class Attempt:
             outcome.facts |= {"attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
                               "autocast": precision.autocast_name}
             self.training = Training.prepare(s, model, batches, precision,
-                                             data.valid_vocab if s.case.task.head != "classification" else None)
+                                             data.valid_vocab if s.case.task.head != "classification" else None, self.team)
             if self.resumption is not None:
                 self.resumption.restore(self.training)
             self.presence = Presence(self.folder)
@@ -79,7 +81,8 @@ class Attempt:
             return
         began_s, s, training = time.perf_counter(), self.settings, self.training
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
-        record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step)
+        record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step,
+                          team=self.team)
         self.outcome.evaluations.append(record)
         self.folder.evaluations.write(record)
         self.progress(record)
@@ -114,7 +117,7 @@ class Attempt:
                 if outcome.divergence is None:
                     self._between_steps(len(outcome.steps))
                 began_s = time.perf_counter()
-        outcome.facts |= self.instruments.facts()
+        outcome.facts |= facts_of_all(self.team, self.instruments.facts(), self.device)
         outcome.flags |= self.instruments.flags() | {"optimizer_states": state_dtypes(self.training.optimizer),
                                                      "exp_avg_sq_zero_frac": zero_share(self.training.optimizer)}
 
@@ -155,7 +158,7 @@ class Attempt:
         outcome, instruments = self.outcome, self.instruments
         if outcome.divergence is None:
             self._evaluate(self.settings.max_steps)
-            outcome.facts["final_weights_sha256"] = weights_sha256(self.training.model)
+            outcome.facts["final_weights_sha256"] = self.team.same("final weights", weights_sha256(self.training.model))
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:

@@ -76,7 +76,7 @@ class Instruments:
         earlier = resumption.progress.taps if resumption else None
         if not settings.compile:  # hooks would break the compiled graph
             self.taps = ModuleTaps(training.model, training.precision.device, every=self.level.leaf_every, skip_output=True,
-                                   kept_steps=max(KEPT_STEPS, 2 * settings.log_every))
+                                   kept_steps=max(KEPT_STEPS, 2 * settings.log_every), gather=training.team.gather)
             if earlier is not None:
                 self.taps.go_on(earlier)
         self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resumption is None)

@@ -25,6 +25,11 @@ class Stop:
         self.requested: str | None = None
         self.patient = patient
 
+    @property
+    def heard(self) -> str | None:
+        """Who asked this very process."""
+        return self.requested
+
     def request(self, who: str) -> None:
         """Ask to stop; the first who asks is remembered."""
         self.requested = self.requested or who
@@ -63,8 +68,8 @@ class Stop:
         signal.signal(signal.SIGTERM, lambda number, frame: self.request("SIGTERM"))
 
     def _heard(self, number: int, frame: object) -> None:
-        if not self.patient or self.requested is not None:
+        if not self.patient or self.heard is not None:
             raise KeyboardInterrupt
         self.request(signal.Signals(number).name)
         # Not through a screen: the handler may have come in the middle of its drawing.
-        os.write(2, f"\n{self.requested}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())
+        os.write(2, f"\n{self.heard}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
+from harness.parallel.team import RankFailed
 from harness.settings import RunSettings
 from instrument.environment import capture, device_slug
 from instrument.records import EvaluationRecord, RunRecord, StepRecord
@@ -36,6 +37,14 @@ class Outcome:
     def add_time(self, name: str, seconds: float) -> None:
         """Count ``seconds`` more for a part of the run."""
         self.timings_s[name] = self.timings_s.get(name, 0.0) + seconds
+
+    def failed(self, other: RankFailed) -> Outcome:
+        """End as another rank of the run did; itself."""
+        self.status, self.error = other.status, str(other)
+        self.flags["failed_rank"] = other.rank
+        if other.traceback:
+            self.flags["traceback"] = other.traceback
+        return self
 
     def timings_now_s(self) -> dict[str, float]:
         """The time spent so far, by part and in ``total``; of all processes that had a part in the run."""
