@@ -93,6 +93,8 @@ class Instruments:
         if self.sampler is not None:
             self.hardware = self.sampler.stop(window=TIMED)
         if self.taps is not None:
+            if kind not in (None, Stopped):  # the other ranks of the run are somewhere else
+                self.taps.part()
             if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
                 self._modules.add(self.taps.read())
             self._left = self.taps.left()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,8 @@ class JoinedTeam(Team):
 
     def __init__(self, ranks: Ranks, talk: dist.ProcessGroup | None, watchman: Watchman) -> None:
         self.ranks, self._talk, self.watchman = ranks, talk, watchman
+        self.torn = False
+        """A rank has failed: what is left of the group must not be talked to."""
 
     def gather(self, mine):
         told = [None] * self.ranks.world
@@ -61,6 +62,7 @@ class JoinedTeam(Team):
         except ALIKE_ON_ALL:
             raise
         except BaseException as error:
+            self.torn = True
             if not is_about_others(error):
                 self.tell(error)
                 raise
@@ -105,11 +107,13 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[JoinedTeam]:
     try:
         yield team
     except BaseException as error:
+        team.torn = True
         team.tell(error)
         raise
     finally:
         watchman.stop()
-        _leave()
+        if not team.torn:
+            dist.destroy_process_group()
 
 
 def rank_timeout_s() -> float:
@@ -122,12 +126,3 @@ def rank_timeout_s() -> float:
     if not 0 < seconds < 1e7:
         raise SettingsError(f"DDB_RANK_TIMEOUT_S is {text!r}; it must be a positive number of seconds")
     return seconds
-
-
-def _leave() -> None:
-    began_s = time.monotonic()
-    try:
-        dist.destroy_process_group()
-    except RuntimeError:  # the connections may be gone already
-        if time.monotonic() - began_s > 60:
-            raise

@@ -29,7 +29,7 @@ from harness.parallel.ranks import Ranks
 from harness.parallel.team import RankFailed
 
 PERIOD_S = 0.5
-GRACE_S = 5.0
+GRACE_S = 10.0
 """How long the thread that trains has to notice by itself that another rank is gone (gloo does at once)."""
 STALE_S = 60.0
 """A rank on another machine that has not beaten for so long is dead."""

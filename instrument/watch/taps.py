@@ -166,6 +166,10 @@ class ModuleTaps:
         self._earlier_steps, self._skipped = left["steps"], set(left["skipped"])
         self._earlier = [TapReading(**reading) for reading in left["readings"]]
 
+    def part(self) -> None:
+        """From here on read this process' own modules only."""
+        self._gather = lambda mine: [mine]
+
     def _unread(self) -> list[TapReading]:
         if not self._names or not self.pending_steps:
             return []
