@@ -9,12 +9,11 @@ import torch
 
 from bench_cases.data.batches import Batches
 from bench_cases.data.tokenized import TokenizedData
-from bench_cases.models import ModelRequest, weights_sha256
+from bench_cases.models import ModelRequest
 from harness.checkpointing import Checkpointing
 from harness.evaluate import evaluate
 from harness.flops.for_run import utilisation
 from harness.instruments import Instruments
-from harness.optimizer import state_dtypes, zero_share
 from harness.output_failure import Presence
 from harness.parallel.facts import facts_of_all
 from harness.parallel.team import ALONE, Team
@@ -82,7 +81,7 @@ class Attempt:
         began_s, s, training = time.perf_counter(), self.settings, self.training
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
         record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step,
-                          team=self.team)
+                          team=self.team if training.share.deals_evaluations else ALONE)
         self.outcome.evaluations.append(record)
         self.folder.evaluations.write(record)
         self.progress(record)
@@ -118,8 +117,7 @@ class Attempt:
                     self._between_steps(len(outcome.steps))
                 began_s = time.perf_counter()
         outcome.facts |= facts_of_all(self.team, self.instruments.facts(), self.device)
-        outcome.flags |= self.instruments.flags() | {"optimizer_states": state_dtypes(self.training.optimizer),
-                                                     "exp_avg_sq_zero_frac": zero_share(self.training.optimizer)}
+        outcome.flags |= self.instruments.flags() | self.training.share.optimizer_facts(self.training.optimizer)
 
     def _cut(self, step: int) -> bool:
         """What is evaluated or stored is the state behind a step whose records are read."""
@@ -158,7 +156,8 @@ class Attempt:
         outcome, instruments = self.outcome, self.instruments
         if outcome.divergence is None:
             self._evaluate(self.settings.max_steps)
-            outcome.facts["final_weights_sha256"] = self.team.same("final weights", weights_sha256(self.training.model))
+            outcome.facts["final_weights_sha256"] = self.team.same(
+                "final weights", self.training.share.weights_sha256(self.training.model))
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:

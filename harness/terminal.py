@@ -129,7 +129,8 @@ def first_nonfinite_words(record: RunRecord) -> str:
     if first.replay is not None and record.error:
         return f"first non-finite value: {record.error}"
     place = f"{first.module}.{first.tensor}" if first.module else first.tensor
-    micro = f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
+    micro = f", rank {first.rank}" if first.rank is not None else ""
+    micro += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     dtype = f" ({first.dtype})" if first.dtype else ""
     return f"first non-finite value: step {first.step}{micro}, {first.phase}: {place} is {first.kind}{dtype}"
 

@@ -44,12 +44,12 @@ class Training:
                 valid_vocab: int | None, team: Team = ALONE) -> Training:
         """Put a freshly built model and its optimizer under the configuration."""
         model = precision.prepare(model)
-        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay, seed=settings.seed)
         forward = torch.compile(model) if settings.compile else model
-        training = cls(settings, model, forward, optimizer, batches, precision, valid_vocab, team)
-        if team.ranks.world > 1:
-            training.share, training.replayed = share_of(training), SummedShare(team, precision.parameters)
-        return training
+        share = share_of(settings, team, model, forward, batches, precision)
+        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay,
+                                             seed=share.seed(settings.seed))
+        return cls(settings, model, forward, optimizer, batches, precision, valid_vocab, team, share,
+                   WHOLE if team.ranks.world == 1 else SummedShare(team, precision.parameters))
 
     @property
     def options(self) -> LoopOptions:
@@ -63,7 +63,8 @@ class Training:
         """A meter over this training; ``window`` steps are read at a time."""
         s = self.settings
         return StepMeter(self.model, self.optimizer, self.precision.device, window=window, taps=taps, gather=self.team.gather,
-                         micro_batches=self.share.count(s.batch_size // s.micro_batch), warmup_steps=s.warmup_steps)
+                         micro_batches=self.share.count(s.batch_size // s.micro_batch), warmup_steps=s.warmup_steps,
+                         named_parameters=self.share.named_parameters(self.model))
 
     def train(self, meter: StepMeter, steps: Iterable[int] | None = None,
               cut: Callable[[int], bool] = lambda step: False) -> Iterator[Reading]:

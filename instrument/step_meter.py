@@ -9,7 +9,7 @@ first non-finite value is exact whatever the window, because every step has its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,12 +69,14 @@ class StepMeter:
     """Statistics of the steps of one run. ``window`` steps of at most ``micro_batches`` micro-batches are
     read at a time. ``taps`` measure the modules as well; they are read when their ring is half full, at a
     divergence, and by the caller at the end. ``on_loss`` is told every micro-batch's loss. ``gather``: every
-    process' steps by rank, where several share a run: all read the same of them, at the same time."""
+    process' steps by rank, where several share a run: all read the same of them, at the same time;
+    ``named_parameters``: what the optimizer updates, where that is not the model's own parameters."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *,
                  window: int, micro_batches: int, warmup_steps: int, taps: ModuleTaps | None = None,
-                 gather: Callable[[list[MeasuredStep]], list[list[MeasuredStep]]] = lambda mine: [mine]) -> None:
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+                 gather: Callable[[list[MeasuredStep]], list[list[MeasuredStep]]] = lambda mine: [mine],
+                 named_parameters: Sequence[tuple[str, torch.Tensor]] | None = None) -> None:
+        named = named_parameters or [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = optimizer

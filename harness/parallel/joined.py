@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from harness.precision import Unsupported
 from harness.settings import SettingsError
 from harness.signals import Stopped
 
+TEAMS = itertools.count()
+"""Of this process, one after the other."""
 RANK_TIMEOUT_S = 600.0
 """How long a rank may be in one micro-batch before the run counts as hung; ``DDB_RANK_TIMEOUT_S`` sets another."""
 ALIKE_ON_ALL = (Unsupported, Stopped)
@@ -96,10 +99,13 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[JoinedTeam]:
         torch.cuda.set_device(ranks.local_rank)
     timeout_s = rank_timeout_s()
     longest = timedelta(seconds=2 * timeout_s)  # the watchman comes first, and says more
+    number = next(TEAMS)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=longest)
+        store = connected(ranks, f"{number}/group")
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.world,
+                                timeout=longest)
         talk = dist.new_group(backend="gloo", timeout=longest) if cuda else None
-        watchman = Watchman(ranks, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout_s)
+        watchman = Watchman(ranks, connected(ranks, f"{number}/watch", is_open=True), timeout_s)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise SettingsError(f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:"
                             f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from error
@@ -108,12 +114,23 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[JoinedTeam]:
         yield team
     except BaseException as error:
         team.torn = True
+        if is_about_others(error):
+            raise watchman.who_failed(error) from error
         team.tell(error)
         raise
     finally:
         watchman.stop()
         if not team.torn:
             dist.destroy_process_group()
+
+
+def connected(ranks: Ranks, prefix: str, *, is_open: bool = False) -> dist.Store:
+    """A connection to the key-value store at ``MASTER_ADDR``: torchrun's own, or else the one that rank 0 opens,
+    unless it ``is_open`` already. A restarted run and a process' next one find no keys of those before."""
+    is_open = is_open or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.world,
+                          is_master=ranks.is_first and not is_open, timeout=timedelta(seconds=60), wait_for_workers=False)
+    return dist.PrefixStore(f"ddb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}", store)
 
 
 def rank_timeout_s() -> float:

@@ -18,6 +18,12 @@ def on_ranks(settings: RunSettings, ranks: Ranks, asked: str | None) -> RunSetti
     if settings.mtbf_s is not None:
         raise SettingsError("--mtbf is chosen by each process' own clock, and a run on several GPUs writes its checkpoints "
                             "together: give --checkpoint-every N")
+    if asked == "fsdp":
+        for flag, given in (("--compile", settings.compile), ("--checkpoint-every", settings.checkpoint_every),
+                            ("--trace", settings.trace_steps)):
+            if given:
+                raise SettingsError(f"{flag} does not go with --parallel fsdp, where no rank has the whole state; "
+                                    "use --parallel ddp")
     micro_batches = settings.batch_size // settings.micro_batch
     if micro_batches % ranks.world:
         largest = settings.batch_size // ranks.world

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from bench_cases.models import weights_sha256
+from harness.optimizer import state_dtypes, zero_share
 from harness.parallel.team import ALONE, Team
 
 Micro = TypeVar("Micro")
@@ -26,9 +28,29 @@ class Share:
     def __init__(self, team: Team = ALONE) -> None:
         self.team = team
 
+    keeps_state = True
+    """Whether each rank has all of the weights and states: for snapshots, replays and checkpoints."""
+    deals_evaluations = True
+
     def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
         """What the loop calls in place of the model."""
         return forward
+
+    def named_parameters(self, model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """What this rank's optimizer updates, by the parameters' names."""
+        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def seed(self, seed: int) -> int:
+        """Of the optimizer's random numbers: alike where the weights are."""
+        return seed
+
+    def weights_sha256(self, model: torch.nn.Module) -> str:
+        """As `bench_cases.models.weights_sha256`; all ranks call it."""
+        return weights_sha256(model)
+
+    def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+        """For the record's ``flags``; all ranks call it."""
+        return {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
 
     def count(self, micro_batches: int) -> int:
         """How many of a step's micro-batches this rank runs."""

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
+from bench_cases.data.batches import Batches
 from harness.parallel.ddp import ddp_share, takes_part
-from harness.parallel.share import Share
-
-if TYPE_CHECKING:
-    from harness.training import Training
-
-
-def share_of(training: Training) -> Share:
-    """The share of a training that is prepared but for this; all ranks make theirs at the same time."""
-    return ddp_share(training.team, training.forward, training.precision.device, some_unused=_some_unused(training))
+from harness.parallel.share import WHOLE, Share
+from harness.parallel.team import Team
+from harness.precision import Precision
+from harness.settings import RunSettings
 
 
-def _some_unused(training: Training) -> bool:
+def share_of(settings: RunSettings, team: Team, model: torch.nn.Module, forward: torch.nn.Module, batches: Batches,
+             precision: Precision) -> Share:
+    """The share of a prepared model; all ranks make theirs at the same time, before the optimizer."""
+    if team.ranks.world == 1:
+        return WHOLE
+    if settings.parallel == "fsdp":
+        from harness.parallel.fsdp import fsdp_share
+
+        return fsdp_share(team, model, precision)
+    return ddp_share(team, forward, precision.device, some_unused=_some_unused(model, batches, precision))
+
+
+def _some_unused(model: torch.nn.Module, batches: Batches, precision: Precision) -> bool:
     """Whether a parameter takes no part in the loss, found by one forward pass of one row."""
-    precision, model = training.precision, training.model
-    (row, *_) = training.batches.step(1).micro_batches(1)
+    (row, *_) = batches.step(1).micro_batches(1)
     row = row.to(precision.device)
     with precision.forward():
         logits = model(row.input_ids, row.attention_mask, row.last_token)

@@ -16,12 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, Store
 
 from harness.claims import this_boot
 from harness.exit_codes import RUN_FAILED
@@ -39,10 +38,10 @@ LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], 
 class Watchman:
     """Beats, last words, and the eye on the other ranks."""
 
-    def __init__(self, ranks: Ranks, host: str, port: int, timeout_s: float) -> None:
+    def __init__(self, ranks: Ranks, store: Store, timeout_s: float) -> None:
         self.ranks, self.timeout_s = ranks, timeout_s
-        self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-        self._prefix = f"ddb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._patience_s = timeout_s if ranks.is_first else timeout_s + 3 * GRACE_S  # rank 0 writes the row first
+        self._store = store
         self._me = psutil.Process()
         self._main = threading.main_thread().ident
         self._moves, self._moved_s = 0, time.monotonic()
@@ -106,7 +105,7 @@ class Watchman:
                 if self._moves != moves:
                     moves, self._moved_s = self._moves, time.monotonic()
                 now_s = time.monotonic()
-                if failed is None and self._if_lost and now_s - self._moved_s > self.timeout_s:
+                if failed is None and self._if_lost and now_s - self._moved_s > self._patience_s:
                     failed, lost_since_s = self._hung(), float("-inf")
                 lost_since_s = None if failed is None else now_s if lost_since_s is None else lost_since_s
                 if failed is not None and now_s - lost_since_s > GRACE_S and (act := self._if_lost) is not None:
@@ -117,6 +116,8 @@ class Watchman:
     def _end(self, failed: RankFailed, act: Callable[[RankFailed], None]) -> None:
         try:
             act(failed)
+            if self.ranks.is_first:
+                os.write(2, f"\nharness: {failed.status}: {failed}\n".encode())
         finally:
             os._exit(RUN_FAILED)
 
@@ -160,10 +161,9 @@ class Watchman:
         return ", ".join(f"rank {rank} is at {beat['place']}" for rank, beat in beats.items() if beat is not None)
 
     def _set(self, key: str, value: dict[str, Any]) -> None:
-        self._store.set(f"{self._prefix}/{key}", json.dumps(value))
+        self._store.set(key, json.dumps(value))
 
     def _get(self, key: str) -> dict[str, Any] | None:
-        key = f"{self._prefix}/{key}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
 

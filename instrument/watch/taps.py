@@ -80,6 +80,8 @@ class ModuleTaps:
         self._order = {name: place for place, name in enumerate(order)}
         self._names = order
         self._every = every
+        self.mine: list[TapReading] = []
+        """This process' own readings, of the last `read`."""
         self._gather = gather
         self._dtypes: dict[int, str] = {}
         self._running = False
@@ -185,6 +187,7 @@ class ModuleTaps:
                 step=step, module=self._names[place], order=place, direction="bwd" if direction else "fwd",
                 dtype=self._dtypes.get(cell.slot, ""), absmax=cell.absmax, nan=cell.nan, inf=cell.inf,
                 flush_frac=cell.fp16_flush / nonzero if nonzero else None, called=called[cell.slot]))
+        self.mine = readings
         return self._earlier + merged(self._gather(readings))
 
     def _hook(self, name: str):
