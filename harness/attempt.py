@@ -15,7 +15,7 @@ from harness.evaluate import evaluate
 from harness.flops.for_run import utilisation
 from harness.instruments import Instruments
 from harness.output_failure import Presence
-from harness.parallel.facts import facts_of_all
+from harness.parallel.facts import facts_of_all, largest_peaks, peaks_by_rank
 from harness.parallel.team import ALONE, Team
 from harness.precision import Precision
 from harness.resume import Resumption
@@ -70,6 +70,7 @@ class Attempt:
                 self._conclude()
             except Stopped as who:
                 raise Stopped(self._last_words(who)) from None
+            outcome.flags |= peaks_by_rank(self.team, self.device, self.instruments.own_bytes()["device"])
             outcome.status = "diverged" if outcome.divergence else "completed"
         finally:
             self._memory_and_speed()
@@ -186,3 +187,4 @@ class Attempt:
             ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
             outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
                               "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device)}
+        outcome.facts |= largest_peaks(outcome.flags)

@@ -78,11 +78,11 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         val_loss=last and last.val_loss, perplexity=last and last.perplexity, f1_micro=last and last.f1_micro,
         f1_macro=last and last.f1_macro, f1_micro_tuned=last and last.f1_micro_tuned,
         **throughput(outcome.warm_steps(settings.untimed_steps)[settings.untimed_steps:]),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         scaler_skips=sum(s.step_skipped for s in outcome.steps), instrument=settings.instrument,
         env=capture(device), config=settings.as_config(),
         flags={**outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
-        error=outcome.error or (divergence.reason if divergence else None), **outcome.facts)
+        error=outcome.error or (divergence.reason if divergence else None),
+        **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts))
 
 
 def throughput(steps: list[StepRecord]) -> dict[str, float | int | None]:

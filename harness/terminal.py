@@ -72,7 +72,8 @@ class CaseScreen:
         if self._waiting:
             self._waiting.stop()
         self.console.print(f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
-                           f"{s.data} data · {s.weights} weights · {s.device}")
+                           f"{s.data} data · {s.weights} weights · "
+                           + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})"))
         self.console.print(f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
                            f"{s.max_steps} steps, lr {s.lr:g}", style="dim")
         if self._bar:

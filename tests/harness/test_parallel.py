@@ -91,6 +91,7 @@ def healthy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("healthy")
     words = [["case", *run, *SMALL, "--eval-every", "3"] for run in RUNS]
     together = [[{}, [*w, "--out", str(folder / f"two-{w[1]}")]] for w in words]
+    together.append([{}, [*words[0], "--parallel", "fsdp", "--out", str(folder / "fsdp-gpt2_clm")]])
     process = torchrun([str(HERE / "several_runs.py"), json.dumps(together)],
                        {**os.environ, "PYTHONPATH": str(HERE.parents[1])})
     for w in words:
@@ -127,9 +128,19 @@ def test_a_loss_averaged_over_ranks_would_have_been_another(healthy):
     assert abs(averaged_loss_of_step_1(settings) - loss) > 1e-4 * loss
 
 
+def test_slices_are_trained_as_whole_tensors_are_bit_for_bit(healthy):
+    (ddp, expected, _), (fsdp, steps, _) = (one_run(healthy[0] / f"{how}-gpt2_clm") for how in ("two", "fsdp"))
+    assert fsdp.config["parallel"] == "fsdp" and fsdp.final_weights_sha256 == ddp.final_weights_sha256
+    assert [s.loss for s in steps] == [s.loss for s in expected] and fsdp.val_loss == ddp.val_loss
+    assert [s.grad_norm for s in steps] == pytest.approx([s.grad_norm for s in expected], rel=1e-12)
+    assert [s.grad_underflow_frac for s in steps] == [s.grad_underflow_frac for s in expected]
+    assert fsdp.flags["optimizer_states"] == ddp.flags["optimizer_states"]
+    assert fsdp.flags["exp_avg_sq_zero_frac"] == ddp.flags["exp_avg_sq_zero_frac"]
+
+
 def test_one_process_speaks_and_writes(healthy):
     folder, heard = healthy
-    assert heard.count("completed after 5 steps") == len(RUNS) and "Warning" not in heard
+    assert heard.count("completed after 5 steps") == len(RUNS) + 1 and "Warning" not in heard
     assert [p.name for p in (folder / "two-gpt2_clm" / "runs").iterdir()] == [one_run(folder / "two-gpt2_clm")[0].run_id]
     modules = next((folder / "two-gpt2_clm").glob("runs/*/activations.jsonl")).read_text().splitlines()
     alone = next((folder / "one-gpt2_clm").glob("runs/*/activations.jsonl")).read_text().splitlines()
@@ -242,16 +253,33 @@ def test_a_signal_stops_all_ranks_behind_one_step_and_the_run_goes_on_bit_for_bi
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("config", DTYPE_CONFIGS)
-def test_every_configuration_runs_on_two_ranks(tmp_path, command_environment, config):
-    words = ["case", "roberta_multi_cls", config, *SMALL]
-    assert main([*words, "--out", str(tmp_path / "one")]) == 0
-    code, _, err = launched([*words, "--out", str(tmp_path / "two")], command_environment)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_every_configuration_runs_on_two_ranks(tmp_path, command_environment, parallel):
+    words = {config: ["case", "roberta_multi_cls", config, *SMALL] for config in DTYPE_CONFIGS}
+    together = [[{}, [*w, "--parallel", parallel, "--out", str(tmp_path / f"two-{c}")]] for c, w in words.items()]
+    process = torchrun([str(HERE / "several_runs.py"), json.dumps(together)],
+                       {**command_environment, "PYTHONPATH": str(HERE.parents[1])})
+    for config, w in words.items():
+        assert main([*w, "--out", str(tmp_path / f"one-{config}")]) == 0
+    code, _, err = ended(process, 3 * LONGEST_S)
     assert code == 0, err
-    (one, expected, _), (two, steps, _) = one_run(tmp_path / "one"), one_run(tmp_path / "two")
-    assert (two.status, two.divergence_step) == (one.status, one.divergence_step)
-    if steps:
-        assert steps[0].loss == pytest.approx(expected[0].loss, rel=1e-5 if config == "fp32_true" else 1e-2)
+    refused = {"fp32_tf32"} | ({"amp_bf16_8bit", "fp16_naive_clip16"} if parallel == "fsdp" else set())
+    for config in DTYPE_CONFIGS:
+        (one, expected, _), (two, steps, _) = (one_run(tmp_path / f"{n}-{config}") for n in ("one", "two"))
+        if config in refused:
+            assert two.status == "unsupported" and two.error, config
+            continue
+        assert (two.status, two.divergence_step) == (one.status, one.divergence_step), config
+        assert steps[0].loss == pytest.approx(expected[0].loss, rel=1e-5 if config == "fp32_true" else 1e-2), config
+
+
+@pytest.mark.soak
+def test_a_sharded_runs_failure_has_its_rank_and_module(tmp_path, command_environment):
+    words = ["case", FAULTY, "fp32_true", *SMALL, "--parallel", "fsdp", "--out", str(tmp_path)]
+    code, _, err = launched(words, command_environment, FAULT="overflow", FAULT_SUM=ids_of(2, 3))
+    first = one_run(tmp_path)[0].first_nonfinite
+    assert code == 0 and (first.rank, first.step, first.microbatch, first.phase) == (1, 2, 3, "forward"), err
+    assert first.module == "transformer.h.1" and first.op is None and first.replay is None
 
 
 @pytest.mark.parametrize(("environment", "words", "message"), [
@@ -262,6 +290,8 @@ def test_every_configuration_runs_on_two_ranks(tmp_path, command_environment, co
      "8 rows in micro-batches of 2 make 4, which cannot be dealt equally to 3 ranks; give a --batch-size that 3 divides"),
     ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, [],
      "give a --micro-batch that divides 1"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+     ["--parallel", "fsdp", "--checkpoint-every", "2"], "--checkpoint-every does not go with --parallel fsdp"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
      ["--mtbf", "100"], "--mtbf is chosen by each process' own clock"),
 ])
