@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
-from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, Request
+from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, PARALLEL, Request
 
 EPILOG = """\
 examples:
@@ -84,6 +84,8 @@ def _case(command: argparse.ArgumentParser) -> None:
     _fresh(command)
     _hang_after(command)
     _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
+    command.add_argument("--parallel", choices=PARALLEL, help="under torchrun: every GPU has the whole model (ddp, the "
+                         "default there) or a share of it (fsdp)")
     _own_model(command)
     _sizes(command)
     _out(command)

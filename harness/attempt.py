@@ -9,13 +9,14 @@ import torch
 
 from bench_cases.data.batches import Batches
 from bench_cases.data.tokenized import TokenizedData
-from bench_cases.models import ModelRequest, weights_sha256
+from bench_cases.models import ModelRequest
 from harness.checkpointing import Checkpointing
 from harness.evaluate import evaluate
 from harness.flops.for_run import utilisation
 from harness.instruments import Instruments
-from harness.optimizer import state_dtypes, zero_share
 from harness.output_failure import Presence
+from harness.parallel.facts import facts_of_all, largest_peaks, peaks_by_rank
+from harness.parallel.team import ALONE, Team
 from harness.precision import Precision
 from harness.resume import Resumption
 from harness.run_folder import RunFolder
@@ -38,9 +39,9 @@ class Attempt:
     """One process' part in a run, all of it or behind a checkpoint; fills ``outcome`` as it goes."""
 
     def __init__(self, settings: RunSettings, folder: RunFolder, outcome: Outcome, progress: Progress, stop: Stop,
-                 resumption: Resumption | None) -> None:
+                 resumption: Resumption | None, team: Team = ALONE) -> None:
         self.settings, self.folder, self.outcome, self.progress = settings, folder, outcome, progress
-        self.stop, self.resumption = stop, resumption
+        self.stop, self.resumption, self.team = stop, resumption, team
         self.device = torch.device(settings.device)
         self.checkpointing: Checkpointing | None = None
         self.figures: Utilisation | None = None
@@ -59,7 +60,7 @@ class Attempt:
             outcome.facts |= {"attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
                               "autocast": precision.autocast_name}
             self.training = Training.prepare(s, model, batches, precision,
-                                             data.valid_vocab if s.case.task.head != "classification" else None)
+                                             data.valid_vocab if s.case.task.head != "classification" else None, self.team)
             if self.resumption is not None:
                 self.resumption.restore(self.training)
             self.presence = Presence(self.folder)
@@ -71,6 +72,7 @@ class Attempt:
                 self._conclude()
             except Stopped as who:
                 raise Stopped(self._last_words(who)) from None
+            outcome.flags |= peaks_by_rank(self.team, self.device, self.instruments.own_bytes()["device"])
             outcome.status = "diverged" if outcome.divergence else "completed"
         except BaseException as error:
             struck = error
@@ -87,7 +89,8 @@ class Attempt:
         began_s, s, training = time.perf_counter(), self.settings, self.training
         self.stop.pulse.at("evaluation", step)
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
-        record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step)
+        record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step,
+                          team=self.team if training.share.deals_evaluations else ALONE)
         self.outcome.evaluations.append(record)
         self.folder.evaluations.write(record)
         self.progress(record)
@@ -122,9 +125,8 @@ class Attempt:
                 if outcome.divergence is None:
                     self._between_steps(len(outcome.steps))
                 began_s = time.perf_counter()
-        outcome.facts |= self.instruments.facts()
-        outcome.flags |= self.instruments.flags() | {"optimizer_states": state_dtypes(self.training.optimizer),
-                                                     "exp_avg_sq_zero_frac": zero_share(self.training.optimizer)}
+        outcome.facts |= facts_of_all(self.team, self.instruments.facts(), self.device)
+        outcome.flags |= self.instruments.flags() | self.training.share.optimizer_facts(self.training.optimizer)
 
     def _cut(self, step: int) -> bool:
         """What is evaluated or stored is the state behind a step whose records are read."""
@@ -167,7 +169,8 @@ class Attempt:
         if outcome.divergence is None:
             self._evaluate(self.settings.max_steps)
             self.stop.pulse.at("closing", self.settings.max_steps)
-            outcome.facts["final_weights_sha256"] = weights_sha256(self.training.model)
+            outcome.facts["final_weights_sha256"] = self.team.same(
+                "final weights", self.training.share.weights_sha256(self.training.model))
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:
@@ -204,3 +207,4 @@ class Attempt:
                 ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
                 outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
                                   "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device)}
+        outcome.facts |= largest_peaks(outcome.flags)

@@ -10,12 +10,14 @@ from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
+from harness.parallel.plan import on_ranks
+from harness.parallel.ranks import Ranks
 from harness.settings import RunSettings, SettingsError
 
 
 def case_command(options: argparse.Namespace) -> int:
     """Run what was asked and print its summary; ``--json`` prints the row."""
-    case, config = asked_case(options), asked_config(options)
+    case, config, ranks = asked_case(options), asked_config(options), Ranks.from_environment()
     # Only now: everything above can refuse in milliseconds.
     import time
 
@@ -23,10 +25,14 @@ def case_command(options: argparse.Namespace) -> int:
     from harness.planning import choose_device, plan_run, results_folder
 
     device = choose_device(options.device)
-    settings = plan_run(case, config, options.seed, arguments.request(options), device)
+    settings = on_ranks(plan_run(case, config, options.seed, arguments.request(options), device), ranks, options.parallel)
     out = results_folder(options.out, device)
     if options.dry_run:
-        return _dry_run(settings, out, options.json)
+        return _dry_run(settings, out, options.json) if ranks.is_first else 0
+    if ranks.world > 1:
+        from harness.parallel.command import run_rank
+
+        return run_rank(settings, out, ranks, options, started_s)
     from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
     from harness.run import execute
     from harness.signals import Stop

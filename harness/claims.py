@@ -121,7 +121,7 @@ def _prepare(path: Path) -> tuple[int, Path]:
     """A complete claim under a temporary name, its lock held."""
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f"{FILE}.", suffix=TEMPORARY)
     try_lock(fd)
-    facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "started_unix_s": time.time(),
+    facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot": this_boot(), "started_unix_s": time.time(),
              "token": uuid.uuid4().hex}
     os.write(fd, json.dumps(facts).encode() + b"\n")
     os.fsync(fd)
@@ -164,7 +164,7 @@ def _living_owner(path: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(path: Path, facts: dict[str, Any]) -> bool:
-    if facts["boot"] != _boot():
+    if facts["boot"] != this_boot():
         return _age_s(path) <= STALE_S
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -195,7 +195,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             return facts
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    return {"pid": None, "host": None, "boot": _boot(), "token": uuid.uuid5(uuid.NAMESPACE_OID, content.hex()).hex}
+    return {"pid": None, "host": None, "boot": this_boot(), "token": uuid.uuid5(uuid.NAMESPACE_OID, content.hex()).hex}
 
 
 def _age_s(path: Path) -> float:
@@ -222,7 +222,7 @@ def _is_at(fd: int, path: Path) -> bool:
     return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
 
 
-def _boot() -> str:
+def this_boot() -> str:
     """The boot of this kernel: the same in all of its containers, another one after a restart."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

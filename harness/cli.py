@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"harness: {missing_package(error) or error}", file=sys.stderr)
+        if code != USAGE or os.environ.get("RANK", "0") == "0":  # under torchrun every process would say the same
+            print(f"harness: {missing_package(error) or error}", file=sys.stderr)
         return code
 
 

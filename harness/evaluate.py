@@ -11,6 +11,7 @@ import torch
 
 from bench_cases import Case
 from harness.loss import training_loss
+from harness.parallel.team import ALONE, Team
 from harness.precision import Precision
 from instrument.records import EvaluationRecord
 
@@ -19,24 +20,29 @@ THRESHOLD = 0.5
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Iterable, case: Case, precision: Precision, *,
-             valid_vocab: int | None, step: int) -> EvaluationRecord:
-    """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training."""
+             valid_vocab: int | None, step: int, team: Team = ALONE) -> EvaluationRecord:
+    """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training. Ranks are dealt batches and
+    put together what each made of its own: the record is every rank's, and that of one process."""
     started = time.perf_counter()
     model.eval()
     losses, targets_seen, samples = [], 0, 0
     scores, truths = [], []
-    for batch in batches:
+    for mine, batch in team.dealt(batches):
+        targets_seen += batch.n_targets
+        samples += batch.samples
+        if case.task.metric == "f1":
+            truths.append(batch.targets)
+        if not mine:
+            continue
         on_device = batch.to(precision.device)
         with precision.forward():
             logits = model(on_device.input_ids, on_device.attention_mask, on_device.last_token)
         losses.append(training_loss(logits.float(), on_device.targets, loss=case.task.loss,
                                     dtype=torch.float32, normalizer=1, valid_vocab=valid_vocab))
-        targets_seen += batch.n_targets
-        samples += batch.samples
         if case.task.metric == "f1":
             scores.append(logits.float().cpu())
-            truths.append(batch.targets)
     model.train()
+    losses, scores = team.collected(losses), team.collected(scores)
     loss = float(torch.stack(losses).double().sum()) / targets_seen
     quality = _f1(torch.cat(scores).numpy(), torch.cat(truths).numpy()) if scores else {}
     return EvaluationRecord(

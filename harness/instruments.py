@@ -16,8 +16,10 @@ import torch
 
 from harness.forensics.investigate import investigate
 from harness.forensics.phase_trace import PhaseTrace
-from harness.forensics.stored import store
+from harness.forensics.stored import Stored, store
 from harness.optimizer import rounded_away_share
+from harness.parallel.first_producer import first_of_all, of_this_rank
+from harness.parallel.located import located
 from harness.resume import Resumption
 from harness.run_folder import RunFolder
 from harness.settings import RunSettings
@@ -50,6 +52,7 @@ class Level:
 
 TIMED = "timed"
 """The sampler's window: training steps behind the preset's untimed ones, evaluations left out."""
+NOT_OURS = Stored(None, 0, "rank 0 keeps the snapshot, which is the same on every rank")
 LEVELS = {"off": None, "light": Level(leaf_every=16, snapshot_every=50, explained_skips=1),
           "full": Level(leaf_every=1, snapshot_every=10, explained_skips=8)}
 
@@ -80,12 +83,13 @@ class Instruments:
         earlier = resumption.progress.taps if resumption else None
         if not settings.compile:  # hooks would break the compiled graph
             self.taps = ModuleTaps(training.model, training.precision.device, every=self.level.leaf_every, skip_output=True,
-                                   kept_steps=max(KEPT_STEPS, 2 * settings.log_every))
+                                   kept_steps=max(KEPT_STEPS, 2 * settings.log_every), gather=training.team.gather)
             if earlier is not None:
                 self.taps.go_on(earlier)
         self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resumption is None)
         self.sampler = Sampler(folder.path / "hardware.jsonl", gpu_uuid=_gpu_uuid(training.precision.device))
-        self._snapshot = training.snapshot(resumption.step if resumption else 0)
+        if training.share.keeps_state:
+            self._snapshot = training.snapshot(resumption.step if resumption else 0)
 
     def __enter__(self) -> Instruments:
         if self.sampler is not None:
@@ -98,6 +102,8 @@ class Instruments:
             self.hardware = self.sampler.stop(window=TIMED)
         with behind(error, self.failed, "the last module statistics"):
             if self.taps is not None:
+                if kind not in (None, Stopped):  # the other ranks of the run are somewhere else
+                    self.taps.part()
                 if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
                     self._modules.add(self.taps.read())
                 self._left = self.taps.left()
@@ -117,7 +123,7 @@ class Instruments:
             self._clock(True)
         elif self._timed is not None:
             self._timed = [self._timed[0] + len(reading.steps), self._timed[1] + sum(s.real_tokens for s in reading.steps)]
-        if reading.divergence is None:
+        if reading.divergence is None and self._snapshot is not None:
             reading.events = [self._explained(event, step) for event in reading.events]
             if step - self._snapshot.step >= self.level.snapshot_every:
                 self._snapshot = self.training.snapshot(step)
@@ -150,10 +156,13 @@ class Instruments:
             return event
         self._skips += 1
         training = self.training
-        first = explain_skip(event.step, training.again, self._snapshot, training.model, training.optimizer,
-                             training.precision.scaler, now=now)
-        if first is None:
+        mine = explain_skip(event.step, training.again, self._snapshot, training.model, training.optimizer,
+                            training.precision.scaler, now=now, any_rank=training.team.any)
+        share, micro_batches = training.replayed, self.settings.batch_size // self.settings.micro_batch
+        found = first_of_all(share, mine and of_this_rank(mine, share, micro_batches))
+        if found is None:
             return event
+        _, first = found
         return msgspec.structs.replace(event, detail=event.detail | {"first_nonfinite": msgspec.to_builtins(first)})
 
     def facts(self) -> dict[str, object]:
@@ -171,7 +180,7 @@ class Instruments:
         device = self.training.precision.device
         peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         split = with_activations(memory_split(self.training.model, self.training.optimizer), peak_bytes,
-                                 instrument_bytes=self.own_bytes()["device"])
+                                 instrument_bytes=self.own_bytes()["device"]) if self.training.share.keeps_state else None
         return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": self.own_bytes()}
 
     def hardware_flags(self) -> dict[str, object]:
@@ -193,7 +202,7 @@ class Instruments:
     @torch.no_grad()
     def rounded_away(self) -> dict[str, object]:
         """How much of an update rounds to nothing, by running the last step once more and putting it back."""
-        if self.level is None:
+        if self._snapshot is None:
             return {}
         training, step = self.training, self.settings.max_steps
         now, before = training.snapshot(step), [p.clone() for p in training.precision.parameters]
@@ -226,9 +235,11 @@ class Instruments:
         """Replay a failure and write what it was; the divergence with a completed record."""
         if self.level is None or divergence.first_nonfinite is None:
             return divergence
+        if self._snapshot is None:
+            return located(divergence, self.training.team, self.taps)
         run_id = self.settings.run_id
         trace = self.folder.out / "traces" / f"{run_id}-step{divergence.step}.json.gz"
-        stored = store(self._snapshot, self.folder.path, run_id)
+        stored = store(self._snapshot, self.folder.path, run_id) if self.training.team.ranks.is_first else NOT_OURS
         self.traced["snapshot"] = {"file": stored.file, "bytes": stored.nbytes, "why": stored.why}
         self.forensics = investigate(self.training, divergence, self._snapshot, last, run_id, trace,
                                      self.folder.path / "culprit.safetensors")

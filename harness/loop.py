@@ -10,6 +10,7 @@ import torch
 
 from bench_cases import Case
 from harness.loss import training_loss
+from harness.parallel.share import WHOLE, Share
 from harness.precision import Precision
 from harness.schedule import learning_rate
 from instrument.step_meter import Reading, StepMeter
@@ -30,9 +31,9 @@ class LoopOptions:
 
 def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches, precision: Precision,
           meter: StepMeter, options: LoopOptions, steps: Iterable[int] | None = None,
-          cut: Callable[[int], bool] = lambda step: False) -> Iterator[Reading]:
+          cut: Callable[[int], bool] = lambda step: False, share: Share = WHOLE) -> Iterator[Reading]:
     """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and wherever
-    ``cut(step)`` asks for one, and ends after a divergence."""
+    ``cut(step)`` asks for one, and ends after a divergence. ``share``: this process' part of each step."""
     steps = list(range(1, options.max_steps + 1) if steps is None else steps)
     for step in steps:
         lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps,
@@ -45,7 +46,7 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         batch = batches.step(step)
         meter.count(batch)
 
-        for micro in batch.micro_batches(options.micro_batch):
+        for micro in share.of(batch.micro_batches(options.micro_batch)):
             micro = micro.to(precision.device)
             with precision.forward():
                 logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
@@ -55,6 +56,7 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
                                  loss_scale=scale, stats=meter.next_logits())
             meter.add_loss(loss)
             loss.backward()
+        share.sum_gradients()
 
         gradients = precision.measure_gradients(optimizer)
         norm = precision.clip(gradients.total_norm, options.max_norm)

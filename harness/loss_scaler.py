@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kernels import TensorStats, unscale_and_stats_
@@ -20,6 +22,8 @@ class MeasuringGradScaler(torch.amp.GradScaler):
     def __init__(self, device: str, *, init_scale: float) -> None:
         super().__init__(device, init_scale=init_scale)
         self.measured: list[torch.nn.Parameter] = []
+        self.over_ranks: Callable[[TensorStats], TensorStats] = lambda mine: mine
+        """Puts together the statistics of slices, where the ranks of a run have a slice of each gradient."""
 
     def scale_now(self, device: torch.device) -> torch.Tensor:
         """The loss scale as a device scalar, without a sync."""
@@ -27,7 +31,7 @@ class MeasuringGradScaler(torch.amp.GradScaler):
 
     def _unscale_grads_(self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor,
                         allow_fp16: bool) -> dict[torch.device, torch.Tensor]:
-        self.gradient_stats = unscale_and_stats_(gradients_of(self.measured), inv_scale)
+        self.gradient_stats = self.over_ranks(unscale_and_stats_(gradients_of(self.measured), inv_scale))
         found_inf.copy_(self.gradient_stats.found_inf)
         return {found_inf.device: found_inf}
 

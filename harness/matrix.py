@@ -22,6 +22,7 @@ from harness.claims import RunClaimed, claim
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
+from harness.parallel.ranks import refuse_ranks
 from harness.planning import choose_device, data_options, plan_run, results_folder
 from harness.pool import Pool
 from harness.predict.store import store_all
@@ -36,6 +37,7 @@ from instrument.records import RunRecord, encode
 
 def matrix_command(options: argparse.Namespace) -> int:
     """Run what is not done yet and print the stability matrix; ``--json`` prints all rows."""
+    refuse_ranks("matrix")
     device = choose_device(options.device)
     out = results_folder(options.out, device)
     planned = plan(options, device)

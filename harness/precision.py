@@ -8,6 +8,7 @@ Everything it decided stands in ``flags``, which goes into the run's record.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -49,6 +50,7 @@ class Precision:
                                                                          threads=threads),
                                          "attention": self.attention,
                                          "optimizer": config.optimizer, "eps": config.eps}
+        self.over_ranks: Callable[[TensorStats], TensorStats] = lambda mine: mine
         self._fp16_override = None
         if "fp16" in (config.weights, config.compute) and device.type == "cpu":
             in_hardware = fp16_products.cpu_has_fp16_arithmetic()
@@ -114,7 +116,7 @@ class Precision:
         """Statistics of the true gradients, which are unscaled in the same pass where there is a scale.
         Underflow is counted at the scale at which backward ran."""
         if self.scaler is None:
-            return multi_tensor_stats(gradients_of(self.parameters), counts="underflow")
+            return self.over_ranks(multi_tensor_stats(gradients_of(self.parameters), counts="underflow"))
         self.scaler.unscale_(optimizer)
         return self.scaler.gradient_stats
 

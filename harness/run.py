@@ -16,6 +16,8 @@ from harness import resume
 from harness.attempt import Attempt, Progress
 from harness.claims import claim
 from harness.output_failure import output_error
+from harness.parallel.scratch import resumed_by_all
+from harness.parallel.team import ALONE, RankFailed, Team
 from harness.planning import data_options
 from harness.precision import Unsupported
 from harness.resume import Resumption
@@ -30,7 +32,8 @@ from instrument.records import EventRecord, RunRecord
 
 
 def execute(settings: RunSettings, out: Path, progress: Progress = lambda record: None,
-            started_s: float | None = None, stop: Stop | None = None, *, fresh: bool = False) -> RunRecord:
+            started_s: float | None = None, stop: Stop | None = None, *, fresh: bool = False,
+            team: Team = ALONE) -> RunRecord:
     """Run and write ``settings``' experiment into the results folder ``out``, from its last checkpoint on where
     it was stopped before, or with ``fresh`` from the beginning.
 
@@ -38,7 +41,8 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     checkpoint (``preempted``). Bad data and unreachable sources raise before anything is written (`DataError`,
     `DataUnavailable`, `ModelError`, `WeightsUnavailable`, `OutputError`; `RunClaimed` when another living process
     has the run), a folder that can no longer be written
-    raises `OutputError`; whatever else happens later is a row.
+    raises `OutputError`; whatever else happens later is a row. ``team``: the ranks that share the run; all of
+    them execute it, each into an ``out`` of its own, and rank 0's is the one that counts.
     """
     began_s, stop = time.perf_counter(), stop or Stop()
     started_s = began_s if started_s is None else started_s
@@ -46,7 +50,7 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     stop.pulse.draft(lambda: summarize(settings, outcome), out)
     stop.pulse.device = settings.device
     stop.pulse.at("data")
-    data = load_run_data(settings)
+    data = team.in_turn(lambda: load_run_data(settings))
     outcome.timings_s["data"] = time.perf_counter() - began_s
     stop.pulse.at("build")
     model = build_model(model_request(settings, data))
@@ -62,13 +66,13 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     with own:
         if fresh:
             resume.discard(out, settings.run_id)
-        return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches)
+        return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches, team)
 
 
 def _execute_claimed(settings: RunSettings, out: Path, outcome: Outcome, progress: Progress, stop: Stop,
-                     data: TokenizedData, model: torch.nn.Module, batches: Batches) -> RunRecord:
+                     data: TokenizedData, model: torch.nn.Module, batches: Batches, team: Team) -> RunRecord:
     """The part of `execute` that writes: nobody else runs this run meanwhile."""
-    resumption, skipped = resume.find(settings, out, outcome.facts)
+    resumption, skipped = resumed_by_all(team, out, settings.run_id, lambda: resume.find(settings, out, outcome.facts))
     folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else \
         resume.start_over(out, settings.run_id)
     _go_on(outcome, resumption, skipped, progress)
@@ -77,11 +81,17 @@ def _execute_claimed(settings: RunSettings, out: Path, outcome: Outcome, progres
     stop.patient = True
     try:
         write_machine(out, outcome.machine[1])
-        Attempt(settings, folder, outcome, progress, stop, resumption).run(data, model, batches, model_request(settings, data))
+        with team.telling(lambda failed: _finish(folder, summarize(settings, outcome.failed(failed)))):
+            for name in ("init_sha256", "data_sha256"):
+                team.same(name, outcome.facts[name])
+            Attempt(settings, folder, outcome, progress, stop, resumption, team).run(
+                data, model, batches, model_request(settings, data))
     except Unsupported as error:
         outcome.status, outcome.error = "unsupported", str(error)
     except Stopped as error:
         outcome.status, outcome.error = "preempted", str(error)
+    except RankFailed as error:
+        outcome.failed(error)
     except KeyboardInterrupt:
         outcome.status, outcome.error = "preempted", "interrupted"
         folder.finish(summarize(settings, outcome))

@@ -17,6 +17,7 @@ from bench_cases import PRESETS, Case, DtypeConfig, lookup
 
 ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
 DEVICES = ("auto", "cpu", "cuda")
+PARALLEL = ("ddp", "fsdp")
 INSTRUMENT_LEVELS = ("off", "light", "full")
 MAX_NORM = 1.0
 SHORTEST_SEQUENCE = 4
@@ -64,7 +65,8 @@ class RunSettings:
     ``log_every`` is the number of steps between two reads of the device; ``instrument`` is one of
     `INSTRUMENT_LEVELS`, and ``trace_steps`` how many of the last steps are run again under the profiler.
     Checkpoints: behind every ``checkpoint_every`` steps, or as often as a machine that lasts ``mtbf_s``
-    seconds on average makes worth it; 0 and None: on a signal only."""
+    seconds on average makes worth it; 0 and None: on a signal only. ``world``: processes that share the run, in the
+    manner of ``parallel``, one of `PARALLEL`; None for one process."""
 
     case: Case
     config: DtypeConfig
@@ -98,6 +100,8 @@ class RunSettings:
     memory_snapshot: bool = False
     checkpoint_every: int = 0
     mtbf_s: float | None = None
+    world: int = 1
+    parallel: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -121,6 +125,8 @@ class RunSettings:
         plain = dataclasses.asdict(self)
         for not_numerics in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"):
             del plain[not_numerics]
+        if self.world == 1:  # as it was before there could be more: the same settings keep their run id
+            del plain["world"], plain["parallel"]
         for only_words in ("scenario", "in_default_matrix"):
             del plain["case"][only_words]
         for only_words in ("note", "controls", "in_default_matrix"):

@@ -34,6 +34,11 @@ class Stop:
         self.pulse = pulse or Pulse()
         self._heard_s = -math.inf
 
+    @property
+    def heard(self) -> str | None:
+        """Who asked this very process."""
+        return self.requested
+
     def request(self, who: str) -> None:
         """Ask to stop; the first who asks is remembered."""
         self.requested = self.requested or who
@@ -73,12 +78,12 @@ class Stop:
         signal.signal(signal.SIGTERM, lambda number, frame: self.request("SIGTERM"))
 
     def _heard(self, number: int, frame: object) -> None:
-        again = signal.Signals(number).name == self.requested and time.monotonic() - self._heard_s < TOGETHER_S
+        again = signal.Signals(number).name == self.heard and time.monotonic() - self._heard_s < TOGETHER_S
         if again:
             return
-        if not self.patient or self.requested is not None:
+        if not self.patient or self.heard is not None:
             raise KeyboardInterrupt
         self._heard_s = time.monotonic()
         self.request(signal.Signals(number).name)
         # Not through a screen: the handler may have come in the middle of its drawing.
-        os.write(2, f"\n{self.requested}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())
+        os.write(2, f"\n{self.heard}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.parallel.team import RankFailed
 from harness.reached import reached, warm_steps
 from harness.settings import RunSettings
 from instrument.environment import capture, device_slug
@@ -38,6 +39,14 @@ class Outcome:
         """Count ``seconds`` more for a part of the run."""
         self.timings_s[name] = self.timings_s.get(name, 0.0) + seconds
 
+    def failed(self, other: RankFailed) -> Outcome:
+        """End as another rank of the run did; itself."""
+        self.status, self.error = other.status, str(other)
+        self.flags["failed_rank"] = other.rank
+        if other.traceback:
+            self.flags["traceback"] = other.traceback
+        return self
+
     def timings_now_s(self) -> dict[str, float]:
         """The time spent so far, by part and in ``total``; of all processes that had a part in the run."""
         return self.timings_s | {"total": self.timings_s.get("total", 0.0) + time.perf_counter() - self.began_s}
@@ -65,10 +74,10 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         val_loss=last and last.val_loss, perplexity=last and last.perplexity, f1_micro=last and last.f1_micro,
         f1_macro=last and last.f1_macro, f1_micro_tuned=last and last.f1_micro_tuned,
         **reached(outcome.steps, settings.untimed_steps, outcome.resumed_behind),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         instrument=settings.instrument, env=environment, config=settings.as_config(),
         flags={**outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
-        error=outcome.error or (divergence.reason if divergence else None), **outcome.facts)
+        error=outcome.error or (divergence.reason if divergence else None),
+        **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts))
 
 
 def machine_of(settings: RunSettings) -> tuple[str, dict[str, Any]]:

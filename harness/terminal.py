@@ -73,7 +73,8 @@ class CaseScreen:
         if self._waiting:
             self._waiting.stop()
         self.console.print(f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
-                           f"{s.data} data · {s.weights} weights · {s.device}")
+                           f"{s.data} data · {s.weights} weights · "
+                           + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})"))
         self.console.print(f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
                            f"{s.max_steps} steps, lr {s.lr:g}", style="dim")
         if self._bar:
@@ -137,7 +138,8 @@ def first_nonfinite_words(record: RunRecord) -> str:
     if first.replay is not None and record.error:
         return f"first non-finite value: {record.error}"
     place = f"{first.module}.{first.tensor}" if first.module else first.tensor
-    micro = f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
+    micro = f", rank {first.rank}" if first.rank is not None else ""
+    micro += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     dtype = f" ({first.dtype})" if first.dtype else ""
     return f"first non-finite value: step {first.step}{micro}, {first.phase}: {place} is {first.kind}{dtype}"
 

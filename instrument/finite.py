@@ -47,9 +47,9 @@ def _all_finite(tensors: list[torch.Tensor]) -> bool:
 
 
 def surfaced(step: int, phase: str, tensor: str, kind: str, *, module: str | None = None, microbatch: int | None = None,
-             dtype: torch.dtype | None = None) -> FirstNonfinite:
+             dtype: torch.dtype | None = None, rank: int | None = None) -> FirstNonfinite:
     """A failure as the counters show it; op, cause and headroom are the replay's to fill."""
     return FirstNonfinite(
         step=step, microbatch=microbatch, phase=phase, phase_surfaced=phase, module=module, op=None,
         tensor=tensor, source_tensor=None, kind=kind, dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        cause=None, input_absmax=None, headroom_bits=None)
+        cause=None, input_absmax=None, headroom_bits=None, rank=rank)

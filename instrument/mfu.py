@@ -13,7 +13,7 @@ peak gives the harmonic mean, never the arithmetic one. What is not known is Non
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -37,6 +37,14 @@ class Peaks:
     measured: Mapping[str, float] | None = None
     measured_unknown: str | None = None
     measured_remark: str | None = None
+
+    def of_many(self, processes: int) -> Peaks:
+        """The peaks of as many of these together."""
+        if processes == 1:
+            return self
+        tables = {name: {dtype: processes * rate for dtype, rate in table.items()}
+                  for name in ("datasheet", "measured") if (table := getattr(self, name)) is not None}
+        return replace(self, **tables)
 
     def of(self, denominator: str, flops: Mapping[str, int]) -> float | None:
         """The peak in FLOP/s that ``flops`` (by dtype) are held against."""

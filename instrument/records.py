@@ -43,7 +43,9 @@ class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     ``phase`` is where it was produced, ``phase_surfaced`` where it was first seen;
     ``source_tensor`` is what it came from (an ``exp_avg_sq`` that underflowed to 0 makes
-    ``param`` infinite). Fields that only the op-level replay can fill are null.
+    ``param`` infinite). Fields that only the op-level replay can fill are null. ``rank``: the process that
+    produced it, where several share a run; null for one process, and where the counters alone cannot tell (a
+    gradient behind the sum over ranks). ``microbatch`` counts through the whole step's batch.
     """
 
     step: int
@@ -61,6 +63,7 @@ class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     headroom_bits: float | None
     absorbed: list[str] = []
     replay: dict[str, Any] | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("first_nonfinite.phase", self.phase, PHASES)

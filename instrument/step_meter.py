@@ -9,13 +9,14 @@ first non-finite value is exact whatever the window, because every step has its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from instrument.explosion import ExplosionDetector
 from instrument.finite import first_bad, first_of, float_states, prevailing, surfaced
+from instrument.rank_steps import MeasuredStep, together
 from instrument.records import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
 from instrument.step_clock import StepClock
 from instrument.watch.taps import ModuleTaps, TapReading
@@ -67,17 +68,22 @@ class Reading:
 class StepMeter:
     """Statistics of the steps of one run. ``window`` steps of at most ``micro_batches`` micro-batches are
     read at a time. ``taps`` measure the modules as well; they are read when their ring is half full, at a
-    divergence, and by the caller at the end. ``on_loss`` is told every micro-batch's loss."""
+    divergence, and by the caller at the end. ``on_loss`` is told every micro-batch's loss. ``gather``: every
+    process' steps by rank, where several share a run: all read the same of them, at the same time;
+    ``named_parameters``: what the optimizer updates, where that is not the model's own parameters."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *,
-                 window: int, micro_batches: int, warmup_steps: int, taps: ModuleTaps | None = None) -> None:
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+                 window: int, micro_batches: int, warmup_steps: int, taps: ModuleTaps | None = None,
+                 gather: Callable[[list[MeasuredStep]], list[list[MeasuredStep]]] = lambda mine: [mine],
+                 named_parameters: Sequence[tuple[str, torch.Tensor]] | None = None) -> None:
+        named = named_parameters or [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.optimizer = optimizer
         self.device = device
         self.window = window
         self.taps = taps
+        self._gather = gather
         self.on_loss: Callable[[torch.Tensor], None] | None = None
         self._logits = LogitStats(device, slots=window * micro_batches)
         self._slots_used = 0
@@ -165,11 +171,11 @@ class StepMeter:
     def read(self) -> Reading:
         """Decode the pending rows (the only sync) up to and with the step that diverged."""
         reading = Reading()
-        for facts, row, logits in self._pending_rows():
-            record = self._record(facts, row, logits)
+        for facts, (measured, ranks) in zip(self._pending, self._measured(), strict=True):
+            row, record = measured.row, self._record(facts, measured)
             reading.steps.append(record)
             reading.lengths.append(facts.lengths)
-            found = self._first_nonfinite(facts.step, row, logits)
+            found = self._first_nonfinite(facts.step, measured, ranks)
             if record.step_skipped:
                 reading.events.append(EventRecord(step=facts.step, kind="scaler_skip", detail={
                     "loss_scale": row["loss_scale"], "grad_nonfinite": int(row["grad_nonfinite"]),
@@ -185,17 +191,20 @@ class StepMeter:
             reading.modules = self.taps.read()
         return reading
 
-    def _pending_rows(self) -> Iterator[tuple[StepFacts, dict[str, float], list[dict]]]:
-        """The pending steps: host facts, ring row, and the logit statistics of each micro-batch."""
+    def _measured(self) -> Iterator[tuple[MeasuredStep, dict[str, int | None]]]:
+        """The pending steps: ring row, the logit statistics of each micro-batch, times; of all ranks."""
         rows = self._ring[:len(self._pending)].tolist()
         slots = iter(self._logits.read_async()() if self._slots_used else [])
         self._logits.reset()
         self._slots_used = 0
-        for facts, values in zip(self._pending, rows, strict=True):
-            yield facts, dict(zip(COLUMNS, values, strict=True)), [next(slots) for _ in range(facts.micro_batches)]
+        mine = [MeasuredStep(dict(zip(COLUMNS, values, strict=True)), [next(slots) for _ in range(facts.micro_batches)],
+                             facts.clock.seconds(), facts.allocated_bytes)
+                for facts, values in zip(self._pending, rows, strict=True)]
+        yield from map(together, zip(*self._gather(mine), strict=True))
 
     @staticmethod
-    def _record(facts: StepFacts, row: dict[str, float], logits: list[dict]) -> StepRecord:
+    def _record(facts: StepFacts, measured: MeasuredStep) -> StepRecord:
+        row, logits = measured.row, measured.logits
         scaled = row["loss_scale"] >= 0
         return StepRecord(
             step=facts.step, loss=row["loss"], lr=facts.lr, grad_norm=row["grad_norm"],
@@ -204,9 +213,9 @@ class StepMeter:
             logit_absmax=max((s["absmax"] for s in logits if s["absmax"] is not None), default=None),
             logit_nonfinite=sum(s["nan"] + s["pos_inf"] + s["neg_inf"] for s in logits),
             logit_over_fp16=sum(s["over_fp16"] for s in logits), loss_scale=row["loss_scale"] if scaled else None,
-            step_skipped=scaled and row["grad_nonfinite"] > 0, step_time_s=facts.clock.seconds(),
+            step_skipped=scaled and row["grad_nonfinite"] > 0, step_time_s=measured.step_time_s,
             samples=facts.samples, tokens=facts.tokens, real_tokens=facts.real_tokens,
-            seq_len=facts.seq_len, allocated_bytes=facts.allocated_bytes)
+            seq_len=facts.seq_len, allocated_bytes=measured.allocated_bytes)
 
     @staticmethod
     def _diverged(row: dict[str, float], record: StepRecord) -> bool:
@@ -214,26 +223,31 @@ class StepMeter:
         return (not math.isfinite(row["loss"]) or (row["grad_nonfinite"] > 0 and not record.step_skipped)
                 or row["param_tensor"] >= 0 or row["state_tensor"] >= 0)
 
-    def _first_nonfinite(self, step: int, row: dict[str, float], logits: list[dict]) -> FirstNonfinite | None:
+    def _first_nonfinite(self, step: int, measured: MeasuredStep, ranks: dict[str, int | None]) -> FirstNonfinite | None:
         """The earliest phase of the step that shows a non-finite value."""
-        for index, slot in enumerate(logits):
+        row = measured.row
+        for index, slot in enumerate(measured.logits):
             counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
             if any(counts.values()):
-                return surfaced(step, "forward", "output", max(counts, key=counts.get), microbatch=index)
+                return surfaced(step, "forward", "output", max(counts, key=counts.get), microbatch=index,
+                                rank=measured.rank_of(index))
         if not math.isfinite(row["loss"]):
             microbatch = None if row["loss_microbatch"] < 0 else int(row["loss_microbatch"])
-            return surfaced(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch)
+            return surfaced(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch,
+                            rank=measured.rank_of(microbatch))
         if row["grad_tensor"] >= 0:
             index = int(row["grad_tensor"])
-            return surfaced(step, "backward", "grad", prevailing(row["grad_nan"]), **self._place(index))
+            return surfaced(step, "backward", "grad", prevailing(row["grad_nan"]), rank=ranks["grad"],
+                            **self._place(index))
         if not math.isfinite(row["clip_norm"]) and row["param_tensor"] >= 0:
             return surfaced(step, "clip", "grad_norm", nonfinite_name(row["clip_norm"]))
         if row["state_tensor"] >= 0:
             name, tensor, value = self._states[int(row["state_tensor"])]
             return surfaced(step, "optimizer", tensor, prevailing(row["state_nan"]), module=name.rpartition(".")[0],
-                          dtype=value.dtype)
+                          dtype=value.dtype, rank=ranks["state"])
         if row["param_tensor"] >= 0:
-            return surfaced(step, "optimizer", "param", prevailing(row["param_nan"]), **self._place(int(row["param_tensor"])))
+            return surfaced(step, "optimizer", "param", prevailing(row["param_nan"]), rank=ranks["param"],
+                            **self._place(int(row["param_tensor"])))
         return None
 
     def _place(self, index: int) -> dict[str, object]:

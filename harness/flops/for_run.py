@@ -23,6 +23,7 @@ def utilisation(settings: RunSettings, model: nn.Module, request: ModelRequest, 
     rates, remark = rates_measured_here(out, machine, None if settings.device == "cuda" else threads)
     peaks = Peaks(**datasheet_peaks(machine.get("gpu")), measured=rates, measured_remark=remark if rates else None,
                   measured_unknown=None if rates else remark)
+    peaks = peaks.of_many(settings.world)
     try:
         flops = step_flops(model, settings.case, settings.config, attention=attention,
                            outputs=meaningful_outputs(request), seq_len=settings.seq_len)

@@ -24,9 +24,11 @@ from harness.forensics.evidence import (
 from harness.forensics.phase_trace import PhaseTrace
 from harness.forensics.repro import save_operands
 from harness.forensics.words import sentence
+from harness.parallel.first_producer import first_of_all, of_this_rank
 from harness.training import Training
+from instrument.files import replace
 from instrument.forensics_record import ForensicsRecord
-from instrument.records import StepRecord
+from instrument.records import FirstNonfinite, StepRecord
 from instrument.replay.examine import Examination, completed, examine
 from instrument.replay.snapshot import Snapshot
 from instrument.step_meter import Divergence, Reading
@@ -56,17 +58,38 @@ def investigate(training: Training, divergence: Divergence, snapshot: Snapshot, 
     are kept in ``operands_path``."""
     surfaced = divergence.first_nonfinite
     device = training.precision.device.type
+    share, micro_batches = training.replayed, training.settings.batch_size // training.settings.micro_batch
+    exact = device == "cpu" and training.team.ranks.world <= 2  # a sum of more than two has an order
     for _ in range(ATTEMPTS[device]):
         rerun = run_again(training, snapshot, divergence.step)
-        matched = is_same(rerun.reading, divergence, last, 0.0 if device == "cpu" else CUDA_TOLERANCE)
+        matched = is_same(rerun.reading, divergence, last, 0.0 if exact else CUDA_TOLERANCE)
         if matched:
             break
     found = examine(divergence.step, training.again, rerun.before, training.model, training.optimizer,
-                    training.precision.scaler)
-    first = completed(surfaced, found, from_step=snapshot.step, matched=matched)
-    if found is None:
-        return ForensicsRecord(run_id=run_id, matched=False, first_nonfinite=first,
-                               sentence=sentence(first, None, None, 0), snapshot_step=snapshot.step)
+                    training.precision.scaler, training.team.any)
+    mine = completed(surfaced, found, from_step=snapshot.step, matched=matched)
+    winner = first_of_all(share, of_this_rank(mine, share, micro_batches) if found else None)
+    if winner is None:
+        return ForensicsRecord(run_id=run_id, matched=False, first_nonfinite=mine,
+                               sentence=sentence(mine, None, None, 0), snapshot_step=snapshot.step)
+    rank, first = winner
+    if rank != training.team.ranks.rank:  # all that is known of it is that rank's to tell
+        if trace_path is not None:
+            rerun.before.restore()
+            training.again(divergence.step)
+        record = training.team.broadcast(None, rank)
+    else:
+        record = training.team.broadcast(_told(training, rerun, found, first, matched, snapshot, run_id, trace_path,
+                                               operands_path), rank)
+    for path in (trace_path, operands_path):
+        if path is not None and (content := training.team.hand_over(path, rank)) is not None:
+            replace(path, content)
+    return record
+
+
+def _told(training: Training, rerun: Rerun, found: Examination, first: FirstNonfinite, matched: bool, snapshot: Snapshot,
+          run_id: str, trace_path: Path | None, operands_path: Path | None) -> ForensicsRecord:
+    """The record of a failure by the process that produced it."""
     if operands_path is not None:
         save_operands(operands_path, found)
     history = history_of(found.module, rerun.modules)
@@ -74,7 +97,7 @@ def investigate(training: Training, divergence: Divergence, snapshot: Snapshot, 
     events = None
     if trace_path is not None:
         rerun.before.restore()
-        events = trace_step(training, divergence.step, trace_path, found)
+        events = trace_step(training, first.step, trace_path, found)
     return ForensicsRecord(
         run_id=run_id, matched=matched, first_nonfinite=first, sentence=sentence(first, found, since, found.culprit.spread),
         parameter=found.parameter, spread_modules=found.culprit.spread, chain=tuple(chain_links(found.culprit.chain, found)),

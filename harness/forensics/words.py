@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from instrument.records import FirstNonfinite
 from instrument.replay.examine import Examination
+from instrument.replay.op_schema import SUM_OVER_RANKS
 
 KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 
@@ -11,6 +12,9 @@ KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: int | None, spread: int) -> str:
     """Step, micro-batch, phase, module, op, what happened, and what led to it."""
     where = [f"step {first.step}"]
+    ranks = (first.replay or {}).get("ranks", [first.rank] if first.rank is not None else [])
+    if ranks:
+        where.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}")
     if first.microbatch is not None:
         where.append(f"micro-batch {first.microbatch}")
     where.append(first.phase)
@@ -32,6 +36,8 @@ def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: i
 
 def _why(first: FirstNonfinite, found: Examination, headroom_since: int | None) -> str:
     diagnosis = found.diagnosis
+    if first.op == SUM_OVER_RANKS:
+        return ": finite on every rank, and not in their sum"
     if first.cause == "underflow_then_divide":
         source = f" from {first.source_tensor}" if first.source_tensor else ""
         zeros = f" in {diagnosis.zero_denominators:,} of {diagnosis.numel:,} elements" if diagnosis else ""

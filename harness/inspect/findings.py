@@ -84,7 +84,8 @@ def verdict(run: FoundRun, record: RunRecord | None, found: ForensicsRecord | No
 
 def surfaced_words(first: FirstNonfinite) -> str:
     """Where a failure surfaced, without a replay."""
-    micro = f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
+    micro = f", rank {first.rank}" if first.rank is not None else ""
+    micro += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     module = f"{first.module}, " if first.module else ""
     dtype = f" in {first.dtype}" if first.dtype else ""
     return f"step {first.step}{micro}, {first.phase}, {module}{first.tensor} is {KIND_WORDS[first.kind]}{dtype}"

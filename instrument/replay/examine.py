@@ -16,6 +16,7 @@ from instrument.finite import surfaced
 from instrument.records import FirstNonfinite
 from instrument.replay.diagnosis import Diagnosis, diagnose, divides, underflowed
 from instrument.replay.graph import Culprit, Node, StepGraph
+from instrument.replay.op_schema import SUM_OVER_RANKS
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
 
@@ -54,8 +55,10 @@ class Examination:
 
 
 def examine(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.nn.Module,
-            optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None = None) -> Examination | None:
-    """Replay ``step`` from ``snapshot``; None when everything stays finite this time.
+            optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None = None,
+            any_rank: Callable[[bool], bool] = bool) -> Examination | None:
+    """Replay ``step`` from ``snapshot``; None when everything stays finite this time. Several processes that share a
+    run replay together: ``any_rank`` says whether something is so for one of them.
 
     Model, optimizer and scaler are left as they are behind the replayed step.
     """
@@ -65,14 +68,15 @@ def examine(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.
     before = snapshot if snapshot.step == step - 1 else Snapshot(step - 1, model, optimizer, scaler)
     first = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler))
     culprit = find(first)
-    if culprit is None:
-        return None
-    if culprit.node is None:
-        return _from_before(culprit, first)
-    wanted = [culprit.node, *_behind_the_denominator(first.graph, culprit.node)]
-    before.restore()
-    second = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler,
-                                                capture=frozenset(node.index for node in wanted)))
+    node = culprit and culprit.node
+    wanted = [node, *_behind_the_denominator(first.graph, node)] if node and node.op != SUM_OVER_RANKS else []
+    second = first
+    if any_rank(bool(wanted)):
+        before.restore()
+        second = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler,
+                                                    capture=frozenset(node.index for node in wanted)))
+    if node is None:
+        return culprit and _from_before(culprit, first)
     return _conclude(culprit, wanted[1:], first, second)
 
 
@@ -101,7 +105,7 @@ def _conclude(culprit: Culprit, behind: list[Node], first: OpRecorder, second: O
     named = first.names.get(node.storage)
     tensor = named[1] if named else "grad" if node.phase in ("backward", "unscale", "clip") else "output"
     diagnosis = diagnose(node, second.captured[node.index]) if node.index in second.captured else None
-    cause = diagnosis.cause if diagnosis else "invalid"
+    cause = diagnosis.cause if diagnosis else "overflow" if node.op == SUM_OVER_RANKS else "invalid"
     source = None
     if diagnosis and diagnosis.zero_denominators:
         rounded = any(n.index in second.captured and underflowed(n, second.captured[n.index]) for n in behind)
@@ -109,8 +113,9 @@ def _conclude(culprit: Culprit, behind: list[Node], first: OpRecorder, second: O
         if rounded or source is not None:
             cause = "underflow_then_divide"
     phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
+    kind = diagnosis.kind if diagnosis else kind_name(node.kinds)
     return Examination(culprit, first.graph, names, phase, node.module, tensor, named[0] if named else None, source,
-                       cause, diagnosis.kind if diagnosis else "nan", diagnosis, second.captured.get(node.index))
+                       cause, kind, diagnosis, second.captured.get(node.index))
 
 
 def _state_behind(recorder: OpRecorder, node: Node) -> str | None:
@@ -163,11 +168,12 @@ def completed(seen: FirstNonfinite, examination: Examination | None, *, from_ste
 
 
 def explain_skip(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.nn.Module,
-                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, now: int) -> FirstNonfinite | None:
+                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, now: int,
+                 any_rank: Callable[[bool], bool] = bool) -> FirstNonfinite | None:
     """What made the loss scaler skip ``step``, by a replay; everything is put back as it is behind step ``now``."""
     present = Snapshot(now, model, optimizer, scaler)
     try:
-        found = examine(step, run_step, snapshot, model, optimizer, scaler)
+        found = examine(step, run_step, snapshot, model, optimizer, scaler, any_rank)
     finally:
         present.restore()
     return completed(surfaced(step, "unscale", "grad", "inf"), found, from_step=snapshot.step) if found else None

@@ -14,6 +14,10 @@ OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_"
 UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 """Ops whose output is whatever was in memory."""
 
+SUM_OVER_RANKS = "ddb.sum_over_ranks_"
+"""Gradients summed over the processes of a run: what comes out is other processes' too, so that it can neither be
+explained by what this one put in nor run again alone."""
+
 
 def kinds_of(tensor: torch.Tensor) -> int:
     """Bits of the non-finite values in a tensor; 0 for integers, empty tensors and other than plain ones."""

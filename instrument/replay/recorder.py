@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from instrument.replay.graph import AFTER, Edge, Node, StepGraph
 from instrument.replay.op_schema import (
     OVERWRITES,
+    SUM_OVER_RANKS,
     UNINITIALISED,
     can_be_nonfinite,
     is_dense,
@@ -194,6 +195,8 @@ class OpRecorder(TorchDispatchMode):
                 constant: bool, start_ns: int) -> None:
         """Add the nodes of one op: one, or one for every position of its lists."""
         phase, module = self._where()
+        if name == SUM_OVER_RANKS:  # where training makes it while the backward pass still runs
+            phase = "backward"
         seen: set[int] = set()
         for tensor, element in written:
             key = self._key(tensor)

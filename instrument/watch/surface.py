@@ -63,7 +63,7 @@ class Surface:
 
     def _in_forward(self) -> FirstNonfinite | None:
         forward = [r for r in self.bad if r.direction == "fwd"]
-        return self._at(_innermost(forward), "forward", "output") if forward else None
+        return self._at(innermost(forward), "forward", "output") if forward else None
 
     def _loss(self) -> FirstNonfinite:
         return surfaced(self.step, "loss", "output", nonfinite_name(self.row["loss"]))
@@ -72,7 +72,7 @@ class Surface:
         where = self.bad_gradients
         backward = [r for r in self.bad if r.direction == "bwd"]
         if where == "backward" and backward:
-            return self._at(_innermost(backward), "backward", "grad")
+            return self._at(innermost(backward), "backward", "grad")
         name = self.names[int(self.row[f"{where}_tensor"])]
         phase = {"update": "unscale_or_clip"}.get(where, where)
         return surfaced(self.step, phase, "grad", prevailing(self.row[f"{where}_nan"]), module=name.rpartition(".")[0])
@@ -81,7 +81,7 @@ class Surface:
         return surfaced(self.step, phase, tensor, prevailing(reading.nan - reading.inf), module=reading.module)
 
 
-def _innermost(readings: Sequence[TapReading]) -> TapReading:
+def innermost(readings: Sequence[TapReading]) -> TapReading:
     """The first of the readings in execution order, and of modules inside one another the inner one."""
     inner = [r for r in readings if not any(o.module.startswith(r.module + ".") or (not r.module and o.module)
                                             for o in readings)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from instrument.replay.op_schema import is_dense
 from instrument.watch.hook import Hook
 from instrument.watch.modules import blocks, leaves, tensors_in
+from instrument.watch.rank_readings import merged
 from kernels import ActivationRing, activation_stats
 
 GRANULARITIES = ("off", "block", "module")
@@ -58,14 +60,16 @@ class ModuleTaps:
 
     ``skip_output``: the model's own output is measured elsewhere (a fused loss measures its logits), so
     modules that return that very tensor are left out from the second forward pass on.
-    ``kept_steps``: how many steps can wait to be read.
+    ``kept_steps``: how many steps can wait to be read. ``gather``: every process' readings by rank, where several
+    share a run and all read at the same time; they come out as one.
 
     Use as ``begin_step(step)`` ... ``end_step()``; outside of steps and under ``torch.no_grad`` nothing is
     measured. ``close()`` leaves no hook behind.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device, *, granularity: str = "module", every: int = 16,
-                 skip_output: bool = False, kept_steps: int = KEPT_STEPS) -> None:
+                 skip_output: bool = False, kept_steps: int = KEPT_STEPS,
+                 gather: Callable[[list[TapReading]], list[list[TapReading]]] = lambda mine: [mine]) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
         if every < 0:
@@ -76,6 +80,9 @@ class ModuleTaps:
         self._order = {name: place for place, name in enumerate(order)}
         self._names = order
         self._every = every
+        self.mine: list[TapReading] = []
+        """This process' own readings, of the last `read`."""
+        self._gather = gather
         self._dtypes: dict[int, str] = {}
         self._running = False
         self._counts = "range"
@@ -161,11 +168,15 @@ class ModuleTaps:
         self._earlier_steps, self._skipped = left["steps"], set(left["skipped"])
         self._earlier = [TapReading(**reading) for reading in left["readings"]]
 
+    def part(self) -> None:
+        """From here on read this process' own modules only."""
+        self._gather = lambda mine: [mine]
+
     def _unread(self) -> list[TapReading]:
         if not self._names or not self.pending_steps:
             return []
         newest = self._ticks
-        readings = list(self._earlier)
+        readings: list[TapReading] = []
         for cell in self._ring.read():
             if cell.step <= self._read_ticks:
                 continue
@@ -176,7 +187,8 @@ class ModuleTaps:
                 step=step, module=self._names[place], order=place, direction="bwd" if direction else "fwd",
                 dtype=self._dtypes.get(cell.slot, ""), absmax=cell.absmax, nan=cell.nan, inf=cell.inf,
                 flush_frac=cell.fp16_flush / nonzero if nonzero else None, called=called[cell.slot]))
-        return readings
+        self.mine = readings
+        return self._earlier + merged(self._gather(readings))
 
     def _hook(self, name: str):
         slot = 2 * self._order[name]

@@ -42,11 +42,13 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
                "lr": 1.0, "dropout": 0.5,
                "attention": "flash", "compile": True, "bucket_by_length": True, "text_field": "t", "label_field": "l"}
     for field in fields(plain):
-        if field.name in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"):
+        if field.name in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s",
+                          "parallel"):
             continue
         value = changed.get(field.name, getattr(plain, field.name))
         value = value + 1 if field.name not in changed else value
         assert replace(plain, **{field.name: value}).settings_hash != plain.settings_hash, field.name
+    assert replace(plain, world=2, parallel="ddp").settings_hash != replace(plain, world=2, parallel="fsdp").settings_hash
 
 
 def test_a_path_is_hashed_by_its_content_and_not_by_its_spelling():

@@ -1,0 +1,51 @@
+"""``torchrun ... -m harness case``: what one of its processes does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
+from harness.parallel.joined import joined
+from harness.parallel.ranks import Ranks
+from harness.parallel.scratch import folder_of
+from harness.parallel.stop_together import StopTogether
+from harness.parallel.team import RankFailed
+from harness.run import execute
+from harness.settings import RunSettings
+from harness.terminal import CaseScreen
+from instrument.records import encode
+
+
+def run_rank(settings: RunSettings, out: Path, ranks: Ranks, options: argparse.Namespace, started_s: float) -> int:
+    """Execute this rank's part of the run; rank 0 shows it. Returns the exit code, the same on all; where a rank
+    failed it does not return but ends the process, since taking a torn process group down may wait for ever."""
+    screen = CaseScreen(settings, out) if ranks.is_first else None
+    try:
+        with joined(ranks, torch.device(settings.device)) as team, folder_of(ranks, out) as folder, \
+                screen or nullcontext(), StopTogether(team).listening() as stop:
+            record = execute(settings, folder, screen.show if screen else lambda row: None, started_s, stop,
+                             fresh=options.fresh, team=team)
+    except RankFailed as error:  # before there was a run to write a row of; that rank says why
+        print(f"harness: {error}", file=sys.stderr)
+        _end(RUN_FAILED)
+    if screen:
+        screen.summary(record)
+        if options.json:
+            sys.stdout.write(encode(record).decode() + "\n")
+    code = INTERRUPTED if record.status == "preempted" else RUN_FAILED if record.status in ("oom", "error", "hung") else OK
+    if team.torn:
+        _end(code)
+    return code
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,55 @@
+"""Which process of a run this one is, from what ``torchrun`` puts in the environment. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from harness.settings import SettingsError
+
+HOW = "torchrun --nproc-per-node N -m harness case ..."
+NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Process ``rank`` of ``world``; the ``local_rank``-th of ``local_world`` on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """This process' place; alone where ``WORLD_SIZE`` is not set or 1. Raises `SettingsError` where it is
+        larger and the rest is missing (a batch system's own variable, say)."""
+        world = _number(environment, "WORLD_SIZE", least=1) if environment.get("WORLD_SIZE") else 1
+        if world == 1:
+            return cls()
+        missing = [name for name in NEEDED if not environment.get(name)]
+        if missing:
+            raise SettingsError(f"WORLD_SIZE is {world}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+                                f"set: a run on several GPUs is started with `{HOW}`; for one process unset WORLD_SIZE")
+        return cls(_number(environment, "RANK"), world, _number(environment, "LOCAL_RANK"),
+                   _number(environment, "LOCAL_WORLD_SIZE", least=1))
+
+
+def refuse_ranks(command: str) -> None:
+    """Raise `SettingsError` where a command that is not made for it was started several times by ``torchrun``."""
+    world = Ranks.from_environment().world
+    if world > 1:
+        raise SettingsError(f"{command} was started as {world} processes of one job; only `case` runs on several GPUs at once")
+
+
+def _number(environment: Mapping[str, str], name: str, least: int = 0) -> int:
+    text = environment[name]
+    if not text.isdecimal() or int(text) < least:
+        raise SettingsError(f"{name} is {text!r} in the environment; it must be a whole number from {least}")
+    return int(text)

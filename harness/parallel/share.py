@@ -1,0 +1,124 @@
+"""A rank's share of a training step: its micro-batches, and the sum of everybody's gradients.
+
+The loss is divided by the targets of the whole step on every rank, so gradients are summed over ranks and not
+averaged: a rank with more targets counts for more, as a micro-batch does in one process. The sum is made in the
+gradients' own dtype, as the sum over micro-batches is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bench_cases.models import weights_sha256
+from harness.optimizer import state_dtypes, zero_share
+from harness.parallel.team import ALONE, Team
+
+Micro = TypeVar("Micro")
+
+
+class Share:
+    """The whole step, of one process; and what the others have in common."""
+
+    def __init__(self, team: Team = ALONE) -> None:
+        self.team = team
+
+    keeps_state = True
+    """Whether each rank has all of the weights and states: for snapshots, replays and checkpoints."""
+    deals_evaluations = True
+
+    def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
+        """What the loop calls in place of the model."""
+        return forward
+
+    def named_parameters(self, model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """What this rank's optimizer updates, by the parameters' names."""
+        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def seed(self, seed: int) -> int:
+        """Of the optimizer's random numbers: alike where the weights are."""
+        return seed
+
+    def weights_sha256(self, model: torch.nn.Module) -> str:
+        """As `bench_cases.models.weights_sha256`; all ranks call it."""
+        return weights_sha256(model)
+
+    def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+        """For the record's ``flags``; all ranks call it."""
+        return {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
+
+    def count(self, micro_batches: int) -> int:
+        """How many of a step's micro-batches this rank runs."""
+        return micro_batches // self.team.ranks.world
+
+    def first(self, micro_batches: int) -> int:
+        """The place of its first one in the step: they are dealt in blocks, rank 0 the first."""
+        return self.team.ranks.rank * self.count(micro_batches)
+
+    def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
+        """The micro-batches of a step that this rank runs."""
+        for micro in self._own(micro_batches):
+            self.team.moved()
+            yield micro
+
+    def _own(self, micro_batches: Sequence[Micro]) -> Sequence[Micro]:
+        first = self.first(len(micro_batches))
+        return micro_batches[first:first + self.count(len(micro_batches))]
+
+    def sum_gradients(self) -> None:
+        """Behind the last backward pass: now every rank's gradients are the step's."""
+
+
+WHOLE = Share()
+
+
+class DdpShare(Share):
+    """Trained through `DistributedDataParallel`, which sums while the last backward pass still runs."""
+
+    def __init__(self, team: Team, wrapped: DistributedDataParallel) -> None:
+        super().__init__(team)
+        self.wrapped = wrapped
+        wrapped.register_comm_hook(None, _summed)
+
+    def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
+        return self.wrapped
+
+    def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
+        own = self._own(micro_batches)
+        for micro in own:
+            self.team.moved()
+            with nullcontext() if micro is own[-1] else self.wrapped.no_sync():
+                yield micro
+
+
+class SummedShare(Share):
+    """Trained on the bare model, for replays: the sum is one op, which a recorder sees."""
+
+    def __init__(self, team: Team, parameters: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(team)
+        self._parameters = parameters
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        torch.ops.ddb.sum_over_ranks_(gradients)
+
+
+def _summed(state, bucket):
+    """DDP's own hook divides by the number of ranks; this one does not. (DDP refuses annotations that are text.)"""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+@torch.library.custom_op("ddb::sum_over_ranks_", mutates_args=("gradients",))
+def _sum_over_ranks(gradients: list[torch.Tensor]) -> None:
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in alike])
+        dist.all_reduce(flat)
+        for gradient, part in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+            gradient.copy_(part.view_as(gradient))

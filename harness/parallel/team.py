@@ -1,0 +1,87 @@
+"""What the ranks of a run tell each other outside of training: small objects, in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from harness.parallel.ranks import Ranks
+
+T = TypeVar("T")
+
+
+class RanksDiffer(Exception):
+    """Ranks that must be alike are not."""
+
+
+class RankFailed(Exception):
+    """Another rank of the run failed or went away. ``status`` is what the run's row gets."""
+
+    def __init__(self, rank: int | None, status: str, sentence: str, traceback: str | None = None) -> None:
+        super().__init__(sentence)
+        self.rank, self.status, self.traceback = rank, status, traceback
+
+
+class Team:
+    """The ranks of a run: here the only one, which has nobody to talk to."""
+
+    ranks = Ranks()
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank gives, by rank; all must call it."""
+        return [mine]
+
+    def broadcast(self, mine: T, source: int = 0) -> T:
+        """What rank ``source`` gives; all must call it."""
+        return mine
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank."""
+        return any(self.gather(mine))
+
+    def same(self, what: str, mine: str) -> str:
+        """``mine``, which is the same on every rank; raises `RanksDiffer` naming the first that has another."""
+        told = self.gather(mine)
+        other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
+        if other is not None:
+            raise RanksDiffer(f"{what} of rank {other} are not those of rank 0 ({told[other][:12]} and {told[0][:12]})")
+        return mine
+
+    def dealt(self, items: Iterable[T]) -> Iterator[tuple[bool, T]]:
+        """All ``items``, and whether each is this rank's to do: they are dealt in turn."""
+        for place, item in enumerate(items):
+            self.moved()
+            yield place % self.ranks.world == self.ranks.rank, item
+
+    def collected(self, mine: list[T]) -> list[T]:
+        """What the ranks made of the items they were dealt, in the items' order."""
+        if self.ranks.world == 1:
+            return mine
+        hands = self.gather([item.cpu() if isinstance(item, torch.Tensor) else item for item in mine])
+        return [hands[place % len(hands)][place // len(hands)] for place in range(sum(map(len, hands)))]
+
+    def hand_over(self, path: Path, source: int) -> bytes | None:
+        """The content of rank ``source``'s file, for rank 0 to write; None where it has none, and for others."""
+        mine = path.read_bytes() if self.ranks.rank == source and source and path.exists() else None
+        content = self.broadcast(mine, source)
+        return content if self.ranks.is_first else None
+
+    def moved(self) -> None:
+        """This rank got on: another micro-batch, another batch of an evaluation."""
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """``make()``, on rank 0 first: what it leaves in a cache is the others'."""
+        return make()
+
+    @contextmanager
+    def telling(self, if_lost: Callable[[RankFailed], None]) -> Iterator[None]:
+        """Around a run: an error on one rank ends all. Where another rank failed, raises `RankFailed`; ``if_lost``
+        is called in another thread, before the process ends, when this one is stuck waiting for it."""
+        yield
+
+
+ALONE = Team()
