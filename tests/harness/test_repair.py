@@ -15,7 +15,7 @@ from harness.exit_codes import BAD_DATA, ENVIRONMENT, OK, USAGE
 from harness.repair.folder import repair_folder
 from harness.repair.lines import sort_lines
 from harness.run_folder import write_index
-from instrument import files
+from instrument import crash, files
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord, encode
 from report.load import NoResults, load
 
@@ -298,7 +298,7 @@ def test_killed_at_any_operation_a_repair_is_finished_by_the_next(out, tmp_path)
         shutil.copytree(out, crashed)
         pid = os.fork()
         if pid == 0:
-            files.crash_at(nth)
+            crash.crash_at(nth)
             repair_folder(crashed)
             os._exit(0)
         exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -312,7 +312,7 @@ def test_killed_at_any_operation_a_repair_is_finished_by_the_next(out, tmp_path)
                 assert content.splitlines()[-1] in torn[name].splitlines(), nth
         if exit_code == 0:
             break
-        assert exit_code == files.CRASHED
+        assert exit_code == crash.CRASHED
     assert nth > 20
 
 

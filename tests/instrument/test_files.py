@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from instrument import files
+from instrument import crash, files
 from instrument.log import JsonlLog
 from instrument.records import EventRecord, RecordError, decode
 from instrument.run_id import LONGEST, is_safe, require_safe
@@ -83,7 +83,7 @@ def test_killed_at_any_operation_a_folder_is_whole_or_absent_and_the_rest_is_swe
         for content in (b"old", b"new"):
             pid = os.fork()
             if pid == 0:
-                files.crash_at(nth if content == b"new" else 0)
+                crash.crash_at(nth if content == b"new" else 0)
                 with files.placing_folder(out / "state") as writing:
                     for name in ("a", "b"):
                         (writing / name).write_bytes(content)
@@ -183,12 +183,12 @@ def test_killed_at_any_file_operation_nothing_acknowledged_is_lost(tmp_path):
         if exit_code == 0:
             survived = nth
             break
-        assert exit_code == files.CRASHED
+        assert exit_code == crash.CRASHED
         with JsonlLog(out / "events.jsonl") as log:  # the next process goes on
             log.write(EventRecord(step=99, kind="warning", detail={}))
         last = (out / "events.jsonl").read_bytes().split(b"\n")
         assert last[-1] == b"" and decode(last[-2], EventRecord).step == 99
-    assert survived == 1 + 1 + 6 * 2 + 2 * 6 + 2 + 1, "folder, file, six lines, two replacements, two syncs on closing"
+    assert survived == 1 + 1 + 6 * 2 + 2 * 7 + 2 + 1, "folder, file, six lines, two replacements, two syncs on closing"
 
 
 def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
@@ -200,7 +200,7 @@ def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
         try:
             os.dup2(writing, 1)
             sys.stdout, sys.argv = os.fdopen(1, "w"), ["-", str(out)]
-            files.crash_at(nth)
+            crash.crash_at(nth)
             exec(SEQUENCE, {"__name__": "sequence"})
             code = 0
         finally:
@@ -213,8 +213,8 @@ def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
 
 def test_the_environment_variable_does_the_same(tmp_path):
     done = subprocess.run([sys.executable, "-c", SEQUENCE, str(tmp_path)], capture_output=True, text=True, check=False,
-                          env={**os.environ, files.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == files.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr
+                          env={**os.environ, crash.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == crash.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr
 
 
 WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "to_csv", "touch", "rename", "replace", "unlink", "truncate",
