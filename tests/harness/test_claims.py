@@ -1,5 +1,7 @@
 """Of all who want a run one gets it; the dead hold nothing; the living are never robbed."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -132,15 +134,43 @@ def test_an_owner_taken_for_dead_finds_out_and_frees_nothing_of_the_new_one(tmp_
     new.release()
 
 
-def test_a_takeover_under_way_holds_others_off_but_not_for_ever(tmp_path, monkeypatch):
-    path = leave_dead_claim(tmp_path, "a")
-    mark = path.with_name(f"{FILE}.after-{json.loads(path.read_bytes())['token']}")
+def mark_of(path):
+    return path.with_name(f"{FILE}.after-{json.loads(path.read_bytes())['token']}")
+
+
+def test_a_takeover_under_way_holds_others_off_and_one_that_died_does_not(tmp_path):
+    mark = mark_of(leave_dead_claim(tmp_path, "a"))
+    with mark.open("w") as taker:
+        fcntl.flock(taker, fcntl.LOCK_EX)
+        with pytest.raises(RunClaimed):
+            claim(tmp_path, "a")
+    assert mark.exists()
+    claim(tmp_path, "a").release()
+    assert not mark.exists()
+
+
+def test_without_locks_a_takeover_that_died_holds_others_off_for_a_while(tmp_path, monkeypatch):
+    path = leave_dead_claim(tmp_path, "a", boot="another kernel")
+    mark = mark_of(path)
     mark.touch()
+    os.utime(path, (1, 1))
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(RunClaimed):
         claim(tmp_path, "a")
     os.utime(mark, (1, 1))
     claim(tmp_path, "a").release()
     assert not mark.exists()
+
+
+def test_a_mark_that_a_taker_left_behind_goes_with_the_next_claim(tmp_path):
+    left = leave_dead_claim(tmp_path, "a").with_name(f"{FILE}.after-{'0' * 32}")
+    left.touch()
+    claim(tmp_path, "a").release()
+    assert not left.exists()
 
 
 def test_a_file_system_without_hard_links_has_one_winner_too(tmp_path, monkeypatch):
