@@ -134,6 +134,12 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def require_there(folder: Path) -> None:
+    """Raise `FileNotFoundError` for a folder that somebody removed or renamed: what is written must not make it again."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "deleted or renamed while it was being written to", str(folder))
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of ``path``, one process or thread at a time; the file is made and stays."""

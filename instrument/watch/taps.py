@@ -209,7 +209,8 @@ class ModuleTaps:
         """Leave out what returned the model's own output, from the next pass on. A tensor that is gone by then only had its
         memory: which of those the allocator gives to the output differs from process to process."""
         outputs = {tensor.data_ptr() for tensor in tensors_in(output)}
-        self._skipped |= {slot for slot, (tensor, address) in self._addresses.items() if address in outputs and tensor() is not None}
+        self._skipped |= {slot for slot, (tensor, address) in self._addresses.items()
+                          if address in outputs and tensor() is not None}
         self._addresses.clear()
 
     def _call(self, slot: int) -> None:

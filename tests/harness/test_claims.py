@@ -1,4 +1,5 @@
-"""Of all who want a run one gets it; the dead hold nothing; the living are never robbed."""
+"""Of all who want a run one gets it (many at once: `test_bench_reliability`); the dead hold nothing; the living are never
+robbed."""
 
 import errno
 import fcntl
@@ -12,61 +13,10 @@ import time
 import pytest
 
 from harness import claims
+from harness.bench.reliability.contention import leave_dead_claim
 from harness.claims import FILE, RunClaimed, claim, owner_of
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def grab(out, count: int, start, wins, done) -> None:
-    """Try for every run, in an order of one's own; keep what was won until all have tried."""
-    start.wait()
-    order = sorted(range(count), key=lambda k: hash((k * 2654435761 + os.getpid()) % 1_000_003))
-    held = []
-    for k in order:
-        try:
-            held.append(claim(out, f"run-{k}"))
-            wins.put(k)
-        except RunClaimed:
-            pass
-    done.wait()
-    for own in held:
-        own.release()
-
-
-def check_one_winner_each(out, processes: int, count: int, *, plant_dead: bool) -> None:
-    if plant_dead:
-        for k in range(count):
-            leave_dead_claim(out, f"run-{k}")
-    start, done, wins = SPAWN.Barrier(processes), SPAWN.Barrier(processes), SPAWN.Queue()
-    workers = [SPAWN.Process(target=grab, args=(out, count, start, wins, done), daemon=True) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    won = [wins.get(timeout=120) for _ in range(count)]
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * processes
-    assert wins.empty() and sorted(won) == list(range(count))
-    assert not [path.name for path in out.glob("runs/*/*")], "released, and no temporary file left"
-
-
-@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
-def test_six_processes_and_fifty_runs_one_winner_each(tmp_path, plant_dead):
-    check_one_winner_each(tmp_path, 6, 50, plant_dead=plant_dead)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
-def test_sixteen_processes_and_five_hundred_runs_one_winner_each(tmp_path, plant_dead):
-    check_one_winner_each(tmp_path, 16, 500, plant_dead=plant_dead)
-
-
-def leave_dead_claim(out, run_id: str, **changed):
-    """A claim whose owner is gone: nobody holds its lock."""
-    own = claim(out, run_id)
-    facts = json.loads((own.path).read_bytes())
-    own.release()
-    own.path.write_text(json.dumps(facts | changed))
-    return own.path
 
 
 def test_a_claim_names_its_owner_and_goes_with_release(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.bench.reliability import same_run
 from harness.bench.reliability.aftermath import completed, goes_on, left_alone, repaired
-from harness.bench.reliability.processes import Ended, run, small
+from harness.bench.reliability.processes import Ended, asked_to_stop, run, small
 from harness.bench.reliability.trial import Trial, share_of
 from harness.exit_codes import OK
 from harness.settings import RunSettings
@@ -26,7 +26,7 @@ def sweep(share: float, folder: Path, *, behind_step: int = 0) -> Iterator[Trial
     settings, begun = _settings(), folder / "begun"
     whole = left_alone(settings, folder)
     begun.mkdir()
-    before = [run(settings, begun, stop_behind=behind_step)] if behind_step else []
+    before = [run(settings, begun, then=(behind_step, asked_to_stop))] if behind_step else []
     count = _count(settings, begun, folder / "counted")
     for nth in sorted(random.Random(0).sample(range(1, count + 1), share_of(count, share))):
         yield _trial(f"operation {nth} of {count}", settings, folder / "out", whole, begun, before, [nth])

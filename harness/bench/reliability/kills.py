@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness.bench.reliability import same_run
 from harness.bench.reliability.aftermath import finished_well, goes_on, left_alone
-from harness.bench.reliability.processes import Blow, Ended, run, small
+from harness.bench.reliability.processes import Ended, run, signalled, small
 from harness.bench.reliability.trial import Trial, share_of
 from harness.exit_codes import OK
 from harness.settings import RunSettings
@@ -46,7 +46,7 @@ def _killed(settings: RunSettings, out: Path, times: int, rng: random.Random) ->
     for _ in range(times):
         behind = rng.randint(0, 4)
         longest_s = BEHIND_A_ROW_S if behind else BEFORE_A_ROW_S
-        parts.append(run(settings, out, blow=Blow(signal.SIGKILL, behind, rng.random() * longest_s)))
+        parts.append(run(settings, out, blow=signalled(signal.SIGKILL, behind, rng.random() * longest_s)))
         torn = same_run.torn_lines(settings.run_id, out)
         losses += same_run.lost_rows(parts, settings.run_id, out) + [f"{torn} torn lines"] * (torn > 1)
         if parts[-1].exit_code != -signal.SIGKILL:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from instrument.records import Record, StepRecord
 
 HUNG_S = 180.0
 """A run of some steps that takes this long hangs."""
+MOST_HEARD_BYTES = 1 << 20
 SMALL = {"preset": "tiny", "device": "cpu", "data": "embedded", "batch_size": 2, "micro_batch": 2, "seq_len": 16,
          "documents": 400, "validation_documents": 2}
 WORDS = (*SMALL, "max_steps", "eval_every", "checkpoint_every")
@@ -54,11 +55,16 @@ class Ended:
 
 @dataclass(frozen=True)
 class Blow:
-    """Signal ``number``, sent ``delay_s`` after the process has shown ``behind`` steps (0: after it has begun)."""
+    """``strike(process id)`` is called ``delay_s`` after the process has shown ``behind`` steps (0: after it has begun)."""
 
-    number: signal.Signals
+    strike: Callable[[int], object]
     behind: int
-    delay_s: float
+    delay_s: float = 0.0
+
+
+def signalled(number: signal.Signals, behind: int, delay_s: float) -> Blow:
+    """A signal as a blow."""
+    return Blow(lambda process_id: os.kill(process_id, number), behind, delay_s)
 
 
 def small(config: str = "amp_fp16", case: str = "gpt2_single_cls", **asked: Any) -> RunSettings:
@@ -77,16 +83,23 @@ def start(target: Callable, *arguments: object) -> tuple[multiprocessing.process
     return process, here
 
 
-def run(settings: RunSettings, out: Path, *, crash_at: int = 0, stop_behind: int | None = None, blow: Blow | None = None,
-        prepare: Callable[[], None] | None = None) -> Ended:
-    """Give the command and wait for its end: it dies before its file operation number ``crash_at``, sends itself SIGTERM
-    behind a step, or suffers a blow. ``prepare`` is called first, in its process."""
+def asked_to_stop() -> None:
+    """For ``then``: SIGTERM comes."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(settings: RunSettings, out: Path, *, crash_at: int = 0, then: tuple[int, Callable[[], object]] | None = None,
+        blow: Blow | None = None, prepare: Callable[[], None] | None = None) -> Ended:
+    """Give the command and wait for its end: it dies before its file operation number ``crash_at``, does something when it
+    has shown a step (``then``: which, and what), or suffers a blow. ``prepare`` is called first, in its process."""
     words = ["case", settings.case.id, settings.config.id, "--out", str(out)]
     words += [word for name in WORDS for word in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))]
-    with tempfile.TemporaryFile() as heard:
-        process, reports = start(_case, words, f"/proc/{os.getpid()}/fd/{heard.fileno()}", crash_at, stop_behind, prepare)
-        ended = _listen(process, reports, blow)
-        heard.seek(0)
+    reading, writing = os.pipe()  # a file would count among the operations, and against a limit on files
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, MOST_HEARD_BYTES)
+    process, reports = start(_case, words, f"/proc/{os.getpid()}/fd/{writing}", crash_at, then, prepare)
+    ended = _listen(process, reports, blow)
+    os.close(writing)
+    with open(reading, "rb") as heard:
         ended.heard = heard.read().decode(errors="replace")
     return ended
 
@@ -97,7 +110,7 @@ def _listen(process: multiprocessing.process.BaseProcess, reports: Connection, b
         if blow is not None and begun and ended.steps >= blow.behind:
             time.sleep(blow.delay_s)
             if process.is_alive():
-                os.kill(process.pid, blow.number)
+                blow.strike(process.pid)
             blow = None
         if not reports.poll(max(0.0, until_s - time.monotonic())):
             process.kill()
@@ -117,8 +130,8 @@ def _listen(process: multiprocessing.process.BaseProcess, reports: Connection, b
     return ended
 
 
-def _case(reports: Connection, words: list[str], heard: str, crash_at: int, stop_behind: int | None,
-          prepare: Callable[[], None] | None) -> None:
+def _case(reports: Connection, words: list[str], heard: str, crash_at: int,
+          then: tuple[int, Callable[[], object]] | None, prepare: Callable[[], None] | None) -> None:
     """In the process: the command, and every row that the screen shows is sent as well."""
     from harness.terminal import CaseScreen
 
@@ -129,8 +142,8 @@ def _case(reports: Connection, words: list[str], heard: str, crash_at: int, stop
     def told(screen: CaseScreen, record: Record) -> None:
         show(screen, record)
         reports.send(record)
-        if isinstance(record, StepRecord) and record.step == stop_behind:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if then is not None and isinstance(record, StepRecord) and record.step == then[0]:
+            then[1]()
 
     CaseScreen.show = told
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does first of all
