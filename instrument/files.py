@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from instrument import crash  # noqa: F401  (where its variable asks for it, this process dies at a file operation)
+from instrument.crash import CRASH_VARIABLE  # noqa: F401  (where it is set, this process dies at a file operation)
 
 TEMPORARY = ".ddb-tmp"
 """Suffix of temporary files: ``.<name>.<random>.ddb-tmp``."""

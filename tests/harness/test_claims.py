@@ -15,6 +15,8 @@ import pytest
 from harness import claims
 from harness.bench.reliability.contention import leave_dead_claim
 from harness.claims import FILE, RunClaimed, claim, owner_of
+from instrument import crash
+from instrument.files import TEMPORARY
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -121,6 +123,27 @@ def test_a_mark_that_a_taker_left_behind_goes_with_the_next_claim(tmp_path):
     left.touch()
     claim(tmp_path, "a").release()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
+def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, plant_dead):
+    for nth in range(1, 50):
+        out = tmp_path / str(nth)
+        if plant_dead:
+            leave_dead_claim(out, "a")
+        pid = os.fork()
+        if pid == 0:
+            crash.crash_at(nth)
+            claim(out, "a")
+            os._exit(0)
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        claim(out, "a").release()
+        left = {path.name for path in (out / "runs" / "a").iterdir() if not path.name.endswith(TEMPORARY)}
+        assert left == set(), nth
+        if exit_code == 0:
+            break
+        assert exit_code == crash.CRASHED
+    assert nth > 5
 
 
 def test_a_file_system_without_hard_links_has_one_winner_too(tmp_path, monkeypatch):
