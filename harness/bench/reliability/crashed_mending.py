@@ -27,7 +27,7 @@ def in_repair(share: float, folder: Path) -> Iterator[Trial]:
     operation: the next one leaves what an undisturbed one leaves, and what was cut lies beside in one piece."""
     run_id, damaged, straight = small(**SETTINGS).run_id, folder / "damaged", folder / "straight"
     shutil.copytree(left_alone(small(**SETTINGS), folder), damaged)
-    damage(damaged, run_id)
+    cut = damage(damaged, run_id)
     shutil.copytree(damaged, straight)
     repair_folder(straight)
     expected = _contents(straight)
@@ -36,8 +36,8 @@ def in_repair(share: float, folder: Path) -> Iterator[Trial]:
         found = _contents(out)
         losses += [f"{name} is not what an undisturbed repair makes of it" for name, content in expected.items()
                    if not name.endswith(TORN) and found.get(name) != content]
-        losses += [f"{name} lacks what was cut" for name, content in expected.items()
-                   if name.endswith(TORN) and not set(content.splitlines()) <= set(found.get(name, b"").splitlines())]
+        losses += [f"{name} is not beside {where}" for where, name in cut
+                   if name.encode() not in found.get(where + TORN, b"").splitlines()]
         yield Trial(f"operation {nth} of repair", losses)
 
 
@@ -60,14 +60,16 @@ def in_index(share: float, folder: Path) -> Iterator[Trial]:
         yield Trial(f"operation {nth} of a terminal row", losses)
 
 
-def damage(out: Path, run_id: str) -> None:
-    """What repair is for, all at once, by other means than the program's own."""
-    log = out / "training_logs" / f"run_{run_id}.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join([*lines[:2], b"no json\n", *lines[2:], b'{"sch']))
-    (out / "runs" / run_id / "run.json").write_bytes(b"{")
+def damage(out: Path, run_id: str) -> list[tuple[str, str]]:
+    """What repair is for, all at once, by other means than the program's own: in which file, and what is to lie beside it
+    when it is mended."""
+    log, row = f"training_logs/run_{run_id}.jsonl", f"runs/{run_id}/run.json"
+    lines = (out / log).read_bytes().splitlines(keepends=True)
+    (out / log).write_bytes(b"".join([*lines[:2], b"no json\n", *lines[2:], b'{"sch']))
+    (out / row).write_bytes(b"{")
     with (out / INDEX).open("ab") as index:
         index.write(b'{"torn')
+    return [(log, "no json"), (log, '{"sch'), (row, "{"), (INDEX, '{"torn')]
 
 
 def _deaths(share: float, begun: Path, folder: Path, what: Callable, *arguments: object) -> Iterator[tuple[int, Path]]:

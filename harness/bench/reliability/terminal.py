@@ -1,6 +1,8 @@
-"""How the trials go, on standard error: a line that grows on a terminal, a row a kind anywhere."""
+"""How the trials go, on standard error: a line that changes on a terminal, one a minute elsewhere, and a row a kind."""
 
 from __future__ import annotations
+
+import time
 
 from rich.status import Status
 
@@ -8,6 +10,8 @@ from harness.bench.reliability.trial import Tally
 from harness.bench.terminal import CONSOLE
 
 MOST_LOSSES = 10
+SECONDS_BETWEEN_WORDS = 60.0
+"""Where nobody watches a terminal."""
 WIDTHS = (13, 67, 9, 6, 9)
 
 
@@ -16,6 +20,7 @@ class Screen:
 
     def __init__(self) -> None:
         self._status: Status | None = CONSOLE.status("") if CONSOLE.is_terminal else None
+        self._told_s = time.monotonic()
 
     def __enter__(self) -> Screen:
         CONSOLE.print(_row("bench reliability", "", "trials", "lost", "seconds"), style="bold", markup=False)
@@ -29,9 +34,12 @@ class Screen:
 
     def tell(self, so_far: Tally) -> None:
         """A trial is over."""
+        words = f"{so_far.name}: {so_far.trials:,} trials, {len(so_far.losses):,} lost, {so_far.seconds_s:.0f} s"
         if self._status:
-            self._status.update(f"{so_far.name}: {so_far.trials:,} trials, {len(so_far.losses):,} lost, "
-                                f"{so_far.seconds_s:.0f} s")
+            self._status.update(words)
+        elif time.monotonic() - self._told_s > SECONDS_BETWEEN_WORDS:
+            CONSOLE.print(f"  {words}", style="dim", markup=False)
+            self._told_s = time.monotonic()
 
     def done(self, tally: Tally) -> None:
         """A kind is over: its row, and what was lost."""
