@@ -3,12 +3,14 @@ intact, and the same command goes on when that is mended."""
 
 from __future__ import annotations
 
+import math
 import random
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,26 +24,35 @@ from harness.run_folder import finished_run
 from harness.settings import RunSettings
 
 FULL, GONE = 20, 12
-SMALLEST_BYTES, PAGE_BYTES = 4096, 4096
+SMALLEST_BYTES, PAGE_BYTES = 300, 4096
 
 
 def full(share: float, folder: Path) -> Iterator[Trial]:
-    """A limit on every file's size, and where this process may mount one a small disk of its own (tmpfs), in turn; then there
-    is room again."""
-    settings, rng = _settings(), random.Random(8)
-    whole = left_alone(settings, folder)
-    largest_bytes, all_bytes = _sizes(settings, folder)
-    mounts = can_mount(folder)
+    """A limit on every file's size, and where this process may mount one a small disk of its own (tmpfs), in turn; of a run
+    that writes checkpoints, which fill it first, and of one that does not. Then there is room again."""
+    rng, mounts, out = random.Random(8), can_mount(folder), folder / "out"
+    storing, plain = _settings(), replace(_settings(), checkpoint_every=0)
+    whole = left_alone(plain, folder)
+    run(storing, folder / "half", then=(storing.max_steps // 2, asked_to_stop))
     for number in range(share_of(FULL, share)):
+        settings, measured = ((storing, folder / "half"), (plain, whole))[number // 2 % 2]
+        sizes = [path.stat().st_size for path in measured.rglob("*") if path.is_file()]
+        words = f"{'with' if settings is storing else 'without'} checkpoints"
         if mounts and number % 2:
-            size_bytes = rng.randrange(SMALLEST_BYTES, all_bytes) // PAGE_BYTES * PAGE_BYTES
+            size_bytes = PAGE_BYTES * (_up_to(sum(sizes), rng) // PAGE_BYTES + 1)
             with disk(folder / "disk", size_bytes) as (place, resize):
-                yield _full(f"a disk of {size_bytes:,} bytes", settings, place / "out", whole, room=lambda: resize(1 << 28))
+                yield _full(f"a disk of {size_bytes:,} bytes, {words}", settings, place / "out", whole,
+                            room=partial(resize, 1 << 28))
         else:
-            size_bytes = rng.randrange(SMALLEST_BYTES, largest_bytes)
-            yield _full(f"files of {size_bytes:,} bytes at most", settings, folder / "out", whole,
+            size_bytes = _up_to(max(sizes), rng)
+            yield _full(f"files of {size_bytes:,} bytes at most, {words}", settings, out, whole,
                         prepare=partial(limit_files, size_bytes))
-            shutil.rmtree(folder / "out")
+            shutil.rmtree(out)
+
+
+def _up_to(most_bytes: int, rng: random.Random) -> int:
+    """A random size, as likely small as large."""
+    return round(math.exp(rng.uniform(math.log(SMALLEST_BYTES), math.log(most_bytes))))
 
 
 def read_only(share: float, folder: Path) -> Iterator[Trial]:
@@ -113,13 +124,6 @@ def _ended_well(settings: RunSettings, out: Path, part: Ended, *, logs_there: bo
         losses += ["a torn line"] if same_run.torn_lines(settings.run_id, out) else []
     row = finished_run(out, settings.run_id)
     return losses + ([] if row is None or row.status == "preempted" else [f"its row says {row.status}"])
-
-
-def _sizes(settings: RunSettings, folder: Path) -> tuple[int, int]:
-    """Bytes of the largest file and of all files of the run when it is stopped half-way, its checkpoints included."""
-    run(settings, folder / "half", then=(settings.max_steps // 2, asked_to_stop))
-    sizes = [path.stat().st_size for path in (folder / "half").rglob("*") if path.is_file()]
-    return max(sizes), sum(sizes)
 
 
 def limit_files(size_bytes: int) -> None:
