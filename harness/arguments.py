@@ -54,11 +54,16 @@ def parser() -> argparse.ArgumentParser:
     _json(doctor)
     _out(doctor)
     bench = commands.add_parser("bench", help="measure the harness itself")
-    bench.add_argument("what", nargs="*", metavar="what", help="help, run, matrix, trainer, forensics, overhead (default: all)")
+    bench.add_argument("what", nargs="*", metavar="what",
+                       help="help, run, matrix, trainer, forensics, overhead (default: all of these), reliability")
     bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
     bench.add_argument("--trials", type=_at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
     bench.add_argument("--pairs", type=_at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="overhead: write DIR/overhead.json for the dossier, too")
+    bench.add_argument("--trials-share", type=_share, default=1.0, metavar="X",
+                       help="reliability: make this share of the trials (default 1: all, a quarter of an hour on two cores)")
+    bench.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
+    bench.add_argument("--out", type=Path, metavar="DIR",
+                       help="overhead: write DIR/overhead.json for the dossier, too; reliability: DIR/reliability.json")
     _json(bench)
     return top
 
@@ -68,6 +73,17 @@ def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
     return int(text)
+
+
+def _share(text: str) -> float:
+    """A share above 0, up to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: above 0, up to 1")
+    return share
 
 
 def request(options: argparse.Namespace) -> Request:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from harness.forensics.failures import SnapshotError
 from harness.forensics.stored import read_folder, write_state
-from instrument.files import placing_folder, remove_folder, sweep
+from instrument.files import placing_folder, remove_folder, require_there, sweep
 from instrument.replay.snapshot import NamedState, Snapshot
 
 KEPT = 2
@@ -43,7 +43,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def write(run_folder: Path, run_id: str, snapshot: Snapshot, progress: Progress) -> Path:
     """Write the checkpoint behind the snapshot's step and drop what is older than the last two. Raises `OSError`
-    (a full disk), and then nothing has changed."""
+    (a full disk, a run's folder that is gone: it is not made again), and then nothing has changed."""
+    require_there(run_folder)
     folder = run_folder / f"{PREFIX}{snapshot.step}"
     sweep(run_folder)
     try:

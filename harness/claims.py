@@ -9,8 +9,8 @@ it. How an owner's death is known:
 - from another host, where a network file system may not pass locks on: its heartbeat, the file's own
   time, which the owner renews every `HEARTBEAT_S`, is older than `STALE_S` by the file server's clock.
 
-A dead owner's claim is taken over by one process only: the one that makes the file named after the dead
-claim's token. A process that dies between that and its new claim holds others up for `STALE_S`. An owner
+A dead owner's claim is taken over by one process only: the one that holds the lock of the file named after the
+dead claim's token (without locks: that made it, and if it dies there others wait for `STALE_S`). An owner
 that slept past `STALE_S` (a suspended machine) finds out by `Claim.is_held`.
 """
 
@@ -35,6 +35,7 @@ from instrument.files import TEMPORARY, make_folder, try_lock
 from instrument.run_id import require_safe
 
 FILE = ".claim"
+AFTER, NOBODY = f"{FILE}.after-", "nobody"
 HEARTBEAT_S = 20.0
 STALE_S = 120.0
 NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK}
@@ -101,6 +102,7 @@ def claim(out: Path, run_id: str) -> Claim:
         fd, prepared = _prepare(path)
         try:
             if _put_in_place(path, prepared):
+                _sweep_marks(path.parent)
                 return Claim(path, fd, background.every(HEARTBEAT_S, partial(_beat, fd, path)))
         except BaseException:
             os.close(fd)
@@ -142,12 +144,9 @@ def _put_in_place(path: Path, prepared: Path) -> bool:
                 raise
     elif _is_alive(path, dead):
         return False
-    mark = path.with_name(f"{FILE}.after-{dead['token'] if dead else 'nobody'}")
-    try:
-        os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-    except FileExistsError:
-        if _age_s(mark) > STALE_S:  # its maker died in the next few lines
-            mark.unlink(missing_ok=True)
+    mark = path.with_name(f"{AFTER}{dead['token'] if dead else NOBODY}")
+    fd = _take_mark(mark)
+    if fd is None:
         return False
     try:
         if _read(path) != dead:
@@ -156,6 +155,41 @@ def _put_in_place(path: Path, prepared: Path) -> bool:
         return True
     finally:
         mark.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _take_mark(mark: Path) -> int | None:
+    """The mark that lets one process take a dead one's claim over, its lock held; None while another has it. Who dies
+    with the lock leaves it free; on a file system without locks the mark is its maker's for `STALE_S`."""
+    made = True
+    try:
+        fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    except FileExistsError:
+        made = False
+        try:
+            fd = os.open(mark, os.O_RDWR | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = _is_at(fd, mark)  # and not the file of one that is through and removed it
+    except BlockingIOError:
+        ours = False
+    except OSError:
+        ours = made
+        if not made and _age_s(mark) > STALE_S:
+            mark.unlink(missing_ok=True)
+    if ours:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _sweep_marks(folder: Path) -> None:
+    """Remove what takers-over that died in the middle left; the marks of claims before ours let nobody in any more."""
+    for mark in folder.glob(f"{AFTER}*"):
+        if mark.name != f"{AFTER}{NOBODY}":
+            mark.unlink(missing_ok=True)
 
 
 def _living_owner(path: Path) -> dict[str, Any] | None:

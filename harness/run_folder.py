@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from instrument.files import locked, plain_inside, remove, replace
+from instrument.files import locked, plain_inside, remove, replace, require_there
 from instrument.log import JsonlLog
 from instrument.records import RecordError, RunRecord, decode, encode
 from instrument.run_id import is_safe, require_safe
@@ -43,8 +43,9 @@ class RunFolder:
                 from error
 
     def finish(self, record: RunRecord) -> None:
-        """Close the logs, then write the terminal row and the index."""
+        """Close the logs, then write the terminal row and the index; not into a folder that has gone away meanwhile."""
         self.close()
+        require_there(self.path)
         write_terminal(self.out, record)
 
     def close(self) -> None:

@@ -4,8 +4,7 @@
 the folder: readers see the old content or the new one. The writer holds the temporary file's lock while
 it lives, which is how `is_abandoned` knows what a dead one left behind.
 
-**Crash sweep**: with ``DDB_CRASH_AT_FILE_OPERATION=n`` the process dies (`os._exit`, no clean-up) just
-before its n-th file operation; a write counts as two, the second being its middle.
+What a process' death at any of these operations leaves is tried out by `instrument.crash`.
 """
 
 from __future__ import annotations
@@ -20,32 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-CRASH_VARIABLE = "DDB_CRASH_AT_FILE_OPERATION"
-CRASHED = 86
-"""Exit code of a process that the crash sweep killed."""
+from instrument.crash import CRASH_VARIABLE  # noqa: F401  (where it is set, this process dies at a file operation)
+
 TEMPORARY = ".ddb-tmp"
 """Suffix of temporary files: ``.<name>.<random>.ddb-tmp``."""
-
-_crash_at = int(os.environ.get(CRASH_VARIABLE, "0"))
-_operations = 0
-
-
-def crash_at(nth: int) -> None:
-    """Die before the ``nth`` file operation from now; 0: never."""
-    global _crash_at, _operations
-    _crash_at, _operations = nth, 0
-
-
-def operation(fd: int = -1, half: bytes | memoryview = b"") -> None:
-    """Count one operation; where the sweep says so, write ``half`` and die."""
-    global _operations
-    if not _crash_at:
-        return
-    _operations += 1
-    if _operations == _crash_at:
-        if half:
-            os.write(fd, half)
-        os._exit(CRASHED)
 
 
 @contextmanager
@@ -55,7 +32,6 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     The content may be written in place or as a new file of that name. An exception leaves the old file.
     """
     make_folder(path.parent)
-    operation()
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY)
     temporary = Path(name)
     try:
@@ -63,7 +39,6 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
         yield temporary
         sync_file(temporary)
         os.chmod(temporary, mode)
-        operation()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -79,8 +54,6 @@ def replace(path: Path, data: bytes) -> None:
     with replacing(path) as temporary:
         fd = os.open(temporary, os.O_WRONLY)
         try:
-            operation()
-            operation(fd, view[: len(view) // 2])
             while view:
                 view = view[os.write(fd, view):]
         finally:
@@ -91,7 +64,6 @@ def copy(source: Path, path: Path) -> None:
     """Copy a regular file (OSError for a link), in one step for readers of ``path``."""
     with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as content, replacing(path) as temporary, \
             temporary.open("wb") as target:
-        operation()
         shutil.copyfileobj(content, target, 1 << 20)
 
 
@@ -99,7 +71,6 @@ def truncate(path: Path, size: int) -> None:
     """Cut a file's end off, in place, so that a writer that has it open goes on in the same file."""
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
-        operation()
         os.ftruncate(fd, size)
         os.fsync(fd)
     finally:
@@ -113,7 +84,6 @@ def placing_folder(path: Path) -> Iterator[Path]:
     A folder that has that name is removed just before. An exception leaves it, and nothing of the new one.
     """
     make_folder(path.parent)
-    operation()
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY))
     fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -124,7 +94,6 @@ def placing_folder(path: Path) -> Iterator[Path]:
         sync_folder(temporary)
         os.chmod(temporary, 0o755)
         remove_folder(path)
-        operation()
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,16 +107,13 @@ def remove_folder(path: Path) -> None:
     """Delete a folder if it is there: by a temporary name first, so that half of it never looks like all of it."""
     if not path.is_dir() or path.is_symlink():
         return
-    operation()
     going = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY))
     os.rename(path, going)
-    operation()
     shutil.rmtree(going, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
-    operation()
     path.unlink(missing_ok=True)
 
 
@@ -155,7 +121,6 @@ def sweep(folder: Path) -> list[Path]:
     """Delete the temporary files and folders that dead writers left in a folder; returns their paths."""
     left = [path for path in sorted(folder.glob(f".*{TEMPORARY}")) if is_abandoned(path)]
     for path in left:
-        operation()
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -166,8 +131,13 @@ def sweep(folder: Path) -> list[Path]:
 def make_folder(path: Path) -> None:
     """Make a folder and the ones above it."""
     if not path.is_dir():
-        operation()
         path.mkdir(parents=True, exist_ok=True)
+
+
+def require_there(folder: Path) -> None:
+    """Raise `FileNotFoundError` for a folder that somebody removed or renamed: what is written must not make it again."""
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "deleted or renamed while it was being written to", str(folder))
 
 
 @contextmanager
@@ -206,7 +176,6 @@ def plain_inside(root: Path, path: Path) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to the disk; file systems that cannot (some network ones) are left be."""
-    operation()
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -219,7 +188,6 @@ def sync_folder(folder: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Bring a file's content to the disk."""
-    operation()
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

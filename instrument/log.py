@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from instrument import background
-from instrument.files import make_folder, operation, sync_folder
+from instrument.files import make_folder, sync_folder
 from instrument.records import AnyRecord, Record, RecordError, decode, encode
 
 SYNC_EVERY_S = 5.0
@@ -32,7 +32,6 @@ class Appender:
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
         make_folder(path.parent)
-        operation()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | (os.O_TRUNC if fresh else 0), 0o644)
         self._unsynced = True  # its name in the folder, too
         self._folder_synced = False
@@ -91,7 +90,6 @@ class Appender:
             return
         self._unsynced = False  # before the sync: a line that comes meanwhile needs another one
         try:
-            operation()
             os.fsync(self._fd)
         except OSError as error:
             self._unsynced = True
@@ -164,8 +162,6 @@ def read(path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
 
 def _append_or_nothing(fd: int, data: bytes) -> None:
     """Write all of ``data`` at the end of a locked file, or leave the file as it was."""
-    operation()
-    operation(fd, data[: len(data) // 2])
     written = os.write(fd, data)
     if written == len(data):
         return

@@ -9,25 +9,36 @@ import sys
 
 from harness.settings import SettingsError
 
-NAMES = ("help", "run", "matrix", "trainer", "forensics", "overhead")
+NAMES = ("help", "run", "matrix", "trainer", "forensics", "overhead", "reliability")
+ONLY_BY_NAME = {"reliability"}
+"""Not among all that run when none is named: it takes a quarter of an hour, and finds losses, not speeds."""
 
 
 def bench_command(options: argparse.Namespace) -> int:
-    """Run the named benchmarks (all when none is named); a missed target is a result, not an error.
+    """Run the named benchmarks (all but reliability when none is named); a missed target is a result, not an error.
 
     Exit code 5 when a benchmark needs a package that is missing, 3 when the measured work itself
-    failed or two compared arms did not do the same work.
+    failed, two compared arms did not do the same work, or a trial of reliability lost something.
     """
+    from harness.bench import reliability
     from harness.bench.child import ChildFailed
     from harness.bench.terminal import show, show_machine
     from harness.bench.trainer import BenchUnavailable, UnfairComparison
     from harness.exit_codes import ENVIRONMENT, OK, RUN_FAILED
 
     names = asked(options.what, options.repeats)
+    if options.only and "reliability" not in names:
+        raise SettingsError("--only goes with `bench reliability`")
+    reliability.asked(options.only)
     here = machine()
     show_machine(here, options.repeats)
     rows, code = [], OK
     for name in names:
+        if name == "reliability":
+            tallies = reliability.measure(options.trials_share, options.only, options.out)
+            rows += [tally.as_row() for tally in tallies]
+            code = RUN_FAILED if any(tally.losses for tally in tallies) else code
+            continue
         try:
             figures = run_one(name, options)
         except BenchUnavailable as error:
@@ -51,7 +62,7 @@ def asked(what: list[str], repeats: int) -> list[str]:
         raise SettingsError(f"no benchmark {unknown[0]!r}; allowed: {', '.join(NAMES)}")
     if repeats < 1:
         raise SettingsError(f"repeats is {repeats}; it must be at least 1")
-    return [name for name in NAMES if name in what or not what]
+    return [name for name in NAMES if name in what or not (what or name in ONLY_BY_NAME)]
 
 
 def run_one(name: str, options: argparse.Namespace) -> list:

@@ -9,6 +9,7 @@ in-place residuals. Nothing waits for the device; reading is the caller's, at it
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -88,7 +89,7 @@ class ModuleTaps:
         self._counts = "range"
         self._kept_steps = kept_steps
         self._step_of_tick: deque[int] = deque(maxlen=kept_steps)
-        self._addresses: dict[int, int] = {}
+        self._addresses: dict[int, tuple[weakref.ref, int]] = {}
         self._skipped: set[int] = set()
         self._ticks = 0
         self._read_ticks = 0
@@ -207,7 +208,7 @@ class ModuleTaps:
                 if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                     continue  # inside vmap or grad: it has no memory of its own
                 if self._skip_output:
-                    self._addresses[slot] = tensor.data_ptr()
+                    self._addresses[slot] = weakref.ref(tensor), tensor.data_ptr()
                 self._measure(tensor, slot)
                 if tensor.requires_grad:
                     handle = tensor.register_hook(lambda gradient: self._measure_gradient(gradient, slot + 1))
@@ -217,9 +218,11 @@ class ModuleTaps:
         return measure
 
     def _find_output(self, module: torch.nn.Module, args: tuple, output: object) -> None:
-        """Leave out what returned the model's own output, from the next pass on."""
+        """Leave out what returned the model's own output, from the next pass on. A tensor that is gone by then only had its
+        memory: which of those the allocator gives to the output differs from process to process."""
         outputs = {tensor.data_ptr() for tensor in tensors_in(output)}
-        self._skipped |= {slot for slot, address in self._addresses.items() if address in outputs}
+        self._skipped |= {slot for slot, (tensor, address) in self._addresses.items()
+                          if address in outputs and tensor() is not None}
         self._addresses.clear()
 
     def _call(self, slot: int) -> None:

@@ -1,5 +1,8 @@
-"""Of all who want a run one gets it; the dead hold nothing; the living are never robbed."""
+"""Of all who want a run one gets it (many at once: `test_bench_reliability`); the dead hold nothing; the living are never
+robbed."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,61 +13,12 @@ import time
 import pytest
 
 from harness import claims
+from harness.bench.reliability.contention import leave_dead_claim
 from harness.claims import FILE, RunClaimed, claim, owner_of
+from instrument import crash
+from instrument.files import TEMPORARY
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def grab(out, count: int, start, wins, done) -> None:
-    """Try for every run, in an order of one's own; keep what was won until all have tried."""
-    start.wait()
-    order = sorted(range(count), key=lambda k: hash((k * 2654435761 + os.getpid()) % 1_000_003))
-    held = []
-    for k in order:
-        try:
-            held.append(claim(out, f"run-{k}"))
-            wins.put(k)
-        except RunClaimed:
-            pass
-    done.wait()
-    for own in held:
-        own.release()
-
-
-def check_one_winner_each(out, processes: int, count: int, *, plant_dead: bool) -> None:
-    if plant_dead:
-        for k in range(count):
-            leave_dead_claim(out, f"run-{k}")
-    start, done, wins = SPAWN.Barrier(processes), SPAWN.Barrier(processes), SPAWN.Queue()
-    workers = [SPAWN.Process(target=grab, args=(out, count, start, wins, done), daemon=True) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    won = [wins.get(timeout=120) for _ in range(count)]
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * processes
-    assert wins.empty() and sorted(won) == list(range(count))
-    assert not [path.name for path in out.glob("runs/*/*")], "released, and no temporary file left"
-
-
-@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
-def test_six_processes_and_fifty_runs_one_winner_each(tmp_path, plant_dead):
-    check_one_winner_each(tmp_path, 6, 50, plant_dead=plant_dead)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
-def test_sixteen_processes_and_five_hundred_runs_one_winner_each(tmp_path, plant_dead):
-    check_one_winner_each(tmp_path, 16, 500, plant_dead=plant_dead)
-
-
-def leave_dead_claim(out, run_id: str, **changed):
-    """A claim whose owner is gone: nobody holds its lock."""
-    own = claim(out, run_id)
-    facts = json.loads((own.path).read_bytes())
-    own.release()
-    own.path.write_text(json.dumps(facts | changed))
-    return own.path
 
 
 def test_a_claim_names_its_owner_and_goes_with_release(tmp_path):
@@ -132,15 +86,64 @@ def test_an_owner_taken_for_dead_finds_out_and_frees_nothing_of_the_new_one(tmp_
     new.release()
 
 
-def test_a_takeover_under_way_holds_others_off_but_not_for_ever(tmp_path, monkeypatch):
-    path = leave_dead_claim(tmp_path, "a")
-    mark = path.with_name(f"{FILE}.after-{json.loads(path.read_bytes())['token']}")
+def mark_of(path):
+    return path.with_name(f"{FILE}.after-{json.loads(path.read_bytes())['token']}")
+
+
+def test_a_takeover_under_way_holds_others_off_and_one_that_died_does_not(tmp_path):
+    mark = mark_of(leave_dead_claim(tmp_path, "a"))
+    with mark.open("w") as taker:
+        fcntl.flock(taker, fcntl.LOCK_EX)
+        with pytest.raises(RunClaimed):
+            claim(tmp_path, "a")
+    assert mark.exists()
+    claim(tmp_path, "a").release()
+    assert not mark.exists()
+
+
+def test_without_locks_a_takeover_that_died_holds_others_off_for_a_while(tmp_path, monkeypatch):
+    path = leave_dead_claim(tmp_path, "a", boot="another kernel")
+    mark = mark_of(path)
     mark.touch()
+    os.utime(path, (1, 1))
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(RunClaimed):
         claim(tmp_path, "a")
     os.utime(mark, (1, 1))
     claim(tmp_path, "a").release()
     assert not mark.exists()
+
+
+def test_a_mark_that_a_taker_left_behind_goes_with_the_next_claim(tmp_path):
+    left = leave_dead_claim(tmp_path, "a").with_name(f"{FILE}.after-{'0' * 32}")
+    left.touch()
+    claim(tmp_path, "a").release()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
+def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, plant_dead):
+    for nth in range(1, 50):
+        out = tmp_path / str(nth)
+        if plant_dead:
+            leave_dead_claim(out, "a")
+        pid = os.fork()
+        if pid == 0:
+            crash.crash_at(nth)
+            claim(out, "a")
+            os._exit(0)
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        claim(out, "a").release()
+        left = {path.name for path in (out / "runs" / "a").iterdir() if not path.name.endswith(TEMPORARY)}
+        assert left == set(), nth
+        if exit_code == 0:
+            break
+        assert exit_code == crash.CRASHED
+    assert nth > 5
 
 
 def test_a_file_system_without_hard_links_has_one_winner_too(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Names, links, secrets and code that somebody planted: refused, not followed, not kept, not run."""
 
 import ast
+import base64
 import gzip
 import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from bench_cases.data.tokenizer import TokenizerSpec, _from_library
 from bench_cases.lookup import BadDeclaration
 from bench_cases.own import case_for_model
 from harness import cli
+from harness.bench.reliability.planted_secrets import SECRETS, hits
 from harness.exit_codes import USAGE
 from harness.inspect.findings import _trace
 from harness.inspect.locate import FoundRun, RunNotFound, locate
@@ -25,8 +28,6 @@ from report.load import NoResults, load
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "instrument", "report", "bench_cases", "kernels")
-SECRETS = {"HF_TOKEN": "hf_PlantedSecretOfTheHub00", "WANDB_API_KEY": "plantedsecretofwandb0123456789abcdef01234",
-           "AWS_SECRET_ACCESS_KEY": "PlantedSecret/OfTheCloud", "PLANTED_NAME_ITSELF": "planted-value-77"}
 
 
 def sources() -> list[tuple[str, ast.AST]]:
@@ -182,18 +183,24 @@ def test_secrets_of_the_environment_are_in_no_artefact(tmp_path):
     artefacts = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {"run.json", "results.jsonl", "machine.json", f"run_{run_id}.jsonl", "hardware.jsonl", "forensics.json",
             "tensors.safetensors", "culprit.safetensors", f"{run_id}-step1.json.gz"} <= {p.name for p in artefacts}
-    artefacts |= {path / "unpacked": gzip.decompress(content) for path, content in artefacts.items() if path.suffix == ".gz"}
-    artefacts |= {Path("stdout"): done.stdout, Path("stderr"): done.stderr}
-    for path, content in artefacts.items():
-        for name, value in SECRETS.items():
-            assert name.encode() not in content and value.encode() not in content, path
+    for path, content in (artefacts | {Path("stdout"): done.stdout, Path("stderr"): done.stderr}).items():
+        assert hits(content) == [], path
     steps = (out / "training_logs" / f"run_{run_id}.jsonl").read_bytes().splitlines()
     assert steps and all(decode(line, StepRecord) for line in steps)
 
 
+def test_the_search_for_secrets_finds_them_packed_too():
+    secret = SECRETS["HF_TOKEN"].encode()
+    stream = b"%PDF-1.7\n1 0 obj\n<< /Filter /FlateDecode >>\nstream\n" + zlib.compress(secret) + b"\nendstream\n"
+    uri = b"data:image/png;base64," + base64.b64encode(b"-" * 31 + secret)
+    for content in (secret, b"the name HF_TOKEN alone", gzip.compress(secret), stream, uri):
+        assert hits(b"." * (content is secret) + content) == ["holds HF_TOKEN"]
+    assert hits(b"nothing") == []
+
+
 def test_no_result_reads_the_environment_as_a_whole():
     """The variables that are read are named ones; copies of all go to child processes only."""
-    allowed = {"harness/bench/child.py", "report/bench/process.py"}
+    allowed = {"harness/bench/child.py", "harness/bench/reliability/planted_secrets.py", "report/bench/process.py"}
     named = ("os.environ.get", "os.environ.setdefault", "os.environ.pop", "os.environ[")
     for path, tree in sources():
         for parent in ast.walk(tree) if path not in allowed else ():

@@ -1,8 +1,7 @@
-"""What is intact stays, what is torn goes beside, the index comes back, and doing it twice changes nothing."""
+"""What is intact stays, what is torn goes beside, the index comes back, and doing it twice changes nothing (deaths,
+cuts and flipped bits: `test_bench_reliability`)."""
 
 import json
-import math
-import os
 import random
 import shutil
 from pathlib import Path
@@ -10,22 +9,17 @@ from pathlib import Path
 import pytest
 
 from harness import cli
+from harness.bench.reliability.damage import flipped
+from harness.bench.reliability.damage import step as step_record
 from harness.claims import claim
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, OK, USAGE
 from harness.repair.folder import repair_folder
-from harness.repair.lines import sort_lines
 from harness.run_folder import write_index
 from instrument import files
-from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord, encode
+from instrument.records import EvaluationRecord, RunRecord, encode
 from report.load import NoResults, load
 
 STEPS = 12
-
-
-def step_record(step: int, loss: float = 2.5) -> StepRecord:
-    return StepRecord(step=step, loss=loss, lr=1e-3, grad_norm=1.25, grad_absmax=0.1, grad_nonfinite=0, grad_underflow_frac=0.0,
-                      logit_absmax=10.0, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None, step_skipped=False,
-                      step_time_s=0.01, samples=4, tokens=128, real_tokens=128, seq_len=32)
 
 
 def run_record(run_id: str, **changed) -> RunRecord:
@@ -83,23 +77,6 @@ def test_a_folder_in_order_is_only_read(out):
     assert state(done, "training_logs/run_a.jsonl").intact == STEPS
 
 
-def test_a_log_cut_at_every_byte_keeps_every_whole_line():
-    """The bytes alone, for every length of a log; the files for a few below."""
-    rows = [*(step_record(step, loss) for step, loss in enumerate([2.5, -1e-7, math.nan, 0.0], start=1)),
-            EventRecord(step=1, kind="warning", detail={"text": 'naïve "quotes" \\ 数', "list": [True, None, -3]})]
-    lines = [encode(row) for row in rows]
-    content = b"".join(line + b"\n" for line in lines)
-    for length in range(len(content) + 1):
-        found = sort_lines(content[:length], None)
-        *whole, rest = content[:length].split(b"\n")
-        assert whole == lines[: len(whole)]
-        complete = rest in lines  # a line that lacks only its newline is whole
-        assert found.kept == whole + [rest] * complete and found.damaged == 0, content[:length][-30:]
-        assert found.cut == [rest] * (bool(rest) and not complete) and found.torn == len(found.cut)
-        again = sort_lines(found.content, None)
-        assert again.content == found.content and not again.cut
-
-
 @pytest.mark.parametrize("step", [1, pytest.param(0, marks=pytest.mark.soak)], ids=["sample", "every byte"])
 def test_a_log_on_disk_that_was_cut_is_mended_and_read(out, step):
     content = log_of(out).read_bytes()[:2000]
@@ -113,35 +90,7 @@ def test_a_log_on_disk_that_was_cut_is_mended_and_read(out, step):
 
 
 def flip(content: bytes, rng: random.Random, bits: int) -> bytes:
-    flipped = bytearray(content)
-    for _ in range(bits):
-        at = rng.randrange(len(content) * 8)
-        flipped[at // 8] ^= 1 << at % 8
-    return bytes(flipped)
-
-
-def check_flipped_bits(trials: int) -> None:
-    """One bit at a time in a log of 20 lines: every line that it did not hit is kept, as it was."""
-    lines = [encode(step_record(step, loss=step / 7)) for step in range(1, 21)]
-    content = b"".join(line + b"\n" for line in lines)
-    rng = random.Random(6)
-    for _ in range(trials):
-        damaged = flip(content, rng, 1)
-        hit = next(k for k in range(len(content)) if content[k] != damaged[k])
-        number = content[:hit].count(b"\n")
-        found = sort_lines(damaged, StepRecord)
-        expected = set(lines) if content[hit : hit + 1] == b"\n" else set(lines) - {lines[number]}
-        assert expected <= set(found.kept), (hit, damaged[max(0, hit - 20) : hit + 20])
-        assert sort_lines(found.content, StepRecord).content == found.content
-
-
-def test_of_three_hundred_flipped_bits_every_unhit_line_stays():
-    check_flipped_bits(300)
-
-
-@pytest.mark.soak
-def test_of_ten_thousand_flipped_bits_every_unhit_line_stays():
-    check_flipped_bits(10_000)
+    return flipped(content, *(rng.randrange(len(content) * 8) for _ in range(bits)))
 
 
 @pytest.mark.parametrize("trials", [15, pytest.param(500, marks=pytest.mark.soak)])
@@ -282,38 +231,6 @@ def test_what_dead_writers_left_is_removed_and_what_live_ones_write_is_not(out):
     with files.replacing(out / "machine.json") as temporary:
         done = repair_folder(out)
         assert not left.exists() and temporary.exists() and done.changed == [f"runs/a/{left.name}"]
-
-
-def test_killed_at_any_operation_a_repair_is_finished_by_the_next(out, tmp_path):
-    """Torn log, damaged line, lost row, broken index: for every n, a repair that dies at n and one that does not."""
-    lines = log_of(out).read_bytes().splitlines(keepends=True)
-    log_of(out).write_bytes(b"".join([*lines[:4], b"no json\n", *lines[4:], b'{"sch']))
-    (out / "runs" / "a" / "run.json").write_bytes(b"{")
-    (out / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes() + b'{"torn')
-    straight = tmp_path / "straight"
-    shutil.copytree(out, straight)
-    repair_folder(straight)
-    for nth in range(1, 200):
-        crashed = tmp_path / f"crashed-{nth}"
-        shutil.copytree(out, crashed)
-        pid = os.fork()
-        if pid == 0:
-            files.crash_at(nth)
-            repair_folder(crashed)
-            os._exit(0)
-        exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        repaired(crashed)
-        left = {name: content for name, content in bytes_of(crashed).items() if not name.endswith(".claim")}
-        torn = {name: content for name, content in left.items() if name.endswith(".torn")}
-        assert {k: v for k, v in left.items() if k not in torn} == \
-            {k: v for k, v in bytes_of(straight).items() if not k.endswith(".torn")}, nth
-        for name, content in bytes_of(straight).items():
-            if name.endswith(".torn"):
-                assert content.splitlines()[-1] in torn[name].splitlines(), nth
-        if exit_code == 0:
-            break
-        assert exit_code == files.CRASHED
-    assert nth > 20
 
 
 def test_shards_merge_into_what_one_folder_would_hold(tmp_path):

@@ -1,45 +1,27 @@
-"""A run that was stopped and goes on equals the one that was not, bit for bit, in every configuration."""
+"""A run that was stopped and goes on equals the one that was not, bit for bit, in every configuration (of deaths, see
+`test_bench_reliability`)."""
 
 import json
-import math
-import os
-import random
-import shutil
-import threading
-import time
 from collections import deque
 from dataclasses import replace
 
-import msgspec
 import pytest
 
 from bench_cases import DTYPE_CONFIGS
 from harness import checkpoint
+from harness.bench.reliability import same_run
 from harness.checkpointing import Checkpointing
 from harness.cli import main
-from harness.pool import Pool
 from harness.resume import log_paths
 from harness.run import execute
 from harness.run_folder import finished_run
 from harness.signals import Stop
-from instrument.log import read
-from instrument.records import EvaluationRecord, EventRecord, StepRecord
-from instrument.watch.module_log import ModuleRecord
-
-TIMES = {"step_time_s", "mfu", "mfu_bf16_peak", "mfu_measured_peak", "mfu_real_tokens", "mfu_bf16_peak_real_tokens",
-         "mfu_measured_peak_real_tokens", "duration_s"}
-KINDS = {"steps": StepRecord, "evaluations": EvaluationRecord, "events": EventRecord, "activations": ModuleRecord}
-OF_THE_RUN = ("status", "steps_done", "final_weights_sha256", "init_sha256", "data_sha256", "loss_initial", "train_loss_final",
-              "val_loss", "f1_micro", "perplexity", "scaler_skips", "divergence_step", "first_nonfinite", "flops_per_step")
+from instrument.records import EvaluationRecord, StepRecord
 
 
 def written(settings, out):
     """Everything a run wrote that does not depend on time, and its row's results."""
-    logs = {name: [{k: v for k, v in msgspec.to_builtins(record).items() if k not in TIMES}
-                   for record in read(out / path, KINDS[name])]
-            for name, path in log_paths(settings.run_id).items() if (out / path).exists()}
-    row = finished_run(out, settings.run_id)
-    return logs, {name: getattr(row, name) for name in OF_THE_RUN}
+    return same_run.written(settings.run_id, out)
 
 
 def stopped_at(settings, out, step):
@@ -193,61 +175,6 @@ def test_a_finished_run_and_a_failed_one_start_over(small, tmp_path):
     assert "resumed" not in record.flags and record.steps_done == 7 and checkpoint.steps(folder) == []
 
 
-def ends(settings, out, kill_when=lambda logged: False):
-    """Run in a process of its own, from a fork server; SIGKILL it when ``kill_when(steps logged)`` says so."""
-    pool, log = Pool([settings], out, 1), out / log_paths(settings.run_id)["steps"]
-
-    def look():
-        for run in pool.running:
-            if kill_when(log.read_bytes().count(b"\n") if log.exists() else 0):
-                run.process.kill()
-
-    (ended,) = pool.run(look, seconds_between_ticks=0.002)
-    return ended
-
-
-def behind(steps, wait_s):
-    """Says that it is time ``wait_s`` after ``steps`` were logged: in a step, an evaluation or a checkpoint."""
-    def due(logged):
-        if logged < steps:
-            return False
-        time.sleep(wait_s)
-        return True
-
-    return due
-
-
-def killed_at_random(settings, out, kills, rng):
-    """Kill and start again up to ``kills`` times at random moments, then let it end: the record, and how many
-    deaths there were."""
-    log = out / log_paths(settings.run_id)["steps"]
-    for deaths in range(kills):
-        logged = log.read_bytes().count(b"\n") if log.exists() else 0
-        when = behind(min(logged + rng.randint(0, 4), settings.max_steps - 1), rng.random() * 0.03)
-        ended = ends(settings, out, when)
-        if ended.record.status == "completed":
-            return ended.record, deaths
-    return ends(settings, out).record, kills
-
-
-@pytest.mark.parametrize("kills", [5, pytest.param(300, marks=pytest.mark.soak)])
-def test_sigkill_at_random_moments_loses_nothing(small, tmp_path, kills):
-    rng = random.Random(kills)
-    killed = rounds = 0
-    while killed < kills:
-        config = ("amp_fp16", "amp_bf16_8bit", "bf16_pure_sr")[rounds % 3]
-        settings = small(config, max_steps=40, eval_every=10, checkpoint_every=3)
-        whole, out = tmp_path / f"whole-{config}", tmp_path / f"parts-{rounds}"
-        if not whole.exists():
-            assert ends(settings, whole).record.status == "completed"
-        record, deaths = killed_at_random(settings, out, min(kills - killed, 15), rng)
-        killed, rounds = killed + deaths, rounds + 1
-        assert record.status == "completed" and written(settings, out) == written(settings, whole)
-        left = {path.name for path in (out / "runs" / settings.run_id).iterdir()}
-        assert not any("checkpoint" in name for name in left) and "run.json" in left
-    print(f"{killed} SIGKILLs in {rounds} runs, all as if there had been none")
-
-
 def test_fresh_starts_over(small, tmp_path, capsys):
     words = ["case", "gpt2_single_cls", "fp32_true", "--preset", "tiny", "--data", "embedded", "--max-steps", "7",
              "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--validation-documents", "4",
@@ -261,60 +188,3 @@ def test_fresh_starts_over(small, tmp_path, capsys):
         assert row["run_id"] == settings.run_id and row["status"] == "completed"
         assert row["flags"].get("resumed", {}).get("behind_steps") == behind
         assert ("goes on behind step 3, from checkpoint-3" in told.err) == (behind is not None)
-
-
-FILE_OPERATIONS = ("write", "fsync", "mkdir", "rename", "replace", "truncate", "ftruncate", "unlink", "rmdir")
-
-
-def dies_at(patch, operation):
-    """From the ``operation``-th file operation of this thread on, all of them raise: nothing more reaches the disk
-    but half of a write. The list returned grows with each."""
-    seen = []
-
-    def dying(name, real):
-        def call(*arguments, **options):
-            if threading.current_thread() is threading.main_thread():
-                seen.append(name)
-                if len(seen) == operation and name == "write":
-                    real(arguments[0], arguments[1][:len(arguments[1]) // 2])
-                if len(seen) >= operation:
-                    raise Killed
-            return real(*arguments, **options)
-        return call
-
-    for name in FILE_OPERATIONS:
-        patch.setattr(os, name, dying(name, getattr(os, name)))
-    return seen
-
-
-@pytest.mark.parametrize("share", [pytest.param(1.0, marks=pytest.mark.soak), 0.03])
-@pytest.mark.parametrize("behind_step", [0, 3], ids=["from the beginning", "from a checkpoint"])
-def test_a_death_at_any_file_operation_loses_nothing(small, tmp_path, share, behind_step):
-    settings = small("amp_fp16", max_steps=5, eval_every=2, checkpoint_every=2)
-    execute(settings, tmp_path / "whole")
-    expected, begun = written(settings, tmp_path / "whole"), tmp_path / "begun"
-    begun.mkdir()
-    if behind_step:
-        stopped_at(settings, begun, behind_step)
-    log = log_paths(settings.run_id)["steps"]
-
-    def dies(operation):
-        shutil.copytree(begun, tmp_path / "out")
-        with pytest.MonkeyPatch.context() as patch:
-            seen = dies_at(patch, operation)
-            execute(settings, tmp_path / "out")
-        return len(seen)
-
-    operations = dies(math.inf)
-    shutil.rmtree(tmp_path / "out")
-    sample = sorted(random.Random(0).sample(range(1, operations + 1), math.ceil(share * operations)))
-    for operation in sample:
-        with pytest.raises(Killed):
-            dies(operation)
-        *lines, torn = (tmp_path / "out" / log).read_bytes().split(b"\n") if (tmp_path / "out" / log).exists() else [b""]
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
-        assert len(lines) >= behind_step
-        execute(settings, tmp_path / "out")
-        assert written(settings, tmp_path / "out") == expected, f"death at operation {operation}"
-        shutil.rmtree(tmp_path / "out")
-    print(f"{operations} file operations, {len(sample)} deaths")

@@ -1,8 +1,8 @@
-"""Lines are whole whoever writes them, a failed write is taken back, and a bad line is named."""
+"""Lines are whole whoever writes them (many at once: `test_bench_reliability`), a failed write is taken back, and a bad line
+is named."""
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -14,8 +14,6 @@ from instrument import background, log
 from instrument.files import try_lock
 from instrument.log import Appender, JsonlLog, read
 from instrument.records import EventRecord, RecordError, encode
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def event(step: int, text: str = "x" * 500) -> EventRecord:
@@ -33,36 +31,6 @@ def test_what_is_written_is_read_back_in_order(tmp_path):
     with JsonlLog(path, fresh=True):
         pass
     assert path.read_bytes() == b""
-
-
-def append_many(path, writer: int, lines: int) -> None:
-    """Lines of very different lengths, from 1 byte to 100 kB of text."""
-    with JsonlLog(path) as log_file:
-        for step in range(lines):
-            log_file.write(event(writer * lines + step, "x" * (100_000 if step % 97 == 0 else step % 700)))
-
-
-def check_concurrent_writers(path, writers: int, lines: int) -> None:
-    processes = [SPAWN.Process(target=append_many, args=(path, writer, lines)) for writer in range(writers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * writers
-    steps = [record.step for record in read(path, EventRecord)]
-    assert sorted(steps) == list(range(writers * lines))
-    for writer in range(writers):  # and each writer's in its order
-        own = [step for step in steps if step // lines == writer]
-        assert own == sorted(own)
-
-
-def test_concurrent_processes_never_mix_lines(tmp_path):
-    check_concurrent_writers(tmp_path / "events.jsonl", writers=4, lines=200)
-
-
-@pytest.mark.soak
-def test_eight_processes_append_two_thousand_lines_each(tmp_path):
-    check_concurrent_writers(tmp_path / "events.jsonl", writers=8, lines=2000)
 
 
 def test_a_writer_that_takes_part_of_a_line_at_a_time_mixes_nothing_under_the_lock(tmp_path, monkeypatch):

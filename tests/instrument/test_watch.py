@@ -289,6 +289,32 @@ def test_the_models_own_output_is_left_to_the_loss_where_asked():
     assert {r.step for r in got if r.module == "1"} == {1} and {r.step for r in got if r.module == "0"} == {1, 2}
 
 
+class Reused(nn.Module):
+    """Its first layer's output is gone by the time the last one's is made, which may get the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Identity(), nn.Linear(64, 64)
+
+    def forward(self, x):
+        y = self.first(x * 1.0)
+        y = y.sum() * x  # saves x and the sum, not y
+        return self.last(y)
+
+
+def test_a_module_whose_output_s_memory_is_used_again_is_not_taken_for_the_model_s(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 4096)  # as the allocator may do, and here always does
+    model = Reused()
+    taps = ModuleTaps(model, CPU, every=1, skip_output=True)
+    for step in (1, 2):
+        taps.begin_step(step)
+        model(torch.ones(64, 64, requires_grad=True)).sum().backward()
+        taps.end_step()
+    monkeypatch.undo()
+    got = taps.read()
+    assert {r.step for r in got if r.module == "first"} == {1, 2} and {r.step for r in got if r.module == "last"} == {1}
+
+
 def test_more_steps_than_the_ring_keeps_lose_the_oldest_only():
     model = Net()
     got = readings(ModuleTaps(model, CPU, every=0, kept_steps=4), model, steps=10)

@@ -1,0 +1,10 @@
+"""What the fork server of the trials has imported, so that a process costs a third of a second."""
+
+from __future__ import annotations
+
+import sklearn.metrics
+
+from harness import case, terminal, worker_without_gpu
+from harness.bench.reliability import processes
+
+__all__ = ["case", "processes", "sklearn", "terminal", "worker_without_gpu"]

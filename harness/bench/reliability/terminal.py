@@ -1,0 +1,59 @@
+"""How the trials go, on standard error: a line that changes on a terminal, one a minute elsewhere, and a row a kind."""
+
+from __future__ import annotations
+
+import time
+
+from rich.status import Status
+
+from harness.bench.reliability.trial import Tally
+from harness.bench.terminal import CONSOLE
+
+MOST_LOSSES = 10
+SECONDS_BETWEEN_WORDS = 60.0
+"""Where nobody watches a terminal."""
+WIDTHS = (13, 67, 9, 6, 9)
+
+
+class Screen:
+    """A context around the trials."""
+
+    def __init__(self) -> None:
+        self._status: Status | None = CONSOLE.status("") if CONSOLE.is_terminal else None
+        self._told_s = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        CONSOLE.print(_row("bench reliability", "", "trials", "lost", "seconds"), style="bold", markup=False)
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._status:
+            self._status.stop()
+
+    def tell(self, so_far: Tally) -> None:
+        """A trial is over."""
+        words = f"{so_far.name}: {so_far.trials:,} trials, {len(so_far.losses):,} lost, {so_far.seconds_s:.0f} s"
+        if self._status:
+            self._status.update(words)
+        elif time.monotonic() - self._told_s > SECONDS_BETWEEN_WORDS:
+            CONSOLE.print(f"  {words}", style="dim", markup=False)
+            self._told_s = time.monotonic()
+
+    def done(self, tally: Tally) -> None:
+        """A kind is over: its row, and what was lost."""
+        CONSOLE.print(_row(tally.name, tally.what, f"{tally.trials:,}", f"{len(tally.losses):,}", f"{tally.seconds_s:.0f}"),
+                      style="red" if tally.losses else None, markup=False)
+        if tally.counts:
+            CONSOLE.print(" " * (WIDTHS[0] + 1) + ", ".join(f"{count:,} {name}" for name, count in tally.counts.items()),
+                          style="dim", markup=False)
+        for loss in tally.losses[:MOST_LOSSES]:
+            CONSOLE.print(f"  lost: {loss}", markup=False)
+        if len(tally.losses) > MOST_LOSSES:
+            CONSOLE.print(f"  and {len(tally.losses) - MOST_LOSSES:,} more")
+
+
+def _row(name: str, what: str, *numbers: str) -> str:
+    words = f"{name:<{WIDTHS[0]}} {what:<{WIDTHS[1]}}" if what else f"{name:<{WIDTHS[0] + WIDTHS[1] + 1}}"
+    return words + "".join(f"{number:>{width}}" for number, width in zip(numbers, WIDTHS[2:], strict=True))

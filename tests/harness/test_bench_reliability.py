@@ -1,0 +1,189 @@
+"""The trials of `bench reliability`: a sample of every kind loses nothing (all of them under `make soak`), and they notice
+what they are there to notice."""
+
+import argparse
+import json
+import os
+import shutil
+
+import pytest
+
+from harness import bench, cli
+from harness.bench import reliability
+from harness.bench.reliability import KINDS, Kind, aftermath, processes, same_run
+from harness.bench.reliability.trial import Trial, tally
+from harness.exit_codes import OK, RUN_FAILED, USAGE
+from harness.resume import log_paths
+
+SAMPLES = {"crash": 0.01, "crash-again": 0.01, "crash-twice": 0.01, "crash-repair": 0.2, "crash-index": 0.2, "kill": 0.02,
+           "signal": 0.1, "full-disk": 0.1, "read-only": 0.3, "gone": 0.2, "cut": 0.2, "bit": 0.05, "claims": 0.05,
+           "writers": 0.05}
+"""Secrets are looked for in `test_hostile`."""
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_sample_loses_nothing(name, tmp_path):
+    found = tally(name, "", KINDS[name].load()(SAMPLES[name], tmp_path))
+    assert found.losses == [] and found.trials > 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", KINDS)
+def test_all_trials_lose_nothing(name, tmp_path):
+    found = tally(name, "", KINDS[name].load()(1.0, tmp_path))
+    print(found.as_row())
+    assert found.losses == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Settings, what it told and the results folder of a run that nothing happened to."""
+    settings, out = processes.small(max_steps=4, eval_every=2), tmp_path_factory.mktemp("whole") / "out"
+    return settings, aftermath.completed(processes.run(settings, out)), out
+
+
+def lines_of(out, settings):
+    path = out / log_paths(settings.run_id)["steps"]
+    return path, path.read_bytes().splitlines(keepends=True)
+
+
+def a_row_dropped(out, settings):
+    path, lines = lines_of(out, settings)
+    path.write_bytes(b"".join(lines[:2] + lines[3:]))
+
+
+def a_row_changed(out, settings):
+    path, lines = lines_of(out, settings)
+    path.write_bytes(b"".join([*lines[:2], lines[2].replace(b'"lr":', b'"lr":1'), *lines[3:]]))
+
+
+def a_row_twice(out, settings):
+    path, lines = lines_of(out, settings)
+    path.write_bytes(b"".join([*lines, lines[-1]]))
+
+
+def a_torn_end(out, settings):
+    with lines_of(out, settings)[0].open("ab") as log:
+        log.write(b'{"schema":1,"st')
+
+
+def other_weights(out, settings):
+    for path in (out / "runs" / settings.run_id / "run.json", out / "results.jsonl"):
+        row = json.loads(path.read_bytes())
+        path.write_text(json.dumps(row | {"final_weights_sha256": "0" * 64}) + "\n")
+
+
+def no_index(out, settings):
+    (out / "results.jsonl").unlink()
+
+
+def the_index_twice(out, settings):
+    path = out / "results.jsonl"
+    path.write_bytes(path.read_bytes() * 2)
+
+
+def another_index(out, settings):
+    path = out / "results.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"steps_done":4', b'"steps_done":3'))
+
+
+def no_row(out, settings):
+    (out / "runs" / settings.run_id / "run.json").unlink()
+
+
+def a_checkpoint_left(out, settings):
+    (out / "runs" / settings.run_id / "checkpoint-2").mkdir()
+
+
+DEFECTS = {a_row_dropped: "acknowledged and lost: steps, step 3", a_row_changed: "they part at row 3",
+           a_row_twice: "steps: 5 rows, and 4 of the whole run", a_torn_end: "a log cannot be read",
+           other_weights: "final_weights_sha256 is 000", no_index: "the index has 0 rows of the run",
+           the_index_twice: "the index has 2 rows of the run", another_index: "the index has another row than run.json",
+           no_row: "run.json is missing", a_checkpoint_left: "left over: runs/"}
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_what_is_wrong_with_a_run_is_noticed(whole, tmp_path, defect):
+    settings, told, out = whole
+    assert told.steps == 4 and len(told.acknowledged) >= 7
+    broken = shutil.copytree(out, tmp_path / "out")
+    assert aftermath.finished_well(settings, broken, out, [told]) == []
+    defect(broken, settings)
+    assert any(DEFECTS[defect] in loss for loss in aftermath.finished_well(settings, broken, out, [told]))
+
+
+def test_of_a_dead_run_the_last_part_s_rows_must_be_there_and_of_those_before_what_its_checkpoint_has(whole, tmp_path):
+    settings, told, out = whole
+    dead = shutil.copytree(out, tmp_path / "out")
+    (dead / "runs" / settings.run_id / "run.json").unlink()
+    assert same_run.lost_rows([told], settings.run_id, dead) == []
+    a_row_dropped(dead, settings)
+    assert same_run.lost_rows([told], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
+    later = processes.Ended()
+    assert same_run.lost_rows([told, later], settings.run_id, dead) == []  # it starts over
+    (dead / "runs" / settings.run_id / "checkpoint-4").mkdir()
+    assert same_run.lost_rows([told, later], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
+    a_torn_end(dead, settings)
+    assert same_run.torn_lines(settings.run_id, dead) == 1
+
+
+def test_a_repair_that_is_not_idempotent_is_noticed(whole, tmp_path, monkeypatch):
+    out, real = shutil.copytree(whole[2], tmp_path / "out"), aftermath.repair_folder
+
+    def restless(folder):
+        (folder / os.urandom(4).hex()).touch()
+        return real(folder)
+
+    assert aftermath.repaired(out) == []
+    monkeypatch.setattr(aftermath, "repair_folder", restless)
+    assert aftermath.repaired(out) == ["repair is not idempotent: []"]
+
+
+def test_a_run_that_hangs_is_ended(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "HUNG_S", 0.05)
+    ended = processes.run(whole[0], tmp_path / "out")
+    assert ended.exit_code is None and aftermath.goes_on(whole[0], tmp_path / "out", whole[2], [])
+
+
+def options(**changed):
+    return argparse.Namespace(**{"what": ["reliability"], "repeats": 5, "json": True, "only": [], "trials_share": 1.0,
+                                 "out": None} | changed)
+
+
+def planted(share, folder):
+    """Two trials of ten, and one that loses."""
+    yield Trial("first", counts={"lines": 3}, stands_for=10)
+    yield Trial("second", ["a line", "another"] if share == 1.0 else [], {"lines": 4}, stands_for=10)
+
+
+@pytest.mark.parametrize(("share", "code", "lost"), [(1.0, RUN_FAILED, ["second: a line", "second: another"]), (0.5, OK, [])])
+def test_losses_are_counted_told_and_exit_3(tmp_path, monkeypatch, capsys, share, code, lost):
+    monkeypatch.setattr(Kind, "load", lambda kind: planted)
+    assert bench.bench_command(options(trials_share=share, only=["cut", "crash"], out=tmp_path)) == code
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)["rows"]
+    assert [row["name"] for row in rows] == ["crash", "cut"]
+    assert rows[0]["trials"] == 20 and rows[0]["lost"] == lost and rows[0]["counts"] == {"lines": 7}
+    assert ("lost: second: a line" in printed.err) == bool(lost) and "death at every file operation" in printed.err
+    stored = json.loads((tmp_path / reliability.FILE).read_bytes())
+    assert (stored["trials"], stored["losses"], stored["share"]) == (40, 2 * len(lost), share) and stored["kinds"] == rows
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["reliability", "--only", "nonsense"], "no kind of trial 'nonsense'; allowed: crash, crash-again"),
+    (["help", "--only", "crash"], "--only goes with `bench reliability`"),
+    (["reliability", "--trials-share", "0"], "'0'; allowed: above 0, up to 1"),
+    (["reliability", "--trials-share", "nan"], "'nan'; allowed: above 0, up to 1")])
+def test_what_makes_no_sense_is_refused_in_a_sentence(words, sentence, capsys):
+    try:
+        code = cli.main(["bench", *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == USAGE and sentence in capsys.readouterr().err
+
+
+def test_every_kind_is_there_and_needs_no_torch_to_be_listed():
+    assert [kind.name for kind in reliability.asked(["kill", "crash"])] == ["crash", "kill"]
+    assert len(reliability.asked([])) == len(KINDS) and all(callable(kind.load()) for kind in KINDS.values())
+    assert set(SAMPLES) | {"secrets"} == set(KINDS)
+    assert "reliability" not in bench.asked([], 1) and bench.asked(["reliability"], 1) == ["reliability"]
