@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
+from harness.campaign.arguments import add_campaign
 from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, Request
 
 EPILOG = """\
@@ -20,6 +21,7 @@ examples:
   python -m harness flops gpt2_clm --preset full          what a training step costs, with no GPU
   python -m harness repair results/nvidia-h200            after a crash: what is intact, and the index rebuilt
   python -m harness doctor                                what this machine can and cannot do
+  python -m harness campaign --minutes 30 --data DIR      doctor, kernels, matrix and dossier of a GPU, in one command
 
 exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, error or hung,
 4 bad data, 5 environment, 75 interrupted and resumable"""
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR2",
                         help="copy the finished runs of these folders that DIR lacks, first")
     _json(repair)
+    add_campaign(commands.add_parser("campaign", help="everything there is to measure on a GPU, resumable, and its dossier"))
     doctor = commands.add_parser("doctor", help="what this machine can do, and what will not work here")
     doctor.add_argument("--measure", action="store_true",
                         help="measure matmul rates and copy bandwidth, into machine.json of the results folder")
@@ -57,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
     bench.add_argument("--trials", type=_at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
     bench.add_argument("--pairs", type=_at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
+    bench.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
     bench.add_argument("--out", type=Path, metavar="DIR", help="overhead: write DIR/overhead.json for the dossier, too")
     _json(bench)
     return top

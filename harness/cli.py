@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
+ROOMS = ("bench_cases", "harness", "instrument", "kernels", "report")
+"""Our own packages: one of these that is missing is a defect of ours, any other a matter of installation."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error."""
@@ -27,8 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"harness: {error}", file=sys.stderr)
+        print(f"harness: {sentence(error)}", file=sys.stderr)
         return code
+
+
+def sentence(error: Exception) -> str:
+    """An error's one line; of a package that is not installed, what to do."""
+    if isinstance(error, ModuleNotFoundError):
+        return (f"this needs the package {error.name!r}, which is not installed; `pip install datatype-dynamics-bench` brings "
+                "it, or a wheel of it where there is no registry")
+    return str(error)
 
 
 def _command(name: str):
@@ -63,6 +74,14 @@ def _command(name: str):
         from harness.doctor import doctor_command
 
         return doctor_command
+    if name == "campaign":
+        from harness.campaign.command import campaign_command
+
+        return campaign_command
+    if name == "fit":
+        from harness.fit.command import fit_command
+
+        return fit_command
     if name == "repair":
         from harness.repair import repair_command
 
@@ -89,6 +108,8 @@ def _inspect(options) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return None if (error.name or "").partition(".")[0] in ROOMS else ENVIRONMENT
     from bench_cases.data.errors import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId
     from bench_cases.models import ModelError

@@ -80,17 +80,25 @@ def _check(args) -> int:
     device, _ = _device(args.device)
     form = "{:<19} {:<5} {:<36} {:<21} {:<6} {}"
     print(form.format("op", "dtype", "case", "quantity", "", "error (allowed)"), file=sys.stderr)
-    rows = []
+    rows, here = [], bench.machine(device)
     for row in check.run(device, args.impl, args.op, args.dtype):
         rows.append(row)
+        _write(args, _document(here, rows))  # as it grows: a crash on an unknown device leaves what came before
         error = row.note if row.error is None else f"{row.error:.3g} ({row.allowed:.3g}) {row.unit}"
         print(form.format(row.op, row.dtype, row.case, row.quantity, row.status, error), file=sys.stderr, flush=True)
     wrong = sum(row.status != "right" for row in rows)
     print(f"{len(rows)} quantities judged against float64 on {device}, {wrong} not right", file=sys.stderr)
-    document = {"schema": check.SCHEMA, "machine": bench.machine(device), "judged": len(rows), "not_right": wrong,
-                "rows": [row.as_row() for row in rows]}  # fmt: skip
-    _give(document, args)
+    if args.json:
+        print(json.dumps(_document(here, rows), indent=1, allow_nan=False))
     return WRONG if wrong else 0
+
+
+def _document(here: dict, rows: list) -> dict:
+    """The checks as JSON."""
+    from kernels import check
+
+    return {"schema": check.SCHEMA, "machine": here, "judged": len(rows),
+            "not_right": sum(row.status != "right" for row in rows), "rows": [row.as_row() for row in rows]}  # fmt: skip
 
 
 def _device(asked: str) -> tuple[str, bool]:
@@ -117,22 +125,22 @@ def _bench(args) -> int:
     print(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"), file=sys.stderr)
     for row in bench.run(device, args.op, args.dtype, args.pairs):
         document["rows"].append(row.as_row())
+        _write(args, document)  # as it grows: what is cut has the rows that it had
         print(_words(row), file=sys.stderr, flush=True)
     if not has_cuda:
         for row in bench.unmeasured("cuda", args.op, args.dtype):
             document["rows"].append(row.as_row())
             print(_words(row), file=sys.stderr)
-    _give(document, args)
+    _write(args, document)
+    if args.json:
+        print(json.dumps(document, indent=1, allow_nan=False))
     return 0
 
 
-def _give(document: dict, args) -> None:
-    """The JSON where it was asked for: a file, standard output, or both."""
-    text = json.dumps(document, indent=1, allow_nan=False)
+def _write(args, document: dict) -> None:
+    """The JSON where a file was asked for."""
     if args.out:
-        _replace(pathlib.Path(args.out), text + "\n")
-    if args.json:
-        print(text)
+        _replace(pathlib.Path(args.out), json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
