@@ -88,7 +88,7 @@ def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[st
     cases = [case for case in FIT_CASES if case in labels]
     common = sizes(asked, None, None, fit=True)
     return [Stage(f"fit-{case}", "fit", ("harness", "fit", case, "--configs", *configs, *common, *price, "--out", str(results)),
-                  echo=True) for case in cases]
+                  goes_on=True, echo=True) for case in cases]
 
 
 def sizes(asked: Mapping[str, Any], seq_len: int | None, max_steps: int | None, *, fit: bool = False) -> tuple[str, ...]:
