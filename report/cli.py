@@ -13,6 +13,9 @@ from typing import Any
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
+ROOMS = ("bench_cases", "instrument", "report")
+"""Our own packages: one of these that is missing is a defect of ours."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error."""
@@ -25,13 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return OK
     except Exception as error:
-        from report.words import printable
-
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"report: {printable(error)}", file=sys.stderr)
+        from report.words import printable
+
+        missing = isinstance(error, ModuleNotFoundError)
+        print(f"report: {_missing(error) if missing else printable(error)}", file=sys.stderr)
         return code
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"this needs the package {error.name!r}, which is not installed; `pip install datatype-dynamics-bench` brings it"
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -178,6 +186,8 @@ def _common(paths: list[Path]) -> Path:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return None if (error.name or "").partition(".")[0] in ROOMS else ENVIRONMENT
     from report.errors import ImportRefused, MissingTool, UsageError
     from report.load.defect import NoResults
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,6 +28,7 @@ from report.plots.text import clean
 
 PANEL_IN = 2.55
 PLACEMENT_STEPS, MOST_MOVE_PX, LEADER_GAP_PT = 160, 14, 3.0
+NOT_MOVED = "Names may cover each other: adjustText, which moves them apart, is not installed."
 PEAK_WORDS = {"allocated": "peak memory allocated", "rss": "peak resident memory", "device": "peak device memory",
               "reserved": "peak memory reserved"}
 
@@ -40,7 +42,7 @@ def draw(table) -> Figure:
     across = min(2, len(tasks))
     down = -(-len(tasks) // across)
     figure = new_figure(table.title, PANEL_IN * down + LEGEND_IN, marks=table.marks,
-                        notes=exclusion_note(table.excluded))
+                        notes=(*exclusion_note(table.excluded), *([] if find_spec("adjustText") else [NOT_MOVED])))
     _legend(figure, data, arch_markers(list(data["arch"].unique())))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     markers = arch_markers(list(data["arch"].unique()))
@@ -119,6 +121,10 @@ def _labels(axes: Axes, data: pd.DataFrame) -> None:
     y = np.r_[data["mfu_bf16_peak"], own["mfu_own"]] * 100
     texts = [axes.text(at_x, at_y, clean(config, 24), size=SMALL_PT)
              for at_x, at_y, config in zip(x, y, data["dtype_config"], strict=False)]
+    if find_spec("adjustText") is None:
+        return  # the figure's note says so
+    from adjustText import adjust_text
+
     adjust_text(texts, x=x, y=y, target_x=x[:len(texts)], target_y=y[:len(texts)], ax=axes, iter_lim=PLACEMENT_STEPS,
                 max_move=(MOST_MOVE_PX, MOST_MOVE_PX), expand=(1.15, 1.6), force_text=(0.4, 0.8))
     _leaders(axes, texts, np.c_[x, y][:len(texts)])
