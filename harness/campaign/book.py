@@ -18,6 +18,8 @@ from harness.settings import SettingsError
 from instrument.files import replace
 
 NAME, SCHEMA = "campaign.json", 1
+CHANGEABLE = ("skip", "price_per_hour")
+"""Options that a later call may give anew: no run depends on them."""
 SETTLED = ("done", "failed", "cut")
 """``cut``: it ran into its own limit, and what it had measured by then is kept. ``pending`` and ``running`` (a call that was
 killed) are for this call or the next."""
@@ -45,6 +47,7 @@ class Book:
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path} is no campaign's file ({error}); move it away, or give another folder with --results") \
                 from error
+        began |= {name: asked[name] for name in CHANGEABLE if asked[name] is not None}
         for name, value in asked.items():
             if value is not None and value != began.get(name):
                 raise SettingsError(f"--{name.replace('_', '-')} is {_words(value)}, and the campaign in {path} was begun with "

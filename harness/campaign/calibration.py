@@ -45,13 +45,18 @@ def costs(rows: Mapping[str, Iterable[RunRecord]]) -> dict[tuple[str, str], Cost
 
 
 def spread(known: Mapping[tuple[str, str], Cost], labels: Sequence[str], configs: Sequence[str]) -> dict[tuple[str, str], Cost]:
-    """A cost for every case and configuration that anything is known of: its own, or that of its kind."""
+    """A cost for every case and configuration: its own, or that of its kind, or (a calibration that was cut) that of the
+    dearest other case. Empty where nothing at all is known."""
     found: dict[tuple[str, str], Cost] = {}
     for label in labels:
         own = {config: cost for (case, config), cost in known.items() if case == label}
-        for config in configs:
-            if (cost := _of(config, own)) is not None:
-                found[label, config] = cost
+        found |= {(label, config): cost for config in configs if (cost := _of(config, own)) is not None}
+    for config in configs:
+        others = {label: found[label, config] for label in labels if (label, config) in found}
+        if others:
+            dearest = max(others, key=lambda label: others[label].seconds(100))
+            for label in labels:
+                found.setdefault((label, config), replace(others[dearest], source=f"as {dearest}"))
     return found
 
 

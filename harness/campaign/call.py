@@ -123,7 +123,7 @@ class Campaign:
         found = spread(calibrated(self.results, self.labels), self.labels, self.configs)
         if (row := self.book.content["plan"]) is None:
             asked = self.book.asked
-            fit_s = 0.0 if "fit" in (asked["skip"] or ()) else SHARES["fit"] * self.book.total_s
+            fit_s = stages.kept_for_fit_s(asked, self.book.total_s)
             plan = make_plan(found, self.labels, self.configs,
                              budget_s=max(0.0, self.book.total_s - self.book.spent_s - fit_s - 2 * self._dossier_s()),
                              preset_steps=self.machine["preset_steps"], preset_seeds=self.machine["preset_seeds"],

@@ -16,7 +16,7 @@ from harness.campaign.book import Book, only_call
 from harness.campaign.calibration import calibrated, spread
 from harness.campaign.call import Campaign
 from harness.campaign.plan import Cost, make_plan
-from harness.campaign.stages import SHARES
+from harness.campaign.stages import SHARES, kept_for_fit_s
 from harness.exit_codes import OK
 from harness.run_folder import OutputError, require_writable
 from harness.signals import Stop
@@ -42,7 +42,7 @@ def campaign_command(options: argparse.Namespace) -> int:
         if packing.unpack(out, results):
             print(f"going on from {out}", file=sys.stderr)
         book = Book.open(results, asked, options.total_minutes or options.minutes)
-        if book.content["calls"]:  # what a later call leaves out is what the first one said
+        if book.asked != asked:  # what a later call leaves out is what the first one said
             machine, code = find_machine(book.asked, estimates=False)
             if machine is None:
                 return code
@@ -82,10 +82,10 @@ def dry_run(asked: dict[str, Any], options: argparse.Namespace, results: Path) -
         if (row["label"], row["config"]) not in known and row["step_s"] is not None:
             known[row["label"], row["config"]] = Cost(row["fixed_s"], row["step_s"], "estimated",
                                                       peak_allocated_bytes=row["peak_bytes"])
-    shares = sum(share for group, share in SHARES.items() if group not in (asked["skip"] or ()))
+    before = sum(share for group, share in SHARES.items() if group not in (*(asked["skip"] or ()), "fit"))
     known = spread(known, machine["labels"], machine["configs"])
     plan = make_plan(known, machine["labels"], machine["configs"],
-                     budget_s=(1 - shares) * total_s, preset_steps=machine["preset_steps"],
+                     budget_s=(1 - before) * total_s - kept_for_fit_s(asked, total_s), preset_steps=machine["preset_steps"],
                      preset_seeds=machine["preset_seeds"], max_steps=asked["max_steps"], seeds=asked["seeds"])
     terminal.show_machine(machine, results)
     terminal.show_plan(plan, known, machine)

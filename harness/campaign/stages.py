@@ -15,9 +15,12 @@ from harness.campaign.plan import Plan, Variant
 
 FOLDER = "campaign"
 """In the results folder: logs of the stages, parts of their output, the calibration's own results folder."""
-SHARES = {"doctor": 0.08, "check": 0.10, "bench": 0.20, "overhead": 0.12, "calibrate": 0.25, "fit": 0.20}
+SHARES = {"doctor": 0.05, "check": 0.08, "bench": 0.15, "overhead": 0.10, "calibrate": 0.15, "fit": 0.15}
 """At most this share of the campaign's planned minutes goes to a group of stages; what is left is the matrix's."""
-LEAST_S = {"doctor": 60.0, "check": 60.0, "bench": 30.0, "overhead": 60.0, "calibrate": 60.0, "fit": 60.0}
+LEAST_S = {"doctor": 60.0, "check": 45.0, "bench": 30.0, "overhead": 60.0, "calibrate": 60.0, "fit": 60.0}
+"""... but so much for each stage of it, however short the campaign: a first import and a first compilation take that."""
+FIT_FROM_S = 3600.0
+"""From this length on a campaign keeps time free for ``fit``; in a shorter one it gets what the runs leave."""
 FIT_CASES = ("gpt2_multi_cls", "gpt2_clm")
 
 
@@ -89,6 +92,11 @@ def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[st
     common = sizes(asked, None, None, fit=True)
     return [Stage(f"fit-{case}", "fit", ("harness", "fit", case, "--configs", *configs, *common, *price, "--out", str(results)),
                   goes_on=True, echo=True) for case in cases]
+
+
+def kept_for_fit_s(asked: Mapping[str, Any], total_s: float) -> float:
+    """Of a campaign's planned seconds."""
+    return 0.0 if "fit" in (asked["skip"] or ()) or total_s < FIT_FROM_S else SHARES["fit"] * total_s
 
 
 def sizes(asked: Mapping[str, Any], seq_len: int | None, max_steps: int | None, *, fit: bool = False) -> tuple[str, ...]:

@@ -126,6 +126,8 @@ def test_the_file_is_of_one_campaign(tmp_path):
         Book.open(tmp_path, {**NOTHING, "data": "DIR"}, 30.0)
     with pytest.raises(SettingsError, match=r"--max-steps is 7, .* begun with the default"):
         Book.open(tmp_path, {**NOTHING, "max_steps": 7}, 30.0)
+    changed = Book.open(tmp_path, {**NOTHING, "price_per_hour": 2.5, "skip": ["fit"]}, 30.0)
+    assert changed.asked["price_per_hour"] == 2.5 and changed.asked["skip"] == ["fit"] and changed.asked["data"] == "embedded"
     (tmp_path / "campaign.json").write_text('{"torn')
     with pytest.raises(OutputError, match="is no campaign's file"):
         Book.open(tmp_path, NOTHING, 30.0)

@@ -128,5 +128,12 @@ def test_what_was_not_calibrated_costs_what_its_kind_does():
     assert spread({}, ["gpt2_clm"], SEVEN) == {}
 
 
+def test_a_case_that_the_calibration_did_not_reach_costs_what_the_dearest_does():
+    known = {("a", "fp32_true"): Cost(4, 1.0, "measured"), ("b", "fp32_true"): Cost(4, 2.0, "measured")}
+    found = spread(known, ["a", "b", "c"], ["fp32_true", "amp_bf16"])
+    assert found["c", "fp32_true"].step_s == 2.0 and found["c", "amp_bf16"].source == "as b" and len(found) == 6
+    assert found["a", "fp32_true"].step_s == 1.0
+
+
 def test_the_control_has_the_classifiers_length():
     assert PRESETS["full"].sequence_length("gpt2_clm") != 512 == PRESETS["full"].sequence_length("roberta_mlm")

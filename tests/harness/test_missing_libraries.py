@@ -53,8 +53,8 @@ def folder(tmp_path):
 def test_a_data_folder_needs_no_optional_library(without, folder, tmp_path):
     out = tmp_path / "out"
     sizes = ("--preset", "tiny", "--max-steps", "3", "--batch-size", "2", "--seq-len", "16", "--validation-documents", "2")
-    done = without(OPTIONAL, "harness", "matrix", "--cases", "gpt2_multi_cls", "--configs", "fp32_true", "amp_bf16_8bit", *sizes,
-                   "--data", str(folder), "--out", str(out), "--json")
+    done = without(OPTIONAL, "harness", "matrix", "--cases", "gpt2_multi_cls", "--configs", "fp32_true", "amp_bf16_8bit",
+                   *sizes, "--data", str(folder), "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["dtype_config"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert rows["fp32_true"]["status"] == "completed" and rows["fp32_true"]["env"]["datasets_version"] is None

@@ -200,3 +200,11 @@ def test_h_without_tau_says_why():
 
 def test_markers_are_not_scatter_clouds():
     assert not [c for axes in drawn(made("B")).axes for c in axes.collections if isinstance(c, PathCollection)]
+
+
+def test_without_adjusttext_names_stay_and_the_figure_says_so(monkeypatch):
+    from report.plots import b_efficiency_frontier
+
+    monkeypatch.setattr(b_efficiency_frontier, "find_spec", lambda name: None)
+    words = " ".join(text.get_text() for text in texts(drawn(made("B")))).replace("\n", " ")
+    assert "adjustText, which moves them apart, is not installed" in words
