@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 RUN ?= gpt2_multi_cls amp_fp16 --preset tiny --data embedded
 OUT ?= results/tiny
 
-.PHONY: help run test soak lint matrix bench gpu freeze clean
+.PHONY: help run test soak lint matrix bench gpu gpu-dossier freeze clean
 help:
 	@echo "make run     set up .venv, run the main job ($(RUN)) and build its dossier"
 	@echo "make test    set up .venv and run the tests"
 	@echo "make matrix  every case x configuration (tiny, embedded data), and the dossier"
 	@echo "make bench   measure the harness itself"
 	@echo "make gpu     everything that needs a GPU: tests on it, kernel benchmark, the tiny matrix"
+	@echo "make gpu-dossier MINUTES=60 DATA=DIR   the whole campaign and its dossier, resumable: give it again to go on"
 	@echo "make soak    the long sweeps"
 	@echo "make lint    style and layering"
 
@@ -55,6 +56,11 @@ gpu: $(READY)
 	$(BIN)/python -m harness bench forensics overhead --out $(OUT)
 	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
+
+# Real size, real data: doctor, kernels, overhead, matrix, dossier. Cut at any moment, the same command goes on.
+MINUTES ?= 60
+gpu-dossier: $(READY)
+	$(BIN)/python -m harness campaign --minutes $(MINUTES) $(if $(DATA),--data $(DATA))
 
 freeze: $(READY)
 	sh install.sh --freeze

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
+from harness.campaign.arguments import add_campaign
+from harness.fit.arguments import add_fit
 from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, PARALLEL, Request
 
 EPILOG = """\
@@ -19,8 +21,10 @@ examples:
   python -m harness predict gpt2_multi_cls                what would fail in 16 bits, from the fp32 run, and did it
   python -m harness diff RUN_ID RUN_ID                    where two runs part, and what each costs
   python -m harness flops gpt2_clm --preset full          what a training step costs, with no GPU
+  python -m harness fit gpt2_clm --price-per-hour 3.5     the largest batch per configuration, and what tokens cost
   python -m harness repair results/nvidia-h200            after a crash: what is intact, and the index rebuilt
   python -m harness doctor                                what this machine can and cannot do
+  python -m harness campaign --minutes 30 --data DIR      doctor, kernels, matrix and dossier of a GPU, in one command
 
 exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, error or hung,
 4 bad data, 5 environment, 75 interrupted and resumable"""
@@ -48,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     repair.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR2",
                         help="copy the finished runs of these folders that DIR lacks, first")
     _json(repair)
+    add_campaign(commands.add_parser("campaign", help="everything there is to measure on a GPU, resumable, and its dossier"))
+    add_fit(commands.add_parser("fit", help="the largest batch per configuration, and what tokens cost there"))
     doctor = commands.add_parser("doctor", help="what this machine can do, and what will not work here")
     doctor.add_argument("--measure", action="store_true",
                         help="measure matmul rates and copy bandwidth, into machine.json of the results folder")
@@ -62,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--trials-share", type=_share, default=1.0, metavar="X",
                        help="reliability: make this share of the trials (default 1: all, a quarter of an hour on two cores)")
     bench.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
+    bench.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
     bench.add_argument("--out", type=Path, metavar="DIR",
                        help="overhead: write DIR/overhead.json for the dossier, too; reliability: DIR/reliability.json")
     _json(bench)

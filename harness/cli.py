@@ -74,6 +74,14 @@ def _command(name: str):
         from harness.doctor import doctor_command
 
         return doctor_command
+    if name == "campaign":
+        from harness.campaign.command import campaign_command
+
+        return campaign_command
+    if name == "fit":
+        from harness.fit.command import fit_command
+
+        return fit_command
     if name == "repair":
         from harness.repair import repair_command
 

@@ -1,10 +1,11 @@
-"""Command line of the kernels: compile them for GPUs that are not here, and bench them on the one that is.
+"""Command line of the kernels: compile them for GPUs that are not here, check and bench them on the one that is.
 
     python -m kernels compile [--arch sm_75 ...] [--op NAME ...] [--json]
+    python -m kernels check   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--impl auto] [--out FILE] [--json]
     python -m kernels bench   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--out FILE] [--json]
 
 Results for machines go to stdout as JSON with --json; words for people go to stderr.
-Exit codes: 0 ok, 2 usage, 5 environment (a package, tool or device is missing).
+Exit codes: 0 ok, 2 usage, 3 a check that came out wrong, 5 environment (a package, tool or device is missing).
 """
 
 import argparse
@@ -16,13 +17,13 @@ import tempfile
 
 from kernels import bench, compile
 
-USAGE, ENVIRONMENT = 2, 5
+USAGE, WRONG, ENVIRONMENT = 2, 3, 5
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        return {"compile": _compile, "bench": _bench}[args.command](args)
+        return {"compile": _compile, "check": _check, "bench": _bench}[args.command](args)
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return USAGE
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kernels", description="Compile and bench the Triton kernels.")
+    parser = argparse.ArgumentParser(prog="python -m kernels", description="Compile, check and bench the Triton kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
     ops = [module.rpartition(".")[2] for module in compile.MODULES]
     command = commands.add_parser("compile", help="compile every kernel for every GPU generation, without a GPU")
@@ -40,6 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
     command.add_argument("--json", action="store_true", help="a JSON list of rows on stdout")
     ops = list(bench.MODULES)
+    command = commands.add_parser("check", help="compare every op with float64 on the device that is here")
+    command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
+    command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    command.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto",
+                         help="default: what runs on that device")
+    command.add_argument("--out", metavar="FILE", help="write the JSON there too")
+    command.add_argument("--json", action="store_true", help="the JSON document on stdout")
     command = commands.add_parser("bench", help="time every op against eager torch, torch.compile and a copy")
     command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
     command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
@@ -65,15 +74,47 @@ def _compile(args) -> int:
     return 0
 
 
-def _bench(args) -> int:
+def _check(args) -> int:
+    from kernels import check
+
+    device, _ = _device(args.device)
+    form = "{:<19} {:<5} {:<36} {:<21} {:<6} {}"
+    print(form.format("op", "dtype", "case", "quantity", "", "error (allowed)"), file=sys.stderr)
+    rows, here = [], bench.machine(device)
+    for row in check.run(device, args.impl, args.op, args.dtype):
+        rows.append(row)
+        _write(args, _document(here, rows))  # as it grows: a crash on an unknown device leaves what came before
+        error = row.note if row.error is None else f"{row.error:.3g} ({row.allowed:.3g}) {row.unit}"
+        print(form.format(row.op, row.dtype, row.case, row.quantity, row.status, error), file=sys.stderr, flush=True)
+    wrong = sum(row.status != "right" for row in rows)
+    print(f"{len(rows)} quantities judged against float64 on {device}, {wrong} not right", file=sys.stderr)
+    if args.json:
+        print(json.dumps(_document(here, rows), indent=1, allow_nan=False))
+    return WRONG if wrong else 0
+
+
+def _document(here: dict, rows: list) -> dict:
+    """The checks as JSON."""
+    from kernels import check
+
+    return {"schema": check.SCHEMA, "machine": here, "judged": len(rows),
+            "not_right": sum(row.status != "right" for row in rows), "rows": [row.as_row() for row in rows]}  # fmt: skip
+
+
+def _device(asked: str) -> tuple[str, bool]:
+    """The device to run on, and whether there is a GPU at all."""
     import torch
 
+    has_cuda = torch.cuda.is_available()
+    if asked == "cuda" and not has_cuda:
+        raise RuntimeError("no CUDA device here; --device cpu takes the CPU path")
+    return ("cuda" if has_cuda and asked != "cpu" else "cpu"), has_cuda
+
+
+def _bench(args) -> int:
     if args.pairs < 1:
         raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
-    has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
-        raise RuntimeError("no CUDA device here; --device cpu measures the CPU path")
-    device = "cuda" if has_cuda and args.device != "cpu" else "cpu"
+    device, has_cuda = _device(args.device)
     document = {
         "schema": bench.SCHEMA,
         "machine": bench.machine(device),
@@ -84,17 +125,22 @@ def _bench(args) -> int:
     print(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"), file=sys.stderr)
     for row in bench.run(device, args.op, args.dtype, args.pairs):
         document["rows"].append(row.as_row())
+        _write(args, document)  # as it grows: what is cut has the rows that it had
         print(_words(row), file=sys.stderr, flush=True)
     if not has_cuda:
         for row in bench.unmeasured("cuda", args.op, args.dtype):
             document["rows"].append(row.as_row())
             print(_words(row), file=sys.stderr)
-    text = json.dumps(document, indent=1, allow_nan=False)
-    if args.out:
-        _replace(pathlib.Path(args.out), text + "\n")
+    _write(args, document)
     if args.json:
-        print(text)
+        print(json.dumps(document, indent=1, allow_nan=False))
     return 0
+
+
+def _write(args, document: dict) -> None:
+    """The JSON where a file was asked for."""
+    if args.out:
+        _replace(pathlib.Path(args.out), json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

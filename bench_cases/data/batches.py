@@ -66,6 +66,14 @@ class Batches:
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, _MASKS, step))))
         return self._make(self._train, self._order(step, step), random)
 
+    def longest(self) -> Batch:
+        """A batch of the longest training rows, each again where there are too few: what takes the most memory."""
+        rows = np.arange(len(self._train))
+        if not self.collator.packed:
+            rows = np.argsort(-self._lengths(self._train), kind="stable")
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, _MASKS, 0))))
+        return self._make(self._train, np.resize(rows, self.batch_size), random)
+
     def evaluation(self, documents: int | None, batch_size: int, split: str = "validation") -> Iterator[Batch]:
         """The first ``documents`` rows (all when None) of a split in stored order, the last batch maybe short.
 

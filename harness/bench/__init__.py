@@ -74,7 +74,7 @@ def run_one(name: str, options: argparse.Namespace) -> list:
     if name == "forensics":
         return forensics.measure(options.trials)
     if name == "overhead":
-        return overhead.measure(options.pairs, options.out)
+        return overhead.measure(options.pairs, options.out, options.at_most)
     return {"help": help, "run": run, "trainer": trainer}[name].measure(options.repeats)
 
 

@@ -27,8 +27,9 @@ IN_EVERY_ROUND = ("bare", "bare_again", "light")
 ARMS = ("bare", "bare_again", "light", "full", "watch", "debug_underflow_overflow", "detect_anomaly")
 
 
-def measure(pairs: int, out: Path | None = None) -> list[Figure]:
-    """Ratios of every arm's step time to the bare loop's; ``out`` gets ``overhead.json``."""
+def measure(pairs: int, out: Path | None = None, at_most_s: float | None = None) -> list[Figure]:
+    """Ratios of every arm's step time to the bare loop's; ``out`` gets ``overhead.json``. Behind ``at_most_s`` seconds of
+    rounds no other begins: there are fewer pairs then, and wider intervals."""
     import tempfile
 
     import torch
@@ -39,14 +40,14 @@ def measure(pairs: int, out: Path | None = None) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         arms, facts, close = make_arms(device, Path(folder))
         try:
-            wall_s, cpu_s = _rounds(arms, pairs, facts["steps_a_turn"])
+            wall_s, cpu_s = _rounds(arms, pairs, facts["steps_a_turn"], at_most_s)
         finally:
             close()
     figures = [*_figures(wall_s, "", facts, TARGETS[device.type]), *_figures(cpu_s, "_cpu", facts, None), log_write()]
     if out is not None:
         from instrument.files import replace
 
-        rows = {"device": str(device), "pairs": pairs, **facts, "rows": [figure.as_row() for figure in figures],
+        rows = {"device": str(device), "pairs": len(wall_s["bare"]), **facts, "rows": [figure.as_row() for figure in figures],
                 "wall_s": wall_s, "cpu_s": cpu_s}
         replace(out / "overhead.json", json.dumps(rows, allow_nan=False).encode() + b"\n")
     return figures
@@ -72,11 +73,15 @@ def log_write(records: int = 2000) -> Figure:
     return summarize("overhead", "log_write", spent_us, "us", at_most=LOG_WRITE_US, note=f"{records} records, one at a time")
 
 
-def _rounds(arms: dict[str, Iterator[None]], pairs: int,
-            steps_a_turn: int) -> tuple[dict[str, list[float | None]], ...]:
-    """Wall and processor seconds of every arm's step, a round at a time; None where an arm took no part."""
+def _rounds(arms: dict[str, Iterator[None]], pairs: int, steps_a_turn: int,
+            at_most_s: float | None = None) -> tuple[dict[str, list[float | None]], ...]:
+    """Wall and processor seconds of every arm's step, a round at a time; None where an arm took no part. One round counts,
+    whatever it takes."""
     wall_s, cpu_s = ({name: [] for name in arms} for _ in range(2))
+    ends = math.inf if at_most_s is None else time.perf_counter() + at_most_s
     for turn in range(WARMUP_ROUNDS + pairs):
+        if turn > WARMUP_ROUNDS and time.perf_counter() > ends:
+            break
         whole = turn < WARMUP_ROUNDS or (turn - WARMUP_ROUNDS) % SELDOM == 0
         order = [name for name in arms if whole or name in IN_EVERY_ROUND]
         spent = {name: _step(arms[name]) for name in (order if turn % 2 == 0 else reversed(order))}

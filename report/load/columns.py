@@ -17,6 +17,7 @@ import numpy as np
 from instrument.records import KINDS, SCHEMA, AnyRecord, Record, RecordError, decode
 from report.load.defect import Defect, defect
 from report.load.inside import link_on_the_way
+from report.load.packed import lines, stored
 
 CHUNK_BYTES = 4 << 20
 NOT_COLUMNS = ("schema", "nonfinite")
@@ -30,12 +31,13 @@ def read_columns(path: Path, kind: type[Record], name: str) -> tuple[dict[str, n
 
     ``int`` and ``bool`` fields are int64 and bool; fields that may be null are float64 with nan for
     null, and with nan or +-inf where the line's ``nonfinite`` map names it; all others are objects.
-    Columns are read-only. A file that is not there has no rows.
+    Columns are read-only. A file that is not there has no rows; one that is there as ``.gz`` only is read from that.
     """
+    path, name = stored(path, name)
     dtypes = column_dtypes(kind)
     pieces: list[dict[str, np.ndarray]] = []
     defects = link_on_the_way(path, name)
-    for first_line, chunk in () if defects else _chunks(path):
+    for first_line, chunk in () if defects else lines(path, name, defects, CHUNK_BYTES):
         rows = _decode_chunk(chunk, kind)
         if rows is None:
             rows = [row for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
@@ -56,22 +58,11 @@ def column_dtypes(kind: type[Record]) -> dict[str, np.dtype]:
 
 def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
     """The valid records of a small file in order, and what was wrong with the others."""
+    path, name = stored(path, name)
     defects = link_on_the_way(path, name)
-    rows = [row for first_line, chunk in (() if defects else _chunks(path))
+    rows = [row for first_line, chunk in (() if defects else lines(path, name, defects, CHUNK_BYTES))
             for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
     return rows, defects
-
-
-def _chunks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
-    """The file's lines, some megabytes at a time, with the number of each chunk's first line."""
-    try:
-        with path.open("rb") as file:
-            line = 1
-            while lines := file.readlines(CHUNK_BYTES):
-                yield line, lines
-                line += len(lines)
-    except (FileNotFoundError, IsADirectoryError):
-        return
 
 
 def _decode_chunk(chunk: list[bytes], kind: type[AnyRecord]) -> list[AnyRecord] | None:

@@ -14,6 +14,7 @@ from instrument.sampler.record import HardwareRecord
 from report.load.columns import read_columns, read_records
 from report.load.defect import Defect, NoResults, defect
 from report.load.marks import marks_of
+from report.load.packed import stored
 from report.load.plain import read_object, read_objects
 from report.load.runs import read_runs
 
@@ -138,7 +139,7 @@ class Folder:
         """A row tells how many steps it did; a log that holds another number lost some."""
         told = self.by_id[run_id].steps_done
         if found != told and not defects:
-            what = "is missing" if not (self.path / name).exists() else f"holds {found} steps"
+            what = "is missing" if not stored(self.path / name, name)[0].exists() else f"holds {found} steps"
             defects.append(defect(name, None, f"{what}, and its row says {told}"))
 
     def _side_file(self, name: str) -> dict[str, Any] | None:

@@ -10,6 +10,9 @@ import msgspec
 from report.load.columns import UNREADABLE
 from report.load.defect import Defect, defect
 from report.load.inside import link_on_the_way
+from report.load.packed import lines, stored
+
+CHUNK_BYTES = 4 << 20
 
 
 def read_object(path: Path, name: str) -> tuple[dict[str, Any] | None, list[Defect]]:
@@ -28,15 +31,14 @@ def read_object(path: Path, name: str) -> tuple[dict[str, Any] | None, list[Defe
 
 
 def read_objects(path: Path, name: str) -> tuple[list[dict[str, Any]], list[Defect]]:
-    """The JSON objects in a file's lines; a line that is none is a defect."""
+    """The JSON objects in a log's lines; a line that is none is a defect."""
     rows: list[dict[str, Any]] = []
+    path, name = stored(path, name)
     if defects := link_on_the_way(path, name):
         return rows, defects
-    try:
-        lines = path.read_bytes().splitlines()
-    except (FileNotFoundError, IsADirectoryError):
-        return rows, defects
-    for number, line in enumerate(lines, start=1):
+    numbered = ((number, line) for first, chunk in lines(path, name, defects, CHUNK_BYTES)
+                for number, line in enumerate(chunk, start=first))
+    for number, line in numbered:
         try:
             row = msgspec.json.decode(line)
         except UNREADABLE as error:

@@ -1,0 +1,110 @@
+"""The stages as commands, in order. Torch-free: a list of what `python -m` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from harness.campaign.arguments import OPS
+from harness.campaign.calibration import FOLDER as CALIBRATION
+from harness.campaign.calibration import STEPS, representatives
+from harness.campaign.plan import Plan, Variant
+
+FOLDER = "campaign"
+"""In the results folder: logs of the stages, parts of their output, the calibration's own results folder."""
+SHARES = {"doctor": 0.05, "check": 0.08, "bench": 0.15, "overhead": 0.10, "calibrate": 0.15, "fit": 0.15}
+"""At most this share of the campaign's planned minutes goes to a group of stages; what is left is the matrix's."""
+LEAST_S = {"doctor": 60.0, "check": 45.0, "bench": 30.0, "overhead": 60.0, "calibrate": 60.0, "fit": 60.0}
+"""... but so much for each stage of it, however short the campaign: a first import and a first compilation take that."""
+FIT_FROM_S = 3600.0
+"""From this length on a campaign keeps time free for ``fit``; in a shorter one it gets what the runs leave."""
+FIT_CASES = ("gpt2_multi_cls", "gpt2_clm")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``command``: what follows ``python -m``. ``group`` shares a time limit (`SHARES`; ``run`` has none of its own).
+    ``goes_on``: asked to stop, it leaves something to go on from, so the end of a call leaves it pending."""
+
+    name: str
+    group: str
+    command: tuple[str, ...]
+    goes_on: bool = False
+    echo: bool = False
+
+
+def before_the_plan(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str],
+                    total_s: float) -> list[Stage]:
+    """Doctor, kernels, overhead, calibration."""
+    skip, out = asked["skip"] or (), str(results)
+    pairs = ("--pairs", str(asked["pairs"])) if asked["pairs"] else ()
+    device = ("--device", asked["device"]) if asked["device"] else ()
+    parts, stages = results / FOLDER, []
+    if "doctor" not in skip:
+        stages.append(Stage("doctor", "doctor", ("harness", "doctor", "--measure", "--out", out, "--json")))
+    ops = [op for op in OPS if op in (asked["ops"] or OPS)]
+    if "check" not in skip:
+        stages += [Stage(f"check-{op}", "check", ("kernels", "check", "--op", op, *device, "--out",
+                                                  str(parts / f"check-{op}.json"))) for op in ops]
+    if "bench" not in skip:
+        stages += [Stage(f"bench-{op}", "bench", ("kernels", "bench", "--op", op, *device, *pairs, "--out",
+                                                  str(parts / f"bench-{op}.json"))) for op in ops]
+    if "overhead" not in skip:
+        at_most_s = 0.7 * max(LEAST_S["overhead"], SHARES["overhead"] * total_s)  # the rest is for building its arms
+        stages.append(Stage("overhead", "overhead", ("harness", "bench", "overhead", *pairs, "--at-most", f"{at_most_s:.0f}",
+                                                     "--out", out)))
+    return stages + calibration(asked, results, labels, configs)
+
+
+def calibration(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str]) -> list[Stage]:
+    """A few steps of every case, one command for each sequence length."""
+    stages, folder = [], str(results / CALIBRATION)
+    for seq_len, group in groupby(sorted(map(Variant.parse, labels), key=lambda v: v.seq_len or 0), key=lambda v: v.seq_len):
+        command = ("harness", "matrix", "--cases", *(variant.case for variant in group), "--configs", *representatives(configs),
+                   "--seeds", "0", *sizes(asked, seq_len, STEPS), "--no-follow-up", "--out", folder)
+        stages.append(Stage("calibrate" + (f"@{seq_len}" if seq_len else ""), "calibrate", command, goes_on=True, echo=True))
+    return stages
+
+
+def runs(asked: Mapping[str, Any], results: Path, plan: Plan) -> list[Stage]:
+    """The planned blocks: the first alone, since the first dossier follows it; then neighbours of one seed and sequence length
+    in one matrix command, which rotates their configurations itself."""
+    blocks, stages = list(plan.blocks), []
+    key = lambda pair: (pair[0] == 0, pair[1].seed, Variant.parse(pair[1].case).seq_len)  # noqa: E731
+    for (_, seed, seq_len), group in groupby(enumerate(blocks), key=key):
+        members = [block for _, block in group]
+        cases = [Variant.parse(block.case).case for block in members]
+        command = ("harness", "matrix", "--cases", *cases, "--configs", *members[0].configs, "--seeds", str(seed),
+                   *sizes(asked, seq_len, plan.max_steps), "--out", str(results))
+        stages.append(Stage(f"run-{members[0].case}-s{seed}", "run", command, goes_on=True, echo=True))
+    return stages
+
+
+def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str]) -> list[Stage]:
+    """What fits at most, for one classifier and one language model."""
+    if "fit" in (asked["skip"] or ()):
+        return []
+    price = ("--price-per-hour", str(asked["price_per_hour"])) if asked["price_per_hour"] else ()
+    cases = [case for case in FIT_CASES if case in labels]
+    common = sizes(asked, None, None, fit=True)
+    return [Stage(f"fit-{case}", "fit", ("harness", "fit", case, "--configs", *configs, *common, *price, "--out", str(results)),
+                  goes_on=True, echo=True) for case in cases]
+
+
+def kept_for_fit_s(asked: Mapping[str, Any], total_s: float) -> float:
+    """Of a campaign's planned seconds."""
+    return 0.0 if "fit" in (asked["skip"] or ()) or total_s < FIT_FROM_S else SHARES["fit"] * total_s
+
+
+def sizes(asked: Mapping[str, Any], seq_len: int | None, max_steps: int | None, *, fit: bool = False) -> tuple[str, ...]:
+    """The options that every run of the campaign has in common."""
+    given = {"preset": asked["preset"], "device": asked["device"], "data": asked["data"], "weights": asked["weights"],
+             "seq_len": seq_len or asked["seq_len"], "documents": asked["documents"], "threads": asked["threads"]}
+    if not fit:
+        given |= {"max_steps": max_steps, "batch_size": asked["batch_size"], "micro_batch": asked["micro_batch"],
+                  "validation_documents": asked["validation_documents"]}
+    return tuple(word for name, value in given.items() if value is not None
+                 for word in (f"--{name.replace('_', '-')}", str(value)))

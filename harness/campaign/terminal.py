@@ -1,0 +1,101 @@
+"""What a person sees of a campaign, on standard error: plain lines that also read well in a log."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.campaign.book import Book
+from harness.campaign.pack import Packed
+from harness.campaign.plan import Cost, Plan
+from harness.campaign.stages import Stage
+
+
+def say(line: str) -> None:
+    """One line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
+
+
+def echo(line: str) -> None:
+    """A stage's own line, where it is one of progress (``  3/7  gpt2_clm ...``): the rest is in its log."""
+    if re.match(r"\s*\d+/\d+\s", line):
+        print(f"          {line}", file=sys.stderr, flush=True)
+
+
+def show_machine(machine: Mapping[str, Any], results: Path) -> None:
+    """Where, on what, with which data, and what is missing."""
+    environment = machine["environment"]
+    say(f"{environment.get('gpu') or environment['cpu']}, torch {environment['torch_version']}, preset {machine['preset']}, "
+        f"data {machine['data']}, weights {machine['weights']}; working in {results}")
+    for name, cost in machine["missing"].items():
+        say(f"{name} is not installed: {cost}")
+
+
+def show_plan(plan: Plan, costs: Mapping[tuple[str, str], Cost], machine: Mapping[str, Any]) -> None:
+    """Seconds a step, and what is going to be run in which order."""
+    configs = machine["configs"]
+    say("milliseconds a step (~: taken from the measured one of its kind or estimated; x: died in the calibration)")
+    width = max(len(config) for config in configs)
+    print(f"          {'':<22}" + "  ".join(f"{config:>{width}}" for config in configs), file=sys.stderr)
+    for label in machine["labels"]:
+        words = [_cost(costs.get((label, config))) for config in configs]
+        print(f"          {label:<22}" + "  ".join(f"{word:>{width}}" for word in words), file=sys.stderr)
+    seeds = " ".join(map(str, plan.seeds))
+    say(f"plan: {plan.max_steps} steps, seeds {seeds}, {len(plan.blocks)} blocks of {len(configs)} configurations, "
+        f"{_minutes(plan.estimated_s)} of {_minutes(plan.budget_s)} for runs; {plan.why}")
+    sum_s: float | None = 0.0
+    for number, block in enumerate(plan.blocks, start=1):
+        sum_s = None if sum_s is None or block.estimated_s is None else sum_s + block.estimated_s
+        print(f"          {number:>3}  {block.case:<22} seed {block.seed}  {_minutes(block.estimated_s):>12}  in all "
+              f"{_minutes(sum_s):>12}  beginning with {block.configs[0]}", file=sys.stderr)
+
+
+def begins(stage: Stage, at_most_s: float) -> None:
+    """A stage is started."""
+    limit = "" if at_most_s == float("inf") else f" (at most {_minutes(at_most_s)})"
+    say(f"{stage.name}{limit}")
+
+
+def ended(stage: Stage, state: str, note: str | None, seconds: float) -> None:
+    """A stage is over."""
+    say(f"{stage.name}: {state} in {seconds:.0f} s" + (f", {note}" if note else ""))
+
+
+def packed(result: Packed | None, state: str, note: str | None) -> None:
+    """The dossier was built, and lies in a folder that may be committed."""
+    words = f"dossier: {state}" + (f", {note}" if note else "")
+    if result is not None:
+        words += f"; {result.files} files, {result.size_bytes / 1e6:.1f} MB, in {result.folder}"
+        words += "".join(f"; left out: {what}" for what in result.left_out)
+    say(words)
+
+
+def last_words(book: Book, done: bool, failed: list[str]) -> None:
+    """What is left, and what the next call does."""
+    stages = book.content["stages"]
+    left = [name for name, entry in stages.items() if entry["state"] in ("pending", "running")]
+    say(f"{sum(entry['state'] == 'done' for entry in stages.values())} stages done, {len(failed)} failed, "
+        f"{sum(entry['state'] == 'cut' for entry in stages.values())} cut, {_minutes(book.spent_s)} spent in "
+        f"{len(book.content['calls'])} call(s)")
+    for name in failed:
+        say(f"failed: {name}: {stages[name]['note']} (log: {book.path.parent / 'campaign' / 'logs' / name}.log)")
+    if not done:
+        say("left to do: " + (", ".join(left) or "the plan") + "; the same command goes on")
+
+
+def _cost(cost: Cost | None) -> str:
+    if cost is None:
+        return "unknown"
+    if not cost.step_s:
+        return "unsupported"
+    return f"{'' if cost.source == 'measured' else '~'}{1e3 * cost.step_s:.0f}{' x' if cost.died else ''}"
+
+
+def _minutes(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,203 @@
+"""``python -m harness fit CASE``: a search per configuration, its row kept as soon as it is known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_cases import DTYPE_CONFIGS, Case, DtypeConfig, lookup
+from bench_cases.own import find_case
+from harness.exit_codes import OK, RUN_FAILED
+from harness.fit import terminal
+from harness.fit.search import Found, Tried, search
+from harness.run_folder import require_writable
+from harness.settings import Request, RunSettings
+from instrument.files import locked, replace
+
+SCHEMA, NAME, LOCK = 1, "fit.json", ".fit.lock"
+ON_A_CPU = ("a CPU has no memory of its own that a batch could fill; --memory-limit GB searches in so much, with --dry-run in "
+            "the memory model")
+START = 32
+"""Rows of the first trial, which is also the one that the largest batch is compared with."""
+STEPS = 100
+"""Of the schedule; a trial makes fewer."""
+ASKED = ("preset", "device", "data", "weights", "seq_len", "documents", "threads", "attention", "compile")
+SAME = ("preset", "device", "data", "data_fingerprint", "sources_fingerprint", "weights", "seq_len", "attention", "compile")
+
+
+def fit_command(options: argparse.Namespace) -> int:
+    """Fill fit.json's rows of a case and print them. Exit code 3 where a configuration ran into an error of its own."""
+    case = find_case(options.case)
+    configs = _configs(options.configs)
+    from harness.fit.processes import Processes
+    from harness.planning import choose_device, plan_run
+
+    device = choose_device(options.device)
+    request = {name: getattr(options, name) for name in ASKED}
+
+    def settings(config: DtypeConfig, batch: int) -> RunSettings:
+        return plan_run(case, config, 0, Request(**request, batch_size=batch, micro_batch=batch, max_steps=STEPS), device)
+
+    limit = None if options.memory_limit is None else round(options.memory_limit * 1e9)
+    processes = Processes(limit)
+    slug, name, total = processes.facts()
+    out = options.out or Path("results") / slug
+    limit_bytes = limit if limit is not None else total
+    if not options.dry_run:
+        require_writable(out)
+    rows = []
+    for config in configs:
+        drafted = settings(config, min(START, options.most))
+        row = None if options.rerun or options.dry_run else kept(out, drafted, limit)
+        if row is None:
+            row = {"device": name, "memory_bytes": limit_bytes, "memory_limit_bytes": limit, **identity(drafted)}
+            if device.type == "cpu" and limit is None:
+                row |= {"status": "unsupported", "largest_batch": None, "limited_by": ON_A_CPU}
+            elif options.dry_run:
+                row |= in_the_model(lambda batch, config=config: settings(config, batch), options.most, limit_bytes, out)
+            else:
+                row |= measured(processes, lambda batch, config=config: settings(config, batch), options.most, limit_bytes)
+            if not options.dry_run:
+                keep(out, row)
+        row = row | costs(row, options.price_per_hour)
+        terminal.row(row)
+        rows.append(row)
+    terminal.table(case.id, rows, options.price_per_hour)
+    if options.json:
+        print(json.dumps({"schema": SCHEMA, "case": case.id, "price_per_hour": options.price_per_hour, "rows": rows}))
+    return RUN_FAILED if any(row["status"] == "error" for row in rows) else OK
+
+
+def _configs(names: list[str] | None) -> list[DtypeConfig]:
+    if names == ["all"]:
+        return list(DTYPE_CONFIGS.values())
+    if names:
+        return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
+    return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
+
+
+def identity(settings: RunSettings) -> dict[str, Any]:
+    """What a row is about."""
+    import torch
+
+    case: Case = settings.case
+    return {"case": case.id, "config": settings.config.id, "torch_version": torch.__version__,
+            **{name: getattr(settings, name) for name in SAME}}
+
+
+def measured(processes, settings, most: int, limit_bytes: int | None) -> dict[str, Any]:
+    """Search by trials, then time the largest batch and the one of `START` rows."""
+    trials: dict[int, Any] = {}
+
+    def try_batch(batch: int) -> Tried:
+        trials[batch] = trial = processes.trial(settings(batch), timed=batch == START)
+        terminal.trial(trial)
+        return Tried(batch, trial.status == "fits", trial.peak_bytes)
+
+    first = try_batch(min(START, most))
+    unsupported = trials[first.batch].status == "unsupported"
+    if unsupported or trials[first.batch].status == "error":
+        return verdict(Found(None, first.batch, (first,)), trials, most) | {"status": trials[first.batch].status}
+    found = search(lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most,
+                   limit_bytes=limit_bytes)
+    if found.largest is not None and trials[found.largest].tokens_per_s is None:
+        found = confirmed(found, lambda batch: processes.trial(settings(batch), timed=True), trials)
+    return verdict(found, trials, most)
+
+
+def confirmed(found: Found, timed, trials: dict[int, Any]) -> Found:
+    """Time the largest batch. One that fitted and does not fit twice, or over more steps, is none: the next smaller that was
+    tried and fitted takes its place."""
+    fitting = sorted((t.batch for t in found.trials if t.fits), reverse=True)
+    fails = found.fails
+    for batch in fitting:
+        if trials[batch].tokens_per_s is None:
+            trials[batch] = timed(batch)
+            terminal.trial(trials[batch])
+        if trials[batch].status == "fits":
+            return Found(batch, fails, found.trials)
+        fails = batch
+    return Found(None, fails, found.trials)
+
+
+def verdict(found: Found, trials: dict[int, Any], most: int) -> dict[str, Any]:
+    """The row's findings. ``within_rows``: between what fits and what does not; ``limited_by``: why that did not."""
+    best, small, beyond = trials.get(found.largest), trials.get(START), trials.get(found.fails)
+    small = small if small is not None and small.status == "fits" else None
+    status = "none_fits" if best is None else "at_least" if found.fails is None else "found"
+    return {"status": status, "largest_batch": found.largest, "next_batch_fails": found.fails, "most": most,
+            "within_rows": within(found), "trials": len(trials),
+            "limited_by": None if beyond is None else f"{beyond.status}: {beyond.why}",
+            "peak_bytes": best and best.peak_bytes, "step_s": best and best.step_s,
+            "timed_steps": best.timed_steps if best else 0,
+            "tokens_per_s": best and best.tokens_per_s, "real_tokens_per_s": best and best.real_tokens_per_s,
+            "at_32": small and {"step_s": small.step_s, "tokens_per_s": small.tokens_per_s, "peak_bytes": small.peak_bytes,
+                                "real_tokens_per_s": small.real_tokens_per_s}}
+
+
+def within(found: Found) -> int | None:
+    """How far the limit may lie beyond what fits."""
+    return None if found.largest is None or found.fails is None else found.fails - found.largest
+
+
+def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, Any]:
+    """The same search in the memory model of ``case --dry-run``. No speed: none was measured."""
+    from harness.estimate import estimate
+
+    why: dict[str, str] = {}
+
+    def try_batch(batch: int) -> Tried:
+        found = estimate(settings(batch), out)
+        why["unsupported"] = found["unsupported"] or found["not_estimated"] or ""
+        peak = (found["memory"] or {}).get("peak_bytes")
+        return Tried(batch, peak is not None and peak <= limit_bytes, peak)
+
+    first = try_batch(min(START, most))
+    if first.peak_bytes is None:
+        return {"status": "unsupported", "largest_batch": None, "limited_by": why["unsupported"], "dry_run": True}
+    found = search(lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most,
+                   limit_bytes=limit_bytes)
+    peaks = {t.batch: t.peak_bytes for t in found.trials}
+    return {"status": "none_fits" if found.largest is None else "at_least" if found.fails is None else "found",
+            "largest_batch": found.largest, "next_batch_fails": found.fails, "most": most, "dry_run": True,
+            "within_rows": within(found), "peak_bytes": peaks.get(found.largest), "limited_by": None if found.fails is None else
+            f"the memory model: {peaks[found.fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}", "trials": len(found.trials)}
+
+
+def costs(row: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
+    """What 10^9 real tokens cost at the largest batch and at 32, in the price's own currency; null without both."""
+    def cost(rate: float | None) -> float | None:
+        return None if price_per_hour is None or not rate else price_per_hour / 3600 * 1e9 / rate
+
+    return {"price_per_hour": price_per_hour, "cost_per_1e9_real_tokens": cost(row.get("real_tokens_per_s")),
+            "cost_per_1e9_real_tokens_at_32": cost((row.get("at_32") or {}).get("real_tokens_per_s"))}
+
+
+def kept(out: Path, settings: RunSettings, limit: int | None) -> dict[str, Any] | None:
+    """The row of an earlier call about the same thing; one that ended in an error is measured again."""
+    wanted = identity(settings) | {"memory_limit_bytes": limit}
+    return next((row for row in read_rows(out) if all(row.get(name) == value for name, value in wanted.items())
+                 and row.get("status") != "error"), None)
+
+
+def keep(out: Path, row: dict[str, Any]) -> None:
+    """Put a row into fit.json, in place of the one about the same thing."""
+    with locked(out / LOCK):
+        about = ("case", "config", "seq_len", "preset", "data", "weights", "memory_limit_bytes")
+        rows = [r for r in read_rows(out) if any(r.get(name) != row[name] for name in about)]
+        text = json.dumps({"schema": SCHEMA, "rows": [*rows, row]}, indent=1, allow_nan=False)
+        replace(out / NAME, text.encode() + b"\n")
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of fit.json; none where there is no such file."""
+    try:
+        return json.loads((out / NAME).read_bytes())["rows"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        print(f"{out / NAME} is damaged, and is written anew", file=sys.stderr)
+        return []

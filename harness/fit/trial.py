@@ -1,0 +1,145 @@
+"""A few steps at one batch size, in a process that does nothing else. Preloaded by the fork server: importing this imports
+torch and the models, and initialises nothing."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+
+import torch
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.roberta.modeling_roberta  # noqa: F401  (paid here, once)
+
+from bench_cases.data.batches import Batches
+from bench_cases.models import build_model
+from harness.precision import Precision, Unsupported
+from harness.run import load_run_data, make_batches, model_request
+from harness.settings import RunSettings
+from harness.training import Training
+
+LONGEST_STEPS, WARM_STEPS = 2, 2
+"""Steps of the longest rows (the second has the optimizer's states), then ordinary ones, untimed."""
+LEAST_TIMED, MOST_TIMED, ENOUGH_S = 3, 20, 5.0
+"""Timed steps: as many as take `ENOUGH_S`."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Cannot allocate memory")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """``status``: fits, oom, unsupported, error (``why`` says what), crashed. Rates over the timed steps, null in a trial that
+    only asks whether the batch fits. ``peak_bytes``: reserved by the allocator on CUDA; null on a CPU."""
+
+    batch: int
+    status: str
+    why: str | None = None
+    peak_bytes: int | None = None
+    step_s: float | None = None
+    timed_steps: int = 0
+    tokens_per_s: float | None = None
+    real_tokens_per_s: float | None = None
+
+    def as_row(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class LongestFirst:
+    """A run's batches behind two of the longest rows there are."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.longest = batches.longest()
+
+    def step(self, step: int):
+        return self.longest if step <= LONGEST_STEPS else self.batches.step(step)
+
+
+def enter(settings: RunSettings, timed: bool, memory_limit_bytes: int | None, reports: Connection) -> None:
+    """The process's first function: sends one `Trial`."""
+    try:
+        if memory_limit_bytes is not None:
+            _limit(memory_limit_bytes, settings.device)
+        trial = measure(settings, timed=timed)
+    except Unsupported as error:
+        trial = Trial(settings.batch_size, "unsupported", str(error))
+    except (RuntimeError, MemoryError) as error:
+        words = _first_line(error)
+        oom = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+        trial = Trial(settings.batch_size, "oom" if oom else "error", words)
+    except Exception as error:
+        trial = Trial(settings.batch_size, "error", _first_line(error))
+    reports.send(trial)
+    reports.close()
+
+
+def measure(settings: RunSettings, *, timed: bool) -> Trial:
+    """Train a few steps; with ``timed`` long enough to tell the speed. Raises what training raises."""
+    device = torch.device(settings.device)
+    data = load_run_data(settings)
+    batches = LongestFirst(make_batches(settings, data))
+    precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads,
+                          compiled=settings.compile)
+    try:
+        training = Training.prepare(settings, build_model(model_request(settings, data)), batches, precision,
+                                    data.valid_vocab if settings.case.task.head != "classification" else None)
+        gc.collect()
+        _steps(training, 1, LONGEST_STEPS)
+        warm_s, _, _ = _steps(training, LONGEST_STEPS + 1, WARM_STEPS if timed else 1)
+        if not timed:
+            return Trial(settings.batch_size, "fits", peak_bytes=_peak(settings))
+        count = max(LEAST_TIMED, min(MOST_TIMED, round(ENOUGH_S / warm_s)))
+        seconds, tokens, real = _steps(training, LONGEST_STEPS + WARM_STEPS + 1, count)
+        return Trial(settings.batch_size, "fits", None, _peak(settings), seconds, count, tokens / seconds, real / seconds)
+    finally:
+        precision.close()
+
+
+def _steps(training: Training, first: int, count: int) -> tuple[float, float, float]:
+    """Seconds, tokens and real tokens a step, over ``count`` steps that the device is waited for once, behind the last. A
+    configuration that dies on the way, as fp16_naive does, works on with what is not finite, and as fast."""
+    meter = training.meter(count)
+    _wait(training.precision.device)
+    began_s = time.perf_counter()
+    rows = [step for reading in training.train(meter, range(first, first + count)) for step in reading.steps]
+    _wait(training.precision.device)
+    seconds = (time.perf_counter() - began_s) / count
+    return seconds, sum(row.tokens for row in rows) / count, sum(row.real_tokens for row in rows) / count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(settings: RunSettings) -> int | None:
+    return torch.cuda.max_memory_reserved() if settings.device == "cuda" else None
+
+
+def _limit(memory_bytes: int, device: str) -> None:
+    """Less memory than there is: the allocator's share of the GPU, or of a CPU process's addresses beside its libraries'."""
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / torch.cuda.get_device_properties(0).total_memory))
+        return
+    import resource
+
+    import psutil
+
+    taken = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (taken + memory_bytes, resource.RLIM_INFINITY))
+
+
+def device_facts(reports: Connection) -> None:
+    """What only a process that touches the GPU can tell: (slug, name, total bytes); of a CPU the name, and no total."""
+    from instrument.environment import device_slug
+
+    if not torch.cuda.is_available():
+        reports.send((device_slug(torch.device("cpu")), "cpu", None))
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        reports.send((device_slug(torch.device("cuda")), properties.name, properties.total_memory))
+    reports.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]

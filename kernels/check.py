@@ -1,0 +1,125 @@
+"""Correctness of every op on the device at hand, judged against float64, at real sizes.
+
+    python -m kernels check [--op NAME ...] [--json]
+
+Each op has a module with `checks(device, dtype, impl) -> Iterator[Judged]`. The tests go through many more shapes; this is
+what an installed package, or a benchmark that is about to trust its kernels, asks of a GPU that nobody has tried yet.
+Losses and gradients may err by no more than eager torch in the same dtype does, plus one rounding; counts are exact.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+
+import torch
+
+SCHEMA = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Op -> the module whose checks() judges it, by hand, in the order of the README.
+MODULES = {
+    "logit_stats": "kernels.logit_stats.check",
+    "cross_entropy": "kernels.cross_entropy.check",
+    "bce_with_logits": "kernels.bce_with_logits.check",
+    "multi_tensor_stats": "kernels.multi_tensor_stats.check",
+    "unscale": "kernels.unscale.check",
+    "exponent_histogram": "kernels.exponent_histogram.check",
+    "activation_stats": "kernels.activation_stats.check",
+}
+SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 65504.0, -65504.0, 65536.0, 1e30, 2.0**-25, 2.0**-24, 1e-40)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One quantity of one case: `error` (0: as in float64) beside what is `allowed`, both in `unit`."""
+
+    case: str
+    quantity: str
+    error: float
+    allowed: float
+    unit: str
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.allowed  # a NaN is not
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """status: "right", "wrong", or "failed": the op raised, and `note` says what. Then there is no error to give."""
+
+    op: str
+    dtype: str
+    device: str
+    impl: str
+    case: str
+    quantity: str
+    status: str
+    error: float | None = None
+    allowed: float | None = None
+    unit: str | None = None
+    note: str = ""
+
+    def as_row(self) -> dict:
+        return asdict(self)
+
+
+def run(device: str, impl: str = "auto", ops: list[str] | None = None, dtypes: list[str] | None = None) -> Iterator[CheckRow]:
+    """Check ops on `device` ("cuda" or "cpu"), a row a quantity, as they are judged. An op that raises costs its own dtype."""
+    for op in ops or ():
+        if op not in MODULES:
+            raise ValueError(f"unknown op {op!r}; one of {', '.join(MODULES)}")
+    for op in ops or MODULES:
+        for dtype in dtypes or DTYPES:
+            torch.manual_seed(0)
+            head = (op, dtype, device, impl)
+            try:
+                for judged in import_module(MODULES[op]).checks(torch.device(device), DTYPES[dtype], impl):
+                    yield _row(head, judged)
+            except Exception as e:  # what one kernel does on an unknown device must not hide the others
+                note = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"[:300]
+                yield CheckRow(*head, "", "", "failed", note=note)
+
+
+def _row(head: tuple[str, str, str, str], judged: Judged) -> CheckRow:
+    error = judged.error if abs(judged.error) < float("inf") else None  # strict JSON
+    note = "" if error is not None else "the error is not a finite number"
+    status = "right" if judged.right else "wrong"
+    return CheckRow(*head, judged.case, judged.quantity, status, error, judged.allowed, judged.unit, note)
+
+
+def differing(got: dict, want: dict) -> tuple[float, float, str]:
+    """(error, allowed, unit) of counts that must be equal: how many are not."""
+    return float(sum(got[name] != want[name] for name in want)), 0.0, "counts that differ"
+
+
+def of_bound(error: torch.Tensor, bound: torch.Tensor | float) -> tuple[float, float, str]:
+    """(error, allowed, unit) of numbers that may err: the worst, as a share of its bound."""
+    share = error.double() / bound
+    return (share.max().item() if share.numel() else 0.0), 1.0, "of its bound"
+
+
+def with_special(x: torch.Tensor) -> torch.Tensor:
+    """x with NaN, infinities, zeros, subnormals and fp16's limits at both ends of its memory."""
+    flat = x.view(-1)
+    special = torch.tensor(SPECIAL, dtype=torch.float64).to(x.dtype).to(x.device)[: max(1, flat.numel() // 4)]
+    flat[: len(special)] = special
+    flat[flat.numel() - len(special) :] = special
+    return x
+
+
+def counted(x: torch.Tensor, below: float = 2.0**-24) -> dict[str, int | float]:
+    """What the statistics ops count, by torch's comparisons in float64 on x's device; fp16 by a conversion."""
+    a = x.detach().reshape(-1).double()
+    half, finite = a.float().half().double(), a[a.isfinite()].abs()
+    return {
+        "numel": a.numel(),
+        "absmax": finite.max().item() if finite.numel() else 0.0,
+        "nan": int(a.isnan().sum()),
+        "inf": int(a.isinf().sum()),
+        "zeros": int((a == 0).sum()),
+        "fp16_flush": int(((a != 0) & (half == 0)).sum()),
+        "fp16_subnormal": int(((half != 0) & (half.abs() < 2.0**-14)).sum()),
+        "below": int(((finite > 0) & (finite < below)).sum()),
+        "over_fp16": int((finite > 65504).sum()),
+    }

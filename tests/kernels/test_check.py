@@ -1,0 +1,85 @@
+"""`python -m kernels check`: everything right on this device, and a planted fault in each op is found."""
+
+import json
+
+import pytest
+import torch
+
+from kernels import __main__ as command
+from kernels import check
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("op", check.MODULES)
+def test_every_op_is_right(op, impl):
+    rows = list(check.run(DEVICE, impl, [op], ["fp32", "bf16"] if impl == "torch" else ["fp32"]))
+    assert rows and all(row.status == "right" for row in rows), [row for row in rows if row.status != "right"]
+
+
+def test_a_count_that_is_one_off_is_wrong(monkeypatch):
+    from kernels.multi_tensor_stats import check as judged
+
+    honest = judged.multi_tensor_stats
+
+    def off_by_one(tensors, **options):
+        stats = honest(tensors, **options)
+        stats.zeros[0] += 1
+        return stats
+
+    monkeypatch.setattr(judged, "multi_tensor_stats", off_by_one)
+    rows = list(check.run(DEVICE, "torch", ["multi_tensor_stats"], ["fp32"]))
+    assert {row.status for row in rows if row.quantity == "counts"} == {"wrong"}
+    assert {row.status for row in rows if row.quantity == "norms"} == {"right"}
+
+
+@pytest.mark.parametrize("op, name", [("cross_entropy", "cross_entropy"), ("bce_with_logits", "bce_with_logits")])
+@pytest.mark.parametrize("factor", [1.003, float("nan")])
+def test_a_gradient_that_is_slightly_off_is_wrong(monkeypatch, op, name, factor):
+    from importlib import import_module
+
+    judged = import_module(check.MODULES[op])
+    honest = getattr(judged, name)
+
+    def off(logits, *args, **options):
+        return honest(Scaled.apply(logits), *args, **options)
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * factor
+
+    monkeypatch.setattr(judged, name, off)
+    rows = [row for row in check.run(DEVICE, "torch", [op], ["fp32"]) if row.quantity == "gradient"]
+    assert rows and all(row.status == "wrong" for row in rows)
+    if factor != factor:
+        assert all(row.error is None and row.note for row in rows), "a NaN is no number in strict JSON"
+
+
+def test_an_op_that_raises_is_failed_and_hides_no_other(monkeypatch, tmp_path, capsys):
+    from kernels.unscale import check as judged
+
+    def broken(*args, **options):
+        raise RuntimeError("no code for this device\nand a long tail")
+
+    monkeypatch.setattr(judged, "unscale_and_stats_", broken)
+    out = tmp_path / "check.json"
+    code = command.main(["check", "--op", "unscale", "exponent_histogram", "--device", "cpu", "--out", str(out), "--json"])
+    document = json.loads(out.read_text())
+    assert code == 3 and json.loads(capsys.readouterr().out) == document
+    status = {(row["op"], row["status"]) for row in document["rows"]}
+    assert status == {("unscale", "failed"), ("exponent_histogram", "right")} and document["not_right"] == 2
+    assert document["rows"][0]["note"] == "RuntimeError: no code for this device"
+
+
+def test_a_device_that_is_not_here_is_one_sentence(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command.main(["check", "--device", "cuda"]) == 5
+    assert "no CUDA device here" in capsys.readouterr().err
