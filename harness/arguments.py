@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
-from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, Request
+from harness.settings import ATTENTION_CHOICES, DEVICES, ENGINES, INSTRUMENT_LEVELS, Request
 
 EPILOG = """\
 examples:
@@ -95,9 +95,15 @@ def _matrix(command: argparse.ArgumentParser) -> None:
                          "default: the seven")
     command.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: the preset's")
     command.add_argument("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads "
-                         "on a CPU, 1 on a GPU")
+                         "on a CPU, 1 on a GPU; with --engine ray as many as the cluster has room for")
     _both(command, "--no-follow-up", action="store_true",
           help="do not run the control configurations of a run that diverged")
+    command.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts of the plan, one a machine; "
+                         "`repair --merge` puts their folders together")
+    command.add_argument("--engine", choices=ENGINES, default="local", help="where runs are executed: processes of this "
+                         "machine (default), or a Ray cluster's nodes, one run a GPU")
+    command.add_argument("--address", metavar="HOST:PORT", help="with --engine ray: the cluster's head, at a loopback or "
+                         "private address; default: a cluster of this machine alone, bound to 127.0.0.1")
     command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
     command.add_argument("--rerun", action="store_true", help="run again what is already done")
     _fresh(command)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from bench_cases.models import build_model
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
 from harness.claims import RunClaimed, claim
+from harness.engines.choice import choose_engine
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
@@ -29,6 +29,7 @@ from harness.resume import discard
 from harness.run import make_batches, model_request
 from harness.run_folder import OutputError, finished_run, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
+from harness.shards import Shard
 from harness.signals import Stop
 from harness.summary import Outcome, summarize
 from instrument.records import RunRecord, encode
@@ -38,16 +39,19 @@ def matrix_command(options: argparse.Namespace) -> int:
     """Run what is not done yet and print the stability matrix; ``--json`` prints all rows."""
     device = choose_device(options.device)
     out = results_folder(options.out, device)
-    planned = plan(options, device)
-    jobs = choose_jobs(options.jobs, planned, device)
+    engine = choose_engine(options)
+    shard, everywhere = Shard.parse(options.shard), plan(options, device)
+    planned = shard.of(everywhere)
+    elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
+    jobs = engine.jobs(options.jobs, everywhere, device)
     again = options.rerun or options.fresh
     done = {} if again else already_done(planned, out)
-    if not options.no_follow_up:  # deaths whose controls an interrupted or an earlier matrix left undone
+    if not (options.no_follow_up or again):  # deaths whose controls an interrupted or an earlier matrix left undone
         dead = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
-        planned = distinct([*planned, *(control for s in dead for control in controls_of(s))])
+        planned = distinct([*planned, *(c for s in dead for c in controls_of(s) if c.run_id not in elsewhere)])
         done = already_done(planned, out)
     todo = [settings for settings in planned if settings.run_id not in done]
-    screen = MatrixScreen(planned, done, out, jobs, picture=options.svg)
+    screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
     if options.dry_run:
         screen.plan(todo)
         if options.json:
@@ -60,9 +64,10 @@ def matrix_command(options: argparse.Namespace) -> int:
         with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
             discard(out, run_id)
     rows = dict(done)
-    with Stop(patient=True).listening() as stop:
+    with engine.pool(todo, out, jobs, device, screen.say) as pool, Stop(patient=True).listening() as stop:
+        pool.stop = stop
         try:
-            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop):
+            for record in run_all(pool, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
                 rows[record.run_id] = record
         except OSError as error:
             raise output_error(error, out) or error from error
@@ -110,13 +115,11 @@ def settled(record: RunRecord | None) -> RunRecord | None:
     return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
 
 
-def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *, follow_up: bool,
-            stop: Stop) -> Iterable[RunRecord]:
-    """Yield every row as it comes; a diverged run brings its control configurations along. A folder that one run
-    could not write ends them all, and raises `OutputError` when they have ended."""
-    queue = list(todo)
-    known = {settings.run_id for settings in todo}
-    pool, unwritable = Pool(queue, out, jobs, stop), None
+def run_all(pool: Pool, out: Path, screen: MatrixScreen, *, follow_up: bool, known: set[str]) -> Iterable[RunRecord]:
+    """Yield every row as it comes; a diverged run brings its control configurations along, but for those whose ids are
+    ``known``. A folder that one run could not write ends them all, and raises `OutputError` when they have ended."""
+    queue, stop, unwritable = pool.queue, pool.stop, None
+    known = known | {settings.run_id for settings in queue}
     with screen.live(pool):
         for ended in pool.run(screen.tick):
             if isinstance(ended.failure, OutputError):
@@ -192,17 +195,6 @@ def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
     if names == ["all"]:
         return list(DTYPE_CONFIGS.values())
     return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
-
-
-def choose_jobs(asked: int | None, planned: list[RunSettings], device: torch.device) -> int:
-    """Runs at a time: one on a GPU; on a CPU as many as have cores of their own."""
-    if asked is not None:
-        if asked < 1:
-            raise SettingsError(f"jobs is {asked}; it must be at least 1")
-        return asked
-    cores = len(os.sched_getaffinity(0))
-    threads = max((s.threads or cores for s in planned), default=1)
-    return 1 if device.type == "cuda" else max(1, cores // threads)
 
 
 def prepared_key(settings: RunSettings) -> tuple:
