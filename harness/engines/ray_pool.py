@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ class RayPool:
         try:
             blank = yield slot.actor.blank_row.remote(run.settings)
             report = yield from self._accompany(slot, run)
-            yield from self._fetch(slot, run, report)
+            record = yield from self._fetch(slot, run, report)
         except LOST:
             self._lost(slot, run, blank)
             raise
@@ -192,6 +193,9 @@ class RayPool:
             if blank is not None:
                 self._bury(run, blank, f"on {slot.facts.host}: {_last_line(error)}")
             raise
+        with suppress(*LOST):  # its next question will tell
+            yield slot.actor.forget.remote()
+        self._end(run, record)
 
     def _accompany(self, slot: Slot, run: Running) -> Talk:
         """Send what the run goes on from, start it, and watch it to its end; returns the last `Report`."""
@@ -210,7 +214,7 @@ class RayPool:
         return report
 
     def _fetch(self, slot: Slot, run: Running, report: Report) -> Talk:
-        """Bring the run's files home, the row last."""
+        """Bring the run's files home, the row last; returns it, or None."""
         run_id = run.settings.run_id
         receiving = parcel.receive(self.out, run_id, list(report.items))
         try:
@@ -228,19 +232,17 @@ class RayPool:
         if report.row is not None:
             write_terminal(self.out, report.row)
         write_index(self.out)
-        self._end(run, finished_run(self.out, run_id))
-        yield slot.actor.forget.remote()
+        return finished_run(self.out, run_id)
 
     def _lost(self, slot: Slot, run: Running, blank: RunRecord | None) -> None:
         """A node went away with a run: once more elsewhere, or a row."""
-        if run not in self.running:  # its row is here already
-            return
         run_id, host = run.settings.run_id, slot.facts.host
-        self._losses[run_id] += 1
+        self._losses[run_id] += blank is not None
         if self.stop.requested:
             self._end(run, None)
-        elif self._losses[run_id] <= LOSSES_BORNE or blank is None:
-            self.say(f"{host} was lost with {run_id}: it is run again")
+        elif self._losses[run_id] <= LOSSES_BORNE:
+            if blank is not None:
+                self.say(f"{host} was lost with {run_id}: it is run again")
             self.queue.insert(0, run.settings)
         else:
             self._bury(run, msgspec.structs.replace(blank, flags=blank.flags | {"death": {"cause": "node_lost"}}),
