@@ -82,6 +82,7 @@ def _case(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="default 0")
     _fresh(command)
     _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
+    _budget(command)
     _own_model(command)
     _sizes(command)
     _out(command)
@@ -104,6 +105,7 @@ def _matrix(command: argparse.ArgumentParser) -> None:
                          "machine (default), or a Ray cluster's nodes, one run a GPU")
     command.add_argument("--address", metavar="HOST:PORT", help="with --engine ray: the cluster's head, at a loopback or "
                          "private address; default: a cluster of this machine alone, bound to 127.0.0.1")
+    _budget(command)
     command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
     command.add_argument("--rerun", action="store_true", help="run again what is already done")
     _fresh(command)
@@ -112,6 +114,17 @@ def _matrix(command: argparse.ArgumentParser) -> None:
     _sizes(command)
     _out(command)
     _json(command)
+
+
+def _budget(command: argparse.ArgumentParser) -> None:
+    budget = command.add_argument_group(
+        "the budget of this call (not of the folder)",
+        "A matrix prints a forecast, and begins no run that does not fit. What runs is stopped behind a checkpoint before the "
+        "budget is spent: exit 75, and the same command goes on, with as much again.")
+    _both(budget, "--max-gpu-hours", type=float, metavar="H", help="hours, of all GPUs in use together")
+    _both(budget, "--budget-usd", type=float, metavar="X", help="dollars; goes with --price-per-hour")
+    _both(budget, "--price-per-hour", type=float, metavar="Y", help="dollars for an hour of this machine (with --engine ray: "
+          "of one of its GPUs, or on CPUs of one node)")
 
 
 def _fresh(command: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from bench_cases.data import load_data
 from bench_cases.models import build_model
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
+from harness.budget import asked_budget
 from harness.claims import RunClaimed, claim
 from harness.engines.choice import choose_engine
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
@@ -27,10 +28,12 @@ from harness.pool import Ended, Pool
 from harness.predict.store import store_all
 from harness.resume import discard
 from harness.run import make_batches, model_request
-from harness.run_folder import OutputError, finished_run, require_writable, write_index, write_terminal
+from harness.run_folder import OutputError, finished_run, finished_runs, require_writable, write_index, write_terminal
 from harness.settings import RunSettings, SettingsError, choose_preset
 from harness.shards import Shard
 from harness.signals import Stop
+from harness.spending import WHO as BY_THE_BUDGET
+from harness.spending import BudgetSpent, Spending, estimated, run_seconds
 from harness.summary import Outcome, summarize
 from instrument.records import RunRecord, encode
 
@@ -44,6 +47,8 @@ def matrix_command(options: argparse.Namespace) -> int:
     planned = shard.of(everywhere)
     elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
     jobs = engine.jobs(options.jobs, everywhere, device)
+    budget = asked_budget(options, device=device.type, preset=choose_preset(options.preset, device.type))
+    spending = Spending(budget, shared=engine.shares_a_unit)
     again = options.rerun or options.fresh
     done = {} if again else already_done(planned, out)
     if not (options.no_follow_up or again):  # deaths whose controls an interrupted or an earlier matrix left undone
@@ -52,6 +57,7 @@ def matrix_command(options: argparse.Namespace) -> int:
         done = already_done(planned, out)
     todo = [settings for settings in planned if settings.run_id not in done]
     screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
+    forecast(spending, todo, out, jobs, screen)
     if options.dry_run:
         screen.plan(todo)
         if options.json:
@@ -67,15 +73,19 @@ def matrix_command(options: argparse.Namespace) -> int:
     with engine.pool(todo, out, jobs, device, screen.say) as pool, Stop(patient=True).listening() as stop:
         pool.stop = stop
         try:
-            for record in run_all(pool, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
+            for record in run_all(pool, spending, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
                 rows[record.run_id] = record
+        except BudgetSpent:  # what did not stop in time is killed by now
+            stop.request(BY_THE_BUDGET)
         except OSError as error:
             raise output_error(error, out) or error from error
-    if stop.requested:
-        screen.finish(rows.values())
+    screen.finish(rows.values())
+    if stop.requested and stop.requested != BY_THE_BUDGET:
         print(f"stopped by {stop.requested}: the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
-    screen.finish(rows.values())
+    if spending.waiting or stop.requested:
+        screen.say(spending.last_words(screen.left))
+        return INTERRUPTED
     store_all(sorted({row.case for row in rows.values()}), out)
     last_words(out)
     if options.json:
@@ -115,30 +125,40 @@ def settled(record: RunRecord | None) -> RunRecord | None:
     return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
 
 
-def run_all(pool: Pool, out: Path, screen: MatrixScreen, *, follow_up: bool, known: set[str]) -> Iterable[RunRecord]:
+def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int | None, screen: MatrixScreen) -> None:
+    """What the runs will cost, before the first of them begins: from the folder's own runs, and from estimates."""
+    if spending.budget is None:
+        return
+    rows = finished_runs(out)
+    spending.forecast.estimates_s = estimated(spending.unmeasured(todo, rows), out)
+    for line in spending.forecast_words(todo, jobs, sum(map(run_seconds, rows))):
+        screen.say(line)
+
+
+def run_all(pool: Pool, spending: Spending, out: Path, screen: MatrixScreen, *, follow_up: bool,
+            known: set[str]) -> Iterable[RunRecord]:
     """Yield every row as it comes; a diverged run brings its control configurations along, but for those whose ids are
     ``known``. A folder that one run could not write ends them all, and raises `OutputError` when they have ended."""
-    queue, stop, unwritable = pool.queue, pool.stop, None
-    known = known | {settings.run_id for settings in queue}
+    unwritable = None
+    known = known | {settings.run_id for settings in pool.queue}
+    spending.take_over(pool)
     with screen.live(pool):
-        for ended in pool.run(screen.tick):
+        for ended in pool.run(lambda: (spending.tick(), screen.tick())):
             if isinstance(ended.failure, OutputError):
                 unwritable = unwritable or ended.failure
-                stop.request("a folder that cannot be written")
-                continue
-            if isinstance(ended.failure, RunClaimed):
-                screen.console.print(f"  {ended.failure}: left to it", markup=False)
-                continue
-            record = ended.record or (crashed(ended, out) if ended.failure else finished_run(out, ended.settings.run_id))
-            if record is None:  # stopped before it could write a row
-                continue
-            if follow_up and record.status == "diverged":
-                controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
-                known |= {c.run_id for c in controls}
-                queue[:0] = [c for c in controls if settled(finished_run(out, c.run_id)) is None]
-                screen.expect(controls)
-            screen.ended(record, ended.duration_s)
-            yield record
+                pool.stop.request("a folder that cannot be written")
+            elif isinstance(ended.failure, RunClaimed):
+                screen.say(f"{ended.failure}: left to it")
+            elif record := (crashed(ended, out) if ended.failure else ended.record or finished_run(out, ended.settings.run_id)):
+                if follow_up and record.status == "diverged":
+                    controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
+                    known |= {c.run_id for c in controls}
+                    spending.front([c for c in controls if settled(finished_run(out, c.run_id)) is None])
+                    screen.expect(controls)
+                spending.learn(ended.settings, record, ended.duration_s)
+                screen.ended(record, ended.duration_s)
+                yield record
+            spending.feed()
     if unwritable is not None:
         raise unwritable
     write_index(out)

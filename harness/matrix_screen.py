@@ -36,6 +36,7 @@ class MatrixScreen:
         self.total = len(planned)
         self.skipped = len(done)
         self.durations_s: list[float] = []
+        self.settled = 0
         self._live: Live | None = None
         self._began_s = time.monotonic()
 
@@ -58,6 +59,11 @@ class MatrixScreen:
         with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
             yield
 
+    @property
+    def left(self) -> int:
+        """Runs that have no settled row yet."""
+        return self.total - self.skipped - self.settled
+
     def say(self, text: str) -> None:
         """A line about something out of the ordinary."""
         self.console.print(f"  {text}", markup=False, soft_wrap=True)
@@ -77,6 +83,7 @@ class MatrixScreen:
     def ended(self, record: RunRecord, duration_s: float) -> None:
         """A run is over: one line."""
         self.durations_s.append(duration_s)
+        self.settled += record.status != "preempted"
         *words, status = cell_words([record])
         line = Text.assemble(f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
                              f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",

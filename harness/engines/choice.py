@@ -20,7 +20,10 @@ Say = Callable[[str], None]
 
 
 class Engine(Protocol):
-    """``jobs``: runs at a time (None: not known before it has begun); ``pool``: a context with the pool of the runs."""
+    """``jobs``: runs at a time (None: not known before it has begun); ``pool``: a context with the pool of the runs;
+    ``shares_a_unit``: they share one thing that is paid by the hour, whether it works or not."""
+
+    shares_a_unit: bool
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int | None: ...
 
@@ -29,6 +32,8 @@ class Engine(Protocol):
 
 class LocalEngine:
     """Processes of this machine."""
+
+    shares_a_unit = True
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int:
         """Runs at a time: one on a GPU; on a CPU as many as have cores of their own."""
@@ -46,6 +51,7 @@ class RayEngine:
     """The nodes of a Ray cluster, see `harness.engines.cluster`."""
 
     address: str | None
+    shares_a_unit = False
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int | None:
         """Runs at a time; None: as many as the cluster has room for."""
