@@ -142,12 +142,12 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
     if budget is None:
         yield
         return
-    left_s, limit = budget.limit_unit_s - process_age_s(), budget.words(budget.limit_unit_s)
-    if left_s <= budget.margin_s + LOOK_EVERY_S:
-        raise SettingsError(f"a budget of {limit} leaves no time for a run: {budget.margin_s:.0f} s are kept for its checkpoint; "
-                            f"allowed: more than {budget.margin_s + LOOK_EVERY_S + process_age_s():.0f} s")
-    print(f"budget: {limit}; {budget.margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
-    timers = [threading.Timer(left_s - budget.margin_s - LOOK_EVERY_S, stop.request, [WHO]),
+    left_s, margin_s, limit = budget.limit_unit_s - process_age_s(), budget.margin_s, budget.words(budget.limit_unit_s)
+    if left_s <= margin_s + LOOK_EVERY_S:
+        raise SettingsError(f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
+                            f"allowed: more than {margin_s + LOOK_EVERY_S + process_age_s():.0f} s")
+    print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
+    timers = [threading.Timer(left_s - margin_s - LOOK_EVERY_S, stop.request, [WHO]),
               threading.Timer(left_s - LOOK_EVERY_S, _thread.interrupt_main)]
     for timer in timers:
         timer.daemon = True
