@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,14 @@ def node(task, tmp_path):
                 "DDB_BUCKET_FOLDER": str(tmp_path / "bucket"), "MATRIX": "--preset full --mtbf 7200",
                 "SYNC_EVERY_S": sync_every_s}
         (tmp_path / "bucket").mkdir(exist_ok=True)
-        return subprocess.Popen(["bash", "-c", task["run"]], cwd=work, env=told, text=True), work
+        started.append(subprocess.Popen(["bash", "-c", task["run"]], cwd=work, env=told, text=True, start_new_session=True))
+        return started[-1], work
 
-    return run
+    started = []
+    yield run
+    for process in started:  # and the copying that a failed test left behind
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 WRITE = 'mkdir -p $out/runs/a; echo row > $out/runs/a/run.json; touch $out/runs/a/.claim; ls $out/runs > seen'
