@@ -16,8 +16,9 @@ setup(
     ],
     extras_require={
         "pdf": ["weasyprint>=70"],
+        "ray": ["ray>=2.60"],
         "track": ["tensorboard", "wandb"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "accelerate", "weasyprint>=70", "pypdf",
-                "tensorboard", "perfetto", "viztracer"],
+                "tensorboard", "perfetto", "viztracer", "ray>=2.60"],
     },
 )

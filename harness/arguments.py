@@ -9,7 +9,7 @@ from pathlib import Path
 from bench_cases import PRESETS, TASKS
 from harness.campaign.arguments import add_campaign
 from harness.fit.arguments import add_fit
-from harness.settings import ATTENTION_CHOICES, DEVICES, INSTRUMENT_LEVELS, PARALLEL, Request
+from harness.settings import ATTENTION_CHOICES, DEVICES, ENGINES, INSTRUMENT_LEVELS, PARALLEL, Request
 
 EPILOG = """\
 examples:
@@ -109,6 +109,7 @@ def _case(command: argparse.ArgumentParser) -> None:
     _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
     command.add_argument("--parallel", choices=PARALLEL, help="under torchrun: every GPU has the whole model (ddp, the "
                          "default there) or a share of it (fsdp)")
+    _budget(command)
     _own_model(command)
     _sizes(command)
     _out(command)
@@ -122,9 +123,16 @@ def _matrix(command: argparse.ArgumentParser) -> None:
                          "default: the seven")
     command.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: the preset's")
     command.add_argument("--jobs", type=int, metavar="N", help="runs at a time; default: cores / threads "
-                         "on a CPU, 1 on a GPU")
+                         "on a CPU, 1 on a GPU; with --engine ray as many as the cluster has room for")
     _both(command, "--no-follow-up", action="store_true",
           help="do not run the control configurations of a run that diverged")
+    command.add_argument("--shard", default="1/1", metavar="I/N", help="only the I-th of N parts of the plan, one a machine; "
+                         "`repair --merge` puts their folders together")
+    command.add_argument("--engine", choices=ENGINES, default="local", help="where runs are executed: processes of this "
+                         "machine (default), or a Ray cluster's nodes, one run a GPU")
+    command.add_argument("--address", metavar="HOST:PORT", help="with --engine ray: the cluster's head, at a loopback or "
+                         "private address; default: a cluster of this machine alone, bound to 127.0.0.1")
+    _budget(command)
     command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
     command.add_argument("--rerun", action="store_true", help="run again what is already done")
     _fresh(command)
@@ -134,6 +142,17 @@ def _matrix(command: argparse.ArgumentParser) -> None:
     _sizes(command)
     _out(command)
     _json(command)
+
+
+def _budget(command: argparse.ArgumentParser) -> None:
+    budget = command.add_argument_group(
+        "the budget of this call (not of the folder)",
+        "A matrix prints a forecast, and begins no run that does not fit. What runs is stopped behind a checkpoint before the "
+        "budget is spent: exit 75, and the same command goes on, with as much again.")
+    _both(budget, "--max-gpu-hours", type=float, metavar="H", help="hours, of all GPUs in use together")
+    _both(budget, "--budget-usd", type=float, metavar="X", help="dollars; goes with --price-per-hour")
+    _both(budget, "--price-per-hour", type=float, metavar="Y", help="dollars for an hour of this machine (with --engine ray: "
+          "of one of its GPUs, or on CPUs of one node)")
 
 
 def _fresh(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
+from harness.budget import asked_budget
 from harness.parallel.plan import on_ranks
 from harness.parallel.ranks import Ranks
 from harness.settings import RunSettings, SettingsError
@@ -27,6 +28,7 @@ def case_command(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     settings = on_ranks(plan_run(case, config, options.seed, arguments.request(options), device), ranks, options.parallel)
     out = results_folder(options.out, device)
+    budget = asked_budget(options, device=settings.device, preset=settings.preset)
     if options.dry_run:
         return _dry_run(settings, out, options.json) if ranks.is_first else 0
     if ranks.world > 1:
@@ -36,10 +38,11 @@ def case_command(options: argparse.Namespace) -> int:
     from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
     from harness.run import execute
     from harness.signals import Stop
+    from harness.spending import ending_in_time
     from harness.terminal import CaseScreen
     from instrument.records import encode
 
-    with CaseScreen(settings, out) as screen, Stop(pulse=options.pulse).listening() as stop:
+    with CaseScreen(settings, out) as screen, Stop(pulse=options.pulse).listening() as stop, ending_in_time(budget, stop):
         record = execute(settings, out, screen.show, started_s, stop, fresh=options.fresh)
     screen.summary(record)
     if options.json:

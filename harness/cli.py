@@ -115,6 +115,7 @@ def _exit_code(error: Exception) -> int | None:
     from bench_cases.models import ModelError
     from bench_cases.reach import WeightsUnavailable
     from harness.claims import RunClaimed
+    from harness.engines.errors import EngineError
     from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
     from harness.inspect.locate import RunNotFound, RunUnreadable
     from harness.run_folder import OutputError
@@ -123,5 +124,6 @@ def _exit_code(error: Exception) -> int | None:
     codes = {UnknownId: USAGE, BadDeclaration: USAGE, SettingsError: USAGE, ModelError: USAGE,
              RunNotFound: USAGE, RunUnreadable: BAD_DATA, NothingToReplay: USAGE, SnapshotError: BAD_DATA,
              RebuildError: ENVIRONMENT, DataError: BAD_DATA, DataUnavailable: ENVIRONMENT,
-             WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT, RunClaimed: ENVIRONMENT}
+             WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT, RunClaimed: ENVIRONMENT,
+             EngineError: ENVIRONMENT}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -18,7 +17,9 @@ from bench_cases.data import load_data
 from bench_cases.models import build_model
 from bench_cases.own import case_for_model, find_case
 from harness import arguments
+from harness.budget import asked_budget
 from harness.claims import RunClaimed, claim
+from harness.engines.choice import choose_engine
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
@@ -28,9 +29,12 @@ from harness.pool import Pool
 from harness.predict.store import store_all
 from harness.resume import discard
 from harness.run import make_batches, model_request
-from harness.run_folder import OutputError, finished_run, require_writable, write_index
+from harness.run_folder import OutputError, finished_run, finished_runs, require_writable, write_index
 from harness.settings import RunSettings, SettingsError, choose_preset
+from harness.shards import Shard
 from harness.signals import Stop
+from harness.spending import WHO as BY_THE_BUDGET
+from harness.spending import BudgetSpent, Spending, estimated, run_seconds
 from harness.supervise.vigil import Rules
 from instrument.records import RunRecord, encode
 
@@ -40,16 +44,22 @@ def matrix_command(options: argparse.Namespace) -> int:
     refuse_ranks("matrix")
     device = choose_device(options.device)
     out = results_folder(options.out, device)
-    planned = plan(options, device)
-    jobs = choose_jobs(options.jobs, planned, device)
+    engine = choose_engine(options)
+    shard, everywhere = Shard.parse(options.shard), plan(options, device)
+    planned = shard.of(everywhere)
+    elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
+    jobs = engine.jobs(options.jobs, everywhere, device)
+    budget = asked_budget(options, device=device.type, preset=choose_preset(options.preset, device.type))
+    spending = Spending(budget, shared=engine.shares_a_unit)
     again = options.rerun or options.fresh
     done = {} if again else already_done(planned, out)
-    if not options.no_follow_up:  # deaths whose controls an interrupted or an earlier matrix left undone
+    if not (options.no_follow_up or again):  # deaths whose controls an interrupted or an earlier matrix left undone
         dead = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
-        planned = distinct([*planned, *(control for s in dead for control in controls_of(s))])
+        planned = distinct([*planned, *(c for s in dead for c in controls_of(s) if c.run_id not in elsewhere)])
         done = already_done(planned, out)
     todo = [settings for settings in planned if settings.run_id not in done]
-    screen = MatrixScreen(planned, done, out, jobs, picture=options.svg)
+    screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
+    forecast(spending, todo, out, jobs, screen)
     if options.dry_run:
         screen.plan(todo)
         if options.json:
@@ -62,18 +72,22 @@ def matrix_command(options: argparse.Namespace) -> int:
         with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
             discard(out, run_id)
     rows = dict(done)
-    with Stop(patient=True).listening() as stop:
+    with engine.pool(todo, out, jobs, device, screen.say) as pool, Stop(patient=True).listening() as stop:
+        pool.stop, pool.rules = stop, Rules.asked(options.hang_after_s)
         try:
-            for record in run_all(todo, out, jobs, screen, follow_up=not options.no_follow_up, stop=stop,
-                                  rules=Rules.asked(options.hang_after_s)):
+            for record in run_all(pool, spending, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
                 rows[record.run_id] = record
+        except BudgetSpent:  # what did not stop in time is killed by now
+            stop.request(BY_THE_BUDGET)
         except OSError as error:
             raise output_error(error, out) or error from error
-    if stop.requested:
-        screen.finish(rows.values())
+    screen.finish(rows.values())
+    if stop.requested and stop.requested != BY_THE_BUDGET:
         print(f"stopped by {stop.requested}: the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
-    screen.finish(rows.values())
+    if spending.waiting or stop.requested:
+        screen.say(spending.last_words(screen.left))
+        return INTERRUPTED
     store_all(sorted({row.case for row in rows.values()}), out)
     last_words(out)
     if options.json:
@@ -113,32 +127,40 @@ def settled(record: RunRecord | None) -> RunRecord | None:
     return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
 
 
-def run_all(todo: list[RunSettings], out: Path, jobs: int, screen: MatrixScreen, *, follow_up: bool,
-            stop: Stop, rules: Rules | None = None) -> Iterable[RunRecord]:
-    """Yield every row as it comes; a diverged run brings its control configurations along. A folder that one run
-    could not write ends them all, and raises `OutputError` when they have ended."""
-    queue = list(todo)
-    known = {settings.run_id for settings in todo}
-    pool, unwritable = Pool(queue, out, jobs, stop, rules), None
+def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int | None, screen: MatrixScreen) -> None:
+    """What the runs will cost, before the first of them begins: from the folder's own runs, and from estimates."""
+    if spending.budget is None:
+        return
+    rows = finished_runs(out)
+    spending.forecast.estimates_s = estimated(spending.unmeasured(todo, rows), out)
+    for line in spending.forecast_words(todo, jobs, sum(map(run_seconds, rows))):
+        screen.say(line)
+
+
+def run_all(pool: Pool, spending: Spending, out: Path, screen: MatrixScreen, *, follow_up: bool,
+            known: set[str]) -> Iterable[RunRecord]:
+    """Yield every row as it comes; a diverged run brings its control configurations along, but for those whose ids are
+    ``known``. A folder that one run could not write ends them all, and raises `OutputError` when they have ended."""
+    unwritable = None
+    known = known | {settings.run_id for settings in pool.queue}
+    spending.take_over(pool)
     with screen.live(pool):
-        for ended in pool.run(screen.tick):
+        for ended in pool.run(lambda: (spending.tick(), screen.tick())):
             if isinstance(ended.failure, OutputError):
                 unwritable = unwritable or ended.failure
-                stop.request("a folder that cannot be written")
-                continue
-            if isinstance(ended.failure, RunClaimed):
-                screen.console.print(f"  {ended.failure}: left to it", markup=False)
-                continue
-            record = ended.record or finished_run(out, ended.settings.run_id)
-            if record is None:  # stopped before it could write a row
-                continue
-            if follow_up and record.status == "diverged":
-                controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
-                known |= {c.run_id for c in controls}
-                queue[:0] = [c for c in controls if settled(finished_run(out, c.run_id)) is None]
-                screen.expect(controls)
-            screen.ended(record, ended.duration_s)
-            yield record
+                pool.stop.request("a folder that cannot be written")
+            elif isinstance(ended.failure, RunClaimed):
+                screen.say(f"{ended.failure}: left to it")
+            elif record := ended.record or finished_run(out, ended.settings.run_id):
+                if follow_up and record.status == "diverged":
+                    controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
+                    known |= {c.run_id for c in controls}
+                    spending.front([c for c in controls if settled(finished_run(out, c.run_id)) is None])
+                    screen.expect(controls)
+                spending.learn(ended.settings, record, ended.duration_s)
+                screen.ended(record, ended.duration_s)
+                yield record
+            spending.feed()
     if unwritable is not None:
         raise unwritable
     write_index(out)
@@ -188,17 +210,6 @@ def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
     if names == ["all"]:
         return list(DTYPE_CONFIGS.values())
     return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
-
-
-def choose_jobs(asked: int | None, planned: list[RunSettings], device: torch.device) -> int:
-    """Runs at a time: one on a GPU; on a CPU as many as have cores of their own."""
-    if asked is not None:
-        if asked < 1:
-            raise SettingsError(f"jobs is {asked}; it must be at least 1")
-        return asked
-    cores = len(os.sched_getaffinity(0))
-    threads = max((s.threads or cores for s in planned), default=1)
-    return 1 if device.type == "cuda" else max(1, cores // threads)
 
 
 def prepared_key(settings: RunSettings) -> tuple:

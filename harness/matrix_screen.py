@@ -18,6 +18,7 @@ from rich.text import Text
 from harness.disturbed import disturbance
 from harness.pool import Pool, Running
 from harness.settings import RunSettings
+from harness.shards import EVERYTHING, Shard
 from harness.stability import LEGEND, STYLES, cell_words, stability_table
 from instrument.files import replace
 from instrument.records import RunRecord
@@ -26,15 +27,17 @@ from instrument.records import RunRecord
 class MatrixScreen:
     """Progress of a matrix on standard error."""
 
-    def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int, *,
-                 picture: Path | None = None) -> None:
+    def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int | None,
+                 shard: Shard = EVERYTHING, *, picture: Path | None = None) -> None:
         self.picture = picture
         self.console = Console(stderr=True, highlight=False)
         self.out = out
         self.jobs = jobs
+        self.shard = "" if shard == EVERYTHING else f"shard {shard}: "
         self.total = len(planned)
         self.skipped = len(done)
         self.durations_s: list[float] = []
+        self.settled = 0
         self._live: Live | None = None
         self._began_s = time.monotonic()
 
@@ -42,20 +45,32 @@ class MatrixScreen:
         """The plan, for ``--dry-run``."""
         for settings in todo:
             self.console.print(settings.run_id, soft_wrap=True)
-        self.console.print(f"{len(todo)} runs to do, {self.skipped} already done in {self.out}, "
-                           f"{self.jobs} at a time", soft_wrap=True)
+        self.console.print(f"{self.shard}{len(todo)} runs to do, {self.skipped} already done in {self.out}, "
+                           f"{self._at_a_time()}", soft_wrap=True)
 
     @contextmanager
     def live(self, pool: Pool):
         """Show ``pool`` while the block runs."""
-        self._pool = pool
-        self.console.print(f"{self.total - self.skipped} runs, {self.jobs} at a time, into {self.out}"
+        self._pool, self.jobs = pool, pool.jobs
+        self.console.print(f"{self.shard}{self.total - self.skipped} runs, {self._at_a_time()}, into {self.out}"
                            + (f" ({self.skipped} already done)" if self.skipped else ""), soft_wrap=True)
         if not self.console.is_terminal:
             yield
             return
         with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
             yield
+
+    @property
+    def left(self) -> int:
+        """Runs that have no settled row yet."""
+        return self.total - self.skipped - self.settled
+
+    def say(self, text: str) -> None:
+        """A line about something out of the ordinary."""
+        self.console.print(f"  {text}", markup=False, soft_wrap=True)
+
+    def _at_a_time(self) -> str:
+        return f"{self.jobs} at a time" if self.jobs else "as many at a time as the cluster has room for"
 
     def expect(self, more: list[RunSettings]) -> None:
         """Control runs joined the queue."""
@@ -69,6 +84,7 @@ class MatrixScreen:
     def ended(self, record: RunRecord, duration_s: float) -> None:
         """A run is over: one line."""
         self.durations_s.append(duration_s)
+        self.settled += record.status != "preempted"
         *words, status = cell_words([record])
         line = Text.assemble(f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
                              f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
@@ -95,7 +111,7 @@ class MatrixScreen:
         return Text(f"{finished}/{self.total} done" + (f", about {left:.0f} s left" if left is not None else ""))
 
     def _seconds_left(self) -> float | None:
-        if not self.durations_s:
+        if not self.durations_s or not self.jobs:
             return None
         remaining = self.total - self.skipped - len(self.durations_s)
         return remaining * sum(self.durations_s) / len(self.durations_s) / self.jobs

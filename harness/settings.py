@@ -17,6 +17,7 @@ from bench_cases import PRESETS, Case, DtypeConfig, lookup
 
 ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
 DEVICES = ("auto", "cpu", "cuda")
+ENGINES = ("local", "ray")
 PARALLEL = ("ddp", "fsdp")
 INSTRUMENT_LEVELS = ("off", "light", "full")
 MAX_NORM = 1.0

@@ -59,14 +59,14 @@ def _require_same_device(out: Path, other: Path) -> None:
 def _copy_run(other: Path, out: Path, row: RunRecord) -> None:
     own = claim(out, row.run_id)
     try:
-        for source in _files_of(other, row.run_id):
+        for source in files_of(other, row.run_id):
             files.copy(source, out / source.relative_to(other))
         files.copy(other / "runs" / row.run_id / "run.json", out / "runs" / row.run_id / "run.json")
     finally:
         own.release()
 
 
-def _files_of(other: Path, run_id: str) -> Iterator[Path]:
+def files_of(other: Path, run_id: str) -> Iterator[Path]:
     """A run's plain files but its row: no links, nothing hidden."""
     log = other / "training_logs" / f"run_{run_id}.jsonl"
     traces = [other / "traces" / f"{run_id}.json.gz", *(other / "traces").glob(f"{run_id}-step*.json.gz")]

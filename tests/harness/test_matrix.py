@@ -13,7 +13,8 @@ from rich.console import Console
 
 from bench_cases import CASES
 from harness import arguments
-from harness.matrix import choose_jobs, controls_of, plan
+from harness.engines.choice import LocalEngine
+from harness.matrix import controls_of, plan
 from harness.pool import Pool
 from harness.run_folder import finished_runs
 from harness.settings import SettingsError
@@ -54,6 +55,7 @@ def test_a_run_asked_for_twice_is_planned_once():
 
 def test_jobs_follow_cores_and_threads(plan):
     one = [plan("gpt2_clm", "fp32_true", threads=1)]
+    choose_jobs = LocalEngine().jobs
     assert choose_jobs(3, one, CPU) == 3 and choose_jobs(None, one, CPU) >= 1
     assert choose_jobs(None, [plan("gpt2_clm", "fp32_true", threads=0)], CPU) == 1
     with pytest.raises(SettingsError, match="jobs is 0"):

@@ -1,0 +1,111 @@
+"""A real Ray cluster of two nodes on this machine: its rows are those of the sequential runner, and a node that is
+killed in the middle loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import torch
+
+from bench_cases import CASES, DTYPE_CONFIGS
+from harness.engines.cluster import OBJECT_STORE_BYTES, Cluster, bind_to_loopback
+from harness.planning import plan_run
+from harness.pool import Pool
+from harness.run_folder import INDEX, finished_run, indexed_rows
+from harness.settings import Request, RunSettings
+from instrument.log import read
+from instrument.records import RunRecord, StepRecord
+
+SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq_len=16, validation_documents=2, documents=400)
+TIMES = {"samples_per_s", "tokens_per_s", "real_tokens_per_s", "step_time_p50_s", "step_time_p95_s", "peak_rss_bytes",
+         "step_time_s", "timings_s", "hardware", "mfu_measured_peak", "mfu_measured_peak_real_tokens"}
+"""What two executions of one run may differ in, in rows and in their flags."""
+QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+                   "health_check_failure_threshold": 3}
+
+
+def trial(out: Path, n_runs: int, *, kill: bool, max_steps: int = 3) -> dict[str, Any]:
+    """``n_runs`` (at most 84) tiny runs, one after the other and on two nodes; with ``kill`` a node and all of its processes
+    are killed by SIGKILL while it executes a run. Returns ``trials`` (runs), ``lost`` (run ids without exactly one settled
+    row), ``differing`` (run ids whose rows or steps are not the sequential runner's) and ``run_again`` (times that a run was
+    started on another node)."""
+    runs = tiny_runs(n_runs, max_steps)
+    for _ in Pool(list(runs), out / "sequential", jobs=1).run(lambda: None):
+        pass
+    run_again: list[str] = []
+    with two_nodes() as (address, kill_a_node), Cluster(address, device="cpu", threads=1) as cluster:
+        from harness.engines.ray_pool import RayPool
+
+        pool, ended, killed = RayPool(list(runs), out / "nodes", None, None, cluster, say=run_again.append), [], []
+
+        def look() -> None:
+            if kill and not killed and len(ended) >= n_runs // 3 and len(pool.running) == 2:
+                killed.append(kill_a_node())
+
+        for one in pool.run(look, seconds_between_ticks=0.05):
+            ended.append(one.settings.run_id)
+    lost = [run.run_id for run in runs if ended.count(run.run_id) != 1 or not _one_row(out / "nodes", run.run_id)]
+    differing = [run.run_id for run in runs if run.run_id not in lost
+                 and comparable(out / "nodes", run.run_id) != comparable(out / "sequential", run.run_id)]
+    return {"trials": n_runs, "lost": lost, "differing": differing, "run_again": len(run_again), "nodes_killed": len(killed)}
+
+
+def tiny_runs(count: int, max_steps: int) -> list[RunSettings]:
+    """Runs of the default cases and configurations, then of further seeds."""
+    cases = [case for case in CASES.values() if case.in_default_matrix]
+    configs = [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
+    every = itertools.product((0, 1), cases, configs)
+    asked = dataclasses.replace(SMALL, max_steps=max_steps)
+    return [plan_run(case, config, seed, asked, torch.device("cpu")) for seed, case, config in itertools.islice(every, count)]
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[str, Callable[[], int]]]:
+    """A cluster of two nodes of one processor each; yields its address and what kills the second node with all of its
+    processes (their number)."""
+    bind_to_loopback()
+    from ray.cluster_utils import Cluster as LocalNodes
+
+    sizes = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    nodes = LocalNodes(initialize_head=True, connect=False, head_node_args=sizes | {"_system_config": QUICK_TO_NOTICE})
+    second = nodes.add_node(**sizes)
+
+    def kill_second() -> int:
+        raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+        processes = [raylet, *raylet.children(recursive=True)]
+        for process in processes:
+            process.kill()
+        nodes.remove_node(second, allow_graceful=False)
+        return len(processes)
+
+    try:
+        yield nodes.address, kill_second
+    finally:
+        nodes.shutdown()
+
+
+def comparable(out: Path, run_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's row and step rows without their times."""
+    row = _without_times(finished_run(out, run_id))
+    row["flags"] = {name: value for name, value in row["flags"].items() if name not in TIMES}
+    return row, [_without_times(step) for step in read(out / "training_logs" / f"run_{run_id}.jsonl", StepRecord)]
+
+
+def _without_times(record: RunRecord | StepRecord) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.to_builtins(record).items() if name not in TIMES}
+
+
+def _one_row(out: Path, run_id: str) -> bool:
+    row = finished_run(out, run_id)
+    ids = [msgspec.json.decode(line)["run_id"] for line in (out / INDEX).read_bytes().splitlines()]
+    return row is not None and row.status in ("completed", "diverged") and ids.count(run_id) == 1 and \
+        indexed_rows(out)[run_id] == row

@@ -1,0 +1,217 @@
+"""A budget is never exceeded, whatever runs really take; forecasts learn; what does not make sense is refused."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from harness import cli
+from harness.budget import MARGIN_S, Budget, Forecast, InFlight, Meter, admits, asked_budget, fitting, must_kill, must_stop
+from harness.exit_codes import INTERRUPTED, OK, USAGE
+from harness.run_folder import finished_runs
+from harness.settings import SettingsError
+from harness.signals import Stop
+from harness.spending import LOOK_EVERY_S, WHO, BudgetSpent, Spending
+
+SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
+         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+
+
+def a_run(case: str, config: str = "fp32_true", max_steps: int = 10):
+    return SimpleNamespace(case=SimpleNamespace(id=case), config=SimpleNamespace(id=config), max_steps=max_steps)
+
+
+@dataclass
+class Machine:
+    """A pool whose runs take what they take, and stop ``checkpoint_s`` after they were asked to."""
+
+    queue: list
+    jobs: int
+    true_s: dict
+    checkpoint_s: float
+    now_s: float = 0.0
+    running: list = field(default_factory=list)
+    stop: Stop = field(default_factory=Stop)
+    begun: list = field(default_factory=list)
+
+    def begin(self):
+        while self.queue and len(self.running) < self.jobs and not self.stop.requested:
+            run = self.queue.pop(0)
+            self.begun.append(run.case.id)
+            self.running.append(SimpleNamespace(settings=run, started_s=self.now_s, last_step=None,
+                                                ends_s=self.now_s + self.true_s[run.case.id]))
+
+    def over(self):
+        """The runs that have ended, whole or behind a checkpoint."""
+        for run in self.running:
+            if self.stop.requested:
+                run.asked_s = getattr(run, "asked_s", self.now_s)
+                run.ends_s = min(run.ends_s, run.asked_s + self.checkpoint_s)
+        ended = [run for run in self.running if run.ends_s <= self.now_s]
+        self.running = [run for run in self.running if run not in ended]
+        return ended
+
+
+class Cluster(Machine):
+    """Each run holds a GPU of its own."""
+
+    @property
+    def units_held(self):
+        return [str(k) for k in range(len(self.running))]
+
+
+def spend(kind, estimates_s, true_s, limit_s, *, jobs, checkpoint_s, tick_s, margin_s=5.0):
+    """Play a matrix under a budget; returns the pool, what was spent when the last run was gone, and if any was killed."""
+    runs = [a_run(f"case{k}") for k in range(len(true_s))]
+    pool = kind(list(runs), jobs, {run.case.id: seconds for run, seconds in zip(runs, true_s, strict=True)}, checkpoint_s)
+    spending = Spending(Budget(limit_s, "GPU", None, margin_s), shared=kind is Machine, clock=lambda: pool.now_s)
+    spending.meter = Meter(0.0)
+    spending.forecast.estimates_s = {(run.case.id, "fp32_true"): s for run, s in zip(runs, estimates_s, strict=True)}
+    spending.take_over(pool)
+    pool.begin()
+    try:
+        while pool.running:
+            pool.now_s += tick_s
+            spending.tick()
+            for run in pool.over():
+                if not pool.stop.requested:
+                    spending.forecast.learn(run.settings, pool.now_s - run.started_s)
+                spending.feed()
+            pool.begin()
+    except BudgetSpent:
+        return pool, spending._look(), True
+    return pool, spending._look(), False
+
+
+seconds = st.floats(0.5, 500)
+matrices = st.lists(st.tuples(st.one_of(st.none(), seconds), seconds), min_size=1, max_size=20)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from([Machine, Cluster]), durations=matrices, limit_s=st.floats(1, 2000), jobs=st.integers(1, 4),
+       checkpoint_s=st.floats(0, 30), tick_s=st.floats(0.3, 1))
+@example(kind=Machine, durations=[(1.0, 500.0)] * 5, limit_s=100.0, jobs=2, checkpoint_s=30.0, tick_s=1.0)
+@example(kind=Cluster, durations=[(None, 500.0)] * 5, limit_s=400.0, jobs=4, checkpoint_s=30.0, tick_s=1.0)
+def test_no_more_is_spent_than_was_given_whatever_runs_really_take(kind, durations, limit_s, jobs, checkpoint_s, tick_s):
+    estimates_s, true_s = zip(*durations, strict=True)
+    pool, spent_s, killed = spend(kind, estimates_s, true_s, limit_s, jobs=jobs, checkpoint_s=checkpoint_s, tick_s=tick_s)
+    assert spent_s <= limit_s + 1e-6
+    assert killed <= (checkpoint_s > 5 - LOOK_EVERY_S), "a checkpoint that fits into the margin is waited for"
+    assert pool.begun == [f"case{k}" for k in range(len(pool.begun))], "in order, and no run is overtaken"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(seconds, min_size=1, max_size=12), st.integers(1, 3))
+def test_with_right_forecasts_nothing_is_stopped_and_room_is_used(true_s, jobs):
+    limit_s = sum(true_s) / 2 + 10
+    pool, spent_s, killed = spend(Machine, true_s, true_s, limit_s, jobs=jobs, checkpoint_s=1, tick_s=0.5)
+    assert not killed and spent_s <= limit_s
+    if jobs == 1:
+        assert not pool.stop.requested
+        fit, _ = fitting(Budget(limit_s, "GPU", None, 5.0), 0.0, true_s, jobs=1, shared=True)
+        assert fit - 1 <= len(pool.begun) <= fit, "what was forecast to fit did, but for ticks"
+
+
+def test_a_run_that_takes_longer_than_its_forecast_is_stopped_behind_a_checkpoint_in_time():
+    pool, spent_s, killed = spend(Machine, [10.0], [1000.0], 60.0, jobs=1, checkpoint_s=3, tick_s=0.25)
+    assert pool.stop.requested == WHO and not killed and 50 < spent_s <= 60
+
+
+def test_what_two_gpus_hold_counts_twice():
+    pool, spent_s, _ = spend(Cluster, [100.0] * 4, [100.0] * 4, 300.0, jobs=2, checkpoint_s=1, tick_s=0.5)
+    assert len(pool.begun) == 2 and 195 < spent_s < 205
+    meter = Meter(0.0)
+    assert meter.look(10.0, 3) == 30.0 and meter.look(10.0, 5) == 30.0 and meter.look(12.0, 0) == 30.0
+
+
+def test_forecasts_are_corrected_by_what_was_measured():
+    forecast = Forecast({("a", "fp32_true"): 10.0, ("b", "fp32_true"): 30.0})
+    assert [forecast.of(a_run(case)) for case in "abc"] == [10.0, 30.0, None]
+    forecast.learn(a_run("a"), 20.0)
+    assert [forecast.of(a_run(case)) for case in "abc"] == [20.0, 60.0, 20.0]
+    forecast.learn(a_run("a"), 40.0)
+    assert forecast.of(a_run("b")) == pytest.approx(90.0)
+
+
+def test_progress_tells_more_than_the_forecast():
+    assert InFlight(30.0, 100.0).remaining_s() == 70.0 and InFlight(130.0, 100.0).remaining_s() == 0.0
+    assert InFlight(30.0, 100.0, 0.1).remaining_s() == pytest.approx(270.0) and InFlight(5.0, None).remaining_s() == 0.0
+    budget = Budget(100.0, "GPU", None, 10.0)
+    assert admits(budget, 0.0, [InFlight(0, 80.0)], 85.0, shared=True) and not admits(budget, 0.0, [], 90.0, shared=True)
+    assert not admits(budget, 0.0, [InFlight(0, 50.0)], 40.0, shared=False)
+    assert not must_stop(budget, 88.0, 1, 1.0) and must_stop(budget, 89.0, 1, 1.0) and not must_kill(budget, 89.0, 1, 1.0)
+
+
+def test_words_name_hours_and_money():
+    assert Budget(4500, "GPU", 2.0, 60).words(4500) == "1.25 GPU-hours (2.50 USD)"
+    assert Budget(4500, "machine", None, 60).words(36) == "36 machine-seconds"
+    assert Budget(4500, "machine", 2.0, 60).words(36) == "36 machine-seconds (0.020 USD)"
+
+
+def asked(hours, usd, price, device="cpu", preset="tiny"):
+    options = SimpleNamespace(max_gpu_hours=hours, budget_usd=usd, price_per_hour=price)
+    return asked_budget(options, device=device, preset=preset)
+
+
+@pytest.mark.parametrize("given, says", [
+    ((None, 5.0, None), "--budget-usd and --price-per-hour go together; given: --budget-usd alone"),
+    ((None, None, 2.0), "given: --price-per-hour alone"), ((0.0, None, None), "--max-gpu-hours is 0; it must be a positive"),
+    ((float("nan"), None, None), "must be a positive"), ((None, -1.0, 2.0), "--budget-usd is -1"),
+    ((1.0, None, None), "counts GPUs, and this runs on a CPU; allowed here: --budget-usd")])
+def test_budgets_that_make_no_sense_are_refused(given, says):
+    with pytest.raises(SettingsError, match=says):
+        asked(*given)
+
+
+def test_the_tighter_of_two_limits_counts():
+    assert asked(2.0, 10.0, 10.0, device="cuda", preset="full").limit_unit_s == 3600
+    assert asked(0.5, 10.0, 10.0, device="cuda", preset="full").limit_unit_s == 1800
+    assert asked(None, None, None) is None
+
+
+def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, monkeypatch, capsys):
+    """By a clock on which a step takes a second: the first run is stopped behind a checkpoint at step 15 or so of 60, and
+    goes on with the budget of the next call, which ends in the second run."""
+    logs = tmp_path / "out" / "training_logs"
+    monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
+    monkeypatch.setattr("harness.matrix.estimated", lambda todo, out: {})
+    monkeypatch.setattr("harness.spending.process_age_s", lambda: 0.0)
+    monkeypatch.setattr("harness.matrix.Spending", partial(Spending, clock=lambda: float(sum(
+        path.read_bytes().count(b"\n") for path in logs.glob("*.jsonl")))))
+    words = ["matrix", *SMALL, "--max-steps", "60", "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--jobs", "1",
+             "--no-follow-up", "--log-every", "1", "--out", str(tmp_path / "out"), "--price-per-hour", "2", "--budget-usd"]
+    assert cli.main([*words, "0.012"]) == INTERRUPTED  # 21.6 s
+    said = capsys.readouterr().err
+    assert "budget of this call: 22 machine-seconds (0.012 USD)" in said and "2 runs left" in said and "To go on" in said
+    (row,) = finished_runs(tmp_path / "out")
+    assert row.status == "preempted" and "stopped by SIGTERM behind step" in row.error and 14 <= row.steps_done < 60
+    assert cli.main([*words, "0.035"]) == INTERRUPTED  # 63 s
+    rows = {row.status: row for row in finished_runs(tmp_path / "out")}
+    assert rows["completed"].flags["resumed"]["behind_steps"] == [row.steps_done] and set(rows) == {"completed", "preempted"}
+    assert "1 runs left" in capsys.readouterr().err
+
+
+def test_usage_and_dry_run(tmp_path, capsys):
+    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--budget-usd", "3"]) == USAGE and cli.main([*words, "--max-gpu-hours", "3"]) == USAGE
+    capsys.readouterr()
+    assert cli.main([*words, "--budget-usd", "3", "--price-per-hour", "2", "--dry-run"]) == OK
+    said = capsys.readouterr().err
+    assert "budget of this call: 1.5 machine-hours (3.00 USD)" in said and "forecast for 2 runs" in said
+    assert "all of them fit" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_run_stops_before_its_budget_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("harness.spending.process_age_s", lambda: 0.0)
+    monkeypatch.setattr("harness.spending.LOOK_EVERY_S", 0.1)
+    monkeypatch.setitem(MARGIN_S, "tiny", 60.0)
+    words = ["case", "gpt2_clm", "fp32_true", *SMALL, "--max-steps", "100000", "--out", str(tmp_path), "--price-per-hour", "2"]
+    assert cli.main([*words, "--budget-usd", "0.0373"]) == INTERRUPTED  # 67 s, so 7 without the margin
+    (row,) = finished_runs(tmp_path)
+    assert row.status == "preempted" and row.error.startswith("stopped by the budget")
+    assert cli.main([*words, "--budget-usd", "0.03"]) == USAGE
+    assert "leaves no time for a run: 60 s are kept for its checkpoint" in capsys.readouterr().err
