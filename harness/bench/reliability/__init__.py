@@ -42,6 +42,7 @@ KINDS = {kind.name: kind for kind in (
     Kind("crash-index", "death at every file operation of a terminal row and the index", "crashed_mending", "in_index"),
     Kind("kill", "SIGKILL at random moments", "kills", "kills"),
     Kind("signal", "SIGTERM and SIGINT at random moments", "interruptions", "signals"),
+    Kind("death", "17 kinds of faults in a run: a row each, with its cause", "deaths", "deaths"),
     Kind("full-disk", "a disk that fills up, at a random byte", "bad_disks", "full"),
     Kind("read-only", "a results folder that cannot be written", "bad_disks", "read_only"),
     Kind("gone", "a results folder or a log that disappears behind a random step", "bad_disks", "disappearing"),
@@ -49,6 +50,8 @@ KINDS = {kind.name: kind for kind in (
     Kind("bit", "random bits flipped in a log", "damage", "flipped_bits"),
     Kind("claims", "16 processes want the same 500 runs, free and of dead owners", "contention", "claims"),
     Kind("writers", "8 processes add 2,000 lines each to one log", "contention", "writers"),
+    Kind("nodes", "runs on a Ray cluster of two nodes, against one after the other", "ray_nodes", "alike"),
+    Kind("lost-node", "the same, and one node is killed in the middle", "ray_nodes", "one_killed"),
     Kind("secrets", "artefacts searched for tokens planted in the environment", "planted_secrets", "secrets"),
 )}
 """In the order in which they run."""

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
+from harness.bench.reliability.trial import Trial, share_of
 from harness.engines.cluster import OBJECT_STORE_BYTES, Cluster, bind_to_loopback
 from harness.planning import plan_run
 from harness.pool import Pool
@@ -25,6 +26,9 @@ from instrument.log import read
 from instrument.records import RunRecord, StepRecord
 
 SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq_len=16, validation_documents=2, documents=400)
+RUNS = 42
+LONGER_STEPS = 20
+"""Long enough for a node to be killed while it executes a run."""
 TIMES = {"samples_per_s", "tokens_per_s", "real_tokens_per_s", "step_time_p50_s", "step_time_p95_s", "peak_rss_bytes",
          "step_time_s", "timings_s", "hardware", "mfu_measured_peak", "mfu_measured_peak_real_tokens"}
 """What two executions of one run may differ in, in rows and in their flags."""
@@ -56,6 +60,22 @@ def trial(out: Path, n_runs: int, *, kill: bool, max_steps: int = 3) -> dict[str
     differing = [run.run_id for run in runs if run.run_id not in lost
                  and comparable(out / "nodes", run.run_id) != comparable(out / "sequential", run.run_id)]
     return {"trials": n_runs, "lost": lost, "differing": differing, "run_again": len(run_again), "nodes_killed": len(killed)}
+
+
+def alike(share: float, folder: Path) -> Iterator[Trial]:
+    """A trial a run; lost where it has not one settled row, or another than the sequential runner's."""
+    return _trials(trial(folder, share_of(RUNS, share), kill=False))
+
+
+def one_killed(share: float, folder: Path) -> Iterator[Trial]:
+    """The same with a node killed in the middle, from three runs on."""
+    return _trials(trial(folder, max(3, share_of(RUNS, share)), kill=True, max_steps=LONGER_STEPS))
+
+
+def _trials(found: dict[str, Any]) -> Iterator[Trial]:
+    losses = [f"{run_id} is lost" for run_id in found["lost"]] + [f"{run_id} differs" for run_id in found["differing"]]
+    yield Trial("two nodes", losses, {"run again": found["run_again"], "nodes killed": found["nodes_killed"]},
+                stands_for=found["trials"])
 
 
 def tiny_runs(count: int, max_steps: int) -> list[RunSettings]:
