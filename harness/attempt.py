@@ -98,6 +98,7 @@ class Attempt:
 
     def _count_flops(self, request: ModelRequest) -> None:
         training = self.training
+        self.stop.pulse.at("counting", len(self.outcome.steps))
         self.figures = utilisation(self.settings, training.model, request, capture(self.device), self.folder.out,
                                    attention=training.precision.attention, threads=torch.get_num_threads())
         self.outcome.flags |= self.figures.flags()

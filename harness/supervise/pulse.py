@@ -12,7 +12,7 @@ from instrument.records import RunRecord, encode
 SECONDS_BETWEEN_BEATS = 1.0
 OPEN = "opening"
 """The phase from which on the run's files are this attempt's own."""
-PHASES = ("starting", "data", "build", OPEN, "evaluation", "training", "checkpoint", "forensics", "closing")
+PHASES = ("starting", "data", "build", OPEN, "evaluation", "counting", "training", "checkpoint", "forensics", "closing")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pulse:
     def __init__(self, say: Callable[[object], None] | None = None) -> None:
         self._say = say
         self._phase, self._steps_done = PHASES[0], 0
-        self._due_s = 0.0
+        self._due_s, self._stepped = 0.0, False
         self.device: str | None = None
         """The run's, once it is known."""
 
@@ -51,6 +51,8 @@ class Pulse:
     def beat(self, steps_done: int | None = None) -> None:
         """The main thread is alive."""
         if steps_done is not None:
+            if self._phase == "training" and steps_done > self._steps_done and not self._stepped:
+                self._stepped, self._due_s = True, 0.0  # from here on a hang is noticed sooner
             self._steps_done = steps_done
         if self._say is None or (now_s := time.monotonic()) < self._due_s:
             return

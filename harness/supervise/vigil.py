@@ -32,11 +32,12 @@ ASLEEP_S = 10.0
 class Rules:
     """When a run counts as hung (0: never), how long it may take to end after SIGTERM, and where the kernel counts its
     out-of-memory kills (None: the places of this machine). ``starting_factor``: until its first step is done, a run may
-    download, compile and allocate with nothing to tell for that many times longer, and from then on it may be silent for
-    that many times its longest silence so far."""
+    download, compile and allocate with nothing to tell for that many times longer. ``patience_factor``: from then on it may
+    always be silent for that many times its longest silence so far."""
 
     hang_after_s: float = HANG_AFTER_S
     starting_factor: float = 4.0
+    patience_factor: float = 4.0
     grace_s: float = 30.0
     for_stacks_s: float = 1.0
     oom_counters: Sequence[Path] | None = None
@@ -100,7 +101,7 @@ class Vigil:
         """How long it may be silent now; 0: for ever. A run whose steps take minutes is not hung in every one of them."""
         if not self._trained or not self.rules.hang_after_s:
             return self.rules.hang_after_s * self.rules.starting_factor
-        return max(self.rules.hang_after_s, self._longest_s * self.rules.starting_factor)
+        return max(self.rules.hang_after_s, self._longest_s * self.rules.patience_factor)
 
     def look(self) -> None:
         """Read its memory once a second; when it hangs, take the next step against it."""

@@ -33,14 +33,16 @@ def test_every_way_to_hang_is_noticed_and_ended_and_the_next_run_is_bit_for_bit_
     plants = [Plant(kind, "forward", 3) for kind in kinds]
     template = planned("exception", 0, tmp_path)[1]
     runs = [replace(template, case=case_with(plant)) for plant in plants]
+    rules = Rules(**{**HANG_RULES, "starting_factor": 30.0})  # nothing hangs before its third step
     rows = {ended.settings.case.id: ended.record
-            for ended in Pool([*runs, healthy], tmp_path, jobs=4, rules=Rules(**HANG_RULES)).run(lambda: None, 0.1)}
+            for ended in Pool([*runs, healthy], tmp_path, jobs=4, rules=rules).run(lambda: None, 0.1)}
     assert rows["gpt2_clm"].final_weights_sha256 == alone.final_weights_sha256 is not None
     for kind in kinds:
         row = rows[f"gpt2_clm_{kind}"]
         assert (row.status, row.steps_done, row.flags["death"]["step"]) == ("hung", 2, 2), row.error
         death = row.flags["death"]
-        assert death["beat_age_s"] > HANG_RULES["hang_after_s"] and death["goes_on"] and death["ended_by"].startswith("SIGKILL")
+        assert death["beat_age_s"] >= HANG_RULES["hang_after_s"] and death["goes_on"]
+        assert death["ended_by"].startswith("SIGKILL")
         stack = "\n".join(death.get("stack", []))
         assert ("plants.py" in stack) == (kind != "hang_stopped"), stack  # a process that is stopped cannot say where it is
         output = (tmp_path / "runs" / row.run_id / "output.log").read_text()

@@ -36,7 +36,7 @@ KINDS = tuple(EXPECTED)
 MAX_STEPS = 4
 HANGS_AT_A_TIME = 6
 """A hanging run waits, so several can wait together."""
-HANG_RULES = {"hang_after_s": 6.0, "starting_factor": 2.0, "grace_s": 0.7, "for_stacks_s": 0.3}
+HANG_RULES = {"hang_after_s": 6.0, "starting_factor": 4.0, "patience_factor": 1.5, "grace_s": 0.7, "for_stacks_s": 0.3}
 """A busy machine keeps a tiny run's evaluation waiting for seconds: that is no hang yet."""
 SIZES = Request(preset="tiny", device="cpu", data="embedded", max_steps=MAX_STEPS, batch_size=2, micro_batch=2, seq_len=16,
                 documents=400, validation_documents=2)
