@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 
 from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
+from harness.parallel.ranks import is_spokesman
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        if code != USAGE or os.environ.get("RANK", "0") == "0":  # under torchrun every process would say the same
+        if code != USAGE or is_spokesman():  # under torchrun every process would say the same
             print(f"harness: {error}", file=sys.stderr)
         return code
 
