@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from bench_cases.packages import missing_package
 from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
+from harness.parallel.ranks import is_spokesman
 
 if TYPE_CHECKING:
     from harness.supervise.pulse import Pulse
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        if code != USAGE or os.environ.get("RANK", "0") == "0":  # under torchrun every process would say the same
+        if code != USAGE or is_spokesman():  # under torchrun every process would say the same
             print(f"harness: {missing_package(error) or error}", file=sys.stderr)
         return code
 

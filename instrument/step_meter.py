@@ -237,8 +237,7 @@ class StepMeter:
                             rank=measured.rank_of(microbatch))
         if row["grad_tensor"] >= 0:
             index = int(row["grad_tensor"])
-            return surfaced(step, "backward", "grad", prevailing(row["grad_nan"]), rank=ranks["grad"],
-                            **self._place(index))
+            return surfaced(step, "backward", "grad", prevailing(row["grad_nan"]), **self._place(index, ranks["grad"]))
         if not math.isfinite(row["clip_norm"]) and row["param_tensor"] >= 0:
             return surfaced(step, "clip", "grad_norm", nonfinite_name(row["clip_norm"]))
         if row["state_tensor"] >= 0:
@@ -246,9 +245,9 @@ class StepMeter:
             return surfaced(step, "optimizer", tensor, prevailing(row["state_nan"]), module=name.rpartition(".")[0],
                           dtype=value.dtype, rank=ranks["state"])
         if row["param_tensor"] >= 0:
-            return surfaced(step, "optimizer", "param", prevailing(row["param_nan"]), rank=ranks["param"],
-                            **self._place(int(row["param_tensor"])))
+            place = self._place(int(row["param_tensor"]), ranks["param"])
+            return surfaced(step, "optimizer", "param", prevailing(row["param_nan"]), **place)
         return None
 
-    def _place(self, index: int) -> dict[str, object]:
-        return {"module": self.names[index].rpartition(".")[0], "dtype": self.parameters[index].dtype}
+    def _place(self, index: int, rank: int | None) -> dict[str, object]:
+        return {"module": self.names[index].rpartition(".")[0], "dtype": self.parameters[index].dtype, "rank": rank}

@@ -48,6 +48,14 @@ def refuse_ranks(command: str) -> None:
         raise SettingsError(f"{command} was started as {world} processes of one job; only `case` runs on several GPUs at once")
 
 
+def is_spokesman(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether what all processes would say is this one's to say: not where it is a rank other than the first."""
+    try:
+        return Ranks.from_environment(environment).is_first
+    except SettingsError:
+        return True
+
+
 def _number(environment: Mapping[str, str], name: str, least: int = 0) -> int:
     text = environment[name]
     if not text.isdecimal() or int(text) < least:

@@ -12,7 +12,7 @@ from report.words import gigabytes
 
 OPTIONS = {"preset": "--preset", "data": "--data", "weights": "--weights", "lr": "--lr", "batch_size": "--batch-size",
            "micro_batch": "--micro-batch", "seq_len": "--seq-len", "max_steps": "--max-steps", "dropout": "--dropout",
-           "attention": "--sdpa"}
+           "attention": "--sdpa", "parallel": "--parallel"}
 """Key of a row's settings -> option of ``harness case``."""
 PARTS = ("gpu", "cpu", "cpu_count", "memory_bytes", "system", "python")
 
@@ -29,7 +29,9 @@ def command(run: RunRecord) -> str | None:
     """The command line that makes this row, every setting spelled out."""
     if run.flags.get("imported") or run.flags.get("simulated") or "preset" not in run.config:
         return None
-    words = ["python", "-m", "harness", "case", clean(run.case, 80), clean(run.dtype_config, 80), "--seed", str(run.seed)]
+    world = run.config.get("world")
+    program = ["torchrun", "--nproc-per-node", str(world)] if isinstance(world, int) and world > 1 else ["python"]
+    words = [*program, "-m", "harness", "case", clean(run.case, 80), clean(run.dtype_config, 80), "--seed", str(run.seed)]
     for key, option in OPTIONS.items():
         if run.config.get(key) is not None:
             words += [option, clean(run.config[key], 200)]

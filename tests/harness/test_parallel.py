@@ -303,12 +303,16 @@ def test_what_does_not_fit_is_one_sentence(capsys, monkeypatch, environment, wor
     assert message in line
 
 
-def test_a_matrix_is_not_started_by_torchrun(capsys, monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x",
+def test_a_matrix_is_not_started_by_torchrun_and_one_process_says_so(capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x",
                         "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert main(["matrix", "--dry-run"]) == 2
     assert "matrix was started as 2 processes of one job" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["matrix", "--dry-run"]) == 2 and capsys.readouterr().err == ""
+    monkeypatch.delenv("MASTER_ADDR")  # not torchrun's doing: who knows whether there is another
+    assert main(["matrix", "--dry-run"]) == 2 and "MASTER_ADDR is not set" in capsys.readouterr().err
 
 
 def test_a_world_of_one_is_the_same_run(monkeypatch, capsys, tmp_path):

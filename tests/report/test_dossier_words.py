@@ -44,6 +44,9 @@ def test_a_command_spells_out_every_setting_and_is_safe_to_paste(runs):
         "attention": "auto"})
     assert command(made) == ("python -m harness case gpt2_clm fp32_true --seed 0 --preset tiny --data 'my dir; rm -rf x' "
                              "--lr 0.004 --sdpa auto --compile")
+    several = msgspec.structs.replace(made, config={"preset": "tiny", "world": 8, "parallel": "fsdp"})
+    assert command(several) == ("torchrun --nproc-per-node 8 -m harness case gpt2_clm fp32_true --seed 0 --preset tiny "
+                                "--parallel fsdp")
 
 
 def test_options_of_a_command_are_options_of_the_harness():
@@ -52,7 +55,8 @@ def test_options_of_a_command_are_options_of_the_harness():
 
     parsed = parser().parse_args(["case", "gpt2_clm", "fp32_true", "--seed", "0", "--compile", "--bucket-by-length",
                                   *(word for option, value in zip(OPTIONS.values(), (
-                                      "tiny", "embedded", "scratch", "0.1", "8", "4", "64", "9", "0.0", "auto"), strict=True)
+                                      "tiny", "embedded", "scratch", "0.1", "8", "4", "64", "9", "0.0", "auto",
+                                      "ddp"), strict=True)
                                     for word in (option, value))])
     assert parsed.lr == 0.1 and parsed.max_steps == 9
 
