@@ -18,7 +18,7 @@ from harness.campaign.stages import FOLDER
 from instrument.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
 
 LIMIT_BYTES = 15_000_000
-LARGEST_TRACE_BYTES = 4_000_000
+LARGEST_TRACE_BYTES = 6_000_000
 PLAIN = ("results.jsonl", "machine.json", "kernels.json", "kernel_check.json", "overhead.json", "fit.json", NAME,
          "summary.json", "dossier/index.html", "dossier/dossier.pdf")
 OF_A_RUN = ("run.json", "forensics.json", "evaluations.jsonl", "events.jsonl")
@@ -86,12 +86,13 @@ def _chosen(results: Path) -> Iterator[tuple[Path, str]]:
 
 
 def overflow_trace(results: Path) -> Path | None:
-    """The trace of one replayed failure: an overflow's where there is one, of the smallest file."""
+    """The trace of one replayed failure: an overflow's where there is one (the campaign drives a run into one), of the
+    smallest file."""
     ranked = []
-    for path in sorted((results / "traces").glob("*.json.gz")):
+    for path in sorted([*results.glob("traces/*.json.gz"), *results.glob(f"{FOLDER}/overflow/traces/*.json.gz")]):
         run_id = path.name.rpartition("-step")[0]
         try:
-            row = json.loads((results / "runs" / run_id / "run.json").read_bytes())
+            row = json.loads((path.parents[1] / "runs" / run_id / "run.json").read_bytes())
             cause = (row.get("first_nonfinite") or {}).get("cause")
         except (OSError, ValueError, AttributeError):
             continue

@@ -231,6 +231,19 @@ def test_a_campaign_goes_on_from_its_pack(tmp_path):
     assert tree[0] == tree[1]
 
 
+def test_the_overflow_that_was_made_on_purpose_is_packed_where_no_run_overflowed(tmp_path):
+    source = results(tmp_path / "results", runs=1)
+    assert packing.overflow_trace(source).name.startswith("gpt2_clm-fp16_naive-s0"), "a replayed failure at least"
+    run_id = "roberta_mlm-amp_fp16_unscaled-s0-00000000"
+    folder = source / "campaign" / "overflow"
+    (folder / "runs" / run_id).mkdir(parents=True)
+    (folder / "runs" / run_id / "run.json").write_text(json.dumps({"first_nonfinite": {"cause": "overflow"}}))
+    (folder / "traces").mkdir()
+    (folder / "traces" / f"{run_id}-step3.json.gz").write_bytes(b"x" * 9000)
+    assert packing.overflow_trace(source).name == f"{run_id}-step3.json.gz"
+    assert (packing.pack(source, tmp_path / "out").folder / "traces" / f"{run_id}-step3.json.gz").is_file()
+
+
 def test_a_link_in_a_results_folder_is_not_packed(tmp_path):
     source = results(tmp_path / "results")
     secret = tmp_path / "secret"
