@@ -22,7 +22,7 @@ from instrument.files import replace
 
 GRACE_S = {"cpu": 20.0, "cuda": 45.0}
 """For a run that was asked to stop to write its checkpoint."""
-DOSSIER_S = {"cpu": 15.0, "cuda": 60.0}
+DOSSIER_S = {"cpu": 30.0, "cuda": 60.0}
 """Kept free for the dossier at the end of a call until one has been built and its time is known."""
 LEAST_RUN_S = 5.0
 """No stage is begun with less time than this in front of it."""

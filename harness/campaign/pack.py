@@ -15,16 +15,18 @@ from pathlib import Path
 
 from harness.campaign.book import NAME
 from harness.campaign.stages import FOLDER
-from instrument.files import copy, make_folder, placing_folder, plain_inside, replace, sync_file
+from instrument.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
 
 LIMIT_BYTES = 15_000_000
-LARGEST_TRACE_BYTES = 4_000_000
+LARGEST_TRACE_BYTES = 6_000_000
 PLAIN = ("results.jsonl", "machine.json", "kernels.json", "kernel_check.json", "overhead.json", "fit.json", NAME,
          "summary.json", "dossier/index.html", "dossier/dossier.pdf")
 OF_A_RUN = ("run.json", "forensics.json", "evaluations.jsonl", "events.jsonl")
 LOGS = ("training_logs/run_*.jsonl", "runs/*/activations.jsonl", "runs/*/hardware.jsonl")
-DISPENSABLE = ("runs/*/activations.jsonl.gz", "runs/*/hardware.jsonl.gz")
-"""Left out, in this order, when the folder would be larger than `LIMIT_BYTES`; what was left out is said."""
+DISPENSABLE = ("runs/*-s[1-9]*-*/activations.jsonl.gz", "runs/*-s[1-9]*-*/hardware.jsonl.gz", "runs/*/activations.jsonl.gz",
+               "runs/*/hardware.jsonl.gz")
+"""Left out, in this order, when the folder would be larger than `LIMIT_BYTES`: later seeds first, since the figures of modules
+and hardware show the lowest. What was left out is said."""
 
 
 class PackTooLarge(Exception):
@@ -67,8 +69,7 @@ def pack(results: Path, out: Path, limit_bytes: int = LIMIT_BYTES) -> Packed:
 
 
 def _chosen(results: Path) -> Iterator[tuple[Path, str]]:
-    """(file, name in the pack) of all that belongs there. A log that is packed already (a campaign that went on from a
-    pack) stays so."""
+    """(file, name in the pack) of all that belongs there."""
     names = [*PLAIN, *(f"runs/{path.parent.name}/{name}" for path in sorted((results / "runs").glob("*/run.json"))
                        for name in OF_A_RUN)]
     names += [str(path.relative_to(results)) for pattern in (f"{FOLDER}/*.json", "predictions/*.json")
@@ -80,20 +81,18 @@ def _chosen(results: Path) -> Iterator[tuple[Path, str]]:
         for path in sorted(results.glob(pattern)):
             if plain_inside(results, path):
                 yield path, f"{path.relative_to(results)}.gz"
-        for path in sorted(results.glob(pattern + ".gz")):
-            if plain_inside(results, path) and not path.with_suffix("").exists():
-                yield path, str(path.relative_to(results))
     if (trace := overflow_trace(results)) is not None:
         yield trace, f"traces/{trace.name}"
 
 
 def overflow_trace(results: Path) -> Path | None:
-    """The trace of one replayed failure: an overflow's where there is one, of the smallest file."""
+    """The trace of one replayed failure: an overflow's where there is one (the campaign drives a run into one), of the
+    smallest file."""
     ranked = []
-    for path in sorted((results / "traces").glob("*.json.gz")):
+    for path in sorted([*results.glob("traces/*.json.gz"), *results.glob(f"{FOLDER}/overflow/traces/*.json.gz")]):
         run_id = path.name.rpartition("-step")[0]
         try:
-            row = json.loads((results / "runs" / run_id / "run.json").read_bytes())
+            row = json.loads((path.parents[1] / "runs" / run_id / "run.json").read_bytes())
             cause = (row.get("first_nonfinite") or {}).get("cause")
         except (OSError, ValueError, AttributeError):
             continue
@@ -118,14 +117,20 @@ def _make_room(folder: Path, limit_bytes: int) -> tuple[str, ...]:
 
 
 def unpack(packed: Path, results: Path) -> bool:
-    """Where ``results`` has no campaign and ``packed`` has one, go on from that: on another machine of its kind, say. A run
-    that was stopped behind a checkpoint starts over, since weights are not packed. Returns whether there was one."""
+    """Where ``results`` has no campaign and ``packed`` has one, go on from that: on another machine of its kind, say. Logs are
+    plain files again. A run that was stopped behind a checkpoint starts over, since weights are not packed. Returns whether
+    there was one."""
     if (results / NAME).exists() or not plain_inside(packed, packed / NAME):
         return False
     make_folder(results)
     for path in sorted(packed.rglob("*")):
         name = path.relative_to(packed)
-        if plain_inside(packed, path) and name.parts[0] != "dossier" and str(name) != NAME:
+        if not plain_inside(packed, path) or name.parts[0] == "dossier" or str(name) == NAME:
+            continue
+        if path.name.endswith(".jsonl.gz"):
+            with gzip.open(path, "rb") as zipped, replacing(results / name.with_suffix("")) as plain, plain.open("wb") as file:
+                shutil.copyfileobj(zipped, file)
+        else:
             copy(path, results / name)
     copy(packed / NAME, results / NAME)  # last: a cut before it starts the copy again
     return True

@@ -20,6 +20,8 @@ from instrument.files import make_folder
 
 POLL_S, BEAT_S = 0.1, 5.0
 PR_SET_PDEATHSIG = 1
+ROOMS = ("harness", "kernels", "report")
+"""What a stage runs with ``python -m``."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,14 @@ def _why_cut(seconds: float, limit_s: float, call_s: float, stop: Stop) -> str |
 
 def end_orphan(pid: int | None, grace_s: float) -> bool:
     """End what a killed call's stage left running: it was told to stop when its parent died (Linux), and is given time
-    for its checkpoint. Returns whether there was anything. ``pid`` is also its session's, so another process that came by
-    the same number is told by leading no session."""
+    for its checkpoint. Returns whether there was anything. Another process that came by the same number leads no session of
+    its own or runs something else."""
     if pid is None or not _leads_session(pid):
         return False
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        if "-m" not in process.cmdline():
+        words = process.cmdline()
+        if "-m" not in words or words[words.index("-m") + 1] not in ROOMS:
             return False
         process.terminate()
         psutil.wait_procs([process], timeout=grace_s)

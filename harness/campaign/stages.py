@@ -15,12 +15,14 @@ from harness.campaign.plan import Plan, Variant
 
 FOLDER = "campaign"
 """In the results folder: logs of the stages, parts of their output, the calibration's own results folder."""
-SHARES = {"doctor": 0.05, "check": 0.08, "bench": 0.15, "overhead": 0.10, "calibrate": 0.15, "fit": 0.15}
+SHARES = {"doctor": 0.05, "check": 0.08, "bench": 0.15, "overhead": 0.10, "calibrate": 0.15, "overflow": 0.03, "fit": 0.15}
 """At most this share of the campaign's planned minutes goes to a group of stages; what is left is the matrix's."""
-LEAST_S = {"doctor": 60.0, "check": 45.0, "bench": 30.0, "overhead": 60.0, "calibrate": 60.0, "fit": 60.0}
+LEAST_S = {"doctor": 60.0, "check": 45.0, "bench": 30.0, "overhead": 60.0, "calibrate": 60.0, "overflow": 60.0, "fit": 60.0}
 """... but so much for each stage of it, however short the campaign: a first import and a first compilation take that."""
 FIT_FROM_S = 3600.0
 """From this length on a campaign keeps time free for ``fit``; in a shorter one it gets what the runs leave."""
+OVERFLOW_CASE, OVERFLOW_CONFIG, OVERFLOW_LR, OVERFLOW_STEPS = "roberta_mlm", "amp_fp16_unscaled", 3.0, 40
+"""A run that is driven into overflow on purpose, in a folder of its own: for the trace of one replayed overflow."""
 FIT_CASES = ("gpt2_multi_cls", "gpt2_clm")
 
 
@@ -84,14 +86,19 @@ def runs(asked: Mapping[str, Any], results: Path, plan: Plan) -> list[Stage]:
 
 
 def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str]) -> list[Stage]:
-    """What fits at most, for one classifier and one language model."""
-    if "fit" in (asked["skip"] or ()):
-        return []
+    """One overflow to look at, and what fits at most, for one classifier and one language model."""
+    skip, stages = asked["skip"] or (), []
+    if "overflow" not in skip and OVERFLOW_CASE in labels:
+        command = ("harness", "case", OVERFLOW_CASE, OVERFLOW_CONFIG, "--lr", str(OVERFLOW_LR),
+                   *sizes(asked, None, OVERFLOW_STEPS), "--out", str(results / FOLDER / "overflow"))
+        stages.append(Stage("overflow", "overflow", command, goes_on=True))
+    if "fit" in skip:
+        return stages
     price = ("--price-per-hour", str(asked["price_per_hour"])) if asked["price_per_hour"] else ()
     cases = [case for case in FIT_CASES if case in labels]
     common = sizes(asked, None, None, fit=True)
-    return [Stage(f"fit-{case}", "fit", ("harness", "fit", case, "--configs", *configs, *common, *price, "--out", str(results)),
-                  goes_on=True, echo=True) for case in cases]
+    return stages + [Stage(f"fit-{case}", "fit", ("harness", "fit", case, "--configs", *configs, *common, *price, "--out",
+                                                  str(results)), goes_on=True, echo=True) for case in cases]
 
 
 def kept_for_fit_s(asked: Mapping[str, Any], total_s: float) -> float:

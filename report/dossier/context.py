@@ -13,6 +13,8 @@ from report.dossier.header import header
 from report.dossier.prediction import prediction_words
 from report.dossier.reproduce import commands, versions
 from report.dossier.runs_table import HEADS, run_rows
+from report.dossier.what_fits import HEADS as FIT_HEADS
+from report.dossier.what_fits import fit_rows
 from report.plots.text import clean
 from report.words import gigabytes
 
@@ -50,6 +52,7 @@ def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence
         "mfu_rows": measurements.mfu_rows(folder.runs),
         "kernel_heads": KERNEL_HEADS, "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
         "overhead_heads": measurements.OVERHEAD_HEADS, "overhead_rows": measurements.overhead_rows(tables["overhead"].summary),
+        "fit_heads": FIT_HEADS, "fit_rows": fit_rows(folder.fit, verdict.price_per_hour),
         "peaks": _peaks(folder.runs),
         "run_heads": HEADS, "run_rows": run_rows(folder.runs, numbers),
         "commands": commands(folder.runs, numbers), "versions": versions(folder.runs, folder.machine),

@@ -36,7 +36,7 @@ def load(path: Path) -> Folder:
 class Folder:
     """Rows and logs of one device. ``runs`` holds one valid row per run id, in order of run id.
 
-    ``machine``, ``kernels``, ``overhead``: the side files as plain data, None where there is none
+    ``machine``, ``kernels``, ``overhead``, ``fit``, ``kernel_check``: the side files as plain data, None where there is none
     (``machine``: an empty dict). Nothing here writes.
     """
 
@@ -52,6 +52,8 @@ class Folder:
         self.machine: dict[str, Any] = self._side_file("machine.json") or {}
         self.kernels = self._side_file("kernels.json")
         self.overhead = self._side_file("overhead.json")
+        self.fit = self._side_file("fit.json")
+        self.kernel_check = self._side_file("kernel_check.json")
 
     @property
     def device(self) -> str:

@@ -1,4 +1,4 @@
-"""Can you trust this? Five lines: fairness, reference health, seeds, exclusions, own overhead."""
+"""Can you trust this? Fairness, reference health, seeds, exclusions, own overhead; the kernels where they were checked."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Check:
 
 
 def trust(folder: Folder) -> tuple[Check, ...]:
-    """The five checks, and a sixth when the files had defects."""
+    """The five checks, one of the kernels when they were compared with float64 here, and one when the files had defects."""
     selection = select(folder)
-    checks = (_fairness(selection), _health(folder), _seeds(selection), _exclusions(folder, selection), _overhead(folder))
+    checks = (_fairness(selection), _health(folder), _seeds(selection), _exclusions(folder, selection), _overhead(folder),
+              *_kernels(folder))
     defects = folder.defects
     if not defects:
         return checks
@@ -106,6 +107,25 @@ def _overhead(folder: Folder) -> Check:
     missed = [row for row in rows if row["median"] > row["at_most"]]
     return Check("overhead", not missed, f"The instruments cost {worst['median']:.3f}{span} times a step without them "
                                          f"({worst.get('name')}; aim: at most {worst['at_most']:g}).")
+
+
+def _kernels(folder: Folder) -> tuple[Check, ...]:
+    """What `python -m kernels check` found on this device."""
+    found = (folder.kernel_check or {}).get("rows")
+    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    if not rows:
+        return ()
+    ops = {str(row.get("op")) for row in rows}
+    wrong = [row for row in rows if row.get("status") != "right"]
+    where = str(rows[0].get("device"))
+    if not wrong:
+        judged = f"{count(len(rows), 'quantity', 'quantities')} of {count(len(ops), 'kernel')}"
+        return (Check("kernels", True, f"All {judged} agree with float64 on this device ({where}), within eager torch's own "
+                                       "error."),)
+    first = wrong[0]
+    what = f"{first.get('op')} {first.get('dtype')}, {first.get('case') or 'all'}: {first.get('note') or first.get('quantity')}"
+    return (Check("kernels", False, f"{len(wrong)} of {len(rows)} quantities do not agree with float64 on this device "
+                                    f"({where}); the first: {what}."),)
 
 
 def _number(row: dict[str, Any], key: str) -> float | None:

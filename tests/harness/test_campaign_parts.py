@@ -94,13 +94,15 @@ def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
     assert not psutil.pid_exists(pid)
 
 
-def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone():
+def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone(monkeypatch):
+    monkeypatch.setattr(process, "ROOMS", ("timeit",))
     orphan = subprocess.Popen([sys.executable, "-m", "timeit", "-n", "1", "import time; time.sleep(600)"],
                               start_new_session=True)
     time.sleep(0.3)
     assert process.end_orphan(orphan.pid, 5.0) and not psutil.pid_exists(orphan.pid)
     orphan.wait(20)
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    other = subprocess.Popen([sys.executable, "-m", "json.tool"], stdin=subprocess.PIPE, start_new_session=True)
+    time.sleep(0.3)
     assert not process.end_orphan(other.pid, 1.0) and not process.end_orphan(None, 1.0) and other.poll() is None
     other.kill()
     other.wait()
@@ -210,7 +212,8 @@ def test_what_does_not_fit_is_left_out_and_said_and_too_much_is_refused(tmp_path
     source = results(tmp_path / "results")
     whole = packing.pack(source, tmp_path / "out")
     packed = packing.pack(source, tmp_path / "out", limit_bytes=whole.size_bytes - 1)
-    assert packed.left_out and "activations" in packed.left_out[0] and packed.size_bytes < whole.size_bytes
+    assert packed.size_bytes < whole.size_bytes and packed.left_out[0].startswith("2 files runs/*-s[1-9]*-*/activations")
+    assert len(list((tmp_path / "out").glob("runs/*/activations.jsonl.gz"))) == 1, "the lowest seed's stays"
     with pytest.raises(packing.PackTooLarge, match="and 0 MB are allowed; the largest file is"):
         packing.pack(source, tmp_path / "out", limit_bytes=100)
     assert (tmp_path / "out" / "campaign.json").exists(), "a pack that is refused leaves the one before"
@@ -222,9 +225,23 @@ def test_a_campaign_goes_on_from_its_pack(tmp_path):
     assert packing.unpack(tmp_path / "out", tmp_path / "elsewhere")
     assert not packing.unpack(tmp_path / "out", tmp_path / "elsewhere")
     packing.pack(tmp_path / "elsewhere", tmp_path / "again")
+    assert (tmp_path / "elsewhere" / "training_logs" / "run_gpt2_clm-fp16_naive-s0-00000000.jsonl").is_file()
     tree = [{str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
             for root in (tmp_path / "out", tmp_path / "again")]
     assert tree[0] == tree[1]
+
+
+def test_the_overflow_that_was_made_on_purpose_is_packed_where_no_run_overflowed(tmp_path):
+    source = results(tmp_path / "results", runs=1)
+    assert packing.overflow_trace(source).name.startswith("gpt2_clm-fp16_naive-s0"), "a replayed failure at least"
+    run_id = "roberta_mlm-amp_fp16_unscaled-s0-00000000"
+    folder = source / "campaign" / "overflow"
+    (folder / "runs" / run_id).mkdir(parents=True)
+    (folder / "runs" / run_id / "run.json").write_text(json.dumps({"first_nonfinite": {"cause": "overflow"}}))
+    (folder / "traces").mkdir()
+    (folder / "traces" / f"{run_id}-step3.json.gz").write_bytes(b"x" * 9000)
+    assert packing.overflow_trace(source).name == f"{run_id}-step3.json.gz"
+    assert (packing.pack(source, tmp_path / "out").folder / "traces" / f"{run_id}-step3.json.gz").is_file()
 
 
 def test_a_link_in_a_results_folder_is_not_packed(tmp_path):

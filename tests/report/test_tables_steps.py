@@ -190,3 +190,16 @@ def test_own_overhead_is_held_against_its_aim(plant, median, ok):
          "at_most": 1.01, "met": ok}]}))
     check = trust(load(folder.path))[4]
     assert check.ok is ok and f"{median:.3f}" in check.sentence
+
+
+@pytest.mark.parametrize("content, ok, says", [
+    ('{"rows": 5}', None, None), ('{"rows": [7]}', None, None), ("[]", None, None),
+    ('{"rows": [{"op": "a", "status": "right", "device": "cuda"}, {"op": "a", "status": "right", "device": "cuda"}]}',
+     True, "All 2 quantities of 1 kernel agree with float64 on this device (cuda)"),
+    ('{"rows": [{"op": "a", "status": "right"}, {"op": "b", "dtype": "bf16", "status": "failed", "note": "no code"}]}',
+     False, "1 of 2 quantities do not agree with float64 on this device (None); the first: b bf16, all: no code.")])
+def test_the_kernels_speak_where_they_were_checked(plant, content, ok, says):
+    folder = plant(("gpt2_clm",), ("fp32_true",), (0,))
+    (folder.path / "kernel_check.json").write_text(content)
+    check = {check.name: check for check in trust(load(folder.path))}.get("kernels")
+    assert (check and check.ok) is ok and (says is None or says in check.sentence)
