@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import time
 from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
@@ -18,6 +19,7 @@ from harness.settings import SettingsError
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's least is 75 MiB. Only chunks of a few MB pass through."""
 REACH_WITHIN_S = 10.0
+LOOK_EVERY_S = 1.0
 
 
 class Cluster:
@@ -26,7 +28,7 @@ class Cluster:
 
     def __init__(self, address: str | None, *, device: str, threads: int) -> None:
         self.address, self.device, self.threads = address, device, threads
-        self._quiet = ExitStack()
+        self._quiet, self._nodes, self._looked_s = ExitStack(), [], -LOOK_EVERY_S
         self._ray = self._connect()
 
     def _connect(self) -> Any:
@@ -51,8 +53,10 @@ class Cluster:
         return ray
 
     def nodes(self) -> list[dict[str, Any]]:
-        """The nodes that are alive."""
-        return [node for node in self._ray.nodes() if node["Alive"]]
+        """The nodes that are alive, as of at most `LOOK_EVERY_S` ago."""
+        if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
+            self._nodes, self._looked_s = [node for node in self._ray.nodes() if node["Alive"]], time.monotonic()
+        return self._nodes
 
     def slots(self) -> int:
         """Runs that fit into the cluster at a time."""

@@ -196,6 +196,16 @@ def test_a_run_that_another_driver_has_is_left_to_it(instant, runs):
     assert [ended[seed].record.status for seed in (0, 2)] == [DONE, DONE]
 
 
+def test_a_run_that_another_driver_finished_meanwhile_is_not_done_again(instant, runs):
+    before, cluster = summarize(runs[0], Outcome(status=DONE, error="before")), InProcess()
+    write_terminal(instant, before)
+    pool = RayPool(list(runs), instant, None, None, cluster)
+    theirs = summarize(runs[1], Outcome(status=DONE, error="by the other driver"))
+    write_terminal(instant, theirs)
+    rows = {one.settings.seed: one.record for one in run(pool)}
+    assert rows[1] == theirs and rows[0] != before, "one that was done when this driver began was asked for again"
+
+
 def test_jobs_are_the_runs_of_the_whole_cluster(instant, runs):
     pool, seen = RayPool(list(runs), instant, 2, None, InProcess(slots=8)), []
     for _ in pool.run(lambda: seen.append(len(pool.slots)), seconds_between_ticks=0):
