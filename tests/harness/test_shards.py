@@ -86,3 +86,5 @@ def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert cli.main([*words, str(tmp_path / "all"), "--dry-run", "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["todo"] == []
+    assert cli.main([*words, str(tmp_path / "all"), "--rerun", "--dry-run", "--json"]) == OK
+    assert len(json.loads(capsys.readouterr().out)["todo"]) == 3, "what was planned; the control comes when its parent dies"
