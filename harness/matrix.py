@@ -72,8 +72,9 @@ def matrix_command(options: argparse.Namespace) -> int:
         with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
             discard(out, run_id)
     rows = dict(done)
-    with engine.pool(todo, out, jobs, device, screen.say) as pool, Stop(patient=True).listening() as stop:
-        pool.stop, pool.rules = stop, Rules.asked(options.hang_after_s)
+    rules = Rules.asked(options.hang_after_s)
+    with engine.pool(todo, out, jobs, device, rules, screen.say) as pool, Stop(patient=True).listening() as stop:
+        pool.stop = stop
         try:
             for record in run_all(pool, spending, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
                 rows[record.run_id] = record

@@ -14,6 +14,7 @@ import torch
 
 from harness.pool import Pool
 from harness.settings import RunSettings, SettingsError
+from harness.supervise.vigil import Rules
 from instrument.environment import device_slug
 
 Say = Callable[[str], None]
@@ -27,7 +28,8 @@ class Engine(Protocol):
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int | None: ...
 
-    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, say: Say): ...
+    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, rules: Rules,
+             say: Say): ...
 
 
 class LocalEngine:
@@ -42,8 +44,9 @@ class LocalEngine:
         return checked_jobs(asked) or (1 if device.type == "cuda" else max(1, cores // threads))
 
     @contextmanager
-    def pool(self, queue: list[RunSettings], out: Path, jobs: int, device: torch.device, say: Say) -> Iterator[Pool]:
-        yield Pool(queue, out, jobs)
+    def pool(self, queue: list[RunSettings], out: Path, jobs: int, device: torch.device, rules: Rules,
+             say: Say) -> Iterator[Pool]:
+        yield Pool(queue, out, jobs, rules=rules)
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,14 @@ class RayEngine:
         return checked_jobs(asked)
 
     @contextmanager
-    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, say: Say) -> Iterator[object]:
+    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, rules: Rules,
+             say: Say) -> Iterator[object]:
         from harness.engines.cluster import Cluster
 
         with Cluster(self.address, device=device.type, threads=max((s.threads for s in queue), default=1)) as cluster:
             from harness.engines.ray_pool import RayPool
 
-            yield RayPool(queue, out, jobs, None, cluster, device=device_slug(device), say=say)
+            yield RayPool(queue, out, jobs, None, cluster, device=device_slug(device), rules=rules, say=say)
 
 
 def choose_engine(options: argparse.Namespace) -> Engine:

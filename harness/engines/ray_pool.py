@@ -36,9 +36,9 @@ class RayPool:
     results folder is about, None where it is empty; ``say`` tells a person what happens."""
 
     def __init__(self, queue: list[RunSettings], out: Path, jobs: int | None, stop: Stop | None, cluster: Cluster, *,
-                 device: str | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+                 device: str | None = None, rules: Rules | None = None, say: Callable[[str], None] = lambda text: None) -> None:
         self.queue, self.out, self.jobs, self.stop = queue, out, jobs, stop or Stop()
-        self.cluster, self.device, self.say, self.rules = cluster, device, say, Rules()
+        self.cluster, self.device, self.rules, self.say = cluster, device, rules, say
         self.running: list[Running] = []
         self.slots: list[Slot] = []
         self.ended: deque[Ended] = deque()
