@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,7 +91,7 @@ def instant(monkeypatch, tmp_path):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", None)
 
-    def execute(settings, out, stop, on_step):
+    def execute(settings, out, *, stop, on_step, rules):
         log = out / "training_logs" / f"run_{settings.run_id}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         went_on = log.read_text() if log.exists() else ""
@@ -99,6 +100,7 @@ def instant(monkeypatch, tmp_path):
         (out / "runs" / settings.run_id / "checkpoint-1").mkdir(parents=True, exist_ok=True)
         (out / "runs" / settings.run_id / "checkpoint-1" / "state").write_bytes(b"x" * 10)
         write_terminal(out, summarize(settings, Outcome(status=status)))
+        return SimpleNamespace(failure=None)
 
     class Answers:
         @staticmethod
