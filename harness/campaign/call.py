@@ -24,6 +24,8 @@ GRACE_S = {"cpu": 20.0, "cuda": 45.0}
 """For a run that was asked to stop to write its checkpoint."""
 DOSSIER_S = {"cpu": 30.0, "cuda": 60.0}
 """Kept free for the dossier at the end of a call until one has been built and its time is known."""
+KEEPS_ROWS = ("check", "bench", "calibrate", "fit")
+"""Groups whose stages write as they go."""
 LEAST_RUN_S = 5.0
 """No stage is begun with less time than this in front of it."""
 
@@ -202,7 +204,8 @@ def outcome(stage: Stage, ended: process.Ended) -> tuple[str, str | None]:
     if ended.cut in ("call", "signal"):
         return ("done", None) if ended.exit_code == OK and stage.goes_on else ("pending", f"stopped by the {ended.cut}")
     if ended.cut == "limit":
-        return "cut", "its share of the time was over; the rows that it had by then are kept"
+        kept = "; the rows that it had by then are kept" if stage.group in KEEPS_ROWS else ""
+        return "cut", f"its share of the time was over{kept}"
     if ended.exit_code == INTERRUPTED:
         return "pending", "it was interrupted from outside"
     if ended.exit_code == RUN_FAILED and stage.goes_on:

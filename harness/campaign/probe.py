@@ -42,7 +42,7 @@ def probe(asked: dict[str, Any], *, estimates: bool) -> dict[str, Any]:
     """The device, its slug, the preset's sizes, the variants and configurations in order, and what is missing here."""
     from bench_cases import DTYPE_CONFIGS, PRESETS, lookup
     from harness.planning import choose_device, plan_run
-    from harness.settings import Request, choose_preset
+    from harness.settings import Request, choose_data, choose_preset
     from instrument.environment import capture, device_slug
 
     device = choose_device(asked["device"] or "auto")
@@ -50,9 +50,11 @@ def probe(asked: dict[str, Any], *, estimates: bool) -> dict[str, Any]:
     request = Request(**{name: asked[name] for name in SIZES if asked[name] is not None})
     configs = asked["configs"] or [c.id for c in DTYPE_CONFIGS.values() if c.in_default_matrix]
     declared = [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in configs]
+    _require_datasets(choose_data(asked["data"], preset.id))
     labels, drafts = _labels(asked, preset.id), {}
     for label in labels:  # their data and sizes are refused now, and not in an hour
         drafts[label] = plan_run(_case(label), declared[0], 0, _sized(request, label), device)
+        _fetch(drafts[label])
     found = {"device": device.type, "slug": device_slug(device), "preset": preset.id, "preset_steps": preset.max_steps,
              "preset_seeds": list(preset.seeds) if len(preset.seeds) > 1 else [0, 1, 2], "labels": labels, "configs": configs,
              "data": drafts[labels[0]].data, "weights": drafts[labels[0]].weights, "environment": capture(device),
@@ -62,6 +64,27 @@ def probe(asked: dict[str, Any], *, estimates: bool) -> dict[str, Any]:
                                                                 device))
                               for label in labels for config in representatives(configs)]
     return found
+
+
+def _fetch(settings) -> None:
+    """What comes from the hub is fetched before anything else: a hub that does not answer ends the campaign in its first
+    minute, with the ways out. Files are read by the runs."""
+    from bench_cases.models import build_model
+    from harness.run import load_run_data, model_request
+
+    if settings.data.startswith("hub"):
+        data = load_run_data(settings)
+        if settings.weights != "scratch":
+            build_model(model_request(settings, data))
+
+
+def _require_datasets(data: str) -> None:
+    """Raise `DataUnavailable` where the hub is asked for without its library: now, and not in the calibration."""
+    from bench_cases.data.errors import DataUnavailable
+    from bench_cases.data.hub_reach import WAYS_OUT
+
+    if data.startswith("hub") and find_spec("datasets") is None:
+        raise DataUnavailable(f"--data {data} needs the package datasets, which is not installed; {WAYS_OUT}")
 
 
 def _labels(asked: dict[str, Any], preset: str) -> list[str]:

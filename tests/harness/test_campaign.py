@@ -158,6 +158,20 @@ def test_bad_options_are_one_sentence_before_anything_is_written(asked, words, c
     assert code in (2, 4) and said.out == "" and words in said.err and len(said.err.strip().splitlines()) == 1
 
 
+def test_a_hub_that_does_not_answer_ends_it_before_anything_is_written(monkeypatch, capsys):
+    from bench_cases.data import hub_reach
+    from harness.campaign import probe
+    from harness.campaign.command import ASKED
+
+    def silence(kind, name, revision):
+        raise hub_reach.unavailable(name, ConnectionError("no route"))
+
+    monkeypatch.setattr(hub_reach, "commit", silence)
+    code = probe.main([json.dumps({**dict.fromkeys(ASKED), "preset": "tiny", "data": "hub", "cases": ["gpt2_multi_cls"]})])
+    said = capsys.readouterr()
+    assert code == 5 and said.out == "" and "no route" in said.err and "--data DIR" in said.err
+
+
 def test_the_matched_control_joins_the_full_preset_only(capsys):
     from harness.campaign import probe
     from harness.campaign.command import ASKED

@@ -68,6 +68,12 @@ def test_a_data_folder_needs_no_optional_library(without, folder, tmp_path):
     assert told.returncode == 0 and "going on without dossier.pdf: no PDF without WeasyPrint" in told.stderr
 
 
+def test_a_campaign_without_the_hubs_library_says_what_to_give_instead(without, tmp_path):
+    done = without("datasets", "harness", "campaign", "--preset", "full", "--device", "cpu", "--results", str(tmp_path / "r"))
+    assert done.returncode == 5 and "--data hub needs the package datasets" in done.stderr and "--data DIR" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("command", [("harness", "campaign", "--preset", "tiny"), ("report", "verdict", ".")])
 def test_a_core_library_that_is_missing_is_one_sentence(without, command):
     done = without("msgspec", *command)
