@@ -124,8 +124,8 @@ class Watchman:
     def _beat(self) -> None:
         self._beat_number += 1
         self._set(f"beat/{self.ranks.rank}", {
-            "pid": self._me.pid, "began": self._me.create_time(), "where": where_process_ids_mean_something(), "number": self._beat_number,
-            "place": place_of(self._main)})
+            "pid": self._me.pid, "began": self._me.create_time(), "where": where_process_ids_mean_something(),
+            "number": self._beat_number, "place": place_of(self._main)})
 
     def _failed(self) -> RankFailed | None:
         """The first rank that has left its last words, or else is dead."""
