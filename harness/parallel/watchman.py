@@ -15,7 +15,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,8 @@ class Watchman:
     def _beat(self) -> None:
         self._beat_number += 1
         self._set(f"beat/{self.ranks.rank}", {
-            "pid": self._me.pid, "began": self._me.create_time(), "boot": this_boot(), "number": self._beat_number,
-            "place": place_of(self._main)})
+            "pid": self._me.pid, "began": self._me.create_time(), "where": where_process_ids_mean_something(),
+            "number": self._beat_number, "place": place_of(self._main)})
 
     def _failed(self) -> RankFailed | None:
         """The first rank that has left its last words, or else is dead."""
@@ -141,7 +141,7 @@ class Watchman:
         return None
 
     def _is_dead(self, rank: int, beat: dict[str, Any]) -> bool:
-        if beat["boot"] == this_boot():
+        if beat["where"] == where_process_ids_mean_something():
             try:
                 process = psutil.Process(beat["pid"])
                 return process.create_time() != beat["began"] or process.status() == psutil.STATUS_ZOMBIE
@@ -165,6 +165,13 @@ class Watchman:
 
     def _get(self, key: str) -> dict[str, Any] | None:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+
+def where_process_ids_mean_something() -> str:
+    """One kernel, and in it one container: elsewhere the same number is another process."""
+    with suppress(OSError):
+        return f"{this_boot()} {os.readlink('/proc/self/ns/pid')}"
+    return this_boot()
 
 
 def place_of(thread: int | None) -> str:
