@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= gpt2_multi_cls amp_fp16 --preset tiny --data embedded
 OUT ?= results/tiny
+SHARD ?= 1/1
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: help run test soak lint matrix bench gpu gpu-dossier freeze clean
 help:
@@ -17,8 +19,8 @@ help:
 	@echo "make soak    the long sweeps"
 	@echo "make lint    style and layering"
 
-$(READY): setup.py constraints.txt install.sh
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh install.sh
+$(READY): setup.py $(CONSTRAINTS) install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" CONSTRAINTS="$(CONSTRAINTS)" sh install.sh
 	@touch $@
 
 run: $(READY)
@@ -39,7 +41,7 @@ lint: $(READY)
 
 matrix: $(READY)
 	$(BIN)/python -m harness doctor --measure --out $(OUT)
-	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
+	$(BIN)/python -m harness matrix --preset tiny --data embedded --shard $(SHARD) --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 
 bench: $(READY)
