@@ -38,8 +38,13 @@ def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
         if code is None:
             raise
         if code != USAGE or is_spokesman():  # under torchrun every process would say the same
-            print(f"harness: {missing_package(error) or error}", file=sys.stderr)
+            print(f"harness: {sentence(error)}", file=sys.stderr)
         return code
+
+
+def sentence(error: Exception) -> str:
+    """An error's one line; of a package that is not installed, what to do."""
+    return missing_package(error) or str(error)
 
 
 def _command(name: str):
