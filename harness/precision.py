@@ -19,7 +19,7 @@ from bench_cases import DtypeConfig
 from harness import fp16_products, switches
 from harness.loss_scaler import MeasuringGradScaler, gradients_of
 from harness.optimizer import OptimizerUnavailable, adamw_for
-from kernels import TensorStats, multi_tensor_stats
+from kernels import TensorStats, multi_tensor_stats, scale_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -123,15 +123,17 @@ class Precision:
     def clip(self, norm: torch.Tensor, max_norm: float) -> torch.Tensor:
         """Scale the gradients so that their global norm is at most ``max_norm``; returns the norm used.
 
-        ``norm`` is accumulated so that it cannot overflow. A configuration that clips in fp16
-        computes its own, as a plain fp16 loop would.
+        ``norm`` is accumulated so that it cannot overflow, and the factor stays fp32 whatever the gradients'
+        dtype. A configuration that clips in fp16 computes its own norm, as a plain fp16 loop would.
         """
         if self.config.clip == "fp16":
             return nn.utils.clip_grad_norm_(self.parameters, max_norm)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
         if self.device.type == "cpu" and factor == 1:  # reading it costs nothing here, and multiplying does
             return norm
-        torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+        # On CUDA _foreach_mul_ rounds an fp32 factor to 16 bits when the gradients have 16, tensor by tensor.
+        multiply = torch._foreach_mul_ if self.weights_dtype == torch.float32 else scale_
+        multiply([p.grad for p in self.parameters if p.grad is not None], factor)
         return norm
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:

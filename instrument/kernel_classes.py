@@ -14,7 +14,7 @@ CLASSES = ("matmul", "attention", "elementwise", "reduction", "optimizer", "copy
 
 OUR_KERNELS = (
     "cross_entropy_rows", "cross_entropy_gradient", "bce_rows", "sum_rows", "inverse_count", "scale_rows", "logit_stats_rows",
-    "activation_kernel", "stats_kernel", "clip_kernel", "histogram_kernel")
+    "activation_kernel", "stats_kernel", "clip_kernel", "scale_kernel", "histogram_kernel")
 """Every Triton kernel that this project launches."""
 
 _OURS = rf"^({'|'.join(OUR_KERNELS)})(_\w+)?$|^_FusedLoss|^dtype_dynamics_|^ddb\.ours"

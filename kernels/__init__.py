@@ -23,6 +23,7 @@ _EXPORTS = {
     "TensorStats": "kernels.multi_tensor_stats",
     "StatsReading": "kernels.multi_tensor_stats",
     "unscale_and_stats_": "kernels.unscale",
+    "scale_": "kernels.scale",
     "exponent_histogram": "kernels.exponent_histogram",
     "ExponentHistogram": "kernels.exponent_histogram",
     "activation_stats": "kernels.activation_stats",

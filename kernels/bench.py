@@ -32,6 +32,7 @@ MODULES = {
     "bce_with_logits": "kernels.bce_with_logits.bench_arms",
     "multi_tensor_stats": "kernels.multi_tensor_stats.bench_arms",
     "unscale": "kernels.unscale.bench_arms",
+    "scale": "kernels.scale.bench_arms",
     "exponent_histogram": "kernels.exponent_histogram.bench_arms",
     "activation_stats": "kernels.activation_stats.bench_arms",
 }

@@ -23,6 +23,7 @@ MODULES = {
     "bce_with_logits": "kernels.bce_with_logits.check",
     "multi_tensor_stats": "kernels.multi_tensor_stats.check",
     "unscale": "kernels.unscale.check",
+    "scale": "kernels.scale.check",
     "exponent_histogram": "kernels.exponent_histogram.check",
     "activation_stats": "kernels.activation_stats.check",
 }

@@ -27,6 +27,7 @@ MODULES = (
     "kernels.bce_with_logits",
     "kernels.multi_tensor_stats",
     "kernels.unscale",
+    "kernels.scale",
     "kernels.exponent_histogram",
     "kernels.activation_stats",
 )

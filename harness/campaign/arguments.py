@@ -8,7 +8,7 @@ from pathlib import Path
 from bench_cases import PRESETS
 
 SKIPPABLE = ("doctor", "check", "bench", "overhead", "overflow", "fit")
-OPS = ("cross_entropy", "multi_tensor_stats", "unscale", "bce_with_logits", "activation_stats", "logit_stats",
+OPS = ("cross_entropy", "multi_tensor_stats", "unscale", "scale", "bce_with_logits", "activation_stats", "logit_stats",
        "exponent_histogram")
 """The kernels, in the order in which their figures matter."""
 DESCRIPTION = """\

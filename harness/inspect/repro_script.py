@@ -18,8 +18,9 @@ from instrument.records import RunRecord
 OPERANDS_FILE, METADATA_KEY, SCHEMA = "culprit.safetensors", "culprit", 1
 FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 """The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
-OURS = {"logit_stats": "logit_stats", "unscale": "unscale", "cross_entropy": "cross_entropy", "stats": "multi_tensor_stats",
-        "activation": "activation_stats", "histogram": "exponent_histogram", "bce": "bce_with_logits"}
+OURS = {"logit_stats": "logit_stats", "unscale": "unscale", "scale": "scale", "cross_entropy": "cross_entropy",
+        "stats": "multi_tensor_stats", "activation": "activation_stats", "histogram": "exponent_histogram",
+        "bce": "bce_with_logits"}
 """Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
 FLOAT_SOFTMAX = ("aten::_softmax", "aten::_log_softmax")
 """Their third argument asks for fp32 out of fp16, which float64 refuses."""

@@ -18,7 +18,8 @@ writes, the norm reads, the clip reads and writes: 5. Here:
                 so that it starts with what the first left in the L2 cache
 
 The second kernel rounds twice, as torch does (y to the gradient's dtype, then the product), so the
-result differs from torch only where the norm itself does: torch sums in fp32, here in float64.
+result differs from torch only where the norm itself does (torch sums in fp32, here in float64), and in
+bf16 on CUDA, where torch also rounds the factor to bf16 (kernels/scale).
 """
 
 from importlib import import_module

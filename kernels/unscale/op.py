@@ -9,6 +9,7 @@ from kernels.dispatch import check_device_scalar, resolve_impl
 from kernels.multi_tensor_stats.host import host_stats
 from kernels.multi_tensor_stats.op import check_tensors, fitting_out, flat
 from kernels.multi_tensor_stats.stats import UNDERFLOW_BELOW, TensorStats
+from kernels.scale.op import increment_versions
 from kernels.unscale.reference import reference_unscale_
 
 _OP = "unscale_and_stats_"
@@ -73,7 +74,7 @@ def _run(grads, words, inv_scale_at, inv_scale, below_at, below, max_norm, clip,
         from kernels.unscale.launch import launch_unscale  # imports triton
 
         launch_unscale(grads, words, inv_scale_at, inv_scale, below_at, below, max_norm, clip)
-        return _increment_versions(grads)
+        return increment_versions(grads)
     out = TensorStats(words)
     if words.device.type == "cpu":
         inv_scale = inv_scale if inv_scale_at is None else inv_scale_at.item()
@@ -85,17 +86,10 @@ def _run(grads, words, inv_scale_at, inv_scale, below_at, below, max_norm, clip,
                 g.copy_(f.view(g.shape))
         if clip and grads:
             torch._foreach_mul_(grads, out.clip_factor)
-        _increment_versions(grads)
+        increment_versions(grads)
     else:
         scale = torch.tensor(inv_scale, device=words.device) if inv_scale_at is None else inv_scale_at
         reference_unscale_(grads, out, scale, below if below_at is None else below_at, max_norm, clip)
-
-
-def _increment_versions(grads) -> None:
-    """For what was written through raw pointers, on a CPU through numpy."""
-    for g in grads:
-        if not g.is_inference():
-            torch.autograd.graph.increment_version(g)
 
 
 @torch.library.register_fake("dtype_dynamics_unscale::unscale_and_stats_", lib=_library)

@@ -4,6 +4,7 @@ import torch
 
 from kernels.multi_tensor_stats.reference import reference_stats
 from kernels.multi_tensor_stats.stats import TensorStats
+from kernels.scale.reference import reference_scale_
 
 
 def reference_unscale_(
@@ -20,5 +21,5 @@ def reference_unscale_(
     if grads:
         torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale.float().reshape(()))
     reference_stats(grads, out, underflow_below, raw, max_norm)
-    if clip and grads:
-        torch._foreach_mul_(grads, out.clip_factor)
+    if clip:
+        reference_scale_(grads, out.clip_factor)

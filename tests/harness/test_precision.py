@@ -1,5 +1,7 @@
 """Every configuration runs as declared, or is refused with the reason."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from harness.loss_scaler import MeasuringGradScaler
 from harness.precision import DTYPES, Precision, Unsupported, refuse_what_the_device_lacks
 from harness.run import load_run_data, make_batches, model_request
 from harness.switches import SwitchError
+from kernels import scale_
 
 CPU = torch.device("cpu")
 ON_CPU = [name for name, config in DTYPE_CONFIGS.items() if not config.tf32]
@@ -123,6 +126,24 @@ def test_clipping_scales_to_the_norm_and_never_up(plan):
         precision.clip(before.norm(), 1.0)
         after = torch.cat([p.grad.flatten() for p in precision.parameters]).double()
         assert after.norm().item() == pytest.approx(min(1.0, before.norm().item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("name", ["fp32_true", "bf16_pure", "fp16_naive"])
+def test_clipping_multiplies_by_an_fp32_factor(plan, monkeypatch, name, impl):
+    """Gradients of every dtype times the same number, rounded once; 2^-30 is 0 in fp16, and 1/3 another number in bf16."""
+    monkeypatch.setattr(precision_module, "scale_", partial(scale_, impl=impl))
+    precision, _, _ = made(plan, name)
+    precision.close()
+    precision.parameters = precision.parameters[:3]
+    for norm in (3.0, 2.0**30):
+        for p in precision.parameters:
+            p.grad = torch.randn_like(p) * 1e4
+        factor = torch.tensor(1.0 / (norm + 1e-6), dtype=torch.float64).float()
+        want = [(p.grad.double() * factor.double()).float().to(p.dtype) for p in precision.parameters]
+        precision.clip(torch.tensor(norm, dtype=torch.float64), 1.0)
+        assert all(torch.equal(p.grad, w) for p, w in zip(precision.parameters, want, strict=True))
+        assert all(p.grad.count_nonzero() for p in precision.parameters)
 
 
 def test_clipping_in_fp16_overflows_where_fp32_does_not(plan):

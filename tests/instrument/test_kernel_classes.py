@@ -30,7 +30,7 @@ NAMES = {
     "elementwise": ["aten::add", "aten::mul_", "aten::gelu", "GeluBackward0", "aten::_foreach_mul_", "aten::embedding",
                     "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)",
                     "void at::native::unrolled_elementwise_kernel<...>", "triton_poi_fused_add_0"],
-    "ours": ["cross_entropy_rows", "stats_kernel", "_FusedLoss", "_FusedLossBackward", "bce_rows",
+    "ours": ["cross_entropy_rows", "stats_kernel", "scale_kernel", "_FusedLoss", "_FusedLossBackward", "bce_rows",
              "dtype_dynamics_logit_stats::logit_stats"],
     "other": ["aten::view", "some_kernel_of_the_future", "cudaLaunchKernel", ""],
 }

@@ -23,6 +23,7 @@ WRITES_A_STREAM = {
     "bce_rows_weighted",
     "bce_rows_gradient",
     "unscale_in_place",
+    "scale",
 }
 
 
@@ -71,6 +72,7 @@ def test_every_op_lists_its_kernels():
         "bce_with_logits",
         "multi_tensor_stats",
         "unscale",
+        "scale",
         "exponent_histogram",
         "activation_stats",
     ]

@@ -38,7 +38,8 @@ def by_torch(grads, inv_scale, max_norm=None, norm=None):
     unclipped = [g.clone() for g in grads]
     if max_norm is not None:
         factor = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factor)
+        for g in grads:
+            g.copy_(g.float() * factor)  # _foreach_mul_ on CUDA would round the factor to bf16 first
     return grads, unclipped, found_inf
 
 
