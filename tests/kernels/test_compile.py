@@ -56,6 +56,13 @@ def test_the_losses_on_hopper():
     assert fused and all(row["load_bits"] == row["store_bits"] == 128 for row in fused)
 
 
+def test_scaling_on_ampere_and_hopper():
+    rows = compiled("--arch", "sm_80", "sm_90", "--op", "scale")
+    assert {(row["dtype"], row["arch"]) for row in rows} == {
+        (dtype, arch) for dtype in ("fp32", "bf16", "fp16", "mixed") for arch in ("sm_80", "sm_90")}
+    hold(rows)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_on_every_generation(arch):
