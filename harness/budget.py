@@ -129,13 +129,15 @@ class Meter:
         return self.spent_unit_s
 
 
-def admits(budget: Budget, spent_unit_s: float, running: Iterable[InFlight], forecast_s: float | None, *, shared: bool) -> bool:
+def admits(budget: Budget, spent_unit_s: float, running: Iterable[InFlight], forecast_s: float | None, *, shared: bool,
+           until_next_look_s: float) -> bool:
     """Whether a run may begin: what it and the running ones still need is there. ``shared``: they share one unit, which is
-    held until the last of them ends; else each has its own. A run without a forecast begins where there is any room."""
+    held until the last of them ends; else each has its own. A run without a forecast begins where there is any room. What
+    is `must_stop`'s is not there."""
     needs_s = [run.remaining_s() for run in running] + [forecast_s or 0.0]
     needed_unit_s = max(needs_s) if shared else sum(needs_s)
     units = 1 if shared else len(needs_s)
-    return spent_unit_s + needed_unit_s + budget.margin_s * units < budget.limit_unit_s
+    return spent_unit_s + needed_unit_s + (budget.margin_s + until_next_look_s) * units < budget.limit_unit_s
 
 
 def must_stop(budget: Budget, spent_unit_s: float, units_held: int, until_next_look_s: float) -> bool:
@@ -149,11 +151,11 @@ def must_kill(budget: Budget, spent_unit_s: float, units_held: int, until_next_l
 
 
 def fitting(budget: Budget, spent_unit_s: float, forecasts_s: list[float | None], *, jobs: int,
-            shared: bool) -> tuple[int, float | None]:
+            shared: bool, until_next_look_s: float) -> tuple[int, float | None]:
     """How many of the runs fit, in their order, and what all of them need in unit-seconds (None: not all have a
     forecast). ``jobs`` runs at a time; those that share a unit are taken to share its time evenly."""
     share, needed_unit_s, fit, known = 1 / jobs if shared else 1.0, 0.0, 0, True
-    room_unit_s = budget.limit_unit_s - spent_unit_s - budget.margin_s * (1 if shared else jobs)
+    room_unit_s = budget.limit_unit_s - spent_unit_s - (budget.margin_s + until_next_look_s) * (1 if shared else jobs)
     for seconds in forecasts_s:
         known = known and seconds is not None
         needed_unit_s += (seconds or 0.0) * share

@@ -95,7 +95,8 @@ class Spending:
     def forecast_words(self, todo: list[RunSettings], jobs: int | None, before_s: float) -> list[str]:
         """The lines to print first. ``before_s``: what the folder's rows say that their runs took."""
         budget, forecasts_s = self.budget, [self.forecast.of(run) for run in todo]
-        fit, needed_unit_s = fitting(budget, self._look(), forecasts_s, jobs=jobs or 1, shared=self.shared)
+        fit, needed_unit_s = fitting(budget, self._look(), forecasts_s, jobs=jobs or 1, shared=self.shared,
+                                      until_next_look_s=LOOK_EVERY_S)
         needed = "not known: no run has been measured here, and this GPU's peak is not known" if needed_unit_s is None else \
             f"{budget.words(needed_unit_s)}, so {'all' if fit == len(todo) else fit} of them fit"
         return [f"budget of this call: {budget.words(budget.limit_unit_s)}; the runs in the folder took "
@@ -129,7 +130,8 @@ class Spending:
     def _admits(self, run: RunSettings) -> bool:
         begun = [self._in_flight(one) for one in self.pool.running]
         begun += [InFlight(0.0, self.forecast.of(queued)) for queued in self.pool.queue]
-        return admits(self.budget, self.meter.spent_unit_s, begun, self.forecast.of(run), shared=self.shared)
+        return admits(self.budget, self.meter.spent_unit_s, begun, self.forecast.of(run), shared=self.shared,
+                      until_next_look_s=LOOK_EVERY_S)
 
     def _in_flight(self, run) -> InFlight:
         share = run.last_step.step / run.settings.max_steps if run.last_step is not None else None

@@ -7,6 +7,7 @@ import torch
 
 from harness import attempt as attempt_module
 from harness import instruments, loop, precision
+from harness.parallel.share import Share
 from harness.run import execute
 from harness.supervise.behind import NAME, behind
 from instrument.watch.taps import ModuleTaps
@@ -38,7 +39,7 @@ def raising(error, on_call=1):
     (precision.Precision, "measure_gradients", 3, "unscale", 3),
     (precision.Precision, "clip", 1, "clip", 1),
     (precision.Precision, "update", 2, "optimizer", 2),
-    (attempt_module, "weights_sha256", 1, None, None),  # at the end: no phase of a step
+    (Share, "weights_sha256", 1, None, None),  # at the end: no phase of a step
 ])
 def test_an_out_of_memory_error_has_its_phase_and_step(plan, tmp_path, monkeypatch, place, name, call, phase, step):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has ...")

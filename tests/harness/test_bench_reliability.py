@@ -18,7 +18,8 @@ from harness.resume import log_paths
 SAMPLES = {"crash": 0.01, "crash-again": 0.01, "crash-twice": 0.01, "crash-repair": 0.2, "crash-index": 0.2, "kill": 0.02,
            "signal": 0.1, "full-disk": 0.1, "read-only": 0.3, "gone": 0.2, "cut": 0.2, "bit": 0.05, "claims": 0.05,
            "writers": 0.05}
-"""Secrets are looked for in `test_hostile`."""
+ELSEWHERE = {"secrets", "death", "nodes", "lost-node"}
+"""A sample of them is made in `test_hostile`, `test_faults` and `engines/test_ray_pool`."""
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -185,5 +186,5 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(words, sentence, capsys):
 def test_every_kind_is_there_and_needs_no_torch_to_be_listed():
     assert [kind.name for kind in reliability.asked(["kill", "crash"])] == ["crash", "kill"]
     assert len(reliability.asked([])) == len(KINDS) and all(callable(kind.load()) for kind in KINDS.values())
-    assert set(SAMPLES) | {"secrets"} == set(KINDS)
+    assert set(SAMPLES) | ELSEWHERE == set(KINDS)
     assert "reliability" not in bench.asked([], 1) and bench.asked(["reliability"], 1) == ["reliability"]

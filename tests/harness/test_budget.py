@@ -105,13 +105,15 @@ def test_no_more_is_spent_than_was_given_whatever_runs_really_take(kind, duratio
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(seconds, min_size=1, max_size=12), st.integers(1, 3))
+@example([1.0, 1.0, 6.0], 1)  # it ends where the margin begins but for a look
 def test_with_right_forecasts_nothing_is_stopped_and_room_is_used(true_s, jobs):
     limit_s = sum(true_s) / 2 + 10
     pool, spent_s, killed = spend(Machine, true_s, true_s, limit_s, jobs=jobs, checkpoint_s=1, tick_s=0.5)
     assert not killed and spent_s <= limit_s
     if jobs == 1:
         assert not pool.stop.requested
-        fit, _ = fitting(Budget(limit_s, "GPU", None, 5.0), 0.0, true_s, jobs=1, shared=True)
+        fit, _ = fitting(Budget(limit_s, "GPU", None, 5.0), 0.0, true_s, jobs=1, shared=True,
+                          until_next_look_s=LOOK_EVERY_S)
         assert fit - 1 <= len(pool.begun) <= fit, "what was forecast to fit did, but for ticks"
 
 
@@ -139,9 +141,9 @@ def test_forecasts_are_corrected_by_what_was_measured():
 def test_progress_tells_more_than_the_forecast():
     assert InFlight(30.0, 100.0).remaining_s() == 70.0 and InFlight(130.0, 100.0).remaining_s() == 0.0
     assert InFlight(30.0, 100.0, 0.1).remaining_s() == pytest.approx(270.0) and InFlight(5.0, None).remaining_s() == 0.0
-    budget = Budget(100.0, "GPU", None, 10.0)
-    assert admits(budget, 0.0, [InFlight(0, 80.0)], 85.0, shared=True) and not admits(budget, 0.0, [], 90.0, shared=True)
-    assert not admits(budget, 0.0, [InFlight(0, 50.0)], 40.0, shared=False)
+    budget, shared = Budget(100.0, "GPU", None, 10.0), {"shared": True, "until_next_look_s": 1.0}
+    assert admits(budget, 0.0, [InFlight(0, 80.0)], 85.0, **shared) and not admits(budget, 0.0, [], 89.0, **shared)
+    assert not admits(budget, 0.0, [InFlight(0, 50.0)], 40.0, shared=False, until_next_look_s=1.0)
     assert not must_stop(budget, 88.0, 1, 1.0) and must_stop(budget, 89.0, 1, 1.0) and not must_kill(budget, 89.0, 1, 1.0)
 
 
