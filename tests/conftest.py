@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, which other libraries do: so here, before any test module.
     os.environ["TRITON_INTERPRET"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -147,6 +147,7 @@ def _case(reports: Connection, words: list[str], heard: str, crash_at: int,
 
     CaseScreen.show = told
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does first of all
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a bench in the background ignores it, and passes that on
     reports.send(0)
     if prepare is not None:
         prepare()
