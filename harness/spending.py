@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from harness.budget import START_UP_S, Budget, Forecast, InFlight, Meter, admits, fitting, kind, must_kill, must_stop
+from harness.parallel.ranks import is_spokesman
 from harness.settings import RunSettings, SettingsError
 from harness.signals import Stop
 from instrument.records import RunRecord
@@ -142,11 +143,10 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
     if budget is None:
         yield
         return
+    refuse_too_little(budget)
     left_s, margin_s, limit = budget.limit_unit_s - process_age_s(), budget.margin_s, budget.words(budget.limit_unit_s)
-    if left_s <= margin_s + LOOK_EVERY_S:
-        raise SettingsError(f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
-                            f"allowed: more than {margin_s + LOOK_EVERY_S + process_age_s():.0f} s")
-    print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
+    if is_spokesman():
+        print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
     timers = [threading.Timer(left_s - margin_s - LOOK_EVERY_S, stop.request, [WHO]),
               threading.Timer(left_s - LOOK_EVERY_S, _thread.interrupt_main)]
     for timer in timers:
@@ -157,6 +157,14 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
     finally:
         for timer in timers:
             timer.cancel()
+
+
+def refuse_too_little(budget: Budget) -> None:
+    """Raise `SettingsError` where nothing is left to run in."""
+    limit, margin_s, age_s = budget.words(budget.limit_unit_s), budget.margin_s, process_age_s()
+    if budget.limit_unit_s - age_s <= margin_s + LOOK_EVERY_S:
+        raise SettingsError(f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
+                            f"allowed: more than {margin_s + LOOK_EVERY_S + age_s:.0f} s")
 
 
 def estimated(runs: list[RunSettings], out: Path) -> dict[tuple[str, str], float | None]:

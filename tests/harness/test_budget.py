@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from harness import cli
 from harness.budget import MARGIN_S, Budget, Forecast, InFlight, Meter, admits, asked_budget, fitting, must_kill, must_stop
 from harness.exit_codes import INTERRUPTED, OK, USAGE
+from harness.parallel.ranks import Ranks
 from harness.run_folder import finished_runs
 from harness.settings import SettingsError
 from harness.signals import Stop
@@ -170,6 +171,16 @@ def test_the_tighter_of_two_limits_counts():
     assert asked(2.0, 10.0, 10.0, device="cuda", preset="full").limit_unit_s == 3600
     assert asked(0.5, 10.0, 10.0, device="cuda", preset="full").limit_unit_s == 1800
     assert asked(None, None, None) is None
+
+
+def test_a_run_on_several_gpus_holds_them_all_and_every_machine_costs():
+    options = SimpleNamespace(max_gpu_hours=8.0, budget_usd=30.0, price_per_hour=5.0)
+    eight, on_two = Ranks(0, 8, 0, 8), Ranks(0, 16, 0, 8)
+    assert asked_budget(options, device="cuda", preset="full", ranks=eight).limit_unit_s == 3600  # 8 of 8 GPU-hours
+    budget = asked_budget(options, device="cuda", preset="full", ranks=on_two)
+    assert (budget.limit_unit_s, budget.words(1800)) == (1800, "0.5 clock-hours (5.00 USD)")
+    options = SimpleNamespace(max_gpu_hours=None, budget_usd=30.0, price_per_hour=5.0)
+    assert asked_budget(options, device="cuda", preset="full", ranks=on_two).limit_unit_s == 3 * 3600
 
 
 def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, monkeypatch, capsys):
