@@ -107,12 +107,14 @@ class Spending:
 
     def last_words(self, left: int) -> str:
         """What a person must know when ``left`` runs are left undone."""
-        then = "" if not self.waiting or (next_s := self.forecast.of(self.waiting[0])) is None else \
-            f"; the next one alone needs about {self.budget.words(next_s + self.budget.margin_s)}"
+        next_s = self.forecast.of(self.waiting[0]) if self.waiting else None
+        needs_s = None if next_s is None else next_s + self.budget.margin_s
+        then = "" if needs_s is None else f"; the next one alone needs about {self.budget.words(needs_s)}"
         command = shlex.join(["python", "-m", "harness", *sys.argv[1:]])
         spent, limit = self.budget.words(self._look()), self.budget.words(self.budget.limit_unit_s)
-        return (f"the budget ends here: {spent} of {limit} spent, {left} runs left{then}. To go on, with as much again: "
-                f"{command}")
+        how = f"To go on, with as much again: {command}" if needs_s is None or needs_s + START_UP_S < self.budget.limit_unit_s \
+            else "To go on, give a larger one: as much again would not do"
+        return f"the budget ends here: {spent} of {limit} spent, {left} run{'s' if left != 1 else ''} left{then}. {how}"
 
     def _source(self) -> str:
         measured = sum(map(len, self.forecast.measured_s.values()))

@@ -202,7 +202,16 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
     assert cli.main([*words, "0.035"]) == INTERRUPTED  # 63 s
     rows = {row.status: row for row in finished_runs(tmp_path / "out")}
     assert rows["completed"].flags["resumed"]["behind_steps"] == [row.steps_done] and set(rows) == {"completed", "preempted"}
-    assert "1 runs left" in capsys.readouterr().err
+    assert "1 run left" in capsys.readouterr().err
+
+
+def test_a_budget_that_no_call_could_begin_the_next_run_with_is_not_recommended_again():
+    spending = Spending(Budget(24.0, "machine", 3.0, 5.0), shared=True, clock=lambda: 0.0)
+    spending.waiting = [a_run("a")]
+    spending.forecast.learn(a_run("a"), 8.0)
+    assert "with as much again: python -m harness" in spending.last_words(1)
+    spending.forecast.learn(a_run("a"), 80.0)
+    assert "give a larger one: as much again would not do" in spending.last_words(1)
 
 
 def test_usage_and_dry_run(tmp_path, capsys):
