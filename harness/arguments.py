@@ -152,7 +152,7 @@ def _budget(command: argparse.ArgumentParser) -> None:
     _both(budget, "--max-gpu-hours", type=float, metavar="H", help="hours, of all GPUs in use together")
     _both(budget, "--budget-usd", type=float, metavar="X", help="dollars; goes with --price-per-hour")
     _both(budget, "--price-per-hour", type=float, metavar="Y", help="dollars for an hour of this machine (with --engine ray: "
-          "of one of its GPUs, or on CPUs of one node)")
+          "of one of its GPUs, or on CPUs of one node; under torchrun: of each machine)")
 
 
 def _fresh(command: argparse.ArgumentParser) -> None:

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from harness.parallel.ranks import Ranks
 from harness.settings import RunSettings, SettingsError
 
+ALONE = Ranks()
 MARGIN_S = {"full": 60.0, "tiny": 5.0}
 """For the last step and a checkpoint, by preset: 1.5 GB for GPT-2 124M, or a few MB."""
 START_UP_S = 5.0
@@ -43,9 +45,9 @@ class Budget:
         return f"{time} ({usd:,.2f} USD)" if usd >= 1 else f"{time} ({usd:.3f} USD)"
 
 
-def asked_budget(options: argparse.Namespace, *, device: str, preset: str) -> Budget | None:
-    """What ``--max-gpu-hours``, ``--budget-usd`` and ``--price-per-hour`` say; None when they say nothing. Raises
-    `SettingsError`."""
+def asked_budget(options: argparse.Namespace, *, device: str, preset: str, ranks: Ranks = ALONE) -> Budget | None:
+    """What ``--max-gpu-hours``, ``--budget-usd`` and ``--price-per-hour`` say; None when they say nothing. For a run on
+    several ``ranks`` in seconds of the clock: each holds a GPU, and the price is each machine's. Raises `SettingsError`."""
     max_gpu_hours, budget_usd, price_per_hour = options.max_gpu_hours, options.budget_usd, options.price_per_hour
     given = {"--max-gpu-hours": max_gpu_hours, "--budget-usd": budget_usd, "--price-per-hour": price_per_hour}
     for name, value in given.items():
@@ -57,10 +59,12 @@ def asked_budget(options: argparse.Namespace, *, device: str, preset: str) -> Bu
     if max_gpu_hours is not None and device != "cuda":
         raise SettingsError("--max-gpu-hours counts GPUs, and this runs on a CPU; allowed here: --budget-usd X "
                             "--price-per-hour Y, of the machine")
-    limits_h = ([max_gpu_hours] if max_gpu_hours else []) + ([budget_usd / price_per_hour] if budget_usd else [])
+    usd_per_hour = price_per_hour and price_per_hour * math.ceil(ranks.world / ranks.local_world)
+    limits_h = ([max_gpu_hours / ranks.world] if max_gpu_hours else []) + ([budget_usd / usd_per_hour] if budget_usd else [])
     if not limits_h:
         return None
-    return Budget(min(limits_h) * 3600, "GPU" if device == "cuda" else "machine", price_per_hour, MARGIN_S.get(preset, 60.0))
+    unit = "clock" if ranks.world > 1 else "GPU" if device == "cuda" else "machine"
+    return Budget(min(limits_h) * 3600, unit, usd_per_hour, MARGIN_S.get(preset, 60.0))
 
 
 @dataclass

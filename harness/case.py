@@ -28,13 +28,13 @@ def case_command(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     settings = on_ranks(plan_run(case, config, options.seed, arguments.request(options), device), ranks, options.parallel)
     out = results_folder(options.out, device)
-    budget = asked_budget(options, device=settings.device, preset=settings.preset)
+    budget = asked_budget(options, device=settings.device, preset=settings.preset, ranks=ranks)
     if options.dry_run:
         return _dry_run(settings, out, options.json) if ranks.is_first else 0
     if ranks.world > 1:
         from harness.parallel.command import run_rank
 
-        return run_rank(settings, out, ranks, options, started_s)
+        return run_rank(settings, out, ranks, options, started_s, budget)
     from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
     from harness.run import execute
     from harness.signals import Stop

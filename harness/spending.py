@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from harness.budget import START_UP_S, Budget, Forecast, InFlight, Meter, admits, fitting, kind, must_kill, must_stop
+from harness.parallel.ranks import is_spokesman
 from harness.settings import RunSettings, SettingsError
 from harness.signals import Stop
 from instrument.records import RunRecord
@@ -107,12 +108,14 @@ class Spending:
 
     def last_words(self, left: int) -> str:
         """What a person must know when ``left`` runs are left undone."""
-        then = "" if not self.waiting or (next_s := self.forecast.of(self.waiting[0])) is None else \
-            f"; the next one alone needs about {self.budget.words(next_s + self.budget.margin_s)}"
+        next_s = self.forecast.of(self.waiting[0]) if self.waiting else None
+        needs_s = None if next_s is None else next_s + self.budget.margin_s
+        then = "" if needs_s is None else f"; the next one alone needs about {self.budget.words(needs_s)}"
         command = shlex.join(["python", "-m", "harness", *sys.argv[1:]])
         spent, limit = self.budget.words(self._look()), self.budget.words(self.budget.limit_unit_s)
-        return (f"the budget ends here: {spent} of {limit} spent, {left} runs left{then}. To go on, with as much again: "
-                f"{command}")
+        how = f"To go on, with as much again: {command}" if needs_s is None or needs_s + START_UP_S < self.budget.limit_unit_s \
+            else "To go on, give a larger one: as much again would not do"
+        return f"the budget ends here: {spent} of {limit} spent, {left} run{'s' if left != 1 else ''} left{then}. {how}"
 
     def _source(self) -> str:
         measured = sum(map(len, self.forecast.measured_s.values()))
@@ -144,11 +147,10 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
     if budget is None:
         yield
         return
+    refuse_too_little(budget)
     left_s, margin_s, limit = budget.limit_unit_s - process_age_s(), budget.margin_s, budget.words(budget.limit_unit_s)
-    if left_s <= margin_s + LOOK_EVERY_S:
-        raise SettingsError(f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
-                            f"allowed: more than {margin_s + LOOK_EVERY_S + process_age_s():.0f} s")
-    print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
+    if is_spokesman():
+        print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
     timers = [threading.Timer(left_s - margin_s - LOOK_EVERY_S, stop.request, [WHO]),
               threading.Timer(left_s - LOOK_EVERY_S, _thread.interrupt_main)]
     for timer in timers:
@@ -159,6 +161,14 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
     finally:
         for timer in timers:
             timer.cancel()
+
+
+def refuse_too_little(budget: Budget) -> None:
+    """Raise `SettingsError` where nothing is left to run in."""
+    limit, margin_s, age_s = budget.words(budget.limit_unit_s), budget.margin_s, process_age_s()
+    if budget.limit_unit_s - age_s <= margin_s + LOOK_EVERY_S:
+        raise SettingsError(f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
+                            f"allowed: more than {margin_s + LOOK_EVERY_S + age_s:.0f} s")
 
 
 def estimated(runs: list[RunSettings], out: Path) -> dict[tuple[str, str], float | None]:

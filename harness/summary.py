@@ -42,7 +42,7 @@ class Outcome:
     def failed(self, other: RankFailed) -> Outcome:
         """End as another rank of the run did; itself."""
         self.status, self.error = other.status, str(other)
-        self.flags["failed_rank"] = other.rank
+        self.flags |= other.flags | {"failed_rank": other.rank}
         if other.traceback:
             self.flags["traceback"] = other.traceback
         return self

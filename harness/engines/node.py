@@ -27,6 +27,7 @@ from harness.pool import supervise
 from harness.settings import RunSettings
 from harness.signals import Stop
 from harness.summary import Outcome, summarize
+from harness.supervise.fault import fault_of
 from harness.supervise.vigil import Rules
 from instrument import files
 from instrument.environment import device_slug
@@ -127,7 +128,7 @@ class Node:
                 raise ended.failure
         except Exception as error:
             why = f"{type(error).__name__} on {socket.gethostname()}: {error}"
-            self.row = summarize(self.settings, Outcome(status="error", error=why))
+            self.row = summarize(self.settings, Outcome(status="error", error=why, flags=fault_of(error).flags))
         finally:
             self._over.set()
 

@@ -31,6 +31,7 @@ from harness.engines.parcel import ParcelError
 from harness.pool import Ended
 from harness.run_folder import finished_run, write_index, write_terminal
 from harness.settings import RunSettings
+from harness.supervise.death import Death
 from instrument.records import RunRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -161,8 +162,9 @@ class Slot:
                 self.pool.say(f"{host} was lost with {run_id}: it is run again")
             self.pool.queue.insert(0, run.settings)
         else:
-            self._bury(run, msgspec.structs.replace(blank, flags=blank.flags | {"death": {"cause": "node_lost"}}),
-                       f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the last time {host}")
+            death = Death("node_lost", f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the "
+                                       f"last time {host}")
+            self._bury(run, msgspec.structs.replace(blank, flags=blank.flags | death.flags), death.error)
 
     def _bury(self, run: Running, blank: RunRecord, error: str) -> None:
         row = msgspec.structs.replace(blank, error=error)

@@ -18,11 +18,12 @@ from harness.parallel.watchman import Watchman
 from harness.precision import Unsupported
 from harness.settings import SettingsError
 from harness.signals import Stopped
+from harness.supervise.fault import fault_of
 
 TEAMS = itertools.count()
 """Of this process, one after the other."""
-RANK_TIMEOUT_S = 600.0
-"""How long a rank may be in one micro-batch before the run counts as hung; ``DDB_RANK_TIMEOUT_S`` sets another."""
+FOR_EVER_S = 30 * 86400.0
+"""What stands for it where a library wants a number."""
 ALIKE_ON_ALL = (Unsupported, Stopped)
 """What every rank raises by itself."""
 OF_THE_CONNECTION = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
@@ -75,10 +76,12 @@ class JoinedTeam(Team):
         """Let the others know why this rank ends."""
         if isinstance(error, RankFailed):
             return
-        status = "oom" if isinstance(error, torch.OutOfMemoryError) else \
-            "preempted" if isinstance(error, KeyboardInterrupt) else "error"
-        first_line = (str(error).splitlines() or [""])[0]
-        self.watchman.say(status, f"{type(error).__name__}: {first_line}", "".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, KeyboardInterrupt):
+            self.watchman.say("preempted", "interrupted", trace)
+            return
+        death = fault_of(error)
+        self.watchman.say(death.status, death.error, trace, death.flags)
 
 
 def is_about_others(error: BaseException) -> bool:
@@ -88,16 +91,17 @@ def is_about_others(error: BaseException) -> bool:
 
 
 @contextmanager
-def joined(ranks: Ranks, device: torch.device) -> Iterator[JoinedTeam]:
+def joined(ranks: Ranks, device: torch.device, hang_after_s: float) -> Iterator[JoinedTeam]:
     """The team of this process' run, its process group made and taken down. On CUDA every rank has the GPU of its
-    local rank. Raises `SettingsError` where there are fewer GPUs, or the others cannot be reached."""
+    local rank. ``hang_after_s``: how long all ranks may be in a micro-batch before the run counts as hung; 0: for ever.
+    Raises `SettingsError` where there are fewer GPUs, or the others cannot be reached."""
     cuda = device.type == "cuda"
     if cuda:
         if ranks.local_world > torch.cuda.device_count():
             raise SettingsError(f"torchrun started {ranks.local_world} processes on this machine, and torch sees "
                                 f"{torch.cuda.device_count()} GPUs; give --nproc-per-node {torch.cuda.device_count()}")
         torch.cuda.set_device(ranks.local_rank)
-    timeout_s = rank_timeout_s()
+    timeout_s = hang_after_s or FOR_EVER_S
     longest = timedelta(seconds=2 * timeout_s)  # the watchman comes first, and says more
     number = next(TEAMS)
     try:
@@ -131,15 +135,3 @@ def connected(ranks: Ranks, prefix: str, *, is_open: bool = False) -> dist.Store
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.world,
                           is_master=ranks.is_first and not is_open, timeout=timedelta(seconds=60), wait_for_workers=False)
     return dist.PrefixStore(f"ddb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}", store)
-
-
-def rank_timeout_s() -> float:
-    """Seconds, from the environment or the default; raises `SettingsError`."""
-    text = os.environ.get("DDB_RANK_TIMEOUT_S", str(RANK_TIMEOUT_S))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e7:
-        raise SettingsError(f"DDB_RANK_TIMEOUT_S is {text!r}; it must be a positive number of seconds")
-    return seconds

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from harness.parallel.ranks import Ranks
+from harness.supervise.death import Death
 
 T = TypeVar("T")
 
@@ -19,11 +20,18 @@ class RanksDiffer(Exception):
 
 
 class RankFailed(Exception):
-    """Another rank of the run failed or went away. ``status`` is what the run's row gets."""
+    """Another rank of the run failed or went away. ``status`` is what the run's row gets; ``flags`` what the row's get
+    beside the rank, see `supervise.death.Death.flags`."""
 
-    def __init__(self, rank: int | None, status: str, sentence: str, traceback: str | None = None) -> None:
+    def __init__(self, rank: int | None, status: str, sentence: str, traceback: str | None = None,
+                 flags: dict[str, Any] | None = None) -> None:
         super().__init__(sentence)
-        self.rank, self.status, self.traceback = rank, status, traceback
+        self.rank, self.status, self.traceback, self.flags = rank, status, traceback, flags or {}
+
+    @classmethod
+    def of(cls, death: Death, rank: int | None = None) -> RankFailed:
+        """Of a death that nobody but the others can tell."""
+        return cls(rank, death.status, death.error, flags=death.flags)
 
 
 class Team:

@@ -26,6 +26,7 @@ from harness.claims import this_boot
 from harness.exit_codes import RUN_FAILED
 from harness.parallel.ranks import Ranks
 from harness.parallel.team import RankFailed
+from harness.supervise.death import Death
 
 PERIOD_S = 0.5
 GRACE_S = 10.0
@@ -57,9 +58,9 @@ class Watchman:
         """This rank got on."""
         self._moves += 1
 
-    def say(self, status: str, sentence: str, trace: str) -> None:
+    def say(self, status: str, sentence: str, trace: str, flags: dict[str, Any] | None = None) -> None:
         """This rank's last words."""
-        self._set(f"words/{self.ranks.rank}", {"status": status, "sentence": sentence, "traceback": trace})
+        self._set(f"words/{self.ranks.rank}", {"status": status, "sentence": sentence, "traceback": trace, "flags": flags})
 
     def rank_0_is_ready(self) -> None:
         self._set("ready", {})
@@ -132,12 +133,13 @@ class Watchman:
         others = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank]
         for rank in others:
             if (words := self._get(f"words/{rank}")) is not None:
-                return RankFailed(rank, words["status"], f"rank {rank}: {words['sentence']}", words["traceback"])
+                return RankFailed(rank, words["status"], f"rank {rank}: {words['sentence']}", words["traceback"],
+                                  words["flags"])
         for rank in others:
             beat = self._get(f"beat/{rank}")
             if beat is not None and self._is_dead(rank, beat):
-                return RankFailed(rank, "error", f"rank {rank} (process {beat['pid']}) died without a word, last seen at "
-                                                 f"{beat['place']}")
+                return RankFailed.of(Death("killed", f"rank {rank} (process {beat['pid']}) died without a word, last seen at "
+                                                     f"{beat['place']}"), rank)
         return None
 
     def _is_dead(self, rank: int, beat: dict[str, Any]) -> bool:
@@ -154,7 +156,8 @@ class Watchman:
         return time.monotonic() - since_s > STALE_S
 
     def _hung(self) -> RankFailed:
-        return RankFailed(None, "hung", f"no rank has got on for {self.timeout_s:g} s: {self._places()}")
+        return RankFailed.of(Death("hung", f"no rank has got on for {self.timeout_s:g} s: {self._places()}",
+                                   {"hang_after_s": self.timeout_s}))
 
     def _places(self) -> str:
         beats = {rank: self._get(f"beat/{rank}") for rank in range(self.ranks.world)}

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CAUSES = ("cuda_oom", "host_oom", "host_oom_kill", "killed", "illegal_access", "poisoned_context", "device_error", "segfault",
-          "exit", "import_failure", "bad_data", "exception", "hung")
+          "exit", "import_failure", "bad_data", "exception", "hung", "node_lost")
 OUT_OF_MEMORY = ("cuda_oom", "host_oom", "host_oom_kill")
-GOES_ON = ("killed", "host_oom_kill", "hung")
+GOES_ON = ("killed", "host_oom_kill", "hung", "node_lost")
 """Deaths from outside: the run's last checkpoint is as good as that of a run whose machine went away, which has no row
 at all and goes on. What its own code did would happen again: such a run starts over."""
 MOST_FRAMES = 20

@@ -16,6 +16,17 @@ CAUSES = {
     "invalid": "an invalid operation, such as inf - inf or 0 / 0",
     "from_input": "a value that was non-finite before this run's first operation",
 }
+DEATHS = {
+    "cuda_oom": "the GPU's memory ran out", "host_oom": "the machine's memory ran out",
+    "host_oom_kill": "the kernel killed the process for want of memory", "killed": "the process was killed from outside",
+    "illegal_access": "an illegal memory access on the GPU",
+    "poisoned_context": "an error that the CUDA context does not outlive",
+    "device_error": "an error of the device", "segfault": "the process crashed", "exit": "the process ended by itself",
+    "import_failure": "a library could not be loaded", "bad_data": "the data", "exception": "an exception in Python",
+    "hung": "no sign of life", "node_lost": "its node went away",
+}
+"""``flags["death"]["cause"]`` of a run that ended without a result, in words."""
+ENDS = {"oom": "ran out of memory", "hung": "hung", "error": "failed"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ def _card(folder: Folder, run: RunRecord) -> Failure:
 def failure_sentence(run: RunRecord) -> str:
     """What happened, from the row alone."""
     if run.status != "diverged":
-        return f"ended {run.status} after {run.steps_done} steps" + (f": {run.error}" if run.error else "") + "."
+        steps = f"{run.steps_done} step{'s' if run.steps_done != 1 else ''}"
+        return f"{ENDS.get(run.status, run.status)} after {steps}" + (f": {run.error}" if run.error else "") + "."
     first = run.first_nonfinite
     if first is None:
         return f"{death_words(run)}: {run.error or 'the loss exploded with finite values'}."
@@ -63,7 +75,10 @@ def failure_sentence(run: RunRecord) -> str:
 
 
 def _cause(run: RunRecord) -> str | None:
-    return CAUSES.get(run.first_nonfinite.cause) if run.first_nonfinite else None
+    if run.first_nonfinite:
+        return CAUSES.get(run.first_nonfinite.cause)
+    death = run.flags.get("death")
+    return DEATHS.get(str(death.get("cause"))) if isinstance(death, dict) else None
 
 
 def _rows(forensics: dict[str, Any], key: str) -> tuple[dict[str, Any], ...]:

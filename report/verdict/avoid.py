@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from report.hypotheses.evidence_base import EvidenceBase, log_ratios
 from report.statistics.interval import FEWEST_SEEDS, exponential, mean_interval
 from report.tables.columns import REFERENCE, is_control, series_order
 from report.tables.judgement import Judged, death_words
 from report.words import times
+
+FROM_OUTSIDE = ("killed", "node_lost")
+"""Causes of deaths that say nothing of the run."""
 
 
 def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
@@ -18,18 +23,28 @@ def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
 
 def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None:
     judged = [j for case in cases for j in base.judgements.of(case, config)]
-    for state in ("diverged", "poor", "failed"):
+    for state in ("diverged", "poor"):
         bad = [j for j in judged if j.state == state]
         if bad:
             return f"{_words(bad[0], state)} ({len(bad)} of {len(judged)} runs)"
+    ends = Counter(j.run.status for j in judged if j.state == "failed" and not _is_an_accident(base, j))
+    if ends:
+        return ", ".join(f"{status} ({n} of {len(judged)} runs)" for status, n in ends.most_common())
     return _slow(base, cases, config)
+
+
+def _is_an_accident(base: EvidenceBase, failed: Judged) -> bool:
+    """Nothing that the configuration did: the run was ended from outside, or the reference of its case ended alike."""
+    death = failed.run.flags.get("death")
+    return (isinstance(death, dict) and death.get("cause") in FROM_OUTSIDE) or any(
+        j.state == "failed" and j.run.status == failed.run.status for j in base.judgements.of(failed.run.case, REFERENCE))
 
 
 def _words(judged: Judged, state: str) -> str:
     if state == "diverged":
         first = judged.run.first_nonfinite
         return death_words(judged.run) + (f", {first.phase}" if first else "")
-    return judged.reason.replace(" against fp32_true", "") if state == "poor" else judged.run.status
+    return judged.reason.replace(" against fp32_true", "")
 
 
 def _slow(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None:

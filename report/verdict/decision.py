@@ -128,7 +128,7 @@ def _why_nothing(base: EvidenceBase, cases: tuple[str, ...], healthy: list[str])
     if not healthy:
         case = cases[0]
         return f"the fp32_true reference of {case} is unhealthy: {base.judgements.unhealthy[case]}"
-    return "no completed, undisturbed fp32_true run to judge by"
+    return "no fp32_true run to judge by that completed undisturbed, with enough timed steps"
 
 
 def _confidence(base: EvidenceBase, scores: dict[str, list[float]], best: str) -> tuple[str, list[str]]:

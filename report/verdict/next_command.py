@@ -21,7 +21,7 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
         return f"{MATRIX} --seeds 0 1 2"
     preset = next(iter({run.preset for run in base.selection.runs}), "tiny")
     given = f" --preset {preset}"
-    alone = case_order(case for case in base.cases if not base.runs(case, REFERENCE))
+    alone = case_order(case for case in base.cases if not base.runs(case, REFERENCE) and case in CASES)
     if alone:
         return f"{MATRIX} --cases {' '.join(alone)}{given}{out}"
     ill = case_order(base.judgements.unhealthy)
@@ -32,7 +32,7 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     fewest = min(len(base.runs(case, REFERENCE)) for case in base.cases)
     if fewest < FEWEST_SEEDS:
         seeds = " ".join(map(str, range(FEWEST_SEEDS)))
-        return f"{MATRIX} --cases {' '.join(base.cases)} --seeds {seeds}{given}{out}" if not _default(base) else \
+        return f"{MATRIX} --cases {' '.join(_registered(base))} --seeds {seeds}{given}{out}" if not _default(base) else \
             f"{MATRIX} --seeds {seeds}{given}{out}"
     missing = [case.id for case in CASES.values() if case.in_default_matrix and case.id not in base.cases]
     if missing:
@@ -40,6 +40,11 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     if preset == "tiny":
         return f"{MATRIX} --preset full"
     return f"python -m report build {shlex.quote(str(folder.path))}"
+
+
+def _registered(base: EvidenceBase) -> list[str]:
+    """The folder's cases that the command line knows by their ids; those from files outside have other names there."""
+    return [case for case in base.cases if case in CASES] or list(base.cases)
 
 
 def _default(base: EvidenceBase) -> bool:

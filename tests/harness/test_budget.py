@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from harness import cli
 from harness.budget import MARGIN_S, Budget, Forecast, InFlight, Meter, admits, asked_budget, fitting, must_kill, must_stop
 from harness.exit_codes import INTERRUPTED, OK, USAGE
+from harness.parallel.ranks import Ranks
 from harness.run_folder import finished_runs
 from harness.settings import SettingsError
 from harness.signals import Stop
@@ -174,6 +175,16 @@ def test_the_tighter_of_two_limits_counts():
     assert asked(None, None, None) is None
 
 
+def test_a_run_on_several_gpus_holds_them_all_and_every_machine_costs():
+    options = SimpleNamespace(max_gpu_hours=8.0, budget_usd=30.0, price_per_hour=5.0)
+    eight, on_two = Ranks(0, 8, 0, 8), Ranks(0, 16, 0, 8)
+    assert asked_budget(options, device="cuda", preset="full", ranks=eight).limit_unit_s == 3600  # 8 of 8 GPU-hours
+    budget = asked_budget(options, device="cuda", preset="full", ranks=on_two)
+    assert (budget.limit_unit_s, budget.words(1800)) == (1800, "0.5 clock-hours (5.00 USD)")
+    options = SimpleNamespace(max_gpu_hours=None, budget_usd=30.0, price_per_hour=5.0)
+    assert asked_budget(options, device="cuda", preset="full", ranks=on_two).limit_unit_s == 3 * 3600
+
+
 def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, monkeypatch, capsys):
     """By a clock on which a step takes a second: the first run is stopped behind a checkpoint at step 15 or so of 60, and
     goes on with the budget of the next call, which ends in the second run."""
@@ -193,7 +204,16 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
     assert cli.main([*words, "0.035"]) == INTERRUPTED  # 63 s
     rows = {row.status: row for row in finished_runs(tmp_path / "out")}
     assert rows["completed"].flags["resumed"]["behind_steps"] == [row.steps_done] and set(rows) == {"completed", "preempted"}
-    assert "1 runs left" in capsys.readouterr().err
+    assert "1 run left" in capsys.readouterr().err
+
+
+def test_a_budget_that_no_call_could_begin_the_next_run_with_is_not_recommended_again():
+    spending = Spending(Budget(24.0, "machine", 3.0, 5.0), shared=True, clock=lambda: 0.0)
+    spending.waiting = [a_run("a")]
+    spending.forecast.learn(a_run("a"), 8.0)
+    assert "with as much again: python -m harness" in spending.last_words(1)
+    spending.forecast.learn(a_run("a"), 80.0)
+    assert "give a larger one: as much again would not do" in spending.last_words(1)
 
 
 def test_usage_and_dry_run(tmp_path, capsys):

@@ -191,9 +191,9 @@ def test_a_sum_over_ranks_that_overflows_is_named_as_such(failures):
     assert b.replay["parameter"] == "transformer.h.1.mlp.c_proj.bias" and "finite on every rank" in two.error
 
 
-def failed_launch(fault, at, tmp_path, environment, **more):
-    words = ["case", FAULTY, "fp32_true", *SMALL, "--out", str(tmp_path)]
-    code, _, err = launched(words, environment, FAULT=fault, FAULT_SUM=at, **more)
+def failed_launch(fault, at, tmp_path, environment, *more):
+    words = ["case", FAULTY, "fp32_true", *SMALL, "--out", str(tmp_path), *more]
+    code, _, err = launched(words, environment, FAULT=fault, FAULT_SUM=at)
     assert code != 0
     return err
 
@@ -203,13 +203,15 @@ def test_a_killed_rank_ends_the_run_with_a_row_and_the_claim_is_free(tmp_path, c
     row, steps, _ = one_run(tmp_path)
     assert (row.status, row.flags["failed_rank"], [s.step for s in steps]) == ("error", 1, [1, 2])
     assert "rank 1 (process " in row.error and "died without a word" in row.error
+    assert row.flags["death"] == {"cause": "killed", "goes_on": True}
     assert owner_of(tmp_path, row.run_id) is None
 
 
 def test_a_rank_that_hangs_is_found_where_it_is(tmp_path, command_environment):
-    err = failed_launch("hang", ids_of(3, 2), tmp_path, command_environment, DDB_RANK_TIMEOUT_S="12")
+    err = failed_launch("hang", ids_of(3, 2), tmp_path, command_environment, "--hang-after", "12")
     row, steps, _ = one_run(tmp_path)
     assert (row.status, len(steps)) == ("hung", 2) and "no rank has got on for 12 s" in row.error
+    assert row.flags["death"] == {"cause": "hung", "goes_on": True, "hang_after_s": 12.0}
     assert "rank 1 is at faulty_case.py:" in row.error and "rank 0 is at loop.py:" in row.error and row.error in err
 
 
@@ -220,6 +222,7 @@ def test_an_error_on_one_rank_is_the_runs(tmp_path, command_environment, fault, 
     failed_launch(fault, ids_of(3, 3), tmp_path, command_environment)
     row, steps, _ = one_run(tmp_path)
     assert (row.status, len(steps)) == (status, 2) and words in row.error
+    assert row.flags["death"]["cause"] == {"raise": "exception", "oom": "cuda_oom"}[fault]
     assert "faulty_case.py" in row.flags["traceback"]
 
 

@@ -15,6 +15,7 @@ from harness.parallel.stop_together import StopTogether
 from harness.parallel.team import RanksDiffer, Team
 from harness.parallel.watchman import Watchman, place_of
 from harness.signals import Stopped
+from harness.summary import Outcome
 from instrument.finite import surfaced
 from instrument.replay.op_schema import SUM_OVER_RANKS
 
@@ -114,11 +115,15 @@ def test_last_words_and_silent_deaths_are_told_apart():
         other.stop()
         beat = mine._get("beat/1")
         mine._set("beat/1", {**beat, "began": beat["began"] - 100})  # the process id is another's by now
-        assert "rank 1 (process " in str(mine._failed()) and mine._failed().status == "error"
-        other.say("oom", "OutOfMemoryError: too much", "the trace")
+        silent = mine._failed()
+        assert "rank 1 (process " in str(silent) and silent.status == "error"
+        assert silent.flags == {"death": {"cause": "killed", "goes_on": True}}  # as a single process that was killed
+        other.say("oom", "OutOfMemoryError: too much", "the trace", {"death": {"cause": "cuda_oom", "goes_on": False}})
         failed = mine.who_failed(RuntimeError("gloo: connection closed by peer"))
         assert (failed.rank, failed.status, str(failed), failed.traceback) == (
             1, "oom", "rank 1: OutOfMemoryError: too much", "the trace")
+        row = Outcome().failed(failed)
+        assert row.flags["death"]["cause"] == "cuda_oom" and row.flags["failed_rank"] == 1
     finally:
         mine.stop()
 

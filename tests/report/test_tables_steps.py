@@ -12,7 +12,7 @@ from report.errors import UsageError
 from report.load import load
 from report.plots.style import TITLE_PT, wrap
 from report.tables import TABLES, all_tables, d_grad_norm, e_logits, g_loss
-from report.tables.failures import failures
+from report.tables.failures import DEATHS, failures
 from report.tables.headroom import headroom
 from report.tables.trust import trust
 
@@ -203,3 +203,20 @@ def test_the_kernels_speak_where_they_were_checked(plant, content, ok, says):
     (folder.path / "kernel_check.json").write_text(content)
     check = {check.name: check for check in trust(load(folder.path))}.get("kernels")
     assert (check and check.ok) is ok and (says is None or says in check.sentence)
+
+
+@pytest.mark.parametrize(("status", "death", "says", "cause"), [
+    ("oom", {"cause": "cuda_oom"}, "ran out of memory after 1 step: CUDA", "the GPU's memory ran out"),
+    ("hung", {"cause": "hung"}, "hung after 1 step: CUDA", "no sign of life"),
+    ("error", None, "failed after 1 step: CUDA", None)])
+def test_a_run_without_a_result_says_what_ended_it(plant, status, death, says, cause):
+    folder = plant(("gpt2_clm",), ("amp_fp16",), (0,), lambda *_: {
+        "status": status, "val_loss": None, "steps_done": 1, "error": "CUDA", "flags": {"death": death} if death else {}})
+    (card,) = failures(folder)
+    assert card.sentence.startswith(says) and card.cause == cause
+
+
+def test_every_cause_of_death_has_its_words():
+    from harness.supervise.death import CAUSES as DEATHS_OF_RUNS
+
+    assert set(DEATHS) == set(DEATHS_OF_RUNS)

@@ -42,6 +42,17 @@ def test_a_configuration_that_fails_is_avoided_with_its_reason_however_fast(plan
     assert "3 of 3 runs" in found.avoid[0]
 
 
+def test_what_ended_a_run_from_outside_or_the_reference_too_is_no_reason_to_avoid(plant):
+    def dead(status, cause):
+        return {"status": status, "val_loss": None, "flags": {"death": {"cause": cause, "goes_on": False}}}
+
+    assert task(planted(plant, bf16_pure=dead("error", "killed"))).avoid == ()
+    assert task(planted(plant, fp32_true=dead("error", "segfault"), bf16_pure=dead("error", "segfault"))).avoid == ()
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {} if config != "bf16_pure" or seed == 0 else
+                   dead(*[("hung", "hung"), ("oom", "cuda_oom")][seed - 1]))
+    assert task(folder).avoid == ("bf16_pure: hung (1 of 3 runs), oom (1 of 3 runs)",)
+
+
 def test_one_bad_seed_is_enough_not_to_recommend(plant):
     folder = plant((LM,), CONFIGS, change=lambda case, config, seed:
                    {"speed": SPEEDS.get(config, 1.0), "gap": 4.0 * (config == "bf16_pure" and seed == 2)})

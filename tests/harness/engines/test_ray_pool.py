@@ -148,7 +148,7 @@ def test_a_run_that_loses_two_nodes_is_a_row_and_the_next_runs(instant, runs):
     pool = RayPool(list(runs), instant, None, None, InProcess(die_at=[4, 9]))
     rows = {one.settings.seed: one.record for one in run(pool)}
     assert [rows[seed].status for seed in range(3)] == ["error", DONE, DONE]
-    assert "its node was lost 2 times" in rows[0].error and rows[0].flags["death"] == {"cause": "node_lost"}
+    assert "its node was lost 2 times" in rows[0].error and rows[0].flags["death"] == {"cause": "node_lost", "goes_on": True}
     assert rows[0].env["python"] and len(indexed_rows(instant)) == 3
     nothing_left_behind(instant)
 
