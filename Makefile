@@ -30,7 +30,7 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak
