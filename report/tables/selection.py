@@ -93,7 +93,7 @@ def _difference(key: str, main: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 24 else text[:12] + "..." + text[-6:]
 
 
