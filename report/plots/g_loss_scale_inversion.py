@@ -37,7 +37,7 @@ def draw(table) -> Figure:
                 for axes in pair:
                     axes.axis("off")
                 continue
-            _pair(pair, rows, table.summary[table.summary["case"] == rows["case"].iloc[0]])
+            _pair(pair, rows, table.summary)
             pair[0].set_title(clean(f"{key[0]} · {arch}{'' if key[1] == 'mean' else ' · ' + key[1]}"))
         grid[2 * at][0].set_ylabel("loss (nats)")
         grid[2 * at + 1][0].set_ylabel("minus fp32_true")
@@ -51,9 +51,9 @@ def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) ->
     upper.sharex(lower)
     lower.axhline(0, color=MUTED, linewidth=0.8)
     reach = _reach(lower, rows["minus_reference"].to_numpy(float))
-    dead = summary[summary["died_at"].notna()].set_index(["dtype_config", "seed"])["died_at"]
-    for (config, seed), run in rows.groupby(["dtype_config", "seed"], sort=False):
-        died = (config, seed) in dead.index
+    dead = summary[summary["died_at"].notna()].set_index(["case", "dtype_config", "seed"])["died_at"]
+    for (case, config, seed), run in rows.groupby(["case", "dtype_config", "seed"], sort=False):  # own cases share a facet
+        died = (case, config, seed) in dead.index
         _run(upper, run["step"].to_numpy(), run["loss"].to_numpy(float), config, died, np.inf)
         if config != "fp32_true":
             _run(lower, run["step"].to_numpy(), run["minus_reference"].to_numpy(float), config, died, reach)
@@ -91,7 +91,7 @@ def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: flo
     labels = []
     for config, runs in rows.groupby("dtype_config", sort=False):
         finite = runs.loc[np.isfinite(runs["loss"]), "loss"]
-        died = summary.loc[summary["dtype_config"] == config, "died_at"].dropna()
+        died = summary.loc[(summary["dtype_config"] == config) & summary["case"].isin(rows["case"]), "died_at"].dropna()
         words = clean(config, 23) + (f" × @ {int(died.min())}" if len(died) else "")
         labels.append((float(finite.iloc[-1]) if len(finite) else 0.0, words, look(config)))
     label_right(axes, labels, height_in=height_in)
