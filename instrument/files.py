@@ -89,7 +89,7 @@ def placing_folder(path: Path) -> Iterator[Path]:
     try:
         try_lock(fd)
         yield temporary
-        for file in sorted(temporary.iterdir()):
+        for file in sorted(temporary.rglob("*")):
             sync_file(file)
         sync_folder(temporary)
         os.chmod(temporary, 0o755)
