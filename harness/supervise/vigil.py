@@ -61,6 +61,7 @@ class Vigil:
         self._rss_bytes: int | None = None
         self._peak_rss_bytes: int | None = None
         self._trained = False
+        self._began_behind = 0
         self._heard_s = self._looked_s = self._memory_due_s = clock()
         self._next: list[tuple[float, int, str]] = []
         """What is still to be done to a hung run: when, which signal, its name in the row."""
@@ -82,8 +83,9 @@ class Vigil:
             self._longest_s = max(self._longest_s, now_s - self._heard_s)
         self._heard_s = now_s
         if beat is not None:
-            self._trained |= beat.phase == "training" and beat.steps_done > self.last.steps_done
-            self.opened |= PHASES.index(beat.phase) >= PHASES.index(OPEN)
+            if not self.opened and PHASES.index(beat.phase) >= PHASES.index(OPEN):
+                self.opened, self._began_behind = True, beat.steps_done
+            self._trained |= self.opened and beat.steps_done > self._began_behind
             self.last = beat
 
     @property

@@ -83,6 +83,13 @@ def test_a_run_that_goes_on_has_not_made_a_step_of_its_own_yet(watched):
     assert vigil.limit_s == 10
 
 
+def test_a_step_whose_end_is_told_with_its_checkpoint_counts(watched):
+    vigil = watched(hang_after_s=10)
+    for beat in (Beat("opening", 0), training(0), Beat("checkpoint", 1), training(1)):
+        vigil.hear(beat)
+    assert vigil.limit_s == 10
+
+
 def test_a_run_with_long_steps_may_be_silent_for_four_of_them(watched):
     vigil = watched(hang_after_s=10)
     for step in range(4):
