@@ -20,7 +20,7 @@ from harness import arguments
 from harness.budget import asked_budget
 from harness.claims import RunClaimed, claim
 from harness.engines.choice import choose_engine
-from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
+from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED, USAGE
 from harness.matrix_screen import MatrixScreen
 from harness.output_failure import output_error
 from harness.parallel.ranks import refuse_ranks
@@ -88,7 +88,7 @@ def matrix_command(options: argparse.Namespace) -> int:
         return INTERRUPTED
     if spending.waiting or stop.requested:
         screen.say(spending.last_words(screen.left))
-        return INTERRUPTED
+        return INTERRUPTED if stop.requested or len(rows) > len(done) else USAGE  # too little for even one run: no use again
     store_all(sorted({row.case for row in rows.values()}), out)
     last_words(out)
     if options.json:

@@ -31,7 +31,7 @@ def bench_command(options: argparse.Namespace) -> int:
         raise SettingsError("--only goes with `bench reliability`")
     reliability.asked(options.only)
     here = machine()
-    show_machine(here, options.repeats)
+    show_machine(here, None if options.what == ["reliability"] else options.repeats)
     rows, code = [], OK
     for name in names:
         if name == "reliability":

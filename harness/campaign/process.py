@@ -47,9 +47,8 @@ def run(module_and_arguments: Sequence[str], files: Path, *, limit_s: float, cal
     began_s, cut, asked_s = time.monotonic(), None, None
     with out.open("wb") as output, log.open("ab") as words, log.open("rb") as tail:
         tail.seek(0, os.SEEK_END)
-        process = subprocess.Popen([sys.executable, "-m", *module_and_arguments], stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=words, start_new_session=True, preexec_fn=_end_with_parent,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen([sys.executable, "-u", "-m", *module_and_arguments], stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=words, start_new_session=True, preexec_fn=_end_with_parent)
         beat(process.pid, 0.0)
         beaten_s = began_s
         try:

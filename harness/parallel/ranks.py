@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from harness.settings import SettingsError
@@ -27,18 +26,17 @@ class Ranks:
         return self.rank == 0
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+    def from_environment(cls) -> Ranks:
         """This process' place; alone where ``WORLD_SIZE`` is not set or 1. Raises `SettingsError` where it is
         larger and the rest is missing (a batch system's own variable, say)."""
-        world = _number(environment, "WORLD_SIZE", least=1) if environment.get("WORLD_SIZE") else 1
+        world = _number("WORLD_SIZE", least=1) if os.environ.get("WORLD_SIZE") else 1
         if world == 1:
             return cls()
-        missing = [name for name in NEEDED if not environment.get(name)]
+        missing = [name for name in NEEDED if not os.environ.get(name)]
         if missing:
             raise SettingsError(f"WORLD_SIZE is {world}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
                                 f"set: a run on several GPUs is started with `{HOW}`; for one process unset WORLD_SIZE")
-        return cls(_number(environment, "RANK"), world, _number(environment, "LOCAL_RANK"),
-                   _number(environment, "LOCAL_WORLD_SIZE", least=1))
+        return cls(_number("RANK"), world, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", least=1))
 
 
 def refuse_ranks(command: str) -> None:
@@ -48,16 +46,16 @@ def refuse_ranks(command: str) -> None:
         raise SettingsError(f"{command} was started as {world} processes of one job; only `case` runs on several GPUs at once")
 
 
-def is_spokesman(environment: Mapping[str, str] = os.environ) -> bool:
+def is_spokesman() -> bool:
     """Whether what all processes would say is this one's to say: not where it is a rank other than the first."""
     try:
-        return Ranks.from_environment(environment).is_first
+        return Ranks.from_environment().is_first
     except SettingsError:
         return True
 
 
-def _number(environment: Mapping[str, str], name: str, least: int = 0) -> int:
-    text = environment[name]
+def _number(name: str, least: int = 0) -> int:
+    text = os.environ[name]
     if not text.isdecimal() or int(text) < least:
         raise SettingsError(f"{name} is {text!r} in the environment; it must be a whole number from {least}")
     return int(text)
