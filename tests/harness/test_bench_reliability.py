@@ -18,8 +18,8 @@ from harness.resume import log_paths
 SAMPLES = {"crash": 0.01, "crash-again": 0.01, "crash-twice": 0.01, "crash-repair": 0.2, "crash-index": 0.2, "kill": 0.02,
            "signal": 0.1, "full-disk": 0.1, "read-only": 0.3, "gone": 0.2, "cut": 0.2, "bit": 0.05, "claims": 0.05,
            "writers": 0.05}
-ELSEWHERE = {"secrets", "death", "nodes", "lost-node"}
-"""A sample of them is made in `test_hostile`, `test_faults` and `engines/test_ray_pool`."""
+ELSEWHERE = {"secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
+"""A sample of them is made in `test_hostile`, `test_faults`, `engines/test_ray_pool` and `test_parallel`."""
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -87,9 +87,9 @@ def planned(kind: str, number: int, out: Path) -> tuple[Plant, RunSettings]:
     return plant, plan_run(case_with(plant), DTYPE_CONFIGS["fp32_true"], number, sizes, torch.device("cpu"))
 
 
-def case_with(plant: Plant) -> Case:
-    """``gpt2_clm``, and a fault in it."""
-    architecture = replace(ARCHITECTURES["gpt2"], name=plant.name, build="harness.bench.reliability.plants:build")
+def case_with(plant: Plant, builder: str = "build") -> Case:
+    """``gpt2_clm``, and a fault in it; ``builder`` is a function of `plants`."""
+    architecture = replace(ARCHITECTURES["gpt2"], name=plant.name, build=f"harness.bench.reliability.plants:{builder}")
     return replace(CASES["gpt2_clm"], id=f"gpt2_clm_{plant.what}", architecture=architecture, in_default_matrix=False)
 
 

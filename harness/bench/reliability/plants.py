@@ -65,6 +65,14 @@ def build(request: ModelRequest) -> tuple[str, torch.nn.Module, torch.nn.Module]
     return name, encoder, head
 
 
+def build_on_rank_1(request: ModelRequest) -> tuple[str, torch.nn.Module, torch.nn.Module]:
+    """As `build`, under torchrun: the other ranks are healthy."""
+    from dataclasses import replace
+
+    healthy = replace(request.architecture, name=Plant("none", "forward", 1).name)
+    return build(request if os.environ["RANK"] == "1" else replace(request, architecture=healthy))
+
+
 class _Countdown:
     """A forward hook that counts the training steps (one micro-batch each) and strikes in the plant's."""
 

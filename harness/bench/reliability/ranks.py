@@ -1,0 +1,101 @@
+"""One run on two processes under torchrun, over gloo: it is the run of one process, and what becomes of a rank is its row."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.bench.child import ROOT
+from harness.bench.reliability.plants import Plant
+from harness.bench.reliability.trial import Trial, share_of
+from harness.claims import owner_of
+from harness.run_folder import finished_runs
+from instrument.log import read
+from instrument.records import StepRecord
+
+CASES = ("gpt2_clm", "roberta_mlm", "gpt2_multi_cls")
+FAULTS = {"sigkill": ("error", "killed"), "exception": ("error", "exception"), "device_oom": ("oom", "cuda_oom"),
+          "hang_asleep": ("hung", "hung")}
+"""By kind of fault, on rank 1: the status and the cause of the run's row."""
+OF_EACH = 5
+STEPS = 6
+FORWARDS_BEFORE = 1
+"""A forward pass finds out whether a parameter takes no part, which DDP wants to know."""
+TOLERANCE = 1e-5
+HANG_AFTER_S = 15
+LONGEST_S = 300.0
+SIZES = ["--preset", "tiny", "--data", "embedded", "--device", "cpu", "--documents", "400", "--validation-documents", "4",
+         "--seq-len", "32", "--max-steps", str(STEPS)]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def alike(share: float, folder: Path) -> Iterator[Trial]:
+    """A trial a case in fp32: the losses and gradient norms of every step agree to 1e-5, however targets are dealt."""
+    for case in CASES[:share_of(len(CASES), share)]:
+        words = ["-m", "harness", "case", case, "fp32_true", *SIZES, "--batch-size", "8", "--micro-batch", "2"]
+        one, two = (_steps(folder / f"{case}-{name}", [*launcher, *words])
+                    for name, launcher in (("one", []), ("two", TWO_PROCESSES)))
+        losses = [f"{len(two)} of {len(one)} steps"] if len(one) != len(two) or len(one) != STEPS else []
+        pairs = [(a.step, name, getattr(a, name), getattr(b, name)) for a, b in zip(one, two, strict=False)
+                 for name in ("loss", "grad_norm")]
+        losses += [f"step {step}: {name} is {found} and was {due}" for step, name, due, found in pairs
+                   if abs(found - due) > TOLERANCE * due]
+        yield Trial(case, losses, {"steps": len(two)})
+
+
+def one_fails(share: float, folder: Path) -> Iterator[Trial]:
+    """A trial a fault on rank 1 at a random step: one terminal row that says of what, the steps before it, no process left."""
+    for what, expected in FAULTS.items():
+        for number in range(share_of(OF_EACH, share)):
+            out, step = folder / f"{what}-{number}", random.Random(f"{what}-{number}").randint(1, STEPS)
+            own = _own_case(folder, Plant(what, "forward", step + FORWARDS_BEFORE))
+            words = ["-m", "harness", "case", f"{own}:CASE", "fp32_true", *SIZES, "--batch-size", "2", "--micro-batch", "1",
+                     "--hang-after", str(HANG_AFTER_S), "--out", str(out)]
+            wrong = _wrong(out, _launched([*TWO_PROCESSES, *words]), expected, step - 1)
+            yield Trial(f"{what} of rank 1 in step {step}", wrong, {what: 1})
+
+
+def _wrong(out: Path, exit_code: int | None, expected: tuple[str, str], steps: int) -> list[str]:
+    rows = finished_runs(out)
+    if exit_code is None or len(rows) != 1:
+        return [f"no end within {LONGEST_S:.0f} s" if exit_code is None else f"{len(rows)} rows"]
+    (row,) = rows
+    found = row.status, row.flags.get("death", {}).get("cause")
+    wrong = [] if found == expected else [f"{'/'.join(map(str, found))}: {row.error}"]
+    wrong += [] if row.steps_done == steps else [f"{row.steps_done} steps, expected {steps}"]
+    wrong += [] if "rank 1" in (row.error or "") else [f"rank 1 is not named: {row.error}"]
+    wrong += [] if owner_of(out, row.run_id) is None else ["the run is still claimed"]
+    return wrong if exit_code != 0 else [*wrong, "exit code 0"]
+
+
+def _own_case(folder: Path, plant: Plant) -> Path:
+    path = folder / f"{plant.what}_{plant.step}.py"
+    path.write_text("from harness.bench.reliability.faults import case_with\n"
+                    "from harness.bench.reliability.plants import Plant\n"
+                    f"CASE = case_with({plant!r}, 'build_on_rank_1')\n")
+    return path
+
+
+def _steps(out: Path, command: list[str]) -> list[StepRecord]:
+    """The steps of a run that this command makes; none where it did not end well."""
+    if _launched([*command, "--out", str(out)]) != 0:
+        return []
+    (row,) = finished_runs(out)
+    return list(read(out / "training_logs" / f"run_{row.run_id}.jsonl", StepRecord))
+
+
+def _launched(arguments: list[str]) -> int | None:
+    """Its exit code; None for one that had to be killed, with all of its processes, for taking too long."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return process.wait(LONGEST_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
