@@ -24,7 +24,7 @@ LONGEST_STEPS, WARM_STEPS = 2, 2
 LEAST_TIMED, MOST_TIMED, ENOUGH_S = 3, 20, 5.0
 """Timed steps: as many as take `ENOUGH_S`."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Cannot allocate memory",
-                 "could not create a primitive")  # the last: oneDNN of torch 2.11, with no room for its code
+                 "could not create a primitive")  # the last: oneDNN, with no room for its code
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def test_a_crash_of_a_single_run_is_a_row_and_exit_code_3(case, tmp_path):
 
 
 def test_a_hang_with_the_lock_held_is_ended(case, tmp_path):
-    process = case('Plant("hang_with_the_lock", "forward", 3)', "--max-steps", "5", "--hang-after", "2")
+    process = case('Plant("hang_with_the_lock", "forward", 3)', "--max-steps", "5", "--hang-after", "8")
     heard = process.communicate(timeout=300)[1]
     (row,) = finished_runs(tmp_path / "out")
     assert (process.returncode, row.status, row.steps_done) == (3, "hung", 2), heard
