@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from harness import instruments
 from harness.disturbed import disturbance
 from harness.run import execute
 from harness.terminal import show_summary
+from instrument.sampler.sampler import Sampler
 
 SW_POWER_CAP, SW_THERMAL, HW_THERMAL = 0x4, 0x20, 0x40
 
@@ -41,7 +43,8 @@ class Nvml:
 def test_a_row_has_one_flag_for_heat_and_one_for_company(plan, tmp_path, monkeypatch, reasons, others, throttled, contended):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(reasons, others))
     monkeypatch.setattr(instruments, "_gpu_uuid", lambda device: "GPU-a")
-    row = execute(plan("gpt2_clm", "fp32_true", max_steps=2), tmp_path)
+    monkeypatch.setattr(instruments, "Sampler", partial(Sampler, period_s=0.02))  # a quick machine's run is over in no time
+    row = execute(plan("gpt2_clm", "fp32_true", max_steps=40), tmp_path)
     hardware = row.flags["hardware"]
     assert (hardware["throttled"], hardware["contended"]) == (throttled, contended), hardware["unknown"]
     assert hardware["company"]["end"]["others"] == others
