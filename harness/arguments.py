@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
 from harness.campaign.arguments import add_campaign
 from harness.fit.arguments import add_fit
+from harness.option_types import at_least_one, seconds, share
 from harness.settings import ATTENTION_CHOICES, DEVICES, ENGINES, INSTRUMENT_LEVELS, PARALLEL, Request
 
 EPILOG = """\
@@ -63,9 +63,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("what", nargs="*", metavar="what",
                        help="help, run, matrix, trainer, forensics, overhead (default: all of these), reliability")
     bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
-    bench.add_argument("--trials", type=_at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
-    bench.add_argument("--pairs", type=_at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
-    bench.add_argument("--trials-share", type=_share, default=1.0, metavar="X",
+    bench.add_argument("--trials", type=at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
+    bench.add_argument("--pairs", type=at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
+    bench.add_argument("--trials-share", type=share, default=1.0, metavar="X",
                        help="reliability: make this share of the trials (default 1: all, a quarter of an hour on two cores)")
     bench.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
     bench.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
@@ -73,24 +73,6 @@ def parser() -> argparse.ArgumentParser:
                        help="overhead: write DIR/overhead.json for the dossier, too; reliability: DIR/reliability.json")
     _json(bench)
     return top
-
-
-def _at_least_one(text: str) -> int:
-    """A positive whole number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    """A share above 0, up to 1."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: above 0, up to 1")
-    return share
 
 
 def request(options: argparse.Namespace) -> Request:
@@ -162,20 +144,9 @@ def _fresh(command: argparse.ArgumentParser) -> None:
 
 
 def _hang_after(command: argparse.ArgumentParser) -> None:
-    _both(command, "--hang-after", dest="hang_after_s", type=_seconds, default=900.0, metavar="SECONDS",
+    _both(command, "--hang-after", dest="hang_after_s", type=seconds, default=900.0, metavar="SECONDS",
           help="a run that shows no sign of life for so long (four times as long until its first step is done; or four times "
                "its longest step) is asked to stop, then killed, and its row is `hung`; default 900; 0: never")
-
-
-def _seconds(text: str) -> float:
-    """A duration, 0 included."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: seconds from 0")
-    return seconds
 
 
 def _flops(command: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench_cases import PRESETS
+from harness.option_types import at_least_one, positive
 
 SKIPPABLE = ("doctor", "check", "bench", "overhead", "overflow", "fit")
 OPS = ("cross_entropy", "multi_tensor_stats", "unscale", "scale", "bce_with_logits", "activation_stats", "logit_stats",
@@ -24,9 +25,9 @@ def add_campaign(command: argparse.ArgumentParser) -> None:
     command.description = DESCRIPTION
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     time = command.add_argument_group("time")
-    time.add_argument("--minutes", type=_minutes, default=30.0, metavar="M",
+    time.add_argument("--minutes", type=positive, default=30.0, metavar="M",
                       help="of this call, the dossier included (default 30)")
-    time.add_argument("--total-minutes", type=_minutes, metavar="T",
+    time.add_argument("--total-minutes", type=positive, metavar="T",
                       help="of all calls together, for which steps and seeds are planned; default: the first call's --minutes")
     place = command.add_argument_group("folders")
     place.add_argument("--out", type=Path, metavar="DIR", help="the dossier and its data, small enough to commit; "
@@ -42,39 +43,15 @@ def add_campaign(command: argparse.ArgumentParser) -> None:
                       help="default: the six, and gpt2_clm at 512 tokens as the matched control (also: CASE@TOKENS)")
     what.add_argument("--configs", nargs="+", metavar="CONFIG", help="default: the seven")
     what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of as many as fit")
-    what.add_argument("--max-steps", type=_at_least_one, metavar="N", help="instead of as many as fit")
+    what.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of as many as fit")
     for flag in ("--batch-size", "--micro-batch", "--seq-len", "--documents", "--validation-documents", "--threads"):
-        what.add_argument(flag, type=_at_least_one, metavar="N", help="as for matrix")
+        what.add_argument(flag, type=at_least_one, metavar="N", help="as for matrix")
     what.add_argument("--ops", nargs="+", choices=OPS, metavar="OP",
                       help=f"kernels to check and bench; default: {', '.join(OPS)}")
-    what.add_argument("--pairs", type=_at_least_one, metavar="N", help="pairs per ratio of both benchmarks; default: theirs")
+    what.add_argument("--pairs", type=at_least_one, metavar="N", help="pairs per ratio of both benchmarks; default: theirs")
     what.add_argument("--skip", nargs="+", choices=SKIPPABLE, metavar="STAGE", help=", ".join(SKIPPABLE))
-    what.add_argument("--price-per-hour", type=_price, metavar="X", help="of this machine, for costs in the dossier and in fit")
+    what.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, for costs in dossier and fit")
     how = command.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="print the plan, from estimates or from a calibration that is done")
     how.add_argument("--retry-failed", action="store_true", help="try stages again that failed in an earlier call")
     how.add_argument("--json", action="store_true", help="campaign.json on standard output at the end")
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
-    return int(text)
-
-
-def _minutes(text: str) -> float:
-    return _positive(text, "a number of minutes")
-
-
-def _price(text: str) -> float:
-    return _positive(text, "a price")
-
-
-def _positive(text: str, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} above 0")
-    return value

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench_cases import PRESETS
+from harness.option_types import at_least_one, positive
 from harness.settings import ATTENTION_CHOICES, DEVICES
 
 DESCRIPTION = """\
@@ -21,10 +22,10 @@ def add_fit(command: argparse.ArgumentParser) -> None:
     command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
     command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; default: the seven")
-    command.add_argument("--price-per-hour", type=_positive, metavar="X", help="of this machine, to give costs")
-    command.add_argument("--most", type=_at_least_one, default=4096, metavar="N",
+    command.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, to give costs")
+    command.add_argument("--most", type=at_least_one, default=4096, metavar="N",
                          help="rows, more are not tried (default 4096)")
-    command.add_argument("--memory-limit", type=_positive, metavar="GB",
+    command.add_argument("--memory-limit", type=positive, metavar="GB",
                          help="act as if the GPU had no more. On a CPU everything is unsupported without it: what a trial may "
                               "take beside its libraries, to try the procedure")
     command.add_argument("--dry-run", action="store_true",
@@ -35,24 +36,8 @@ def add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="embedded|hub|DIR|FILE", help="default: hub for full, embedded for tiny")
     command.add_argument("--weights", metavar="scratch|pretrained|DIR", help="default: pretrained with the hub, else scratch")
     for flag, dest in (("--seq-len", "seq_len"), ("--documents", "documents"), ("--threads", "threads")):
-        command.add_argument(flag, type=_at_least_one, dest=dest, metavar="N", help="as for case")
+        command.add_argument(flag, type=at_least_one, dest=dest, metavar="N", help="as for case")
     command.add_argument("--sdpa", dest="attention", choices=ATTENTION_CHOICES, default="auto", help="attention backend")
     command.add_argument("--compile", action="store_true", help="torch.compile: another experiment")
     command.add_argument("--out", type=Path, metavar="DIR", help="results folder; default: results/<device>")
     command.add_argument("--json", action="store_true", help="JSON on standard output")
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: whole numbers from 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
