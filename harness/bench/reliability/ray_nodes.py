@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from instrument.records import RunRecord, StepRecord
 
 SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq_len=16, validation_documents=2, documents=400)
 RUNS = 42
-LONGER_STEPS = 20
-"""Long enough for a node to be killed while it executes a run."""
+STEPS, LONGER_STEPS = 3, 60
+"""The longer: for a node to be killed while it executes a run."""
+BEGUN_S = 0.3
+"""After so long a node has its run."""
 TIMES = {"samples_per_s", "tokens_per_s", "real_tokens_per_s", "step_time_p50_s", "step_time_p95_s", "peak_rss_bytes",
          "step_time_s", "timings_s", "hardware", "mfu_measured_peak", "mfu_measured_peak_real_tokens"}
 """What two executions of one run may differ in, in rows and in their flags."""
@@ -36,11 +39,12 @@ QUICK_TO_NOTICE = {"health_check_period_ms": 1000, "health_check_timeout_ms": 30
 """A dead node refuses connections at once; one on a busy machine is only slow to answer."""
 
 
-def trial(out: Path, n_runs: int, *, kill: bool, max_steps: int = 3) -> dict[str, Any]:
+def trial(out: Path, n_runs: int, *, kill: bool) -> dict[str, Any]:
     """``n_runs`` (at most 84) tiny runs, one after the other and on two nodes; with ``kill`` a node and all of its processes
-    are killed by SIGKILL while it executes a run. Returns ``trials`` (runs), ``lost`` (run ids without exactly one settled
-    row), ``differing`` (run ids whose rows or steps are not the sequential runner's) and ``run_again`` (times that a run was
-    started on another node)."""
+    are killed by SIGKILL while both are in the middle of a run. Returns ``trials`` (runs), ``lost`` (run ids without
+    exactly one settled row), ``differing`` (run ids whose rows or steps are not the sequential runner's) and ``run_again``
+    (times that a run was started on another node)."""
+    max_steps = LONGER_STEPS if kill else STEPS
     runs = tiny_runs(n_runs, max_steps)
     for _ in Pool(list(runs), out / "sequential", jobs=1).run(lambda: None):
         pass
@@ -51,7 +55,9 @@ def trial(out: Path, n_runs: int, *, kill: bool, max_steps: int = 3) -> dict[str
         pool, ended, killed = RayPool(list(runs), out / "nodes", None, None, cluster, say=run_again.append), [], []
 
         def look() -> None:
-            if kill and not killed and len(ended) >= n_runs // 3 and len(pool.running) == 2:
+            in_the_middle = [run for run in pool.running if time.monotonic() - run.started_s > BEGUN_S
+                             and (run.last_step is None or run.last_step.step < max_steps // 2)]
+            if kill and not killed and len(ended) >= n_runs // 3 and len(in_the_middle) == 2:
                 killed.append(kill_a_node())
 
         for one in pool.run(look, seconds_between_ticks=0.05):
@@ -64,18 +70,20 @@ def trial(out: Path, n_runs: int, *, kill: bool, max_steps: int = 3) -> dict[str
 
 def alike(share: float, folder: Path) -> Iterator[Trial]:
     """A trial a run; lost where it has not one settled row, or another than the sequential runner's."""
-    return _trials(trial(folder, share_of(RUNS, share), kill=False))
+    yield _tried(trial(folder, share_of(RUNS, share), kill=False))
 
 
 def one_killed(share: float, folder: Path) -> Iterator[Trial]:
-    """The same with a node killed in the middle, from three runs on."""
-    return _trials(trial(folder, max(3, share_of(RUNS, share)), kill=True, max_steps=LONGER_STEPS))
+    """The same with a node killed in the middle, from four runs on; a kill that no run felt tried nothing: a loss too."""
+    found = trial(folder, max(4, share_of(RUNS, share)), kill=True)
+    in_vain = [] if found["nodes_killed"] and found["run_again"] else ["no node died in the middle of a run"]
+    yield _tried(found, in_vain)
 
 
-def _trials(found: dict[str, Any]) -> Iterator[Trial]:
-    losses = [f"{run_id} is lost" for run_id in found["lost"]] + [f"{run_id} differs" for run_id in found["differing"]]
-    yield Trial("two nodes", losses, {"run again": found["run_again"], "nodes killed": found["nodes_killed"]},
-                stands_for=found["trials"])
+def _tried(found: dict[str, Any], losses: Sequence[str] = ()) -> Trial:
+    lost = [f"{run_id} is lost" for run_id in found["lost"]] + [f"{run_id} differs" for run_id in found["differing"]]
+    return Trial("two nodes", [*losses, *lost], {"run again": found["run_again"], "nodes killed": found["nodes_killed"]},
+                 stands_for=found["trials"])
 
 
 def tiny_runs(count: int, max_steps: int) -> list[RunSettings]:

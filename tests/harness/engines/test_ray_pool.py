@@ -285,4 +285,4 @@ def test_a_real_node_s_run_is_stopped_with_a_checkpoint_and_goes_on_on_another(p
 @pytest.mark.parametrize("kill", [False, True], ids=["healthy", "node killed"])
 def test_forty_two_runs_on_two_real_nodes(tmp_path, kill):
     found = trial(tmp_path, 42, kill=kill)
-    assert (found["lost"], found["differing"], found["nodes_killed"]) == ([], [], int(kill))
+    assert (found["lost"], found["differing"], found["nodes_killed"], found["run_again"]) == ([], [], int(kill), int(kill))
