@@ -48,11 +48,14 @@ Talk = Generator[Any, Any, Any]
 
 @dataclass(eq=False)
 class Running:
-    """A run on a node, and the last step it reported."""
+    """A run on a node: the last step it reported, its row if nothing more is ever heard of it (None until the node has
+    given it), and whether the node said that it is over."""
 
     settings: RunSettings
     started_s: float = field(default_factory=time.monotonic)
     last_step: StepRecord | None = None
+    blank: RunRecord | None = None
+    is_over: bool = False
 
 
 class Slot:
@@ -98,17 +101,16 @@ class Slot:
 
     def _execute(self, run: Running) -> Talk:
         """One run, from giving it to the node to its row in the results folder."""
-        blank: RunRecord | None = None
         try:
-            blank = yield self.actor.blank_row.remote(run.settings)
+            run.blank = yield self.actor.blank_row.remote(run.settings)
             report = yield from self._accompany(run)
             record = yield from self._fetch(run, report)
         except LOST:
-            self._lost(run, blank)
+            self._lost(run)
             raise
         except RayTaskError as error:  # the node's own failure: a full disk
-            if blank is not None:
-                self._bury(run, blank, f"on {self.facts.host}: {_last_line(error)}")
+            if run.blank is not None:
+                self._bury(run, run.blank, f"on {self.facts.host}: {_last_line(error)}")
             raise
         with suppress(*LOST):  # its next question will tell
             yield self.actor.forget.remote()
@@ -128,6 +130,7 @@ class Slot:
                 yield actor.ask_to_stop.remote(self.pool.stop.requested)
             report = yield actor.report.remote()
             run.last_step = report.last_step or run.last_step
+        run.is_over = True
         return report
 
     def _fetch(self, run: Running, report: Report) -> Talk:
@@ -151,20 +154,20 @@ class Slot:
         write_index(self.pool.out)
         return finished_run(self.pool.out, run_id)
 
-    def _lost(self, run: Running, blank: RunRecord | None) -> None:
+    def _lost(self, run: Running) -> None:
         """A node went away with a run: once more elsewhere, or a row."""
         run_id, host = run.settings.run_id, self.facts.host
-        self.pool.losses[run_id] += blank is not None
+        self.pool.losses[run_id] += run.blank is not None
         if self.pool.stop.requested:
             self._end(run, None)
         elif self.pool.losses[run_id] <= LOSSES_BORNE:
-            if blank is not None:
+            if run.blank is not None:
                 self.pool.say(f"{host} was lost with {run_id}: it is run again")
             self.pool.queue.insert(0, run.settings)
         else:
             death = Death("node_lost", f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the "
                                        f"last time {host}")
-            self._bury(run, msgspec.structs.replace(blank, flags=blank.flags | death.flags), death.error)
+            self._bury(run, msgspec.structs.replace(run.blank, flags=run.blank.flags | death.flags), death.error)
 
     def _bury(self, run: Running, blank: RunRecord, error: str) -> None:
         row = msgspec.structs.replace(blank, error=error)

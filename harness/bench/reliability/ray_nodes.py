@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,6 @@ SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq
 RUNS = 42
 STEPS, LONGER_STEPS = 3, 60
 """The longer: for a node to be killed while it executes a run."""
-BEGUN_S = 0.3
-"""After so long a node has its run."""
 TIMES = {"samples_per_s", "tokens_per_s", "real_tokens_per_s", "step_time_p50_s", "step_time_p95_s", "peak_rss_bytes",
          "step_time_s", "timings_s", "hardware", "mfu_measured_peak", "mfu_measured_peak_real_tokens"}
 """What two executions of one run may differ in, in rows and in their flags."""
@@ -50,13 +47,18 @@ def trial(out: Path, n_runs: int, *, kill: bool) -> dict[str, Any]:
         pass
     run_again: list[str] = []
     with two_nodes() as (address, kill_a_node), Cluster(address, device="cpu", threads=1) as cluster:
+        import ray
+
         from harness.engines.ray_pool import RayPool
 
         pool, ended, killed = RayPool(list(runs), out / "nodes", None, None, cluster, say=run_again.append), [], []
 
         def look() -> None:
-            in_the_middle = [run for run in pool.running if time.monotonic() - run.started_s > BEGUN_S
-                             and (run.last_step is None or run.last_step.step < max_steps // 2)]
+            """Both nodes first (one is slow to begin, and the other would do everything meanwhile), then the kill."""
+            silent = [slot.awaited for slot in pool.slots if slot.facts is None]
+            if silent and not ended:
+                ray.wait(silent, num_returns=len(silent))
+            in_the_middle = [run for run in pool.running if run.blank is not None and not run.is_over]
             if kill and not killed and len(ended) >= n_runs // 3 and len(in_the_middle) == 2:
                 killed.append(kill_a_node())
 
