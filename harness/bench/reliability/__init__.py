@@ -52,8 +52,8 @@ KINDS = {kind.name: kind for kind in (
     Kind("writers", "8 processes add 2,000 lines each to one log", "contention", "writers"),
     Kind("nodes", "runs on a Ray cluster of two nodes, against one after the other", "ray_nodes", "alike"),
     Kind("lost-node", "the same, and one node is killed in the middle", "ray_nodes", "one_killed"),
-    Kind("ranks", "one run on two processes under torchrun, against one process", "ranks", "alike"),
-    Kind("lost-rank", "the same, and one process is killed, fails or hangs", "ranks", "one_fails"),
+    Kind("ranks", "one run on two and four processes under torchrun, DDP and FSDP, against one process", "ranks", "alike"),
+    Kind("lost-rank", "one run on two processes, and one is killed, fails or hangs", "ranks", "one_fails"),
     Kind("secrets", "artefacts searched for tokens planted in the environment", "planted_secrets", "secrets"),
 )}
 """In the order in which they run."""

@@ -1,4 +1,5 @@
-"""One run on two processes under torchrun, over gloo: it is the run of one process, and what becomes of a rank is its row."""
+"""One run on several processes under torchrun, over gloo: it is the run of one process, and what becomes of a rank is
+its row."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from harness.run_folder import finished_runs
 from instrument.log import read
 from instrument.records import StepRecord
 
+LAUNCHES = ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"))
 CASES = ("gpt2_clm", "roberta_mlm", "gpt2_multi_cls")
 FAULTS = {"sigkill": ("error", "killed"), "exception": ("error", "exception"), "device_oom": ("oom", "cuda_oom"),
           "hang_asleep": ("hung", "hung")}
@@ -31,21 +33,33 @@ HANG_AFTER_S = 15
 LONGEST_S = 300.0
 SIZES = ["--preset", "tiny", "--data", "embedded", "--device", "cpu", "--documents", "400", "--validation-documents", "4",
          "--seq-len", "32", "--max-steps", str(STEPS)]
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def alike(share: float, folder: Path) -> Iterator[Trial]:
-    """A trial a case in fp32: the losses and gradient norms of every step agree to 1e-5, however targets are dealt."""
-    for case in CASES[:share_of(len(CASES), share)]:
-        words = ["-m", "harness", "case", case, "fp32_true", *SIZES, "--batch-size", "8", "--micro-batch", "2"]
-        one, two = (_steps(folder / f"{case}-{name}", [*launcher, *words])
-                    for name, launcher in (("one", []), ("two", TWO_PROCESSES)))
-        losses = [f"{len(two)} of {len(one)} steps"] if len(one) != len(two) or len(one) != STEPS else []
-        pairs = [(a.step, name, getattr(a, name), getattr(b, name)) for a, b in zip(one, two, strict=False)
-                 for name in ("loss", "grad_norm")]
-        losses += [f"step {step}: {name} is {found} and was {due}" for step, name, due, found in pairs
-                   if abs(found - due) > TOLERANCE * due]
-        yield Trial(case, losses, {"steps": len(two)})
+    """A trial a case and launch in fp32: the losses and gradient norms of every step agree to 1e-5, however targets are
+    dealt."""
+    pairs = [(case, launch) for launch in LAUNCHES for case in CASES]
+    words = {case: ["-m", "harness", "case", case, "fp32_true", *SIZES, "--batch-size", "8", "--micro-batch", "2"]
+             for case in CASES}
+    alone = {}
+    for case, (processes, parallel) in pairs[:share_of(len(pairs), share)]:
+        if case not in alone:
+            alone[case] = _steps(folder / f"{case}-alone", words[case])
+        several = _steps(folder / f"{case}-{parallel}-{processes}",
+                         [*_on(processes), *words[case], "--parallel", parallel])
+        yield Trial(f"{case}, {parallel} on {processes}", _differences(alone[case], several), {parallel: 1})
+
+
+def _differences(alone: list[StepRecord], several: list[StepRecord]) -> list[str]:
+    losses = [] if len(alone) == len(several) == STEPS else [f"{len(several)} and {len(alone)} of {STEPS} steps"]
+    pairs = [(a.step, name, getattr(a, name), getattr(b, name)) for a, b in zip(alone, several, strict=False)
+             for name in ("loss", "grad_norm")]
+    return losses + [f"step {step}: {name} is {found} and was {due}" for step, name, due, found in pairs
+                     if found is None or not abs(found - due) <= TOLERANCE * due]
+
+
+def _on(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def one_fails(share: float, folder: Path) -> Iterator[Trial]:
@@ -56,7 +70,7 @@ def one_fails(share: float, folder: Path) -> Iterator[Trial]:
             own = _own_case(folder, Plant(what, "forward", step + FORWARDS_BEFORE))
             words = ["-m", "harness", "case", f"{own}:CASE", "fp32_true", *SIZES, "--batch-size", "2", "--micro-batch", "1",
                      "--hang-after", str(HANG_AFTER_S), "--out", str(out)]
-            wrong = _wrong(out, _launched([*TWO_PROCESSES, *words]), expected, step - 1)
+            wrong = _wrong(out, _launched([*_on(2), *words]), expected, step - 1)
             yield Trial(f"{what} of rank 1 in step {step}", wrong, {what: 1})
 
 
