@@ -13,8 +13,9 @@ OPS = ("cross_entropy", "multi_tensor_stats", "unscale", "scale", "bce_with_logi
        "exponent_histogram")
 """The kernels, in the order in which their figures matter."""
 DESCRIPTION = """\
-Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks, a calibration of every case, the
-matrix at real size, what fits at most, and the dossier. Each stage is a process of its own, and its outcome is recorded.
+Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (behind the matrix where the minutes
+are few), a calibration of every case, the matrix at real size, what fits at most, and the dossier. Each stage is a process
+of its own, and its outcome is recorded.
 The same command goes on where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign.
 How many steps and seeds are run is planned once, behind the calibration, for --total-minutes, and printed."""
 

@@ -47,8 +47,8 @@ class Campaign:
         self._end_orphans()
         self.book.save()
         terminal.show_machine(self.machine, self.results)
-        early = stages.before_the_plan(self.book.asked, self.results, self.labels, self.configs, self.book.total_s)
-        done = self._all(early)
+        given = self.book.asked, self.results, self.labels, self.configs, self.book.total_s
+        done = self._all(stages.before_the_plan(*given))
         if done:
             plan = self._plan()
             runs = stages.runs(self.book.asked, self.results, plan)
@@ -56,7 +56,7 @@ class Campaign:
             if not self.stop.requested and not (self.results / "dossier" / "index.html").exists():
                 self._dossier()  # a cut from here on leaves something to read
             done = self._all(runs[1:]) and done
-            done = self._all(stages.behind_the_runs(self.book.asked, self.results, self.labels, self.configs)) and done
+            done = self._all(stages.behind_the_runs(*given)) and done
         if not self.stop.requested:
             self._dossier()
         return self._end(done, time.monotonic() - began_s)

@@ -40,25 +40,43 @@ class Stage:
 
 def before_the_plan(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str],
                     total_s: float) -> list[Stage]:
-    """Doctor, kernels, overhead, calibration."""
-    skip, out = asked["skip"] or (), str(results)
-    pairs = ("--pairs", str(asked["pairs"])) if asked["pairs"] else ()
-    device = ("--device", asked["device"]) if asked["device"] else ()
-    parts, stages = results / FOLDER, []
+    """Doctor, the kernels' correctness, how fast kernels and instruments are where there is time for it, calibration."""
+    skip, stages = asked["skip"] or (), []
     if "doctor" not in skip:
-        stages.append(Stage("doctor", "doctor", ("harness", "doctor", "--measure", "--out", out, "--json")))
-    ops = [op for op in OPS if op in (asked["ops"] or OPS)]
+        stages.append(Stage("doctor", "doctor", ("harness", "doctor", "--measure", "--out", str(results), "--json")))
     if "check" not in skip:
-        stages += [Stage(f"check-{op}", "check", ("kernels", "check", "--op", op, *device, "--out",
-                                                  str(parts / f"check-{op}.json"))) for op in ops]
+        stages += _per_kernel("check", asked, results, _device(asked))
+    speeds = speed(asked, results, total_s)
+    return stages + (speeds if fit_their_shares(speeds, total_s) else []) + calibration(asked, results, labels, configs)
+
+
+def speed(asked: Mapping[str, Any], results: Path, total_s: float) -> list[Stage]:
+    """The benchmarks of the kernels and of the instruments."""
+    skip, stages = asked["skip"] or (), []
+    pairs = ("--pairs", str(asked["pairs"])) if asked["pairs"] else ()
     if "bench" not in skip:
-        stages += [Stage(f"bench-{op}", "bench", ("kernels", "bench", "--op", op, *device, *pairs, "--out",
-                                                  str(parts / f"bench-{op}.json"))) for op in ops]
+        stages += _per_kernel("bench", asked, results, (*_device(asked), *pairs))
     if "overhead" not in skip:
         at_most_s = 0.7 * max(LEAST_S["overhead"], SHARES["overhead"] * total_s)  # the rest is for building its arms
         stages.append(Stage("overhead", "overhead", ("harness", "bench", "overhead", *pairs, "--at-most", f"{at_most_s:.0f}",
-                                                     "--out", out)))
-    return stages + calibration(asked, results, labels, configs)
+                                                     "--out", str(results))))
+    return stages
+
+
+def fit_their_shares(stages: Sequence[Stage], total_s: float) -> bool:
+    """Whether a campaign is long enough for the least that these stages need. In a shorter one they would leave nothing to
+    the matrix, which tells more, so they come behind it."""
+    return sum(LEAST_S[stage.group] for stage in stages) <= total_s * sum(SHARES[g] for g in {s.group for s in stages})
+
+
+def _per_kernel(what: str, asked: Mapping[str, Any], results: Path, options: Sequence[str]) -> list[Stage]:
+    return [Stage(f"{what}-{op}", what, ("kernels", what, "--op", op, *options, "--out",
+                                         str(results / FOLDER / f"{what}-{op}.json")))
+            for op in OPS if op in (asked["ops"] or OPS)]
+
+
+def _device(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("--device", asked["device"]) if asked["device"] else ()
 
 
 def calibration(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str]) -> list[Stage]:
@@ -85,13 +103,17 @@ def runs(asked: Mapping[str, Any], results: Path, plan: Plan) -> list[Stage]:
     return stages
 
 
-def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str]) -> list[Stage]:
-    """One overflow to look at, and what fits at most, for one classifier and one language model."""
+def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str],
+                    total_s: float) -> list[Stage]:
+    """One overflow to look at, the speeds that had no time before, and what fits at most, for one classifier and one
+    language model."""
     skip, stages = asked["skip"] or (), []
     if "overflow" not in skip and OVERFLOW_CASE in labels:
         command = ("harness", "case", OVERFLOW_CASE, OVERFLOW_CONFIG, "--lr", str(OVERFLOW_LR),
                    *sizes(asked, None, OVERFLOW_STEPS), "--out", str(results / FOLDER / "overflow"))
         stages.append(Stage("overflow", "overflow", command, goes_on=True))
+    speeds = speed(asked, results, total_s)
+    stages += [] if fit_their_shares(speeds, total_s) else speeds
     if "fit" in skip:
         return stages
     price = ("--price-per-hour", str(asked["price_per_hour"])) if asked["price_per_hour"] else ()

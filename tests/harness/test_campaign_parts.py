@@ -18,7 +18,7 @@ from harness.campaign.book import Book, only_call
 from harness.campaign.call import outcome
 from harness.campaign.command import ASKED, require_ours
 from harness.campaign.plan import Cost, make_plan
-from harness.campaign.stages import LEAST_S, SHARES, Stage, before_the_plan, runs
+from harness.campaign.stages import LEAST_S, SHARES, Stage, before_the_plan, behind_the_runs, runs
 from harness.run_folder import OutputError
 from harness.settings import SettingsError
 from harness.signals import Stop
@@ -158,6 +158,16 @@ def test_the_stages_in_order(tmp_path):
     skip = {**NOTHING, "skip": ["doctor", "check", "bench", "overhead"]}
     skipped = before_the_plan(skip, tmp_path, ["gpt2_clm"], ["fp32_true"], 9)
     assert [s.name for s in skipped] == ["calibrate"]
+
+
+def test_in_a_short_campaign_the_matrix_comes_before_the_speeds(tmp_path):
+    def groups(total_s):
+        given = NOTHING, tmp_path, ["gpt2_clm", "roberta_mlm"], ["fp32_true"], total_s
+        return [dict.fromkeys(s.group for s in part(*given)) for part in (before_the_plan, behind_the_runs)]
+
+    speeds = ["bench", "overhead"]
+    assert list(map(list, groups(1800))) == [["doctor", "check", *speeds, "calibrate"], ["overflow", "fit"]]
+    assert list(map(list, groups(240))) == [["doctor", "check", "calibrate"], ["overflow", *speeds, "fit"]]
 
 
 def test_the_runs_rotate_and_the_first_block_is_alone(tmp_path):
