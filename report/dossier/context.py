@@ -16,6 +16,8 @@ from report.dossier.runs_table import HEADS, run_rows
 from report.dossier.what_fits import HEADS as FIT_HEADS
 from report.dossier.what_fits import fit_rows
 from report.plots.text import clean
+from report.tables.eligible import eligible
+from report.tables.selection import select
 from report.words import gigabytes
 
 EXECUTIVE = "ACB"
@@ -49,7 +51,7 @@ def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence
         "predicted": prediction_words(forecast, folder),
         "class_heads": class_heads, "class_rows": class_rows,
         "top_heads": measurements.TOP_HEADS, "top_rows": measurements.top_kernels(tables["kernel_time"].summary),
-        "mfu_rows": measurements.mfu_rows(folder.runs),
+        "mfu_rows": measurements.mfu_rows(eligible(folder, select(folder))[0]),
         "kernel_heads": KERNEL_HEADS, "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
         "overhead_heads": measurements.OVERHEAD_HEADS, "overhead_rows": measurements.overhead_rows(tables["overhead"].summary),
         "fit_heads": FIT_HEADS, "fit_rows": fit_rows(folder.fit, verdict.price_per_hour),

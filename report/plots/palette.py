@@ -102,5 +102,6 @@ STATES: dict[str, StateLook] = {
     "unjudged": StateLook("#e9ebee", "#22272e", "....", "completed; reference unhealthy, so not judged"),
     "failed": StateLook("#d9cfe6", "#2a1a42", None, "no result (out of memory, error, hung)"),
     "unsupported": StateLook("#fdfdfe", "#555b63", "////", "unsupported"),
+    "unfinished": StateLook("#fdfdfe", "#555b63", "....", "unfinished: stopped or killed from outside"),
     "missing": StateLook("#fdfdfe", "#555b63", "////", "missing"),
 }

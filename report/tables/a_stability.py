@@ -19,17 +19,18 @@ from report.words import count, sentence, shortened, signed
 COLUMNS = ("case", "column", "arch", "loss_reduction", "dtype_config", "state", "n_seeds", "n_bad", "step", "phase",
            "sign", "line1", "line2", "run_ids")
 SIGNS = {"completed": "✓", "diverged": "✗", "poor": "!", "failed": "⚠", "unsupported": "–", "missing": "·",
-         "unjudged": "?"}
+         "unjudged": "?", "unfinished": "…"}
 VERBS = {"diverged": ("diverges", "diverge"), "poor": ("trains worse", "train worse"),
          "failed": ("fails to finish", "fail to finish")}
 RESOLVED = "*"
 """Behind a difference that the seeds tell from 0; a cell has room for a sign and not for the word."""
 SHORT_PHASES = {"optimizer": "optim", "backward": "backw."}
-WORST_FIRST = ("diverged", "poor", "failed", "unjudged", "completed", "unsupported")
+WORST_FIRST = ("diverged", "poor", "failed", "unjudged", "completed", "unsupported", "unfinished")
 
 
 def table(folder: Folder) -> Table:
-    """One row a cell; a cell takes the worst state of its seeds and says how many they are."""
+    """One row a cell; a cell takes the worst state of its seeds and says how many they are. Runs that were ended from
+    outside are no seeds of it, unless there is nothing else."""
     judgements = judge_runs(folder)
     runs = judgements.selection.runs
     cases = {run.case: run for run in reversed(runs)}
@@ -43,7 +44,8 @@ def table(folder: Folder) -> Table:
 
 
 def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
-    judged = judgements.of(case.case, config)
+    every = judgements.of(case.case, config)
+    judged = [j for j in every if j.state != "unfinished"] or every
     state = next((s for s in WORST_FIRST if any(j.state == s for j in judged)), "missing")
     bad = [j for j in judged if j.state == state]
     line1, line2 = _lines(state, bad, len(judged), config, judgements)
@@ -63,8 +65,8 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
         return _death(bad), f"{_short_phase(phase)}, {len(bad)}/{n}" if phase else seeds
     if state == "missing":
         return "not run", ""
-    if state == "unsupported":
-        return "unsupported", ""
+    if state in ("unsupported", "unfinished"):
+        return state, ""
     if state == "failed":
         return bad[0].run.status, seeds
     if state == "unjudged":
@@ -114,7 +116,7 @@ def _title(data, judgements: Judgements) -> str:
     for state, verb in VERBS.items():
         cases: dict[tuple[int, int], list[str]] = defaultdict(list)
         for config in dict.fromkeys(data["dtype_config"]):
-            rows = data[(data["dtype_config"] == config) & (data["n_seeds"] > 0)]
+            rows = data[(data["dtype_config"] == config) & (data["n_seeds"] > 0) & (data["state"] != "unfinished")]
             if hits := int((rows["state"] == state).sum()):
                 cases[hits, len(rows)].append(config)
         for (hits, n), names in sorted(cases.items(), reverse=True):

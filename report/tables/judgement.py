@@ -24,13 +24,15 @@ POOR_F1 = 0.02
 FEWEST_F1 = 0.05
 """A reference below this micro-F1 has learned no labels yet: it is judged by loss alone."""
 
-FAILED = ("oom", "error", "preempted", "hung")
+FAILED = ("oom", "error", "hung")
+FROM_OUTSIDE = ("killed", "node_lost")
+"""Causes of deaths that say nothing of the run."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A run with its ``state`` (``completed``, ``poor``, ``diverged``, ``unsupported``, ``failed``,
-    ``unjudged``), the ``reason`` in words, and its distance from the reference: ``gap`` in ``unit``
+    """A run with its ``state`` (``completed``, ``poor``, ``diverged``, ``unsupported``, ``failed``, ``unjudged``,
+    ``unfinished``: ended from outside), the ``reason`` in words, and its distance from the reference: ``gap`` in ``unit``
     (nats, or a share of the reference's loss), ``f1_gap`` as a difference of micro-F1."""
 
     run: RunRecord
@@ -91,6 +93,8 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
         return Judged(run, "diverged", death_words(run))
     if run.status == "unsupported":
         return Judged(run, "unsupported", run.error or "unsupported")
+    if run.status == "preempted" or _was_killed(run):
+        return Judged(run, "unfinished", run.error or run.status)
     if run.status in FAILED:
         return Judged(run, "failed", f"{run.status}: {run.error}" if run.error else run.status)
     if run.case in unhealthy:
@@ -103,6 +107,11 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
     if (reason := unfair(run, reference)) is not None:
         return Judged(run, "unjudged", f"not comparable: {reason}")
     return _against(run, reference)
+
+
+def _was_killed(run: RunRecord) -> bool:
+    death = run.flags.get("death")
+    return isinstance(death, dict) and death.get("cause") in FROM_OUTSIDE
 
 
 def _against(run: RunRecord, reference: RunRecord) -> Judged:

@@ -67,7 +67,10 @@ def _health(folder: Folder) -> Check:
         case, reason = next(iter(sorted(judgements.unhealthy.items())))
         return Check("reference", False, f"The reference of {shortened(sorted(judgements.unhealthy))} is unhealthy and not "
                                          f"judged by; {case}: {reason}.", ids)
-    return Check("reference", True, f"All {count(len(references), 'fp32_true run')} end below their start.")
+    ended = [run for run in references if run.status == "completed"]
+    if not ended:
+        return Check("reference", None, "No fp32_true run has completed: nothing can be judged.")
+    return Check("reference", True, f"All {count(len(ended), 'fp32_true run')} that completed end below their start.")
 
 
 def _seeds(selection: Selection) -> Check:

@@ -10,9 +10,6 @@ from report.tables.columns import REFERENCE, is_control, series_order
 from report.tables.judgement import Judged, death_words
 from report.words import times
 
-FROM_OUTSIDE = ("killed", "node_lost")
-"""Causes of deaths that say nothing of the run."""
-
 
 def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
     """``config: reason``, worst reason first a configuration; controls are not mentioned."""
@@ -22,7 +19,7 @@ def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None:
-    judged = [j for case in cases for j in base.judgements.of(case, config)]
+    judged = [j for case in cases for j in base.judgements.of(case, config) if j.state != "unfinished"]
     for state in ("diverged", "poor"):
         bad = [j for j in judged if j.state == state]
         if bad:
@@ -34,10 +31,9 @@ def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | No
 
 
 def _is_an_accident(base: EvidenceBase, failed: Judged) -> bool:
-    """Nothing that the configuration did: the run was ended from outside, or the reference of its case ended alike."""
-    death = failed.run.flags.get("death")
-    return (isinstance(death, dict) and death.get("cause") in FROM_OUTSIDE) or any(
-        j.state == "failed" and j.run.status == failed.run.status for j in base.judgements.of(failed.run.case, REFERENCE))
+    """Nothing that the configuration did: the reference of its case ended alike."""
+    return any(j.state == "failed" and j.run.status == failed.run.status
+               for j in base.judgements.of(failed.run.case, REFERENCE))
 
 
 def _words(judged: Judged, state: str) -> str:

@@ -21,7 +21,7 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
         return f"{MATRIX} --seeds 0 1 2"
     preset = next(iter({run.preset for run in base.selection.runs}), "tiny")
     given = f" --preset {preset}"
-    alone = case_order(case for case in base.cases if not base.runs(case, REFERENCE) and case in CASES)
+    alone = case_order(case for case in base.cases if not _referred(base, case) and case in CASES)
     if alone:
         return f"{MATRIX} --cases {' '.join(alone)}{given}{out}"
     ill = case_order(base.judgements.unhealthy)
@@ -40,6 +40,11 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     if preset == "tiny":
         return f"{MATRIX} --preset full"
     return f"python -m report build {shlex.quote(str(folder.path))}"
+
+
+def _referred(base: EvidenceBase, case: str) -> bool:
+    """Whether some reference of a case has ended by itself."""
+    return any(base.state(run) != "unfinished" for run in base.runs(case, REFERENCE).values())
 
 
 def _registered(base: EvidenceBase) -> list[str]:

@@ -214,3 +214,12 @@ def test_without_weasyprint_nothing_is_written_and_the_way_out_is_named(folder, 
     with pytest.raises(PdfUnavailable, match="--no-pdf"):
         build(load(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_speeds_of_runs_that_no_figure_counts_stand_in_no_table(plant, tmp_path):
+    folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), (0,),
+                   lambda case, config, seed: {"steps": 8} if config == "amp_bf16" else {})
+    build(folder, tmp_path / "out", pdf=False, formats=("svg",))
+    page = (tmp_path / "out" / "dossier" / "index.html").read_text()
+    utilisation = page[page.index("Model FLOPs utilisation"):page.index("What fits")]
+    assert "fp32_true" in utilisation and "amp_bf16" not in utilisation

@@ -97,10 +97,32 @@ def test_rows_that_differ_in_more_than_the_configuration_are_not_compared(plant,
 
 
 @pytest.mark.parametrize(("status", "state"), [("oom", "failed"), ("hung", "failed"), ("error", "failed"),
-                                               ("preempted", "failed"), ("unsupported", "unsupported")])
+                                               ("preempted", "unfinished"), ("unsupported", "unsupported")])
 def test_other_ends_have_their_own_state(plant, status, state):
     folder = plant((LM,), CONFIGS, change=only(status=status, val_loss=None))
     assert cell(folder)["state"] == state
+
+
+def test_what_was_ended_from_outside_says_nothing_of_the_configuration(plant):
+    def ended(*seeds, **given):
+        return plant((LM,), CONFIGS, name="x".join(map(str, seeds)) + "".join(given), change=lambda case, config, seed: {
+            "val_loss": None, **given} if config == "amp_bf16" and seed in seeds else {})
+
+    killed = {"status": "error", "flags": {"death": {"cause": "killed", "goes_on": True}}}
+    for given in ({"status": "preempted"}, killed):
+        some, every = cell(ended(1, **given)), ended(0, 1, 2, **given)
+        assert (some["state"], some["n_seeds"], some["line2"]) == ("completed", 2, "2 seeds")
+        assert (cell(every)["state"], cell(every)["line1"]) == ("unfinished", "unfinished")
+        assert "amp_bf16" not in a_stability.table(every).title
+    assert cell(ended(1, status="error"))["state"] == "failed"
+
+
+def test_a_reference_that_was_stopped_is_none(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"status": "preempted", "val_loss": None}
+                   if config == "fp32_true" else {})
+    assert cell(folder)["line2"] == "no reference"
+    (health,) = [check for check in trust(folder) if check.name == "reference"]
+    assert health.ok is None and "No fp32_true run has completed" in health.sentence
 
 
 def test_default_configurations_that_were_not_run_are_missing(plant):

@@ -47,6 +47,7 @@ def test_what_ended_a_run_from_outside_or_the_reference_too_is_no_reason_to_avoi
         return {"status": status, "val_loss": None, "flags": {"death": {"cause": cause, "goes_on": False}}}
 
     assert task(planted(plant, bf16_pure=dead("error", "killed"))).avoid == ()
+    assert task(planted(plant, bf16_pure={"status": "preempted", "val_loss": None})).avoid == ()
     assert task(planted(plant, fp32_true=dead("error", "segfault"), bf16_pure=dead("error", "segfault"))).avoid == ()
     folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {} if config != "bf16_pure" or seed == 0 else
                    dead(*[("hung", "hung"), ("oom", "cuda_oom")][seed - 1]))
@@ -112,6 +113,7 @@ REAL = {"flags": {}}
 
 @pytest.mark.parametrize(("cases", "configs", "seeds", "given", "command"), [
     ((LM,), ("amp_bf16",), (0, 1, 2), REAL, "--cases gpt2_clm --preset full"),
+    ((LM,), ("fp32_true",), (0,), REAL | {"status": "preempted", "val_loss": None}, "--cases gpt2_clm --preset full"),
     ((LM,), CONFIGS, (0, 1, 2), REAL | {"end": 9.9}, "--cases gpt2_clm --lr 0.00033 --preset full"),
     ((LM,), CONFIGS, (0,), REAL, "--cases gpt2_clm --seeds 0 1 2 --preset full"),
     ((LM,), CONFIGS, (0, 1, 2), REAL, "--cases roberta_mlm gpt2_multi_cls"),
