@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from report.plots.decimate import decimate
 from report.plots.direct_labels import label_right
 from report.plots.palette import look
-from report.plots.style import THIN_PT, empty_figure, exclusion_note, log_axis, new_figure
+from report.plots.style import THIN_PT, empty_figure, exclusion_note, log_axis, new_figure, whole_steps
 from report.plots.text import clean
 
 ROW_IN, FRAME_IN = 1.12, 0.3
@@ -31,6 +31,7 @@ def draw(table) -> Figure:
         summary = table.summary[table.summary["case"] == case]
         log_axis(linear, "y")
         log_axis(log, "x")
+        whole_steps(linear)
         for axes, log_x in ((linear, False), (log, True)):
             for (config, _), run in rows.groupby(["dtype_config", "seed"], sort=False):
                 _run(axes, run, config, log_x)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from report.plots.decimate import decimate
 from report.plots.direct_labels import label_right
 from report.plots.palette import look
-from report.plots.style import MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
+from report.plots.style import MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure, whole_steps
 from report.plots.text import clean
 
 LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.82, 0.2
@@ -49,6 +49,7 @@ def draw(table) -> Figure:
 def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) -> None:
     upper, lower = pair
     upper.sharex(lower)
+    whole_steps(lower)
     lower.axhline(0, color=MUTED, linewidth=0.8)
     reach = _reach(lower, rows["minus_reference"].to_numpy(float))
     dead = summary[summary["died_at"].notna()].set_index(["case", "dtype_config", "seed"])["died_at"]

@@ -147,6 +147,11 @@ def log_axis(axes: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def whole_steps(axes: Axes) -> None:
+    """Ticks at whole steps only: between two there is none."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 def empty_figure(title: str, why: str, marks: tuple[str, ...]) -> Figure:
     """A figure that says why there is nothing to see."""
     figure = new_figure(title, 0.7, marks=marks)

@@ -70,7 +70,9 @@ def _health(folder: Folder) -> Check:
     ended = [run for run in references if run.status == "completed"]
     if not ended:
         return Check("reference", None, "No fp32_true run has completed: nothing can be judged.")
-    return Check("reference", True, f"All {count(len(ended), 'fp32_true run')} that completed end below their start.")
+    words = "The one fp32_true run that completed ends below its start." if len(ended) == 1 else \
+        f"All {len(ended)} fp32_true runs that completed end below their start."
+    return Check("reference", True, words)
 
 
 def _seeds(selection: Selection) -> Check:

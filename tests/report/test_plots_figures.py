@@ -14,6 +14,7 @@ from report.plots.e_logit_magnitude import FP16_MAX
 from report.plots.registry import DRAW
 from report.plots.style import MARK_GAP, theme
 from report.plots.write import picture
+from report.tables import d_grad_norm, g_loss
 from tests.report.hand_made_tables import MARKS, made
 
 LETTERS = "ABCDEFGH"
@@ -210,3 +211,12 @@ def test_without_adjusttext_the_frontier_is_drawn_and_says_so(figures, monkeypat
     assert note in " ".join(text.get_text() for text in texts(plain))
     assert note not in " ".join(text.get_text() for text in texts(figures["B"]))
     assert sum(text.get_text() == "bf16_pure" for text in texts(plain)) == 6
+
+
+def test_a_short_run_has_ticks_at_whole_steps_only(plant):
+    folder = plant(("gpt2_clm", "gpt2_multi_cls"), ("fp32_true", "amp_bf16"), (0,), lambda *_: {"steps": 3})
+    for module, frames in ((d_grad_norm, 1), (g_loss, 2)):
+        for axes in drawn(module.table(folder)).axes[:frames]:
+            low, high = axes.get_xlim()
+            ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+            assert len(ticks) > 1 and all(tick == int(tick) for tick in ticks), module
