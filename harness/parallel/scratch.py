@@ -12,16 +12,18 @@ from harness import checkpoint
 from harness.parallel.ranks import Ranks
 from harness.parallel.team import Team
 from harness.resume import Resumption
+from instrument import files
 
 
 @contextmanager
 def folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
-    """``out`` for rank 0; for another a folder of its own that is gone at the end."""
+    """``out`` for rank 0; for another a folder of its own that is gone at the end. What killed ranks left is deleted."""
+    files.sweep(Path(tempfile.gettempdir()))
     if ranks.is_first:
         yield out
         return
-    with tempfile.TemporaryDirectory(prefix=f"ddb-rank{ranks.rank}-", ignore_cleanup_errors=True) as scratch:
-        yield Path(scratch)
+    with files.temporary_folder(f"ddb-rank{ranks.rank}") as scratch:
+        yield scratch
 
 
 def resumed_by_all(team: Team, out: Path, run_id: str,
