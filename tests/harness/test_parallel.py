@@ -182,8 +182,9 @@ def test_the_others_end_when_rank_0_is_killed_and_the_same_command_starts_again(
 
 
 @pytest.mark.soak
-def test_a_signal_stops_all_ranks_behind_one_step_and_the_run_goes_on_bit_for_bit(tmp_path, command_environment):
-    words = ["case", "gpt2_clm", "bf16_pure_sr", *SMALL[:-4], "--documents", "400", "--validation-documents", "12"]
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_stops_all_ranks_behind_one_step_and_the_run_goes_on_bit_for_bit(tmp_path, command_environment, parallel):
+    words = ["case", "gpt2_clm", "bf16_pure_sr", *SMALL, "--parallel", parallel]
     words[words.index("--max-steps") + 1] = "60"
     process = torchrun(["-m", "harness", *words, "--out", str(tmp_path / "a")], command_environment)
     deadline_s = time.monotonic() + LONGEST_S
