@@ -37,14 +37,15 @@ class SlicedModel(nn.Module):
 @torch.no_grad()
 def put_together(mine: NamedState, sharded: Mapping[str, DTensor], team: Team) -> NamedState | None:
     """The whole state, on rank 0, from the slices that each rank has of it; None on the others. ``sharded``: the model's
-    parameters. All ranks call it; raises `RanksDiffer` where they have other states, `ValueError` for one that is
-    neither a slice like its parameter's nor a single number."""
-    names = [name for name in mine.tensors if not name.startswith(RANDOM)]
-    team.same("names of optimizer states", hashlib.sha256(repr(names).encode()).hexdigest())
+    parameters. All ranks call it; raises `RanksDiffer` where they have other states or other single numbers, `ValueError`
+    for a state that is neither a slice like its parameter's nor a single number."""
+    parts = {name: part for name, part in mine.tensors.items() if not name.startswith(RANDOM)}
+    alike = [(name, None if part.ndim else part.item()) for name, part in parts.items()], mine.scaler
+    team.same("names and counters of the states", hashlib.sha256(repr(alike).encode()).hexdigest())
     tensors = {}
-    for name in names:
+    for name, part in parts.items():
         team.moved()
-        part, like = mine.tensors[name], _parameter_of(name, sharded)
+        like = _parameter_of(name, sharded)
         if like is not None and _is_slice(name, part, like.to_local().shape):
             part = _whole(part, like)
         if team.ranks.is_first:

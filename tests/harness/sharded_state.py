@@ -19,6 +19,7 @@ from harness.optimizer import adamw_for
 from harness.parallel.fsdp import fsdp_share
 from harness.parallel.joined import joined
 from harness.parallel.ranks import Ranks
+from harness.parallel.team import RanksDiffer
 from harness.parallel.whole_state import taken_apart
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def stored_and_put_back(team, folder, implementation, dtype):
 def refused(words, call, *arguments):
     try:
         call(*arguments)
-    except ValueError as error:
+    except (ValueError, RanksDiffer) as error:
         assert words in str(error), error
     else:
         raise AssertionError(f"not refused: {words}")
@@ -128,7 +129,11 @@ def what_does_not_fit(team, stored, share):
     model, fresh, optimizer = sharded(team, "foreach", torch.float32, seed=3)
     refused("the stored state is of another model: layers.0.bias differs", fresh.restore, other, model, optimizer, None)
     train(model, fresh, optimizer, range(1, 2))
-    next(iter(optimizer.state.values()))["rows"] = torch.zeros(2)
+    some = next(iter(optimizer.state.values()))
+    some["step"] += rank
+    refused("of rank 1 are not those of rank 0", fresh.state, 1, model, optimizer, None)
+    some["step"] -= rank
+    some["rows"] = torch.zeros(2)
     refused("has shape (2,) where its parameter has", fresh.state, 1, model, optimizer, None)
 
 
