@@ -29,7 +29,8 @@ def folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
 def resumed_by_all(team: Team, out: Path, run_id: str,
                    find: Callable[[], tuple[Resumption | None, list[str]]]) -> tuple[Resumption | None, list[str]]:
     """What rank 0 found to go on from (`harness.resume.find`), for every rank: its records as rank 0 read them, the
-    state from the checkpoint's own files, which all ranks must be able to read."""
+    state from the checkpoint's own files, which all ranks must be able to read. Its tensors are mapped and not loaded: who
+    needs a slice of each pays for that."""
     if team.ranks.world == 1:
         return find()
     found, skipped = find() if team.ranks.is_first else (None, [])
