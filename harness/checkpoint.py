@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from harness.forensics.failures import SnapshotError
 from harness.forensics.stored import read_folder, write_state
 from instrument.files import placing_folder, remove_folder, require_there, sweep
-from instrument.replay.snapshot import NamedState, Snapshot
+from instrument.replay.snapshot import NamedState
 
 KEPT = 2
 PREFIX = "checkpoint-"
@@ -41,15 +41,15 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     taps: dict[str, Any] | None
 
 
-def write(run_folder: Path, run_id: str, snapshot: Snapshot, progress: Progress) -> Path:
-    """Write the checkpoint behind the snapshot's step and drop what is older than the last two. Raises `OSError`
+def write(run_folder: Path, run_id: str, state: NamedState, progress: Progress) -> Path:
+    """Write the checkpoint behind the state's step and drop what is older than the last two. Raises `OSError`
     (a full disk, a run's folder that is gone: it is not made again), and then nothing has changed."""
     require_there(run_folder)
-    folder = run_folder / f"{PREFIX}{snapshot.step}"
+    folder = run_folder / f"{PREFIX}{state.step}"
     sweep(run_folder)
     try:
         with placing_folder(folder) as writing:
-            write_state(snapshot.named(), writing, run_id, msgspec.to_builtins(progress))
+            write_state(state, writing, run_id, msgspec.to_builtins(progress))
     except SafetensorError as error:  # how safetensors reports what the system told it
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from error

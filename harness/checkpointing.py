@@ -39,11 +39,12 @@ class Checkpointing:
         """Write one behind the last step that was read and return its name, or None where no step was made since
         the last one. Raises OSError."""
         step, began_s = len(self.outcome.steps), time.perf_counter()
-        if step > self.written_behind and instruments is not None and self.training.share.keeps_state:
-            snapshot, progress = self.training.snapshot(step), self._progress(instruments)
-            if self.training.team.ranks.is_first:
-                checkpoint.write(self.folder.path, self.settings.run_id, snapshot, progress)
-            self.written_behind, self._nbytes = step, snapshot.nbytes
+        if step > self.written_behind and instruments is not None:
+            state, progress = self.training.state(step), self._progress(instruments)
+            if state is not None:
+                checkpoint.write(self.folder.path, self.settings.run_id, state, progress)
+                self._nbytes = state.nbytes
+            self.written_behind = step
             cost_s = time.perf_counter() - began_s
             self.interval.wrote(cost_s)
             self.outcome.add_time("checkpoints", cost_s)

@@ -24,7 +24,7 @@ from instrument.environment import capture
 from instrument.files import remove, remove_folder, sync_file, truncate
 from instrument.log import JsonlLog
 from instrument.records import AnyRecord, EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
-from instrument.replay.snapshot import NamedState, Snapshot
+from instrument.replay.snapshot import NamedState
 from instrument.run_id import require_safe
 from instrument.watch.module_log import ModuleRecord
 
@@ -61,7 +61,7 @@ class Resumption:
     def restore(self, training: Training) -> None:
         """Put the state into a freshly prepared training; raises `CheckpointError`."""
         try:
-            Snapshot.from_named(self.state, training.model, training.optimizer, training.precision.scaler).restore()
+            training.restore(self.state)
         except ValueError as error:
             raise CheckpointError(f"checkpoint-{self.step}: {error}") from error
 

@@ -15,7 +15,7 @@ from harness.parallel.team import ALONE, Team
 from harness.precision import Precision
 from harness.settings import MAX_NORM, RunSettings
 from instrument.replay.recorder import OpRecorder
-from instrument.replay.snapshot import Snapshot
+from instrument.replay.snapshot import NamedState, Snapshot
 from instrument.step_meter import Reading, StepMeter
 from instrument.watch.taps import ModuleTaps
 
@@ -81,5 +81,13 @@ class Training:
         return reading
 
     def snapshot(self, step: int) -> Snapshot:
-        """The state behind ``step`` steps, in host memory."""
+        """The state behind ``step`` steps, in host memory, to go back to."""
         return Snapshot(step, self.model, self.optimizer, self.precision.scaler)
+
+    def state(self, step: int) -> NamedState | None:
+        """The state behind ``step`` steps, for a checkpoint: rank 0's; None on the others. All ranks call it."""
+        return self.share.state(step, self.model, self.optimizer, self.precision.scaler)
+
+    def restore(self, state: NamedState) -> None:
+        """Put a stored state into this freshly prepared training; raises `ValueError` when it does not fit."""
+        self.share.restore(state, self.model, self.optimizer, self.precision.scaler)

@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from instrument.crash import CRASH_VARIABLE  # noqa: F401  (where it is set, this process dies at a file operation)
@@ -119,13 +119,37 @@ def remove(path: Path) -> None:
 
 def sweep(folder: Path) -> list[Path]:
     """Delete the temporary files and folders that dead writers left in a folder; returns their paths."""
-    left = [path for path in sorted(folder.glob(f".*{TEMPORARY}")) if is_abandoned(path)]
-    for path in left:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    left = []
+    for path in sorted(folder.glob(f".*{TEMPORARY}")):
+        with _lock_of(path) as is_ours:  # until it is gone: `temporary_folder` waits for that
+            if not is_ours:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            left.append(path)
     return left
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield a new folder among the system's temporary files, ``.<name>.<random>.ddb-tmp``; it is deleted at the end.
+    Where the process dies before, it is abandoned, and the next `sweep` there deletes it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=TEMPORARY))
+        with suppress(FileNotFoundError):  # swept before it had its lock
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):  # a file system without locks, where nothing is ever swept
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if folder.is_dir():
+                break
+            os.close(fd)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(fd)
 
 
 def make_folder(path: Path) -> None:
@@ -153,14 +177,19 @@ def locked(path: Path) -> Iterator[None]:
 
 def is_abandoned(temporary: Path) -> bool:
     """Whether nobody writes this temporary file or folder any more: its writer would hold its lock."""
-    try:
-        fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        return try_lock(fd)
-    finally:
-        os.close(fd)
+    with _lock_of(temporary) as is_ours:
+        return is_ours
+
+
+@contextmanager
+def _lock_of(temporary: Path) -> Iterator[bool]:
+    """Hold the lock of a temporary file or folder; False where its writer does, or it is gone."""
+    with ExitStack() as opened:
+        fd = None
+        with suppress(OSError):
+            fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+            opened.callback(os.close, fd)
+        yield fd is not None and try_lock(fd)
 
 
 def plain_inside(root: Path, path: Path) -> bool:

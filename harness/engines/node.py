@@ -8,12 +8,11 @@ a run never waits for the driver, and a report that nobody fetched is replaced b
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import socket
 import tempfile
 import threading
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +80,8 @@ class Node:
     def start(self, settings: RunSettings, items: list[Item], rules: Rules | None = None) -> Wanted | None:
         """Take a run, and the files that it goes on from, if any; returns what is wanted first, as `put` does."""
         self.settings, self.stop, self.rules = settings, Stop(), rules
-        self.out, self._lock = _locked_folder()
+        self._folder = ExitStack()
+        self.out = self._folder.enter_context(files.temporary_folder("ddb-run"))
         self.last_step: StepRecord | None = None
         self.row: RunRecord | None = None
         self._over.clear()
@@ -109,8 +109,7 @@ class Node:
 
     def forget(self) -> None:
         """Delete the run's folder on this node."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        os.close(self._lock)
+        self._folder.close()
 
     def _next_wanted(self, data: bytes | None) -> Wanted | None:
         try:
@@ -154,14 +153,6 @@ def project_sha256() -> str:
         for path in sorted((root / room).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _locked_folder() -> tuple[Path, int]:
-    """A temporary folder that counts as abandoned as soon as this process is gone."""
-    folder = Path(tempfile.mkdtemp(prefix=".ddb-run.", suffix=files.TEMPORARY))
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    files.try_lock(fd)
-    return folder, fd
 
 
 def _nothing() -> Generator[Wanted, bytes, None]:

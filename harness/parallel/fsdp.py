@@ -2,7 +2,7 @@
 
 The optimizer sees the slices as plain tensors, so that every implementation that works element by element is the
 same as on whole tensors; statistics of gradients are put together over the ranks before anything is decided by them.
-What needs a whole tensor is refused, with the reason.
+What needs a whole tensor is refused, with the reason; a checkpoint has whole ones (`whole_state`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from harness.parallel.share import Micro, Share
 from harness.parallel.stats_of_slices import over_ranks
 from harness.parallel.team import Team
+from harness.parallel.whole_state import SlicedModel, put_together, taken_apart
 from harness.precision import Precision, Unsupported
+from instrument.replay.snapshot import NamedState, Snapshot
 
 NEEDS_WHOLE = {"8bit": "8-bit states are quantised in blocks of a whole tensor, and slices would have other blocks"}
 
 
 class FsdpShare(Share):
-    """Trained through a sharded model: snapshots, replays and checkpoints, which hold whole states, are not made."""
+    """Trained through a sharded model: snapshots in memory and replays, which need whole states, are not made."""
 
     keeps_state = False
     deals_evaluations = False
@@ -33,8 +35,9 @@ class FsdpShare(Share):
     def __init__(self, team: Team, model: nn.Module, slices: Sequence[nn.Parameter]) -> None:
         super().__init__(team)
         self._model = model
-        self._sharded = list(model.parameters())
-        self._slices = {name: part for (name, _), part in zip(model.named_parameters(), slices, strict=True)}
+        self._sharded = dict(model.named_parameters())
+        self._slices = dict(zip(self._sharded, slices, strict=True))
+        self._sliced = SlicedModel(model, self._slices)
 
     def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
         own = self._own(micro_batches)
@@ -45,7 +48,7 @@ class FsdpShare(Share):
 
     def sum_gradients(self) -> None:
         """FSDP has summed them; hand each rank's slices to the optimizer's tensors."""
-        for parameter, part in zip(self._sharded, self._slices.values(), strict=True):
+        for parameter, part in zip(self._sharded.values(), self._slices.values(), strict=True):
             part.grad = None if parameter.grad is None else parameter.grad.to_local()
             parameter.grad = None
 
@@ -66,6 +69,16 @@ class FsdpShare(Share):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
             digest.update(value.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def state(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+              scaler: torch.amp.GradScaler | None) -> NamedState | None:
+        return put_together(Snapshot(step, self._sliced, optimizer, scaler).named(), self._sharded, self.team)
+
+    def restore(self, state: NamedState, model: nn.Module, optimizer: torch.optim.Optimizer,
+                scaler: torch.amp.GradScaler | None) -> None:
+        """This rank's slices of it."""
+        mine = taken_apart(state, self._sharded, self.team.ranks.rank)
+        Snapshot.from_named(mine, self._sliced, optimizer, scaler).restore()
 
     def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """Of all ranks' slices together."""

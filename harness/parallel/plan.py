@@ -19,8 +19,7 @@ def on_ranks(settings: RunSettings, ranks: Ranks, asked: str | None) -> RunSetti
         raise SettingsError("--mtbf is chosen by each process' own clock, and a run on several GPUs writes its checkpoints "
                             "together: give --checkpoint-every N")
     if asked == "fsdp":
-        for flag, given in (("--compile", settings.compile), ("--checkpoint-every", settings.checkpoint_every),
-                            ("--trace", settings.trace_steps)):
+        for flag, given in (("--compile", settings.compile), ("--trace", settings.trace_steps)):
             if given:
                 raise SettingsError(f"{flag} does not go with --parallel fsdp, where no rank has the whole state; "
                                     "use --parallel ddp")

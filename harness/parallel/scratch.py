@@ -12,22 +12,25 @@ from harness import checkpoint
 from harness.parallel.ranks import Ranks
 from harness.parallel.team import Team
 from harness.resume import Resumption
+from instrument import files
 
 
 @contextmanager
 def folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
-    """``out`` for rank 0; for another a folder of its own that is gone at the end."""
+    """``out`` for rank 0; for another a folder of its own that is gone at the end. What killed ranks left is deleted."""
+    files.sweep(Path(tempfile.gettempdir()))
     if ranks.is_first:
         yield out
         return
-    with tempfile.TemporaryDirectory(prefix=f"ddb-rank{ranks.rank}-", ignore_cleanup_errors=True) as scratch:
-        yield Path(scratch)
+    with files.temporary_folder(f"ddb-rank{ranks.rank}") as scratch:
+        yield scratch
 
 
 def resumed_by_all(team: Team, out: Path, run_id: str,
                    find: Callable[[], tuple[Resumption | None, list[str]]]) -> tuple[Resumption | None, list[str]]:
     """What rank 0 found to go on from (`harness.resume.find`), for every rank: its records as rank 0 read them, the
-    state from the checkpoint's own files, which all ranks must be able to read."""
+    state from the checkpoint's own files, which all ranks must be able to read. Its tensors are mapped and not loaded: who
+    needs a slice of each pays for that."""
     if team.ranks.world == 1:
         return find()
     found, skipped = find() if team.ranks.is_first else (None, [])

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bench_cases.models import weights_sha256
 from harness.optimizer import state_dtypes, zero_share
 from harness.parallel.team import ALONE, Team
+from instrument.replay.snapshot import NamedState, Snapshot
 
 Micro = TypeVar("Micro")
 
@@ -29,7 +30,7 @@ class Share:
         self.team = team
 
     keeps_state = True
-    """Whether each rank has all of the weights and states: for snapshots, replays and checkpoints."""
+    """Whether each rank has all of the weights and states: for snapshots in memory and replays."""
     deals_evaluations = True
 
     def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
@@ -51,6 +52,16 @@ class Share:
     def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """For the record's ``flags``; all ranks call it."""
         return {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
+
+    def state(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+              scaler: torch.amp.GradScaler | None) -> NamedState | None:
+        """The whole state behind ``step`` steps, for rank 0 to store; None on the others. All ranks call it."""
+        return Snapshot(step, model, optimizer, scaler).named() if self.team.ranks.is_first else None
+
+    def restore(self, state: NamedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                scaler: torch.amp.GradScaler | None) -> None:
+        """Put a stored state into freshly prepared objects; raises `ValueError` when it does not fit."""
+        Snapshot.from_named(state, model, optimizer, scaler).restore()
 
     def count(self, micro_batches: int) -> int:
         """How many of a step's micro-batches this rank runs."""

@@ -91,9 +91,9 @@ class Watchman:
                                                    f"({self._places()}): {str(error).splitlines()[0]}")
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread. An interpreter that ends while it talks to the store aborts the process."""
         self._ending.set()
-        self._thread.join(timeout=2 * PERIOD_S)
+        self._thread.join(timeout=GRACE_S)
 
     # -- the thread ---------------------------------------------------------------------------
 

@@ -33,6 +33,11 @@ class NamedState:
     groups: list[dict[str, Any]]
     scaler: dict[str, Any] | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, each once."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 class Snapshot:
     """Weights, buffers, gradients, optimizer states, loss scaler and random states (torch's, Python's, NumPy's)

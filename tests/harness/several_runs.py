@@ -1,5 +1,6 @@
 """Under torchrun: several commands of the harness one after the other, so that the imports are paid for once.
-Arguments: a JSON list of [environment, words of the command]."""
+Arguments: a JSON list of [environment, words of the command] and the exit codes that it may have: 0 where
+none is given."""
 
 import json
 import os
@@ -8,8 +9,8 @@ import sys
 from harness.cli import main
 
 if __name__ == "__main__":
-    for environment, words in json.loads(sys.argv[1]):
+    for environment, words, *expected in json.loads(sys.argv[1]):
         os.environ.update(environment)
         code = main(words)
-        if code:
-            sys.exit(code)
+        if code not in (expected or [0]):
+            sys.exit(code or 1)

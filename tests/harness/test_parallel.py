@@ -1,71 +1,19 @@
 """One run on several processes, over gloo: real launches by torchrun, held against the same run in one process."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench_cases import CASES, DTYPE_CONFIGS
+from bench_cases import DTYPE_CONFIGS
 from bench_cases.models import build_model
 from harness.claims import owner_of
 from harness.cli import main
 from harness.loss import training_loss
-from harness.planning import plan_run
 from harness.run import load_run_data, make_batches, model_request
-from harness.settings import Request
-from instrument.log import read
-from instrument.records import EvaluationRecord, RunRecord, StepRecord, decode
-
-HERE = Path(__file__).parent
-FAULTY = f"{HERE / 'faulty_case.py'}:CASE"
-SIZES = {"preset": "tiny", "data": "embedded", "batch_size": 8, "micro_batch": 2, "seq_len": 32, "max_steps": 5,
-         "documents": 400, "validation_documents": 12}
-SMALL = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-LONGEST_S = 240
-
-
-def torchrun(program, environment, *, processes=2, **more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *program]
-    return subprocess.Popen(command, env={**environment, **more, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def ended(process, timeout_s=LONGEST_S):
-    """What a launch printed and its exit code; the whole of it is killed where it hangs."""
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, out, err
-
-
-def launched(words, environment, **more):
-    return ended(torchrun(["-m", "harness", *words], environment, **more))
-
-
-def one_run(out):
-    """The only run of a results folder: its row, steps and evaluations."""
-    (line,) = (out / "results.jsonl").read_bytes().splitlines()
-    row = decode(line, RunRecord)
-    steps = list(read(out / "training_logs" / f"run_{row.run_id}.jsonl", StepRecord))
-    return row, steps, list(read(out / "runs" / row.run_id / "evaluations.jsonl", EvaluationRecord))
-
-
-def settled(case, config="fp32_true", **asked):
-    return plan_run(CASES[case], DTYPE_CONFIGS[config], 0, Request(**{**SIZES, **asked}), torch.device("cpu"))
-
-
-def ids_of(step, place):
-    """What `faulty_case` knows a micro-batch by."""
-    settings = settled("gpt2_clm")
-    return str(int(make_batches(settings, load_run_data(settings)).step(step).micro_batches(2)[place].input_ids.sum()))
+from tests.harness.launched import FAULTY, LONGEST_S, SMALL, ended, ids_of, launched, one_run, settled, several, torchrun
 
 
 def averaged_loss_of_step_1(settings):
@@ -92,8 +40,7 @@ def healthy(tmp_path_factory):
     words = [["case", *run, *SMALL, "--eval-every", "3"] for run in RUNS]
     together = [[{}, [*w, "--out", str(folder / f"two-{w[1]}")]] for w in words]
     together.append([{}, [*words[0], "--parallel", "fsdp", "--out", str(folder / "fsdp-gpt2_clm")]])
-    process = torchrun([str(HERE / "several_runs.py"), json.dumps(together)],
-                       {**os.environ, "PYTHONPATH": str(HERE.parents[1])})
+    process = several(together)
     for w in words:
         assert main([*w, "--out", str(folder / f"one-{w[1]}")]) == 0
     code, _, err = ended(process)
@@ -157,8 +104,7 @@ def failures(tmp_path_factory):
     runs = {"overflow": "fp32_true", "sum": "fp16_naive_fp32_states"}
     plans = {n: ({"FAULT": n, "FAULT_SUM": ids_of(2, 3)}, ["case", FAULTY, config, *SMALL]) for n, config in runs.items()}
     together = [[environment, [*words, "--out", str(folder / f"two-{n}")]] for n, (environment, words) in plans.items()]
-    process = torchrun([str(HERE / "several_runs.py"), json.dumps(together)],
-                       {**os.environ, "PYTHONPATH": str(HERE.parents[1])})
+    process = several(together)
     with pytest.MonkeyPatch.context() as patch:
         for n, (environment, words) in plans.items():
             for name, value in environment.items():
@@ -236,8 +182,9 @@ def test_the_others_end_when_rank_0_is_killed_and_the_same_command_starts_again(
 
 
 @pytest.mark.soak
-def test_a_signal_stops_all_ranks_behind_one_step_and_the_run_goes_on_bit_for_bit(tmp_path, command_environment):
-    words = ["case", "gpt2_clm", "bf16_pure_sr", *SMALL[:-4], "--documents", "400", "--validation-documents", "12"]
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_signal_stops_all_ranks_behind_one_step_and_the_run_goes_on_bit_for_bit(tmp_path, command_environment, parallel):
+    words = ["case", "gpt2_clm", "bf16_pure_sr", *SMALL, "--parallel", parallel]
     words[words.index("--max-steps") + 1] = "60"
     process = torchrun(["-m", "harness", *words, "--out", str(tmp_path / "a")], command_environment)
     deadline_s = time.monotonic() + LONGEST_S
@@ -260,8 +207,7 @@ def test_a_signal_stops_all_ranks_behind_one_step_and_the_run_goes_on_bit_for_bi
 def test_every_configuration_runs_on_two_ranks(tmp_path, command_environment, parallel):
     words = {config: ["case", "roberta_multi_cls", config, *SMALL] for config in DTYPE_CONFIGS}
     together = [[{}, [*w, "--parallel", parallel, "--out", str(tmp_path / f"two-{c}")]] for c, w in words.items()]
-    process = torchrun([str(HERE / "several_runs.py"), json.dumps(together)],
-                       {**command_environment, "PYTHONPATH": str(HERE.parents[1])})
+    process = several(together, command_environment)
     for config, w in words.items():
         assert main([*w, "--out", str(tmp_path / f"one-{config}")]) == 0
     code, _, err = ended(process, 3 * LONGEST_S)
@@ -294,7 +240,7 @@ def test_a_sharded_runs_failure_has_its_rank_and_module(tmp_path, command_enviro
     ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, [],
      "give a --micro-batch that divides 1"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
-     ["--parallel", "fsdp", "--checkpoint-every", "2"], "--checkpoint-every does not go with --parallel fsdp"),
+     ["--parallel", "fsdp", "--trace", "2"], "--trace does not go with --parallel fsdp"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
      ["--mtbf", "100"], "--mtbf is chosen by each process' own clock"),
 ])

@@ -1,6 +1,7 @@
 """The parts of a run on several ranks that need no second process."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_last_words_and_silent_deaths_are_told_apart():
         assert row.flags["death"]["cause"] == "cuda_oom" and row.flags["failed_rank"] == 1
     finally:
         mine.stop()
+
+
+def test_a_watchman_is_waited_for_when_its_store_is_slow(monkeypatch):
+    class Slow:
+        store = HashStore()
+
+        def set(self, key, value):
+            time.sleep(0.5)
+            self.store.set(key, value)
+
+        def check(self, keys):
+            return self.store.check(keys)
+
+    monkeypatch.setattr("harness.parallel.watchman.PERIOD_S", 0.01)
+    watchman = Watchman(Ranks(), Slow(), 60.0)
+    time.sleep(0.2)  # now it is in the store
+    watchman.stop()
+    assert not watchman._thread.is_alive()
 
 
 def test_a_thread_is_seen_where_it_is():

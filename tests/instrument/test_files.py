@@ -2,8 +2,11 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +100,70 @@ def test_killed_at_any_operation_a_folder_is_whole_or_absent_and_the_rest_is_swe
             assert found == {b"new"}
             return
     pytest.fail("the sweep did not come to its end")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where this process and its children put temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return tmp_path
+
+
+def test_a_temporary_folder_is_swept_when_its_process_was_killed_and_not_before(temporary):
+    pid = os.fork()
+    if pid == 0:
+        with files.temporary_folder("theirs") as theirs:
+            (theirs / "deep").mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (left,) = temporary.iterdir()
+    with pytest.raises(RuntimeError), files.temporary_folder("mine") as mine:
+        assert files.sweep(temporary) == [left] and not left.exists() and mine.is_dir()
+        raise RuntimeError
+    assert not list(temporary.iterdir())
+
+
+def test_a_temporary_folder_that_is_swept_before_it_is_locked_is_made_again(temporary, monkeypatch):
+    make, opened, made = tempfile.mkdtemp, os.open, []
+
+    def swept(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        if len(made) == 1:
+            files.sweep(temporary)
+        return made[-1]
+
+    def swept_later(path, flags, *more, **named):
+        fd = opened(path, flags, *more, **named)
+        if flags & os.O_DIRECTORY and len(made) == 2:
+            files.sweep(temporary)
+        return fd
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    monkeypatch.setattr(os, "open", swept_later)
+    with files.temporary_folder("mine") as mine:
+        assert len(made) == 3 and mine == Path(made[2]) and mine.is_dir()
+
+
+def test_folders_that_are_swept_while_they_are_made_are_there_for_their_makers(temporary):
+    over = threading.Event()
+
+    def sweeping():
+        while not over.is_set():
+            files.sweep(temporary)
+
+    sweepers = [threading.Thread(target=sweeping) for _ in range(2)]
+    for thread in sweepers:
+        thread.start()
+    try:
+        for _ in range(100):
+            with files.temporary_folder("mine") as mine:
+                (mine / "file").write_bytes(b"content")
+                assert (mine / "file").is_file()
+    finally:
+        over.set()
+        for thread in sweepers:
+            thread.join()
 
 
 @pytest.mark.parametrize("plant", ["file", "folder", "outside", "missing", "link to a link"])

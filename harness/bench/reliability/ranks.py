@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,11 +106,13 @@ def _steps(out: Path, command: list[str]) -> list[StepRecord]:
 
 def _launched(arguments: list[str]) -> int | None:
     """Its exit code; None for one that had to be killed, with all of its processes, for taking too long."""
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        return process.wait(LONGEST_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return None
+    with tempfile.TemporaryDirectory(prefix="ddb-torchrun-", ignore_cleanup_errors=True) as temporary:  # torchrun litters
+        process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "TMPDIR": temporary},
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
+        try:
+            return process.wait(LONGEST_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None

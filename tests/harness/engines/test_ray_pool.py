@@ -25,6 +25,7 @@ from harness.engines.ray_pool import RayPool
 from harness.run_folder import finished_runs, indexed_rows, write_terminal
 from harness.signals import Stop
 from harness.summary import Outcome, summarize
+from instrument.files import temporary_folder
 
 DONE = "unsupported"
 """A settled row that needs no evaluation."""
@@ -242,15 +243,13 @@ def test_a_killed_slot_s_folder_is_swept_by_the_next_one(instant):
     import subprocess
     import sys
 
-    code = ("from harness.engines.node import _locked_folder\n"
-            "import os; print(_locked_folder()[0], flush=True); os.kill(os.getpid(), 9)")
+    code = ("from instrument.files import temporary_folder\nimport os\n"
+            "with temporary_folder('ddb-run') as folder: print(folder, flush=True), os.kill(os.getpid(), 9)")
     left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
     assert left.is_dir()
-    mine, lock = node_module._locked_folder()
-    Node("cpu")
-    assert not left.exists() and mine.is_dir()
-    os.close(lock)
-    Node("cpu")
+    with temporary_folder("ddb-run") as mine:
+        Node("cpu")
+        assert not left.exists() and mine.is_dir()
     assert not mine.exists()
 
 
