@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -98,7 +99,7 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
     if record.first_nonfinite is not None:
         say("  " + first_nonfinite_words(record), style="red", markup=False)
         if record.first_nonfinite.replay is not None:
-            say(f"  more: python -m harness inspect {record.run_id} --out {out}", style="dim", markup=False)
+            say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
     elif record.error:
         say(f"  {record.error}", style=style, markup=False)
     if record.timed_steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -52,7 +53,7 @@ def _build(options: argparse.Namespace) -> int:
         print(path, file=sys.stderr)
     if result.defects:
         print(f"{len(result.defects)} defects in the files, listed in the dossier and by: "
-              f"python -m report validate {options.folder}", file=sys.stderr)
+              f"python -m report validate {shlex.quote(str(options.folder))}", file=sys.stderr)
     return OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -127,7 +128,7 @@ class InspectScreen:
     def _next(self, found: dict[str, Any]) -> None:
         if found.get("chain") is None:
             return
-        command = f"python -m harness inspect {found['run_id']} --out {found['results_folder']}"
+        command = shlex.join(["python", "-m", "harness", "inspect", found["run_id"], "--out", found["results_folder"]])
         self._section("Remedies")
         if found["remedies"]:
             self._indented(remedy_table(found["remedies"]))

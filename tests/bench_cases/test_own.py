@@ -1,9 +1,12 @@
 """Cases from outside the project."""
 
+from dataclasses import replace
+
 import pytest
 
-from bench_cases import BadDeclaration, UnknownId
+from bench_cases import CASES, DTYPE_CONFIGS, BadDeclaration, UnknownId
 from bench_cases.own import case_for_model, find_case
+from harness.settings import Request, resolve
 
 OWN = """
 from bench_cases import CASES
@@ -23,6 +26,16 @@ def own_file(tmp_path):
 def test_a_case_from_a_file(own_file):
     case = find_case(f"{own_file}:CASE")
     assert case.id == "gpt2_clm_mine" and case.lr.scratch == 5e-4
+
+
+def test_how_a_case_was_named_is_kept_and_changes_no_run_id(own_file, tmp_path):
+    case = find_case(f"{own_file}:CASE")
+    assert case.spelled == (f"{own_file}:CASE",) and CASES["gpt2_clm"].spelled == ()
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 256}')
+    assert case_for_model(str(tmp_path), "clm").spelled == ("--model", str(tmp_path), "--task", "clm")
+    run, again = (resolve(c, DTYPE_CONFIGS["amp_fp16"], 0, Request(), device="cpu", data_fingerprint="")
+                  for c in (case, replace(case, spelled=("elsewhere.py:CASE",))))
+    assert run.run_id == again.run_id and "spelled" not in run.as_config()["case"]
 
 
 def test_what_is_wrong_with_a_file_is_said(own_file, tmp_path):

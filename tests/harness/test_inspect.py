@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from io import StringIO
 
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from bench_cases import CASES, DTYPE_CONFIGS
+from harness.arguments import parser
 from harness.cli import main
 from harness.inspect.chart import BACKWARD, BARS, FORWARD, FP16_MAX, LIMIT, histogram_lines, history_chart, number
 from harness.inspect.findings import gather
@@ -222,6 +224,13 @@ def test_a_long_chain_remedies_and_absorbed_ops_are_shown(results, tmp_path):
     assert "and 18 more" in text and "Absorbed" in text and "…" in text
     assert "survives 20 steps" in text and "fails again at step 1" in text and "[fp16] gradients" in text and "1.02x" in text
     assert "--try all" not in text
+
+
+def test_its_commands_are_for_pasting_wherever_the_results_lie(results, tmp_path):
+    out = shutil.copytree(results[0], tmp_path / "my results")
+    found = gather(locate(results[1].run_id, out))
+    commands = [shlex.split(line) for line in screen(found, 80) if "python -m harness inspect" in line]
+    assert [parser().parse_args(words[3:]).out for words in commands] == [out, out]
 
 
 def test_a_replay_that_differs_is_told(results, tmp_path):
