@@ -98,10 +98,11 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
         + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else ""))
     if record.first_nonfinite is not None:
         say("  " + first_nonfinite_words(record), style="red", markup=False)
-        if record.first_nonfinite.replay is not None:
-            say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
     elif record.error:
         say(f"  {record.error}", style=style, markup=False)
+    replayed = record.first_nonfinite is not None and record.first_nonfinite.replay is not None
+    if replayed or "traceback" in record.flags or "stack" in record.flags.get("death", {}):
+        say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
     if record.timed_steps:
         say(f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
             f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "

@@ -10,6 +10,7 @@ import msgspec
 
 from harness.inspect.locate import FoundRun
 from harness.inspect.run_files import failure_of, module_rows, records, run_record
+from harness.inspect.stack import stack_of
 from instrument.files import plain_inside
 from instrument.forensics_record import ForensicsRecord, Magnitude
 from instrument.records import EventRecord, FirstNonfinite, RunRecord, StepRecord
@@ -33,6 +34,8 @@ def gather(run: FoundRun) -> dict[str, Any]:
         "steps_done": steps, **({name: getattr(record, name) for name in RUN_FIELDS} if record else {}),
         "device_type": record.config.get("device") if record else None,
         "events": msgspec.to_builtins(events), "smallest_headroom": smallest_headroom(modules)}
+    if (stack := stack_of(run, record)) is not None:
+        found["stack"] = stack
     if forensics is not None:
         found |= {name: value for name, value in msgspec.to_builtins(forensics).items() if name not in ("schema", "nonfinite")}
         found["trace_file"] = _trace(run, forensics.trace_file)

@@ -35,6 +35,8 @@ class InspectScreen:
             self._failure(found)
         elif found["status"] in ("completed", UNFINISHED, "preempted"):
             self._headroom(found)
+        if found.get("stack") is not None:
+            self._stack(found["stack"])
         if found["events"]:
             self._section("Along the way")
             for line in event_lines(found["events"]):
@@ -54,6 +56,14 @@ class InspectScreen:
         if found.get("matched") is False:
             self.console.print(Text("The replay did not fail in the same way as the run: what follows is a near case.",
                                     style="yellow"))
+
+    def _stack(self, stack: dict[str, Any]) -> None:
+        self._section("Where it failed", "the model's and our own code, the innermost frame last")
+        for frame in stack["frames"]:
+            self._to_copy(f"{frame['file']}:{frame['line']} in {frame['function']}")
+            if frame["code"]:
+                self._indented(Text(f"  {frame['code']}", style="dim", no_wrap=True, overflow="ellipsis"))
+        self._to_copy(f"the whole stack: {stack['whole']}")
 
     def _failure(self, found: dict[str, Any]) -> None:
         width = self.console.width
