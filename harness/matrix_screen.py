@@ -20,6 +20,7 @@ from harness.pool import Pool, Running
 from harness.settings import RunSettings
 from harness.shards import EVERYTHING, Shard
 from harness.stability import LEGEND, STYLES, cell_words, stability_table
+from instrument.count import count
 from instrument.files import replace
 from instrument.records import RunRecord
 
@@ -45,14 +46,14 @@ class MatrixScreen:
         """The plan, for ``--dry-run``."""
         for settings in todo:
             self.console.print(settings.run_id, soft_wrap=True)
-        self.console.print(f"{self.shard}{len(todo)} runs to do, {self.skipped} already done in {self.out}, "
+        self.console.print(f"{self.shard}{count(len(todo), 'run')} to do, {self.skipped} already done in {self.out}, "
                            f"{self._at_a_time()}", soft_wrap=True)
 
     @contextmanager
     def live(self, pool: Pool):
         """Show ``pool`` while the block runs."""
         self._pool, self.jobs = pool, pool.jobs
-        self.console.print(f"{self.shard}{self.total - self.skipped} runs, {self._at_a_time()}, into {self.out}"
+        self.console.print(f"{self.shard}{count(self.total - self.skipped, 'run')}, {self._at_a_time()}, into {self.out}"
                            + (f" ({self.skipped} already done)" if self.skipped else ""), soft_wrap=True)
         if not self.console.is_terminal:
             yield
@@ -98,11 +99,11 @@ class MatrixScreen:
         """The stability matrix, the last words."""
         records = list(records)
         if records:
-            table = stability_table(records, f"Stability: {len(records)} runs")
+            table = stability_table(records, f"Stability: {count(len(records), 'run')}")
             self.console.print(table, Text(LEGEND, style="dim"))
             if self.picture is not None:
                 draw(table, self.picture)
-        self.console.print(f"{len(self.durations_s)} runs in {time.monotonic() - self._began_s:.0f} s; "
+        self.console.print(f"{count(len(self.durations_s), 'run')} in {time.monotonic() - self._began_s:.0f} s; "
                            f"rows in {self.out / 'results.jsonl'}", soft_wrap=True)
 
     def _progress_line(self) -> Text:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from instrument.count import count
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
@@ -52,7 +53,7 @@ def _build(options: argparse.Namespace) -> int:
     for path in pages:
         print(path, file=sys.stderr)
     if result.defects:
-        print(f"{len(result.defects)} defects in the files, listed in the dossier and by: "
+        print(f"{count(len(result.defects), 'defect')} in the files, listed in the dossier and by: "
               f"python -m report validate {shlex.quote(str(options.folder))}", file=sys.stderr)
     return OK
 
@@ -110,7 +111,8 @@ def _validate(options: argparse.Namespace) -> int:
     else:
         for defect in defects:
             print(defect, file=sys.stderr)
-        print(f"{runs} valid runs, {len(defects)} defects" + ("" if runs else f": {refusal}"), file=sys.stderr)
+        print(f"{count(runs, 'valid run')}, {count(len(defects), 'defect')}" + ("" if runs else f": {refusal}"),
+              file=sys.stderr)
     return BAD_DATA if defects or not runs else OK
 
 
@@ -124,8 +126,8 @@ def _import(options: argparse.Namespace) -> int:
         return OK
     for defect in defects:
         print(defect, file=sys.stderr)
-    print(f"{len(records)} runs imported into {options.out}, {len(defects)} defects; the card is taken to be {options.gpu}, "
-          "which the logs do not say", file=sys.stderr)
+    print(f"{count(len(records), 'run')} imported into {options.out}, {count(len(defects), 'defect')}; "
+          f"the card is taken to be {options.gpu}, which the logs do not say", file=sys.stderr)
     if all(record.peak_flops_source is None for record in records):
         print(f"no peak is known for {options.gpu!r}, and none is guessed: no MFU", file=sys.stderr)
     return OK
@@ -159,7 +161,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         _print({"paths": [str(path) for path in paths]})
     else:
-        print(f"{len(paths)} files in {_common(paths)}", file=sys.stderr)
+        print(f"{count(len(paths), 'file')} in {_common(paths)}", file=sys.stderr)
     return OK
 
 

@@ -13,6 +13,7 @@ from harness.campaign.book import Book
 from harness.campaign.pack import Packed
 from harness.campaign.plan import Cost, Plan
 from harness.campaign.stages import Stage
+from instrument.count import count
 
 
 def say(line: str) -> None:
@@ -44,8 +45,9 @@ def show_plan(plan: Plan, costs: Mapping[tuple[str, str], Cost], machine: Mappin
     for label in machine["labels"]:
         words = [_cost(costs.get((label, config))) for config in configs]
         print(f"          {label:<22}" + "  ".join(f"{word:>{width}}" for word in words), file=sys.stderr)
-    seeds = " ".join(map(str, plan.seeds))
-    say(f"plan: {plan.max_steps} steps, seeds {seeds}, {len(plan.blocks)} blocks of {len(configs)} configurations, "
+    seeds = ("seed " if len(plan.seeds) == 1 else "seeds ") + " ".join(map(str, plan.seeds))
+    say(f"plan: {count(plan.max_steps, 'step')}, {seeds}, {count(len(plan.blocks), 'block')} of "
+        f"{count(len(configs), 'configuration')}, "
         f"{_minutes(plan.estimated_s)} of {_minutes(plan.budget_s)} for runs; {plan.why}")
     sum_s: float | None = 0.0
     for number, block in enumerate(plan.blocks, start=1):
@@ -69,7 +71,7 @@ def packed(result: Packed | None, state: str, note: str | None) -> None:
     """The dossier was built, and lies in a folder that may be committed."""
     words = f"dossier: {state}" + (f", {note}" if note else "")
     if result is not None:
-        words += f"; {result.files} files, {result.size_bytes / 1e6:.1f} MB, in {result.folder}"
+        words += f"; {count(result.files, 'file')}, {result.size_bytes / 1e6:.1f} MB, in {result.folder}"
         words += "".join(f"; left out: {what}" for what in result.left_out)
     say(words)
 
@@ -78,9 +80,9 @@ def last_words(book: Book, done: bool, failed: list[str]) -> None:
     """What is left, and what the next call does."""
     stages = book.content["stages"]
     left = [name for name, entry in stages.items() if entry["state"] in ("pending", "running")]
-    say(f"{sum(entry['state'] == 'done' for entry in stages.values())} stages done, {len(failed)} failed, "
+    say(f"{count(sum(entry['state'] == 'done' for entry in stages.values()), 'stage')} done, {len(failed)} failed, "
         f"{sum(entry['state'] == 'cut' for entry in stages.values())} cut, {_minutes(book.spent_s)} spent in "
-        f"{len(book.content['calls'])} call(s)")
+        f"{count(len(book.content['calls']), 'call')}")
     for name in failed:
         say(f"failed: {name}: {stages[name]['note']} (log: {book.path.parent / 'campaign' / 'logs' / name}.log)")
     if not done:

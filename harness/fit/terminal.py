@@ -9,10 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from instrument.count import count
+
 
 def trial(found: Any) -> None:
     """A trial is over."""
-    words = f"  {found.batch:>6} rows: {found.status}"
+    words = f"  {count(found.batch, 'row'):>11}: {found.status}"
     if found.peak_bytes is not None:
         words += f", {found.peak_bytes / 1e9:.1f} GB"
     if found.tokens_per_s is not None:
@@ -31,7 +33,7 @@ def largest(found: dict[str, Any]) -> str:
         return f"{found['status']} ({found['limited_by']})"
     if found["status"] == "none_fits":
         return "not even one row fits"
-    return f"{'at least ' if found['status'] == 'at_least' else ''}{found['largest_batch']} rows"
+    return f"{'at least ' if found['status'] == 'at_least' else ''}{count(found['largest_batch'], 'row')}"
 
 
 def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -> None:

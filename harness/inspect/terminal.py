@@ -21,6 +21,7 @@ from harness.inspect.tables import (
     remedy_table,
 )
 from harness.stability import STYLES
+from instrument.count import count
 
 
 class InspectScreen:
@@ -46,7 +47,8 @@ class InspectScreen:
     def _head(self, found: dict[str, Any]) -> None:
         status = found["status"]
         style = STYLES.get(status, "yellow")
-        at = f" at step {found['divergence_step']}" if found.get("divergence_step") else f" after {found['steps_done']} steps"
+        at = f" at step {found['divergence_step']}" if found.get("divergence_step") else \
+            f" after {count(found['steps_done'], 'step')}"
         of = f" of {found['max_steps']}" if found.get("max_steps") else ""
         self.console.print(Text(found["run_id"], style="bold"))
         words = [found[name] for name in ("preset", "device") if found.get(name)]
@@ -99,7 +101,8 @@ class InspectScreen:
             ends = f"; {dtype(output['dtype'])} ends at {number(limit)}" if limit else ""
             self._line(f"float64 gives up to {number(output['exact_absmax'])} where it failed{ends}")
         elif output["zero_denominators"]:
-            self._line(f"divided by exactly 0 in {output['zero_denominators']:,} elements; float64 cannot save that either")
+            elements = count(output["zero_denominators"], "element")
+            self._line(f"divided by exactly 0 in {elements}; float64 cannot save that either")
         else:
             self._line("float64 gives nothing finite there either")
 

@@ -102,7 +102,7 @@ def decode(words: list[int], width: int | None) -> dict[str, float | int | None]
     """One slot's eight integers as names and plain numbers (no torch, no device)."""
     if words[BAD_TARGETS]:
         raise IndexError(
-            f"{words[BAD_TARGETS]} target(s) out of range for logits of width {width}: their rows have loss and gradient NaN"
+            f"targets out of range for logits of width {width}: {words[BAD_TARGETS]}; their rows have loss and gradient NaN"
         )
     absmax = row = col = None
     if words[KEY]:

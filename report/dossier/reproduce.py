@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from instrument.count import count
 from instrument.records import RunRecord
 from report.dossier.citations import RowNumbers, in_order
 from report.plots.text import clean
@@ -63,7 +64,8 @@ def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
     if not found:
         found = {name: {value: 1} for name, value in (_printed(*item) for item in machine.items())}
     return [(name.removesuffix("_version").replace("_", " "),
-             next(iter(values)) if len(values) == 1 else "; ".join(f"{value} ({n} rows)" for value, n in values.items()))
+             next(iter(values)) if len(values) == 1 else
+             "; ".join(f"{value} ({count(n, 'row')})" for value, n in values.items()))
             for name, values in found.items()]
 
 

@@ -78,7 +78,7 @@ def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsy
         assert cli.main([*words, str(part), "--shard", f"{number}/2"]) == OK
     ids = [{row.run_id for row in finished_runs(part)} for part in parts]
     assert len(ids[0]) == 2 and len(ids[1]) == 2 and not ids[0] & ids[1]
-    assert "shard 1/2: 1 runs" in capsys.readouterr().err
+    assert "shard 1/2: 1 run," in capsys.readouterr().err
     assert cli.main(["repair", str(tmp_path / "all"), "--merge", *map(str, parts)]) == OK
     assert indexed_rows(tmp_path / "all").keys() == indexed_rows(whole).keys() == ids[0] | ids[1]
     for run_id in indexed_rows(whole):

@@ -127,7 +127,7 @@ def test_a_row_with_broken_settings_still_has_its_command(runs, value):
 def test_versions_that_differ_are_all_told(runs):
     rows = [msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "memory_bytes": 25e9, "secret": "x"})
             for i, run in enumerate(runs[:3])]
-    assert versions(rows, {}) == [("torch", "2.10 (2 rows); 2.11 (1 rows)"), ("memory", "25.0 GB")]
+    assert versions(rows, {}) == [("torch", "2.10 (2 rows); 2.11 (1 row)"), ("memory", "25.0 GB")]
     assert versions([], {"python": "3.11"}) == [("python", "3.11")]
 
 

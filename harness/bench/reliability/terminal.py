@@ -8,6 +8,7 @@ from rich.status import Status
 
 from harness.bench.reliability.trial import Tally
 from harness.bench.terminal import CONSOLE
+from instrument.count import count
 
 MOST_LOSSES = 10
 SECONDS_BETWEEN_WORDS = 60.0
@@ -34,7 +35,7 @@ class Screen:
 
     def tell(self, so_far: Tally) -> None:
         """A trial is over."""
-        words = f"{so_far.name}: {so_far.trials:,} trials, {len(so_far.losses):,} lost, {so_far.seconds_s:.0f} s"
+        words = f"{so_far.name}: {count(so_far.trials, 'trial')}, {len(so_far.losses):,} lost, {so_far.seconds_s:.0f} s"
         if self._status:
             self._status.update(words)
         elif time.monotonic() - self._told_s > SECONDS_BETWEEN_WORDS:
