@@ -40,7 +40,8 @@ from instrument.records import RunRecord, encode
 
 
 def matrix_command(options: argparse.Namespace) -> int:
-    """Run what is not done yet and print the stability matrix; ``--json`` prints all rows."""
+    """Run what is not done yet and print the stability matrix; ``--json`` prints all rows. When whoever reads that goes
+    away (``| head``) the runs go on all the same (see `instrument.closed_pipe`)."""
     refuse_ranks("matrix")
     device = choose_device(options.device)
     out = results_folder(options.out, device)

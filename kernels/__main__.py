@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 
@@ -175,4 +176,5 @@ def _words(row: "bench.BenchRow") -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that goes away (`| head`) ends it, quietly
     sys.exit(main())

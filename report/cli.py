@@ -11,21 +11,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from instrument.closed_pipe import reader_may_leave
 from instrument.count import count
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
+MAKING = ("build", "import", "export")
+"""Commands that go on when nobody reads their words any more: what they make goes into files."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error."""
-    options = arguments.parser().parse_args(argv)
+    with reader_may_leave() as reader:
+        options = arguments.parser().parse_args(argv)
+        reader.needed = options.command not in MAKING
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("interrupted: give the same command again", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        return OK
     except Exception as error:
         from bench_cases.packages import missing_package
         from report.words import printable

@@ -1,6 +1,7 @@
 """The command line as a person meets it: quick help, one-line errors, exit codes, the old spelling."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -140,3 +141,18 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
              "tags", "--configs", "amp_bf16", *SMALL, "--data", str(mine), "--json", "--out", str(tmp_path / "out")]
     assert main([*words, "--rerun"]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["status"] == "completed"
+
+
+@pytest.mark.parametrize("command", [["case", "gpt2_clm", "fp32_true"],
+                                     ["matrix", "--cases", "gpt2_clm", "--configs", "fp32_true"]])
+def test_a_run_outlives_whoever_read_its_words(tmp_path, command):
+    """`| head` ends neither a run nor a matrix: the row is that of a run to its end, and so is the exit status."""
+    end, pipe = os.pipe()
+    os.close(end)
+    sizes = ["--max-steps", "2", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--documents", "200",
+             "--validation-documents", "4", "--preset", "tiny", "--device", "cpu", "--json", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "harness", *command, *sizes], stdout=pipe, stderr=pipe, timeout=300,
+                          check=False)
+    os.close(pipe)
+    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (done.returncode, row["status"], row["steps_done"]) == (0, "completed", 2)
