@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -75,7 +76,7 @@ class CaseScreen:
         if self._waiting:
             self._waiting.stop()
         self.console.print(f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
-                           f"{s.data} data · {s.weights} weights · "
+                           f"{escape(s.data)} data · {escape(s.weights)} weights · "
                            + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})"))
         self.console.print(f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
                            f"{count(s.max_steps, 'step')}, lr {s.lr:g}", style="dim")
