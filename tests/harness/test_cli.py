@@ -156,3 +156,14 @@ def test_a_run_outlives_whoever_read_its_words(tmp_path, command):
     os.close(pipe)
     (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert (done.returncode, row["status"], row["steps_done"]) == (0, "completed", 2)
+
+
+def test_the_lists_tables_fit_a_small_terminal(capsys, monkeypatch):
+    """A case is one line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert [line.split()[1:] for line in lines if line.startswith("gpt2_multi_cls ")] == [
+        ["C", "GPT-2", "multi-label", "BCE", "2e-3", "1e-4", "5e-5"]]
+    assert sum(line.endswith("5e-5") or line.endswith("3e-5") or line.endswith("1e-4") for line in lines) >= 8
