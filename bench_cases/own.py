@@ -26,7 +26,7 @@ def find_case(name: str) -> Case:
         return lookup("case", name, CASES)
     found = load_object(name)
     if not isinstance(found, Case):
-        raise BadDeclaration(f"{name} is a {type(found).__name__}; it must be a bench_cases.Case")
+        raise BadDeclaration(f"{name} is of type {type(found).__name__}; it must be a bench_cases.Case")
     return replace(found, spelled=(name,))
 
 

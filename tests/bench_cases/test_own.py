@@ -41,10 +41,16 @@ def test_how_a_case_was_named_is_kept_and_changes_no_run_id(own_file, tmp_path):
 def test_what_is_wrong_with_a_file_is_said(own_file, tmp_path):
     with pytest.raises(UnknownId, match="has no 'OTHER'"):
         find_case(f"{own_file}:OTHER")
-    with pytest.raises(BadDeclaration, match="is a int; it must be a bench_cases.Case"):
+    with pytest.raises(BadDeclaration, match="is of type int; it must be a bench_cases.Case"):
         find_case(f"{own_file}:NOT_A_CASE")
     with pytest.raises(UnknownId, match=r"no file .*nothing.py"):
         find_case(f"{tmp_path}/nothing.py:CASE")
+    with pytest.raises(BadDeclaration, match="names a file and no case in it"):
+        find_case(f"{own_file}:")
+    leaves = tmp_path / "leaves.py"
+    leaves.write_text("raise SystemExit(3)")
+    with pytest.raises(BadDeclaration, match="leaves.py cannot be imported: SystemExit: 3"):
+        find_case(f"{leaves}:CASE")
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('boom')")
     with pytest.raises(BadDeclaration, match="RuntimeError: boom"):

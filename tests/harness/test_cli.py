@@ -167,3 +167,14 @@ def test_the_lists_tables_fit_a_small_terminal(capsys, monkeypatch):
     assert [line.split()[1:] for line in lines if line.startswith("gpt2_multi_cls ")] == [
         ["C", "GPT-2", "multi-label", "BCE", "2e-3", "1e-4", "5e-5"]]
     assert sum(line.endswith("5e-5") or line.endswith("3e-5") or line.endswith("1e-4") for line in lines) >= 8
+
+
+def test_names_may_stand_behind_options(capsys):
+    options = parse("gpt2_clm", "--max-steps", "3", "amp_fp16", "--seed", "2")
+    assert (asked_case(options).id, asked_config(options).id, options.max_steps, options.seed) == ("gpt2_clm", "amp_fp16", 3, 2)
+    for words in (["case", "gpt2_clm", "amp_fp16", "--no-such", "x"], ["inspect", "a", "b"], ["list", "x"]):
+        with pytest.raises(SystemExit):
+            arguments.parser().parse_args(words)
+        assert "unrecognized arguments" in capsys.readouterr().err
+    assert main(["case", "gpt2_clm", "--max-steps", "3", "amp_fp16", "amp_bf16"]) == 2
+    assert "given: amp_fp16, amp_bf16" in capsys.readouterr().err
