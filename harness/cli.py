@@ -14,6 +14,7 @@ from harness import arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, USAGE
 from harness.parallel.ranks import is_spokesman
 from instrument.closed_pipe import reader_may_leave
+from instrument.refused_by_the_disk import sentence_of
 
 if TYPE_CHECKING:
     from harness.supervise.pulse import Pulse
@@ -59,7 +60,7 @@ def _makes(options: argparse.Namespace) -> bool:
 
 def sentence(error: Exception) -> str:
     """An error's one line; of a package that is not installed, what to do."""
-    return missing_package(error) or str(error)
+    return missing_package(error) or sentence_of(error) or str(error)
 
 
 def _command(name: str):
@@ -128,7 +129,7 @@ def _inspect(options) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
-    if missing_package(error):
+    if missing_package(error) or sentence_of(error):
         return ENVIRONMENT
     from bench_cases.data.errors import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId

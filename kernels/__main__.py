@@ -28,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return USAGE
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"error: cannot use {e.filename}: {e.strerror}", file=sys.stderr)
+        return ENVIRONMENT
     except (compile.CompileError, ImportError, RuntimeError) as e:
         print(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}", file=sys.stderr)
         return ENVIRONMENT

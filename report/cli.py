@@ -13,6 +13,7 @@ from typing import Any
 
 from instrument.closed_pipe import reader_may_leave
 from instrument.count import count
+from instrument.refused_by_the_disk import sentence_of
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
@@ -41,7 +42,7 @@ def _main(options: argparse.Namespace) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"report: {printable(missing_package(error) or error)}", file=sys.stderr)
+        print(f"report: {printable(missing_package(error) or sentence_of(error) or error)}", file=sys.stderr)
         return code
 
 
@@ -215,4 +216,4 @@ def _exit_code(error: Exception) -> int | None:
         return USAGE if error.missing else BAD_DATA
     if isinstance(error, (UsageError, ImportRefused)):
         return USAGE
-    return ENVIRONMENT if isinstance(error, (MissingTool, PermissionError)) else None
+    return ENVIRONMENT if isinstance(error, MissingTool) or sentence_of(error) else None

@@ -178,3 +178,13 @@ def test_names_may_stand_behind_options(capsys):
         assert "unrecognized arguments" in capsys.readouterr().err
     assert main(["case", "gpt2_clm", "--max-steps", "3", "amp_fp16", "amp_bf16"]) == 2
     assert "given: amp_fp16, amp_bf16" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """Behind the runs, which are kept."""
+    monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
+    (tmp_path / "file").write_text("mine")
+    code = main(["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "--out", str(tmp_path / "out"),
+                 "--svg", str(tmp_path / "file" / "x.svg")])
+    assert code == 5 and f"harness: cannot use {tmp_path / 'file'}" in capsys.readouterr().err.splitlines()[-1]
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
