@@ -40,7 +40,8 @@ class Case:
     """One case of the matrix; ``id`` is ``{arch}_{task}``, with a suffix for a variant.
 
     ``loss_reduction``: ``mean`` over all targets, or ``label_sum``: sum over a document's
-    labels, mean over documents (multi-label only).
+    labels, mean over documents (multi-label only). ``spelled``: the words by which a command line
+    names a case from outside the project, whose id says nothing to it; empty for those in `CASES`.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Case:
     loss_reduction: str = "mean"
     weight_decay: float = 0.01
     in_default_matrix: bool = True
+    spelled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         owner = f"case {self.id!r}"

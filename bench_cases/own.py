@@ -4,6 +4,7 @@ until a hub has to be asked."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def find_case(name: str) -> Case:
         return lookup("case", name, CASES)
     found = load_object(name)
     if not isinstance(found, Case):
-        raise BadDeclaration(f"{name} is a {type(found).__name__}; it must be a bench_cases.Case")
-    return found
+        raise BadDeclaration(f"{name} is of type {type(found).__name__}; it must be a bench_cases.Case")
+    return replace(found, spelled=(name,))
 
 
 def case_for_model(model: str, task_id: str) -> Case:
@@ -40,7 +41,8 @@ def case_for_model(model: str, task_id: str) -> Case:
         id=arch, name=str(config["model_type"]), causal=_is_causal(str(config["model_type"]), task_id),
         hub_id=model, max_positions=positions - (2 if roberta_like else 0),
         tokenizer=model if _has_tokenizer(model) else None)
-    return Case(f"{arch}_{task.id}", "own", architecture, task, OWN_LEARNING_RATES, in_default_matrix=False)
+    return Case(f"{arch}_{task.id}", "own", architecture, task, OWN_LEARNING_RATES, in_default_matrix=False,
+                spelled=("--model", model, "--task", task_id))
 
 
 def _configuration(model: str) -> dict[str, Any]:

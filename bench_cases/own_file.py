@@ -14,6 +14,8 @@ def load_object(name: str) -> Any:
     """The object ``NAME`` of ``path/to/file.py:NAME``. The file is run: it is the caller's own code."""
     path, _, attribute = name.rpartition(":")
     file = Path(path)
+    if not attribute:
+        raise BadDeclaration(f"{name} names a file and no case in it; the form is path/to/file.py:NAME")
     if not file.is_file():
         raise UnknownId(f"no file {path!r} (from {name!r}; the form is path/to/file.py:NAME)")
     module_name = f"own_{file.stem}_{abs(hash(file.resolve())):x}"
@@ -23,7 +25,7 @@ def load_object(name: str) -> Any:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise BadDeclaration(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench_cases import PRESETS, TASKS
@@ -30,9 +31,22 @@ exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, erro
 4 bad data, 5 environment, 75 interrupted and resumable"""
 
 
+class Grammar(argparse.ArgumentParser):
+    """Names may stand behind options too (``case CASE --max-steps 3 CONFIG``), where argparse would not look for them."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """As `argparse.ArgumentParser.parse_args`."""
+        options, rest = self.parse_known_args(args, namespace)
+        if rest and (not hasattr(options, "names") or any(word.startswith("-") for word in rest)):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            options.names = [*options.names, *rest]
+        return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole grammar: `command` names the subcommand."""
-    top = argparse.ArgumentParser(
+    top = Grammar(
         prog="python -m harness", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Which floating-point configuration to train with on this GPU, and why one failed.")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)

@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+from instrument.count import count
+
 
 def young_daly_s(cost_s: float, mtbf_s: float) -> float:
     """Seconds of training between checkpoints of ``cost_s`` each that lose the least time on a machine that lasts
@@ -51,4 +53,4 @@ class CheckpointInterval:
         """In words, for the record."""
         if self.mtbf_s is not None:
             return f"sqrt(2 x cost x {self.mtbf_s:g} s), Young/Daly"
-        return f"every {self.every_steps} steps" if self.every_steps else "on a signal"
+        return f"every {count(self.every_steps, 'step')}" if self.every_steps else "on a signal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import threading
@@ -10,18 +11,28 @@ from typing import TYPE_CHECKING
 
 from bench_cases.packages import missing_package
 from harness import arguments
-from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
+from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, USAGE
 from harness.parallel.ranks import is_spokesman
+from instrument.closed_pipe import reader_may_leave
+from instrument.refused_by_the_disk import sentence_of
 
 if TYPE_CHECKING:
     from harness.supervise.pulse import Pulse
+
+MAKING = ("case", "matrix", "campaign", "fit", "bench", "repair", "predict")
+"""Commands that go on when nobody reads their words any more: what they make goes into files."""
 
 
 def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error. ``pulse``: to the supervisor of
     this process, which a single run has."""
-    options = arguments.parser().parse_args(argv)
-    options.pulse = pulse
+    with reader_may_leave() as reader:
+        options = arguments.parser().parse_args(argv)
+        options.pulse, reader.needed = pulse, not _makes(options)
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: rows written, exit 75
     try:
@@ -29,11 +40,9 @@ def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: give the same command again", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        return OK
     except Exception as error:
-        if pulse is not None:
-            pulse.fault(error)
+        if options.pulse is not None:
+            options.pulse.fault(error)
         code = _exit_code(error)
         if code is None:
             raise
@@ -42,9 +51,16 @@ def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
         return code
 
 
+def _makes(options: argparse.Namespace) -> bool:
+    """Whether it leaves more than words."""
+    if getattr(options, "dry_run", False):
+        return False
+    return options.command in MAKING or getattr(options, "measure", False)
+
+
 def sentence(error: Exception) -> str:
     """An error's one line; of a package that is not installed, what to do."""
-    return missing_package(error) or str(error)
+    return missing_package(error) or sentence_of(error) or str(error)
 
 
 def _command(name: str):
@@ -113,7 +129,7 @@ def _inspect(options) -> int:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
-    if missing_package(error):
+    if missing_package(error) or sentence_of(error):
         return ENVIRONMENT
     from bench_cases.data.errors import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 
-LOSS_WORDS = {"cross_entropy": "softmax CE", "bce_with_logits": "BCE"}
+LOSS_WORDS = {"cross_entropy": "CE", "bce_with_logits": "BCE"}
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -35,7 +35,16 @@ def print_tables() -> None:
     console = Console()
     for table in (_cases(), _configs(), _presets()):
         console.print(table)
+        console.print()
+    console.print("Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. "
+                  "Learning rates: tiny, scratch, pretrained.")
     console.print("* not in the default matrix; run by name, or with --cases all / --configs all")
+
+
+def _short(rate: float) -> str:
+    """``2e-3``."""
+    digits, _, exponent = f"{rate:e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _star(entry) -> str:
@@ -47,7 +56,7 @@ def _table(title: str, *columns: str):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False,
                   padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, overflow="fold")
@@ -55,20 +64,20 @@ def _table(title: str, *columns: str):
 
 
 def _cases():
-    table = _table("Cases", "id", "", "architecture and task", "loss", "lr: tiny, scratch, pretrained")
+    table = _table("Cases", "id", "", "architecture and task", "loss", "learning rates")
     for case in CASES.values():
-        table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name} on {case.task.text}",
+        table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name}",
                       LOSS_WORDS.get(case.task.loss, case.task.loss)
-                      + ("" if case.loss_reduction == "mean" else f" ({case.loss_reduction})"),
-                      f"{case.lr.tiny:g}, {case.lr.scratch:g}, {case.lr.pretrained:g}")
+                      + ("" if case.loss_reduction == "mean" else " sum"),
+                      " ".join(map(_short, (case.lr.tiny, case.lr.scratch, case.lr.pretrained))))
     return table
 
 
 def _configs():
     table = _table("Dtype configurations", "id", "weights", "compute", "head", "loss", "AdamW", "scaling")
     for config in DTYPE_CONFIGS.values():
-        adamw = config.optimizer.replace("_", " ") + (f" eps {config.eps:g}" if config.eps != 1e-8 else "")
-        compute = f"{config.compute} autocast" if config.autocast else config.compute + (" TF32" if config.tf32 else "")
+        adamw = config.optimizer.replace("_", " ") + (f" eps {_short(config.eps)}" if config.eps != 1e-8 else "")
+        compute = f"AMP {config.compute}" if config.autocast else config.compute + (" TF32" if config.tf32 else "")
         table.add_row(_star(config), config.weights, compute, config.head, config.loss, adamw,
                       "dynamic" if config.scaler else "none")
     return table

@@ -36,11 +36,13 @@ from harness.signals import Stop
 from harness.spending import WHO as BY_THE_BUDGET
 from harness.spending import BudgetSpent, Spending, estimated, run_seconds
 from harness.supervise.vigil import Rules
+from instrument.count import count
 from instrument.records import RunRecord, encode
 
 
 def matrix_command(options: argparse.Namespace) -> int:
-    """Run what is not done yet and print the stability matrix; ``--json`` prints all rows."""
+    """Run what is not done yet and print the stability matrix; ``--json`` prints all rows. When whoever reads that goes
+    away (``| head``) the runs go on all the same (see `instrument.closed_pipe`)."""
     refuse_ranks("matrix")
     device = choose_device(options.device)
     out = results_folder(options.out, device)
@@ -49,6 +51,9 @@ def matrix_command(options: argparse.Namespace) -> int:
     planned = shard.of(everywhere)
     elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
     jobs = engine.jobs(options.jobs, everywhere, device)
+    if not planned:
+        nothing_here(shard, len(everywhere), out, options.json and options.dry_run)
+        return OK
     budget = asked_budget(options, device=device.type, preset=choose_preset(options.preset, device.type))
     spending = Spending(budget, shared=engine.shares_a_unit)
     again = options.rerun or options.fresh
@@ -61,7 +66,7 @@ def matrix_command(options: argparse.Namespace) -> int:
     screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
     forecast(spending, todo, out, jobs, screen)
     if options.dry_run:
-        screen.plan(todo)
+        screen.plan(todo, engine.untried)
         if options.json:
             print(json.dumps({"todo": [s.run_id for s in todo], "done": sorted(done), "results_folder": str(out)}))
         return OK
@@ -94,6 +99,14 @@ def matrix_command(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
     return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
+
+
+def nothing_here(shard: Shard, elsewhere: int, out: Path, as_json: bool) -> None:
+    """A shard of a plan that has fewer runs than shards."""
+    runs = count(elsewhere, "run of the plan is", "runs of the plan are")
+    print(f"shard {shard}: nothing to do here: {runs} in other shards", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"todo": [], "done": [], "results_folder": str(out)}))
 
 
 def last_words(out: Path) -> None:

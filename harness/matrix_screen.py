@@ -20,6 +20,7 @@ from harness.pool import Pool, Running
 from harness.settings import RunSettings
 from harness.shards import EVERYTHING, Shard
 from harness.stability import LEGEND, STYLES, cell_words, stability_table
+from instrument.count import count
 from instrument.files import replace
 from instrument.records import RunRecord
 
@@ -30,7 +31,7 @@ class MatrixScreen:
     def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int | None,
                  shard: Shard = EVERYTHING, *, picture: Path | None = None) -> None:
         self.picture = picture
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False)
         self.out = out
         self.jobs = jobs
         self.shard = "" if shard == EVERYTHING else f"shard {shard}: "
@@ -41,19 +42,20 @@ class MatrixScreen:
         self._live: Live | None = None
         self._began_s = time.monotonic()
 
-    def plan(self, todo: list[RunSettings]) -> None:
-        """The plan, for ``--dry-run``."""
+    def plan(self, todo: list[RunSettings], untried: str | None = None) -> None:
+        """The plan, for ``--dry-run``; ``untried``: what it needs and nobody has looked for."""
         for settings in todo:
             self.console.print(settings.run_id, soft_wrap=True)
-        self.console.print(f"{self.shard}{len(todo)} runs to do, {self.skipped} already done in {self.out}, "
-                           f"{self._at_a_time()}", soft_wrap=True)
+        self.console.print(f"{self.shard}{count(len(todo), 'run')} to do, {self.skipped} already done in {self.out}, "
+                           f"{self._at_a_time()}{f'; {untried}' if untried else ''}", soft_wrap=True)
 
     @contextmanager
     def live(self, pool: Pool):
         """Show ``pool`` while the block runs."""
         self._pool, self.jobs = pool, pool.jobs
-        self.console.print(f"{self.shard}{self.total - self.skipped} runs, {self._at_a_time()}, into {self.out}"
-                           + (f" ({self.skipped} already done)" if self.skipped else ""), soft_wrap=True)
+        todo, done = count(self.total - self.skipped, "run"), f" ({self.skipped} already done)" if self.skipped else ""
+        self.console.print(f"{self.shard}{todo}, {self._at_a_time()}, into {self.out}{done}" if self.total > self.skipped else
+                           f"{self.shard}nothing to do: {self._all_done()}", soft_wrap=True)
         if not self.console.is_terminal:
             yield
             return
@@ -67,7 +69,10 @@ class MatrixScreen:
 
     def say(self, text: str) -> None:
         """A line about something out of the ordinary."""
-        self.console.print(f"  {text}", markup=False, soft_wrap=True)
+        self.console.print(f"  {text}", soft_wrap=True)
+
+    def _all_done(self) -> str:
+        return f"{'the run is' if self.skipped == 1 else f'all {self.skipped} runs are'} done in {self.out}"
 
     def _at_a_time(self) -> str:
         return f"{self.jobs} at a time" if self.jobs else "as many at a time as the cluster has room for"
@@ -92,18 +97,19 @@ class MatrixScreen:
         self.console.print(line, soft_wrap=True)
         for words in (record.error if record.status in ("error", "oom", "hung") else None, disturbance(record)):
             if words:
-                self.console.print(f"          {words}", style="yellow", markup=False, soft_wrap=True)
+                self.console.print(f"          {words}", style="yellow", soft_wrap=True)
 
     def finish(self, records: Iterable[RunRecord]) -> None:
         """The stability matrix, the last words."""
         records = list(records)
         if records:
-            table = stability_table(records, f"Stability: {len(records)} runs")
+            table = stability_table(records, f"Stability: {count(len(records), 'run')}")
             self.console.print(table, Text(LEGEND, style="dim"))
             if self.picture is not None:
                 draw(table, self.picture)
-        self.console.print(f"{len(self.durations_s)} runs in {time.monotonic() - self._began_s:.0f} s; "
-                           f"rows in {self.out / 'results.jsonl'}", soft_wrap=True)
+        if self.durations_s:
+            self.console.print(f"{count(len(self.durations_s), 'run')} in {time.monotonic() - self._began_s:.0f} s; "
+                               f"rows in {self.out / 'results.jsonl'}", soft_wrap=True)
 
     def _progress_line(self) -> Text:
         finished = self.skipped + len(self.durations_s)

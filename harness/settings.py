@@ -128,7 +128,7 @@ class RunSettings:
             del plain[not_numerics]
         if self.world == 1:  # as it was before there could be more: the same settings keep their run id
             del plain["world"], plain["parallel"]
-        for only_words in ("scenario", "in_default_matrix"):
+        for only_words in ("scenario", "in_default_matrix", "spelled"):
             del plain["case"][only_words]
         for only_words in ("note", "controls", "in_default_matrix"):
             del plain["config"][only_words]

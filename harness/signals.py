@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from harness.supervise.pulse import Pulse
@@ -86,4 +86,5 @@ class Stop:
         self._heard_s = time.monotonic()
         self.request(signal.Signals(number).name)
         # Not through a screen: the handler may have come in the middle of its drawing.
-        os.write(2, f"\n{self.heard}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())
+        with suppress(BrokenPipeError):
+            os.write(2, f"\n{self.heard}: finishing the step, then a checkpoint; a second signal leaves at once\n".encode())

@@ -21,6 +21,7 @@ from harness.budget import START_UP_S, Budget, Forecast, InFlight, Meter, admits
 from harness.parallel.ranks import is_spokesman
 from harness.settings import RunSettings, SettingsError
 from harness.signals import Stop
+from instrument.count import count
 from instrument.records import RunRecord
 
 SIZES = ("max_steps", "batch_size", "micro_batch", "seq_len", "validation_documents", "eval_every", "threads", "preset")
@@ -99,10 +100,10 @@ class Spending:
         fit, needed_unit_s = fitting(budget, self._look(), forecasts_s, jobs=jobs or 1, shared=self.shared,
                                       until_next_look_s=LOOK_EVERY_S)
         needed = "not known: no run has been measured here, and this GPU's peak is not known" if needed_unit_s is None else \
-            f"{budget.words(needed_unit_s)}, so {'all' if fit == len(todo) else fit} of them fit"
+            f"{budget.words(needed_unit_s)}, so {self._fitting_words(fit, len(todo))}"
         return [f"budget of this call: {budget.words(budget.limit_unit_s)}; the runs in the folder took "
                 f"{budget.words(before_s)} before",
-                f"forecast for {len(todo)} runs: {needed}; from {self._source()}, corrected as runs end",
+                f"forecast for {count(len(todo), 'run')}: {needed}; from {self._source()}, corrected as runs end",
                 f"no run begins that would not end in time; {budget.margin_s:.0f} s before the budget is spent, what runs is "
                 f"stopped behind a checkpoint"]
 
@@ -115,11 +116,17 @@ class Spending:
         spent, limit = self.budget.words(self._look()), self.budget.words(self.budget.limit_unit_s)
         how = f"To go on, with as much again: {command}" if needs_s is None or needs_s + START_UP_S < self.budget.limit_unit_s \
             else "To go on, give a larger one: as much again would not do"
-        return f"the budget ends here: {spent} of {limit} spent, {left} run{'s' if left != 1 else ''} left{then}. {how}"
+        return f"the budget ends here: {spent} of {limit} spent, {count(left, 'run')} left{then}. {how}"
 
     def _source(self) -> str:
         measured = sum(map(len, self.forecast.measured_s.values()))
-        return f"{measured} runs measured here" if measured else "estimates (`case --dry-run` shows how they are made)"
+        return f"{count(measured, 'run')} measured here" if measured else "estimates (`case --dry-run` shows how they are made)"
+
+    @staticmethod
+    def _fitting_words(fit: int, of: int) -> str:
+        if of == 1:
+            return "it fits" if fit else "it does not fit"
+        return f"{'all' if fit == of else fit} of them {'fits' if fit == 1 else 'fit'}"
 
     def _units(self) -> list[str]:
         return ALONE if self.shared else self.pool.units_held if self.pool else []

@@ -75,9 +75,15 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         f1_macro=last and last.f1_macro, f1_micro_tuned=last and last.f1_micro_tuned,
         **reached(outcome.steps, settings.untimed_steps, outcome.resumed_behind),
         instrument=settings.instrument, env=environment, config=settings.as_config(),
-        flags={**outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
+        flags={**_spelled(settings), **outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
         error=outcome.error or (divergence.reason if divergence else None),
         **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts))
+
+
+
+def _spelled(settings: RunSettings) -> dict[str, list[str]]:
+    """How the command line named a case from outside the project, whose id alone would say nothing to it."""
+    return {"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {}
 
 
 def machine_of(settings: RunSettings) -> tuple[str, dict[str, Any]]:

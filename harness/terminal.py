@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from harness.disturbed import disturbance
 from harness.settings import RunSettings
 from harness.stability import STYLES
+from instrument.count import count
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
 
 PLAIN_LINES = 10
@@ -73,10 +76,10 @@ class CaseScreen:
         if self._waiting:
             self._waiting.stop()
         self.console.print(f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
-                           f"{s.data} data · {s.weights} weights · "
+                           f"{escape(s.data)} data · {escape(s.weights)} weights · "
                            + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})"))
         self.console.print(f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
-                           f"{s.max_steps} steps, lr {s.lr:g}", style="dim")
+                           f"{count(s.max_steps, 'step')}, lr {s.lr:g}", style="dim")
         if self._bar:
             self._bar.start()
             self._task = self._bar.add_task("starting", total=s.max_steps)
@@ -93,18 +96,19 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
     """A run's row in a few lines."""
     say = console.print
     style = STYLES.get(record.status, "yellow")
-    say(f"[{style}]{record.status}[/] after {record.steps_done} steps"
+    say(f"[{style}]{record.status}[/] after {count(record.steps_done, 'step')}"
         + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else ""))
     if record.first_nonfinite is not None:
         say("  " + first_nonfinite_words(record), style="red", markup=False)
-        if record.first_nonfinite.replay is not None:
-            say(f"  more: python -m harness inspect {record.run_id} --out {out}", style="dim", markup=False)
     elif record.error:
         say(f"  {record.error}", style=style, markup=False)
+    replayed = record.first_nonfinite is not None and record.first_nonfinite.replay is not None
+    if replayed or "traceback" in record.flags or "stack" in record.flags.get("death", {}):
+        say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
     if record.timed_steps:
         say(f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
             f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
-            f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {record.timed_steps} steps")
+            f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {count(record.timed_steps, 'step')}")
     if (disturbed := disturbance(record)) is not None:
         say(f"  {disturbed}", style="yellow", markup=False)
     say(f"  memory: {memory_words(record)}")

@@ -155,6 +155,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     ``flags["death"]`` of a run that failed: ``cause`` (one of `harness.supervise.death.CAUSES`), ``goes_on`` (whether the same
     command goes on from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
     memory stood when it ran out. ``flags["hardware"]``: ``throttled`` and ``contended`` are true, false, or null for unknown.
+    ``flags["case_spelled"]``: the command line's words for a case from outside the project.
     """
 
     run_id: str

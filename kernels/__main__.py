@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 
@@ -27,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return USAGE
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"error: cannot use {e.filename}: {e.strerror}", file=sys.stderr)
+        return ENVIRONMENT
     except (compile.CompileError, ImportError, RuntimeError) as e:
         print(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}", file=sys.stderr)
         return ENVIRONMENT
@@ -175,4 +181,5 @@ def _words(row: "bench.BenchRow") -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that goes away (`| head`) ends it, quietly
     sys.exit(main())

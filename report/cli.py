@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from instrument.closed_pipe import reader_may_leave
+from instrument.count import count
+from instrument.refused_by_the_disk import sentence_of
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
+
+MAKING = ("build", "import", "export")
+"""Commands that go on when nobody reads their words any more: what they make goes into files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error."""
-    options = arguments.parser().parse_args(argv)
+    with reader_may_leave() as reader:
+        options = arguments.parser().parse_args(argv)
+        reader.needed = options.command not in MAKING
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         return COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("interrupted: give the same command again", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        return OK
     except Exception as error:
         from bench_cases.packages import missing_package
         from report.words import printable
@@ -31,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"report: {printable(missing_package(error) or error)}", file=sys.stderr)
+        print(f"report: {printable(missing_package(error) or sentence_of(error) or error)}", file=sys.stderr)
         return code
 
 
@@ -51,8 +62,8 @@ def _build(options: argparse.Namespace) -> int:
     for path in pages:
         print(path, file=sys.stderr)
     if result.defects:
-        print(f"{len(result.defects)} defects in the files, listed in the dossier and by: "
-              f"python -m report validate {options.folder}", file=sys.stderr)
+        print(f"{count(len(result.defects), 'defect')} in the files, listed in the dossier and by: "
+              f"python -m report validate {shlex.quote(str(options.folder))}", file=sys.stderr)
     return OK
 
 
@@ -109,7 +120,8 @@ def _validate(options: argparse.Namespace) -> int:
     else:
         for defect in defects:
             print(defect, file=sys.stderr)
-        print(f"{runs} valid runs, {len(defects)} defects" + ("" if runs else f": {refusal}"), file=sys.stderr)
+        print(f"{count(runs, 'valid run')}, {count(len(defects), 'defect')}" + ("" if runs else f": {refusal}"),
+              file=sys.stderr)
     return BAD_DATA if defects or not runs else OK
 
 
@@ -123,8 +135,8 @@ def _import(options: argparse.Namespace) -> int:
         return OK
     for defect in defects:
         print(defect, file=sys.stderr)
-    print(f"{len(records)} runs imported into {options.out}, {len(defects)} defects; the card is taken to be {options.gpu}, "
-          "which the logs do not say", file=sys.stderr)
+    print(f"{count(len(records), 'run')} imported into {options.out}, {count(len(defects), 'defect')}; "
+          f"the card is taken to be {options.gpu}, which the logs do not say", file=sys.stderr)
     if all(record.peak_flops_source is None for record in records):
         print(f"no peak is known for {options.gpu!r}, and none is guessed: no MFU", file=sys.stderr)
     return OK
@@ -158,7 +170,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         _print({"paths": [str(path) for path in paths]})
     else:
-        print(f"{len(paths)} files in {_common(paths)}", file=sys.stderr)
+        print(f"{count(len(paths), 'file')} in {_common(paths)}", file=sys.stderr)
     return OK
 
 
@@ -204,4 +216,4 @@ def _exit_code(error: Exception) -> int | None:
         return USAGE if error.missing else BAD_DATA
     if isinstance(error, (UsageError, ImportRefused)):
         return USAGE
-    return ENVIRONMENT if isinstance(error, (MissingTool, PermissionError)) else None
+    return ENVIRONMENT if isinstance(error, MissingTool) or sentence_of(error) else None

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from instrument.count import count as count
 from report.statistics.interval import Interval
-
-
-def count(n: int, one: str, many: str | None = None) -> str:
-    """``1 seed``, ``3 seeds``."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def joined(words: Iterable[str]) -> str:

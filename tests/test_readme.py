@@ -14,8 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.DOTALL), ids=["case", "configuration"])
 def test_a_shown_diff_applies_and_its_entry_is_listed(diff, tmp_path):
-    shutil.copytree(ROOT / "bench_cases", tmp_path / "bench_cases")
-    shutil.copytree(ROOT / "harness", tmp_path / "harness")
+    for room in ("bench_cases", "harness", "instrument"):
+        shutil.copytree(ROOT / room, tmp_path / room)
     subprocess.run(["git", "apply", "-p1"], input=diff, text=True, cwd=tmp_path, check=True)
     new = re.search(r'^\+ .*?"(\w+)"', diff, re.MULTILINE).group(1)
     listed = subprocess.run([sys.executable, "-m", "harness", "list"], cwd=tmp_path, capture_output=True, text=True,

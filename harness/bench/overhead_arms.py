@@ -24,6 +24,7 @@ from harness.run_folder import RunFolder
 from harness.schedule import learning_rate
 from harness.settings import MAX_NORM, Request, RunSettings
 from harness.training import Training
+from instrument.count import count as words_for
 from instrument.watch.watch import Watch
 
 SIZES = {"cpu": {"n_embd": 256, "n_layer": 12, "n_head": 4}}
@@ -46,7 +47,7 @@ def make_arms(device: torch.device, folder: Path) -> tuple[dict[str, Iterator[No
         arms[name] = _ours(replace(settings, instrument=name), copy.deepcopy(model), batches, data.valid_vocab, folder, closing,
                            notes)
     what = (f"gpt2_clm fp32_true, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {settings.batch_size} x "
-            f"{settings.seq_len} tokens, micro-batch {settings.micro_batch}, {torch.get_num_threads()} thread(s)")
+            f"{settings.seq_len} tokens, micro-batch {settings.micro_batch}, {words_for(torch.get_num_threads(), 'thread')}")
     return arms, {"what": what, "notes": notes, "steps_a_turn": settings.log_every}, closing.close
 
 

@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.bench.figure import Figure
+from instrument.count import count
 
 CONSOLE = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 180)
 
 
 def show_machine(machine: dict[str, object], repeats: int | None) -> None:
     """One line: where, under which load, and how often where something is timed."""
-    timed = "" if repeats is None else f"; {repeats} repetitions; 95 %: t-interval of the mean"
-    CONSOLE.print(f"{machine['cpu']}, {machine['usable_cores']} cores, {machine['memory_bytes'] / 1e9:.1f} GB, "
+    timed = "" if repeats is None else f"; {count(repeats, 'repetition')}; 95 %: t-interval of the mean"
+    CONSOLE.print(f"{machine['cpu']}, {count(machine['usable_cores'], 'core')}, {machine['memory_bytes'] / 1e9:.1f} GB, "
                   f"torch {machine['torch']}; load {machine['load_1min']:.1f} before the start{timed}")
 
 

@@ -8,6 +8,7 @@ from statistics import median
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.bench.figure import Figure, summarize
 from harness.settings import Request
+from instrument.count import count
 
 TARGET_RATIO = 1.0
 CASE_IDS = ("gpt2_clm", "gpt2_multi_cls")
@@ -61,8 +62,8 @@ def _measure_case(case_id: str, repeats: int, sizes: dict) -> list[Figure]:
         theirs.append(1 / median(their_arm.wall_s[untimed:]))
         ratios.append(ours[-1] / theirs[-1])
         cpu_ratios.append(sum(their_arm.cpu_s[untimed:]) / sum(our_arm.cpu_s[untimed:]))
-    note = (f"{settings.max_steps - untimed} steps of {settings.batch_size} x {settings.seq_len}, "
-            f"micro-batch {settings.micro_batch}, {torch.get_num_threads()} thread(s), fp32_true")
+    note = (f"{count(settings.max_steps - untimed, 'step')} of {settings.batch_size} x {settings.seq_len}, "
+            f"micro-batch {settings.micro_batch}, {count(torch.get_num_threads(), 'thread')}, fp32_true")
     return [summarize("trainer", f"{case_id}_ours", ours, "steps/s", note=note),
             summarize("trainer", f"{case_id}_trainer", theirs, "steps/s", note=note),
             summarize("trainer", f"{case_id}_ratio", ratios, "ratio", at_least=TARGET_RATIO,

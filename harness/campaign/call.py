@@ -22,6 +22,8 @@ from instrument.files import replace
 
 GRACE_S = {"cpu": 20.0, "cuda": 45.0}
 """For a run that was asked to stop to write its checkpoint."""
+END_S = 5.0
+"""For what has nothing to write when it is asked to stop."""
 DOSSIER_S = {"cpu": 30.0, "cuda": 60.0}
 """Kept free for the dossier at the end of a call until one has been built and its time is known."""
 KEEPS_ROWS = ("check", "bench", "calibrate", "fit")
@@ -77,7 +79,8 @@ class Campaign:
 
     def _one(self, stage: Stage, todo: Sequence[Stage]) -> bool:
         """Run a stage; False when it is left to a later call."""
-        left_s = self.ends_s - time.monotonic() - self._dossier_s() - (self.grace_s if stage.goes_on else 0.0)
+        grace_s = self.grace_s if stage.goes_on else END_S
+        left_s = self.ends_s - time.monotonic() - grace_s - self._dossier_behind_s(stage)
         limit_s = self._limit_s(stage, todo)
         # What would start over at the next call needs most of its time now.
         if left_s < (LEAST_RUN_S if stage.goes_on else max(LEAST_RUN_S, limit_s / 2)):
@@ -86,7 +89,7 @@ class Campaign:
         before_s = self.book.stage(stage.name)["spent_s"]
         terminal.begins(stage, min(limit_s, left_s))
         ended = process.run(stage.command, self.results / FOLDER / "logs" / stage.name, limit_s=limit_s, call_s=left_s,
-                            grace_s=self.grace_s if stage.goes_on else 5.0, stop=self.stop,
+                            grace_s=grace_s, stop=self.stop,
                             beat=lambda pid, s: self.book.update(stage.name, state="running", pid=pid, spent_s=before_s + s),
                             echo=terminal.echo if stage.echo else lambda line: None)
         state, note = outcome(stage, ended)
@@ -144,6 +147,12 @@ class Campaign:
     def _dossier_s(self) -> float:
         return self.book.content.get("dossier_s") or DOSSIER_S[self.machine["device"]]
 
+    def _dossier_behind_s(self, stage: Stage) -> float:
+        """Kept free while a stage runs; nothing where there will be no dossier, since no run has ended and none is begun."""
+        if stage.group != "run" and not any(finished_runs(self.results)):
+            return 0.0
+        return self._dossier_s()
+
     def _dossier(self) -> None:
         """Build it from what is there, without the PDF where its engine is missing, and pack."""
         if not any(finished_runs(self.results)):
@@ -173,7 +182,7 @@ class Campaign:
     def _build(self, more: tuple[str, ...]) -> tuple[str, str | None]:
         files = self.results / FOLDER / "logs" / "dossier"
         ended = process.run(("report", "build", str(self.results), "--format", "svg", *more), files, limit_s=600.0,
-                            call_s=600.0, grace_s=5.0, stop=self.stop, beat=lambda pid, s: None)
+                            call_s=600.0, grace_s=END_S, stop=self.stop, beat=lambda pid, s: None)
         return ("done", None) if ended.exit_code == OK else ("failed", ended.last_words)
 
     def _end_orphans(self) -> None:

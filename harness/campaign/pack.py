@@ -15,6 +15,7 @@ from pathlib import Path
 
 from harness.campaign.book import NAME
 from harness.campaign.stages import FOLDER
+from instrument.count import count
 from instrument.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
 
 LIMIT_BYTES = 15_000_000
@@ -112,7 +113,7 @@ def _make_room(folder: Path, limit_bytes: int) -> tuple[str, ...]:
         freed = sum(path.stat().st_size for path in found)
         for path in found:
             path.unlink()
-        left_out.append(f"{len(found)} files {pattern} ({freed / 1e6:.1f} MB)")
+        left_out.append(f"{count(len(found), 'file')} {pattern} ({freed / 1e6:.1f} MB)")
     return tuple(left_out)
 
 

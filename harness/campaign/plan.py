@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from harness.settings import SettingsError
+from instrument.count import count
 
 CASE_ORDER = ("gpt2_multi_cls", "gpt2_clm", "roberta_multi_cls", "roberta_mlm", "gpt2_clm@512", "gpt2_single_cls",
               "roberta_single_cls")
@@ -129,7 +130,7 @@ def _why(chosen: int, rungs: Sequence, totals: Sequence[float | None], budget_s:
     if chosen + 1 == len(rungs):
         return "the preset's own steps and seeds fit"
     (steps, seeds), seconds = rungs[chosen + 1], totals[chosen + 1]
-    return f"the next larger plan, {steps} steps x {len(seeds)} seed(s), would take {seconds / 60:.0f} minutes"
+    return f"the next larger plan, {count(steps, 'step')} x {count(len(seeds), 'seed')}, would take {seconds / 60:.0f} minutes"
 
 
 def order(labels: Sequence[str]) -> list[str]:

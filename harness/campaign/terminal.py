@@ -9,10 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Column, Table
+
 from harness.campaign.book import Book
 from harness.campaign.pack import Packed
 from harness.campaign.plan import Cost, Plan
 from harness.campaign.stages import Stage
+from instrument.count import count
+
+CASES_ABREAST = 6
+"""Beside the configurations' names within 80 columns."""
 
 
 def say(line: str) -> None:
@@ -39,19 +46,23 @@ def show_plan(plan: Plan, costs: Mapping[tuple[str, str], Cost], machine: Mappin
     """Seconds a step, and what is going to be run in which order."""
     configs = machine["configs"]
     say("milliseconds a step (~: taken from the measured one of its kind or estimated; x: died in the calibration)")
-    width = max(len(config) for config in configs)
-    print(f"          {'':<22}" + "  ".join(f"{config:>{width}}" for config in configs), file=sys.stderr)
-    for label in machine["labels"]:
-        words = [_cost(costs.get((label, config))) for config in configs]
-        print(f"          {label:<22}" + "  ".join(f"{word:>{width}}" for word in words), file=sys.stderr)
-    seeds = " ".join(map(str, plan.seeds))
-    say(f"plan: {plan.max_steps} steps, seeds {seeds}, {len(plan.blocks)} blocks of {len(configs)} configurations, "
+    for first in range(0, len(machine["labels"]), CASES_ABREAST):
+        labels = machine["labels"][first:first + CASES_ABREAST]
+        table = Table("", *(Column("\n".join(label.split("_")), justify="right", no_wrap=True) for label in labels), box=None,
+                      padding=(0, 2, 0, 0), pad_edge=False)
+        for config in configs:
+            table.add_row(config, *(_cost(costs.get((label, config))) for label in labels))
+        Console(stderr=True, highlight=False, markup=False).print(table)
+    seeds = ("seed " if len(plan.seeds) == 1 else "seeds ") + " ".join(map(str, plan.seeds))
+    say(f"plan: {count(plan.max_steps, 'step')}, {seeds}, {count(len(plan.blocks), 'block')} of "
+        f"{count(len(configs), 'configuration')}, "
         f"{_minutes(plan.estimated_s)} of {_minutes(plan.budget_s)} for runs; {plan.why}")
+    print(f"{'':>4}{'case':<26}{'seed':>5}{'time':>11}{'in all':>11}  first", file=sys.stderr)
     sum_s: float | None = 0.0
     for number, block in enumerate(plan.blocks, start=1):
         sum_s = None if sum_s is None or block.estimated_s is None else sum_s + block.estimated_s
-        print(f"          {number:>3}  {block.case:<22} seed {block.seed}  {_minutes(block.estimated_s):>12}  in all "
-              f"{_minutes(sum_s):>12}  beginning with {block.configs[0]}", file=sys.stderr)
+        print(f"{number:>3} {block.case:<26}{block.seed:>5}{_minutes(block.estimated_s):>11}{_minutes(sum_s):>11}  "
+              f"{block.configs[0]}", file=sys.stderr)
 
 
 def begins(stage: Stage, at_most_s: float) -> None:
@@ -69,7 +80,7 @@ def packed(result: Packed | None, state: str, note: str | None) -> None:
     """The dossier was built, and lies in a folder that may be committed."""
     words = f"dossier: {state}" + (f", {note}" if note else "")
     if result is not None:
-        words += f"; {result.files} files, {result.size_bytes / 1e6:.1f} MB, in {result.folder}"
+        words += f"; {count(result.files, 'file')}, {result.size_bytes / 1e6:.1f} MB, in {result.folder}"
         words += "".join(f"; left out: {what}" for what in result.left_out)
     say(words)
 
@@ -78,9 +89,9 @@ def last_words(book: Book, done: bool, failed: list[str]) -> None:
     """What is left, and what the next call does."""
     stages = book.content["stages"]
     left = [name for name, entry in stages.items() if entry["state"] in ("pending", "running")]
-    say(f"{sum(entry['state'] == 'done' for entry in stages.values())} stages done, {len(failed)} failed, "
+    say(f"{count(sum(entry['state'] == 'done' for entry in stages.values()), 'stage')} done, {len(failed)} failed, "
         f"{sum(entry['state'] == 'cut' for entry in stages.values())} cut, {_minutes(book.spent_s)} spent in "
-        f"{len(book.content['calls'])} call(s)")
+        f"{count(len(book.content['calls']), 'call')}")
     for name in failed:
         say(f"failed: {name}: {stages[name]['note']} (log: {book.path.parent / 'campaign' / 'logs' / name}.log)")
     if not done:

@@ -11,6 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from instrument.count import count
+
 HASH = 12
 """Digits of a hash that are shown."""
 
@@ -104,10 +106,10 @@ def loss_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if loss["mean"] is not None:
         kind = "paired difference b - a" if found["paired"] else "difference b - a (not paired)"
-        left_out = f"; without {_steps(loss['left_out'])} whose loss is not finite" if loss["left_out"] else ""
+        left_out = f"; without {count(loss['left_out'], 'step')} whose loss is not finite" if loss["left_out"] else ""
         interval = _interval(loss, "+.4g")
         method = f", 95 % t-interval over {loss['blocks']} block means" if loss["blocks"] else ""
-        lines.append(f"{kind}: {loss['mean']:+.4g}{interval} over {_steps(loss['n'])}{method}{left_out}")
+        lines.append(f"{kind}: {loss['mean']:+.4g}{interval} over {count(loss['n'], 'step')}{method}{left_out}")
     else:
         lines.append("no common step has a finite loss in both")
     for name, words in (("final", "at the end of training"), ("val_loss", "held out")):
@@ -126,7 +128,7 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
         ratio = speed[key]
         if ratio["mean"] is None:
             continue
-        lines.append(f"{words}: {ratio['mean']:.3f}{_interval(ratio, '.3f')} over {_steps(ratio['n'], 'timed step')}")
+        lines.append(f"{words}: {ratio['mean']:.3f}{_interval(ratio, '.3f')} over {count(ratio['n'], 'timed step')}")
     if not lines:
         return ["no timed step in common"]
     if speed["step_time_p50_s_a"] and speed["step_time_p50_s_b"]:
@@ -176,10 +178,6 @@ def value(name: str, x: Any) -> str:
     if name == "lr" or name.endswith("eps"):
         return f"{x:g}"
     return f"{x:.6g}"
-
-
-def _steps(n: int, what: str = "step") -> str:
-    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def _interval(found: dict[str, Any], style: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from harness.doctor import device as device_facts
 from harness.doctor import host
 from harness.planning import choose_device, results_folder
+from instrument.count import count
 from instrument.environment import capture, version
 from instrument.nvml import Nvml
 
@@ -103,7 +104,8 @@ def _gpu_rows(gpu: dict) -> list[dict[str, str]]:
         rows.append(_row(f"two runs at a time on {who}", f"its compute mode is {nvml['compute_mode']}"))
     others = [process for process in nvml["processes"] or [] if process["used_bytes"]]
     if others and nvml["memory_free_bytes"] is not None and nvml["memory_free_bytes"] < 0.9 * gpu["total_bytes"]:
-        rows.append(_row(f"all memory and fair timing on {who}", f"{len(others)} process(es) hold memory there"))
+        rows.append(_row(f"all memory and fair timing on {who}",
+                         f"{count(len(others), 'process holds', 'processes hold')} memory there"))
     return rows
 
 

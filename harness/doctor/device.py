@@ -12,6 +12,7 @@ from torch.nn.attention import sdpa_kernel
 from bench_cases import DTYPE_CONFIGS, DtypeConfig
 from harness.optimizer import OptimizerUnavailable, adamw_for
 from harness.precision import ATTENTION, DTYPES, Unsupported, refuse_what_the_device_lacks
+from instrument.count import count
 from instrument.gpus import capability_support, known_card
 from instrument.nvml import Nvml
 
@@ -20,14 +21,14 @@ def why_no_gpu(nvml: Nvml) -> str | None:
     """Why torch uses the CPU here; None when it has a GPU."""
     if torch.cuda.is_available():
         return None
-    count = nvml.driver()["gpu_count"]
+    gpus = nvml.driver()["gpu_count"]
     if torch.version.cuda is None:
-        seen = f"the driver sees {count} GPU(s)" if count else nvml.unavailable or "the driver sees no GPU"
+        seen = f"the driver sees {count(gpus, 'GPU')}" if gpus else nvml.unavailable or "the driver sees no GPU"
         return f"torch {torch.__version__} is built without CUDA; {seen}"
-    if not count:
+    if not gpus:
         return nvml.unavailable or "the driver sees no GPU"
-    return (f"the driver sees {count} GPU(s) and torch none: CUDA_VISIBLE_DEVICES hides them, or the driver "
-            f"is too old for CUDA {torch.version.cuda}")
+    return (f"the driver sees {count(gpus, 'GPU')} and torch none: CUDA_VISIBLE_DEVICES hides "
+            f"{'it' if gpus == 1 else 'them'}, or the driver is too old for CUDA {torch.version.cuda}")
 
 
 def gpus(nvml: Nvml) -> list[dict[str, object]]:

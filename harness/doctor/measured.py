@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.run_folder import OutputError, require_writable
+from instrument.count import count
 from instrument.files import replace
 
 IDENTITY = ("cpu", "gpu")
@@ -51,9 +52,9 @@ def rates_measured_here(out: Path, machine: Mapping[str, Any], threads: int | No
     rows = facts["measured"]["matmul"]
     rates = {row["dtype"]: row["flops_per_s"] for row in rows if row["threads"] == threads}
     if not rates:
-        counts = sorted({str(row["threads"]) for row in rows if row["threads"] is not None})
-        measured = f"{' and '.join(counts)} CPU thread(s)" if counts else "the GPU"
-        used = f"{threads} CPU thread(s)" if threads else "the GPU"
+        known = sorted({row["threads"] for row in rows if row["threads"] is not None})
+        measured = f"{' and '.join(map(str, known))} CPU {'thread' if known == [1] else 'threads'}" if known else "the GPU"
+        used = count(threads, "CPU thread") if threads else "the GPU"
         return None, f"rates were measured on {measured}, and this run uses {used}"
     return rates, too_low(facts["measured"])
 

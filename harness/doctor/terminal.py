@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.doctor.measured import too_low
+from instrument.count import count
 
 
 def show(findings: dict) -> None:
@@ -82,7 +83,7 @@ def gpu_lines(gpu: dict) -> list[tuple[str, str]]:
     if nvml["processes"] is None:
         company = f"processes unknown: {nvml['unknown'].get('processes')}"
     else:
-        company = f"{len(nvml['processes'])} process(es)" + "".join(
+        company = f"{count(len(nvml['processes']), 'process', 'processes')}" + "".join(
             f", pid {p['pid']} {_gb(p['used_bytes'])}" for p in nvml["processes"])
     return [(f"gpu {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']} ({able}); {standing}"),
             ("", f"{memory}; {company} (in a container these are the host's pids)")]

@@ -22,9 +22,11 @@ Say = Callable[[str], None]
 
 class Engine(Protocol):
     """``jobs``: runs at a time (None: not known before it has begun); ``pool``: a context with the pool of the runs;
-    ``shares_a_unit``: they share one thing that is paid by the hour, whether it works or not."""
+    ``shares_a_unit``: they share one thing that is paid by the hour, whether it works or not; ``untried``: what a plan
+    that is only printed leaves open, in words."""
 
     shares_a_unit: bool
+    untried: str | None
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int | None: ...
 
@@ -36,6 +38,7 @@ class LocalEngine:
     """Processes of this machine."""
 
     shares_a_unit = True
+    untried = None
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int:
         """Runs at a time: one on a GPU; on a CPU as many as have cores of their own."""
@@ -56,6 +59,11 @@ class RayEngine:
     address: str | None
     shares_a_unit = False
 
+    @property
+    def untried(self) -> str:
+        """Whether there is such a cluster, and how much room it has."""
+        return f"the cluster at {self.address} was not contacted" if self.address else "no cluster was begun"
+
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int | None:
         """Runs at a time; None: as many as the cluster has room for."""
         return checked_jobs(asked)
@@ -72,9 +80,13 @@ class RayEngine:
 
 
 def choose_engine(options: argparse.Namespace) -> Engine:
-    """The engine that was asked for."""
+    """The engine that was asked for. Raises `SettingsError` for an address that can be none; nothing is contacted."""
     if options.address is not None and options.engine != "ray":
         raise SettingsError("--address goes with --engine ray")
+    if options.address is not None:
+        from harness.engines.cluster import parsed
+
+        parsed(options.address)
     return RayEngine(options.address) if options.engine == "ray" else LocalEngine()
 
 

@@ -102,20 +102,36 @@ def bind_to_loopback() -> None:
 def require_private(address: str) -> None:
     """Raise `SettingsError` unless ``address`` is ``HOST:PORT``, of loopback or of a private network; `EngineError` where
     nothing answers there."""
+    host, port = parsed(address)
+    try:
+        found = {entry[4][0].partition("%")[0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError) as error:
+        raise EngineError(f"--address {address}: {host} has no address here ({error})") from error
+    for ip in found:
+        _refuse_public(ipaddress.ip_address(ip), address)
+    try:
+        socket.create_connection((host, port), REACH_WITHIN_S).close()
+    except OSError as error:
+        raise EngineError(f"--address {address}: no Ray cluster answers there ({error.strerror or error})") from error
+
+
+def parsed(address: str) -> tuple[str, int]:
+    """The host, without brackets, and the port; asks nobody, so a host's name is taken as it is. Raises `SettingsError`
+    for what is no ``HOST:PORT``, and for a public address."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise SettingsError(f"--address {address!r}; allowed: HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, on a "
                             f"machine that is part of it")
+    host = host.strip("[]")
     try:
-        found = {ipaddress.ip_address(entry[4][0].partition("%")[0])
-                 for entry in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError) as error:
-        raise EngineError(f"--address {address}: {host} has no address here ({error})") from error
-    for ip in found:
-        if ip.is_global or ip.is_unspecified or ip.is_multicast:
-            raise SettingsError(f"--address {address}: {ip} is not a private address, and Ray runs whatever reaches its ports; "
-                                f"allowed: loopback (127.0.0.1) and private networks (10.x, 172.16-31.x, 192.168.x, fd..)")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_WITHIN_S).close()
-    except OSError as error:
-        raise EngineError(f"--address {address}: no Ray cluster answers there ({error.strerror or error})") from error
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:  # a name
+        return host, int(port)
+    _refuse_public(ip, address)
+    return host, int(port)
+
+
+def _refuse_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address, address: str) -> None:
+    if ip.is_global or ip.is_unspecified or ip.is_multicast:
+        raise SettingsError(f"--address {address}: {ip} is not a private address, and Ray runs whatever reaches its ports; "
+                            f"allowed: loopback (127.0.0.1) and private networks (10.x, 172.16-31.x, 192.168.x, fd..)")

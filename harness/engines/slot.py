@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +18,7 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -31,7 +32,7 @@ from harness.engines.parcel import ParcelError
 from harness.pool import Ended
 from harness.run_folder import finished_run, write_index, write_terminal
 from harness.settings import RunSettings
-from harness.supervise.death import Death
+from harness.supervise.death import Death, of_exception
 from instrument.records import RunRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Slot:
             raise
         except RayTaskError as error:  # the node's own failure: a full disk
             if run.blank is not None:
-                self._bury(run, run.blank, f"on {self.facts.host}: {_last_line(error)}")
+                self._bury(run, nodes_own_failure(error, self.facts.host))
             raise
         with suppress(*LOST):  # its next question will tell
             yield self.actor.forget.remote()
@@ -167,16 +168,25 @@ class Slot:
         else:
             death = Death("node_lost", f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the "
                                        f"last time {host}")
-            self._bury(run, msgspec.structs.replace(run.blank, flags=run.blank.flags | death.flags), death.error)
+            self._bury(run, death)
 
-    def _bury(self, run: Running, blank: RunRecord, error: str) -> None:
-        row = msgspec.structs.replace(blank, error=error)
+    def _bury(self, run: Running, death: Death) -> None:
+        row = msgspec.structs.replace(run.blank, status=death.status, error=death.error, flags=run.blank.flags | death.flags)
         write_terminal(self.pool.out, row)
         self._end(run, row)
 
     def _end(self, run: Running, record: RunRecord | None) -> None:
         self.pool.running.remove(run)
         self.pool.ended.append(Ended(run.settings, record, None, time.monotonic() - run.started_s))
+
+
+def nodes_own_failure(error: RayTaskError, host: str) -> Death:
+    """The death that the same exception would be here; where a node could not send it, a Ray error comes in its place,
+    and only its words are known."""
+    if isinstance(error.cause, Exception) and not isinstance(error.cause, RayError):
+        death = of_exception(error.cause)
+        return replace(death, error=f"on {host}: {death.error}")
+    return Death("exception", f"on {host}: {_last_line(error)}", {"why": "the node could not send the exception itself"})
 
 
 def _last_line(error: BaseException) -> str:

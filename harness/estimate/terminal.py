@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from instrument.count import count
+
 
 def show(findings: dict) -> None:
     """Two columns: what, and its value."""
@@ -33,13 +35,13 @@ def lines(found: dict) -> list[tuple[str, str]]:
                           + (", norm in fp16" if config["clip"] == "fp16" else "") + (", TF32" if config["tf32"] else "")),
         ("data, weights", f"{found['data_source']}, {found['weights_source']}"),
         ("model", _model(model)),
-        ("step", f"{found['batch_size']} sequences of at most {found['seq_len']} = {found['tokens_per_step']:,} tokens, "
-                 f"in micro-batches of {found['micro_batch']}"),
-        ("schedule", f"{found['max_steps']:,} steps, peak rate {found['lr']:g}, warm-up {found['warmup_steps']}"),
+        ("step", f"{count(found['batch_size'], 'sequence')} of at most {found['seq_len']} = "
+                 f"{found['tokens_per_step']:,} tokens, in micro-batches of {found['micro_batch']}"),
+        ("schedule", f"{count(found['max_steps'], 'step')}, peak rate {found['lr']:g}, warm-up {found['warmup_steps']}"),
         ("device", f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
                    f"threads {found['threads'] or 'all'}, attention {found['attention']}"),
         ("results", found["results_folder"] + ("" if done is None else
-                                               f" (already there: {done['status']}, {done['steps_done']} steps)")),
+                                               f" (already there: {done['status']}, {count(done['steps_done'], 'step')})")),
     ]
     if found["unsupported"]:
         return [*rows, ("unsupported", found["unsupported"])]

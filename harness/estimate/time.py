@@ -10,6 +10,7 @@ import torch
 from harness.estimate.model import Trace
 from harness.precision import DTYPES
 from harness.settings import RunSettings
+from instrument.count import count
 from instrument.flops import StepFlops
 from instrument.gpus import known_card
 from instrument.mfu import weighted_peak
@@ -40,7 +41,7 @@ def duration(settings: RunSettings, traced: Trace, step_flops: StepFlops) -> dic
         step_s = flops / rate + TANH_PER_ELEMENT * tanh_s * traced.kept_elements * micro_batches
         found |= {"rate_flops_per_s": rate, "tanh_s": tanh_s,
                   "rule": f"products, and {TANH_PER_ELEMENT:g} tanh for every number that autograd keeps, both as measured "
-                          f"here on one thread, over {torch.get_num_threads()} thread(s)"}
+                          f"here on one thread, over {count(torch.get_num_threads(), 'thread')}"}
     evaluation_s = forwards * step_s / micro_batches / 3  # the forward pass is a third of a step
     return found | {"step_s": step_s, "evaluation_s": evaluation_s, "total_s": step_s * settings.max_steps + evaluation_s}
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from instrument.count import count
+
 UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 LAYER = re.compile(r"^(.*?)\.\d+\.(.+)$")
 """``transformer.h.0.attn.c_attn``: stack, number, and what the layers have in common."""
@@ -31,8 +33,8 @@ def heading(found: dict) -> list[str]:
     where = "GPU" if found["device"] == "cuda" else "CPU"
     return [f"{found['case']}: {found['architecture']}, {found['task']}, {found['n_params']:,} parameters, "
             f"{outputs} ({found['shape_source']})",
-            f"one step of {found['batch_size']} rows of {found['seq_len']} tokens under {found['dtype_config']}, "
-            f"{where} with {found['attention']} attention"]
+            f"one step of {count(found['batch_size'], 'row')} of {count(found['seq_len'], 'token')} under "
+            f"{found['dtype_config']}, {where} with {found['attention']} attention"]
 
 
 def groups(products: list[dict]) -> list[dict]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from harness.exit_codes import OK
 from harness.settings import SettingsError
+from instrument.count import count
 from instrument.forensics_record import Remedy
 
 CAUSES = {"overflow": "overflow", "underflow_then_divide": "underflow, then division by it", "invalid": "an invalid operation",
@@ -78,7 +79,7 @@ def outcome(remedy: Remedy) -> str:
     if remedy.survives is None:
         return "[dim]not tried[/]"
     if remedy.survives:
-        return f"[green]survives {remedy.steps} steps[/]"
+        return f"[green]survives {count(remedy.steps, 'step')}[/]"
     return f"[red]fails at step {remedy.failed_at}[/]" if remedy.failed_at is not None else "[red]trains nothing[/]"
 
 

@@ -29,7 +29,8 @@ def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: i
     words = f"{', '.join(where)}: {what} is {KIND_WORDS[first.kind]}" + (f" in {first.dtype}" if first.dtype else "")
     if found is None:
         return words + "; a replay from the snapshot did not fail the same way, so the op is not known"
-    alike = f"; {found.culprit.alike} more fail likewise" if found.culprit.alike else ""
+    n = found.culprit.alike
+    alike = f"; {n:,} more {'fails' if n == 1 else 'fail'} likewise" if n else ""
     spread_words = f", first of {spread} modules it spread to" if spread > 1 else ""
     return words + _why(first, found, headroom_since) + spread_words + alike
 

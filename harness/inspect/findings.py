@@ -10,6 +10,8 @@ import msgspec
 
 from harness.inspect.locate import FoundRun
 from harness.inspect.run_files import failure_of, module_rows, records, run_record
+from harness.inspect.stack import stack_of
+from instrument.count import count
 from instrument.files import plain_inside
 from instrument.forensics_record import ForensicsRecord, Magnitude
 from instrument.records import EventRecord, FirstNonfinite, RunRecord, StepRecord
@@ -33,6 +35,8 @@ def gather(run: FoundRun) -> dict[str, Any]:
         "steps_done": steps, **({name: getattr(record, name) for name in RUN_FIELDS} if record else {}),
         "device_type": record.config.get("device") if record else None,
         "events": msgspec.to_builtins(events), "smallest_headroom": smallest_headroom(modules)}
+    if (stack := stack_of(run, record)) is not None:
+        found["stack"] = stack
     if forensics is not None:
         found |= {name: value for name, value in msgspec.to_builtins(forensics).items() if name not in ("schema", "nonfinite")}
         found["trace_file"] = _trace(run, forensics.trace_file)
@@ -69,17 +73,17 @@ def verdict(run: FoundRun, record: RunRecord | None, found: ForensicsRecord | No
             headroom: dict[str, dict[str, Any]] | None) -> str:
     """The outcome in one sentence."""
     if record is None:
-        return f"no end was written: it is still running or was killed, {steps:,} steps logged so far"
+        return f"no end was written: it is still running or was killed, {count(steps, 'step')} logged so far"
     if found is not None:
         return found.sentence
     if record.status == "completed":
         skips = record.scaler_skips
-        skipped = "no step" if not skips else "1 step" if skips == 1 else f"{skips} steps"
+        skipped = count(skips, "step") if skips else "no step"
         scaler = f"; the loss scaler skipped {skipped}" if record.config.get("config", {}).get("scaler") else ""
-        return f"healthy: {steps:,} steps, every loss, gradient that was applied, parameter and state finite{scaler}"
+        return f"healthy: {count(steps, 'step')}, every loss, gradient that was applied, parameter and state finite{scaler}"
     if record.status == "diverged" and record.first_nonfinite is not None:
         return f"{surfaced_words(record.first_nonfinite)}; the failure was not replayed (instrument level {record.instrument})"
-    return f"{record.status} after {steps:,} steps" + (f": {record.error}" if record.error else "")
+    return f"{record.status} after {count(steps, 'step')}" + (f": {record.error}" if record.error else "")
 
 
 def surfaced_words(first: FirstNonfinite) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from harness.inspect.chart import number
 from harness.inspect.findings import KIND_WORDS
+from instrument.count import count
 
 MOST_LINKS, MOST_EVENTS = 12, 8
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
@@ -81,7 +82,7 @@ def remedy_table(rows: Sequence[dict[str, Any]]) -> Table:
         if row["survives"] is None:
             outcome, style = f"not tried: {row['why'] or 'no reason given'}", "dim"
         elif row["survives"]:
-            outcome, style = f"survives {row['steps']} steps", "green"
+            outcome, style = f"survives {count(row['steps'], 'step')}", "green"
         else:
             outcome, style = f"fails again at step {row['failed_at']}", "red"
         table.add_row(Text(row["change"]), Text(outcome, style=style), _times(row["step_time_ratio"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from harness.inspect.tables import (
     remedy_table,
 )
 from harness.stability import STYLES
+from instrument.count import count
 
 
 class InspectScreen:
@@ -34,6 +36,8 @@ class InspectScreen:
             self._failure(found)
         elif found["status"] in ("completed", UNFINISHED, "preempted"):
             self._headroom(found)
+        if found.get("stack") is not None:
+            self._stack(found["stack"])
         if found["events"]:
             self._section("Along the way")
             for line in event_lines(found["events"]):
@@ -43,7 +47,8 @@ class InspectScreen:
     def _head(self, found: dict[str, Any]) -> None:
         status = found["status"]
         style = STYLES.get(status, "yellow")
-        at = f" at step {found['divergence_step']}" if found.get("divergence_step") else f" after {found['steps_done']} steps"
+        at = f" at step {found['divergence_step']}" if found.get("divergence_step") else \
+            f" after {count(found['steps_done'], 'step')}"
         of = f" of {found['max_steps']}" if found.get("max_steps") else ""
         self.console.print(Text(found["run_id"], style="bold"))
         words = [found[name] for name in ("preset", "device") if found.get(name)]
@@ -53,6 +58,14 @@ class InspectScreen:
         if found.get("matched") is False:
             self.console.print(Text("The replay did not fail in the same way as the run: what follows is a near case.",
                                     style="yellow"))
+
+    def _stack(self, stack: dict[str, Any]) -> None:
+        self._section("Where it failed", "the model's and our own code, the innermost frame last")
+        for frame in stack["frames"]:
+            self._to_copy(f"{frame['file']}:{frame['line']} in {frame['function']}")
+            if frame["code"]:
+                self._indented(Text(f"  {frame['code']}", style="dim", no_wrap=True, overflow="ellipsis"))
+        self._to_copy(f"the whole stack: {stack['whole']}")
 
     def _failure(self, found: dict[str, Any]) -> None:
         width = self.console.width
@@ -88,7 +101,8 @@ class InspectScreen:
             ends = f"; {dtype(output['dtype'])} ends at {number(limit)}" if limit else ""
             self._line(f"float64 gives up to {number(output['exact_absmax'])} where it failed{ends}")
         elif output["zero_denominators"]:
-            self._line(f"divided by exactly 0 in {output['zero_denominators']:,} elements; float64 cannot save that either")
+            elements = count(output["zero_denominators"], "element")
+            self._line(f"divided by exactly 0 in {elements}; float64 cannot save that either")
         else:
             self._line("float64 gives nothing finite there either")
 
@@ -127,7 +141,7 @@ class InspectScreen:
     def _next(self, found: dict[str, Any]) -> None:
         if found.get("chain") is None:
             return
-        command = f"python -m harness inspect {found['run_id']} --out {found['results_folder']}"
+        command = shlex.join(["python", "-m", "harness", "inspect", found["run_id"], "--out", found["results_folder"]])
         self._section("Remedies")
         if found["remedies"]:
             self._indented(remedy_table(found["remedies"]))

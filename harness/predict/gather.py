@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,8 +84,8 @@ def predictions(case: str, spelled: str, out: Path) -> Predictions:
     runs = [run for run in finished_runs(out) if run.case == case]
     references = [run for run in runs if run.dtype_config == REFERENCE and run.steps_done]
     if not references:
-        raise RunNotFound(f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case {spelled} {REFERENCE} "
-                          f"--out {out}")
+        raise RunNotFound(f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case "
+                          + shlex.join([spelled, REFERENCE, "--out", str(out)]))
     narrow = [run for run in runs if run.config["config"]["compute"] != "fp32"]
     found = [_of(reference, [run for run in narrow if _are_twins(run, reference)], out) for reference in references]
     compared = {config.run_id for reference in found for config in reference.configs}

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from harness.predict.gather import ConfigPrediction, ModuleHeadroom, Predictions, ReferencePrediction
+from instrument.count import count
 from instrument.prediction import Hazard
 from instrument.prediction_outcome import FALSE_ALARM, HIT, MISSED, NOT_REACHED, VERDICTS
 
@@ -28,7 +29,8 @@ def show(found: Predictions) -> None:
     console = Console(stderr=True, highlight=False)
     for reference in found.references:
         console.print(f"[bold]{escape(found.case)}[/], predicted from {escape(reference.run_id)}")
-        console.print(f"({reference.status} after {reference.steps} steps, lr {reference.lr:g}, {reference.preset} preset)")
+        console.print(f"({reference.status} after {count(reference.steps, 'step')}, lr {reference.lr:g}, "
+                      f"{reference.preset} preset)")
         for line in ranges(reference):
             console.print(Padding(line, (0, 0, 0, 2)))
         console.print(configurations(reference.configs))
@@ -63,8 +65,8 @@ def _range(what: str, modules: list[ModuleHeadroom], field: str) -> str:
     beyond = sum(b < 0 for b, _ in bits)
     least, module = min(bits)
     room = f"{least:.1f} bits left in" if least >= 0 else f"by {-least:.1f} bits in"
-    count = f"[red]{beyond} of {len(bits)} modules beyond[/]" if beyond else f"none of {len(bits)} modules beyond"
-    return f"{what}: {count}; {room} {escape(module)}"
+    of = f"of {count(len(bits), 'module')} beyond"
+    return f"{what}: {f'[red]{beyond} {of}[/]' if beyond else f'none {of}'}; {room} {escape(module)}"
 
 
 def configurations(rows: list[ConfigPrediction]) -> Table:
@@ -143,11 +145,12 @@ def _reasons(found: list[Hazard]) -> Iterator[str]:
             yield f"at least {first.share:.1%} of the second moments round to 0 at step {first.step}"
         elif kind == "gradient_flush":
             worst = max(group, key=lambda h: h.share)
-            yield f"over half of the gradients of {len(group)} modules flush to 0 (most: {worst.share:.1%} in {worst.module})"
+            yield (f"over half of the gradients of {count(len(group), 'module')} flush to 0 "
+                   f"(most: {worst.share:.1%} in {worst.module})")
         else:
             worst = max(group, key=lambda h: h.value)
             what = {"scaler_skip": "steps skipped for gradients", "norm_overflow": "gradient norm",
-                    "overflow_forward": f"outputs of {len(group)} modules"}.get(kind, "gradients")
+                    "overflow_forward": f"outputs of {count(len(group), 'module')}"}.get(kind, "gradients")
             yield f"{what} beyond {first.limit:,.0f}, the largest {worst.value:.3g} in {worst.module or 'the norm'}"
 
 

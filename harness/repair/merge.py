@@ -16,6 +16,7 @@ from harness.repair.states import FileState
 from harness.run_folder import finished_run, finished_runs
 from harness.settings import SettingsError
 from instrument import files
+from instrument.count import count
 from instrument.records import RunRecord, encode
 
 MACHINE = "machine.json"
@@ -40,7 +41,8 @@ def merge(out: Path, others: list[Path], done: Repair) -> None:
                     f"{ours.status}; {other} has another row of this run ({row.status}): left there"]))
         left = [path.name for path in (other / "runs").glob("*/") if finished_run(other, path.name) is None]
         if left:
-            done.files.append(FileState(f"{other}/runs", notes=[f"{len(left)} runs without a readable row: left there"]))
+            notes = [f"{count(len(left), 'run')} without a readable row: left there"]
+            done.files.append(FileState(f"{other}/runs", notes=notes))
         if files.plain_inside(other, other / MACHINE) and not (out / MACHINE).exists():
             files.copy(other / MACHINE, out / MACHINE)
 

@@ -10,6 +10,7 @@ import msgspec
 
 from harness.repair.lines import UNREADABLE, SortedLines, sort_lines
 from harness.run_folder import finished_run
+from instrument.count import count
 from instrument.files import plain_inside
 from instrument.records import EvaluationRecord, EventRecord, Record, RunRecord, StepRecord, decode
 from instrument.sampler.record import HardwareRecord
@@ -52,10 +53,12 @@ def states(out: Path, run_id: str) -> Iterator[tuple[FileState, SortedLines | No
                               repeated=found.repeated, foreign=found.foreign)
             if kind is StepRecord and row is not None and found.steps < row.steps_done:
                 state.lost = max(state.lost, row.steps_done - found.steps)
-                state.notes.append(f"run.json says {row.steps_done} steps, and {found.steps} are here")
+                state.notes.append(f"run.json says {count(row.steps_done, 'step')}, and "
+                                   f"{found.steps} {'is' if found.steps == 1 else 'are'} here")
             yield state, found
         elif kind is StepRecord and row is not None and row.steps_done:
-            yield FileState(name, lost=row.steps_done, notes=[f"is missing, and run.json says {row.steps_done} steps"]), None
+            notes = [f"is missing, and run.json says {count(row.steps_done, 'step')}"]
+            yield FileState(name, lost=row.steps_done, notes=notes), None
     for path in (folder / "run.json", folder / "forensics.json"):
         if path.exists() or path.is_symlink():
             yield object_state(out, str(path.relative_to(out))), None

@@ -24,6 +24,7 @@ from harness.supervise.death import Death
 from harness.supervise.pulse import Beat, Draft, Pulse
 from harness.supervise.stack_file import write_stacks_to
 from harness.supervise.vigil import Rules, Vigil
+from instrument.closed_pipe import reader_may_leave
 from instrument.files import CRASH_VARIABLE
 from instrument.records import RunRecord, decode, encode
 
@@ -64,7 +65,9 @@ def run_supervised(words: list[str]) -> int:
     vigil.begin(pid)
     family = Family(pid, here, vigil)
     exit_code = family.wait()
-    return family.conclude(exit_code, options)
+    with reader_may_leave() as reader:
+        reader.needed = False
+        return family.conclude(exit_code, options)
 
 
 def _run(words: list[str], reports: Connection, stacks: Path, parent: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from instrument.count import count
 from instrument.records import RunRecord
 from report.errors import UsageError
 from report.load import Folder
@@ -51,7 +52,8 @@ def compare(folders: Sequence[Folder], prices_per_hour: Sequence[float] | None =
         twice = next(device for device in devices if devices.count(device) > 1)
         raise UsageError(f"two folders hold runs of {twice}; give one folder a device")
     if prices_per_hour is not None and len(prices_per_hour) != len(folders):
-        raise UsageError(f"{len(prices_per_hour)} prices for {len(folders)} folders; give one a folder, in their order")
+        raise UsageError(f"{count(len(prices_per_hour), 'price')} for {count(len(folders), 'folder')}; "
+                         "give one a folder, in their order")
     prices = dict(zip(devices, prices_per_hour, strict=True)) if prices_per_hour else {}
     data = pd.concat([_device(folder, prices.get(folder.device)) for folder in folders], ignore_index=True)
     differ = _settings_differ(folders)

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from instrument.count import count
 from report.dossier.citations import RowNumbers
 from report.dossier.runs_table import ABSENT, run_href
 from report.dossier.sparkline import sparkline
@@ -53,7 +54,7 @@ def _remedy(remedy: dict) -> list[str]:
     outcome = {True: "yes", False: "no"}.get(_flag(remedy.get("survives")), "not tried")
     steps, failed_at = _number(remedy.get("steps")), _number(remedy.get("failed_at"))
     if outcome == "yes" and steps:
-        outcome += f", {steps:.0f} steps"
+        outcome += f", {count(round(steps), 'step')}"
     elif outcome == "no" and failed_at is not None:
         outcome += f", dies at step {failed_at:.0f}"
     confirms = remedy.get("why")

@@ -9,6 +9,7 @@ import pandas as pd
 
 from report.dossier.runs_table import ABSENT
 from report.plots.text import clean
+from report.spelled import spelled
 from report.tables.columns import case_order, series_order
 from report.tables.predicted import FALSE_ALARM, HIT, KINDS, MISSED, NEITHER, NOT_REACHED, Predicted
 from report.words import count
@@ -81,10 +82,16 @@ def _happening(row: dict[str, Any], key: str) -> str:
     return KINDS.get(kind, clean(kind, 30)) + at + (f", {clean(module, 70)}" if isinstance(module, str) and module else "")
 
 
+def _command(case: str, folder) -> str:
+    """How to predict for a case; nothing where ``predict`` cannot be told which it is."""
+    words = next((words for run in folder.runs if run.case == case and (words := spelled(run))), [])
+    return f": python -m harness predict {shlex.quote(words[0])} --out {shlex.quote(clean(folder.path, 200))}" \
+        if len(words) == 1 else ""
+
+
 def _missing(found: Predicted, folder) -> list[str]:
     """The command that would fill what is missing; of data that this harness did not make there is none."""
     if found.missing and {"IMPORTED", "SIMULATED"} & set(folder.marks):
         return ["Not measured: these runs come without the magnitudes of their modules."]
-    lines = [f"{clean(case, 60)}: not measured: python -m harness predict {shlex.quote(clean(case, 60))} "
-             f"--out {shlex.quote(clean(folder.path, 200))}" for case in found.missing]
+    lines = [f"{clean(case, 60)}: not measured{_command(case, folder)}" for case in found.missing]
     return lines or ([] if len(found.outcomes) else ["Not measured: no run can be compared with an fp32 run of its case."])

@@ -5,41 +5,52 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from instrument.count import count
 from instrument.records import RunRecord
 from report.dossier.citations import RowNumbers, in_order
 from report.plots.text import clean
+from report.spelled import spelled
+from report.unusual import unusual
 from report.words import gigabytes
 
 OPTIONS = {"preset": "--preset", "data": "--data", "weights": "--weights", "lr": "--lr", "batch_size": "--batch-size",
            "micro_batch": "--micro-batch", "seq_len": "--seq-len", "max_steps": "--max-steps", "dropout": "--dropout",
            "attention": "--sdpa", "parallel": "--parallel"}
 """Key of a row's settings -> option of ``harness case``."""
+RARE = ("text_field", "label_field", "eval_every", "documents", "validation_documents", "threads")
+"""Settings that are spelled out only where the command line would choose others."""
 PARTS = ("gpu", "cpu", "cpu_count", "memory_bytes", "system", "python")
 
 
 def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
-    """``rows``: number and command of every row that this program's harness made; ``foreign``: the
-    citations of the others."""
-    found = [(run.run_id, command(run)) for run in in_order(runs)]
-    return {"rows": [{"number": numbers[run_id], "command": words} for run_id, words in found if words],
-            "foreign": numbers.cite(run_id for run_id, words in found if not words)}
+    """``rows``: number and command of every row that this program's harness can make again; ``foreign``: the
+    citations of those that it did not make; ``unnamed``: of those whose case nobody can name to it."""
+    found = [(run, command(run)) for run in in_order(runs)]
+    return {"rows": [{"number": numbers[run.run_id], "command": words} for run, words in found if words],
+            "foreign": numbers.cite(run.run_id for run, words in found if not words and _is_foreign(run)),
+            "unnamed": numbers.cite(run.run_id for run, words in found if not words and not _is_foreign(run))}
 
 
 def command(run: RunRecord) -> str | None:
-    """The command line that makes this row, every setting spelled out."""
-    if run.flags.get("imported") or run.flags.get("simulated") or "preset" not in run.config:
+    """The command line that makes this row, every setting spelled out; None for a row that another program made, or
+    whose case the command line has no name for."""
+    case = spelled(run)
+    if _is_foreign(run) or case is None:
         return None
     world = run.config.get("world")
     program = ["torchrun", "--nproc-per-node", str(world)] if isinstance(world, int) and world > 1 else ["python"]
-    words = [*program, "-m", "harness", "case", clean(run.case, 80), clean(run.dtype_config, 80), "--seed", str(run.seed)]
+    words = [*program, "-m", "harness", "case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
     for key, option in OPTIONS.items():
         if run.config.get(key) is not None:
             words += [option, clean(run.config[key], 200)]
     for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
         if run.config.get(key) is True:
             words.append(option)
-    return shlex.join(words)
+    return shlex.join(words) + unusual([run], RARE)
 
+
+def _is_foreign(run: RunRecord) -> bool:
+    return bool(run.flags.get("imported") or run.flags.get("simulated")) or "preset" not in run.config
 
 def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
     """Machine and packages; where rows differ, every value with the number of rows that have it."""
@@ -53,7 +64,8 @@ def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
     if not found:
         found = {name: {value: 1} for name, value in (_printed(*item) for item in machine.items())}
     return [(name.removesuffix("_version").replace("_", " "),
-             next(iter(values)) if len(values) == 1 else "; ".join(f"{value} ({n} rows)" for value, n in values.items()))
+             next(iter(values)) if len(values) == 1 else
+             "; ".join(f"{value} ({count(n, 'row')})" for value, n in values.items()))
             for name, values in found.items()]
 
 

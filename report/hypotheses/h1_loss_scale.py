@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench_cases import DTYPE_CONFIGS
+from instrument.count import count
 from instrument.records import RunRecord
 from report.hypotheses.evidence_base import BySeed, EvidenceBase, ids
 from report.hypotheses.finding import Evidence, Finding, decide_count, finding, unanimous
@@ -56,7 +57,7 @@ def _place(base: EvidenceBase, single: str, multi: str, place: str) -> Evidence 
         return None
     hits = sum(cells[0][seed].status == "completed" and cells[1][seed].status == "diverged" for seed in cells[0])
     share = share_interval(hits, len(cells[0]))
-    sentence = (f"{why}{judged} survives single-label and dies on multi-label with {hits} of {share.n} seeds "
+    sentence = (f"{why}{judged} survives single-label and dies on multi-label with {hits} of {count(share.n, 'seed')} "
                 f"[{share.low:.2f}, {share.high:.2f}].")
     return Evidence(place, decide_count(hits, share.n), share, sentence, ids(*cells))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from instrument.count import count
 from instrument.records import RunRecord
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import Evidence, Finding, decide_count, finding, somewhere
@@ -32,7 +33,7 @@ def _place(base: EvidenceBase, case: str) -> Evidence | None:
     hits = sum(any(overflows(base.folder, run).any() for run in runs) for runs in by_seed.values())
     largest = [max(_largest(base, run) for run in runs) for runs in by_seed.values()]
     share = exponential(mean_interval(np.log([value / FP16_MAX for value in largest])))
-    sentence = (f"a logit leaves fp16's range with {hits} of {share.n} seeds; the largest finite one is "
+    sentence = (f"a logit leaves fp16's range with {hits} of {count(share.n, 'seed')}; the largest finite one is "
                 f"{max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504.")
     return Evidence(case, decide_count(hits, share.n), share, sentence,
                     tuple(run.run_id for runs in by_seed.values() for run in runs))

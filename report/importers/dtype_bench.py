@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_cases import CASES, DTYPE_CONFIGS
+from instrument.count import count
 from instrument.files import replace
 from instrument.flops.closed_form import CLOSED_FORMS, Sizes
 from instrument.mfu import Peaks, datasheet_peaks
@@ -61,7 +62,7 @@ def import_dtype_bench(path: Path, out: Path, gpu: str = DEFAULT_GPU) -> tuple[l
         except (ValueError, TypeError, KeyError) as error:
             source.defects.append(defect("results.jsonl", None, f"run {row['run_id']!r} left out: {error}"))
     if not imported:
-        first = f"; the first of {len(source.defects)} defects: {source.defects[0]}" if source.defects else ""
+        first = f"; the first of {count(len(source.defects), 'defect')}: {source.defects[0]}" if source.defects else ""
         raise ImportRefused(f"{path} holds no run of dtype-bench that can be imported{first}")
     _write(out, imported)
     return [record for record, _ in imported], source.defects

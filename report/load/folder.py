@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from instrument.count import count
 from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
 from instrument.run_id import is_safe
 from instrument.sampler.record import HardwareRecord
@@ -27,7 +28,7 @@ def load(path: Path) -> Folder:
         raise NoResults(f"{path} {what}; give a results folder, such as results/nvidia-h200", missing=True)
     runs, defects = read_runs(path)
     if not runs:
-        found = f"; the first of {len(defects)} defects: {defects[0]}" if defects else ""
+        found = f"; the first of {count(len(defects), 'defect')}: {defects[0]}" if defects else ""
         raise NoResults(f"{path} holds no valid run: neither runs/*/run.json nor results.jsonl has one{found}",
                         missing=False, defects=tuple(defects))
     return Folder(path, runs, defects)
@@ -141,7 +142,7 @@ class Folder:
         """A row tells how many steps it did; a log that holds another number lost some."""
         told = self.by_id[run_id].steps_done
         if found != told and not defects:
-            what = "is missing" if not stored(self.path / name, name)[0].exists() else f"holds {found} steps"
+            what = "is missing" if not stored(self.path / name, name)[0].exists() else f"holds {count(found, 'step')}"
             defects.append(defect(name, None, f"{what}, and its row says {told}"))
 
     def _side_file(self, name: str) -> dict[str, Any] | None:
@@ -158,6 +159,7 @@ def _each_step_once(columns: dict[str, np.ndarray], name: str, defects: list[Def
         return columns
     kept_steps, first = np.unique(steps, return_index=True)
     repeats = len(steps) - len(kept_steps)
-    what = f"{repeats} rows repeat a step; the first row of each counts" if repeats else "steps out of order; sorted"
+    what = f"{count(repeats, 'row repeats', 'rows repeat')} a step; the first row of each counts" if repeats else \
+        "steps out of order; sorted"
     defects.append(defect(name, None, what))
     return {field: column[first] for field, column in columns.items()}

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from instrument.count import count
 from report.plots.decimate import decimate
 from report.plots.direct_labels import label_right
 from report.plots.palette import look
@@ -83,7 +84,7 @@ def _reach(axes: Axes, differences: np.ndarray) -> float:
     if reach == 0 or size.max() <= 1.6 * reach:
         return np.inf
     axes.set_ylim(-reach, reach)
-    axes.text(1.0, 1.02, f"{(size > reach).sum()} points beyond the frame, up to {size.max():.2g}",
+    axes.text(1.0, 1.02, f"{count((size > reach).sum(), 'point')} beyond the frame, up to {size.max():.2g}",
               transform=axes.transAxes, ha="right", va="bottom", size=SMALL_PT, color=MUTED)
     return reach
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from instrument.count import count
 from instrument.records import RunRecord
 from report.load import Folder
 from report.tables.columns import REFERENCE, column_of
@@ -59,7 +60,7 @@ def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True)
         seen: dict[tuple[str, int], str] = {}
         for run in runs:
             if _key(run) != main:
-                excluded.append((run.run_id, f"other settings than the {variants[main]} runs shown of its case: "
+                excluded.append((run.run_id, f"other settings than the {count(variants[main], 'run')} shown of its case: "
                                              f"{_difference(_key(run), main)}"))
             elif (run.dtype_config, run.seed) in seen:
                 excluded.append((run.run_id, f"a second run of what {seen[run.dtype_config, run.seed]} did"))

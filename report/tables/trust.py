@@ -53,8 +53,12 @@ def _fairness(selection: Selection) -> Check:
         return Check("fairness", None, f"{len(unknown)} of {count(len(pairs), 'pair')} have no hashes of weights and batches: "
                                        f"that they are the same is the word of their source.",
                      tuple(run.run_id for run in unknown))
-    return Check("fairness", True, f"All {len(pairs)} runs share initial weights, batches, switches and attention backend with "
-                                   f"fp32_true of their case and seed (hashes in every row).")
+    return Check("fairness", True, f"{_all(len(pairs))} initial weights, batches, switches and attention backend with "
+                                   f"fp32_true of {'its' if len(pairs) == 1 else 'their'} case and seed (hashes in every row).")
+
+
+def _all(pairs: int) -> str:
+    return "The one run shares" if pairs == 1 else f"All {pairs:,} runs share"
 
 
 def _health(folder: Folder) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from instrument.count import count
 from report.hypotheses.evidence_base import EvidenceBase, log_ratios
 from report.statistics.interval import FEWEST_SEEDS, exponential, mean_interval
 from report.tables.columns import REFERENCE, is_control, series_order
@@ -23,10 +24,10 @@ def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | No
     for state in ("diverged", "poor"):
         bad = [j for j in judged if j.state == state]
         if bad:
-            return f"{_words(bad[0], state)} ({len(bad)} of {len(judged)} runs)"
+            return f"{_words(bad[0], state)} ({len(bad)} of {count(len(judged), 'run')})"
     ends = Counter(j.run.status for j in judged if j.state == "failed" and not _is_an_accident(base, j))
     if ends:
-        return ", ".join(f"{status} ({n} of {len(judged)} runs)" for status, n in ends.most_common())
+        return ", ".join(f"{status} ({n} of {count(len(judged), 'run')})" for status, n in ends.most_common())
     return _slow(base, cases, config)
 
 

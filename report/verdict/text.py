@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import shlex
 import textwrap
 
 from report.load import Folder
@@ -72,13 +72,23 @@ def command_lines(command: str) -> list[str]:
     """The next command, continued with backslashes so that it can be copied as it is. Lines break before
     an option, and within one only where it is longer than a line."""
     found = [f"{'next':<{INDENT - 1}}"]
-    for option in re.split(r" (?=--)", command):
-        fits = INDENT + 2 + len(option) <= WIDTH - 2
-        for word in [option] if fits else option.split(" "):
+    for option in _options(shlex.split(command)):
+        fits = INDENT + 2 + len(shlex.join(option)) <= WIDTH - 2
+        for word in [shlex.join(option)] if fits else map(shlex.quote, option):
             if len(found[-1]) + 1 + len(word) > WIDTH - 2:
                 found[-1] += " \\"
                 found.append(" " * (INDENT + 1))
             found[-1] += " " + word
+    return found
+
+
+def _options(words: list[str]) -> list[list[str]]:
+    """The words of a command, each option with its values."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            found.append([])
+        found[-1].append(word)
     return found
 
 

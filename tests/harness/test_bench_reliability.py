@@ -5,13 +5,15 @@ import argparse
 import json
 import os
 import shutil
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from harness import bench, cli
 from harness.bench import reliability
-from harness.bench.reliability import KINDS, Kind, aftermath, processes, same_run
-from harness.bench.reliability.trial import Trial, tally
+from harness.bench.reliability import KINDS, Kind, aftermath, processes, same_run, terminal
+from harness.bench.reliability.trial import Tally, Trial, tally
 from harness.exit_codes import OK, RUN_FAILED, USAGE
 from harness.resume import log_paths
 
@@ -188,3 +190,17 @@ def test_every_kind_is_there_and_needs_no_torch_to_be_listed():
     assert len(reliability.asked([])) == len(KINDS) and all(callable(kind.load()) for kind in KINDS.values())
     assert set(SAMPLES) | ELSEWHERE == set(KINDS)
     assert "reliability" not in bench.asked([], 1) and bench.asked(["reliability"], 1) == ["reliability"]
+
+
+def test_a_kind_s_row_fits_a_small_terminal(monkeypatch):
+    told = StringIO()
+    monkeypatch.setattr(terminal, "CONSOLE", Console(file=told, width=80, highlight=False))
+    tally = Tally("ray_nodes", "a node of two is killed " * 6, trials=1_000, seconds_s=123.4)
+    tally.counts["run again"] = 1_000
+    with terminal.Screen() as screen:
+        screen.done(tally)
+    lines = [line.rstrip() for line in told.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80 and len(lines) == 5
+    assert lines[0].split() == ["bench", "reliability", "trials", "lost", "seconds"]
+    assert lines[1].split() == ["ray_nodes", "1,000", "0", "123"] and len(lines[0]) == len(lines[1])
+    assert " ".join(" ".join(lines[2:]).split()) == "a node of two is killed " * 6 + "1,000 run again"

@@ -146,6 +146,24 @@ def test_a_call_without_minutes_leaves_everything_to_the_next(tmp_path, quick_ma
     assert json.loads((tmp_path / "results" / "campaign.json").read_text())["plan"]["max_steps"] == steps
 
 
+def test_a_small_call_keeps_nothing_free_for_a_dossier_that_cannot_be(tmp_path, quick_machine, monkeypatch):
+    """Before a run has ended there is none to build; from the first run on there is. What ends late is in the minutes."""
+    from harness.campaign import call, process
+
+    asked = {}
+
+    def run(command, files, *, call_s, grace_s, beat, **_):
+        asked[files.name] = (call_s, grace_s)
+        beat(4242, 0.0)
+        return process.Ended(0, 0.0, None, "")
+
+    monkeypatch.setattr(process, "run", run)
+    assert campaign(tmp_path, "--minutes", "2", "--ops", "unscale", "--skip", "fit", "bench") == 0
+    for name, dossier_s in (("doctor", 0.0), ("overhead", 0.0), ("calibrate", 0.0), ("run-gpt2_clm-s0", call.DOSSIER_S["cpu"])):
+        call_s, grace_s = asked[name]
+        assert 100 < call_s + grace_s + dossier_s <= 120, name
+
+
 @pytest.mark.parametrize("asked, words", [
     ({"data": "nowhere"}, "no such folder or file"), ({"cases": ["gpt3_clm"]}, "gpt3_clm"), ({"configs": ["fp4"]}, "fp4"),
     ({"cases": ["gpt2_clm@9999"]}, "longer than the"), ({"device": "cuda"}, "torch sees no GPU here")])

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 from harness.campaign.calibration import cost_of, kind, representatives, spread
-from harness.campaign.plan import CASE_ORDER, LADDER, Cost, Variant, make_plan, order
+from harness.campaign.plan import CASE_ORDER, LADDER, Block, Cost, Plan, Variant, make_plan, order
+from harness.campaign.terminal import CASES_ABREAST, show_plan
 from harness.settings import SettingsError
 from instrument.records import RunRecord
 
@@ -137,3 +138,19 @@ def test_a_case_that_the_calibration_did_not_reach_costs_what_the_dearest_does()
 
 def test_the_control_has_the_classifiers_length():
     assert PRESETS["full"].sequence_length("gpt2_clm") != 512 == PRESETS["full"].sequence_length("roberta_mlm")
+
+
+def test_the_plan_is_readable_on_a_small_terminal(capsys, monkeypatch):
+    """Every case and every configuration, within 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    costs = {(case, config): Cost(1.0, 1.234, "measured" if config == "fp32_true" else "estimated", died=config == "fp16_naive")
+             for case in CASES for config in DTYPE_CONFIGS}
+    blocks = tuple(Block(case, 0, tuple(DTYPE_CONFIGS), 60_000.0) for case in CASES)
+    plan = Plan(1_000, (0,), blocks, 1e5, 1e5, True, "it fits")
+    show_plan(plan, costs, {"configs": list(DTYPE_CONFIGS), "labels": list(CASES)})
+    lines = capsys.readouterr().err.splitlines()
+    (sentence,) = [line for line in lines if "  plan: 1,000 steps, seed 0, 8 blocks of 14 configurations" in line]
+    assert max(len(line) for line in lines if line is not sentence and "milliseconds" not in line) <= 80
+    assert ["fp16_naive", *["~1234", "x"] * CASES_ABREAST] in [line.split() for line in lines]
+    last = ["8", "roberta_multi_cls_labelsum", "0", "1000.0", "min", "8000.0", "min", "fp32_true"]
+    assert last in [line.split() for line in lines]

@@ -1,6 +1,7 @@
 """The command line as a person meets it: quick help, one-line errors, exit codes, the old spelling."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -140,3 +141,50 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
              "tags", "--configs", "amp_bf16", *SMALL, "--data", str(mine), "--json", "--out", str(tmp_path / "out")]
     assert main([*words, "--rerun"]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["status"] == "completed"
+
+
+@pytest.mark.parametrize("command", [["case", "gpt2_clm", "fp32_true"],
+                                     ["matrix", "--cases", "gpt2_clm", "--configs", "fp32_true"]])
+def test_a_run_outlives_whoever_read_its_words(tmp_path, command):
+    """`| head` ends neither a run nor a matrix: the row is that of a run to its end, and so is the exit status."""
+    end, pipe = os.pipe()
+    os.close(end)
+    sizes = ["--max-steps", "2", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--documents", "200",
+             "--validation-documents", "4", "--preset", "tiny", "--device", "cpu", "--json", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "harness", *command, *sizes], stdout=pipe, stderr=pipe, timeout=300,
+                          check=False)
+    os.close(pipe)
+    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (done.returncode, row["status"], row["steps_done"]) == (0, "completed", 2)
+
+
+def test_the_lists_tables_fit_a_small_terminal(capsys, monkeypatch):
+    """A case is one line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
+    assert [line.split()[1:] for line in lines if line.startswith("gpt2_multi_cls ")] == [
+        ["C", "GPT-2", "multi-label", "BCE", "2e-3", "1e-4", "5e-5"]]
+    assert sum(line.endswith("5e-5") or line.endswith("3e-5") or line.endswith("1e-4") for line in lines) >= 8
+
+
+def test_names_may_stand_behind_options(capsys):
+    options = parse("gpt2_clm", "--max-steps", "3", "amp_fp16", "--seed", "2")
+    assert (asked_case(options).id, asked_config(options).id, options.max_steps, options.seed) == ("gpt2_clm", "amp_fp16", 3, 2)
+    for words in (["case", "gpt2_clm", "amp_fp16", "--no-such", "x"], ["inspect", "a", "b"], ["list", "x"]):
+        with pytest.raises(SystemExit):
+            arguments.parser().parse_args(words)
+        assert "unrecognized arguments" in capsys.readouterr().err
+    assert main(["case", "gpt2_clm", "--max-steps", "3", "amp_fp16", "amp_bf16"]) == 2
+    assert "given: amp_fp16, amp_bf16" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """Behind the runs, which are kept."""
+    monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
+    (tmp_path / "file").write_text("mine")
+    code = main(["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "--out", str(tmp_path / "out"),
+                 "--svg", str(tmp_path / "file" / "x.svg")])
+    assert code == 5 and f"harness: cannot use {tmp_path / 'file'}" in capsys.readouterr().err.splitlines()[-1]
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1

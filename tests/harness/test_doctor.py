@@ -238,7 +238,7 @@ def test_rates_that_do_not_hold_here_are_refused_with_the_reason(tmp_path):
     assert "doctor --measure" in rates_measured_here(tmp_path, HERE, 1)[1]
     merge_measured(tmp_path, HERE, RATES)
     assert rates_measured_here(tmp_path, HERE, 4) == \
-        (None, "rates were measured on 1 and 8 CPU thread(s), and this run uses 4 CPU thread(s)")
+        (None, "rates were measured on 1 and 8 CPU threads, and this run uses 4 CPU threads")
     assert "this run uses the GPU" in rates_measured_here(tmp_path, HERE, None)[1]
     other = HERE | {"gpu": "NVIDIA H200"}
     assert "gpu none, and this one has NVIDIA H200" in rates_measured_here(tmp_path, other, None)[1]

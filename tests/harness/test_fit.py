@@ -15,6 +15,7 @@ from harness.cli import main
 from harness.fit import command
 from harness.fit.processes import Processes
 from harness.fit.search import Tried, granularity, search
+from harness.fit.terminal import table
 from harness.fit.trial import Trial, measure
 
 GB = 10**9
@@ -177,6 +178,29 @@ def test_the_command(tmp_path, trials, capsys):
     assert fit(tmp_path, "--configs", "fp32_true", "--seq-len", "64") == 0 and trials[3].asked
     kept = json.loads((tmp_path / "fit.json").read_text())["rows"]
     assert len(kept) == 7 and sum(row["config"] == "fp32_true" for row in kept) == 2
+
+
+def wide_row(config, **found):
+    """A row of the table, of a card with room for very much."""
+    return {"config": config, "status": "found", "largest_batch": 1_760, "within_rows": 160, "peak_bytes": 133 * GB,
+            "tokens_per_s": 1_234_567.0, "real_tokens_per_s": 912_345.0, "at_32": {"real_tokens_per_s": 801_234.0},
+            "limited_by": None, "cost_per_1e9_real_tokens": 12.34, "cost_per_1e9_real_tokens_at_32": 14.05} | found
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_is_whole_on_a_small_terminal(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    nothing = dict.fromkeys(("largest_batch", "within_rows", "peak_bytes", "tokens_per_s", "real_tokens_per_s", "at_32",
+                             "cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32"))
+    table("gpt2_multi_cls", [wide_row("fp16_naive_fp32_states"), wide_row("bf16_pure", status="at_least"),
+                             wide_row("amp_fp16", within_rows=1), wide_row("fp32_true", status="none_fits", **nothing)], 3.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    cells = {line.split()[0]: line.split()[1:] for line in lines if "_" in line}
+    assert cells["fp16_naive_fp32_states"] == ["1760–1919", "133.0", "1,234.6", "912.3", "801.2", "12.34", "14.05"]
+    assert cells["bf16_pure"][:2] == ["≥", "1760"] and cells["amp_fp16"][0] == "1760"
+    assert cells["fp32_true"] == ["none", "fits", *"–" * 6]
+    assert "1760–1919: 1760 rows fit, 1920 do not" in " ".join(" ".join(lines).split())
 
 
 def test_a_batch_that_does_not_fit_twice_is_none(tmp_path, trials, monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shlex
 import shutil
 from io import StringIO
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 
 from bench_cases import CASES, DTYPE_CONFIGS
+from harness.arguments import parser
 from harness.cli import main
 from harness.inspect.chart import BACKWARD, BARS, FORWARD, FP16_MAX, LIMIT, histogram_lines, history_chart, number
 from harness.inspect.findings import gather
@@ -224,6 +227,13 @@ def test_a_long_chain_remedies_and_absorbed_ops_are_shown(results, tmp_path):
     assert "--try all" not in text
 
 
+def test_its_commands_are_for_pasting_wherever_the_results_lie(results, tmp_path):
+    out = shutil.copytree(results[0], tmp_path / "my results")
+    found = gather(locate(results[1].run_id, out))
+    commands = [shlex.split(line) for line in screen(found, 80) if "python -m harness inspect" in line]
+    assert [parser().parse_args(words[3:]).out for words in commands] == [out, out]
+
+
 def test_a_replay_that_differs_is_told(results, tmp_path):
     out, failed, _ = copied(results, tmp_path)
     assert "near case" in "\n".join(screen(planted(out, failed, matched=False), 80))
@@ -306,3 +316,65 @@ def test_a_wide_histogram_is_folded_to_the_width():
 def test_numbers_in_few_characters(value, words):
     assert number(value) == words
     assert torch.finfo(torch.float16).max == FP16_MAX
+
+
+# -- the stack of a crash ------------------------------------------------------------------------
+
+TRACEBACK = '''Traceback (most recent call last):
+  File "{root}/harness/attempt.py", line 69, in run
+    self._evaluate(0)
+  File "/usr/lib/python3.11/site-packages/torch/nn/modules/module.py", line 1884, in _call_impl
+    result = forward_call(*args, **kwargs)
+             ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  File "/home/me/my model.py", line 7, in strike
+    torch.ones(2, 3) @ torch.ones(2, 3)
+    ~~~~~~~~~~~~~~~~~^~~~~~~~~~~~~~~~~~
+  File "/usr/lib/python3.11/site-packages/torch/_tensor.py", line 40, in wrapped
+    return f(*args, **kwargs)
+RuntimeError: mat1 and mat2 shapes cannot be multiplied
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "{root}/harness/run.py", line 87, in _execute_claimed
+    Attempt(settings).run()
+KeyError: 'behind it'
+'''
+DUMP = ['File "/home/me/my model.py", line 7 in strike', 'File "/usr/lib/python3.11/site-packages/torch/x.py", line 3 in f',
+        'File "<frozen runpy>", line 88 in _run_code']
+
+
+def crashed(results, tmp_path, **flags):
+    """What is found of a run that ended in an error with these flags."""
+    out, _, healthy = copied(results, tmp_path)
+    path = out / "runs" / healthy.run_id / "run.json"
+    path.write_bytes(encode(msgspec.structs.replace(
+        decode(path.read_bytes(), RunRecord), status="error", steps_done=2, flags=flags,
+        error="RuntimeError: mat1 and mat2 shapes cannot be multiplied")))
+    return gather(locate(healthy.run_id, out)), path.parent
+
+
+def test_a_crash_shows_our_and_the_models_frames_and_where_it_struck(results, tmp_path):
+    """Of a chain of exceptions, the one that the row names; libraries' frames only where they are the innermost."""
+    root = Path(__file__).resolve().parents[2]
+    found, folder = crashed(results, tmp_path, traceback=TRACEBACK.replace("{root}", str(root)))
+    assert [(f["file"].rpartition("/")[2], f["line"], f["function"], f["code"]) for f in found["stack"]["frames"]] == [
+        ("attempt.py", 69, "run", "self._evaluate(0)"), ("my model.py", 7, "strike", "torch.ones(2, 3) @ torch.ones(2, 3)"),
+        ("_tensor.py", 40, "wrapped", "return f(*args, **kwargs)")]
+    lines = screen(found, 40)
+    assert "  harness/attempt.py:69 in run" in lines and "  /home/me/my model.py:7 in strike" in lines
+    assert f"  the whole stack: flags.traceback in {folder / 'run.json'}" in lines
+
+
+def test_a_crash_below_python_shows_the_dumped_frames(results, tmp_path):
+    found, folder = crashed(results, tmp_path, death={"cause": "segfault", "stack": DUMP})
+    assert [f["function"] for f in found["stack"]["frames"]] == ["strike"] and found["stack"]["frames"][0]["code"] is None
+    assert "  /home/me/my model.py:7 in strike" in screen(found, 80)
+    assert f"  the whole stack: {folder / 'output.log'}" in screen(found, 80)
+
+
+@pytest.mark.parametrize("flags", [{}, {"traceback": "no frame"}, {"traceback": 3}, {"death": {"cause": "killed"}},
+                                   {"death": []}, {"death": {"stack": [3]}}, {"death": {"stack": []}}])
+def test_a_row_without_a_stack_has_no_such_section(results, tmp_path, flags):
+    found, _ = crashed(results, tmp_path, **flags)
+    assert "stack" not in found and "whole stack" not in "\n".join(screen(found, 80))

@@ -67,6 +67,15 @@ def test_a_shard_that_does_not_exist_is_refused(text, tmp_path, capsys):
     assert "--shard" in said and "allowed" in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_a_shard_without_a_run_says_so_and_leaves_nothing(tmp_path, capsys):
+    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--shard", "9/9", "--out",
+             str(tmp_path / "out")]
+    assert cli.main(words) == OK
+    assert capsys.readouterr() == ("", "shard 9/9: nothing to do here: 2 runs of the plan are in other shards\n")
+    assert cli.main([*words, "--dry-run", "--json"]) == OK
+    assert json.loads(capsys.readouterr().out)["todo"] == [] and not (tmp_path / "out").exists()
+
+
 def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsys):
     """fp16_naive diverges: its controls come along in its shard, but for the one that is planned in the other shard."""
     monkeypatch.setattr(matrix, "last_words", lambda out: None)
@@ -78,12 +87,16 @@ def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsy
         assert cli.main([*words, str(part), "--shard", f"{number}/2"]) == OK
     ids = [{row.run_id for row in finished_runs(part)} for part in parts]
     assert len(ids[0]) == 2 and len(ids[1]) == 2 and not ids[0] & ids[1]
-    assert "shard 1/2: 1 runs" in capsys.readouterr().err
+    assert "shard 1/2: 1 run," in capsys.readouterr().err
     assert cli.main(["repair", str(tmp_path / "all"), "--merge", *map(str, parts)]) == OK
     assert indexed_rows(tmp_path / "all").keys() == indexed_rows(whole).keys() == ids[0] | ids[1]
     for run_id in indexed_rows(whole):
         assert comparable(tmp_path / "all", run_id) == comparable(whole, run_id), run_id
     capsys.readouterr()
+    assert cli.main([*words, str(tmp_path / "all")]) == OK
+    said = capsys.readouterr().err
+    assert f"nothing to do: all 4 runs are done in {tmp_path / 'all'}" in said
+    assert "0 runs" not in said and "report:" not in said
     assert cli.main([*words, str(tmp_path / "all"), "--dry-run", "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["todo"] == []
     assert cli.main([*words, str(tmp_path / "all"), "--rerun", "--dry-run", "--json"]) == OK

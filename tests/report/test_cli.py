@@ -143,3 +143,12 @@ def test_without_weasyprint_the_page_is_built_and_a_line_says_what_is_missing(ca
     assert code == 0 and (tmp_path / "dossier" / "index.html").is_file() and not (tmp_path / "dossier" / "dossier.pdf").exists()
     assert err.startswith("report: going on without dossier.pdf: no PDF without WeasyPrint: install weasyprint")
     assert str(tmp_path / "dossier" / "index.html") in err and "--no-pdf" in err
+
+
+@pytest.mark.parametrize("words", [["build", "--no-pdf"], ["export", "--to", "csv"]])
+def test_a_file_where_the_output_should_go_is_one_sentence(capsys, small, tmp_path, words):
+    (tmp_path / "file").write_text("mine")
+    assert main([words[0], str(small.path), *words[1:], "--out", str(tmp_path / "file")]) == exit_codes.ENVIRONMENT
+    said = capsys.readouterr().err
+    assert said.startswith(f"report: cannot use {tmp_path / 'file'}") and said.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"

@@ -53,7 +53,7 @@ def test_stability_that_differs_between_devices_is_named(plant):
     assert comparison.differences == ("gpt2_clm, bf16_pure: first completed, second diverged (NaN @ 9)",)
 
 
-@pytest.mark.parametrize(("count", "prices", "says"), [(1, None, "two results folders or more"), (2, [1.0], "1 prices for 2"),
+@pytest.mark.parametrize(("count", "prices", "says"), [(1, None, "two results folders or more"), (2, [1.0], "1 price for 2"),
                                                        (3, None, "two folders hold runs of first")])
 def test_wrong_use_is_refused_in_one_sentence(pair, count, prices, says):
     with pytest.raises(UsageError, match=says):

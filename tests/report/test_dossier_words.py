@@ -1,6 +1,7 @@
 """What the page says beside its figures: citations, commands, cards, tables of measurements."""
 
 import re
+import shlex
 from types import SimpleNamespace
 
 import msgspec
@@ -63,13 +64,70 @@ def test_options_of_a_command_are_options_of_the_harness():
 
 def test_what_this_harness_did_not_make_has_no_command(runs):
     numbers = RowNumbers(runs)
-    assert commands(runs, numbers) == {"rows": [], "foreign": [("1–84", "row-1")]}
+    assert commands(runs, numbers) == {"rows": [], "foreign": [("1–84", "row-1")], "unnamed": []}
+
+
+OWN = """
+from dataclasses import replace
+from bench_cases import CASES
+CASE = replace(CASES["gpt2_multi_cls"], id="gpt2_multi_cls_mine")
+"""
+MODEL = '{"model_type": "gpt2", "n_positions": 256}'
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder with a case and a model of one's own, whose names need quoting."""
+    (tmp_path / "my cases").mkdir()
+    (tmp_path / "my cases" / "mine.py").write_text(OWN)
+    (tmp_path / "modèle").mkdir()
+    (tmp_path / "modèle" / "config.json").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("asked", [
+    ["gpt2_clm"], ["my cases/mine.py:CASE"], ["--model", "modèle", "--task", "multi_cls"],
+    ["my cases/mine.py:CASE", "--documents", "70", "--validation-documents", "8", "--threads", "2", "--batch-size", "6",
+     "--eval-every", "3", "--lr", "1e-4", "--max-steps", "9", "--compile", "--text-field", "my text"]])
+def test_a_command_pasted_makes_the_same_run(runs, elsewhere, asked):
+    """Whatever a case is called, and whatever was asked for: the row's own command resolves to the row's run id."""
+    settings = resolved(["python", "-m", "harness", "case", *asked, "--dtype-config", "amp_fp16", "--seed", "7"])
+    row = msgspec.structs.replace(runs[0], case=settings.case.id, dtype_config="amp_fp16", seed=7, preset="tiny",
+                                  batch_size=settings.batch_size, config=settings.as_config(),
+                                  flags={"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {})
+    assert resolved(shlex.split(command(row))).run_id == settings.run_id
+
+
+def resolved(words):
+    """What `harness case` would run for a command line."""
+    import torch
+
+    from harness import arguments
+    from harness.case import asked_case, asked_config
+    from harness.planning import plan_run
+
+    options = arguments.parser().parse_args(words[3:])
+    return plan_run(asked_case(options), asked_config(options), options.seed, arguments.request(options), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("said", [None, [], ["a", 3], "x.py:C", ["x.py:C\nrm"], ["y" * 500]])
+def test_an_own_case_whose_name_is_not_known_has_no_command(runs, said):
+    row = msgspec.structs.replace(runs[0], case="mine", flags={} if said is None else {"case_spelled": said},
+                                  config={"preset": "tiny"})
+    assert command(row) is None
+    assert commands([row], RowNumbers([row])) == {"rows": [], "foreign": [], "unnamed": [("1", "row-1")]}
+
+
+@pytest.mark.parametrize("value", [[], {"lr": 3}, None, "x"])
+def test_a_row_with_broken_settings_still_has_its_command(runs, value):
+    broken = dict.fromkeys(("case", "documents", "text_field", "threads"), value)
+    assert command(msgspec.structs.replace(runs[0], flags={}, config={"preset": "tiny"} | broken)) is not None
 
 
 def test_versions_that_differ_are_all_told(runs):
     rows = [msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "memory_bytes": 25e9, "secret": "x"})
             for i, run in enumerate(runs[:3])]
-    assert versions(rows, {}) == [("torch", "2.10 (2 rows); 2.11 (1 rows)"), ("memory", "25.0 GB")]
+    assert versions(rows, {}) == [("torch", "2.10 (2 rows); 2.11 (1 row)"), ("memory", "25.0 GB")]
     assert versions([], {"python": "3.11"}) == [("python", "3.11")]
 
 

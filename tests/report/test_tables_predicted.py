@@ -84,6 +84,8 @@ def test_a_case_that_nobody_asked_about_names_the_command(plant):
     assert predicted(real).missing == (CASE,)
     (line,) = prediction_words(predicted(real), real)["missing"]
     assert f"not measured: python -m harness predict {CASE} --out " in line
+    mine = plant((CASE,), CONFIGS, (0,), lambda *_: {"flags": {"case_spelled": ["my dir/mine.py:C"]}, "case": "mine"}, "mine")
+    assert ": python -m harness predict 'my dir/mine.py:C' --out " in prediction_words(predicted(mine), mine)["missing"][0]
     lone = plant((CASE,), ("amp_fp16",), (0,), lambda *_: {"flags": {}}, "lone")
     assert predicted(lone).missing == () and "no run can be compared" in prediction_words(predicted(lone), lone)["missing"][0]
 

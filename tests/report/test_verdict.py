@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shlex
 
 import pytest
 
@@ -123,6 +124,37 @@ REAL = {"flags": {}}
     ((LM,), CONFIGS, (0,), {}, "python -m harness matrix --seeds 0 1 2")])
 def test_the_next_command_fills_the_largest_gap(plant, cases, configs, seeds, given, command):
     assert command in verdict(plant(cases, configs, seeds, lambda *_: dict(given))).next_command
+
+
+MINE = {"case": "gpt2_clm_mine", "flags": {"case_spelled": ["my dir/mine.py:CASE"]}}
+MODEL = {"case": "gpt_neo_clm", "flags": {"case_spelled": ["--model", "my model", "--task", "clm"]}}
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (MINE, ["--cases", "my dir/mine.py:CASE", "--seeds"]), (MODEL, ["--model", "my model", "--task", "clm", "--seeds"]),
+    (MINE | {"flags": {}}, ["--cases", "gpt2_clm", "roberta_mlm"])])
+def test_the_next_command_names_a_case_of_ones_own_as_the_command_line_knows_it(plant, given, words):
+    """A case that nobody can name is passed over."""
+    command = shlex.split(verdict(plant((LM,), CONFIGS, (0,), lambda *_: dict(given))).next_command)
+    assert command[4:4 + len(words)] == words
+
+
+def test_the_next_command_makes_runs_that_compare_with_those_there_are(plant):
+    """Settings that the command line would not choose are said again; where cases differ in them they cannot be."""
+    def config(lr, data="my data"):
+        return REAL | {"config": {"lr": lr, "data": data, "text_field": "body", "max_steps": 60, "attention": "math",
+                                  "compile": True, "untimed_steps": 5, "device": "cuda"}}
+    folder = plant((LM, MULTI), CONFIGS, (0,), lambda case, *_: config(0.5 if case == LM else 0.25))
+    assert "--preset full --data 'my data' --max-steps 60 --text-field body --sdpa math --compile --out" in \
+        verdict(folder).next_command
+    assert "--lr 0.5 " in verdict(plant((LM,), CONFIGS, (0,), lambda *_: config(0.5), "same rate")).next_command
+
+
+def test_a_long_command_is_broken_where_it_stays_one():
+    command = shlex.join(["python", "-m", "harness", "matrix", "--cases", *(f"folder {i}/my case.py:CASE" for i in range(5)),
+                          "--out", "results of -- mine" * 4])
+    text = "\n".join(command_lines(command))
+    assert " \\\n" in text and shlex.split(text.replace("\\\n", ""))[1:] == shlex.split(command)
 
 
 def fits(text):

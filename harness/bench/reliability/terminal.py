@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 
+from rich.padding import Padding
 from rich.status import Status
+from rich.text import Text
 
 from harness.bench.reliability.trial import Tally
 from harness.bench.terminal import CONSOLE
+from instrument.count import count
 
 MOST_LOSSES = 10
 SECONDS_BETWEEN_WORDS = 60.0
 """Where nobody watches a terminal."""
-WIDTHS = (13, 67, 9, 6, 9)
+WIDTHS = (24, 9, 7, 9)
 
 
 class Screen:
@@ -23,7 +26,7 @@ class Screen:
         self._told_s = time.monotonic()
 
     def __enter__(self) -> Screen:
-        CONSOLE.print(_row("bench reliability", "", "trials", "lost", "seconds"), style="bold", markup=False)
+        CONSOLE.print(_row("bench reliability", "trials", "lost", "seconds"), style="bold", markup=False)
         if self._status:
             self._status.start()
         return self
@@ -34,7 +37,7 @@ class Screen:
 
     def tell(self, so_far: Tally) -> None:
         """A trial is over."""
-        words = f"{so_far.name}: {so_far.trials:,} trials, {len(so_far.losses):,} lost, {so_far.seconds_s:.0f} s"
+        words = f"{so_far.name}: {count(so_far.trials, 'trial')}, {len(so_far.losses):,} lost, {so_far.seconds_s:.0f} s"
         if self._status:
             self._status.update(words)
         elif time.monotonic() - self._told_s > SECONDS_BETWEEN_WORDS:
@@ -43,17 +46,21 @@ class Screen:
 
     def done(self, tally: Tally) -> None:
         """A kind is over: its row, and what was lost."""
-        CONSOLE.print(_row(tally.name, tally.what, f"{tally.trials:,}", f"{len(tally.losses):,}", f"{tally.seconds_s:.0f}"),
+        CONSOLE.print(_row(tally.name, f"{tally.trials:,}", f"{len(tally.losses):,}", f"{tally.seconds_s:.0f}"),
                       style="red" if tally.losses else None, markup=False)
+        _below(tally.what)
         if tally.counts:
-            CONSOLE.print(" " * (WIDTHS[0] + 1) + ", ".join(f"{count:,} {name}" for name, count in tally.counts.items()),
-                          style="dim", markup=False)
+            _below(", ".join(f"{n:,} {name}" for name, n in tally.counts.items()))
         for loss in tally.losses[:MOST_LOSSES]:
             CONSOLE.print(f"  lost: {loss}", markup=False)
         if len(tally.losses) > MOST_LOSSES:
             CONSOLE.print(f"  and {len(tally.losses) - MOST_LOSSES:,} more")
 
 
-def _row(name: str, what: str, *numbers: str) -> str:
-    words = f"{name:<{WIDTHS[0]}} {what:<{WIDTHS[1]}}" if what else f"{name:<{WIDTHS[0] + WIDTHS[1] + 1}}"
-    return words + "".join(f"{number:>{width}}" for number, width in zip(numbers, WIDTHS[2:], strict=True))
+def _row(name: str, *numbers: str) -> str:
+    return f"{name:<{WIDTHS[0]}}" + "".join(f"{number:>{width}}" for number, width in zip(numbers, WIDTHS[1:], strict=True))
+
+
+def _below(words: str) -> None:
+    """Beneath a row; words take as many lines as the terminal's width asks for."""
+    CONSOLE.print(Padding(Text(words, style="dim"), (0, 0, 0, 2), expand=False))

@@ -60,6 +60,20 @@ def test_usage_errors_are_one_sentence_and_touch_nothing(tmp_path, capsys):
         assert says in said and said.count("\n") == 1, said
 
 
+def test_a_dry_run_looks_at_the_address_and_says_that_nobody_was_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a dry run asked for a name"))
+    dry = [*SMALL, "--dry-run", "--out", str(tmp_path / "out"), "--engine", "ray"]
+    for address, says in (("nonsense", "allowed: HOST:PORT"), ("8.8.8.8:6379", "not a private address"),
+                          ("[2606:4700:4700::1111]:1", "not a private address")):
+        assert cli.main([*dry, "--address", address]) == USAGE
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1, said
+    for address in ("10.0.0.5:6379", "head.cluster:6379", "[fd00::1]:6379"):
+        assert cli.main([*dry, "--address", address]) == 0
+        assert f"; the cluster at {address} was not contacted\n" in capsys.readouterr().err
+    assert cli.main(dry) == 0 and "; no cluster was begun\n" in capsys.readouterr().err
+
+
 def test_without_ray_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(cluster, "bind_to_loopback", lambda: None)

@@ -22,6 +22,7 @@ from harness.engines.cluster import Cluster
 from harness.engines.errors import EngineError
 from harness.engines.node import Node
 from harness.engines.ray_pool import RayPool
+from harness.engines.slot import nodes_own_failure
 from harness.run_folder import finished_runs, indexed_rows, write_terminal
 from harness.signals import Stop
 from harness.summary import Outcome, summarize
@@ -59,7 +60,8 @@ class Actor:
         if self.dead:
             raise ActorDiedError()
         if self.cluster.fail == name:
-            raise RayTaskError(name, "Traceback\nOSError: [Errno 28] No space left on device", OSError(28, "No space left"))
+            raise RayTaskError(name, "Traceback\nOSError: [Errno 28] No space left on device",
+                               OSError(28, "No space left on device"))
         return getattr(self.node, name)(*given)
 
 
@@ -159,7 +161,27 @@ def test_a_node_s_own_failure_is_that_run_s_row_and_is_not_tried_again(instant, 
         cluster = InProcess(fail=fail)
         (ended,) = run(RayPool(runs[:1], instant / fail, None, None, cluster))
         assert ended.record.status == "error" and "No space left on device" in ended.record.error
+        assert ended.record.flags["death"] == {"cause": "exception", "goes_on": False, "type": "OSError"}
         assert len(indexed_rows(instant / fail)) == 1
+
+
+def test_a_node_s_own_failure_is_the_death_that_it_would_be_here():
+    """The whole error of a task is long; its cause, where it could be sent, is the exception itself."""
+    memory = nodes_own_failure(RayTaskError("start", "Traceback\nMemoryError", MemoryError()), "far")
+    assert (memory.cause, memory.status, memory.error) == ("host_oom", "oom", "on far: MemoryError")
+    behind = OSError(28, "No space left on device")
+    behind.__cause__ = ImportError("no such library")
+    assert nodes_own_failure(RayTaskError("start", "", behind), "far").cause == "import_failure"
+
+
+def test_a_node_s_failure_that_could_not_be_sent_says_so():
+    class Unsendable(Exception):
+        def __reduce__(self):
+            raise TypeError("a lock is in it")
+
+    death = nodes_own_failure(RayTaskError("start", "Traceback\nUnsendable: words", Unsendable("words")), "far")
+    assert (death.cause, death.error) == ("exception", "on far: Unsendable: words")
+    assert death.flags["death"]["why"] == "the node could not send the exception itself"
 
 
 def test_other_data_on_a_node_are_refused_there(instant, runs):

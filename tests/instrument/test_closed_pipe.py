@@ -1,0 +1,64 @@
+"""A reader that goes away (`| head`), seen from the program whose words it was reading."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from instrument.closed_pipe import READER_GONE
+
+ROOT = Path(__file__).resolve().parents[2]
+TELLS = """
+import sys
+from instrument.closed_pipe import reader_may_leave
+with reader_may_leave() as reader:
+    reader.needed = {needed}
+    for n in range(3):
+        print("words", n, file=sys.{stream})
+    {flush}
+    open("made", "w").close()
+sys.exit(3)
+"""
+
+
+def unread(words, folder, **streams):
+    """Run a program whose ``stdout`` and ``stderr`` nobody reads, but for those given; (exit status, what it said there)."""
+    end, pipe = os.pipe()
+    os.close(end)
+    try:
+        streams = {"stdout": pipe, "stderr": pipe} | streams
+        done = subprocess.run([sys.executable, *words], cwd=folder, check=False, timeout=300, **streams,
+                              env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+    finally:
+        os.close(pipe)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("flush", ["pass", "sys.stdout.flush()"])
+def test_whoever_makes_something_goes_on_to_its_own_end(tmp_path, stream, flush):
+    told = {"stderr": subprocess.PIPE} if stream == "stdout" else {}
+    code, said = unread(["-c", TELLS.format(needed=False, stream=stream, flush=flush)], tmp_path, **told)
+    assert code == 3 and not said and (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(("flush", "made"), [("pass", True), ("sys.stdout.flush()", False)])
+def test_whoever_only_tells_ends_there_without_a_word(tmp_path, flush, made):
+    """What is small enough to wait in a buffer is found unread at the end."""
+    code, said = unread(["-c", TELLS.format(needed=True, stream="stdout", flush=flush)], tmp_path, stderr=subprocess.PIPE)
+    assert (code, said) == (READER_GONE, b"") and (tmp_path / "made").exists() == made
+
+
+def test_without_a_stream_nothing_is_said(tmp_path):
+    program = "import sys; sys.stdout = None\n" + TELLS.format(needed=True, stream="stdout", flush="pass")
+    code, _ = unread(["-c", program], tmp_path)
+    assert code == 3
+
+
+@pytest.mark.parametrize("words", [["harness", "list"], ["harness", "list", "--json"], ["harness", "--help"],
+                                   ["harness", "case", "--help"], ["report", "--help"], ["kernels", "--help"]])
+def test_commands_end_like_other_tools(tmp_path, words):
+    code, said = unread(["-m", *words], tmp_path, stderr=subprocess.PIPE)
+    assert code in (READER_GONE, -13) and said == b""
