@@ -37,10 +37,11 @@ class Grammar(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         """As `argparse.ArgumentParser.parse_args`."""
         options, rest = self.parse_known_args(args, namespace)
-        if rest and (not hasattr(options, "names") or any(word.startswith("-") for word in rest)):
+        at = rest.index("--") if "--" in rest else len(rest)  # behind it a name may begin with a dash
+        if rest and (not hasattr(options, "names") or any(word.startswith("-") for word in rest[:at])):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
-            options.names = [*options.names, *rest]
+            options.names = [*options.names, *rest[:at], *rest[at + 1:]]
         return options
 
 

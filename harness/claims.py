@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from instrument import background
-from instrument.files import TEMPORARY, make_folder, try_lock
+from instrument.files import TEMPORARY, locked_temporary, make_folder
 from instrument.run_id import require_safe
 
 FILE = ".claim"
@@ -121,13 +121,12 @@ def owner_of(out: Path, run_id: str) -> dict[str, Any] | None:
 
 def _prepare(path: Path) -> tuple[int, Path]:
     """A complete claim under a temporary name, its lock held."""
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f"{FILE}.", suffix=TEMPORARY)
-    try_lock(fd)
+    prepared, fd = locked_temporary(path.parent, f"{FILE}.")
     facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot": this_boot(), "started_unix_s": time.time(),
              "token": uuid.uuid4().hex}
     os.write(fd, json.dumps(facts).encode() + b"\n")
     os.fsync(fd)
-    return fd, Path(name)
+    return fd, prepared
 
 
 def _put_in_place(path: Path, prepared: Path) -> bool:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import psutil
 import torch
 
 from harness.claims import RunClaimed
@@ -31,6 +29,10 @@ from instrument.records import RunRecord, StepRecord, decode
 
 STARTS = 3
 """Tries to start a process: a fork server that was killed is started again by the next try."""
+
+
+PF_EXITING = 0x4
+"""Linux sets it in a process' flags (``/proc/PID/stat``) before it closes its files."""
 
 
 @dataclass
@@ -197,7 +199,13 @@ def _exit_code(process: multiprocessing.process.BaseProcess) -> int | None:
     if process.exitcode != 255:
         return process.exitcode
     server = getattr(multiprocessing.forkserver._forkserver, "_forkserver_pid", None)
-    with suppress(psutil.NoSuchProcess):
-        if server is not None and psutil.Process(server).status() != psutil.STATUS_ZOMBIE:
-            return 255
-    return None
+    return None if server is None or _is_dying(server) else 255
+
+
+def _is_dying(pid: int) -> bool:
+    """Whether a process is gone or on its way: on a busy machine its pipes are closed for a while before it is a zombie."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return state in "ZX" or bool(int(numbers[5]) & PF_EXITING)

@@ -9,7 +9,7 @@ from instrument.records import RunRecord
 
 STYLES = {"completed": "green", "diverged": "bold red", "unsupported": "dim", "preempted": "yellow"}
 PHASES = {"optimizer": "optim"}
-LEGEND = "✓ validation loss (F1 micro)   ✗ what @step, phase of the first non-finite value   – unsupported"
+LEGEND = "✓ validation loss (F1 micro)   ✗ what @step, phase of the first non-finite value   – unsupported   … stopped"
 SIGNS = {"completed": "✓", "diverged": "✗", "unsupported": "–", "preempted": "…"}
 
 
@@ -29,7 +29,9 @@ def cell_words(runs: list[RunRecord]) -> tuple[str, str, str]:
     """(outcome, detail, status that decides the colour) of one cell; several seeds read ``✗ 2/3 …``,
     and completed ones show the seed in the middle."""
     in_order = sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss))
-    worst = next((run for run in runs if run.status not in ("completed", "unsupported")), in_order[(len(runs) - 1) // 2])
+    bad = [run for run in runs if run.status not in ("completed", "unsupported")]
+    worst = min(bad, key=lambda run: (run.status == "preempted", run.status != "diverged"),
+                default=in_order[(len(runs) - 1) // 2])
     same = sum(run.status == worst.status for run in runs)
     share = f"{same}/{len(runs)} " if len(runs) > 1 else ""
     outcome, detail = _outcome(worst)

@@ -1,12 +1,14 @@
-"""What a program does when whoever reads its words goes away (``| head``): a pipe that nobody reads refuses to be written to.
+"""What a program does when whoever reads its words goes away (``| head``, a terminal that is closed), or a full disk takes
+no more of them.
 
 A command that only tells something ends there, quietly, with the status that a shell shows for a program that SIGPIPE
-killed. A command that makes something (runs, a dossier) goes on in silence: its results go to files, its hours have been
-paid for, and its exit status stays that of its results. Torch-free.
+killed (5 on a full disk, with a sentence). A command that makes something (runs, a dossier) goes on in silence: its
+results go to files, its hours have been paid for, and its exit status stays that of its results. Torch-free.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from typing import Any
 
 READER_GONE = 141
 """128 + SIGPIPE."""
+NO_ROOM = 5
+"""As for any other file that the disk refuses."""
 
 
 class Reader:
@@ -25,7 +29,7 @@ class Reader:
 
 
 class Words:
-    """A stream, that a closed pipe turns into one into nothing; raises ``SystemExit`` where the reader was needed."""
+    """A stream, that its first error turns into one into nothing; raises ``SystemExit`` where the reader was needed."""
 
     def __init__(self, stream: Any, reader: Reader) -> None:
         self._stream, self._reader = stream, reader
@@ -37,37 +41,40 @@ class Words:
         """As a stream's."""
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._close()
+        except OSError as error:
+            self._close(error)
             return len(text)
 
     def flush(self) -> None:
         """As a stream's."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._close()
+        except OSError as error:
+            self._close(error)
 
-    def _close(self) -> None:
+    def _close(self, error: OSError) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())  # what is left in the buffer goes there too, when the interpreter ends
         os.close(nowhere)
+        gone = error.errno in (errno.EPIPE, errno.EIO)
+        if not gone and self._stream is not sys.__stderr__ and sys.__stderr__ is not None:
+            print(f"standard output cannot be written: {error.strerror}", file=sys.__stderr__)
         if self._reader.needed:
-            raise SystemExit(READER_GONE)
+            raise SystemExit(READER_GONE if gone else NO_ROOM)
 
 
 @contextmanager
 def reader_may_leave() -> Iterator[Reader]:
-    """Within the block a reader who leaves is no error."""
+    """Within the block a reader who leaves is no error, and a stream that is closed from the beginning takes any words."""
     reader, before = Reader(), (sys.stdout, sys.stderr)
-    streams = [stream and Words(stream, reader) for stream in before]  # None: closed from the beginning
-    sys.stdout, sys.stderr = streams
-    try:
-        yield reader
-    finally:
+    with open(os.devnull, "w") as nowhere:
+        streams = [Words(stream or nowhere, reader) for stream in before]
+        sys.stdout, sys.stderr = streams
         try:
-            for stream in streams:
-                if stream is not None:
-                    stream.flush()
+            yield reader
         finally:
-            sys.stdout, sys.stderr = before
+            try:
+                for stream in streams:
+                    stream.flush()
+            finally:
+                sys.stdout, sys.stderr = before

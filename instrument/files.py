@@ -32,10 +32,8 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     The content may be written in place or as a new file of that name. An exception leaves the old file.
     """
     make_folder(path.parent)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY)
-    temporary = Path(name)
+    temporary, fd = locked_temporary(path.parent, f".{path.name[:200]}.")
     try:
-        try_lock(fd)
         yield temporary
         sync_file(temporary)
         os.chmod(temporary, mode)
@@ -84,10 +82,8 @@ def placing_folder(path: Path) -> Iterator[Path]:
     A folder that has that name is removed just before. An exception leaves it, and nothing of the new one.
     """
     make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}.", suffix=TEMPORARY))
-    fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+    temporary, fd = locked_temporary(path.parent, f".{path.name[:200]}.", folder=True)
     try:
-        try_lock(fd)
         yield temporary
         for file in sorted(temporary.rglob("*")):
             sync_file(file)
@@ -118,17 +114,19 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Delete the temporary files and folders that dead writers left in a folder; returns their paths."""
+    """Delete the temporary files and folders that dead writers left in a folder; returns their paths. What may not be
+    deleted (another user's, among the system's temporary files) stays."""
     left = []
     for path in sorted(folder.glob(f".*{TEMPORARY}")):
-        with _lock_of(path) as is_ours:  # until it is gone: `temporary_folder` waits for that
+        with _lock_of(path) as is_ours, suppress(OSError):  # until it is gone: `locked_temporary` waits for that
             if not is_ours:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
-            left.append(path)
+                path.unlink()
+            if not path.exists():
+                left.append(path)
     return left
 
 
@@ -136,19 +134,31 @@ def sweep(folder: Path) -> list[Path]:
 def temporary_folder(name: str) -> Iterator[Path]:
     """Yield a new folder among the system's temporary files, ``.<name>.<random>.ddb-tmp``; it is deleted at the end.
     Where the process dies before, it is abandoned, and the next `sweep` there deletes it."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=TEMPORARY))
-        with suppress(FileNotFoundError):  # swept before it had its lock
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # a file system without locks, where nothing is ever swept
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if folder.is_dir():
-                break
-            os.close(fd)
+    folder, fd = locked_temporary(Path(tempfile.gettempdir()), f".{name}.", folder=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(fd)
+
+
+def locked_temporary(parent: Path, prefix: str, *, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file or ``folder`` in ``parent``, and what holds its lock until it is closed. One that a `sweep`
+    found between its making and its lock is made again."""
+    while True:
+        if folder:
+            path = Path(tempfile.mkdtemp(dir=parent, prefix=prefix, suffix=TEMPORARY))
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue
+        else:
+            fd, name = tempfile.mkstemp(dir=parent, prefix=prefix, suffix=TEMPORARY)
+            path = Path(name)
+        with suppress(OSError):  # a file system without locks, where nothing is ever swept
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if path.exists():
+            return path, fd
         os.close(fd)
 
 
@@ -183,13 +193,18 @@ def is_abandoned(temporary: Path) -> bool:
 
 @contextmanager
 def _lock_of(temporary: Path) -> Iterator[bool]:
-    """Hold the lock of a temporary file or folder; False where its writer does, or it is gone."""
+    """Hold the lock of a temporary file or folder; False where its writer does, or it is gone or neither of them."""
     with ExitStack() as opened:
         fd = None
         with suppress(OSError):
-            fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+            fd = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
             opened.callback(os.close, fd)
-        yield fd is not None and try_lock(fd)
+        yield fd is not None and _is_file_or_folder(fd) and try_lock(fd)
+
+
+def _is_file_or_folder(fd: int) -> bool:
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def plain_inside(root: Path, path: Path) -> bool:

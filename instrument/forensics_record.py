@@ -9,8 +9,7 @@ from instrument.records import FirstNonfinite, Record
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One op with a non-finite output: of the chain (the first of its module and phase that the value
-    reached) or an absorbed one. ``tensor`` is the parameter it belongs to, where there is one; ``kind``: all
-    that its output holds, such as ``nan, inf``."""
+    reached) or an absorbed one. ``tensor`` is the parameter it belongs to, where there is one."""
 
     phase: str
     module: str | None

@@ -55,7 +55,8 @@ class Campaign:
             plan = self._plan()
             runs = stages.runs(self.book.asked, self.results, plan)
             done = self._all(runs[:1])
-            if not self.stop.requested and not (self.results / "dossier" / "index.html").exists():
+            if not (self.stop.requested or (self.results / "dossier" / "index.html").exists()) \
+                    and self.ends_s - time.monotonic() > 2 * self._dossier_s():
                 self._dossier()  # a cut from here on leaves something to read
             done = self._all(runs[1:]) and done
             done = self._all(stages.behind_the_runs(*given)) and done
@@ -145,7 +146,12 @@ class Campaign:
         return plan
 
     def _dossier_s(self) -> float:
-        return self.book.content.get("dossier_s") or DOSSIER_S[self.machine["device"]]
+        """What one is expected to take: as the last for each run, and a block of runs more."""
+        measured_s, rows = self.book.content.get("dossier_s"), self.book.content.get("dossier_rows")
+        if not measured_s:
+            return DOSSIER_S[self.machine["device"]]
+        more = (len(finished_runs(self.results)) + len(self.configs)) / rows if rows else 1.0
+        return measured_s * max(1.0, more)
 
     def _dossier_behind_s(self, stage: Stage) -> float:
         """Kept free while a stage runs; nothing where there will be no dossier, since no run has ended and none is begun."""
@@ -174,7 +180,8 @@ class Campaign:
                 note = f"{note or ''} not packed: {error}".strip()
                 raise
             finally:
-                self.book.content["dossier_s"] = round(1.3 * (time.monotonic() - began_s), 1)
+                self.book.content |= {"dossier_s": round(1.3 * (time.monotonic() - began_s), 1),
+                                      "dossier_rows": len(finished_runs(self.results))}
                 self.book.update("dossier", state=state, note=note, spent_s=self.book.stage("dossier")["spent_s"]
                                  + round(time.monotonic() - began_s, 1))
             terminal.packed(packed, state, note)

@@ -9,7 +9,7 @@ import torch
 
 from instrument.forensics_record import HistogramRecord, KernelRow, Link, Magnitude, OperandRecord, OutputRecord
 from instrument.replay.diagnosis import Diagnosis
-from instrument.replay.examine import Examination, kind_names
+from instrument.replay.examine import Examination, kind_name
 from instrument.replay.graph import Node
 from instrument.watch.taps import TapReading
 from kernels import exponent_histogram
@@ -23,7 +23,7 @@ LIMITS = {"float16": 65504.0, "bfloat16": torch.finfo(torch.bfloat16).max, "floa
 def chain_links(nodes: Sequence[Node], found: Examination) -> list[Link]:
     """The first links of a chain, or absorbed ops."""
     return [Link(phase=n.phase, module=n.module, op=n.op, tensor=found.names.get(n.storage, (None,))[0],
-                 kind=kind_names(n.kinds), dtype=n.dtype, shape=list(n.shape)) for n in nodes[:MOST_LINKS]]
+                 kind=kind_name(n.kinds), dtype=n.dtype, shape=list(n.shape)) for n in nodes[:MOST_LINKS]]
 
 
 def operand_records(diagnosis: Diagnosis | None) -> list[OperandRecord]:

@@ -15,7 +15,7 @@ import torch
 from instrument.finite import surfaced
 from instrument.records import FirstNonfinite
 from instrument.replay.diagnosis import Diagnosis, diagnose, divides, underflowed
-from instrument.replay.graph import NAN, NEG_INF, POS_INF, Culprit, Node, StepGraph
+from instrument.replay.graph import Culprit, Node, StepGraph
 from instrument.replay.op_schema import SUM_OVER_RANKS
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
@@ -143,13 +143,9 @@ def _from_before(culprit: Culprit, recorder: OpRecorder) -> Examination:
 
 
 def kind_name(kinds: int) -> str:
-    """``nan``, ``inf`` or ``-inf`` from bits, the first of what there is."""
-    return kind_names(kinds).partition(", ")[0]
+    """``nan``, ``inf`` or ``-inf`` from bits."""
+    return "nan" if kinds & 1 else "inf" if kinds & 2 else "-inf"
 
-
-def kind_names(kinds: int) -> str:
-    """Everything that there is: ``nan, inf``."""
-    return ", ".join(name for bit, name in ((NAN, "nan"), (POS_INF, "inf"), (NEG_INF, "-inf")) if kinds & bit)
 
 
 

@@ -36,6 +36,8 @@ def failure_cards(failures: Sequence, folder, numbers: RowNumbers) -> dict[str, 
 def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
     run = folder.by_id.get(failure.run_id)
     chain = _objects(failure.chain)
+    if chain and run and run.first_nonfinite:  # a link names NaN before Inf; of the culprit it is known what prevails
+        chain[0] = {**chain[0], "kind": run.first_nonfinite.kind}
     return {
         "case": clean(run.case if run else failure.run_id), "config": clean(run.dtype_config) if run else "",
         "seed": run.seed if run else None, "status": run.status if run else "",

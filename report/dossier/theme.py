@@ -21,6 +21,6 @@ def dark_colours() -> dict[str, str]:
 
 
 def dark_rules() -> str:
-    """One rule per colour and property, under the class of the figures."""
-    return "\n".join(f'.plot svg [style*="{name}: {light}"]{{{name}:{dark}!important}}'
+    """One rule per colour and property, under the class of the figures; a hatch has its colours as attributes."""
+    return "\n".join(f'.plot svg [style*="{name}: {light}"],.plot svg [{name}="{light}"]{{{name}:{dark}!important}}'
                      for light, dark in dark_colours().items() for name in ("fill", "stroke"))

@@ -99,9 +99,9 @@ STATES: dict[str, StateLook] = {
     "completed": StateLook("#cfeccb", "#10301a", None, "completed"),
     "diverged": StateLook("#a11720", "#fffefe", None, "diverged"),
     "poor": StateLook("#f0a640", "#2b1b02", None, "poor quality"),
-    "unjudged": StateLook("#e9ebee", "#22272e", "....", "completed; not judged, for want of a healthy reference"),
-    "failed": StateLook("#d9cfe6", "#2a1a42", None, "no result (out of memory, error, hung)"),
+    "unjudged": StateLook("#e9ebee", "#22272e", "....", "not judged"),
+    "failed": StateLook("#d9cfe6", "#2a1a42", None, "no result"),
     "unsupported": StateLook("#fdfdfe", "#555b63", "////", "unsupported"),
-    "unfinished": StateLook("#fdfdfe", "#555b63", "....", "unfinished: stopped or killed from outside"),
+    "unfinished": StateLook("#fdfdfe", "#555b63", "----", "unfinished"),
     "missing": StateLook("#fdfdfe", "#555b63", "////", "missing"),
 }

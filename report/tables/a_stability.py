@@ -137,5 +137,6 @@ def _caption(folder: Folder, judgements: Judgements, absent: list[str]) -> str:
             "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
             "(classification), or micro-F1 down by more than 2 points. loss↑: it exploded with finite "
             "values. *: the 95 % t-interval over seeds of the "
-            "paired difference excludes 0. k/n: seeds. Healthy: the reference ends below its start."
+            "paired difference excludes 0. k/n: seeds. Healthy: the reference ends below its start. Not judged: without a "
+            "healthy reference. No result: out of memory, an error or hung. Unfinished: stopped or killed from outside."
             f"{missing} {unhealthy}").strip()

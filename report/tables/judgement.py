@@ -93,7 +93,7 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
         return Judged(run, "diverged", death_words(run))
     if run.status == "unsupported":
         return Judged(run, "unsupported", run.error or "unsupported")
-    if run.status == "preempted" or _was_killed(run):
+    if is_unfinished(run):
         return Judged(run, "unfinished", run.error or run.status)
     if run.status in FAILED:
         return Judged(run, "failed", f"{run.status}: {run.error}" if run.error else run.status)
@@ -109,9 +109,10 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
     return _against(run, reference)
 
 
-def _was_killed(run: RunRecord) -> bool:
+def is_unfinished(run: RunRecord) -> bool:
+    """Whether a run was stopped or killed from outside."""
     death = run.flags.get("death")
-    return isinstance(death, dict) and death.get("cause") in FROM_OUTSIDE
+    return run.status == "preempted" or (isinstance(death, dict) and death.get("cause") in FROM_OUTSIDE)
 
 
 def _against(run: RunRecord, reference: RunRecord) -> Judged:

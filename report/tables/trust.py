@@ -10,7 +10,7 @@ from report.statistics.interval import FEWEST_SEEDS
 from report.tables.columns import REFERENCE
 from report.tables.eligible import eligible
 from report.tables.fairness import unfair
-from report.tables.judgement import judge_runs
+from report.tables.judgement import is_unfinished, judge_runs
 from report.tables.selection import Selection, select
 from report.words import count, shortened
 
@@ -81,7 +81,7 @@ def _health(folder: Folder) -> Check:
 
 def _seeds(selection: Selection) -> Check:
     seeds: dict[tuple[str, str], int] = {}
-    for run in selection.runs:
+    for run in (run for run in selection.runs if not is_unfinished(run)):
         seeds[run.case, run.dtype_config] = seeds.get((run.case, run.dtype_config), 0) + 1
     low, high = min(seeds.values(), default=0), max(seeds.values(), default=0)
     span = count(low, "seed") if low == high else f"{low} to {high} seeds"

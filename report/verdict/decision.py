@@ -19,7 +19,7 @@ from report.statistics.interval import FEWEST_SEEDS, Interval, exponential, mean
 from report.tables.b_efficiency import memory_kind, peak_of
 from report.tables.columns import REFERENCE, TASK_COLUMNS, column_of, is_control, series_order
 from report.tables.group_speed import group_scores
-from report.tables.judgement import gap_words
+from report.tables.judgement import gap_words, is_unfinished
 from report.tables.paired import pooled_rate
 from report.verdict.avoid import to_avoid
 from report.verdict.next_command import next_command
@@ -32,7 +32,8 @@ class TaskVerdict:
     """One task. ``use`` None: nothing can be recommended, and ``reason`` says why. ``relative_speed`` with
     ``low`` and ``high`` is against fp32_true, ``relative_cost`` its inverse (the same machine by the
     hour); ``cost`` says it in words, in money where the price of an hour is known. ``quality`` in words.
-    ``confidence``: ``high`` (3 seeds or more, ahead of every rival), ``medium`` (3 seeds or more, tied), ``low``."""
+    ``confidence``: ``high`` (3 seeds or more, ahead of every rival), ``medium`` (3 seeds or more, tied, or
+    a rival is unfinished), ``low``."""
 
     column: str
     use: str | None
@@ -103,8 +104,12 @@ def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good:
     confidence, ties = _confidence(base, scores, best)
     left_out = [case for case in cases if case not in healthy]
     alone = len(scores) == 1
+    waiting = series_order({run.dtype_config for run in base.selection.runs if run.case in healthy and is_unfinished(run)
+                            and run.dtype_config not in scores and not is_control(run.dtype_config)})
+    confidence = "medium" if waiting and confidence == "high" else confidence
     reason = "; ".join([*(["no other configuration completed every run"] if alone else []),
                         *([f"tied with {shortened(ties)}"] if ties else []),
+                        *([f"{shortened(waiting)} unfinished, so not judged"] if waiting else []),
                         *([f"{shortened(left_out)} left out: reference unhealthy"] if left_out else [])])
     return TaskVerdict(
         column, best, avoid, speed.value, *(_or_none(v) for v in (speed.low, speed.high)),

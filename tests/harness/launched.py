@@ -1,14 +1,15 @@
 """Launches by torchrun for the tests: commands and what came of them."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
@@ -54,7 +55,9 @@ def ended(process, timeout_s=LONGEST_S):
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):  # ranks have sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         raise
     finally:
         shutil.rmtree(process.temporary, ignore_errors=True)

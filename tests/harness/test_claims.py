@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from harness import claims
 from harness.bench.reliability.contention import leave_dead_claim
 from harness.claims import FILE, RunClaimed, claim, owner_of
-from instrument import crash
+from instrument import crash, files
 from instrument.files import TEMPORARY
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -36,6 +37,26 @@ def test_a_claim_names_its_owner_and_goes_with_release(tmp_path):
     assert not again.is_held
 
 
+def test_a_sweep_beside_takes_no_claim_away(tmp_path):
+    over = threading.Event()
+
+    def sweeping():
+        while not over.is_set():
+            files.sweep(tmp_path / "runs" / "a")
+
+    sweepers = [threading.Thread(target=sweeping) for _ in range(2)]
+    for thread in sweepers:
+        thread.start()
+    try:
+        for _ in range(50):
+            with claim(tmp_path, "a") as own:
+                assert own.path.exists()
+    finally:
+        over.set()
+        for thread in sweepers:
+            thread.join()
+
+
 def hold(out, told) -> None:
     claim(out, "a")
     told.send(True)
@@ -46,6 +67,7 @@ def test_a_killed_owner_s_run_is_free_at_once(tmp_path):
     here, there = SPAWN.Pipe()
     owner = SPAWN.Process(target=hold, args=(tmp_path, there))
     owner.start()
+    there.close()
     here.recv()
     with pytest.raises(RunClaimed):
         claim(tmp_path, "a")

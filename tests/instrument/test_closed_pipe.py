@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from instrument.closed_pipe import READER_GONE
+from instrument.closed_pipe import NO_ROOM, READER_GONE
 
 ROOT = Path(__file__).resolve().parents[2]
 TELLS = """
@@ -62,3 +62,19 @@ def test_without_a_stream_nothing_is_said(tmp_path):
 def test_commands_end_like_other_tools(tmp_path, words):
     code, said = unread(["-m", *words], tmp_path, stderr=subprocess.PIPE)
     assert code in (READER_GONE, -13) and said == b""
+
+
+@pytest.mark.parametrize(("needed", "code"), [(True, NO_ROOM), (False, 3)])
+def test_a_full_disk_under_the_words_is_no_one_else_s(tmp_path, needed, code):
+    with open("/dev/full", "w") as full:
+        done, said = unread(["-c", TELLS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")], tmp_path,
+                            stdout=full, stderr=subprocess.PIPE)
+    assert done == code and said == b"standard output cannot be written: No space left on device\n"
+    assert (tmp_path / "made").exists() is not needed
+
+
+def test_streams_that_are_closed_from_the_beginning_take_any_words(tmp_path):
+    words = [sys.executable, "-m", "harness", "list", "--json"]
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], cwd=ROOT, check=False, capture_output=True)
+        assert done.returncode == 0 and done.stderr == b"", closed

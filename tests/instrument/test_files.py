@@ -1,6 +1,7 @@
 """Replacing is one step, abandoned files are told from live ones, and nothing writes past this module."""
 
 import ast
+import errno
 import os
 import signal
 import subprocess
@@ -145,7 +146,35 @@ def test_a_temporary_folder_that_is_swept_before_it_is_locked_is_made_again(temp
         assert len(made) == 3 and mine == Path(made[2]) and mine.is_dir()
 
 
-def test_folders_that_are_swept_while_they_are_made_are_there_for_their_makers(temporary):
+def make_a_temporary_folder(place):
+    with files.temporary_folder("mine") as mine:
+        (mine / "file").write_bytes(b"content")
+
+
+def place_a_folder(place):
+    with files.placing_folder(place / "checkpoint-1") as writing:
+        (writing / "file").write_bytes(b"content")
+
+
+def test_a_sweep_passes_by_what_is_no_file_and_what_it_may_not_delete(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / f".pipe{files.TEMPORARY}")  # to open one is to wait for its other end
+    theirs, ours = tmp_path / f".theirs{files.TEMPORARY}", tmp_path / f".ours{files.TEMPORARY}"
+    theirs.touch()
+    ours.touch()
+    unlink = Path.unlink
+
+    def refused(path, *args, **kwargs):
+        if path == theirs:
+            raise PermissionError(errno.EPERM, "not ours", str(path))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert files.sweep(tmp_path) == [ours] and theirs.exists() and not ours.exists()
+
+
+@pytest.mark.parametrize("make", [make_a_temporary_folder, place_a_folder,
+                                  lambda place: files.replace(place / "run.json", b"content")])
+def test_what_is_swept_while_it_is_made_is_there_for_its_maker(temporary, make):
     over = threading.Event()
 
     def sweeping():
@@ -157,9 +186,7 @@ def test_folders_that_are_swept_while_they_are_made_are_there_for_their_makers(t
         thread.start()
     try:
         for _ in range(100):
-            with files.temporary_folder("mine") as mine:
-                (mine / "file").write_bytes(b"content")
-                assert (mine / "file").is_file()
+            make(temporary)
     finally:
         over.set()
         for thread in sweepers:
@@ -293,6 +320,7 @@ ALLOWED = {
     "instrument/log.py": "is the module's other half",
     "harness/claims.py": "a claim appears by a hard link with its lock held, not by replacing",
     "harness/run_folder.py": "deletes an earlier run's snapshot; probes whether the folder can be written",
+    "instrument/closed_pipe.py": "/dev/null, for the words that nobody reads",
     "harness/worker.py": "a process's standard output and error, which libraries write",
     "harness/forensics/stored.py": "writes a folder under a temporary name and renames it whole",
     "harness/bench/reliability": "plants damage, in folders of its own",

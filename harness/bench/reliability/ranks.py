@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from harness.bench.child import ROOT
 from harness.bench.reliability.plants import Plant
@@ -113,6 +115,8 @@ def _launched(arguments: list[str]) -> int | None:
         try:
             return process.wait(LONGEST_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):  # ranks have sessions of their own
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
             process.wait()
             return None
