@@ -15,6 +15,8 @@ SIZES = ("batch_size", "micro_batch", "seq_len", "max_steps", "documents", "vali
 RARE = {"text_field": "text", "label_field": "labels", "eval_every": 0, "dropout": 0.0, "attention": "auto",
         "compile": False, "bucket_by_length": False}
 ALL_BUT_LR = ("data", "weights", *SIZES, *RARE)
+OF_ANY_CASE = tuple(name for name in ALL_BUT_LR if name not in ("seq_len", "text_field", "label_field"))
+"""Without what one case may have and another may not."""
 SPELLED_OTHERWISE = {"attention": "sdpa"}
 
 
@@ -26,8 +28,14 @@ def unusual(runs: Sequence[RunRecord], settings: Sequence[str] = ("lr", *ALL_BUT
         if not isinstance(value, str | int | float) or any(run.config.get(key) != value for run in runs) \
                 or all(value == _usual(run).get(key) for run in runs):
             continue
-        words += ["--" + SPELLED_OTHERWISE.get(key, key).replace("_", "-"), *([] if value is True else [clean(value, 200)])]
+        words += spelled_option("--" + SPELLED_OTHERWISE.get(key, key).replace("_", "-"), value)
     return " " + shlex.join(words) if words else ""
+
+
+def spelled_option(option: str, value: Any) -> list[str]:
+    """An option and its value as words; one that begins with a dash would be taken for an option."""
+    word = clean(value, 200)
+    return [option] if value is True else [f"{option}={word}"] if word.startswith("-") else [option, word]
 
 
 def _usual(run: RunRecord) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from instrument.records import RunRecord
 from report.dossier.citations import RowNumbers, in_order
 from report.plots.text import clean
 from report.spelled import spelled
-from report.unusual import unusual
+from report.unusual import spelled_option, unusual
 from report.words import gigabytes
 
 OPTIONS = {"preset": "--preset", "data": "--data", "weights": "--weights", "lr": "--lr", "batch_size": "--batch-size",
@@ -42,7 +42,7 @@ def command(run: RunRecord) -> str | None:
     words = [*program, "-m", "harness", "case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
     for key, option in OPTIONS.items():
         if run.config.get(key) is not None:
-            words += [option, clean(run.config[key], 200)]
+            words += spelled_option(option, run.config[key])
     for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
         if run.config.get(key) is True:
             words.append(option)

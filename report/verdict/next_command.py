@@ -3,55 +3,65 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from bench_cases import CASES
+from instrument.records import RunRecord
 from report.hypotheses.evidence_base import EvidenceBase
 from report.load import Folder
 from report.spelled import cases_option
 from report.statistics.interval import FEWEST_SEEDS
 from report.tables.columns import REFERENCE, case_order
-from report.unusual import ALL_BUT_LR, unusual
+from report.tables.judgement import is_unfinished
+from report.unusual import ALL_BUT_LR, OF_ANY_CASE, unusual
 
 MATRIX = "python -m harness matrix"
 
 
 def next_command(folder: Folder, base: EvidenceBase) -> str:
-    """In order: a missing reference, an unhealthy one, own runs instead of imported ones, more seeds,
-    missing cases, the full size; when nothing is missing, the dossier."""
+    """In order: a missing reference, an unhealthy one, own runs instead of imported ones, more seeds, missing cases, the
+    full size; when nothing is missing, the dossier. It makes runs that compare with those of the cases it names; runs on
+    several GPUs, which no matrix makes, are not asked for."""
     out = f" --out {shlex.quote(str(folder.path))}"
     if "IMPORTED" in folder.marks or "SIMULATED" in folder.marks:
         return f"{MATRIX} --seeds 0 1 2"
-    runs = base.selection.runs
-    preset = next(iter({run.preset for run in runs}), "tiny")
-    told = f" --preset {preset}{unusual(runs)}{out}"
-    if alone := _option(base, (case for case in base.cases if not _referred(base, case))):
-        return f"{MATRIX} {alone}{told}"
-    if ill := _option(base, case_order(base.judgements.unhealthy)[:1]):
-        rate = base.cases[case_order(base.judgements.unhealthy)[0]].config.get("lr")
-        lower = f" --lr {rate / 3:.2g}" if isinstance(rate, float) else ""
-        return f"{MATRIX} {ill}{lower} --preset {preset}{unusual(runs, ALL_BUT_LR)}{out}"
-    fewest = min(len(base.runs(case, REFERENCE)) for case in base.cases)
-    if fewest < FEWEST_SEEDS and (cases := "" if _default(base) else _option(base, base.cases)) is not None:
-        seeds = " ".join(map(str, range(FEWEST_SEEDS)))
-        return f"{MATRIX}{cases and ' ' + cases} --seeds {seeds}{told}"
+    alone = [case for case in base.cases if not _ended_references(base, case)]
+    if told := _told(base, alone):
+        return f"{MATRIX} {told}{out}"
+    ill = [case for case in case_order(base.judgements.unhealthy) if _of(base, case)][:1]
+    rate = base.cases[ill[0]].config.get("lr") if ill else None
+    if told := _told(base, ill, f" --lr {rate / 3:.2g}" if isinstance(rate, float) else "", ALL_BUT_LR):
+        return f"{MATRIX} {told}{out}"
+    few = [case for case in base.cases if 0 < _ended_references(base, case) < FEWEST_SEEDS]
+    if told := _told(base, few, f" --seeds {' '.join(map(str, range(FEWEST_SEEDS)))}"):
+        return f"{MATRIX} {told}{out}"
     missing = [case.id for case in CASES.values() if case.in_default_matrix and case.id not in base.cases]
-    if missing:
-        return f"{MATRIX} --cases {' '.join(missing)} --seeds 0 1 2{told}"
-    if preset == "tiny":
+    some = [run for case in base.cases for run in _of(base, case)]
+    presets = sorted({run.preset for run in some})
+    if missing and presets:
+        some = [run for run in some if run.preset == presets[0]]
+        return f"{MATRIX} --cases {' '.join(missing)} --seeds 0 1 2 --preset {presets[0]}{unusual(some, OF_ANY_CASE)}{out}"
+    if presets == ["tiny"]:
         return f"{MATRIX} --preset full"
     return f"python -m report build {shlex.quote(str(folder.path))}"
 
 
-def _referred(base: EvidenceBase, case: str) -> bool:
-    """Whether some reference of a case has ended by itself."""
-    return any(base.state(run) != "unfinished" for run in base.runs(case, REFERENCE).values())
+def _told(base: EvidenceBase, cases: Sequence[str], more: str = "",
+          settings: Sequence[str] = ("lr", *ALL_BUT_LR)) -> str | None:
+    """The options that name the first of ``cases`` that the command line knows and those that share its settings, ``more``,
+    and these settings; None where there is none."""
+    options = {case: f" --preset {runs[0].preset}{unusual(runs, settings)}" for case in cases if (runs := _of(base, case))}
+    named = {case: options[case] for case in case_order(options) if cases_option([base.cases[case]])}
+    if not named:
+        return None
+    first = next(iter(named.values()))
+    return f"{cases_option(base.cases[case] for case, words in named.items() if words == first)}{more}{first}"
 
 
-def _option(base: EvidenceBase, cases) -> str | None:
-    """The options that name ``cases`` to the command line; None when it knows none of them."""
-    return cases_option(base.cases[case] for case in case_order(cases))
+def _of(base: EvidenceBase, case: str) -> list[RunRecord]:
+    """A case's runs, if one process made them."""
+    return [run for run in base.selection.of_case(case) if run.config.get("world") in (None, 1)]
 
 
-def _default(base: EvidenceBase) -> bool:
-    """Whether the folder holds the default cases, which need no naming."""
-    return base.cases.keys() >= {case.id for case in CASES.values() if case.in_default_matrix}
+def _ended_references(base: EvidenceBase, case: str) -> int:
+    return sum(not is_unfinished(run) for run in base.runs(case, REFERENCE).values())

@@ -118,6 +118,28 @@ def planted(monkeypatch, ends):
     return ran
 
 
+def test_two_dossiers_and_what_grows_between_them_stay_within_the_minutes(tmp_path, quick_machine, monkeypatch):
+    """On a clock that is planted: whatever is run takes all that it may, and the first block leaves no time for two."""
+    from harness.campaign import call, process
+
+    now_s, rows, ran = [1000.0], [], []
+    monkeypatch.setattr(call.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(call, "finished_runs", lambda out: rows)
+    monkeypatch.setattr(call.packing, "pack", lambda results, out: None)
+
+    def run(command, files, *, limit_s, call_s, grace_s, **_):
+        block = files.name.startswith("run-")
+        rows.extend(range(10 * block))
+        seconds = call_s + grace_s if block else 28.0 if files.name == "dossier" else 1.0
+        now_s[0] += seconds
+        ran.append(files.name)
+        return process.Ended(75 if block else 0, seconds, "call" if block else None, "")
+
+    monkeypatch.setattr(process, "run", run)
+    assert campaign(tmp_path, "--minutes", "5", "--ops", "unscale") == 75
+    assert now_s[0] <= 1300.0 and ran.count("dossier") == 1
+
+
 def test_a_stage_that_fails_costs_only_itself(tmp_path, quick_machine, monkeypatch, capsys):
     ran = planted(monkeypatch, {"check-unscale": (-11, None), "overhead": (0, "limit")})
     assert campaign(tmp_path, "--ops", "unscale", "--skip", "fit") == 3

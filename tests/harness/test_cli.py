@@ -172,6 +172,7 @@ def test_the_lists_tables_fit_a_small_terminal(capsys, monkeypatch):
 def test_names_may_stand_behind_options(capsys):
     options = parse("gpt2_clm", "--max-steps", "3", "amp_fp16", "--seed", "2")
     assert (asked_case(options).id, asked_config(options).id, options.max_steps, options.seed) == ("gpt2_clm", "amp_fp16", 3, 2)
+    assert asked_config(parse("gpt2_clm", "--max-steps", "3", "--", "amp_fp16")).id == "amp_fp16"
     for words in (["case", "gpt2_clm", "amp_fp16", "--no-such", "x"], ["inspect", "a", "b"], ["list", "x"]):
         with pytest.raises(SystemExit):
             arguments.parser().parse_args(words)

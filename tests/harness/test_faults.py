@@ -2,13 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from harness.bench.reliability.faults import HANG_RULES, KINDS, Trial, case_with, planned, run_faults
 from harness.bench.reliability.plants import Plant
-from harness.pool import Pool, supervise
+from harness.pool import Pool, _is_dying, supervise
 from harness.run import execute
 from harness.run_folder import finished_runs
 from harness.signals import Stop
@@ -94,6 +96,16 @@ def test_a_run_that_dies_behind_its_fork_server_died_in_a_way_that_nobody_knows(
     (ended,) = pool.run(kill_both, 0.05)
     assert (ended.record.status, ended.record.flags["death"]["cause"]) == ("error", "killed")
     assert "how it ended is not known" in ended.record.error and "signal" not in ended.record.flags["death"]
+
+
+def test_a_process_is_dying_from_its_kill_on_until_it_is_gone():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert not _is_dying(os.getpid()) and not _is_dying(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert _is_dying(process.pid)
+    process.wait()
+    assert _is_dying(process.pid)
 
 
 def test_one_run_is_supervised_without_a_matrix(plan, tmp_path):

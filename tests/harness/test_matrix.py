@@ -132,6 +132,7 @@ def test_a_cell_shows_the_worst_seed_and_how_many_share_it():
     assert cell_words([a_row(f1_micro=0.5)]) == ("✓ 3", "F1 0.50", "completed")
     dead = a_row(seed=1, status="diverged", divergence_step=9)
     assert cell_words([a_row(), dead, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
+    assert cell_words([a_row(status="preempted"), dead, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
     assert cell_words([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
     three = [a_row(seed=n, val_loss=loss) for n, loss in enumerate((9.0, 1.0, 5.0))]
     assert cell_words(three) == ("✓ 3/3 5", "", "completed")

@@ -16,6 +16,7 @@ from report.dossier.reproduce import command, commands, versions
 from report.dossier.runs_table import run_href, run_rows
 from report.dossier.sparkline import sparkline
 from report.tables import kernel_time
+from report.unusual import spelled_option
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,11 @@ def test_absent_numbers_are_dashes_and_sort_last(runs):
     row = run_rows([msgspec.structs.replace(runs[0], f1_micro=None, val_loss=float("nan"))], RowNumbers(runs))[0]
     cells = {cell.text: cell.value for cell in row["cells"]}
     assert cells["–"] == "" and cells["NaN"] == "" and not any(cell.value == "-1" for cell in row["cells"])
+
+
+def test_a_value_that_begins_with_a_dash_is_no_option():
+    assert spelled_option("--data", "-m.jsonl") == ["--data=-m.jsonl"] and spelled_option("--lr", 0.1) == ["--lr", "0.1"]
+    assert spelled_option("--compile", True) == ["--compile"]
 
 
 def test_mfu_is_the_median_over_seeds_in_per_cent(runs):

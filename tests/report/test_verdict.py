@@ -8,6 +8,7 @@ import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from report.load import load
+from report.tables.trust import trust
 from report.verdict import Price, verdict, verdict_text
 from report.verdict.text import HEIGHT, WIDTH, command_lines
 
@@ -126,6 +127,34 @@ def test_the_next_command_fills_the_largest_gap(plant, cases, configs, seeds, gi
     assert command in verdict(plant(cases, configs, seeds, lambda *_: dict(given))).next_command
 
 
+STOPPED = {"status": "preempted", "val_loss": None}
+
+
+def test_a_rival_that_was_stopped_is_named_and_makes_less_sure(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0)} | (
+        STOPPED if config == "bf16_pure" and seed == 1 else {}))
+    found = task(folder)
+    assert (found.use, found.confidence) == ("amp_bf16", "medium") and "bf16_pure unfinished" in found.reason
+
+
+def test_what_was_stopped_is_asked_for_again_and_is_no_seed(plant):
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: REAL | (STOPPED if seed else {}))
+    assert "--cases gpt2_clm --seeds 0 1 2" in verdict(folder).next_command
+    (seeds,) = [check for check in trust(folder) if check.name == "seeds"]
+    assert seeds.ok is False and seeds.sentence.startswith("1 seed a cell")
+
+
+def test_other_cases_are_not_asked_for_with_what_is_one_case_s_own(plant):
+    own = {"lr": 0.01, "seq_len": 1000, "max_steps": 77, "untimed_steps": 5, "device": "cuda"}
+    command = verdict(plant((MULTI,), CONFIGS, change=lambda *_: REAL | {"config": own})).next_command
+    assert "--max-steps 77" in command and "--lr" not in command and "--seq-len" not in command and MULTI not in command
+
+
+def test_runs_on_several_gpus_are_not_asked_of_a_matrix(plant):
+    command = verdict(plant((LM,), CONFIGS, (0,), lambda *_: REAL | {"config": {"world": 2, "untimed_steps": 5}})).next_command
+    assert "--cases" not in command
+
+
 MINE = {"case": "gpt2_clm_mine", "flags": {"case_spelled": ["my dir/mine.py:CASE"]}}
 MODEL = {"case": "gpt_neo_clm", "flags": {"case_spelled": ["--model", "my model", "--task", "clm"]}}
 
@@ -140,13 +169,13 @@ def test_the_next_command_names_a_case_of_ones_own_as_the_command_line_knows_it(
 
 
 def test_the_next_command_makes_runs_that_compare_with_those_there_are(plant):
-    """Settings that the command line would not choose are said again; where cases differ in them they cannot be."""
+    """Settings that the command line would not choose are said again; of cases that differ in them one is named."""
     def config(lr, data="my data"):
         return REAL | {"config": {"lr": lr, "data": data, "text_field": "body", "max_steps": 60, "attention": "math",
                                   "compile": True, "untimed_steps": 5, "device": "cuda"}}
     folder = plant((LM, MULTI), CONFIGS, (0,), lambda case, *_: config(0.5 if case == LM else 0.25))
-    assert "--preset full --data 'my data' --max-steps 60 --text-field body --sdpa math --compile --out" in \
-        verdict(folder).next_command
+    assert "--cases gpt2_clm --seeds 0 1 2 --preset full --lr 0.5 --data 'my data' --max-steps 60 --text-field body --sdpa " \
+        "math --compile --out" in verdict(folder).next_command
     assert "--lr 0.5 " in verdict(plant((LM,), CONFIGS, (0,), lambda *_: config(0.5), "same rate")).next_command
 
 
