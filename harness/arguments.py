@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--trials", type=at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
     bench.add_argument("--pairs", type=at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
     bench.add_argument("--trials-share", type=share, default=1.0, metavar="X",
-                       help="reliability: make this share of the trials (default 1: all, a quarter of an hour on two cores)")
+                       help="reliability: make this share of the trials (default 1: all, about an hour on two cores)")
     bench.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
     bench.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
     bench.add_argument("--out", type=Path, metavar="DIR",

@@ -11,7 +11,7 @@ from harness.settings import SettingsError
 
 NAMES = ("help", "run", "matrix", "trainer", "forensics", "overhead", "reliability")
 ONLY_BY_NAME = {"reliability"}
-"""Not among all that run when none is named: it takes a quarter of an hour, and finds losses, not speeds."""
+"""Not among all that run when none is named: it takes about an hour, and finds losses, not speeds."""
 
 
 def bench_command(options: argparse.Namespace) -> int:

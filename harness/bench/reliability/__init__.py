@@ -1,4 +1,4 @@
-"""``bench reliability``: faults are planted and got over, and what was lost is counted. It takes a quarter of an hour; a share
+"""``bench reliability``: faults are planted and got over, and what was lost is counted. It takes about an hour; a share
 of the trials is a sample."""
 
 from __future__ import annotations
