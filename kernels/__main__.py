@@ -15,6 +15,7 @@ import pathlib
 import signal
 import sys
 import tempfile
+from typing import TextIO
 
 from kernels import bench, compile
 
@@ -23,6 +24,8 @@ USAGE, WRONG, ENVIRONMENT = 2, 3, 5
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if argv is None and getattr(args, "out", None):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # the file is made to its end, whoever stops reading the words
     try:
         return {"compile": _compile, "check": _check, "bench": _bench}[args.command](args)
     except ValueError as e:
@@ -85,17 +88,17 @@ def _check(args) -> int:
 
     device, _ = _device(args.device)
     form = "{:<19} {:<5} {:<36} {:<21} {:<6} {}"
-    print(form.format("op", "dtype", "case", "quantity", "", "error (allowed)"), file=sys.stderr)
+    _say(form.format("op", "dtype", "case", "quantity", "", "error (allowed)"))
     rows, here = [], bench.machine(device)
     for row in check.run(device, args.impl, args.op, args.dtype):
         rows.append(row)
         _write(args, _document(here, rows))  # as it grows: a crash on an unknown device leaves what came before
         error = row.note if row.error is None else f"{row.error:.3g} ({row.allowed:.3g}) {row.unit}"
-        print(form.format(row.op, row.dtype, row.case, row.quantity, row.status, error), file=sys.stderr, flush=True)
+        _say(form.format(row.op, row.dtype, row.case, row.quantity, row.status, error))
     wrong = sum(row.status != "right" for row in rows)
-    print(f"{len(rows)} quantities judged against float64 on {device}, {wrong} not right", file=sys.stderr)
+    _say(f"{len(rows)} quantities judged against float64 on {device}, {wrong} not right")
     if args.json:
-        print(json.dumps(_document(here, rows), indent=1, allow_nan=False))
+        _say(json.dumps(_document(here, rows), indent=1, allow_nan=False), sys.stdout)
     return WRONG if wrong else 0
 
 
@@ -128,19 +131,28 @@ def _bench(args) -> int:
                      "l2_flushed": device == "cuda"},
         "rows": [],
     }  # fmt: skip
-    print(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"), file=sys.stderr)
+    _say(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"))
     for row in bench.run(device, args.op, args.dtype, args.pairs):
         document["rows"].append(row.as_row())
         _write(args, document)  # as it grows: what is cut has the rows that it had
-        print(_words(row), file=sys.stderr, flush=True)
+        _say(_words(row))
     if not has_cuda:
         for row in bench.unmeasured("cuda", args.op, args.dtype):
             document["rows"].append(row.as_row())
-            print(_words(row), file=sys.stderr)
+            _say(_words(row))
     _write(args, document)
     if args.json:
-        print(json.dumps(document, indent=1, allow_nan=False))
+        _say(json.dumps(document, indent=1, allow_nan=False), sys.stdout)
     return 0
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print on standard error or another stream, as long as anybody reads it."""
+    stream = stream or sys.stderr
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _write(args, document: dict) -> None:

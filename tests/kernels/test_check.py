@@ -1,6 +1,10 @@
 """`python -m kernels check`: everything right on this device, and a planted fault in each op is found."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from kernels import __main__ as command
 from kernels import check
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -83,3 +88,18 @@ def test_a_device_that_is_not_here_is_one_sentence(capsys):
         pytest.skip("there is a GPU")
     assert command.main(["check", "--device", "cuda"]) == 5
     assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_the_file_is_made_to_its_end_when_nobody_reads_the_words(tmp_path):
+    end, pipe = os.pipe()
+    os.close(end)
+    words = ["check", "--op", "scale", "--device", "cpu", "--dtype", "fp32", "--json"]
+    command = [sys.executable, "-m", "kernels", *words, "--out", str(tmp_path / "check.json")]
+    try:
+        unread = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=pipe, timeout=300, check=False)
+    finally:
+        os.close(pipe)
+    whole = subprocess.run(command[:-2], cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert unread.returncode == whole.returncode == 0
+    found, due = json.loads((tmp_path / "check.json").read_bytes()), json.loads(whole.stdout)
+    assert found["judged"] == due["judged"] > 2 and len(found["rows"]) == due["judged"]
