@@ -7,7 +7,7 @@ from typing import Any
 
 from instrument.records import RunRecord
 from report.load import Folder
-from report.tables.judgement import death_words
+from report.tables.judgement import death_words, is_unfinished
 
 FAILED = ("diverged", "oom", "error", "hung")
 CAUSES = {
@@ -64,7 +64,8 @@ def failure_sentence(run: RunRecord) -> str:
     """What happened, from the row alone."""
     if run.status != "diverged":
         steps = f"{run.steps_done} step{'s' if run.steps_done != 1 else ''}"
-        return f"{ENDS.get(run.status, run.status)} after {steps}" + (f": {run.error}" if run.error else "") + "."
+        end = "stopped from outside" if is_unfinished(run) else ENDS.get(run.status, run.status)
+        return f"{end} after {steps}" + (f": {run.error}" if run.error else "") + "."
     first = run.first_nonfinite
     if first is None:
         return f"{death_words(run)}: {run.error or 'the loss exploded with finite values'}."

@@ -5,14 +5,17 @@ import argparse
 import json
 import os
 import shutil
+from contextlib import suppress
 from io import StringIO
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from rich.console import Console
 
 from harness import bench, cli
 from harness.bench import reliability
-from harness.bench.reliability import KINDS, Kind, aftermath, processes, same_run, terminal
+from harness.bench.reliability import KINDS, Kind, aftermath, processes, ranks, same_run, terminal
 from harness.bench.reliability.trial import Tally, Trial, tally
 from harness.exit_codes import OK, RUN_FAILED, USAGE
 from harness.resume import log_paths
@@ -28,6 +31,31 @@ ELSEWHERE = {"secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
 def test_a_sample_loses_nothing(name, tmp_path):
     found = tally(name, "", KINDS[name].load()(SAMPLES[name], tmp_path))
     assert found.losses == [] and found.trials > 0
+
+
+def test_ranks_that_go_another_way_are_a_loss():
+    def steps(*losses):
+        return [SimpleNamespace(step=n, loss=loss, grad_norm=1.0) for n, loss in enumerate(losses, start=1)]
+
+    alone = steps(*[2.0] * ranks.STEPS)
+    assert ranks._differences(alone, steps(*[2.0 + 1e-5] * ranks.STEPS)) == []
+    for others, says in ((steps(*[2.0] * 5, 2.0 + 3e-5), "step 6: loss"), (steps(*[2.0] * 5, None), "step 6: loss is None"),
+                         (steps(*[2.0] * 5, float("nan")), "step 6: loss is nan"), (steps(2.0), "1 and 6 of 6 steps"),
+                         ([], "0 and 6 of 6 steps")):
+        (loss,) = ranks._differences(alone, others)
+        assert loss.startswith(says)
+
+
+def test_a_launch_that_hangs_leaves_no_process(tmp_path, monkeypatch):
+    child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]], start_new_session=True)"
+    for longest_s in (2.0, 15.0, 90.0):  # a busy machine takes its time to start it
+        monkeypatch.setattr(ranks, "LONGEST_S", longest_s)
+        assert ranks._launched(["-c", program, str(tmp_path / "pid")]) is None
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int((tmp_path / "pid").read_text())).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.soak

@@ -78,3 +78,15 @@ def test_streams_that_are_closed_from_the_beginning_take_any_words(tmp_path):
     for closed in (">&-", "2>&-", ">&- 2>&-"):
         done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], cwd=ROOT, check=False, capture_output=True)
         assert done.returncode == 0 and done.stderr == b"", closed
+
+
+@pytest.mark.parametrize(("needed", "code"), [(True, READER_GONE), (False, 3)])
+def test_a_terminal_that_vanishes_is_a_reader_that_leaves(tmp_path, needed, code):
+    theirs, ours = os.openpty()
+    os.close(theirs)
+    try:
+        program = TELLS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")
+        done, said = unread(["-c", program], tmp_path, stdout=ours, stderr=subprocess.PIPE)
+    finally:
+        os.close(ours)
+    assert (done, said) == (code, b"") and (tmp_path / "made").exists() is not needed

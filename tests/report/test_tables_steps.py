@@ -208,6 +208,7 @@ def test_the_kernels_speak_where_they_were_checked(plant, content, ok, says):
 @pytest.mark.parametrize(("status", "death", "says", "cause"), [
     ("oom", {"cause": "cuda_oom"}, "ran out of memory after 1 step: CUDA", "the GPU's memory ran out"),
     ("hung", {"cause": "hung"}, "hung after 1 step: CUDA", "no sign of life"),
+    ("error", {"cause": "killed"}, "stopped from outside after 1 step: CUDA", "the process was killed from outside"),
     ("error", None, "failed after 1 step: CUDA", None)])
 def test_a_run_without_a_result_says_what_ended_it(plant, status, death, says, cause):
     folder = plant(("gpt2_clm",), ("amp_fp16",), (0,), lambda *_: {
