@@ -46,15 +46,30 @@ class Architecture:
 
 
 GPT2 = Architecture(
-    id="gpt2", name="GPT-2", causal=True, hub_id="openai-community/gpt2",
-    max_positions=1024, position_key="n_positions",
+    id="gpt2",
+    name="GPT-2",
+    causal=True,
+    hub_id="openai-community/gpt2",
+    max_positions=1024,
+    position_key="n_positions",
     sizes={"tiny": {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 512}},
 )
 ROBERTA = Architecture(
-    id="roberta", name="RoBERTa", causal=False, hub_id="FacebookAI/roberta-base",
-    max_positions=512, position_offset=2,
-    sizes={"tiny": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128,
-                    "intermediate_size": 512, "max_position_embeddings": 514}},
+    id="roberta",
+    name="RoBERTa",
+    causal=False,
+    hub_id="FacebookAI/roberta-base",
+    max_positions=512,
+    position_offset=2,
+    sizes={
+        "tiny": {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "max_position_embeddings": 514,
+        }
+    },
 )
 
 ARCHITECTURES: dict[str, Architecture] = index([GPT2, ROBERTA])

@@ -59,26 +59,50 @@ class Case:
         stem = f"{self.architecture.id}_{self.task.id}"
         check_id(self.id, owner)
         check(self.id.startswith(stem), owner, f"id must begin with {stem!r}")
-        check(self.loss_reduction in REDUCTIONS, owner,
-              f"loss_reduction {self.loss_reduction!r} is none of {REDUCTIONS}")
-        check(self.loss_reduction == "mean" or self.task.loss == "bce_with_logits", owner,
-              "label_sum needs the loss bce_with_logits")
-        check(self.task.head != "causal_lm" or self.architecture.causal, owner,
-              f"a causal LM needs a causal architecture, and {self.architecture.id!r} is none")
-        check(self.task.head != "masked_lm" or not self.architecture.causal, owner,
-              f"a masked LM needs a bidirectional architecture, and {self.architecture.id!r} is causal")
+        check(self.loss_reduction in REDUCTIONS, owner, f"loss_reduction {self.loss_reduction!r} is none of {REDUCTIONS}")
+        check(
+            self.loss_reduction == "mean" or self.task.loss == "bce_with_logits",
+            owner,
+            "label_sum needs the loss bce_with_logits",
+        )
+        check(
+            self.task.head != "causal_lm" or self.architecture.causal,
+            owner,
+            f"a causal LM needs a causal architecture, and {self.architecture.id!r} is none",
+        )
+        check(
+            self.task.head != "masked_lm" or not self.architecture.causal,
+            owner,
+            f"a masked LM needs a bidirectional architecture, and {self.architecture.id!r} is causal",
+        )
         check(self.weight_decay >= 0, owner, f"weight_decay {self.weight_decay} is negative")
 
 
-CASES: dict[str, Case] = index([
-    Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 6e-4, 1e-4)),
-    Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 4e-4, 5e-5)),
-    Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5)),
-    Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5)),
-    Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 1e-4, 5e-5)),
-    Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 1e-4, 3e-5)),
-    Case("gpt2_multi_cls_labelsum", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5),
-         loss_reduction="label_sum", in_default_matrix=False),
-    Case("roberta_multi_cls_labelsum", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5),
-         loss_reduction="label_sum", in_default_matrix=False),
-])
+CASES: dict[str, Case] = index(
+    [
+        Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 6e-4, 1e-4)),
+        Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 4e-4, 5e-5)),
+        Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5)),
+        Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5)),
+        Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 1e-4, 5e-5)),
+        Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 1e-4, 3e-5)),
+        Case(
+            "gpt2_multi_cls_labelsum",
+            "C",
+            GPT2,
+            MULTI_CLS,
+            LearningRates(2e-3, 1e-4, 5e-5),
+            loss_reduction="label_sum",
+            in_default_matrix=False,
+        ),
+        Case(
+            "roberta_multi_cls_labelsum",
+            "D",
+            ROBERTA,
+            MULTI_CLS,
+            LearningRates(2e-3, 1e-4, 3e-5),
+            loss_reduction="label_sum",
+            in_default_matrix=False,
+        ),
+    ]
+)

@@ -55,19 +55,26 @@ class DtypeConfig:
             check(value in DTYPES, owner, f"{name} {value!r} is none of {DTYPES}")
         check(self.optimizer in OPTIMIZERS, owner, f"optimizer {self.optimizer!r} is none of {OPTIMIZERS}")
         check(self.eps > 0, owner, f"eps {self.eps} is not positive")
-        check(self.weights in ("fp32", self.compute), owner,
-              f"{self.weights} weights cannot be computed in {self.compute}: autocast needs fp32 weights")
-        check(self.head in (self.compute, "fp32"), owner,
-              f"the head runs in {self.compute} or in fp32, not in {self.head}")
-        check(self.head == self.compute or self.weights == "fp32", owner,
-              "an fp32 head needs fp32 weights")
-        check(not self.scaler or self.weights == "fp32", owner,
-              "the loss scaler refuses 16-bit gradients, so it needs fp32 weights")
+        check(
+            self.weights in ("fp32", self.compute),
+            owner,
+            f"{self.weights} weights cannot be computed in {self.compute}: autocast needs fp32 weights",
+        )
+        check(self.head in (self.compute, "fp32"), owner, f"the head runs in {self.compute} or in fp32, not in {self.head}")
+        check(self.head == self.compute or self.weights == "fp32", owner, "an fp32 head needs fp32 weights")
+        check(
+            not self.scaler or self.weights == "fp32",
+            owner,
+            "the loss scaler refuses 16-bit gradients, so it needs fp32 weights",
+        )
         check(self.loss in ("fp32", self.compute), owner, f"a {self.loss} loss needs {self.loss} logits")
         check(self.clip in ("fp32", self.weights), owner, f"gradients are {self.weights}, not {self.clip}")
         check(not self.tf32 or self.compute == "fp32", owner, "tf32 concerns fp32 products only")
-        check(self.optimizer != "stochastic_rounding" or self.weights == "bf16", owner,
-              "stochastic rounding is defined for bf16 weights")
+        check(
+            self.optimizer != "stochastic_rounding" or self.weights == "bf16",
+            owner,
+            "stochastic rounding is defined for bf16 weights",
+        )
         check(self.optimizer != "8bit" or self.weights == "fp32", owner, "8-bit AdamW needs fp32 weights")
 
     @property
@@ -86,25 +93,31 @@ def _amp(id: str, compute: str, **changes) -> DtypeConfig:
     return DtypeConfig(id, weights="fp32", compute=compute, loss="fp32", **{"head": compute, **changes})
 
 
-DTYPE_CONFIGS: dict[str, DtypeConfig] = index([
-    DtypeConfig("fp32_true", "fp32", "fp32", "fp32", "fp32", note="the golden reference"),
-    _amp("amp_fp16", "fp16", scaler=True),
-    _amp("amp_bf16", "bf16"),
-    _naive_fp16("fp16_naive", controls=("fp16_naive_eps1e4", "fp16_naive_fp32_states"),
-                note="stress test"),
-    DtypeConfig("bf16_pure", "bf16", "bf16", "bf16", "bf16"),
-    _amp("amp_bf16_8bit", "bf16", optimizer="8bit"),
-    _amp("amp_bf16_fp32_head", "bf16", head="fp32"),
-    # Extras, by name or with --configs all.
-    DtypeConfig("fp32_tf32", "fp32", "fp32", "fp32", "fp32", tf32=True, in_default_matrix=False),
-    _naive_fp16("fp16_naive_eps1e4", eps=1e-4, in_default_matrix=False,
-                note="removes the division by zero, not the underflow"),
-    _naive_fp16("fp16_naive_fp32_states", optimizer="fp32_states", in_default_matrix=False,
-                note="the clean control for what precision itself does"),
-    _naive_fp16("fp16_naive_clip16", clip="fp16", in_default_matrix=False,
-                note="the gradient norm is accumulated in fp16 too"),
-    _amp("amp_fp16_unscaled", "fp16", in_default_matrix=False),
-    DtypeConfig("bf16_pure_sr", "bf16", "bf16", "bf16", "bf16", optimizer="stochastic_rounding",
-                in_default_matrix=False),
-    _amp("amp_bf16_fused_adamw", "bf16", optimizer="fused", in_default_matrix=False),
-])
+DTYPE_CONFIGS: dict[str, DtypeConfig] = index(
+    [
+        DtypeConfig("fp32_true", "fp32", "fp32", "fp32", "fp32", note="the golden reference"),
+        _amp("amp_fp16", "fp16", scaler=True),
+        _amp("amp_bf16", "bf16"),
+        _naive_fp16("fp16_naive", controls=("fp16_naive_eps1e4", "fp16_naive_fp32_states"), note="stress test"),
+        DtypeConfig("bf16_pure", "bf16", "bf16", "bf16", "bf16"),
+        _amp("amp_bf16_8bit", "bf16", optimizer="8bit"),
+        _amp("amp_bf16_fp32_head", "bf16", head="fp32"),
+        # Extras, by name or with --configs all.
+        DtypeConfig("fp32_tf32", "fp32", "fp32", "fp32", "fp32", tf32=True, in_default_matrix=False),
+        _naive_fp16(
+            "fp16_naive_eps1e4", eps=1e-4, in_default_matrix=False, note="removes the division by zero, not the underflow"
+        ),
+        _naive_fp16(
+            "fp16_naive_fp32_states",
+            optimizer="fp32_states",
+            in_default_matrix=False,
+            note="the clean control for what precision itself does",
+        ),
+        _naive_fp16(
+            "fp16_naive_clip16", clip="fp16", in_default_matrix=False, note="the gradient norm is accumulated in fp16 too"
+        ),
+        _amp("amp_fp16_unscaled", "fp16", in_default_matrix=False),
+        DtypeConfig("bf16_pure_sr", "bf16", "bf16", "bf16", "bf16", optimizer="stochastic_rounding", in_default_matrix=False),
+        _amp("amp_bf16_fused_adamw", "bf16", optimizer="fused", in_default_matrix=False),
+    ]
+)

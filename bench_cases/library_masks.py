@@ -23,9 +23,17 @@ def leave_out_idle_masks() -> None:
     AttentionMaskInterface.register("sdpa", mask_if_it_hides)
 
 
-def mask_if_it_hides(batch_size: int, q_length: int, kv_length: int, *, attention_mask: torch.Tensor | None = None,
-                     local_size: int | None = None, allow_is_causal_skip: bool = True,
-                     allow_is_bidirectional_skip: bool = False, **options: Any) -> torch.Tensor | None:
+def mask_if_it_hides(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **options: Any,
+) -> torch.Tensor | None:
     """The library's own `sdpa_mask`, but None at once where it may be left out and nothing is padded or out of reach.
 
     For None a causal model's attention runs with ``is_causal``, an encoder's over everything. The arguments are the
@@ -36,6 +44,13 @@ def mask_if_it_hides(batch_size: int, q_length: int, kv_length: int, *, attentio
     may_be_left_out = allow_is_causal_skip or allow_is_bidirectional_skip
     if may_be_left_out and attention_mask is None and local_size is None and q_length == kv_length:
         return None
-    return sdpa_mask(batch_size, q_length, kv_length, attention_mask=attention_mask, local_size=local_size,
-                     allow_is_causal_skip=allow_is_causal_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-                     **options)
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **options,
+    )

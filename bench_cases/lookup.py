@@ -47,8 +47,11 @@ def index(entries) -> dict:
 
 def check_id(identifier: str, owner: str) -> None:
     """An id becomes part of file names: ASCII letters, digits and underscores, at most 80."""
-    check(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,79}", identifier) is not None, owner,
-          "id must be 1 to 80 letters, digits and underscores, and must not begin with a digit")
+    check(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,79}", identifier) is not None,
+        owner,
+        "id must be 1 to 80 letters, digits and underscores, and must not begin with a digit",
+    )
 
 
 def check(condition: bool, owner: str, message: str) -> None:

@@ -80,8 +80,9 @@ def build_model(request: ModelRequest) -> nn.Module:
         except (ModelError, WeightsUnavailable):
             raise
         except Exception as error:  # an architecture that does not fit shows itself in many ways
-            raise ModelError(f"{request.architecture.name} cannot be trained for {request.task.id} here: "
-                             f"{first_line(error)}") from error
+            raise ModelError(
+                f"{request.architecture.name} cannot be trained for {request.task.id} here: {first_line(error)}"
+            ) from error
     return model
 
 

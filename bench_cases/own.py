@@ -38,11 +38,22 @@ def case_for_model(model: str, task_id: str) -> Case:
     roberta_like = "roberta" in arch or arch == "camembert"
     positions = config.get("max_position_embeddings") or config.get("n_positions") or UNLIMITED_POSITIONS
     architecture = Architecture(
-        id=arch, name=str(config["model_type"]), causal=_is_causal(str(config["model_type"]), task_id),
-        hub_id=model, max_positions=positions - (2 if roberta_like else 0),
-        tokenizer=model if _has_tokenizer(model) else None)
-    return Case(f"{arch}_{task.id}", "own", architecture, task, OWN_LEARNING_RATES, in_default_matrix=False,
-                spelled=("--model", model, "--task", task_id))
+        id=arch,
+        name=str(config["model_type"]),
+        causal=_is_causal(str(config["model_type"]), task_id),
+        hub_id=model,
+        max_positions=positions - (2 if roberta_like else 0),
+        tokenizer=model if _has_tokenizer(model) else None,
+    )
+    return Case(
+        f"{arch}_{task.id}",
+        "own",
+        architecture,
+        task,
+        OWN_LEARNING_RATES,
+        in_default_matrix=False,
+        spelled=("--model", model, "--task", task_id),
+    )
 
 
 def _configuration(model: str) -> dict[str, Any]:
@@ -60,8 +71,11 @@ def _configuration(model: str) -> dict[str, Any]:
 
         from bench_cases.reach import reach
 
-        config = reach(lambda: AutoConfig.from_pretrained(model, trust_remote_code=False), model,
-                       "give --model DIR with a config.json, or a hub id that can be reached").to_dict()
+        config = reach(
+            lambda: AutoConfig.from_pretrained(model, trust_remote_code=False),
+            model,
+            "give --model DIR with a config.json, or a hub id that can be reached",
+        ).to_dict()
     if "model_type" not in config:
         raise BadDeclaration(f"--model {model}: its config.json names no model_type")
     return config
@@ -81,5 +95,6 @@ def _is_causal(model_type: str, task_id: str) -> bool:
 
 def _has_tokenizer(model: str) -> bool:
     folder = Path(model)
-    return not folder.exists() or any((folder / name).is_file() for name in
-                                      ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt"))
+    return not folder.exists() or any(
+        (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
+    )

@@ -10,5 +10,7 @@ def missing_package(error: BaseException) -> str | None:
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not package or package in OURS:
         return None
-    return (f"the package {package} is not installed in this Python; install what the project needs with "
-            "pip install -c constraints.txt -e . (or make run, in an environment of its own)")
+    return (
+        f"the package {package} is not installed in this Python; install what the project needs with "
+        "pip install -c constraints.txt -e . (or make run, in an environment of its own)"
+    )

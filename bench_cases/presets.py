@@ -33,8 +33,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         owner = f"preset {self.id!r}"
-        for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "documents",
-                     "validation_documents"):
+        for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "documents", "validation_documents"):
             check(getattr(self, name) > 0, owner, f"{name} is not positive")
         check(self.batch_size % self.micro_batch == 0, owner, "micro_batch must divide batch_size")
         check(0 <= self.untimed_steps < self.max_steps, owner, "untimed_steps must be below max_steps")
@@ -44,10 +43,34 @@ class Preset:
         return self.seq_len_of.get(case_id, self.seq_len)
 
 
-PRESETS: dict[str, Preset] = index([
-    Preset("tiny", batch_size=8, micro_batch=4, seq_len=128, max_steps=60, warmup_steps=6,
-           untimed_steps=3, documents=2_400, validation_documents=64, threads=1, seeds=(0,)),
-    Preset("full", batch_size=32, micro_batch=16, seq_len=512, max_steps=1_000, warmup_steps=100,
-           untimed_steps=20, documents=100_000, validation_documents=512, threads=0, seeds=(0, 1, 2),
-           seq_len_of={"gpt2_clm": 1_024}),
-])
+PRESETS: dict[str, Preset] = index(
+    [
+        Preset(
+            "tiny",
+            batch_size=8,
+            micro_batch=4,
+            seq_len=128,
+            max_steps=60,
+            warmup_steps=6,
+            untimed_steps=3,
+            documents=2_400,
+            validation_documents=64,
+            threads=1,
+            seeds=(0,),
+        ),
+        Preset(
+            "full",
+            batch_size=32,
+            micro_batch=16,
+            seq_len=512,
+            max_steps=1_000,
+            warmup_steps=100,
+            untimed_steps=20,
+            documents=100_000,
+            validation_documents=512,
+            threads=0,
+            seeds=(0, 1, 2),
+            seq_len_of={"gpt2_clm": 1_024},
+        ),
+    ]
+)

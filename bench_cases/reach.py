@@ -28,8 +28,9 @@ def reach(load: Callable[[], Any], source: str, ways_out: str = WAYS_OUT) -> Any
             hub_reach.commit("model", source, "main")
         except (DataError, DataUnavailable) as error:
             cause = first_line(error.__cause__ or error)
-            raise WeightsUnavailable(f"there is no folder {source!r} here, and the hub gives no model of that name "
-                                     f"({cause}); {ways_out}") from error
+            raise WeightsUnavailable(
+                f"there is no folder {source!r} here, and the hub gives no model of that name ({cause}); {ways_out}"
+            ) from error
     try:
         return load()
     except Exception as error:  # OS, value, JSON and safetensors errors alike mean: not to be had

@@ -26,8 +26,9 @@ class SplitModel(nn.Module):
         self.attention = getattr(getattr(encoder, "config", None), "_attn_implementation", None)
         self.head_dtype: torch.dtype | None = None
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                last_token: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, last_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``input_ids`` (B, L) int64; ``attention_mask`` None or a prebuilt 4-D bool mask;
         ``last_token`` (B,) int64. Returns logits (B, L, V), or (B, C) for classification."""
         encoded = getattr(self, self.encoder_name)(input_ids=input_ids, attention_mask=attention_mask)

@@ -34,9 +34,7 @@ class Task:
 
 CLM = Task("clm", "causal LM", "openwebtext", "clm", "causal_lm", "cross_entropy", "perplexity")
 MLM = Task("mlm", "masked LM", "openwebtext", "mlm", "masked_lm", "cross_entropy", "perplexity")
-MULTI_CLS = Task("multi_cls", "multi-label", "eurlex", "multi_cls", "classification",
-                 "bce_with_logits", "f1")
-SINGLE_CLS = Task("single_cls", "single-label", "eurlex", "single_cls", "classification",
-                  "cross_entropy", "f1")
+MULTI_CLS = Task("multi_cls", "multi-label", "eurlex", "multi_cls", "classification", "bce_with_logits", "f1")
+SINGLE_CLS = Task("single_cls", "single-label", "eurlex", "single_cls", "classification", "cross_entropy", "f1")
 
 TASKS: dict[str, Task] = index([CLM, MLM, MULTI_CLS, SINGLE_CLS])

@@ -22,8 +22,11 @@ def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module
 
     from bench_cases.split_model import ClassificationHead, LibraryHead
 
-    auto = {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM,
-            "classification": transformers.AutoModel}[request.task.head]
+    auto = {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "masked_lm": transformers.AutoModelForMaskedLM,
+        "classification": transformers.AutoModel,
+    }[request.task.head]
     config = _configuration(request)
     if request.task.head == "causal_lm" and hasattr(config, "is_decoder"):
         config.is_decoder = True  # BERT's family sees the future otherwise
@@ -37,8 +40,12 @@ def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module
         return name, encoder, LibraryHead(library_model)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # its output would be computed, take gradients nowhere, and be dropped
-    head = ClassificationHead(_encoded_width(encoder), request.outputs, deep=not request.architecture.causal,
-                              std=getattr(config, "initializer_range", 0.02))
+    head = ClassificationHead(
+        _encoded_width(encoder),
+        request.outputs,
+        deep=not request.architecture.causal,
+        std=getattr(config, "initializer_range", 0.02),
+    )
     return name, encoder, head
 
 
@@ -59,19 +66,20 @@ def _configuration(request: ModelRequest) -> Any:
         config = _default_configuration(architecture)
         config.update(dict(architecture.sizes.get(request.preset, {})))
         config.vocab_size = padded_vocabulary(request.vocabulary)
-        for name, value in (("pad_token_id", request.pad_id), ("bos_token_id", request.bos_id),
-                            ("eos_token_id", request.eos_id)):
+        for name, value in (
+            ("pad_token_id", request.pad_id),
+            ("bos_token_id", request.bos_id),
+            ("eos_token_id", request.eos_id),
+        ):
             if hasattr(config, name):
                 setattr(config, name, value)
     else:
         source = architecture.hub_id if request.weights == "pretrained" else request.weights
         config = reach(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), source)
         if config.model_type != _default_configuration(architecture).model_type:
-            raise ModelError(f"weights {source!r} are a {config.model_type}, and the case wants "
-                             f"{architecture.id}")
+            raise ModelError(f"weights {source!r} are a {config.model_type}, and the case wants {architecture.id}")
     for name, value in config.to_dict().items():
-        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)) \
-                and not isinstance(value, bool):
+        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, request.dropout)
     for name in ("classifier_dropout", "classifier_dropout_prob"):
         if hasattr(config, name):
@@ -87,8 +95,10 @@ def _require_positions(config: Any, request: ModelRequest) -> None:
     architecture = request.architecture
     rows = getattr(config, architecture.position_key, None)
     if rows is not None and rows - architecture.position_offset < request.seq_len:
-        raise ModelError(f"seq_len {request.seq_len} is longer than the {rows - architecture.position_offset} positions "
-                         f"of {request.weights if request.weights != 'scratch' else architecture.name}")
+        raise ModelError(
+            f"seq_len {request.seq_len} is longer than the {rows - architecture.position_offset} positions "
+            f"of {request.weights if request.weights != 'scratch' else architecture.name}"
+        )
 
 
 def _default_configuration(architecture: Architecture) -> Any:
@@ -125,10 +135,16 @@ def _load(auto: Any, config: Any, request: ModelRequest) -> nn.Module:
     source = request.architecture.hub_id if request.weights == "pretrained" else request.weights
     extra = request.vocabulary - config.vocab_size
     if not -VOCABULARY_MULTIPLE < extra <= 8:
-        raise ModelError(f"weights {source!r} know {config.vocab_size} tokens and the data's tokenizer "
-                         f"{request.vocabulary}: pretrained weights need their own tokenizer "
-                         f"(put it into DIR/{request.architecture.id}/, or use --weights scratch)")
-    model = reach(lambda: auto.from_pretrained(source, config=config, dtype=torch.float32, attn_implementation="sdpa",
-                                              trust_remote_code=False, weights_only=True), source)
+        raise ModelError(
+            f"weights {source!r} know {config.vocab_size} tokens and the data's tokenizer "
+            f"{request.vocabulary}: pretrained weights need their own tokenizer "
+            f"(put it into DIR/{request.architecture.id}/, or use --weights scratch)"
+        )
+    model = reach(
+        lambda: auto.from_pretrained(
+            source, config=config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, weights_only=True
+        ),
+        source,
+    )
     model.resize_token_embeddings(padded_vocabulary(request.vocabulary), mean_resizing=False)
     return model

@@ -38,8 +38,16 @@ Progress = Callable[[StepRecord | EvaluationRecord | EventRecord], None]
 class Attempt:
     """One process' part in a run, all of it or behind a checkpoint; fills ``outcome`` as it goes."""
 
-    def __init__(self, settings: RunSettings, folder: RunFolder, outcome: Outcome, progress: Progress, stop: Stop,
-                 resumption: Resumption | None, team: Team = ALONE) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        folder: RunFolder,
+        outcome: Outcome,
+        progress: Progress,
+        stop: Stop,
+        resumption: Resumption | None,
+        team: Team = ALONE,
+    ) -> None:
         self.settings, self.folder, self.outcome, self.progress = settings, folder, outcome, progress
         self.stop, self.resumption, self.team = stop, resumption, team
         self.device = torch.device(settings.device)
@@ -57,10 +65,13 @@ class Attempt:
         try:
             outcome.flags |= precision.flags
             own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
-            outcome.facts |= {"attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
-                              "autocast": precision.autocast_name}
-            self.training = Training.prepare(s, model, batches, precision,
-                                             data.valid_vocab if s.case.task.head != "classification" else None, self.team)
+            outcome.facts |= {
+                "attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
+                "autocast": precision.autocast_name,
+            }
+            self.training = Training.prepare(
+                s, model, batches, precision, data.valid_vocab if s.case.task.head != "classification" else None, self.team
+            )
             if self.resumption is not None:
                 self.resumption.restore(self.training)
             self.presence = Presence(self.folder)
@@ -89,8 +100,15 @@ class Attempt:
         began_s, s, training = time.perf_counter(), self.settings, self.training
         self.stop.pulse.at("evaluation", step)
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
-        record = evaluate(training.forward, held_out, s.case, training.precision, valid_vocab=training.valid_vocab, step=step,
-                          team=self.team if training.share.deals_evaluations else ALONE)
+        record = evaluate(
+            training.forward,
+            held_out,
+            s.case,
+            training.precision,
+            valid_vocab=training.valid_vocab,
+            step=step,
+            team=self.team if training.share.deals_evaluations else ALONE,
+        )
         self.outcome.evaluations.append(record)
         self.folder.evaluations.write(record)
         self.progress(record)
@@ -99,8 +117,15 @@ class Attempt:
     def _count_flops(self, request: ModelRequest) -> None:
         training = self.training
         self.stop.pulse.at("counting", len(self.outcome.steps))
-        self.figures = utilisation(self.settings, training.model, request, capture(self.device), self.folder.out,
-                                   attention=training.precision.attention, threads=torch.get_num_threads())
+        self.figures = utilisation(
+            self.settings,
+            training.model,
+            request,
+            capture(self.device),
+            self.folder.out,
+            attention=training.precision.attention,
+            threads=torch.get_num_threads(),
+        )
         self.outcome.flags |= self.figures.flags()
         for step in self.outcome.steps:  # of the parts before: the log has their work, but not by dtype
             self.figures.fill(step, training.batches.step(step.step).lengths.tolist())
@@ -111,16 +136,21 @@ class Attempt:
         s, outcome = self.settings, self.outcome
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with snapshot_on_oom(self.folder.path / "memory_snapshot.pickle", self.device, history=s.memory_snapshot,
-                             always=s.memory_snapshot) as self.memory, \
-                Instruments(s, self.training, self.folder, self.resumption) as self.instruments:
+        with (
+            snapshot_on_oom(
+                self.folder.path / "memory_snapshot.pickle", self.device, history=s.memory_snapshot, always=s.memory_snapshot
+            ) as self.memory,
+            Instruments(s, self.training, self.folder, self.resumption) as self.instruments,
+        ):
             meter = self.training.meter(s.log_every, self.instruments.taps)
             meter.go_on(outcome.steps)
             self._between_steps(len(outcome.steps))
             began_s = time.perf_counter()
             for reading in self.training.train(meter, range(len(outcome.steps) + 1, s.max_steps + 1), self._cut):
-                reading.steps = [self.figures.fill(step, lengths.tolist())
-                                 for step, lengths in zip(reading.steps, reading.lengths, strict=True)]
+                reading.steps = [
+                    self.figures.fill(step, lengths.tolist())
+                    for step, lengths in zip(reading.steps, reading.lengths, strict=True)
+                ]
                 self._keep(self.instruments.after(reading))
                 outcome.add_time("steps", time.perf_counter() - began_s)
                 if outcome.divergence is None:
@@ -171,7 +201,8 @@ class Attempt:
             self._evaluate(self.settings.max_steps)
             self.stop.pulse.at("closing", self.settings.max_steps)
             outcome.facts["final_weights_sha256"] = self.team.same(
-                "final weights", self.training.share.weights_sha256(self.training.model))
+                "final weights", self.training.share.weights_sha256(self.training.model)
+            )
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:
@@ -185,8 +216,10 @@ class Attempt:
         """Write a checkpoint; what there is to know about a run that was asked to stop."""
         self.stop.pulse.at("checkpoint", len(self.outcome.steps))
         name, step = self.checkpointing.write(self.instruments), len(self.outcome.steps)
-        return (f"stopped by {who} {f'behind step {step}' if step else 'before its first step'}; the same command "
-                f"{f'goes on from {name}' if name else 'starts it over'}")
+        return (
+            f"stopped by {who} {f'behind step {step}' if step else 'before its first step'}; the same command "
+            f"{f'goes on from {name}' if name else 'starts it over'}"
+        )
 
     def _memory_and_speed(self, struck: BaseException | None) -> None:
         """Facts of the part that was run, however it ended (``struck`` by an error)."""
@@ -206,6 +239,8 @@ class Attempt:
         with behind(struck, outcome.flags, "the allocator's peaks"):
             if self.device.type == "cuda":
                 ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
-                outcome.facts |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
-                                  "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device)}
+                outcome.facts |= {
+                    "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
+                    "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+                }
         outcome.facts |= largest_peaks(outcome.flags)

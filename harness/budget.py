@@ -54,11 +54,15 @@ def asked_budget(options: argparse.Namespace, *, device: str, preset: str, ranks
         if value is not None and not (math.isfinite(value) and value > 0):
             raise SettingsError(f"{name} is {value:g}; it must be a positive number")
     if (budget_usd is None) != (price_per_hour is None):
-        raise SettingsError(f"--budget-usd and --price-per-hour go together; given: "
-                            f"{'--budget-usd' if price_per_hour is None else '--price-per-hour'} alone")
+        raise SettingsError(
+            f"--budget-usd and --price-per-hour go together; given: "
+            f"{'--budget-usd' if price_per_hour is None else '--price-per-hour'} alone"
+        )
     if max_gpu_hours is not None and device != "cuda":
-        raise SettingsError("--max-gpu-hours counts GPUs, and this runs on a CPU; allowed here: --budget-usd X "
-                            "--price-per-hour Y, of the machine")
+        raise SettingsError(
+            "--max-gpu-hours counts GPUs, and this runs on a CPU; allowed here: --budget-usd X "
+            "--price-per-hour Y, of the machine"
+        )
     usd_per_hour = price_per_hour and price_per_hour * math.ceil(ranks.world / ranks.local_world)
     limits_h = ([max_gpu_hours / ranks.world] if max_gpu_hours else []) + ([budget_usd / usd_per_hour] if budget_usd else [])
     if not limits_h:
@@ -94,8 +98,11 @@ class Forecast:
         return fmean(every) if every else None
 
     def _correction(self) -> float:
-        pairs = [(fmean(measured), estimate_s) for name, measured in self.measured_s.items()
-                 if (estimate_s := self.estimates_s.get(name)) is not None]
+        pairs = [
+            (fmean(measured), estimate_s)
+            for name, measured in self.measured_s.items()
+            if (estimate_s := self.estimates_s.get(name)) is not None
+        ]
         return sum(measured for measured, _ in pairs) / sum(estimated for _, estimated in pairs) if pairs else 1.0
 
 
@@ -133,8 +140,15 @@ class Meter:
         return self.spent_unit_s
 
 
-def admits(budget: Budget, spent_unit_s: float, running: Iterable[InFlight], forecast_s: float | None, *, shared: bool,
-           until_next_look_s: float) -> bool:
+def admits(
+    budget: Budget,
+    spent_unit_s: float,
+    running: Iterable[InFlight],
+    forecast_s: float | None,
+    *,
+    shared: bool,
+    until_next_look_s: float,
+) -> bool:
     """Whether a run may begin: what it and the running ones still need is there. ``shared``: they share one unit, which is
     held until the last of them ends; else each has its own. A run without a forecast begins where there is any room. What
     is `must_stop`'s is not there."""
@@ -154,8 +168,9 @@ def must_kill(budget: Budget, spent_unit_s: float, units_held: int, until_next_l
     return spent_unit_s + until_next_look_s * units_held >= budget.limit_unit_s
 
 
-def fitting(budget: Budget, spent_unit_s: float, forecasts_s: list[float | None], *, jobs: int,
-            shared: bool, until_next_look_s: float) -> tuple[int, float | None]:
+def fitting(
+    budget: Budget, spent_unit_s: float, forecasts_s: list[float | None], *, jobs: int, shared: bool, until_next_look_s: float
+) -> tuple[int, float | None]:
     """How many of the runs fit, in their order, and what all of them need in unit-seconds (None: not all have a
     forecast). ``jobs`` runs at a time; those that share a unit are taken to share its time evenly."""
     share, needed_unit_s, fit, known = 1 / jobs if shared else 1.0, 0.0, 0, True

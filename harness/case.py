@@ -68,8 +68,9 @@ def asked_case(options: argparse.Namespace) -> Case:
             raise SettingsError("--model_arch needs --task (clm, mlm, multi_cls or single_cls)")
         return find_case(f"{options.model_arch}_{options.task}")
     if not positional:
-        raise SettingsError("no case: give CASE CONFIG (`python -m harness list` shows them), "
-                            "or --model DIR --task TASK CONFIG")
+        raise SettingsError(
+            "no case: give CASE CONFIG (`python -m harness list` shows them), or --model DIR --task TASK CONFIG"
+        )
     return find_case(positional[0])
 
 
@@ -82,8 +83,7 @@ def asked_config(options: argparse.Namespace) -> DtypeConfig:
         positional.append(options.dtype_config)
     if len(positional) != 1:
         given = ", ".join(positional) if positional else "none"
-        raise SettingsError(f"one dtype configuration is needed; given: {given}; "
-                            f"allowed: {', '.join(DTYPE_CONFIGS)}")
+        raise SettingsError(f"one dtype configuration is needed; given: {given}; allowed: {', '.join(DTYPE_CONFIGS)}")
     return lookup("dtype configuration", positional[0], DTYPE_CONFIGS)
 
 
@@ -92,4 +92,3 @@ def _dry_run(settings: RunSettings, out: Path, as_json: bool) -> int:
 
     print_estimate(settings, out, as_json)
     return 0
-

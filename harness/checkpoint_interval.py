@@ -21,8 +21,9 @@ class CheckpointInterval:
     """Says behind which step a checkpoint is due: every ``every_steps``; or ``mtbf_s`` by `young_daly_s` from the
     costs so far, the first one behind ``first_step``, to measure it; or never."""
 
-    def __init__(self, *, every_steps: int, mtbf_s: float | None, first_step: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, every_steps: int, mtbf_s: float | None, first_step: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.every_steps, self.mtbf_s, self.first_step = every_steps, mtbf_s, first_step
         self.costs_s: list[float] = []
         self._clock = clock

@@ -19,12 +19,22 @@ from harness.training import Training
 class Checkpointing:
     """Writes a run's checkpoints; ``stop`` is the wish to end it with one."""
 
-    def __init__(self, settings: RunSettings, training: Training, folder: RunFolder, outcome: Outcome, stop: Stop,
-                 resumption: Resumption | None) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        training: Training,
+        folder: RunFolder,
+        outcome: Outcome,
+        stop: Stop,
+        resumption: Resumption | None,
+    ) -> None:
         self.settings, self.training, self.folder, self.outcome, self.stop = settings, training, folder, outcome, stop
         self.written_behind = resumption.step if resumption else 0
-        self.interval = CheckpointInterval(every_steps=settings.checkpoint_every, mtbf_s=settings.mtbf_s,
-                                           first_step=self.written_behind + max(1, settings.untimed_steps))
+        self.interval = CheckpointInterval(
+            every_steps=settings.checkpoint_every,
+            mtbf_s=settings.mtbf_s,
+            first_step=self.written_behind + max(1, settings.untimed_steps),
+        )
         self._nbytes = 0
 
     def cut(self, step: int) -> bool:
@@ -52,14 +62,28 @@ class Checkpointing:
 
     def _progress(self, instruments: Instruments) -> Progress:
         outcome, s = self.outcome, self.settings
-        return Progress(init_sha256=outcome.facts["init_sha256"], data_sha256=outcome.facts["data_sha256"],
-                        environment=machine(s), instrument=s.instrument, log_bytes=log_bytes(self.folder.out, s.run_id),
-                        timings_s=outcome.timings_now_s(), resumed_behind=outcome.resumed_behind, taps=instruments.left())
+        return Progress(
+            init_sha256=outcome.facts["init_sha256"],
+            data_sha256=outcome.facts["data_sha256"],
+            environment=machine(s),
+            instrument=s.instrument,
+            log_bytes=log_bytes(self.folder.out, s.run_id),
+            timings_s=outcome.timings_now_s(),
+            resumed_behind=outcome.resumed_behind,
+            taps=instruments.left(),
+        )
 
     def flags(self) -> dict[str, object]:
         """For the record's ``flags``: nothing when none was written."""
         costs_s = self.interval.costs_s
         if not costs_s:
             return {}
-        return {"checkpoints": {"written": len(costs_s), "bytes": self._nbytes, "rule": self.interval.rule,
-                                "cost_s": round(sum(costs_s) / len(costs_s), 4), "interval_s": self.interval.interval_s}}
+        return {
+            "checkpoints": {
+                "written": len(costs_s),
+                "bytes": self._nbytes,
+                "rule": self.interval.rule,
+                "cost_s": round(sum(costs_s) / len(costs_s), 4),
+                "interval_s": self.interval.interval_s,
+            }
+        }

@@ -122,8 +122,13 @@ def owner_of(out: Path, run_id: str) -> dict[str, Any] | None:
 def _prepare(path: Path) -> tuple[int, Path]:
     """A complete claim under a temporary name, its lock held."""
     prepared, fd = locked_temporary(path.parent, f"{FILE}.")
-    facts = {"pid": os.getpid(), "host": socket.gethostname(), "boot": this_boot(), "started_unix_s": time.time(),
-             "token": uuid.uuid4().hex}
+    facts = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": this_boot(),
+        "started_unix_s": time.time(),
+        "token": uuid.uuid4().hex,
+    }
     os.write(fd, json.dumps(facts).encode() + b"\n")
     os.fsync(fd)
     return fd, prepared

@@ -142,9 +142,21 @@ def _exit_code(error: Exception) -> int | None:
     from harness.run_folder import OutputError
     from harness.settings import SettingsError
 
-    codes = {UnknownId: USAGE, BadDeclaration: USAGE, SettingsError: USAGE, ModelError: USAGE,
-             RunNotFound: USAGE, RunUnreadable: BAD_DATA, NothingToReplay: USAGE, SnapshotError: BAD_DATA,
-             RebuildError: ENVIRONMENT, DataError: BAD_DATA, DataUnavailable: ENVIRONMENT,
-             WeightsUnavailable: ENVIRONMENT, OutputError: ENVIRONMENT, RunClaimed: ENVIRONMENT,
-             EngineError: ENVIRONMENT}
+    codes = {
+        UnknownId: USAGE,
+        BadDeclaration: USAGE,
+        SettingsError: USAGE,
+        ModelError: USAGE,
+        RunNotFound: USAGE,
+        RunUnreadable: BAD_DATA,
+        NothingToReplay: USAGE,
+        SnapshotError: BAD_DATA,
+        RebuildError: ENVIRONMENT,
+        DataError: BAD_DATA,
+        DataUnavailable: ENVIRONMENT,
+        WeightsUnavailable: ENVIRONMENT,
+        OutputError: ENVIRONMENT,
+        RunClaimed: ENVIRONMENT,
+        EngineError: ENVIRONMENT,
+    }
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)

@@ -19,8 +19,16 @@ THRESHOLD = 0.5
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterable, case: Case, precision: Precision, *,
-             valid_vocab: int | None, step: int, team: Team = ALONE) -> EvaluationRecord:
+def evaluate(
+    model: torch.nn.Module,
+    batches: Iterable,
+    case: Case,
+    precision: Precision,
+    *,
+    valid_vocab: int | None,
+    step: int,
+    team: Team = ALONE,
+) -> EvaluationRecord:
     """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training. Ranks are dealt batches and
     put together what each made of its own: the record is every rank's, and that of one process."""
     started = time.perf_counter()
@@ -37,8 +45,16 @@ def evaluate(model: torch.nn.Module, batches: Iterable, case: Case, precision: P
         on_device = batch.to(precision.device)
         with precision.forward():
             logits = model(on_device.input_ids, on_device.attention_mask, on_device.last_token)
-        losses.append(training_loss(logits.float(), on_device.targets, loss=case.task.loss,
-                                    dtype=torch.float32, normalizer=1, valid_vocab=valid_vocab))
+        losses.append(
+            training_loss(
+                logits.float(),
+                on_device.targets,
+                loss=case.task.loss,
+                dtype=torch.float32,
+                normalizer=1,
+                valid_vocab=valid_vocab,
+            )
+        )
         if case.task.metric == "f1":
             scores.append(logits.float().cpu())
     model.train()
@@ -46,11 +62,18 @@ def evaluate(model: torch.nn.Module, batches: Iterable, case: Case, precision: P
     loss = float(torch.stack(losses).double().sum()) / targets_seen
     quality = _f1(torch.cat(scores).numpy(), torch.cat(truths).numpy()) if scores else {}
     return EvaluationRecord(
-        step=step, val_loss=loss, perplexity=_perplexity(loss) if case.task.metric == "perplexity" else None,
-        f1_micro=quality.get("f1_micro"), f1_macro=quality.get("f1_macro"),
-        f1_micro_tuned=quality.get("f1_micro_tuned"), tuned_threshold=quality.get("tuned_threshold"),
-        labels_absent=quality.get("labels_absent"), samples=samples, targets=targets_seen,
-        duration_s=time.perf_counter() - started)
+        step=step,
+        val_loss=loss,
+        perplexity=_perplexity(loss) if case.task.metric == "perplexity" else None,
+        f1_micro=quality.get("f1_micro"),
+        f1_macro=quality.get("f1_macro"),
+        f1_micro_tuned=quality.get("f1_micro_tuned"),
+        tuned_threshold=quality.get("tuned_threshold"),
+        labels_absent=quality.get("labels_absent"),
+        samples=samples,
+        targets=targets_seen,
+        duration_s=time.perf_counter() - started,
+    )
 
 
 def _perplexity(loss: float) -> float:
@@ -80,9 +103,12 @@ def _f1(scores: np.ndarray, truths: np.ndarray) -> dict[str, float | int | None]
         present = np.flatnonzero(truths.any(axis=0))
         tuned = tuned_micro_f1(scores[:, :n_labels], truths[:, :n_labels])
     options = {"zero_division": 0}
-    return {"f1_micro": float(f1_score(truths, predicted, average="micro", **options)),
-            "f1_macro": float(f1_score(truths, predicted, average="macro", labels=present, **options)),
-            "labels_absent": int(n_labels - len(present)), **tuned}
+    return {
+        "f1_micro": float(f1_score(truths, predicted, average="micro", **options)),
+        "f1_macro": float(f1_score(truths, predicted, average="macro", labels=present, **options)),
+        "labels_absent": int(n_labels - len(present)),
+        **tuned,
+    }
 
 
 def tuned_micro_f1(scores: np.ndarray, truths: np.ndarray) -> dict[str, float | None]:

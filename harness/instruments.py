@@ -53,15 +53,19 @@ class Level:
 TIMED = "timed"
 """The sampler's window: training steps behind the preset's untimed ones, evaluations left out."""
 NOT_OURS = Stored(None, 0, "rank 0 keeps the snapshot, which is the same on every rank")
-LEVELS = {"off": None, "light": Level(leaf_every=16, snapshot_every=50, explained_skips=1),
-          "full": Level(leaf_every=1, snapshot_every=10, explained_skips=8)}
+LEVELS = {
+    "off": None,
+    "light": Level(leaf_every=16, snapshot_every=50, explained_skips=1),
+    "full": Level(leaf_every=1, snapshot_every=10, explained_skips=8),
+}
 
 
 class Instruments:
     """Everything beside the meter; a context around the training steps."""
 
-    def __init__(self, settings: RunSettings, training: Training, folder: RunFolder,
-                 resumption: Resumption | None = None) -> None:
+    def __init__(
+        self, settings: RunSettings, training: Training, folder: RunFolder, resumption: Resumption | None = None
+    ) -> None:
         self.level: Level | None = LEVELS[settings.instrument]
         self.training, self.folder, self.settings = training, folder, settings
         self.forensics: ForensicsRecord | None = None
@@ -82,8 +86,14 @@ class Instruments:
             return
         earlier = resumption.progress.taps if resumption else None
         if not settings.compile:  # hooks would break the compiled graph
-            self.taps = ModuleTaps(training.model, training.precision.device, every=self.level.leaf_every, skip_output=True,
-                                   kept_steps=max(KEPT_STEPS, 2 * settings.log_every), gather=training.team.gather)
+            self.taps = ModuleTaps(
+                training.model,
+                training.precision.device,
+                every=self.level.leaf_every,
+                skip_output=True,
+                kept_steps=max(KEPT_STEPS, 2 * settings.log_every),
+                gather=training.team.gather,
+            )
             if earlier is not None:
                 self.taps.go_on(earlier)
         self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resumption is None)
@@ -156,8 +166,16 @@ class Instruments:
             return event
         self._skips += 1
         training = self.training
-        mine = explain_skip(event.step, training.again, self._snapshot, training.model, training.optimizer,
-                            training.precision.scaler, now=now, any_rank=training.team.any)
+        mine = explain_skip(
+            event.step,
+            training.again,
+            self._snapshot,
+            training.model,
+            training.optimizer,
+            training.precision.scaler,
+            now=now,
+            any_rank=training.team.any,
+        )
         share, micro_batches = training.replayed, self.settings.batch_size // self.settings.micro_batch
         found = first_of_all(share, mine and of_this_rank(mine, share, micro_batches))
         if found is None:
@@ -179,8 +197,15 @@ class Instruments:
             return {}
         device = self.training.precision.device
         peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        split = with_activations(memory_split(self.training.model, self.training.optimizer), peak_bytes,
-                                 instrument_bytes=self.own_bytes()["device"]) if self.training.share.keeps_state else None
+        split = (
+            with_activations(
+                memory_split(self.training.model, self.training.optimizer),
+                peak_bytes,
+                instrument_bytes=self.own_bytes()["device"],
+            )
+            if self.training.share.keeps_state
+            else None
+        )
         return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": self.own_bytes()}
 
     def hardware_flags(self) -> dict[str, object]:
@@ -241,8 +266,9 @@ class Instruments:
         trace = self.folder.out / "traces" / f"{run_id}-step{divergence.step}.json.gz"
         stored = store(self._snapshot, self.folder.path, run_id) if self.training.team.ranks.is_first else NOT_OURS
         self.traced["snapshot"] = {"file": stored.file, "bytes": stored.nbytes, "why": stored.why}
-        self.forensics = investigate(self.training, divergence, self._snapshot, last, run_id, trace,
-                                     self.folder.path / "culprit.safetensors")
+        self.forensics = investigate(
+            self.training, divergence, self._snapshot, last, run_id, trace, self.folder.path / "culprit.safetensors"
+        )
         self.forensics = msgspec.structs.replace(self.forensics, snapshot_file=stored.file)
         replace(self.folder.path / "forensics.json", encode(self.forensics) + b"\n")
         return Divergence(divergence.step, self.forensics.first_nonfinite, self.forensics.sentence)
@@ -250,5 +276,3 @@ class Instruments:
 
 def _gpu_uuid(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-
-

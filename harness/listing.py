@@ -24,8 +24,10 @@ def list_command(options: argparse.Namespace) -> int:
 
 def listing() -> dict[str, list[dict]]:
     """All declarations as plain data."""
-    return {name: [asdict(entry) for entry in registry.values()] for name, registry in
-            (("cases", CASES), ("dtype_configs", DTYPE_CONFIGS), ("presets", PRESETS))}
+    return {
+        name: [asdict(entry) for entry in registry.values()]
+        for name, registry in (("cases", CASES), ("dtype_configs", DTYPE_CONFIGS), ("presets", PRESETS))
+    }
 
 
 def print_tables() -> None:
@@ -36,8 +38,10 @@ def print_tables() -> None:
     for table in (_cases(), _configs(), _presets()):
         console.print(table)
         console.print()
-    console.print("Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. "
-                  "Learning rates: tiny, scratch, pretrained.")
+    console.print(
+        "Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. "
+        "Learning rates: tiny, scratch, pretrained."
+    )
     console.print("* not in the default matrix; run by name, or with --cases all / --configs all")
 
 
@@ -56,8 +60,15 @@ def _table(title: str, *columns: str):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False,
-                  padding=(0, 1, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for number, column in enumerate(columns):
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     return table
@@ -66,10 +77,13 @@ def _table(title: str, *columns: str):
 def _cases():
     table = _table("Cases", "id", "", "architecture and task", "loss", "learning rates")
     for case in CASES.values():
-        table.add_row(_star(case), case.scenario, f"{case.architecture.name} {case.task.name}",
-                      LOSS_WORDS.get(case.task.loss, case.task.loss)
-                      + ("" if case.loss_reduction == "mean" else " sum"),
-                      " ".join(map(_short, (case.lr.tiny, case.lr.scratch, case.lr.pretrained))))
+        table.add_row(
+            _star(case),
+            case.scenario,
+            f"{case.architecture.name} {case.task.name}",
+            LOSS_WORDS.get(case.task.loss, case.task.loss) + ("" if case.loss_reduction == "mean" else " sum"),
+            " ".join(map(_short, (case.lr.tiny, case.lr.scratch, case.lr.pretrained))),
+        )
     return table
 
 
@@ -78,8 +92,9 @@ def _configs():
     for config in DTYPE_CONFIGS.values():
         adamw = config.optimizer.replace("_", " ") + (f" eps {_short(config.eps)}" if config.eps != 1e-8 else "")
         compute = f"AMP {config.compute}" if config.autocast else config.compute + (" TF32" if config.tf32 else "")
-        table.add_row(_star(config), config.weights, compute, config.head, config.loss, adamw,
-                      "dynamic" if config.scaler else "none")
+        table.add_row(
+            _star(config), config.weights, compute, config.head, config.loss, adamw, "dynamic" if config.scaler else "none"
+        )
     return table
 
 
@@ -87,7 +102,12 @@ def _presets():
     table = _table("Presets", "id", "batch (micro)", "sequence", "steps (warm-up)", "documents", "seeds")
     for preset in PRESETS.values():
         own = "".join(f", {case} {length}" for case, length in preset.seq_len_of.items())
-        table.add_row(preset.id, f"{preset.batch_size} ({preset.micro_batch})", f"{preset.seq_len}{own}",
-                      f"{preset.max_steps} ({preset.warmup_steps})", f"{preset.documents:,}",
-                      " ".join(map(str, preset.seeds)))
+        table.add_row(
+            preset.id,
+            f"{preset.batch_size} ({preset.micro_batch})",
+            f"{preset.seq_len}{own}",
+            f"{preset.max_steps} ({preset.warmup_steps})",
+            f"{preset.documents:,}",
+            " ".join(map(str, preset.seeds)),
+        )
     return table

@@ -29,15 +29,23 @@ class LoopOptions:
     seed: int = 0
 
 
-def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches, precision: Precision,
-          meter: StepMeter, options: LoopOptions, steps: Iterable[int] | None = None,
-          cut: Callable[[int], bool] = lambda step: False, share: Share = WHOLE) -> Iterator[Reading]:
+def train(
+    case: Case,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches,
+    precision: Precision,
+    meter: StepMeter,
+    options: LoopOptions,
+    steps: Iterable[int] | None = None,
+    cut: Callable[[int], bool] = lambda step: False,
+    share: Share = WHOLE,
+) -> Iterator[Reading]:
     """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and wherever
     ``cut(step)`` asks for one, and ends after a divergence. ``share``: this process' part of each step."""
     steps = list(range(1, options.max_steps + 1) if steps is None else steps)
     for step in steps:
-        lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps,
-                           max_steps=options.max_steps)
+        lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps, max_steps=options.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         torch.manual_seed(options.seed * 1_000_003 + step)  # dropout, where asked for, repeats with its step
@@ -51,9 +59,16 @@ def train(case: Case, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
             with precision.forward():
                 logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
             precision.check_logits(logits)
-            loss = training_loss(logits, micro.targets, loss=case.task.loss, dtype=precision.loss_dtype,
-                                 normalizer=batch.n_targets, valid_vocab=options.valid_vocab,
-                                 loss_scale=scale, stats=meter.next_logits())
+            loss = training_loss(
+                logits,
+                micro.targets,
+                loss=case.task.loss,
+                dtype=precision.loss_dtype,
+                normalizer=batch.n_targets,
+                valid_vocab=options.valid_vocab,
+                loss_scale=scale,
+                stats=meter.next_logits(),
+            )
             meter.add_loss(loss)
             loss.backward()
         share.sum_gradients()

@@ -18,9 +18,17 @@ from kernels import LogitStats, bce_with_logits, cross_entropy, logit_stats
 IGNORE_INDEX = -100
 
 
-def training_loss(logits: torch.Tensor, targets: torch.Tensor, *, loss: str, dtype: torch.dtype, normalizer: int,
-                  valid_vocab: int | None = None, loss_scale: torch.Tensor | None = None,
-                  stats: LogitStats | None = None) -> torch.Tensor:
+def training_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    loss: str,
+    dtype: torch.dtype,
+    normalizer: int,
+    valid_vocab: int | None = None,
+    loss_scale: torch.Tensor | None = None,
+    stats: LogitStats | None = None,
+) -> torch.Tensor:
     """A micro-batch's share of the step's loss, a scalar of ``dtype``.
 
     ``logits`` (..., V) with ``targets`` (...) int64 for ``cross_entropy`` (-100 is ignored), or
@@ -35,15 +43,15 @@ def training_loss(logits: torch.Tensor, targets: torch.Tensor, *, loss: str, dty
         if stats is not None:
             logit_stats(_counted(logits.detach(), targets, valid_vocab), stats)
         return (_sum_of_rounded_rows(logits, targets, loss, dtype, valid_vocab) / normalizer).to(dtype)
-    options = {"normalizer": normalizer, "stats": stats,
-               "grad_scale": None if loss_scale is None else loss_scale / normalizer}
+    options = {"normalizer": normalizer, "stats": stats, "grad_scale": None if loss_scale is None else loss_scale / normalizer}
     if loss == "cross_entropy":
         return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, valid_vocab=valid_vocab, **options)
     return bce_with_logits(logits, targets, **options)
 
 
-def _sum_of_rounded_rows(logits: torch.Tensor, targets: torch.Tensor, loss: str, dtype: torch.dtype,
-                         valid_vocab: int | None) -> torch.Tensor:
+def _sum_of_rounded_rows(
+    logits: torch.Tensor, targets: torch.Tensor, loss: str, dtype: torch.dtype, valid_vocab: int | None
+) -> torch.Tensor:
     """The fp32 sum of per-row losses that were rounded to ``dtype``."""
     if loss == "cross_entropy":
         rows = F.cross_entropy(logits[:, :valid_vocab], targets, ignore_index=IGNORE_INDEX, reduction="none")

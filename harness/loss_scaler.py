@@ -29,8 +29,9 @@ class MeasuringGradScaler(torch.amp.GradScaler):
         """The loss scale as a device scalar, without a sync."""
         return self.scale(torch.ones((), device=device))
 
-    def _unscale_grads_(self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor,
-                        allow_fp16: bool) -> dict[torch.device, torch.Tensor]:
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
         self.gradient_stats = self.over_ranks(unscale_and_stats_(gradients_of(self.measured), inv_scale))
         found_inf.copy_(self.gradient_stats.found_inf)
         return {found_inf.device: found_inf}

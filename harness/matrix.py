@@ -151,8 +151,9 @@ def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int |
         screen.say(line)
 
 
-def run_all(pool: Pool, spending: Spending, out: Path, screen: MatrixScreen, *, follow_up: bool,
-            known: set[str]) -> Iterable[RunRecord]:
+def run_all(
+    pool: Pool, spending: Spending, out: Path, screen: MatrixScreen, *, follow_up: bool, known: set[str]
+) -> Iterable[RunRecord]:
     """Yield every row as it comes; a diverged run brings its control configurations along, but for those whose ids are
     ``known``. A folder that one run could not write ends them all, and raises `OutputError` when they have ended."""
     unwritable = None

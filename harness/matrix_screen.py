@@ -28,8 +28,16 @@ from instrument.records import RunRecord
 class MatrixScreen:
     """Progress of a matrix on standard error."""
 
-    def __init__(self, planned: list[RunSettings], done: dict[str, RunRecord], out: Path, jobs: int | None,
-                 shard: Shard = EVERYTHING, *, picture: Path | None = None) -> None:
+    def __init__(
+        self,
+        planned: list[RunSettings],
+        done: dict[str, RunRecord],
+        out: Path,
+        jobs: int | None,
+        shard: Shard = EVERYTHING,
+        *,
+        picture: Path | None = None,
+    ) -> None:
         self.picture = picture
         self.console = Console(stderr=True, highlight=False, markup=False)
         self.out = out
@@ -46,16 +54,23 @@ class MatrixScreen:
         """The plan, for ``--dry-run``; ``untried``: what it needs and nobody has looked for."""
         for settings in todo:
             self.console.print(settings.run_id, soft_wrap=True)
-        self.console.print(f"{self.shard}{count(len(todo), 'run')} to do, {self.skipped} already done in {self.out}, "
-                           f"{self._at_a_time()}{f'; {untried}' if untried else ''}", soft_wrap=True)
+        self.console.print(
+            f"{self.shard}{count(len(todo), 'run')} to do, {self.skipped} already done in {self.out}, "
+            f"{self._at_a_time()}{f'; {untried}' if untried else ''}",
+            soft_wrap=True,
+        )
 
     @contextmanager
     def live(self, pool: Pool):
         """Show ``pool`` while the block runs."""
         self._pool, self.jobs = pool, pool.jobs
         todo, done = count(self.total - self.skipped, "run"), f" ({self.skipped} already done)" if self.skipped else ""
-        self.console.print(f"{self.shard}{todo}, {self._at_a_time()}, into {self.out}{done}" if self.total > self.skipped else
-                           f"{self.shard}nothing to do: {self._all_done()}", soft_wrap=True)
+        self.console.print(
+            f"{self.shard}{todo}, {self._at_a_time()}, into {self.out}{done}"
+            if self.total > self.skipped
+            else f"{self.shard}nothing to do: {self._all_done()}",
+            soft_wrap=True,
+        )
         if not self.console.is_terminal:
             yield
             return
@@ -91,9 +106,12 @@ class MatrixScreen:
         self.durations_s.append(duration_s)
         self.settled += record.status != "preempted"
         *words, status = cell_words([record])
-        line = Text.assemble(f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
-                             f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
-                             (" ".join(filter(None, words)), STYLES.get(status, "yellow")), f"  {duration_s:.1f} s")
+        line = Text.assemble(
+            f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
+            f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
+            (" ".join(filter(None, words)), STYLES.get(status, "yellow")),
+            f"  {duration_s:.1f} s",
+        )
         self.console.print(line, soft_wrap=True)
         for words in (record.error if record.status in ("error", "oom", "hung") else None, disturbance(record)):
             if words:
@@ -108,8 +126,11 @@ class MatrixScreen:
             if self.picture is not None:
                 draw(table, self.picture)
         if self.durations_s:
-            self.console.print(f"{count(len(self.durations_s), 'run')} in {time.monotonic() - self._began_s:.0f} s; "
-                               f"rows in {self.out / 'results.jsonl'}", soft_wrap=True)
+            self.console.print(
+                f"{count(len(self.durations_s), 'run')} in {time.monotonic() - self._began_s:.0f} s; "
+                f"rows in {self.out / 'results.jsonl'}",
+                soft_wrap=True,
+            )
 
     def _progress_line(self) -> Text:
         finished = self.skipped + len(self.durations_s)
@@ -137,8 +158,13 @@ class MatrixScreen:
         if step is None:
             return (name, f"0/{s.max_steps}", "", "", "")
         rate = step.tokens / step.step_time_s if step.step_time_s else 0
-        return (name, f"{step.step}/{s.max_steps}", f"{step.loss:.4g}",
-                "" if step.logit_absmax is None else f"{step.logit_absmax:.3g}", f"{rate:,.0f}")
+        return (
+            name,
+            f"{step.step}/{s.max_steps}",
+            f"{step.loss:.4g}",
+            "" if step.logit_absmax is None else f"{step.logit_absmax:.3g}",
+            f"{rate:,.0f}",
+        )
 
 
 def draw(table: Table, path: Path) -> None:

@@ -21,8 +21,9 @@ class OptimizerUnavailable(Exception):
     """An implementation that this machine lacks; the reason is the message."""
 
 
-def adamw_for(implementation: str, parameters: list[torch.nn.Parameter], *, lr: float, eps: float,
-              weight_decay: float, seed: int) -> torch.optim.Optimizer:
+def adamw_for(
+    implementation: str, parameters: list[torch.nn.Parameter], *, lr: float, eps: float, weight_decay: float, seed: int
+) -> torch.optim.Optimizer:
     """AdamW over ``parameters``; matrices decay, vectors (biases, norms) do not.
 
     ``implementation`` is one of `bench_cases.dtype_configs.OPTIMIZERS`.
@@ -64,13 +65,17 @@ def zero_share(optimizer: torch.optim.Optimizer) -> float | None:
     return sum(int((tensor == 0).sum()) for tensor in squares) / total if total else None
 
 
-def rounded_away_share(before: list[torch.Tensor], parameters: list[torch.Tensor],
-                       optimizer: torch.optim.Optimizer) -> float | None:
+def rounded_away_share(
+    before: list[torch.Tensor], parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer
+) -> float | None:
     """Share of the elements with a nonzero ``exp_avg`` that an update left exactly as they were: what it
     changed was less than half a unit in the last place. ``before`` are the parameters' values before it. None
     when no floating-point ``exp_avg`` exists."""
-    moving = [(old, p, optimizer.state[p]["exp_avg"]) for old, p in zip(before, parameters, strict=True)
-              if "exp_avg" in optimizer.state.get(p, {})]
+    moving = [
+        (old, p, optimizer.state[p]["exp_avg"])
+        for old, p in zip(before, parameters, strict=True)
+        if "exp_avg" in optimizer.state.get(p, {})
+    ]
     total = sum(int((m != 0).sum()) for _, _, m in moving)
     return sum(int(((old == p) & (m != 0)).sum()) for old, p, m in moving) / total if total else None
 
@@ -109,10 +114,22 @@ class _WideAdamW(torch.optim.Optimizer):
             wide = [p.float() for p in parameters]
             means, squares = ([s[name].float() for s in states] for name in ("exp_avg", "exp_avg_sq"))
             beta1, beta2 = group["betas"]
-            adamw(wide, [p.grad.float() for p in parameters], means, squares, [],
-                  [s["step"] for s in states], foreach=True, amsgrad=False, maximize=False,
-                  beta1=beta1, beta2=beta2, lr=group["lr"], eps=group["eps"],
-                  weight_decay=group["weight_decay"])
+            adamw(
+                wide,
+                [p.grad.float() for p in parameters],
+                means,
+                squares,
+                [],
+                [s["step"] for s in states],
+                foreach=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
             self._store(parameters, wide)
             for name, values in (("exp_avg", means), ("exp_avg_sq", squares)):
                 self._store([s[name] for s in states], values)
@@ -155,8 +172,7 @@ def round_stochastically(value: torch.Tensor, generator: torch.Generator) -> tor
     Random bits are added to the 16 bits that bf16 drops, and the sum is cut off. Finite values
     that would round beyond the largest bf16 and non-finite ones are rounded to nearest instead.
     """
-    noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32,
-                          device=value.device)
+    noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32, device=value.device)
     bits = value.view(torch.int32)
     rounded = ((bits + noise) & ~0xFFFF).view(torch.float32)
     near_limit = value.abs() >= torch.finfo(torch.bfloat16).max  # true for inf; nan is caught below

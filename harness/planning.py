@@ -26,17 +26,28 @@ def choose_device(asked: str) -> torch.device:
 def plan_run(case: Case, config: DtypeConfig, seed: int, asked: Request, device: torch.device) -> RunSettings:
     """A resolved run; raises `SettingsError`, `DataError` or `DataUnavailable`."""
     draft = resolve(case, config, seed, asked, device=device.type, data_fingerprint="")
-    return resolve(case, config, seed, asked, device=device.type,
-                   data_fingerprint=fingerprint(draft.data, **data_options(case, draft)),
-                   sources_fingerprint=sources_fingerprint(draft.weights, case.architecture.hub_id, case.architecture.build))
+    return resolve(
+        case,
+        config,
+        seed,
+        asked,
+        device=device.type,
+        data_fingerprint=fingerprint(draft.data, **data_options(case, draft)),
+        sources_fingerprint=sources_fingerprint(draft.weights, case.architecture.hub_id, case.architecture.build),
+    )
 
 
 @cache
 def sources_fingerprint(weights: str, model: str, build: str) -> str:
     """SHA-256 over the files from outside that a run is made of: folders of weights and configuration, and
     the caller's own builder. Empty when there are none. Read once a process."""
-    files = [file for folder in (weights, model) if Path(folder).is_dir()
-             for file in sorted(Path(folder).iterdir()) if file.suffix in (".json", ".safetensors", ".bin")]
+    files = [
+        file
+        for folder in (weights, model)
+        if Path(folder).is_dir()
+        for file in sorted(Path(folder).iterdir())
+        if file.suffix in (".json", ".safetensors", ".bin")
+    ]
     files += [Path(build.rpartition(":")[0])] if ".py:" in build else []
     digest = hashlib.sha256()
     for file in files:
@@ -47,13 +58,18 @@ def sources_fingerprint(weights: str, model: str, build: str) -> str:
 
 def data_options(case: Case, sizes: RunSettings) -> dict[str, object]:
     """The arguments by which a case's data are found."""
-    return {"arch": case.architecture.id, "task": case.task.id, "text": case.task.text,
-            "tokenizer": case.architecture.tokenizer, "max_documents": sizes.documents,
-            "validation_documents": sizes.validation_documents,
-            "text_field": sizes.text_field, "label_field": sizes.label_field}
+    return {
+        "arch": case.architecture.id,
+        "task": case.task.id,
+        "text": case.task.text,
+        "tokenizer": case.architecture.tokenizer,
+        "max_documents": sizes.documents,
+        "validation_documents": sizes.validation_documents,
+        "text_field": sizes.text_field,
+        "label_field": sizes.label_field,
+    }
 
 
 def results_folder(asked: Path | None, device: torch.device) -> Path:
     """``--out`` names the device folder itself; the default is ``results/<device>``."""
     return asked if asked is not None else Path("results") / device_slug(device)
-

@@ -63,8 +63,9 @@ class Pool:
     """At most ``jobs`` runs at a time, in the order of ``queue`` (which may grow meanwhile). When ``stop`` is
     requested no other run begins, and those that run end behind a checkpoint. ``rules`` say when a run hangs."""
 
-    def __init__(self, queue: list[RunSettings], out: Path, jobs: int, stop: Stop | None = None,
-                 rules: Rules | None = None) -> None:
+    def __init__(
+        self, queue: list[RunSettings], out: Path, jobs: int, stop: Stop | None = None, rules: Rules | None = None
+    ) -> None:
         self.queue = queue
         self.out = out
         self.jobs = jobs
@@ -73,8 +74,7 @@ class Pool:
         self._told = False
         self.running: list[Running] = []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["harness.worker" if torch.cuda.is_available() else "harness.worker_without_gpu"])
+        self._context.set_forkserver_preload(["harness.worker" if torch.cuda.is_available() else "harness.worker_without_gpu"])
 
     def run(self, tick: Callable[[], None], seconds_between_ticks: float = 0.25) -> Iterator[Ended]:
         """Yield every run as it ends; ``tick`` is called while waiting. Leaves no process behind."""
@@ -165,9 +165,16 @@ class Pool:
         return bury(draft, self.out, run.vigil, _exit_code(run.process), death)
 
 
-def supervise(settings: RunSettings, out: Path, *, stop: Stop | None = None,
-              on_step: Callable[[StepRecord], None] = lambda step: None, rules: Rules | None = None,
-              tick: Callable[[], None] = lambda: None, seconds_between_ticks: float = 0.25) -> Ended:
+def supervise(
+    settings: RunSettings,
+    out: Path,
+    *,
+    stop: Stop | None = None,
+    on_step: Callable[[StepRecord], None] = lambda step: None,
+    rules: Rules | None = None,
+    tick: Callable[[], None] = lambda: None,
+    seconds_between_ticks: float = 0.25,
+) -> Ended:
     """One run in a fresh process, to its end; for whoever has no matrix (a task on another machine). ``on_step`` gets
     the last step reported, where it is another, at every tick."""
     pool, shown = Pool([settings], out, jobs=1, stop=stop, rules=rules), 0

@@ -22,8 +22,12 @@ from harness.optimizer import OptimizerUnavailable, adamw_for
 from kernels import TensorStats, multi_tensor_stats, scale_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ATTENTION = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-             "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+ATTENTION = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 DEFAULT_ATTENTION = {"cuda": "efficient", "cpu": "math"}
 """The backends that take every dtype and every mask, so that all configurations run the same one."""
 FIRST_LOSS_SCALE = 65_536.0
@@ -36,8 +40,9 @@ class Unsupported(Exception):
 class Precision:
     """One configuration on one device."""
 
-    def __init__(self, config: DtypeConfig, device: torch.device, *, attention: str = "auto",
-                 threads: int = 0, compiled: bool = False) -> None:
+    def __init__(
+        self, config: DtypeConfig, device: torch.device, *, attention: str = "auto", threads: int = 0, compiled: bool = False
+    ) -> None:
         refuse_what_the_device_lacks(config, device)
         self.config = config
         self.device = device
@@ -46,17 +51,21 @@ class Precision:
         self.loss_dtype = DTYPES[config.loss]
         self.attention = DEFAULT_ATTENTION[device.type] if attention == "auto" else attention
         self.scaler = MeasuringGradScaler(device.type, init_scale=FIRST_LOSS_SCALE) if config.scaler else None
-        self.flags: dict[str, object] = {"switches": switches.set_switches(device, tf32=config.tf32,
-                                                                         threads=threads),
-                                         "attention": self.attention,
-                                         "optimizer": config.optimizer, "eps": config.eps}
+        self.flags: dict[str, object] = {
+            "switches": switches.set_switches(device, tf32=config.tf32, threads=threads),
+            "attention": self.attention,
+            "optimizer": config.optimizer,
+            "eps": config.eps,
+        }
         self.over_ranks: Callable[[TensorStats], TensorStats] = lambda mine: mine
         self._fp16_override = None
         if "fp16" in (config.weights, config.compute) and device.type == "cpu":
             in_hardware = fp16_products.cpu_has_fp16_arithmetic()
             if compiled and not in_hardware:
-                raise Unsupported("this CPU has no fp16 arithmetic, and compiled code does not call the products "
-                                  "that stand in for it; run without --compile")
+                raise Unsupported(
+                    "this CPU has no fp16 arithmetic, and compiled code does not call the products "
+                    "that stand in for it; run without --compile"
+                )
             self._fp16_override = None if in_hardware else fp16_products.install()
             self.flags["fp16_products"] = "hardware" if in_hardware else "fp32, rounded once to fp16"
 
@@ -83,24 +92,28 @@ class Precision:
     def make_optimizer(self, *, lr: float, weight_decay: float, seed: int) -> torch.optim.Optimizer:
         """AdamW in the configuration's implementation over the prepared model's trainable parameters."""
         try:
-            return adamw_for(self.config.optimizer, self.parameters, lr=lr, eps=self.config.eps,
-                             weight_decay=weight_decay, seed=seed)
+            return adamw_for(
+                self.config.optimizer, self.parameters, lr=lr, eps=self.config.eps, weight_decay=weight_decay, seed=seed
+            )
         except OptimizerUnavailable as error:
             raise Unsupported(str(error)) from error
 
     @contextmanager
     def forward(self):
         """Around every forward pass: autocast (or none) and the pinned attention backend."""
-        autocast = (torch.autocast(self.device.type, dtype=DTYPES[self.config.autocast])
-                    if self.config.autocast else nullcontext())
+        autocast = (
+            torch.autocast(self.device.type, dtype=DTYPES[self.config.autocast]) if self.config.autocast else nullcontext()
+        )
         try:
             with autocast, sdpa_kernel([ATTENTION[self.attention]]):
                 yield
         except RuntimeError as error:  # with one backend allowed, torch says so when it cannot serve
             if "No available kernel" not in str(error):
                 raise
-            raise Unsupported(f"the {self.attention} attention backend cannot run {self.config.compute} on this device; "
-                              "choose another with --sdpa") from error
+            raise Unsupported(
+                f"the {self.attention} attention backend cannot run {self.config.compute} on this device; "
+                "choose another with --sdpa"
+            ) from error
 
     def check_logits(self, logits: torch.Tensor) -> None:
         """The head ran in the dtype the configuration declares; raises `switches.SwitchError`."""

@@ -16,10 +16,13 @@ from instrument.records import StepRecord
 def reached(steps: Sequence[StepRecord], untimed_steps: int, resumed_behind: Sequence[int]) -> dict[str, Any]:
     """Fields of a run's row."""
     finite = [s.loss for s in steps if s.loss is not None and math.isfinite(s.loss)]
-    return {"steps_done": len(steps), "loss_initial": steps[0].loss if steps else None,
-            "train_loss_final": statistics.fmean(finite[-max(1, len(steps) // 10):]) if finite else None,
-            "scaler_skips": sum(s.step_skipped for s in steps),
-            **throughput(warm_steps(steps, untimed_steps, resumed_behind)[untimed_steps:])}
+    return {
+        "steps_done": len(steps),
+        "loss_initial": steps[0].loss if steps else None,
+        "train_loss_final": statistics.fmean(finite[-max(1, len(steps) // 10) :]) if finite else None,
+        "scaler_skips": sum(s.step_skipped for s in steps),
+        **throughput(warm_steps(steps, untimed_steps, resumed_behind)[untimed_steps:]),
+    }
 
 
 def warm_steps(steps: Sequence[StepRecord], untimed_steps: int, resumed_behind: Sequence[int]) -> list[StepRecord]:
@@ -37,7 +40,11 @@ def throughput(steps: Sequence[StepRecord]) -> dict[str, float | int | None]:
         return {"timed_steps": 0}
     total_s = sum(times)
     p50, p95 = np.percentile(times, (50, 95))
-    return {"timed_steps": len(times), "samples_per_s": sum(s.samples for s in steps) / total_s,
-            "tokens_per_s": sum(s.tokens for s in steps) / total_s,
-            "real_tokens_per_s": sum(s.real_tokens for s in steps) / total_s,
-            "step_time_p50_s": float(p50), "step_time_p95_s": float(p95)}
+    return {
+        "timed_steps": len(times),
+        "samples_per_s": sum(s.samples for s in steps) / total_s,
+        "tokens_per_s": sum(s.tokens for s in steps) / total_s,
+        "real_tokens_per_s": sum(s.real_tokens for s in steps) / total_s,
+        "step_time_p50_s": float(p50),
+        "step_time_p95_s": float(p95),
+    }

@@ -68,8 +68,10 @@ class Resumption:
 
 def log_paths(run_id: str) -> dict[str, str]:
     """A run's logs that a checkpoint pins, by their paths in the results folder."""
-    return {"steps": f"training_logs/run_{run_id}.jsonl",
-            **{name: f"runs/{run_id}/{name}.jsonl" for name in ("evaluations", "events", "activations")}}
+    return {
+        "steps": f"training_logs/run_{run_id}.jsonl",
+        **{name: f"runs/{run_id}/{name}.jsonl" for name in ("evaluations", "events", "activations")},
+    }
 
 
 def log_bytes(out: Path, run_id: str) -> dict[str, int]:
@@ -165,7 +167,8 @@ class ContinuedFolder(RunFolder):
                 if (out / path).exists():
                     truncate(out / path, resumption.progress.log_bytes.get(path, 0))
             self.steps, self.evaluations, self.events = (
-                JsonlLog(out / log_paths(run_id)[name]) for name in ("steps", "evaluations", "events"))
+                JsonlLog(out / log_paths(run_id)[name]) for name in ("steps", "evaluations", "events")
+            )
         except OSError as error:
             raise _cannot_write(error, out) from error
 

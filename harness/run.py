@@ -31,9 +31,16 @@ from harness.supervise.pulse import OPEN
 from instrument.records import EventRecord, RunRecord
 
 
-def execute(settings: RunSettings, out: Path, progress: Progress = lambda record: None,
-            started_s: float | None = None, stop: Stop | None = None, *, fresh: bool = False,
-            team: Team = ALONE) -> RunRecord:
+def execute(
+    settings: RunSettings,
+    out: Path,
+    progress: Progress = lambda record: None,
+    started_s: float | None = None,
+    stop: Stop | None = None,
+    *,
+    fresh: bool = False,
+    team: Team = ALONE,
+) -> RunRecord:
     """Run and write ``settings``' experiment into the results folder ``out``, from its last checkpoint on where
     it was stopped before, or with ``fresh`` from the beginning.
 
@@ -56,8 +63,11 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
     model = build_model(model_request(settings, data))
     outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
     batches = make_batches(settings, data)
-    outcome.facts |= {"n_params": sum(p.numel() for p in model.parameters()),
-                      "init_sha256": weights_sha256(model), "data_sha256": batches.sha256(settings.max_steps)}
+    outcome.facts |= {
+        "n_params": sum(p.numel() for p in model.parameters()),
+        "init_sha256": weights_sha256(model),
+        "data_sha256": batches.sha256(settings.max_steps),
+    }
     require_writable(out)
     try:
         own = claim(out, settings.run_id)
@@ -69,12 +79,20 @@ def execute(settings: RunSettings, out: Path, progress: Progress = lambda record
         return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches, team)
 
 
-def _execute_claimed(settings: RunSettings, out: Path, outcome: Outcome, progress: Progress, stop: Stop,
-                     data: TokenizedData, model: torch.nn.Module, batches: Batches, team: Team) -> RunRecord:
+def _execute_claimed(
+    settings: RunSettings,
+    out: Path,
+    outcome: Outcome,
+    progress: Progress,
+    stop: Stop,
+    data: TokenizedData,
+    model: torch.nn.Module,
+    batches: Batches,
+    team: Team,
+) -> RunRecord:
     """The part of `execute` that writes: nobody else runs this run meanwhile."""
     resumption, skipped = resumed_by_all(team, out, settings.run_id, lambda: resume.find(settings, out, outcome.facts))
-    folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else \
-        resume.start_over(out, settings.run_id)
+    folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else resume.start_over(out, settings.run_id)
     _go_on(outcome, resumption, skipped, progress)
     stop.pulse.draft(lambda: summarize(settings, outcome), out)
     stop.pulse.at(OPEN, len(outcome.steps))
@@ -85,7 +103,8 @@ def _execute_claimed(settings: RunSettings, out: Path, outcome: Outcome, progres
             for name in ("init_sha256", "data_sha256"):
                 team.same(name, outcome.facts[name])
             Attempt(settings, folder, outcome, progress, stop, resumption, team).run(
-                data, model, batches, model_request(settings, data))
+                data, model, batches, model_request(settings, data)
+            )
     except Unsupported as error:
         outcome.status, outcome.error = "unsupported", str(error)
     except Stopped as error:
@@ -119,8 +138,11 @@ def _go_on(outcome: Outcome, resumption: Resumption | None, skipped: list[str], 
     """Take over what the parts before have done; say so, and which checkpoints could not be used."""
     if resumption is None and not skipped:
         return
-    told = {"behind_steps": resumption.resumed_behind if resumption else [], "skipped": skipped,
-            "instrument_before": resumption.progress.instrument if resumption else None}
+    told = {
+        "behind_steps": resumption.resumed_behind if resumption else [],
+        "skipped": skipped,
+        "instrument_before": resumption.progress.instrument if resumption else None,
+    }
     outcome.flags["resumed"] = told
     progress(EventRecord(step=resumption.step if resumption else 0, kind="resumed", detail=told))
     if resumption is not None:
@@ -149,15 +171,31 @@ def model_request(settings: RunSettings, data: TokenizedData) -> ModelRequest:
     """What to build for a run on these data."""
     outputs = {"multi_cls": data.n_labels, "single_cls": data.n_classes}.get(settings.case.task.collate)
     return ModelRequest(
-        architecture=settings.case.architecture, task=settings.case.task, preset=settings.preset,
-        vocabulary=data.valid_vocab, pad_id=data.special.pad, bos_id=data.special.bos,
-        eos_id=data.special.eos, outputs=outputs, weights=settings.weights, dropout=settings.dropout,
-        seed=settings.seed, seq_len=settings.seq_len)
+        architecture=settings.case.architecture,
+        task=settings.case.task,
+        preset=settings.preset,
+        vocabulary=data.valid_vocab,
+        pad_id=data.special.pad,
+        bos_id=data.special.bos,
+        eos_id=data.special.eos,
+        outputs=outputs,
+        weights=settings.weights,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        seq_len=settings.seq_len,
+    )
 
 
 def make_batches(settings: RunSettings, data: TokenizedData) -> Batches:
     """The run's batches: fixed by data, case, sizes and seed, whatever the configuration."""
     case = settings.case
-    return Batches(data, case.task.collate, causal=case.architecture.causal, seq_len=settings.seq_len,
-                   batch_size=settings.batch_size, seed=settings.seed, loss_reduction=case.loss_reduction,
-                   bucket_by_length=settings.bucket_by_length)
+    return Batches(
+        data,
+        case.task.collate,
+        causal=case.architecture.causal,
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        loss_reduction=case.loss_reduction,
+        bucket_by_length=settings.bucket_by_length,
+    )

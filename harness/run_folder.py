@@ -39,8 +39,9 @@ class RunFolder:
             self.evaluations = JsonlLog(self.path / "evaluations.jsonl", fresh=True)
             self.events = JsonlLog(self.path / "events.jsonl", fresh=True)
         except OSError as error:
-            raise OutputError(f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out") \
-                from error
+            raise OutputError(
+                f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"
+            ) from error
 
     def finish(self, record: RunRecord) -> None:
         """Close the logs, then write the terminal row and the index; not into a folder that has gone away meanwhile."""
@@ -64,8 +65,9 @@ def require_no_links(out: Path, run_id: str) -> None:
     """Raise `OutputError` where a link would lead a run's files out of the results folder."""
     for place in (out / "training_logs", out / "traces", out / "runs", out / "runs" / run_id):
         if place.is_symlink():
-            raise OutputError(f"{place} is a link, and links in a results folder are not followed; "
-                              f"put the whole folder elsewhere with --out")
+            raise OutputError(
+                f"{place} is a link, and links in a results folder are not followed; put the whole folder elsewhere with --out"
+            )
 
 
 def require_writable(out: Path) -> None:

@@ -135,8 +135,16 @@ class RunSettings:
         return plain
 
 
-def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, device: str,
-            data_fingerprint: str, sources_fingerprint: str = "") -> RunSettings:
+def resolve(
+    case: Case,
+    config: DtypeConfig,
+    seed: int,
+    asked: Request,
+    *,
+    device: str,
+    data_fingerprint: str,
+    sources_fingerprint: str = "",
+) -> RunSettings:
     """Complete a request; raises `SettingsError` naming what was given and what is allowed.
 
     ``device`` is ``cpu`` or ``cuda``, already decided; ``data_fingerprint`` identifies the
@@ -146,8 +154,7 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
     preset = lookup("preset", choose_preset(asked.preset, device), PRESETS)
     data = choose_data(asked.data, preset.id)
     weights = asked.weights or ("pretrained" if preset.id == "full" and data.startswith("hub") else "scratch")
-    for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "log_every", "documents",
-                 "validation_documents"):
+    for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "log_every", "documents", "validation_documents"):
         value = getattr(asked, name)
         if value is not None and value <= 0:
             raise SettingsError(f"{name} is {value}; it must be at least 1")
@@ -172,8 +179,10 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
     if seq_len < SHORTEST_SEQUENCE:
         raise SettingsError(f"seq_len is {seq_len}; allowed: {SHORTEST_SEQUENCE} to {positions}")
     if seq_len > positions:
-        raise SettingsError(f"seq_len {seq_len} is longer than the {positions} positions of "
-                            f"{case.architecture.name} ({preset.id}); allowed: {SHORTEST_SEQUENCE} to {positions}")
+        raise SettingsError(
+            f"seq_len {seq_len} is longer than the {positions} positions of "
+            f"{case.architecture.name} ({preset.id}); allowed: {SHORTEST_SEQUENCE} to {positions}"
+        )
     lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
     if not (math.isfinite(lr) and lr > 0):
         raise SettingsError(f"lr is {lr}; it must be a positive number")
@@ -185,9 +194,20 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         raise SettingsError(f"sdpa policy {asked.attention!r} exists on CUDA only; allowed here: auto, math, flash")
     max_steps = asked.max_steps or preset.max_steps
     return RunSettings(
-        case=case, config=config, seed=seed, preset=preset.id, device=device, data=data,
-        data_fingerprint=data_fingerprint, sources_fingerprint=sources_fingerprint, weights=weights, lr=lr,
-        batch_size=batch_size, micro_batch=micro_batch, seq_len=seq_len, max_steps=max_steps,
+        case=case,
+        config=config,
+        seed=seed,
+        preset=preset.id,
+        device=device,
+        data=data,
+        data_fingerprint=data_fingerprint,
+        sources_fingerprint=sources_fingerprint,
+        weights=weights,
+        lr=lr,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        max_steps=max_steps,
         warmup_steps=max(1, round(max_steps * preset.warmup_steps / preset.max_steps)),
         untimed_steps=min(preset.untimed_steps, max_steps // 2),
         eval_every=asked.eval_every or 0,
@@ -195,10 +215,18 @@ def resolve(case: Case, config: DtypeConfig, seed: int, asked: Request, *, devic
         threads=preset.threads if asked.threads is None else asked.threads,
         documents=asked.documents or preset.documents,
         validation_documents=asked.validation_documents or preset.validation_documents,
-        dropout=asked.dropout, attention=asked.attention, compile=asked.compile,
-        bucket_by_length=asked.bucket_by_length, text_field=asked.text_field, label_field=asked.label_field,
-        instrument=asked.instrument, trace_steps=asked.trace_steps, memory_snapshot=asked.memory_snapshot,
-        checkpoint_every=asked.checkpoint_every, mtbf_s=asked.mtbf_s)
+        dropout=asked.dropout,
+        attention=asked.attention,
+        compile=asked.compile,
+        bucket_by_length=asked.bucket_by_length,
+        text_field=asked.text_field,
+        label_field=asked.label_field,
+        instrument=asked.instrument,
+        trace_steps=asked.trace_steps,
+        memory_snapshot=asked.memory_snapshot,
+        checkpoint_every=asked.checkpoint_every,
+        mtbf_s=asked.mtbf_s,
+    )
 
 
 def choose_preset(asked: str, device: str) -> str:

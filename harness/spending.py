@@ -97,15 +97,21 @@ class Spending:
     def forecast_words(self, todo: list[RunSettings], jobs: int | None, before_s: float) -> list[str]:
         """The lines to print first. ``before_s``: what the folder's rows say that their runs took."""
         budget, forecasts_s = self.budget, [self.forecast.of(run) for run in todo]
-        fit, needed_unit_s = fitting(budget, self._look(), forecasts_s, jobs=jobs or 1, shared=self.shared,
-                                      until_next_look_s=LOOK_EVERY_S)
-        needed = "not known: no run has been measured here, and this GPU's peak is not known" if needed_unit_s is None else \
-            f"{budget.words(needed_unit_s)}, so {self._fitting_words(fit, len(todo))}"
-        return [f"budget of this call: {budget.words(budget.limit_unit_s)}; the runs in the folder took "
-                f"{budget.words(before_s)} before",
-                f"forecast for {count(len(todo), 'run')}: {needed}; from {self._source()}, corrected as runs end",
-                f"no run begins that would not end in time; {budget.margin_s:.0f} s before the budget is spent, what runs is "
-                f"stopped behind a checkpoint"]
+        fit, needed_unit_s = fitting(
+            budget, self._look(), forecasts_s, jobs=jobs or 1, shared=self.shared, until_next_look_s=LOOK_EVERY_S
+        )
+        needed = (
+            "not known: no run has been measured here, and this GPU's peak is not known"
+            if needed_unit_s is None
+            else f"{budget.words(needed_unit_s)}, so {self._fitting_words(fit, len(todo))}"
+        )
+        return [
+            f"budget of this call: {budget.words(budget.limit_unit_s)}; the runs in the folder took "
+            f"{budget.words(before_s)} before",
+            f"forecast for {count(len(todo), 'run')}: {needed}; from {self._source()}, corrected as runs end",
+            f"no run begins that would not end in time; {budget.margin_s:.0f} s before the budget is spent, what runs is "
+            f"stopped behind a checkpoint",
+        ]
 
     def last_words(self, left: int) -> str:
         """What a person must know when ``left`` runs are left undone."""
@@ -114,8 +120,11 @@ class Spending:
         then = "" if needs_s is None else f"; the next one alone needs about {self.budget.words(needs_s)}"
         command = shlex.join(["python", "-m", "harness", *sys.argv[1:]])
         spent, limit = self.budget.words(self._look()), self.budget.words(self.budget.limit_unit_s)
-        how = f"To go on, with as much again: {command}" if needs_s is None or needs_s + START_UP_S < self.budget.limit_unit_s \
+        how = (
+            f"To go on, with as much again: {command}"
+            if needs_s is None or needs_s + START_UP_S < self.budget.limit_unit_s
             else "To go on, give a larger one: as much again would not do"
+        )
         return f"the budget ends here: {spent} of {limit} spent, {count(left, 'run')} left{then}. {how}"
 
     def _source(self) -> str:
@@ -140,8 +149,14 @@ class Spending:
     def _admits(self, run: RunSettings) -> bool:
         begun = [self._in_flight(one) for one in self.pool.running]
         begun += [InFlight(0.0, self.forecast.of(queued)) for queued in self.pool.queue]
-        return admits(self.budget, self.meter.spent_unit_s, begun, self.forecast.of(run), shared=self.shared,
-                      until_next_look_s=LOOK_EVERY_S)
+        return admits(
+            self.budget,
+            self.meter.spent_unit_s,
+            begun,
+            self.forecast.of(run),
+            shared=self.shared,
+            until_next_look_s=LOOK_EVERY_S,
+        )
 
     def _in_flight(self, run) -> InFlight:
         share = run.last_step.step / run.settings.max_steps if run.last_step is not None else None
@@ -158,8 +173,10 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
     left_s, margin_s, limit = budget.limit_unit_s - process_age_s(), budget.margin_s, budget.words(budget.limit_unit_s)
     if is_spokesman():
         print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped behind a checkpoint", file=sys.stderr)
-    timers = [threading.Timer(left_s - margin_s - LOOK_EVERY_S, stop.request, [WHO]),
-              threading.Timer(left_s - LOOK_EVERY_S, _thread.interrupt_main)]
+    timers = [
+        threading.Timer(left_s - margin_s - LOOK_EVERY_S, stop.request, [WHO]),
+        threading.Timer(left_s - LOOK_EVERY_S, _thread.interrupt_main),
+    ]
     for timer in timers:
         timer.daemon = True
         timer.start()
@@ -174,8 +191,10 @@ def refuse_too_little(budget: Budget) -> None:
     """Raise `SettingsError` where nothing is left to run in."""
     limit, margin_s, age_s = budget.words(budget.limit_unit_s), budget.margin_s, process_age_s()
     if budget.limit_unit_s - age_s <= margin_s + LOOK_EVERY_S:
-        raise SettingsError(f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
-                            f"allowed: more than {margin_s + LOOK_EVERY_S + age_s:.0f} s")
+        raise SettingsError(
+            f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
+            f"allowed: more than {margin_s + LOOK_EVERY_S + age_s:.0f} s"
+        )
 
 
 def estimated(runs: list[RunSettings], out: Path) -> dict[tuple[str, str], float | None]:

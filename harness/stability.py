@@ -30,8 +30,9 @@ def cell_words(runs: list[RunRecord]) -> tuple[str, str, str]:
     and completed ones show the seed in the middle."""
     in_order = sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss))
     bad = [run for run in runs if run.status not in ("completed", "unsupported")]
-    worst = min(bad, key=lambda run: (run.status == "preempted", run.status != "diverged"),
-                default=in_order[(len(runs) - 1) // 2])
+    worst = min(
+        bad, key=lambda run: (run.status == "preempted", run.status != "diverged"), default=in_order[(len(runs) - 1) // 2]
+    )
     same = sum(run.status == worst.status for run in runs)
     share = f"{same}/{len(runs)} " if len(runs) > 1 else ""
     outcome, detail = _outcome(worst)
@@ -45,8 +46,11 @@ def _outcome(run: RunRecord) -> tuple[str, str]:
         return loss, f"F1 {run.f1_micro:.2f}" if run.f1_micro is not None else ""
     if run.status == "diverged":
         first = run.first_nonfinite
-        return (f"{first.kind} @{run.divergence_step}", PHASES.get(first.phase, first.phase)) if first else \
-            (f"loss up @{run.divergence_step}", "")
+        return (
+            (f"{first.kind} @{run.divergence_step}", PHASES.get(first.phase, first.phase))
+            if first
+            else (f"loss up @{run.divergence_step}", "")
+        )
     return run.status, ""
 
 
@@ -58,8 +62,7 @@ def stability_table(records: Iterable[RunRecord], title: str):
 
     cells = stability_cells(records)
     cases = sorted({case for _, case in cells}, key=lambda case: _place(case, CASES))
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
-                  padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for case in cases:
         arch, _, task = case.partition("_")

@@ -62,23 +62,39 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
     last = outcome.evaluations[-1] if outcome.status == "completed" else None
     divergence = outcome.divergence
     return RunRecord(
-        run_id=settings.run_id, case=settings.case.id, scenario=settings.case.scenario,
-        arch=settings.case.architecture.id, task=settings.case.task.id, loss=settings.case.task.loss,
-        loss_reduction=settings.case.loss_reduction, dtype_config=settings.config.id, seed=settings.seed,
-        preset=settings.preset, device=slug, data_source=settings.data,
-        weights_source=settings.weights, status=outcome.status,
+        run_id=settings.run_id,
+        case=settings.case.id,
+        scenario=settings.case.scenario,
+        arch=settings.case.architecture.id,
+        task=settings.case.task.id,
+        loss=settings.case.task.loss,
+        loss_reduction=settings.case.loss_reduction,
+        dtype_config=settings.config.id,
+        seed=settings.seed,
+        preset=settings.preset,
+        device=slug,
+        data_source=settings.data,
+        weights_source=settings.weights,
+        status=outcome.status,
         divergence_step=divergence.step if divergence else None,
         first_nonfinite=divergence.first_nonfinite if divergence else None,
-        max_steps=settings.max_steps, batch_size=settings.batch_size,
-        micro_batch=settings.micro_batch, seq_len=settings.seq_len,
-        val_loss=last and last.val_loss, perplexity=last and last.perplexity, f1_micro=last and last.f1_micro,
-        f1_macro=last and last.f1_macro, f1_micro_tuned=last and last.f1_micro_tuned,
+        max_steps=settings.max_steps,
+        batch_size=settings.batch_size,
+        micro_batch=settings.micro_batch,
+        seq_len=settings.seq_len,
+        val_loss=last and last.val_loss,
+        perplexity=last and last.perplexity,
+        f1_micro=last and last.f1_micro,
+        f1_macro=last and last.f1_macro,
+        f1_micro_tuned=last and last.f1_micro_tuned,
         **reached(outcome.steps, settings.untimed_steps, outcome.resumed_behind),
-        instrument=settings.instrument, env=environment, config=settings.as_config(),
+        instrument=settings.instrument,
+        env=environment,
+        config=settings.as_config(),
         flags={**_spelled(settings), **outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
         error=outcome.error or (divergence.reason if divergence else None),
-        **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts))
-
+        **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts),
+    )
 
 
 def _spelled(settings: RunSettings) -> dict[str, list[str]]:

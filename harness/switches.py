@@ -69,6 +69,6 @@ def accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     finite in fp32 (0, where a tensor core's alignment drops no bits) and not when a partial sum is kept in fp16."""
     depth = 16_384
     left = torch.full((64, depth), 300.0, device=device, dtype=dtype)
-    left[:, depth // 2:] = -300.0
+    left[:, depth // 2 :] = -300.0
     right = torch.full((depth, 64), 300.0, device=device, dtype=dtype)
     return bool((left @ right).isfinite().all())

@@ -36,8 +36,14 @@ class CaseScreen:
         wide = [BarColumn(bar_width=24)] if self.console.width >= 120 else []
         words = Column(no_wrap=True, overflow="ellipsis", max_width=self.console.width - (47 if wide else 22))
         counter = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=12))
-        return Progress(counter, *wide, TimeRemainingColumn(table_column=Column(min_width=7)),
-                        TextColumn("{task.description}", table_column=words), console=self.console, transient=True)
+        return Progress(
+            counter,
+            *wide,
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.description}", table_column=words),
+            console=self.console,
+            transient=True,
+        )
 
     def __enter__(self) -> CaseScreen:
         self._waiting = self.console.status("preparing data and model") if self._bar else None
@@ -58,8 +64,12 @@ class CaseScreen:
         elif isinstance(record, EventRecord) and record.kind == "resumed":
             for why in record.detail["skipped"]:
                 self.console.print(f"  skipped {why}", style="yellow", markup=False)
-            self.console.print(f"  goes on behind step {record.step}, from checkpoint-{record.step}" if record.step else
-                               "  no checkpoint can be used: starts over", markup=False)
+            self.console.print(
+                f"  goes on behind step {record.step}, from checkpoint-{record.step}"
+                if record.step
+                else "  no checkpoint can be used: starts over",
+                markup=False,
+            )
         elif isinstance(record, EventRecord):
             self.console.print(f"  step {record.step}: {record.kind} {record.detail}", style="yellow", markup=False)
         elif self._bar:
@@ -75,11 +85,16 @@ class CaseScreen:
         s = self.settings
         if self._waiting:
             self._waiting.stop()
-        self.console.print(f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
-                           f"{escape(s.data)} data · {escape(s.weights)} weights · "
-                           + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})"))
-        self.console.print(f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
-                           f"{count(s.max_steps, 'step')}, lr {s.lr:g}", style="dim")
+        self.console.print(
+            f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
+            f"{escape(s.data)} data · {escape(s.weights)} weights · "
+            + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})")
+        )
+        self.console.print(
+            f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
+            f"{count(s.max_steps, 'step')}, lr {s.lr:g}",
+            style="dim",
+        )
         if self._bar:
             self._bar.start()
             self._task = self._bar.add_task("starting", total=s.max_steps)
@@ -96,8 +111,10 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
     """A run's row in a few lines."""
     say = console.print
     style = STYLES.get(record.status, "yellow")
-    say(f"[{style}]{record.status}[/] after {count(record.steps_done, 'step')}"
-        + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else ""))
+    say(
+        f"[{style}]{record.status}[/] after {count(record.steps_done, 'step')}"
+        + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else "")
+    )
     if record.first_nonfinite is not None:
         say("  " + first_nonfinite_words(record), style="red", markup=False)
     elif record.error:
@@ -106,9 +123,11 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
     if replayed or "traceback" in record.flags or "stack" in record.flags.get("death", {}):
         say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
     if record.timed_steps:
-        say(f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
+        say(
+            f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
             f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
-            f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {count(record.timed_steps, 'step')}")
+            f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {count(record.timed_steps, 'step')}"
+        )
     if (disturbed := disturbance(record)) is not None:
         say(f"  {disturbed}", style="yellow", markup=False)
     say(f"  memory: {memory_words(record)}")
@@ -119,9 +138,12 @@ def step_words(record: StepRecord) -> str:
     """Loss, gradient norm, largest logit and speed of a step."""
     rate = record.tokens / record.step_time_s if record.step_time_s else 0.0
     logit = "none finite" if record.logit_absmax is None else f"{record.logit_absmax:.3g}"
-    return (f"loss {record.loss:.4g}  grad norm {record.grad_norm:.3g}  largest logit {logit}  "
-            f"{rate:,.0f} tokens/s" + (f"  scale {record.loss_scale:g}" if record.loss_scale else "")
-            + ("  skipped" if record.step_skipped else ""))
+    return (
+        f"loss {record.loss:.4g}  grad norm {record.grad_norm:.3g}  largest logit {logit}  "
+        f"{rate:,.0f} tokens/s"
+        + (f"  scale {record.loss_scale:g}" if record.loss_scale else "")
+        + ("  skipped" if record.step_skipped else "")
+    )
 
 
 def evaluation_words(record: EvaluationRecord) -> str:
@@ -150,6 +172,9 @@ def first_nonfinite_words(record: RunRecord) -> str:
 
 def memory_words(record: RunRecord) -> str:
     """Peak memory by the measures there are."""
-    parts = [("allocated on the GPU", record.peak_allocated_bytes), ("reserved on the GPU", record.peak_reserved_bytes),
-             ("resident", record.peak_rss_bytes)]
+    parts = [
+        ("allocated on the GPU", record.peak_allocated_bytes),
+        ("reserved on the GPU", record.peak_reserved_bytes),
+        ("resident", record.peak_rss_bytes),
+    ]
     return ", ".join(f"{value / 1e9:.2f} GB {name}" for name, value in parts if value is not None)

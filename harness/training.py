@@ -40,44 +40,96 @@ class Training:
     replayed: Share = WHOLE
 
     @classmethod
-    def prepare(cls, settings: RunSettings, model: torch.nn.Module, batches: Batches, precision: Precision,
-                valid_vocab: int | None, team: Team = ALONE) -> Training:
+    def prepare(
+        cls,
+        settings: RunSettings,
+        model: torch.nn.Module,
+        batches: Batches,
+        precision: Precision,
+        valid_vocab: int | None,
+        team: Team = ALONE,
+    ) -> Training:
         """Put a freshly built model and its optimizer under the configuration."""
         model = precision.prepare(model)
         forward = torch.compile(model) if settings.compile else model
         share = share_of(settings, team, model, forward, batches, precision)
-        optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay,
-                                             seed=share.seed(settings.seed))
-        return cls(settings, model, forward, optimizer, batches, precision, valid_vocab, team, share,
-                   WHOLE if team.ranks.world == 1 else SummedShare(team, precision.parameters))
+        optimizer = precision.make_optimizer(
+            lr=settings.lr, weight_decay=settings.case.weight_decay, seed=share.seed(settings.seed)
+        )
+        return cls(
+            settings,
+            model,
+            forward,
+            optimizer,
+            batches,
+            precision,
+            valid_vocab,
+            team,
+            share,
+            WHOLE if team.ranks.world == 1 else SummedShare(team, precision.parameters),
+        )
 
     @property
     def options(self) -> LoopOptions:
         """What the loop needs to know."""
         s = self.settings
-        return LoopOptions(max_steps=s.max_steps, warmup_steps=s.warmup_steps, micro_batch=s.micro_batch, peak_lr=s.lr,
-                           max_norm=MAX_NORM, valid_vocab=self.valid_vocab,
-                           seed=s.seed + DROPOUT_OF_RANKS * self.team.ranks.rank)
+        return LoopOptions(
+            max_steps=s.max_steps,
+            warmup_steps=s.warmup_steps,
+            micro_batch=s.micro_batch,
+            peak_lr=s.lr,
+            max_norm=MAX_NORM,
+            valid_vocab=self.valid_vocab,
+            seed=s.seed + DROPOUT_OF_RANKS * self.team.ranks.rank,
+        )
 
     def meter(self, window: int, taps: ModuleTaps | None = None) -> StepMeter:
         """A meter over this training; ``window`` steps are read at a time."""
         s = self.settings
-        return StepMeter(self.model, self.optimizer, self.precision.device, window=window, taps=taps, gather=self.team.gather,
-                         micro_batches=self.share.count(s.batch_size // s.micro_batch), warmup_steps=s.warmup_steps,
-                         named_parameters=self.share.named_parameters(self.model))
+        return StepMeter(
+            self.model,
+            self.optimizer,
+            self.precision.device,
+            window=window,
+            taps=taps,
+            gather=self.team.gather,
+            micro_batches=self.share.count(s.batch_size // s.micro_batch),
+            warmup_steps=s.warmup_steps,
+            named_parameters=self.share.named_parameters(self.model),
+        )
 
-    def train(self, meter: StepMeter, steps: Iterable[int] | None = None,
-              cut: Callable[[int], bool] = lambda step: False) -> Iterator[Reading]:
+    def train(
+        self, meter: StepMeter, steps: Iterable[int] | None = None, cut: Callable[[int], bool] = lambda step: False
+    ) -> Iterator[Reading]:
         """Train, all steps or the given ones; ``cut`` asks for a reading behind a step."""
-        return train(self.settings.case, self.share.trained(self.forward), self.optimizer, self.batches, self.precision,
-                     meter, self.options, steps, cut, self.share)
+        return train(
+            self.settings.case,
+            self.share.trained(self.forward),
+            self.optimizer,
+            self.batches,
+            self.precision,
+            meter,
+            self.options,
+            steps,
+            cut,
+            self.share,
+        )
 
     def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
         """Run one step from the present state, eagerly; a recorder is told the losses. All ranks do."""
         meter = self.meter(1, taps)
         meter.on_loss = recorder.loss if recorder else None
-        (reading,) = train(self.settings.case, self.model, self.optimizer, self.batches, self.precision, meter,
-                           self.options, [step], share=self.replayed)
+        (reading,) = train(
+            self.settings.case,
+            self.model,
+            self.optimizer,
+            self.batches,
+            self.precision,
+            meter,
+            self.options,
+            [step],
+            share=self.replayed,
+        )
         return reading
 
     def snapshot(self, step: int) -> Snapshot:

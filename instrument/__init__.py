@@ -1,6 +1,6 @@
 """How things are measured. Importing this package imports no torch (the report reads records).
 
-    from instrument import Watch
+from instrument import Watch
 """
 
 

@@ -13,8 +13,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "datasets", "bitsandbytes", "numpy",
-            "scikit-learn", "nvidia-ml-py")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "bitsandbytes",
+    "numpy",
+    "scikit-learn",
+    "nvidia-ml-py",
+)
 
 
 def capture(device: torch.device) -> dict[str, object]:
@@ -30,9 +39,14 @@ def capture(device: torch.device) -> dict[str, object]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"gpu": properties.name, "gpu_capability": f"{properties.major}.{properties.minor}",
-                  "gpu_memory_bytes": properties.total_memory, "gpu_count": torch.cuda.device_count(),
-                  "cuda_version": torch.version.cuda, "cudnn_version": torch.backends.cudnn.version()}
+        facts |= {
+            "gpu": properties.name,
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "gpu_memory_bytes": properties.total_memory,
+            "gpu_count": torch.cuda.device_count(),
+            "cuda_version": torch.version.cuda,
+            "cudnn_version": torch.backends.cudnn.version(),
+        }
     return facts
 
 

@@ -30,5 +30,7 @@ class ExplosionDetector:
 
     def describe(self) -> str:
         """The condition in words."""
-        return (f"rolling median loss {self._median:.4g} above {EXPLOSION_FACTOR} times the first loss "
-                f"{self._first:.4g} for {EXPLOSION_STEPS} steps")
+        return (
+            f"rolling median loss {self._median:.4g} above {EXPLOSION_FACTOR} times the first loss "
+            f"{self._first:.4g} for {EXPLOSION_STEPS} steps"
+        )

@@ -53,15 +53,18 @@ def replace(path: Path, data: bytes) -> None:
         fd = os.open(temporary, os.O_WRONLY)
         try:
             while view:
-                view = view[os.write(fd, view):]
+                view = view[os.write(fd, view) :]
         finally:
             os.close(fd)
 
 
 def copy(source: Path, path: Path) -> None:
     """Copy a regular file (OSError for a link), in one step for readers of ``path``."""
-    with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as content, replacing(path) as temporary, \
-            temporary.open("wb") as target:
+    with (
+        open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as content,
+        replacing(path) as temporary,
+        temporary.open("wb") as target,
+    ):
         shutil.copyfileobj(content, target, 1 << 20)
 
 

@@ -42,8 +42,18 @@ class Card:
         return {dtype: value for dtype, value in known.items() if value is not None}
 
 
-def _card(name: str, pattern: str, fp32: float | None, tf32: float | None, fp16: float, bf16: float | None,
-          fp8: float | None, source: str, *, reference: bool = False) -> Card:
+def _card(
+    name: str,
+    pattern: str,
+    fp32: float | None,
+    tf32: float | None,
+    fp16: float,
+    bf16: float | None,
+    fp8: float | None,
+    source: str,
+    *,
+    reference: bool = False,
+) -> Card:
     """A card from TFLOP/s."""
     values = (None if value is None else value * TERA for value in (fp32, tf32, fp16, bf16, fp8))
     return Card(name, pattern, *values, source=source, reference=reference)
@@ -56,8 +66,9 @@ CARDS: tuple[Card, ...] = (
     _card("V100 SXM2", r"(NVIDIA |Tesla )?V100-SXM[23]-(16|32)GB", 15.7, None, 125, None, None, "V100 datasheet"),
     _card("V100 PCIe", r"(NVIDIA |Tesla )?V100-PCIE-(16|32)GB", 14, None, 112, None, None, "V100 datasheet"),
     _card("T4", r"(NVIDIA |Tesla )?T4", 8.1, None, 65, None, None, "T4 datasheet"),
-    _card("A100", r"(NVIDIA )?A100(-SXM4-(40|80)GB|-PCIE-40GB| 80GB PCIe| PCIe 80GB)", 19.5, 156, 312, 312, None,
-          "A100 datasheet"),
+    _card(
+        "A100", r"(NVIDIA )?A100(-SXM4-(40|80)GB|-PCIE-40GB| 80GB PCIe| PCIe 80GB)", 19.5, 156, 312, 312, None, "A100 datasheet"
+    ),
     _card("RTX 3090", r"(NVIDIA )?GeForce RTX 3090", 35.6, 35.6, 71, 71, None, AMPERE),
     _card("RTX 4090", r"(NVIDIA )?GeForce RTX 4090", 82.6, 82.6, 165.2, 165.2, 330.3, ADA),
     _card("L4", r"(NVIDIA )?L4", 30.3, 60, 121, 121, 242, "L4 datasheet, sparse figures halved"),
@@ -80,5 +91,9 @@ def capability_support(major: int, minor: int) -> dict[str, bool]:
     """What a compute capability does in hardware: tensor-core dtypes, as NVIDIA's CUDA
     programming guide lists them (fp16 from 7.0, bf16 and TF32 from 8.0, fp8 from 8.9)."""
     capability = (major, minor)
-    return {"fp16": capability >= (7, 0), "bf16": capability >= (8, 0), "tf32": capability >= (8, 0),
-            "fp8": capability >= (8, 9)}
+    return {
+        "fp16": capability >= (7, 0),
+        "bf16": capability >= (8, 0),
+        "tf32": capability >= (8, 0),
+        "fp8": capability >= (8, 9),
+    }

@@ -48,9 +48,13 @@ def memory_split(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
                 continue
             dtype = str(part.dtype).removeprefix("torch.")
             by_dtype[kind][dtype] = by_dtype[kind].get(dtype, 0) + storage.nbytes()
-    return {"device": str(device), **{f"{kind}_bytes": sum(by_dtype[kind].values()) for kind in KINDS},
-            "gradients_complete_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-            "by_dtype": by_dtype, "elsewhere_bytes": elsewhere_bytes}
+    return {
+        "device": str(device),
+        **{f"{kind}_bytes": sum(by_dtype[kind].values()) for kind in KINDS},
+        "gradients_complete_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        "by_dtype": by_dtype,
+        "elsewhere_bytes": elsewhere_bytes,
+    }
 
 
 def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *, instrument_bytes: int = 0) -> dict[str, Any]:
@@ -61,16 +65,25 @@ def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *,
     between that and ``activations_at_most_bytes``. A CPU has no peak of its allocator: null, and ``why``.
     """
     if peak_allocated_bytes is None:
-        return split | {"activations_bytes": None, "activations_at_most_bytes": None,
-                        "why_no_activations": "torch keeps no peak of the memory it allocates on a CPU"}
+        return split | {
+            "activations_bytes": None,
+            "activations_at_most_bytes": None,
+            "why_no_activations": "torch keeps no peak of the memory it allocates on a CPU",
+        }
     gradients_bytes = split["gradients_complete_bytes"]
     stored_bytes = gradients_bytes + sum(split[f"{kind}_bytes"] for kind in KINDS if kind != "gradients")
     rest_bytes = peak_allocated_bytes - instrument_bytes - stored_bytes
     if rest_bytes < 0:
-        return split | {"activations_bytes": None, "activations_at_most_bytes": None,
-                        "why_no_activations": "the peak is below what is stored now: it was taken before that was made"}
-    return split | {"activations_bytes": rest_bytes, "activations_at_most_bytes": rest_bytes + gradients_bytes,
-                    "why_no_activations": None}
+        return split | {
+            "activations_bytes": None,
+            "activations_at_most_bytes": None,
+            "why_no_activations": "the peak is below what is stored now: it was taken before that was made",
+        }
+    return split | {
+        "activations_bytes": rest_bytes,
+        "activations_at_most_bytes": rest_bytes + gradients_bytes,
+        "why_no_activations": None,
+    }
 
 
 def peak_memory(device: torch.device, *, peak_device_bytes: int | None = None) -> dict[str, int | None]:
@@ -80,10 +93,12 @@ def peak_memory(device: torch.device, *, peak_device_bytes: int | None = None) -
     ``torch.cuda.reset_peak_memory_stats``; RSS from the process' start.
     """
     cuda = device.type == "cuda"
-    return {"peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
-            "peak_device_bytes": peak_device_bytes,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+        "peak_device_bytes": peak_device_bytes,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 @dataclass

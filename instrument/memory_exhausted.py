@@ -13,9 +13,14 @@ import torch
 from instrument.sampler.gpu import GpuSensors
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-ALLOCATOR = {"allocated_bytes": "allocated_bytes.all.current", "reserved_bytes": "reserved_bytes.all.current",
-             "active_bytes": "active_bytes.all.current", "inactive_split_bytes": "inactive_split_bytes.all.current",
-             "num_alloc_retries": "num_alloc_retries", "num_ooms": "num_ooms"}
+ALLOCATOR = {
+    "allocated_bytes": "allocated_bytes.all.current",
+    "reserved_bytes": "reserved_bytes.all.current",
+    "active_bytes": "active_bytes.all.current",
+    "inactive_split_bytes": "inactive_split_bytes.all.current",
+    "num_alloc_retries": "num_alloc_retries",
+    "num_ooms": "num_ooms",
+}
 """Our names and those of ``torch.cuda.memory_stats``."""
 HOST = "host_oom"
 

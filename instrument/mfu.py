@@ -42,8 +42,11 @@ class Peaks:
         """The peaks of as many of these together."""
         if processes == 1:
             return self
-        tables = {name: {dtype: processes * rate for dtype, rate in table.items()}
-                  for name in ("datasheet", "measured") if (table := getattr(self, name)) is not None}
+        tables = {
+            name: {dtype: processes * rate for dtype, rate in table.items()}
+            for name in ("datasheet", "measured")
+            if (table := getattr(self, name)) is not None
+        }
         return replace(self, **tables)
 
     def of(self, denominator: str, flops: Mapping[str, int]) -> float | None:
@@ -111,16 +114,21 @@ class Utilisation:
         timed = [step for step in filled[untimed_steps:] if step.step_time_s is not None]
         flops, real = ([self._work[step.step][which] for step in timed] for which in (0, 1))
         peak = self.peaks.of("mfu", _total(flops))
-        return {"flops_per_step": round(sum(step.flops for step in filled) / len(filled)),
-                "peak_flops_per_s": peak, "peak_flops_source": self.peaks.datasheet_source if peak is not None else None,
-                **figures(_total(flops), _total(real), sum(step.step_time_s for step in timed), self.peaks)}
+        return {
+            "flops_per_step": round(sum(step.flops for step in filled) / len(filled)),
+            "peak_flops_per_s": peak,
+            "peak_flops_source": self.peaks.datasheet_source if peak is not None else None,
+            **figures(_total(flops), _total(real), sum(step.step_time_s for step in timed), self.peaks),
+        }
 
     def missing(self) -> dict[str, str]:
         """What is not known, and why: ``not_counted``, ``datasheet_unknown``, ``measured_unknown``."""
         if self.step_flops is None:
             return {"not_counted": self.not_counted or "unknown"}
-        reasons = {"datasheet_unknown": self.peaks.datasheet_unknown or self._lacking(self.peaks.datasheet, "datasheet"),
-                   "measured_unknown": self.peaks.measured_unknown or self._lacking(self.peaks.measured, "measurement")}
+        reasons = {
+            "datasheet_unknown": self.peaks.datasheet_unknown or self._lacking(self.peaks.datasheet, "datasheet"),
+            "measured_unknown": self.peaks.measured_unknown or self._lacking(self.peaks.measured, "measurement"),
+        }
         return {name: reason for name, reason in reasons.items() if reason}
 
     def warning(self) -> str | None:
@@ -133,10 +141,16 @@ class Utilisation:
         """How the figures came about and why some are missing, for the record's ``flags``."""
         if self.step_flops is None:
             return {"flops": self.missing()}
-        return {"flops": {"source": self.step_flops.source, "dtypes": self.step_flops.dtypes._asdict(),
-                          "causal_attention": "full" if self.step_flops.causal else None,
-                          "measured_remark": self.peaks.measured_remark,
-                          "measured_flops_per_s": dict(self.peaks.measured or {}) or None, **self.missing()}}
+        return {
+            "flops": {
+                "source": self.step_flops.source,
+                "dtypes": self.step_flops.dtypes._asdict(),
+                "causal_attention": "full" if self.step_flops.causal else None,
+                "measured_remark": self.peaks.measured_remark,
+                "measured_flops_per_s": dict(self.peaks.measured or {}) or None,
+                **self.missing(),
+            }
+        }
 
     def _lacking(self, peaks: Mapping[str, float] | None, table: str) -> str | None:
         lacking = sorted({dtype for dtype in self.step_flops.dtypes if dtype not in (peaks or {})})

@@ -12,9 +12,18 @@ from typing import Any
 
 COMPUTE_MODES = {0: "default", 1: "exclusive_thread", 2: "prohibited", 3: "exclusive_process"}
 CLOCK_EVENT_REASONS = {
-    0: "gpu_idle", 1: "applications_clocks_setting", 2: "sw_power_cap", 3: "hw_slowdown", 4: "sync_boost",
-    5: "sw_thermal_slowdown", 6: "hw_thermal_slowdown", 7: "hw_power_brake_slowdown", 8: "display_clock_setting",
-    9: "board_limit", 10: "reliability"}
+    0: "gpu_idle",
+    1: "applications_clocks_setting",
+    2: "sw_power_cap",
+    3: "hw_slowdown",
+    4: "sync_boost",
+    5: "sw_thermal_slowdown",
+    6: "hw_thermal_slowdown",
+    7: "hw_power_brake_slowdown",
+    8: "display_clock_setting",
+    9: "board_limit",
+    10: "reliability",
+}
 """Bit number -> why the clocks are below their maximum (nvml.h, ``nvmlClocksEventReason*``)."""
 TEMPERATURE_GPU, CLOCK_SM, CLOCK_MEMORY = 0, 1, 2
 
@@ -45,29 +54,34 @@ class Nvml:
 
     def driver(self) -> dict[str, Any]:
         """``version``, the newest CUDA it serves, how many GPUs it sees, and ``unknown`` reasons."""
-        return self._facts({
-            "version": lambda: _text(self._need("nvmlSystemGetDriverVersion")),
-            "cuda": lambda: _cuda_version(self._need("nvmlSystemGetCudaDriverVersion_v2")),
-            "gpu_count": lambda: int(self._need("nvmlDeviceGetCount")),
-        })
+        return self._facts(
+            {
+                "version": lambda: _text(self._need("nvmlSystemGetDriverVersion")),
+                "cuda": lambda: _cuda_version(self._need("nvmlSystemGetCudaDriverVersion_v2")),
+                "gpu_count": lambda: int(self._need("nvmlDeviceGetCount")),
+            }
+        )
 
     def device(self, uuid: str) -> dict[str, Any]:
         """Memory in bytes, processes, power limit in watts, MIG and compute mode of ``GPU-...``."""
+
         def handle() -> Any:
             return self._need("nvmlDeviceGetHandleByUUID", uuid)
 
         def memory(field: str) -> int:
             return int(getattr(self._need("nvmlDeviceGetMemoryInfo", handle()), field))
 
-        return self._facts({
-            "memory_total_bytes": lambda: memory("total"),
-            "memory_free_bytes": lambda: memory("free"),
-            "memory_used_bytes": lambda: memory("used"),
-            "processes": lambda: self._processes(handle()),
-            "power_limit_w": lambda: self._need("nvmlDeviceGetPowerManagementLimit", handle()) / 1e3,
-            "mig": lambda: bool(self._need("nvmlDeviceGetMigMode", handle())[0]),
-            "compute_mode": lambda: COMPUTE_MODES.get(self._need("nvmlDeviceGetComputeMode", handle()), "unknown"),
-        })
+        return self._facts(
+            {
+                "memory_total_bytes": lambda: memory("total"),
+                "memory_free_bytes": lambda: memory("free"),
+                "memory_used_bytes": lambda: memory("used"),
+                "processes": lambda: self._processes(handle()),
+                "power_limit_w": lambda: self._need("nvmlDeviceGetPowerManagementLimit", handle()) / 1e3,
+                "mig": lambda: bool(self._need("nvmlDeviceGetMigMode", handle())[0]),
+                "compute_mode": lambda: COMPUTE_MODES.get(self._need("nvmlDeviceGetComputeMode", handle()), "unknown"),
+            }
+        )
 
     def sensors(self, uuid: str) -> dict[str, Callable[[], dict[str, Any]]]:
         """Questions quick enough to be asked twice a second, by NVML's name; each answers some fields.
@@ -91,16 +105,21 @@ class Nvml:
 
         return {  # the counter first: its moment is the sample's
             "nvmlDeviceGetTotalEnergyConsumption": lambda: {
-                "gpu_energy_counter_j": self._need("nvmlDeviceGetTotalEnergyConsumption", board) / 1e3},
+                "gpu_energy_counter_j": self._need("nvmlDeviceGetTotalEnergyConsumption", board) / 1e3
+            },
             "nvmlDeviceGetPowerUsage": lambda: {"gpu_power_w": self._need("nvmlDeviceGetPowerUsage", board) / 1e3},
             "nvmlDeviceGetMemoryInfo": memory,
             "nvmlDeviceGetUtilizationRates": utilization,
             "nvmlDeviceGetTemperature": lambda: {
-                "gpu_temperature_c": int(self._need("nvmlDeviceGetTemperature", board, TEMPERATURE_GPU))},
+                "gpu_temperature_c": int(self._need("nvmlDeviceGetTemperature", board, TEMPERATURE_GPU))
+            },
             "nvmlDeviceGetClockInfo": lambda: {
-                "gpu_sm_clock_hz": clock_hz(CLOCK_SM), "gpu_memory_clock_hz": clock_hz(CLOCK_MEMORY)},
+                "gpu_sm_clock_hz": clock_hz(CLOCK_SM),
+                "gpu_memory_clock_hz": clock_hz(CLOCK_MEMORY),
+            },
             "nvmlDeviceGetCurrentClocksEventReasons": lambda: {
-                "gpu_clock_event_reasons": clock_event_reasons(self._clock_events(board))},
+                "gpu_clock_event_reasons": clock_event_reasons(self._clock_events(board))
+            },
             "nvmlDeviceIsMigDeviceHandle": lambda: {"gpu_is_mig": mig},
         }
 

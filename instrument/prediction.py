@@ -32,8 +32,14 @@ class Format:
         return math.log2(self.largest / value) if value and math.isfinite(value) else None
 
 
-FORMATS = {f.id: f for f in (Format("fp16", 65504.0, 2.0**-24), Format("bf16", (2 - 2**-7) * 2.0**127, 2.0**-133),
-                             Format("fp32", (2 - 2**-23) * 2.0**127, 2.0**-149))}
+FORMATS = {
+    f.id: f
+    for f in (
+        Format("fp16", 65504.0, 2.0**-24),
+        Format("bf16", (2 - 2**-7) * 2.0**127, 2.0**-133),
+        Format("fp32", (2 - 2**-23) * 2.0**127, 2.0**-149),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,13 @@ class Reference:
 
 def hazards(reference: Reference, arithmetic: Arithmetic) -> list[Hazard]:
     """What would go wrong under a configuration, by kind and then in the model's order."""
-    found = [*_forward(reference, arithmetic), *_backward(reference, arithmetic), *_norm(reference, arithmetic),
-             *_optimizer(reference, arithmetic), *_gradient_flush(reference, arithmetic)]
+    found = [
+        *_forward(reference, arithmetic),
+        *_backward(reference, arithmetic),
+        *_norm(reference, arithmetic),
+        *_optimizer(reference, arithmetic),
+        *_gradient_flush(reference, arithmetic),
+    ]
     return sorted(found, key=lambda hazard: KINDS.index(hazard.kind))
 
 
@@ -189,8 +200,13 @@ def _gradient_flush(reference: Reference, arithmetic: Arithmetic) -> Iterable[Ha
         return
     worst: dict[str, Hazard] = {}
     for row in reference.modules:
-        if row.direction == "bwd" and row.flush_frac is not None and row.flush_frac >= FLUSHED \
-                and row.flush_frac > (worst[row.module].share if row.module in worst else 0):
-            worst[row.module] = Hazard("gradient_flush", row.module, row.absmax_step, None, FORMATS["fp16"].smallest,
-                                       share=row.flush_frac)
+        if (
+            row.direction == "bwd"
+            and row.flush_frac is not None
+            and row.flush_frac >= FLUSHED
+            and row.flush_frac > (worst[row.module].share if row.module in worst else 0)
+        ):
+            worst[row.module] = Hazard(
+                "gradient_flush", row.module, row.absmax_step, None, FORMATS["fp16"].smallest, share=row.flush_frac
+            )
     yield from worst.values()

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 from instrument.prediction import COMPARED, FLUSHED, KINDS, Hazard
 from instrument.records import FirstNonfinite
 
-VERDICTS = ("predicted and happened", "predicted and did not happen", "happened and was not predicted",
-            "predicted and not reached", "neither predicted nor happened")
+VERDICTS = (
+    "predicted and happened",
+    "predicted and did not happen",
+    "happened and was not predicted",
+    "predicted and not reached",
+    "neither predicted nor happened",
+)
 HIT, FALSE_ALARM, MISSED, NOT_REACHED, NEITHER = VERDICTS
-OVERFLOWS = {"forward": "overflow_forward", "loss": "overflow_forward", "backward": "overflow_backward",
-             "unscale": "overflow_backward", "clip": "norm_overflow", "unscale_or_clip": "norm_overflow"}
+OVERFLOWS = {
+    "forward": "overflow_forward",
+    "loss": "overflow_forward",
+    "backward": "overflow_backward",
+    "unscale": "overflow_backward",
+    "clip": "norm_overflow",
+    "unscale_or_clip": "norm_overflow",
+}
 """Phase of an overflow -> kind of hazard."""
 
 

@@ -32,8 +32,9 @@ def together(measured: Sequence[MeasuredStep]) -> tuple[MeasuredStep, dict[str, 
     rows, per_rank = [m.row for m in measured], len(measured[0].logits)
     row = dict(rows[0])  # what comes behind the sum of gradients is everybody's
     row["loss"] = sum(r["loss"] for r in rows)
-    row["loss_microbatch"] = min((rank * per_rank + r["loss_microbatch"] for rank, r in enumerate(rows)
-                                  if r["loss_microbatch"] >= 0), default=-1.0)
+    row["loss_microbatch"] = min(
+        (rank * per_rank + r["loss_microbatch"] for rank, r in enumerate(rows) if r["loss_microbatch"] >= 0), default=-1.0
+    )
     found = {}
     for kind in ("grad", "state", "param"):
         index = min((r[f"{kind}_tensor"] for r in rows if r[f"{kind}_tensor"] >= 0), default=-1.0)
@@ -42,5 +43,9 @@ def together(measured: Sequence[MeasuredStep]) -> tuple[MeasuredStep, dict[str, 
         row[f"{kind}_nan"] = sum(rows[rank][f"{kind}_nan"] for rank in showing)
         found[kind] = showing[0] if showing and len(showing) < len(rows) else None
     return MeasuredStep(
-        row, [slot for m in measured for slot in m.logits], max(m.step_time_s for m in measured),
-        max((m.allocated_bytes for m in measured if m.allocated_bytes is not None), default=None), len(measured)), found
+        row,
+        [slot for m in measured for slot in m.logits],
+        max(m.step_time_s for m in measured),
+        max((m.allocated_bytes for m in measured if m.allocated_bytes is not None), default=None),
+        len(measured),
+    ), found

@@ -22,8 +22,23 @@ from instrument.step_clock import StepClock
 from instrument.watch.taps import ModuleTaps, TapReading
 from kernels import LogitStats, TensorStats
 
-COLUMNS = ("loss", "loss_microbatch", "loss_scale", "grad_norm", "grad_absmax", "grad_nonfinite", "grad_below",
-           "grad_nonzero", "grad_tensor", "grad_nan", "clip_norm", "state_tensor", "state_nan", "param_tensor", "param_nan")
+COLUMNS = (
+    "loss",
+    "loss_microbatch",
+    "loss_scale",
+    "grad_norm",
+    "grad_absmax",
+    "grad_nonfinite",
+    "grad_below",
+    "grad_nonzero",
+    "grad_tensor",
+    "grad_nan",
+    "clip_norm",
+    "state_tensor",
+    "state_nan",
+    "param_tensor",
+    "param_nan",
+)
 """One ring row, float64. ``*_tensor`` is the index of the first non-finite tensor of its list or -1,
 ``*_nan`` how many NaN it holds beyond its infinities, ``loss_microbatch`` the first bad one or -1."""
 
@@ -72,10 +87,19 @@ class StepMeter:
     process' steps by rank, where several share a run: all read the same of them, at the same time;
     ``named_parameters``: what the optimizer updates, where that is not the model's own parameters."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *,
-                 window: int, micro_batches: int, warmup_steps: int, taps: ModuleTaps | None = None,
-                 gather: Callable[[list[MeasuredStep]], list[list[MeasuredStep]]] = lambda mine: [mine],
-                 named_parameters: Sequence[tuple[str, torch.Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        window: int,
+        micro_batches: int,
+        warmup_steps: int,
+        taps: ModuleTaps | None = None,
+        gather: Callable[[list[MeasuredStep]], list[list[MeasuredStep]]] = lambda mine: [mine],
+        named_parameters: Sequence[tuple[str, torch.Tensor]] | None = None,
+    ) -> None:
         named = named_parameters or [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -105,8 +129,11 @@ class StepMeter:
         if self.taps is not None:
             self.taps.begin_step(step)
         self._facts = StepFacts(step, lr, StepClock(self.device))
-        self._row = {"loss": self._zero, "loss_microbatch": self._none,
-                     "loss_scale": self._none if loss_scale is None else loss_scale}
+        self._row = {
+            "loss": self._zero,
+            "loss_microbatch": self._none,
+            "loss_scale": self._none if loss_scale is None else loss_scale,
+        }
 
     def count(self, batch) -> None:
         """The whole step's batch: its samples, and its tokens with and without padding."""
@@ -139,9 +166,12 @@ class StepMeter:
         """Statistics of the true gradients before clipping, in the order of the model's parameters, and
         the norm that clipping used (another where it is computed in fp16)."""
         self._row |= {
-            "grad_norm": stats.total_norm, "grad_absmax": stats.total_absmax,
-            "grad_nonfinite": stats.total_nan + stats.total_inf, "grad_below": stats.total_below,
-            "grad_nonzero": stats.total_numel - stats.total_zeros, "clip_norm": clip_norm,
+            "grad_norm": stats.total_norm,
+            "grad_absmax": stats.total_absmax,
+            "grad_nonfinite": stats.total_nan + stats.total_inf,
+            "grad_below": stats.total_below,
+            "grad_nonzero": stats.total_numel - stats.total_zeros,
+            "clip_norm": clip_norm,
             **first_of("grad", stats),
         }
 
@@ -177,9 +207,17 @@ class StepMeter:
             reading.lengths.append(facts.lengths)
             found = self._first_nonfinite(facts.step, measured, ranks)
             if record.step_skipped:
-                reading.events.append(EventRecord(step=facts.step, kind="scaler_skip", detail={
-                    "loss_scale": row["loss_scale"], "grad_nonfinite": int(row["grad_nonfinite"]),
-                    "tensor": self.names[int(row["grad_tensor"])]}))
+                reading.events.append(
+                    EventRecord(
+                        step=facts.step,
+                        kind="scaler_skip",
+                        detail={
+                            "loss_scale": row["loss_scale"],
+                            "grad_nonfinite": int(row["grad_nonfinite"]),
+                            "tensor": self.names[int(row["grad_tensor"])],
+                        },
+                    )
+                )
             if found is not None and self._diverged(row, record):
                 reading.divergence = Divergence(facts.step, found, f"{found.tensor} is {found.kind}")
             elif self._explosion.exploded(facts.step, row["loss"]):
@@ -193,13 +231,19 @@ class StepMeter:
 
     def _measured(self) -> Iterator[tuple[MeasuredStep, dict[str, int | None]]]:
         """The pending steps: ring row, the logit statistics of each micro-batch, times; of all ranks."""
-        rows = self._ring[:len(self._pending)].tolist()
+        rows = self._ring[: len(self._pending)].tolist()
         slots = iter(self._logits.read_async()() if self._slots_used else [])
         self._logits.reset()
         self._slots_used = 0
-        mine = [MeasuredStep(dict(zip(COLUMNS, values, strict=True)), [next(slots) for _ in range(facts.micro_batches)],
-                             facts.clock.seconds(), facts.allocated_bytes)
-                for facts, values in zip(self._pending, rows, strict=True)]
+        mine = [
+            MeasuredStep(
+                dict(zip(COLUMNS, values, strict=True)),
+                [next(slots) for _ in range(facts.micro_batches)],
+                facts.clock.seconds(),
+                facts.allocated_bytes,
+            )
+            for facts, values in zip(self._pending, rows, strict=True)
+        ]
         yield from map(together, zip(*self._gather(mine), strict=True))
 
     @staticmethod
@@ -207,21 +251,35 @@ class StepMeter:
         row, logits = measured.row, measured.logits
         scaled = row["loss_scale"] >= 0
         return StepRecord(
-            step=facts.step, loss=row["loss"], lr=facts.lr, grad_norm=row["grad_norm"],
-            grad_absmax=row["grad_absmax"], grad_nonfinite=int(row["grad_nonfinite"]),
+            step=facts.step,
+            loss=row["loss"],
+            lr=facts.lr,
+            grad_norm=row["grad_norm"],
+            grad_absmax=row["grad_absmax"],
+            grad_nonfinite=int(row["grad_nonfinite"]),
             grad_underflow_frac=row["grad_below"] / row["grad_nonzero"] if row["grad_nonzero"] else None,
             logit_absmax=max((s["absmax"] for s in logits if s["absmax"] is not None), default=None),
             logit_nonfinite=sum(s["nan"] + s["pos_inf"] + s["neg_inf"] for s in logits),
-            logit_over_fp16=sum(s["over_fp16"] for s in logits), loss_scale=row["loss_scale"] if scaled else None,
-            step_skipped=scaled and row["grad_nonfinite"] > 0, step_time_s=measured.step_time_s,
-            samples=facts.samples, tokens=facts.tokens, real_tokens=facts.real_tokens,
-            seq_len=facts.seq_len, allocated_bytes=measured.allocated_bytes)
+            logit_over_fp16=sum(s["over_fp16"] for s in logits),
+            loss_scale=row["loss_scale"] if scaled else None,
+            step_skipped=scaled and row["grad_nonfinite"] > 0,
+            step_time_s=measured.step_time_s,
+            samples=facts.samples,
+            tokens=facts.tokens,
+            real_tokens=facts.real_tokens,
+            seq_len=facts.seq_len,
+            allocated_bytes=measured.allocated_bytes,
+        )
 
     @staticmethod
     def _diverged(row: dict[str, float], record: StepRecord) -> bool:
         """Non-finite loss, gradient of an update that is not skipped, parameter or state."""
-        return (not math.isfinite(row["loss"]) or (row["grad_nonfinite"] > 0 and not record.step_skipped)
-                or row["param_tensor"] >= 0 or row["state_tensor"] >= 0)
+        return (
+            not math.isfinite(row["loss"])
+            or (row["grad_nonfinite"] > 0 and not record.step_skipped)
+            or row["param_tensor"] >= 0
+            or row["state_tensor"] >= 0
+        )
 
     def _first_nonfinite(self, step: int, measured: MeasuredStep, ranks: dict[str, int | None]) -> FirstNonfinite | None:
         """The earliest phase of the step that shows a non-finite value."""
@@ -229,12 +287,14 @@ class StepMeter:
         for index, slot in enumerate(measured.logits):
             counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
             if any(counts.values()):
-                return surfaced(step, "forward", "output", max(counts, key=counts.get), microbatch=index,
-                                rank=measured.rank_of(index))
+                return surfaced(
+                    step, "forward", "output", max(counts, key=counts.get), microbatch=index, rank=measured.rank_of(index)
+                )
         if not math.isfinite(row["loss"]):
             microbatch = None if row["loss_microbatch"] < 0 else int(row["loss_microbatch"])
-            return surfaced(step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch,
-                            rank=measured.rank_of(microbatch))
+            return surfaced(
+                step, "loss", "output", nonfinite_name(row["loss"]), microbatch=microbatch, rank=measured.rank_of(microbatch)
+            )
         if row["grad_tensor"] >= 0:
             index = int(row["grad_tensor"])
             return surfaced(step, "backward", "grad", prevailing(row["grad_nan"]), **self._place(index, ranks["grad"]))
@@ -242,8 +302,15 @@ class StepMeter:
             return surfaced(step, "clip", "grad_norm", nonfinite_name(row["clip_norm"]))
         if row["state_tensor"] >= 0:
             name, tensor, value = self._states[int(row["state_tensor"])]
-            return surfaced(step, "optimizer", tensor, prevailing(row["state_nan"]), module=name.rpartition(".")[0],
-                          dtype=value.dtype, rank=ranks["state"])
+            return surfaced(
+                step,
+                "optimizer",
+                tensor,
+                prevailing(row["state_nan"]),
+                module=name.rpartition(".")[0],
+                dtype=value.dtype,
+                rank=ranks["state"],
+            )
         if row["param_tensor"] >= 0:
             place = self._place(int(row["param_tensor"]), ranks["param"])
             return surfaced(step, "optimizer", "param", prevailing(row["param_nan"]), **place)

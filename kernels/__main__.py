@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
     command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    command.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto",
-                         help="default: what runs on that device")
+    command.add_argument(
+        "--impl", choices=("auto", "triton", "torch"), default="auto", help="default: what runs on that device"
+    )
     command.add_argument("--out", metavar="FILE", help="write the JSON there too")
     command.add_argument("--json", action="store_true", help="the JSON document on stdout")
     command = commands.add_parser("bench", help="time every op against eager torch, torch.compile and a copy")

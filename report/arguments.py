@@ -20,9 +20,12 @@ exit codes: 0 ok, 2 usage, 4 bad data (validate: any defect; others: no valid ru
 
 def parser() -> argparse.ArgumentParser:
     """The whole grammar: ``command`` names the subcommand."""
-    top = argparse.ArgumentParser(prog="python -m report", epilog=EPILOG, description="From a results folder to a dossier. "
-                                  "Reads files only: needs no GPU and no torch.",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="python -m report",
+        epilog=EPILOG,
+        description="From a results folder to a dossier. Reads files only: needs no GPU and no torch.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     _build(commands.add_parser("build", help="figures A to H, the HTML and the PDF dossier"))
     verdict = commands.add_parser("verdict", help="per task what to use and what to avoid, within 24 x 80 characters")
@@ -40,8 +43,13 @@ def parser() -> argparse.ArgumentParser:
     _import(commands.add_parser("import", help="bring another program's logs in, marked IMPORTED"))
     export = commands.add_parser("export", help="the results in another tool's format")
     _folder(export)
-    export.add_argument("--to", choices=EXPORTS, required=True, help="appendix: a TeX folder with figures; "
-                        "wandb: a replay, offline unless WANDB_MODE is set; bencher: Bencher Metric Format")
+    export.add_argument(
+        "--to",
+        choices=EXPORTS,
+        required=True,
+        help="appendix: a TeX folder with figures; "
+        "wandb: a replay, offline unless WANDB_MODE is set; bencher: Bencher Metric Format",
+    )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: DIR/export/<format>")
     _json(export)
     bench = commands.add_parser("bench", help="measure the report itself on simulated runs")
@@ -54,11 +62,21 @@ def _build(command: argparse.ArgumentParser) -> None:
     _folder(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="default: the results folder itself")
     command.add_argument("--no-pdf", action="store_true", help="skip dossier.pdf")
-    command.add_argument("--format", type=_pictures, default=("svg", "png"), metavar="svg,png,pdf,eps",
-                         help="picture formats, comma-separated (default svg,png)")
+    command.add_argument(
+        "--format",
+        type=_pictures,
+        default=("svg", "png"),
+        metavar="svg,png,pdf,eps",
+        help="picture formats, comma-separated (default svg,png)",
+    )
     command.add_argument("--dpi", type=_positive, default=300, help="of PNG pictures (default 300)")
-    command.add_argument("--heartbeat", nargs="+", default=(), metavar="CONFIG",
-                         help="configurations that figure D shows beside fp16_naive, its controls, amp_bf16 and fp32_true")
+    command.add_argument(
+        "--heartbeat",
+        nargs="+",
+        default=(),
+        metavar="CONFIG",
+        help="configurations that figure D shows beside fp16_naive, its controls, amp_bf16 and fp32_true",
+    )
     _priced(command)
     _json(command)
 
@@ -68,8 +86,12 @@ def _import(command: argparse.ArgumentParser) -> None:
     bench = sources.add_parser("dtype-bench", help="an earlier benchmark of this matrix (ParkerWilliams/dtype-bench)")
     bench.add_argument("folder", type=Path, metavar="DIR", help="holds results.jsonl and training_logs/, perhaps in folders")
     bench.add_argument("--out", type=Path, required=True, metavar="DIR", help="the results folder to write")
-    bench.add_argument("--gpu", default="RTX A6000", metavar="NAME", help="the card, which the logs do not name "
-                       "(default RTX A6000, whose peak their MFU assumes)")
+    bench.add_argument(
+        "--gpu",
+        default="RTX A6000",
+        metavar="NAME",
+        help="the card, which the logs do not name (default RTX A6000, whose peak their MFU assumes)",
+    )
     _json(bench)
 
 

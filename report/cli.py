@@ -51,19 +51,34 @@ def _build(options: argparse.Namespace) -> int:
     from report.load import load
 
     folder = load(options.folder)
-    result = build(folder, options.out, pdf=_pdf_possible(options), formats=options.format, dpi=options.dpi,
-                   progress=not options.json and sys.stderr.isatty(), heartbeat=tuple(options.heartbeat),
-                   price=_price(options))
+    result = build(
+        folder,
+        options.out,
+        pdf=_pdf_possible(options),
+        formats=options.format,
+        dpi=options.dpi,
+        progress=not options.json and sys.stderr.isatty(),
+        heartbeat=tuple(options.heartbeat),
+        price=_price(options),
+    )
     if options.json:
-        _print({"paths": [str(path) for path in result.paths], "seconds": result.seconds,
-                "defects": [asdict(defect) for defect in result.defects]})
+        _print(
+            {
+                "paths": [str(path) for path in result.paths],
+                "seconds": result.seconds,
+                "defects": [asdict(defect) for defect in result.defects],
+            }
+        )
         return OK
     pages = [path for path in result.paths if path.suffix == ".html" or path.name == "dossier.pdf"]
     for path in pages:
         print(path, file=sys.stderr)
     if result.defects:
-        print(f"{count(len(result.defects), 'defect')} in the files, listed in the dossier and by: "
-              f"python -m report validate {shlex.quote(str(options.folder))}", file=sys.stderr)
+        print(
+            f"{count(len(result.defects), 'defect')} in the files, listed in the dossier and by: "
+            f"python -m report validate {shlex.quote(str(options.folder))}",
+            file=sys.stderr,
+        )
     return OK
 
 
@@ -120,8 +135,9 @@ def _validate(options: argparse.Namespace) -> int:
     else:
         for defect in defects:
             print(defect, file=sys.stderr)
-        print(f"{count(runs, 'valid run')}, {count(len(defects), 'defect')}" + ("" if runs else f": {refusal}"),
-              file=sys.stderr)
+        print(
+            f"{count(runs, 'valid run')}, {count(len(defects), 'defect')}" + ("" if runs else f": {refusal}"), file=sys.stderr
+        )
     return BAD_DATA if defects or not runs else OK
 
 
@@ -130,13 +146,21 @@ def _import(options: argparse.Namespace) -> int:
 
     records, defects = import_dtype_bench(options.folder, options.out, options.gpu)
     if options.json:
-        _print({"out": str(options.out), "runs": [record.run_id for record in records],
-                "defects": [asdict(defect) for defect in defects]})
+        _print(
+            {
+                "out": str(options.out),
+                "runs": [record.run_id for record in records],
+                "defects": [asdict(defect) for defect in defects],
+            }
+        )
         return OK
     for defect in defects:
         print(defect, file=sys.stderr)
-    print(f"{count(len(records), 'run')} imported into {options.out}, {count(len(defects), 'defect')}; "
-          f"the card is taken to be {options.gpu}, which the logs do not say", file=sys.stderr)
+    print(
+        f"{count(len(records), 'run')} imported into {options.out}, {count(len(defects), 'defect')}; "
+        f"the card is taken to be {options.gpu}, which the logs do not say",
+        file=sys.stderr,
+    )
     if all(record.peak_flops_source is None for record in records):
         print(f"no peak is known for {options.gpu!r}, and none is guessed: no MFU", file=sys.stderr)
     return OK
@@ -149,12 +173,18 @@ def _compare(options: argparse.Namespace) -> int:
 
     if options.currency and not options.price_per_hour:
         raise UsageError(f"--currency {options.currency} says nothing without --price-per-hour")
-    comparison = compare([load(path) for path in options.folders], options.price_per_hour,
-                         options.currency or "")
+    comparison = compare([load(path) for path in options.folders], options.price_per_hour, options.currency or "")
     if options.json:
         rows = comparison.data.astype(object).where(comparison.data.notna(), None).to_dict("records")
-        _print({"devices": comparison.devices, "rows": rows, "differences": comparison.differences, "notes": comparison.notes,
-                "currency": comparison.currency})
+        _print(
+            {
+                "devices": comparison.devices,
+                "rows": rows,
+                "differences": comparison.differences,
+                "notes": comparison.notes,
+                "currency": comparison.currency,
+            }
+        )
         return OK
     from rich.console import Console
 
@@ -180,8 +210,15 @@ def _bench(options: argparse.Namespace) -> int:
     return bench_command(options)
 
 
-COMMANDS = {"build": _build, "verdict": _verdict, "validate": _validate, "import": _import, "compare": _compare,
-            "export": _export, "bench": _bench}
+COMMANDS = {
+    "build": _build,
+    "verdict": _verdict,
+    "validate": _validate,
+    "import": _import,
+    "compare": _compare,
+    "export": _export,
+    "bench": _bench,
+}
 
 
 def _print(content: Any) -> None:

@@ -22,5 +22,7 @@ def need(module: str, extra: str, purpose: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingTool(f"{purpose} needs {module.split('.')[0]}, which is not installed; "
-                          f"install it with: pip install 'datatype-dynamics-bench[{extra}]'") from error
+        raise MissingTool(
+            f"{purpose} needs {module.split('.')[0]}, which is not installed; "
+            f"install it with: pip install 'datatype-dynamics-bench[{extra}]'"
+        ) from error

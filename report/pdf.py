@@ -37,6 +37,7 @@ def write_pdf(html: str, path: Path) -> None:
 def figures_as_images(html: str) -> str:
     """The page with every inline figure as an image of the same SVG: WeasyPrint then styles the page's
     own elements only, and not the tens of thousands inside the figures."""
+
     def as_image(svg: re.Match) -> str:
         label = re.search(r'aria-label="([^"]*)"', svg[0])
         source = base64.b64encode(svg[0].encode()).decode()

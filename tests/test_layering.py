@@ -11,22 +11,34 @@ def modules_after(statement: str, *watched: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.parametrize("statement", [
-    "import instrument.records, instrument.log, instrument.explosion", "import harness.cli, harness.settings",
-    "import bench_cases.own, bench_cases.models, bench_cases.collate", "import harness.stability, harness.listing",
-    "import kernels", "import bench_cases.data"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import instrument.records, instrument.log, instrument.explosion",
+        "import harness.cli, harness.settings",
+        "import bench_cases.own, bench_cases.models, bench_cases.collate",
+        "import harness.stability, harness.listing",
+        "import kernels",
+        "import bench_cases.data",
+    ],
+)
 def test_what_must_be_light_imports_no_torch(statement):
     assert modules_after(statement, "torch", "triton", "transformers", "datasets") == []
 
 
 def test_the_whole_report_imports_no_torch():
     """Every module of it, each command's and each figure's."""
-    everything = ("import importlib, pkgutil, report; "
-                  "[importlib.import_module(m.name) for m in pkgutil.walk_packages(report.__path__, 'report.') "
-                  "if not m.name.endswith('__main__')]")
+    everything = (
+        "import importlib, pkgutil, report; "
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(report.__path__, 'report.') "
+        "if not m.name.endswith('__main__')]"
+    )
     assert modules_after(everything, "torch", "triton", "transformers", "datasets", "harness", "kernels") == []
     assert modules_after(everything, "report.cli", "report.tables", "report.export.wandb_replay") == [
-        "report.cli", "report.tables", "report.export.wandb_replay"]
+        "report.cli",
+        "report.tables",
+        "report.export.wandb_replay",
+    ]
 
 
 def test_the_layers_hold():
@@ -49,7 +61,9 @@ def test_our_kernels_define_no_get_kernel():
 
 def test_bitsandbytes_loads_without_a_warning_about_our_kernels():
     pytest.importorskip("bitsandbytes")
-    code = ("import torch; from harness.optimizer import adamw_for;"
-            "adamw_for('8bit', [torch.nn.Parameter(torch.zeros(2, 2))], lr=1e-3, eps=1e-8, weight_decay=0.0, seed=0)")
+    code = (
+        "import torch; from harness.optimizer import adamw_for;"
+        "adamw_for('8bit', [torch.nn.Parameter(torch.zeros(2, 2))], lr=1e-3, eps=1e-8, weight_decay=0.0, seed=0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -18,8 +18,14 @@ def test_a_shown_diff_applies_and_its_entry_is_listed(diff, tmp_path):
         shutil.copytree(ROOT / room, tmp_path / room)
     subprocess.run(["git", "apply", "-p1"], input=diff, text=True, cwd=tmp_path, check=True)
     new = re.search(r'^\+ .*?"(\w+)"', diff, re.MULTILINE).group(1)
-    listed = subprocess.run([sys.executable, "-m", "harness", "list"], cwd=tmp_path, capture_output=True, text=True,
-                            env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "harness", "list"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        check=True,
+    ).stdout
     assert f"{new} *" in listed
 
 

@@ -86,6 +86,13 @@ def machine() -> dict[str, object]:
 
     from instrument.environment import cpu_name, version
 
-    return {"cpu": cpu_name(), "usable_cores": len(os.sched_getaffinity(0)), "memory_bytes": psutil.virtual_memory().total,
-            "load_1min": os.getloadavg()[0], "python": platform.python_version(), "torch": version("torch"),
-            "transformers": version("transformers"), "accelerate": version("accelerate")}
+    return {
+        "cpu": cpu_name(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_1min": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "accelerate": version("accelerate"),
+    }

@@ -50,8 +50,12 @@ def run_python(*arguments: str) -> Finished:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", LAUNCHER, str(report), sys.executable, *arguments],
-                              stdin=subprocess.DEVNULL, capture_output=True, env={**os.environ, "PYTHONPATH": path})
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(report), sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
         said = done.stderr.decode(errors="replace").strip()[-600:]
         if not report.exists():
             raise ChildFailed(f"python {' '.join(arguments)} could not be measured: {said}")

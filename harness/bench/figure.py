@@ -43,16 +43,36 @@ class Figure:
         return {**asdict(self), "met": self.met}
 
 
-def summarize(bench: str, name: str, values: Sequence[float], unit: str, *, at_most: float | None = None,
-              at_least: float | None = None, note: str = "") -> Figure:
+def summarize(
+    bench: str,
+    name: str,
+    values: Sequence[float],
+    unit: str,
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    note: str = "",
+) -> Figure:
     """A figure from its repetitions; raises ValueError when there are none."""
     if not values:
         raise ValueError(f"{bench} {name}: nothing was measured")
     half_width = half_width_95(values)
     mean = fmean(values)
-    return Figure(bench, name, unit, len(values), median(values), min(values), max(values), mean,
-                  None if half_width is None else mean - half_width,
-                  None if half_width is None else mean + half_width, at_most, at_least, note)
+    return Figure(
+        bench,
+        name,
+        unit,
+        len(values),
+        median(values),
+        min(values),
+        max(values),
+        mean,
+        None if half_width is None else mean - half_width,
+        None if half_width is None else mean + half_width,
+        at_most,
+        at_least,
+        note,
+    )
 
 
 def half_width_95(values: Sequence[float]) -> float | None:

@@ -29,12 +29,19 @@ def measure(repeats: int) -> list[Figure]:
             imports_s.append(import_s)
     heavy = heavy_imports()
     ratios = [one / other for one, other in zip(helps_s, imports_s, strict=True)]
-    return [summarize("help", "help_s", helps_s, "s", note="python -m harness --help"),
-            summarize("help", "import_torch_s", imports_s, "s", note="python -c 'import torch'"),
-            summarize("help", "help_over_import_torch", ratios, "ratio", at_most=TARGET_RATIO,
-                      note="per pair"),
-            summarize("help", "heavy_imports", [len(heavy)], "count", at_most=0,
-                      note=f"of {', '.join(HEAVY)}: {', '.join(heavy) or 'none'}")]
+    return [
+        summarize("help", "help_s", helps_s, "s", note="python -m harness --help"),
+        summarize("help", "import_torch_s", imports_s, "s", note="python -c 'import torch'"),
+        summarize("help", "help_over_import_torch", ratios, "ratio", at_most=TARGET_RATIO, note="per pair"),
+        summarize(
+            "help",
+            "heavy_imports",
+            [len(heavy)],
+            "count",
+            at_most=0,
+            note=f"of {', '.join(HEAVY)}: {', '.join(heavy) or 'none'}",
+        ),
+    ]
 
 
 def heavy_imports() -> list[str]:

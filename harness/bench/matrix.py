@@ -23,9 +23,10 @@ def measure(repeats: int) -> list[Figure]:
             runs.append(run_python("-m", "harness", *COMMAND, "--out", out))
             rows.append(statuses(Path(out) / "results.jsonl"))
     ended = [f"{count} {status}" for status, count in sorted(rows[-1].items())]
-    return [summarize("matrix", "wall_s", [run.wall_s for run in runs], "s", at_most=TARGET_WALL_S, note=" ".join(COMMAND)),
-            summarize("matrix", "rows", [sum(counts.values()) for counts in rows], "count", at_least=RUNS,
-                      note=", ".join(ended))]
+    return [
+        summarize("matrix", "wall_s", [run.wall_s for run in runs], "s", at_most=TARGET_WALL_S, note=" ".join(COMMAND)),
+        summarize("matrix", "rows", [sum(counts.values()) for counts in rows], "count", at_least=RUNS, note=", ".join(ended)),
+    ]
 
 
 def statuses(results: Path) -> Counter[str]:

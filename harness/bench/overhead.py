@@ -47,8 +47,14 @@ def measure(pairs: int, out: Path | None = None, at_most_s: float | None = None)
     if out is not None:
         from instrument.files import replace
 
-        rows = {"device": str(device), "pairs": len(wall_s["bare"]), **facts, "rows": [figure.as_row() for figure in figures],
-                "wall_s": wall_s, "cpu_s": cpu_s}
+        rows = {
+            "device": str(device),
+            "pairs": len(wall_s["bare"]),
+            **facts,
+            "rows": [figure.as_row() for figure in figures],
+            "wall_s": wall_s,
+            "cpu_s": cpu_s,
+        }
         replace(out / "overhead.json", json.dumps(rows, allow_nan=False).encode() + b"\n")
     return figures
 
@@ -60,10 +66,28 @@ def log_write(records: int = 2000) -> Figure:
     from instrument.log import JsonlLog
     from instrument.records import StepRecord
 
-    record = StepRecord(step=812, loss=2.8173, lr=3e-4, grad_norm=1.2345, grad_absmax=0.25, grad_nonfinite=0,
-                        grad_underflow_frac=0.0123, logit_absmax=17.25, logit_nonfinite=0, logit_over_fp16=0, loss_scale=65_536,
-                        step_skipped=False, step_time_s=0.0971, samples=32, tokens=32768, real_tokens=31000, seq_len=1024,
-                        flops=27_998_388_486_144, mfu=0.41, allocated_bytes=41_000_000_000)
+    record = StepRecord(
+        step=812,
+        loss=2.8173,
+        lr=3e-4,
+        grad_norm=1.2345,
+        grad_absmax=0.25,
+        grad_nonfinite=0,
+        grad_underflow_frac=0.0123,
+        logit_absmax=17.25,
+        logit_nonfinite=0,
+        logit_over_fp16=0,
+        loss_scale=65_536,
+        step_skipped=False,
+        step_time_s=0.0971,
+        samples=32,
+        tokens=32768,
+        real_tokens=31000,
+        seq_len=1024,
+        flops=27_998_388_486_144,
+        mfu=0.41,
+        allocated_bytes=41_000_000_000,
+    )
     spent_us = []
     with tempfile.TemporaryDirectory() as folder, JsonlLog(Path(folder) / "log.jsonl") as log:
         for _ in range(records):
@@ -73,8 +97,9 @@ def log_write(records: int = 2000) -> Figure:
     return summarize("overhead", "log_write", spent_us, "us", at_most=LOG_WRITE_US, note=f"{records} records, one at a time")
 
 
-def _rounds(arms: dict[str, Iterator[None]], pairs: int, steps_a_turn: int,
-            at_most_s: float | None = None) -> tuple[dict[str, list[float | None]], ...]:
+def _rounds(
+    arms: dict[str, Iterator[None]], pairs: int, steps_a_turn: int, at_most_s: float | None = None
+) -> tuple[dict[str, list[float | None]], ...]:
     """Wall and processor seconds of every arm's step, a round at a time; None where an arm took no part. One round counts,
     whatever it takes."""
     wall_s, cpu_s = ({name: [] for name in arms} for _ in range(2))
@@ -106,14 +131,23 @@ def _figures(seconds: dict[str, list[float]], suffix: str, facts: dict[str, obje
     for name in ARMS[1:]:
         ratios = [a / b for a, b in zip(seconds[name], bare, strict=True) if a is not None]
         note = _note(name, ratios, facts)
-        figures.append(summarize("overhead", f"{name}{suffix}", ratios, "ratio", note=note,
-                                 at_most=target if name == "light" else None))
-    added = {name: median(a - b for a, b in zip(seconds[name], bare, strict=True) if a is not None)
-             for name in ("light", "debug_underflow_overflow")}
+        figures.append(
+            summarize("overhead", f"{name}{suffix}", ratios, "ratio", note=note, at_most=target if name == "light" else None)
+        )
+    added = {
+        name: median(a - b for a, b in zip(seconds[name], bare, strict=True) if a is not None)
+        for name in ("light", "debug_underflow_overflow")
+    }
     if added["light"] > 0:
-        figures.append(summarize("overhead", f"added_debug_over_light{suffix}",
-                                 [added["debug_underflow_overflow"] / added["light"]], "ratio",
-                                 note="time added by DebugUnderflowOverflow over time added by light"))
+        figures.append(
+            summarize(
+                "overhead",
+                f"added_debug_over_light{suffix}",
+                [added["debug_underflow_overflow"] / added["light"]],
+                "ratio",
+                note="time added by DebugUnderflowOverflow over time added by light",
+            )
+        )
     return figures
 
 
@@ -124,5 +158,3 @@ def _note(name: str, ratios: list[float], facts: dict[str, object]) -> str:
         verdict = "under" if width < A_A_INTERVAL else "not under"
         return f"A/A: the interval is {width:.2%} wide, {verdict} the {A_A_INTERVAL:.0%} that a claim of 1 % needs"
     return str(facts["notes"].get(name, ""))
-
-

@@ -44,10 +44,13 @@ def make_arms(device: torch.device, folder: Path) -> tuple[dict[str, Iterator[No
     for name in ("bare", "bare_again", "watch", "debug_underflow_overflow", "detect_anomaly"):
         arms[name] = _bare(name, copy.deepcopy(model).to(device), made, settings, data.valid_vocab, closing)
     for name in ("light", "full"):
-        arms[name] = _ours(replace(settings, instrument=name), copy.deepcopy(model), batches, data.valid_vocab, folder, closing,
-                           notes)
-    what = (f"gpt2_clm fp32_true, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {settings.batch_size} x "
-            f"{settings.seq_len} tokens, micro-batch {settings.micro_batch}, {words_for(torch.get_num_threads(), 'thread')}")
+        arms[name] = _ours(
+            replace(settings, instrument=name), copy.deepcopy(model), batches, data.valid_vocab, folder, closing, notes
+        )
+    what = (
+        f"gpt2_clm fp32_true, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {settings.batch_size} x "
+        f"{settings.seq_len} tokens, micro-batch {settings.micro_batch}, {words_for(torch.get_num_threads(), 'thread')}"
+    )
     return arms, {"what": what, "notes": notes, "steps_a_turn": settings.log_every}, closing.close
 
 
@@ -56,13 +59,22 @@ def _settings(device: torch.device) -> RunSettings:
     if device.type == "cpu":
         sizes = {**case.architecture.sizes, "tiny": {**case.architecture.sizes["tiny"], **SIZES["cpu"]}}
         case = replace(case, architecture=replace(case.architecture, sizes=sizes))
-    asked = Request(preset="tiny" if device.type == "cpu" else "full", data="embedded", weights="scratch", batch_size=8,
-                    micro_batch=4, seq_len=256 if device.type == "cpu" else 1024, threads=1, max_steps=10_000)
+    asked = Request(
+        preset="tiny" if device.type == "cpu" else "full",
+        data="embedded",
+        weights="scratch",
+        batch_size=8,
+        micro_batch=4,
+        seq_len=256 if device.type == "cpu" else 1024,
+        threads=1,
+        max_steps=10_000,
+    )
     return plan_run(case, DTYPE_CONFIGS["fp32_true" if device.type == "cpu" else "amp_bf16"], 0, asked, device)
 
 
-def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSettings, valid_vocab: int,
-          closing: ExitStack) -> Iterator[None]:
+def _bare(
+    name: str, model: nn.Module, batches: _Repeating, settings: RunSettings, valid_vocab: int, closing: ExitStack
+) -> Iterator[None]:
     """The loop that one would write by hand: eager loss, `clip_grad_norm_`, AdamW; nothing is measured."""
     from transformers.debug_utils import DebugUnderflowOverflow
 
@@ -77,8 +89,9 @@ def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSetting
     def step(number: int) -> None:
         batch = batches.step(number)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(number, peak=settings.lr, warmup_steps=settings.warmup_steps,
-                                        max_steps=settings.max_steps)
+            group["lr"] = learning_rate(
+                number, peak=settings.lr, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps
+            )
         for micro in batch.micro_batches(settings.micro_batch):
             micro = micro.to(precision.device)
             with precision.forward():
@@ -103,8 +116,9 @@ def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSetting
     return steps()
 
 
-def _ours(settings: RunSettings, model: nn.Module, batches, valid_vocab: int, folder: Path, closing: ExitStack,
-          notes: dict[str, str]) -> Iterator[None]:
+def _ours(
+    settings: RunSettings, model: nn.Module, batches, valid_vocab: int, folder: Path, closing: ExitStack, notes: dict[str, str]
+) -> Iterator[None]:
     """The harness's loop with everything that a run has on: meter, taps, snapshots, sampler, logs."""
     precision = Precision(settings.config, torch.device(settings.device), threads=settings.threads)
     closing.callback(precision.close)

@@ -18,15 +18,29 @@ def measure(repeats: int) -> list[Figure]:
     """The first run fills the data cache where it is empty, and counts as the others do."""
     runs = [one_run() for _ in range(repeats)]
     command = " ".join(COMMAND)
-    figures = [summarize("run", f"{part}_s", [run[f"{part}_s"] for run in runs], "s", note=note)
-               for part, note in (("startup", "interpreter, imports, and what the parts leave over"),
-                                  ("data", "from the record"), ("model", "from the record"),
-                                  ("steps", "from the record"), ("evaluation", "from the record"))]
-    return [*figures,
-            summarize("run", "cpu_s", [run["cpu_s"] for run in runs], "s", note="processor time"),
-            summarize("run", "wall_s", [run["wall_s"] for run in runs], "s", at_most=TARGET_WALL_S, note=command),
-            summarize("run", "peak_rss_bytes", [run["peak_rss_bytes"] for run in runs], "bytes",
-                      at_most=TARGET_PEAK_RSS_BYTES, note="wait4")]
+    figures = [
+        summarize("run", f"{part}_s", [run[f"{part}_s"] for run in runs], "s", note=note)
+        for part, note in (
+            ("startup", "interpreter, imports, and what the parts leave over"),
+            ("data", "from the record"),
+            ("model", "from the record"),
+            ("steps", "from the record"),
+            ("evaluation", "from the record"),
+        )
+    ]
+    return [
+        *figures,
+        summarize("run", "cpu_s", [run["cpu_s"] for run in runs], "s", note="processor time"),
+        summarize("run", "wall_s", [run["wall_s"] for run in runs], "s", at_most=TARGET_WALL_S, note=command),
+        summarize(
+            "run",
+            "peak_rss_bytes",
+            [run["peak_rss_bytes"] for run in runs],
+            "bytes",
+            at_most=TARGET_PEAK_RSS_BYTES,
+            note="wait4",
+        ),
+    ]
 
 
 def one_run() -> dict[str, float]:
@@ -37,7 +51,9 @@ def one_run() -> dict[str, float]:
     if record["status"] != "completed":
         raise ChildFailed(f"the measured run ended {record['status']}: {record['error']}")
     return break_down(record["flags"]["timings_s"], finished.wall_s) | {
-        "cpu_s": finished.cpu_s, "peak_rss_bytes": finished.peak_rss_bytes}
+        "cpu_s": finished.cpu_s,
+        "peak_rss_bytes": finished.peak_rss_bytes,
+    }
 
 
 def break_down(timings_s: dict[str, float], wall_s: float) -> dict[str, float]:

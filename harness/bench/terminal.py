@@ -16,8 +16,10 @@ CONSOLE = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty(
 def show_machine(machine: dict[str, object], repeats: int | None) -> None:
     """One line: where, under which load, and how often where something is timed."""
     timed = "" if repeats is None else f"; {count(repeats, 'repetition')}; 95 %: t-interval of the mean"
-    CONSOLE.print(f"{machine['cpu']}, {count(machine['usable_cores'], 'core')}, {machine['memory_bytes'] / 1e9:.1f} GB, "
-                  f"torch {machine['torch']}; load {machine['load_1min']:.1f} before the start{timed}")
+    CONSOLE.print(
+        f"{machine['cpu']}, {count(machine['usable_cores'], 'core')}, {machine['memory_bytes'] / 1e9:.1f} GB, "
+        f"torch {machine['torch']}; load {machine['load_1min']:.1f} before the start{timed}"
+    )
 
 
 def show(name: str, figures: list[Figure]) -> None:
@@ -33,6 +35,7 @@ def show(name: str, figures: list[Figure]) -> None:
 
 def cells(figure: Figure) -> list[str]:
     """A table row: name, median, min, max, interval, target, verdict and note."""
+
     def text(value: float) -> str:
         return spelled(value, figure.unit)
 
@@ -43,8 +46,15 @@ def cells(figure: Figure) -> list[str]:
     elif figure.at_least is not None:
         target = f">= {text(figure.at_least)}"
     verdict = {None: "", True: "[green]met[/]  ", False: "[red]missed[/]  "}[figure.met]
-    return [figure.name, text(figure.median), text(figure.minimum), text(figure.maximum), interval, target,
-            verdict + figure.note.replace("[", r"\[")]
+    return [
+        figure.name,
+        text(figure.median),
+        text(figure.minimum),
+        text(figure.maximum),
+        interval,
+        target,
+        verdict + figure.note.replace("[", r"\["),
+    ]
 
 
 def spelled(value: float, unit: str) -> str:

@@ -50,8 +50,13 @@ def _measure_case(case_id: str, repeats: int, sizes: dict) -> list[Figure]:
     from harness.bench.trainer_arms import run_both, work_for
     from harness.planning import plan_run
 
-    settings = plan_run(CASES[case_id], DTYPE_CONFIGS["fp32_true"], 0,
-                        Request(preset="tiny", data="embedded", device="cpu", **sizes), torch.device("cpu"))
+    settings = plan_run(
+        CASES[case_id],
+        DTYPE_CONFIGS["fp32_true"],
+        0,
+        Request(preset="tiny", data="embedded", device="cpu", **sizes),
+        torch.device("cpu"),
+    )
     work = work_for(settings)
     untimed = settings.untimed_steps
     ours, theirs, ratios, cpu_ratios, difference = [], [], [], [], 0.0
@@ -62,14 +67,23 @@ def _measure_case(case_id: str, repeats: int, sizes: dict) -> list[Figure]:
         theirs.append(1 / median(their_arm.wall_s[untimed:]))
         ratios.append(ours[-1] / theirs[-1])
         cpu_ratios.append(sum(their_arm.cpu_s[untimed:]) / sum(our_arm.cpu_s[untimed:]))
-    note = (f"{count(settings.max_steps - untimed, 'step')} of {settings.batch_size} x {settings.seq_len}, "
-            f"micro-batch {settings.micro_batch}, {count(torch.get_num_threads(), 'thread')}, fp32_true")
-    return [summarize("trainer", f"{case_id}_ours", ours, "steps/s", note=note),
-            summarize("trainer", f"{case_id}_trainer", theirs, "steps/s", note=note),
-            summarize("trainer", f"{case_id}_ratio", ratios, "ratio", at_least=TARGET_RATIO,
-                      note=f"ours over Trainer, median step; losses agree to {difference:.1e}"),
-            summarize("trainer", f"{case_id}_cpu_ratio", cpu_ratios, "ratio",
-                      note="the same by processor time, all timed steps")]
+    note = (
+        f"{count(settings.max_steps - untimed, 'step')} of {settings.batch_size} x {settings.seq_len}, "
+        f"micro-batch {settings.micro_batch}, {count(torch.get_num_threads(), 'thread')}, fp32_true"
+    )
+    return [
+        summarize("trainer", f"{case_id}_ours", ours, "steps/s", note=note),
+        summarize("trainer", f"{case_id}_trainer", theirs, "steps/s", note=note),
+        summarize(
+            "trainer",
+            f"{case_id}_ratio",
+            ratios,
+            "ratio",
+            at_least=TARGET_RATIO,
+            note=f"ours over Trainer, median step; losses agree to {difference:.1e}",
+        ),
+        summarize("trainer", f"{case_id}_cpu_ratio", cpu_ratios, "ratio", note="the same by processor time, all timed steps"),
+    ]
 
 
 def require_same_work(ours, theirs) -> float:
@@ -81,9 +95,11 @@ def require_same_work(ours, theirs) -> float:
     for step, difference in enumerate(apart, start=1):
         allowed = EARLY_TOLERANCE if step <= EARLY_STEPS else TOLERANCE
         if not difference <= allowed:  # a NaN is no agreement
-            raise UnfairComparison(f"the arms' losses differ: step {step} by {difference:.1e} (relative; "
-                                   f"allowed {allowed:.0e}; ours {ours.losses[step - 1]:.6g}, "
-                                   f"Trainer {theirs.losses[step - 1]:.6g})")
+            raise UnfairComparison(
+                f"the arms' losses differ: step {step} by {difference:.1e} (relative; "
+                f"allowed {allowed:.0e}; ours {ours.losses[step - 1]:.6g}, "
+                f"Trainer {theirs.losses[step - 1]:.6g})"
+            )
     pairs = list(zip(ours.weights, theirs.weights, strict=True))
     moved = sum(float((a - b).abs().sum()) for a, b in pairs) / sum(float(a.abs().sum()) for a, _ in pairs)
     if not moved <= TOLERANCE:

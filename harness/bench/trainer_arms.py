@@ -53,8 +53,7 @@ class Work:
     def start(self) -> tuple[nn.Module, torch.optim.Optimizer, Precision]:
         """The model at its initial weights, a fresh optimizer and the precision, as `harness.run` makes them."""
         settings = self.settings
-        precision = Precision(settings.config, torch.device("cpu"), attention=settings.attention,
-                              threads=settings.threads)
+        precision = Precision(settings.config, torch.device("cpu"), attention=settings.attention, threads=settings.threads)
         model = precision.prepare(copy.deepcopy(self.initial).train())
         optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=self.case.weight_decay, seed=settings.seed)
         return model, optimizer, precision
@@ -88,8 +87,12 @@ def work_for(settings: RunSettings) -> Work:
     data = load_run_data(settings)
     model = build_model(model_request(settings, data))
     batches = make_batches(settings, data)
-    return Work(settings, model, tuple(batches.step(step) for step in range(1, settings.max_steps + 1)),
-                data.valid_vocab if settings.case.task.head != "classification" else None)
+    return Work(
+        settings,
+        model,
+        tuple(batches.step(step) for step in range(1, settings.max_steps + 1)),
+        data.valid_vocab if settings.case.task.head != "classification" else None,
+    )
 
 
 def run_both(work: Work) -> tuple[Arm, Arm]:
@@ -115,10 +118,17 @@ def _our_loop(work: Work) -> tuple[nn.Module, Iterator[Reading]]:
     """The model and `harness.loop.train` over it, a step at a time."""
     settings = work.settings
     model, optimizer, precision = work.start()
-    meter = StepMeter(model, optimizer, precision.device, window=1,
-                      micro_batches=settings.batch_size // settings.micro_batch, warmup_steps=settings.warmup_steps)
-    options = LoopOptions(settings.max_steps, settings.warmup_steps, settings.micro_batch, settings.lr, MAX_NORM,
-                          work.valid_vocab)
+    meter = StepMeter(
+        model,
+        optimizer,
+        precision.device,
+        window=1,
+        micro_batches=settings.batch_size // settings.micro_batch,
+        warmup_steps=settings.warmup_steps,
+    )
+    options = LoopOptions(
+        settings.max_steps, settings.warmup_steps, settings.micro_batch, settings.lr, MAX_NORM, work.valid_vocab
+    )
     return model, train(work.case, model, optimizer, work, precision, meter, options)
 
 
@@ -129,9 +139,12 @@ def _trainer(work: Work, at_start: Callable[[], None], after_step: Callable[[], 
 
     settings = work.settings
     model, optimizer, precision = work.start()
-    schedule = LambdaLR(optimizer, lambda done: learning_rate(
-        min(done + 1, settings.max_steps), peak=1.0, warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps))
+    schedule = LambdaLR(
+        optimizer,
+        lambda done: learning_rate(
+            min(done + 1, settings.max_steps), peak=1.0, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps
+        ),
+    )
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_, **__) -> None:
@@ -144,13 +157,34 @@ def _trainer(work: Work, at_start: Callable[[], None], after_step: Callable[[], 
     wrapped = LossInside(work, model, precision, accumulation)
     with tempfile.TemporaryDirectory() as unused:
         arguments = TrainingArguments(
-            output_dir=unused, max_steps=settings.max_steps, per_device_train_batch_size=1,
-            gradient_accumulation_steps=accumulation, max_grad_norm=MAX_NORM, use_cpu=True, fp16=False, bf16=False,
-            report_to=[], logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True,
-            logging_nan_inf_filter=False, train_sampling_strategy="sequential", dataloader_num_workers=0,
-            dataloader_pin_memory=False, remove_unused_columns=False, seed=settings.seed)
-        trainer = Trainer(model=wrapped, args=arguments, train_dataset=_micro_batches(work),
-                          data_collator=lambda rows: rows[0], optimizers=(optimizer, schedule), callbacks=[Turns()])
+            output_dir=unused,
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=MAX_NORM,
+            use_cpu=True,
+            fp16=False,
+            bf16=False,
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            train_sampling_strategy="sequential",
+            dataloader_num_workers=0,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            seed=settings.seed,
+        )
+        trainer = Trainer(
+            model=wrapped,
+            args=arguments,
+            train_dataset=_micro_batches(work),
+            data_collator=lambda rows: rows[0],
+            optimizers=(optimizer, schedule),
+            callbacks=[Turns()],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     micro = torch.stack(wrapped.losses).double() / accumulation
@@ -184,12 +218,20 @@ class LossInside(nn.Module):
         """torch's own loss, which a user of the Trainer has: ours also measures the logits."""
         if self._work.case.task.loss == "bce_with_logits":
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        rows = logits.flatten(0, -2)[:, :self._work.valid_vocab]
+        rows = logits.flatten(0, -2)[:, : self._work.valid_vocab]
         return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _micro_batches(work: Work) -> list[dict[str, object]]:
     """The same micro-batches in the same order; an item of this data set is one of them."""
-    return [{"input_ids": micro.input_ids, "attention_mask": micro.attention_mask, "last_token": micro.last_token,
-             "targets": micro.targets, "n_targets": batch.n_targets}
-            for batch in work.batches for micro in batch.micro_batches(work.settings.micro_batch)]
+    return [
+        {
+            "input_ids": micro.input_ids,
+            "attention_mask": micro.attention_mask,
+            "last_token": micro.last_token,
+            "targets": micro.targets,
+            "n_targets": batch.n_targets,
+        }
+        for batch in work.batches
+        for micro in batch.micro_batches(work.settings.micro_batch)
+    ]

@@ -41,17 +41,28 @@ class Book:
             content = json.loads(path.read_bytes())
             began = content["asked"]
         except FileNotFoundError:
-            content = {"schema": SCHEMA, "began": now(), "asked": dict(asked), "total_minutes": total_minutes, "machine": None,
-                       "plan": None, "stages": {}, "calls": []}
+            content = {
+                "schema": SCHEMA,
+                "began": now(),
+                "asked": dict(asked),
+                "total_minutes": total_minutes,
+                "machine": None,
+                "plan": None,
+                "stages": {},
+                "calls": [],
+            }
             return cls(path, content)
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} is no campaign's file ({error}); move it away, or give another folder with --results") \
-                from error
+            raise OutputError(
+                f"{path} is no campaign's file ({error}); move it away, or give another folder with --results"
+            ) from error
         began |= {name: asked[name] for name in CHANGEABLE if asked[name] is not None}
         for name, value in asked.items():
             if value is not None and value != began.get(name):
-                raise SettingsError(f"--{name.replace('_', '-')} is {_words(value)}, and the campaign in {path} was begun with "
-                                    f"{_words(began.get(name))}; leave it out to go on, or give another folder with --results")
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} is {_words(value)}, and the campaign in {path} was begun with "
+                    f"{_words(began.get(name))}; leave it out to go on, or give another folder with --results"
+                )
         return cls(path, content)
 
     @property
@@ -71,7 +82,8 @@ class Book:
     def stage(self, name: str) -> dict[str, Any]:
         """A stage's entry, made when it is new."""
         return self.content["stages"].setdefault(
-            name, {"state": "pending", "spent_s": 0.0, "exit_code": None, "note": None, "pid": None})
+            name, {"state": "pending", "spent_s": 0.0, "exit_code": None, "note": None, "pid": None}
+        )
 
     def update(self, name: str, **changes: Any) -> None:
         """Change a stage's entry and save."""
@@ -97,8 +109,9 @@ def only_call(results: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = path.read_text().strip() or "unknown"
-            raise OutputError(f"another campaign (process {owner}) works in {results}; wait for it, or give another folder "
-                              "with --results") from None
+            raise OutputError(
+                f"another campaign (process {owner}) works in {results}; wait for it, or give another folder with --results"
+            ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield

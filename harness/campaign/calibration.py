@@ -40,8 +40,9 @@ def representatives(configs: Sequence[str]) -> list[str]:
 
 def costs(rows: Mapping[str, Iterable[RunRecord]]) -> dict[tuple[str, str], Cost]:
     """By (case label, configuration), what the calibration's rows, by label, have measured."""
-    return {(label, row.dtype_config): cost for label, found in rows.items() for row in found
-            if (cost := cost_of(row)) is not None}
+    return {
+        (label, row.dtype_config): cost for label, found in rows.items() for row in found if (cost := cost_of(row)) is not None
+    }
 
 
 def spread(known: Mapping[tuple[str, str], Cost], labels: Sequence[str], configs: Sequence[str]) -> dict[tuple[str, str], Cost]:
@@ -90,7 +91,13 @@ def calibrated(results: Path, labels: Sequence[str]) -> dict[tuple[str, str], Co
     """What the results folder of a campaign's calibration has measured, by (case label, configuration)."""
     rows = [row for row in finished_runs(results / FOLDER) if row.max_steps == STEPS]
     lengths = {Variant.parse(label).case: Variant.parse(label).seq_len for label in labels if "@" in label}
-    by_label = {label: [row for row in rows if row.case == Variant.parse(label).case
-                        and (row.seq_len == Variant.parse(label).seq_len if "@" in label
-                             else row.seq_len != lengths.get(row.case))] for label in labels}
+    by_label = {
+        label: [
+            row
+            for row in rows
+            if row.case == Variant.parse(label).case
+            and (row.seq_len == Variant.parse(label).seq_len if "@" in label else row.seq_len != lengths.get(row.case))
+        ]
+        for label in labels
+    }
     return costs(by_label)

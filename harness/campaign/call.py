@@ -35,8 +35,9 @@ LEAST_RUN_S = 5.0
 class Campaign:
     """One call's part of a campaign. ``ends_s``: on the monotonic clock."""
 
-    def __init__(self, book: Book, machine: dict[str, Any], results: Path, out: Path, ends_s: float, stop: Stop, *,
-                 retry: bool) -> None:
+    def __init__(
+        self, book: Book, machine: dict[str, Any], results: Path, out: Path, ends_s: float, stop: Stop, *, retry: bool
+    ) -> None:
         self.book, self.machine, self.results, self.out, self.stop = book, machine, results, out, stop
         self.ends_s, self.retry = ends_s, retry
         self.grace_s = GRACE_S[machine["device"]]
@@ -55,8 +56,10 @@ class Campaign:
             plan = self._plan()
             runs = stages.runs(self.book.asked, self.results, plan)
             done = self._all(runs[:1])
-            if not (self.stop.requested or (self.results / "dossier" / "index.html").exists()) \
-                    and self.ends_s - time.monotonic() > 2 * self._dossier_s():
+            if (
+                not (self.stop.requested or (self.results / "dossier" / "index.html").exists())
+                and self.ends_s - time.monotonic() > 2 * self._dossier_s()
+            ):
                 self._dossier()  # a cut from here on leaves something to read
             done = self._all(runs[1:]) and done
             done = self._all(stages.behind_the_runs(*given)) and done
@@ -89,14 +92,21 @@ class Campaign:
             return False
         before_s = self.book.stage(stage.name)["spent_s"]
         terminal.begins(stage, min(limit_s, left_s))
-        ended = process.run(stage.command, self.results / FOLDER / "logs" / stage.name, limit_s=limit_s, call_s=left_s,
-                            grace_s=grace_s, stop=self.stop,
-                            beat=lambda pid, s: self.book.update(stage.name, state="running", pid=pid, spent_s=before_s + s),
-                            echo=terminal.echo if stage.echo else lambda line: None)
+        ended = process.run(
+            stage.command,
+            self.results / FOLDER / "logs" / stage.name,
+            limit_s=limit_s,
+            call_s=left_s,
+            grace_s=grace_s,
+            stop=self.stop,
+            beat=lambda pid, s: self.book.update(stage.name, state="running", pid=pid, spent_s=before_s + s),
+            echo=terminal.echo if stage.echo else lambda line: None,
+        )
         state, note = outcome(stage, ended)
         self._collect(stage)
-        self.book.update(stage.name, state=state, pid=None, spent_s=round(before_s + ended.seconds, 1),
-                         exit_code=ended.exit_code, note=note)
+        self.book.update(
+            stage.name, state=state, pid=None, spent_s=round(before_s + ended.seconds, 1), exit_code=ended.exit_code, note=note
+        )
         terminal.ended(stage, state, note, ended.seconds)
         return state != "pending"
 
@@ -107,8 +117,9 @@ class Campaign:
             return float("inf")
         group = [s.name for s in todo if s.group == stage.group]
         entries = [self.book.stage(name) for name in group]
-        left_s = max(LEAST_S[stage.group] * len(group), SHARES[stage.group] * self.book.total_s) \
-            - sum(entry["spent_s"] for entry in entries)
+        left_s = max(LEAST_S[stage.group] * len(group), SHARES[stage.group] * self.book.total_s) - sum(
+            entry["spent_s"] for entry in entries
+        )
         waiting = sum(not self.book.settled(name) for name in group)
         return max(LEAST_RUN_S, min(left_s, 2 * left_s / waiting))
 
@@ -130,18 +141,30 @@ class Campaign:
         if (row := self.book.content["plan"]) is None:
             asked = self.book.asked
             fit_s = stages.kept_for_fit_s(asked, self.book.total_s)
-            plan = make_plan(found, self.labels, self.configs,
-                             budget_s=max(0.0, self.book.total_s - self.book.spent_s - fit_s - 2 * self._dossier_s()),
-                             preset_steps=self.machine["preset_steps"], preset_seeds=self.machine["preset_seeds"],
-                             max_steps=asked["max_steps"], seeds=asked["seeds"])
-            self.book.content["plan"] = plan.as_row() | {"made": now(), "costs": [
-                {"case": label, "config": config, **vars(cost)} for (label, config), cost in found.items()]}
+            plan = make_plan(
+                found,
+                self.labels,
+                self.configs,
+                budget_s=max(0.0, self.book.total_s - self.book.spent_s - fit_s - 2 * self._dossier_s()),
+                preset_steps=self.machine["preset_steps"],
+                preset_seeds=self.machine["preset_seeds"],
+                max_steps=asked["max_steps"],
+                seeds=asked["seeds"],
+            )
+            self.book.content["plan"] = plan.as_row() | {
+                "made": now(),
+                "costs": [{"case": label, "config": config, **vars(cost)} for (label, config), cost in found.items()],
+            }
             self.book.save()
         else:
             names = Plan.__dataclass_fields__
-            plan = Plan(**{name: row[name] for name in names} | {
-                "seeds": tuple(row["seeds"]),
-                "blocks": tuple(Block(**{**block, "configs": tuple(block["configs"])}) for block in row["blocks"])})
+            plan = Plan(
+                **{name: row[name] for name in names}
+                | {
+                    "seeds": tuple(row["seeds"]),
+                    "blocks": tuple(Block(**{**block, "configs": tuple(block["configs"])}) for block in row["blocks"]),
+                }
+            )
         terminal.show_plan(plan, found, self.machine)
         return plan
 
@@ -180,16 +203,29 @@ class Campaign:
                 note = f"{note or ''} not packed: {error}".strip()
                 raise
             finally:
-                self.book.content |= {"dossier_s": round(1.3 * (time.monotonic() - began_s), 1),
-                                      "dossier_rows": len(finished_runs(self.results))}
-                self.book.update("dossier", state=state, note=note, spent_s=self.book.stage("dossier")["spent_s"]
-                                 + round(time.monotonic() - began_s, 1))
+                self.book.content |= {
+                    "dossier_s": round(1.3 * (time.monotonic() - began_s), 1),
+                    "dossier_rows": len(finished_runs(self.results)),
+                }
+                self.book.update(
+                    "dossier",
+                    state=state,
+                    note=note,
+                    spent_s=self.book.stage("dossier")["spent_s"] + round(time.monotonic() - began_s, 1),
+                )
             terminal.packed(packed, state, note)
 
     def _build(self, more: tuple[str, ...]) -> tuple[str, str | None]:
         files = self.results / FOLDER / "logs" / "dossier"
-        ended = process.run(("report", "build", str(self.results), "--format", "svg", *more), files, limit_s=600.0,
-                            call_s=600.0, grace_s=END_S, stop=self.stop, beat=lambda pid, s: None)
+        ended = process.run(
+            ("report", "build", str(self.results), "--format", "svg", *more),
+            files,
+            limit_s=600.0,
+            call_s=600.0,
+            grace_s=END_S,
+            stop=self.stop,
+            beat=lambda pid, s: None,
+        )
         return ("done", None) if ended.exit_code == OK else ("failed", ended.last_words)
 
     def _end_orphans(self) -> None:
@@ -202,8 +238,11 @@ class Campaign:
 
     def _end(self, done: bool, seconds: float) -> int:
         failed = [name for name, entry in self.book.content["stages"].items() if entry["state"] == "failed"]
-        self.call |= {"ended": now(), "seconds": round(seconds, 1),
-                      "end": self.stop.requested or ("done" if done else "minutes over")}
+        self.call |= {
+            "ended": now(),
+            "seconds": round(seconds, 1),
+            "end": self.stop.requested or ("done" if done else "minutes over"),
+        }
         self.book.save()
         if (self.out / "campaign.json").exists():
             replace(self.out / "campaign.json", self.book.path.read_bytes())
@@ -228,5 +267,3 @@ def outcome(stage: Stage, ended: process.Ended) -> tuple[str, str | None]:
         return "done", "some run ended oom, error or hung; their rows say why"
     how = f"signal {-ended.exit_code}" if ended.exit_code < 0 else f"exit code {ended.exit_code}"
     return "failed", f"{how}: {ended.last_words}"
-
-

@@ -21,8 +21,26 @@ from harness.exit_codes import OK
 from harness.run_folder import OutputError, require_writable
 from harness.signals import Stop
 
-ASKED = ("preset", "device", "data", "weights", "cases", "configs", "seeds", "max_steps", "batch_size", "micro_batch",
-         "seq_len", "documents", "validation_documents", "threads", "ops", "pairs", "skip", "price_per_hour")
+ASKED = (
+    "preset",
+    "device",
+    "data",
+    "weights",
+    "cases",
+    "configs",
+    "seeds",
+    "max_steps",
+    "batch_size",
+    "micro_batch",
+    "seq_len",
+    "documents",
+    "validation_documents",
+    "threads",
+    "ops",
+    "pairs",
+    "skip",
+    "price_per_hour",
+)
 
 
 def campaign_command(options: argparse.Namespace) -> int:
@@ -48,8 +66,7 @@ def campaign_command(options: argparse.Namespace) -> int:
                 return code
         book.content["machine"] = machine
         with Stop(patient=True).listening() as stop:
-            campaign = Campaign(book, machine, results, out, began_s + 60 * options.minutes, stop,
-                                retry=options.retry_failed)
+            campaign = Campaign(book, machine, results, out, began_s + 60 * options.minutes, stop, retry=options.retry_failed)
             code = campaign.run(began_s)
     if options.json:
         print(json.dumps(book.content))
@@ -65,10 +82,14 @@ def find_machine(asked: dict[str, Any], *, estimates: bool) -> tuple[dict[str, A
 
 def require_ours(out: Path) -> None:
     """Raise `OutputError` where a pack would replace what is no pack."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())
-                                                                   and not (out / "campaign.json").exists()):
-        raise OutputError(f"{out} holds something that no campaign wrote, and a campaign replaces its --out as a whole; "
-                          "give another folder")
+    if (
+        out.is_symlink()
+        or (out.exists() and not out.is_dir())
+        or (out.is_dir() and any(out.iterdir()) and not (out / "campaign.json").exists())
+    ):
+        raise OutputError(
+            f"{out} holds something that no campaign wrote, and a campaign replaces its --out as a whole; give another folder"
+        )
 
 
 def dry_run(asked: dict[str, Any], options: argparse.Namespace, results: Path) -> int:
@@ -80,13 +101,21 @@ def dry_run(asked: dict[str, Any], options: argparse.Namespace, results: Path) -
     known = calibrated(results, machine["labels"])
     for row in machine["estimates"]:
         if (row["label"], row["config"]) not in known and row["step_s"] is not None:
-            known[row["label"], row["config"]] = Cost(row["fixed_s"], row["step_s"], "estimated",
-                                                      peak_allocated_bytes=row["peak_bytes"])
+            known[row["label"], row["config"]] = Cost(
+                row["fixed_s"], row["step_s"], "estimated", peak_allocated_bytes=row["peak_bytes"]
+            )
     before = sum(share for group, share in SHARES.items() if group not in (*(asked["skip"] or ()), "fit"))
     known = spread(known, machine["labels"], machine["configs"])
-    plan = make_plan(known, machine["labels"], machine["configs"],
-                     budget_s=(1 - before) * total_s - kept_for_fit_s(asked, total_s), preset_steps=machine["preset_steps"],
-                     preset_seeds=machine["preset_seeds"], max_steps=asked["max_steps"], seeds=asked["seeds"])
+    plan = make_plan(
+        known,
+        machine["labels"],
+        machine["configs"],
+        budget_s=(1 - before) * total_s - kept_for_fit_s(asked, total_s),
+        preset_steps=machine["preset_steps"],
+        preset_seeds=machine["preset_seeds"],
+        max_steps=asked["max_steps"],
+        seeds=asked["seeds"],
+    )
     terminal.show_machine(machine, results)
     terminal.show_plan(plan, known, machine)
     if options.json:

@@ -20,12 +20,26 @@ from instrument.files import copy, make_folder, placing_folder, plain_inside, re
 
 LIMIT_BYTES = 15_000_000
 LARGEST_TRACE_BYTES = 6_000_000
-PLAIN = ("results.jsonl", "machine.json", "kernels.json", "kernel_check.json", "overhead.json", "fit.json", NAME,
-         "summary.json", "dossier/index.html", "dossier/dossier.pdf")
+PLAIN = (
+    "results.jsonl",
+    "machine.json",
+    "kernels.json",
+    "kernel_check.json",
+    "overhead.json",
+    "fit.json",
+    NAME,
+    "summary.json",
+    "dossier/index.html",
+    "dossier/dossier.pdf",
+)
 OF_A_RUN = ("run.json", "forensics.json", "evaluations.jsonl", "events.jsonl")
 LOGS = ("training_logs/run_*.jsonl", "runs/*/activations.jsonl", "runs/*/hardware.jsonl")
-DISPENSABLE = ("runs/*-s[1-9]*-*/activations.jsonl.gz", "runs/*-s[1-9]*-*/hardware.jsonl.gz", "runs/*/activations.jsonl.gz",
-               "runs/*/hardware.jsonl.gz")
+DISPENSABLE = (
+    "runs/*-s[1-9]*-*/activations.jsonl.gz",
+    "runs/*-s[1-9]*-*/hardware.jsonl.gz",
+    "runs/*/activations.jsonl.gz",
+    "runs/*/hardware.jsonl.gz",
+)
 """Left out, in this order, when the folder would be larger than `LIMIT_BYTES`: later seeds first, since the figures of modules
 and hardware show the lowest. What was left out is said."""
 
@@ -52,8 +66,11 @@ def pack(results: Path, out: Path, limit_bytes: int = LIMIT_BYTES) -> Packed:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if name.endswith(".gz") and path.suffix != ".gz":
-                with path.open("rb") as source, target.open("wb") as file, \
-                        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped:  # same bytes each time
+                with (
+                    path.open("rb") as source,
+                    target.open("wb") as file,
+                    gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped,
+                ):  # same bytes each time
                     shutil.copyfileobj(source, zipped)
             else:
                 shutil.copyfile(path, target)
@@ -62,8 +79,10 @@ def pack(results: Path, out: Path, limit_bytes: int = LIMIT_BYTES) -> Packed:
         size = sum(path.stat().st_size for path in files)
         if size > limit_bytes:
             largest = max(files, key=lambda path: path.stat().st_size)
-            raise PackTooLarge(f"{size / 1e6:.1f} MB, and {limit_bytes / 1e6:.0f} MB are allowed; the largest file is "
-                               f"{largest.relative_to(folder)} with {largest.stat().st_size / 1e6:.1f} MB")
+            raise PackTooLarge(
+                f"{size / 1e6:.1f} MB, and {limit_bytes / 1e6:.0f} MB are allowed; the largest file is "
+                f"{largest.relative_to(folder)} with {largest.stat().st_size / 1e6:.1f} MB"
+            )
         for path in files:
             sync_file(path)
     return Packed(out, len(files), size, left_out)
@@ -71,10 +90,15 @@ def pack(results: Path, out: Path, limit_bytes: int = LIMIT_BYTES) -> Packed:
 
 def _chosen(results: Path) -> Iterator[tuple[Path, str]]:
     """(file, name in the pack) of all that belongs there."""
-    names = [*PLAIN, *(f"runs/{path.parent.name}/{name}" for path in sorted((results / "runs").glob("*/run.json"))
-                       for name in OF_A_RUN)]
-    names += [str(path.relative_to(results)) for pattern in (f"{FOLDER}/*.json", "predictions/*.json")
-              for path in sorted(results.glob(pattern))]
+    names = [
+        *PLAIN,
+        *(f"runs/{path.parent.name}/{name}" for path in sorted((results / "runs").glob("*/run.json")) for name in OF_A_RUN),
+    ]
+    names += [
+        str(path.relative_to(results))
+        for pattern in (f"{FOLDER}/*.json", "predictions/*.json")
+        for path in sorted(results.glob(pattern))
+    ]
     for name in names:
         if plain_inside(results, results / name):
             yield results / name, name
@@ -144,5 +168,3 @@ def merge_documents(results: Path, stem: str, target: str) -> None:
         whole = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
         whole |= {name: sum(part[name] for part in parts) for name in ("judged", "not_right") if name in parts[0]}
         replace(results / target, json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n")
-
-

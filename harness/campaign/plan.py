@@ -14,8 +14,15 @@ from dataclasses import asdict, dataclass
 from harness.settings import SettingsError
 from instrument.count import count
 
-CASE_ORDER = ("gpt2_multi_cls", "gpt2_clm", "roberta_multi_cls", "roberta_mlm", "gpt2_clm@512", "gpt2_single_cls",
-              "roberta_single_cls")
+CASE_ORDER = (
+    "gpt2_multi_cls",
+    "gpt2_clm",
+    "roberta_multi_cls",
+    "roberta_mlm",
+    "gpt2_clm@512",
+    "gpt2_single_cls",
+    "roberta_single_cls",
+)
 """BCE and softmax in both architectures first (the 2 x 2 behind every hypothesis), then the control that makes their sequence
 lengths equal, then the third task."""
 LADDER = ((0.03, 1), (0.08, 1), (0.1, 1), (0.15, 1), (0.2, 1), (0.1, 3), (0.15, 3), (0.2, 3), (0.3, 3), (0.5, 3), (1.0, 3))
@@ -87,27 +94,46 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(costs: Mapping[tuple[str, str], Cost], labels: Sequence[str], configs: Sequence[str], *, budget_s: float,
-              preset_steps: int, preset_seeds: Sequence[int], max_steps: int | None, seeds: Sequence[int] | None) -> Plan:
+def make_plan(
+    costs: Mapping[tuple[str, str], Cost],
+    labels: Sequence[str],
+    configs: Sequence[str],
+    *,
+    budget_s: float,
+    preset_steps: int,
+    preset_seeds: Sequence[int],
+    max_steps: int | None,
+    seeds: Sequence[int] | None,
+) -> Plan:
     """The dearest rung of the ladder that fits into ``budget_s``; ``max_steps`` and ``seeds`` overrule it. ``costs`` by
     (case label, configuration); one that is missing makes its block's estimate None, and nothing is said to fit."""
-    rungs = [(max_steps or max(1, round(share * preset_steps)), tuple(seeds if seeds is not None else preset_seeds[:n]))
-             for share, n in LADDER]
+    rungs = [
+        (max_steps or max(1, round(share * preset_steps)), tuple(seeds if seeds is not None else preset_seeds[:n]))
+        for share, n in LADDER
+    ]
     rungs = list(dict.fromkeys(rungs))
     made = [(rung, _blocks(costs, labels, configs, *rung)) for rung in rungs]
     totals = [_total(blocks) for _, blocks in made]
     fitting = [i for i, total in enumerate(totals) if total is not None and total <= budget_s]
     chosen = fitting[-1] if fitting else 0
     (steps, chosen_seeds), blocks = made[chosen]
-    return Plan(steps, chosen_seeds, blocks, budget_s, totals[chosen], bool(fitting),
-                _why(chosen, rungs, totals, budget_s, asked=max_steps is not None and seeds is not None))
+    return Plan(
+        steps,
+        chosen_seeds,
+        blocks,
+        budget_s,
+        totals[chosen],
+        bool(fitting),
+        _why(chosen, rungs, totals, budget_s, asked=max_steps is not None and seeds is not None),
+    )
 
 
-def _blocks(costs: Mapping, labels: Sequence[str], configs: Sequence[str], steps: int,
-            seeds: Sequence[int]) -> tuple[Block, ...]:
+def _blocks(
+    costs: Mapping, labels: Sequence[str], configs: Sequence[str], steps: int, seeds: Sequence[int]
+) -> tuple[Block, ...]:
     blocks = []
     for turn, (seed, label) in enumerate((seed, label) for seed in seeds for label in labels):
-        rotated = (*configs[turn % len(configs):], *configs[:turn % len(configs)])
+        rotated = (*configs[turn % len(configs) :], *configs[: turn % len(configs)])
         found = [costs.get((label, config)) for config in configs]
         seconds = None if None in found else sum(cost.seconds(steps) for cost in found)
         blocks.append(Block(label, seed, rotated, seconds))

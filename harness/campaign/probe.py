@@ -14,11 +14,25 @@ from typing import Any
 from harness.campaign.calibration import START_S, representatives
 from harness.campaign.plan import Variant, order
 
-OPTIONAL = {"bitsandbytes": "configuration amp_bf16_8bit is unsupported", "datasets": "--data hub does not work",
-            "weasyprint": "no PDF, HTML only", "adjustText": "labels of figure B are not moved apart"}
+OPTIONAL = {
+    "bitsandbytes": "configuration amp_bf16_8bit is unsupported",
+    "datasets": "--data hub does not work",
+    "weasyprint": "no PDF, HTML only",
+    "adjustText": "labels of figure B are not moved apart",
+}
 CONTROL = "gpt2_clm@512"
-SIZES = ("preset", "device", "data", "weights", "batch_size", "micro_batch", "seq_len", "documents", "validation_documents",
-         "threads")
+SIZES = (
+    "preset",
+    "device",
+    "data",
+    "weights",
+    "batch_size",
+    "micro_batch",
+    "seq_len",
+    "documents",
+    "validation_documents",
+    "threads",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -55,14 +69,25 @@ def probe(asked: dict[str, Any], *, estimates: bool) -> dict[str, Any]:
     for label in labels:  # their data and sizes are refused now, and not in an hour
         drafts[label] = plan_run(_case(label), declared[0], 0, _sized(request, label), device)
         _fetch(drafts[label])
-    found = {"device": device.type, "slug": device_slug(device), "preset": preset.id, "preset_steps": preset.max_steps,
-             "preset_seeds": list(preset.seeds) if len(preset.seeds) > 1 else [0, 1, 2], "labels": labels, "configs": configs,
-             "data": drafts[labels[0]].data, "weights": drafts[labels[0]].weights, "environment": capture(device),
-             "missing": {name: cost for name, cost in OPTIONAL.items() if find_spec(name) is None}}
+    found = {
+        "device": device.type,
+        "slug": device_slug(device),
+        "preset": preset.id,
+        "preset_steps": preset.max_steps,
+        "preset_seeds": list(preset.seeds) if len(preset.seeds) > 1 else [0, 1, 2],
+        "labels": labels,
+        "configs": configs,
+        "data": drafts[labels[0]].data,
+        "weights": drafts[labels[0]].weights,
+        "environment": capture(device),
+        "missing": {name: cost for name, cost in OPTIONAL.items() if find_spec(name) is None},
+    }
     if estimates:
-        found["estimates"] = [_estimate(label, config, plan_run(_case(label), DTYPE_CONFIGS[config], 0, _sized(request, label),
-                                                                device))
-                              for label in labels for config in representatives(configs)]
+        found["estimates"] = [
+            _estimate(label, config, plan_run(_case(label), DTYPE_CONFIGS[config], 0, _sized(request, label), device))
+            for label in labels
+            for config in representatives(configs)
+        ]
     return found
 
 
@@ -118,9 +143,14 @@ def _estimate(label: str, config: str, settings) -> dict[str, Any]:
     found = estimate(settings, Path("results"))
     time, memory = found["time"] or {}, found["memory"] or {}
     known = time.get("step_s") is not None
-    return {"label": label, "config": config, "step_s": time.get("step_s"),
-            "fixed_s": START_S + time["evaluation_s"] if known else None, "peak_bytes": memory.get("peak_bytes"),
-            "why_not": found["unsupported"] or found["not_estimated"]}
+    return {
+        "label": label,
+        "config": config,
+        "step_s": time.get("step_s"),
+        "fixed_s": START_S + time["evaluation_s"] if known else None,
+        "peak_bytes": memory.get("peak_bytes"),
+        "why_not": found["unsupported"] or found["not_estimated"],
+    }
 
 
 if __name__ == "__main__":

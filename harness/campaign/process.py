@@ -34,8 +34,17 @@ class Ended:
     last_words: str
 
 
-def run(module_and_arguments: Sequence[str], files: Path, *, limit_s: float, call_s: float, grace_s: float, stop: Stop,
-        beat: Callable[[int, float], None], echo: Callable[[str], None] = lambda line: None) -> Ended:
+def run(
+    module_and_arguments: Sequence[str],
+    files: Path,
+    *,
+    limit_s: float,
+    call_s: float,
+    grace_s: float,
+    stop: Stop,
+    beat: Callable[[int, float], None],
+    echo: Callable[[str], None] = lambda line: None,
+) -> Ended:
     """Run ``python -m ...`` with its standard output in ``files``.out and the rest in ``files``.log (added to).
 
     It is asked to end (SIGTERM) behind ``limit_s`` or ``call_s`` seconds, whichever comes first, or when ``stop`` is
@@ -47,8 +56,14 @@ def run(module_and_arguments: Sequence[str], files: Path, *, limit_s: float, cal
     began_s, cut, asked_s = time.monotonic(), None, None
     with out.open("wb") as output, log.open("ab") as words, log.open("rb") as tail:
         tail.seek(0, os.SEEK_END)
-        process = subprocess.Popen([sys.executable, "-u", "-m", *module_and_arguments], stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=words, start_new_session=True, preexec_fn=_end_with_parent)
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", *module_and_arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=words,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
         beat(process.pid, 0.0)
         beaten_s = began_s
         try:

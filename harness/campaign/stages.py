@@ -38,8 +38,9 @@ class Stage:
     echo: bool = False
 
 
-def before_the_plan(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str],
-                    total_s: float) -> list[Stage]:
+def before_the_plan(
+    asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str], total_s: float
+) -> list[Stage]:
     """Doctor, the kernels' correctness, how fast kernels and instruments are where there is time for it, calibration."""
     skip, stages = asked["skip"] or (), []
     if "doctor" not in skip:
@@ -58,8 +59,13 @@ def speed(asked: Mapping[str, Any], results: Path, total_s: float) -> list[Stage
         stages += _per_kernel("bench", asked, results, (*_device(asked), *pairs))
     if "overhead" not in skip:
         at_most_s = 0.7 * max(LEAST_S["overhead"], SHARES["overhead"] * total_s)  # the rest is for building its arms
-        stages.append(Stage("overhead", "overhead", ("harness", "bench", "overhead", *pairs, "--at-most", f"{at_most_s:.0f}",
-                                                     "--out", str(results))))
+        stages.append(
+            Stage(
+                "overhead",
+                "overhead",
+                ("harness", "bench", "overhead", *pairs, "--at-most", f"{at_most_s:.0f}", "--out", str(results)),
+            )
+        )
     return stages
 
 
@@ -70,9 +76,13 @@ def fit_their_shares(stages: Sequence[Stage], total_s: float) -> bool:
 
 
 def _per_kernel(what: str, asked: Mapping[str, Any], results: Path, options: Sequence[str]) -> list[Stage]:
-    return [Stage(f"{what}-{op}", what, ("kernels", what, "--op", op, *options, "--out",
-                                         str(results / FOLDER / f"{what}-{op}.json")))
-            for op in OPS if op in (asked["ops"] or OPS)]
+    return [
+        Stage(
+            f"{what}-{op}", what, ("kernels", what, "--op", op, *options, "--out", str(results / FOLDER / f"{what}-{op}.json"))
+        )
+        for op in OPS
+        if op in (asked["ops"] or OPS)
+    ]
 
 
 def _device(asked: Mapping[str, Any]) -> tuple[str, ...]:
@@ -83,8 +93,20 @@ def calibration(asked: Mapping[str, Any], results: Path, labels: Sequence[str], 
     """A few steps of every case, one command for each sequence length."""
     stages, folder = [], str(results / CALIBRATION)
     for seq_len, group in groupby(sorted(map(Variant.parse, labels), key=lambda v: v.seq_len or 0), key=lambda v: v.seq_len):
-        command = ("harness", "matrix", "--cases", *(variant.case for variant in group), "--configs", *representatives(configs),
-                   "--seeds", "0", *sizes(asked, seq_len, STEPS), "--no-follow-up", "--out", folder)
+        command = (
+            "harness",
+            "matrix",
+            "--cases",
+            *(variant.case for variant in group),
+            "--configs",
+            *representatives(configs),
+            "--seeds",
+            "0",
+            *sizes(asked, seq_len, STEPS),
+            "--no-follow-up",
+            "--out",
+            folder,
+        )
         stages.append(Stage("calibrate" + (f"@{seq_len}" if seq_len else ""), "calibrate", command, goes_on=True, echo=True))
     return stages
 
@@ -97,20 +119,41 @@ def runs(asked: Mapping[str, Any], results: Path, plan: Plan) -> list[Stage]:
     for (_, seed, seq_len), group in groupby(enumerate(blocks), key=key):
         members = [block for _, block in group]
         cases = [Variant.parse(block.case).case for block in members]
-        command = ("harness", "matrix", "--cases", *cases, "--configs", *members[0].configs, "--seeds", str(seed),
-                   *sizes(asked, seq_len, plan.max_steps), "--out", str(results))
+        command = (
+            "harness",
+            "matrix",
+            "--cases",
+            *cases,
+            "--configs",
+            *members[0].configs,
+            "--seeds",
+            str(seed),
+            *sizes(asked, seq_len, plan.max_steps),
+            "--out",
+            str(results),
+        )
         stages.append(Stage(f"run-{members[0].case}-s{seed}", "run", command, goes_on=True, echo=True))
     return stages
 
 
-def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str],
-                    total_s: float) -> list[Stage]:
+def behind_the_runs(
+    asked: Mapping[str, Any], results: Path, labels: Sequence[str], configs: Sequence[str], total_s: float
+) -> list[Stage]:
     """One overflow to look at, the speeds that had no time before, and what fits at most, for one classifier and one
     language model."""
     skip, stages = asked["skip"] or (), []
     if "overflow" not in skip and OVERFLOW_CASE in labels:
-        command = ("harness", "case", OVERFLOW_CASE, OVERFLOW_CONFIG, "--lr", str(OVERFLOW_LR),
-                   *sizes(asked, None, OVERFLOW_STEPS), "--out", str(results / FOLDER / "overflow"))
+        command = (
+            "harness",
+            "case",
+            OVERFLOW_CASE,
+            OVERFLOW_CONFIG,
+            "--lr",
+            str(OVERFLOW_LR),
+            *sizes(asked, None, OVERFLOW_STEPS),
+            "--out",
+            str(results / FOLDER / "overflow"),
+        )
         stages.append(Stage("overflow", "overflow", command, goes_on=True))
     speeds = speed(asked, results, total_s)
     stages += [] if fit_their_shares(speeds, total_s) else speeds
@@ -119,8 +162,16 @@ def behind_the_runs(asked: Mapping[str, Any], results: Path, labels: Sequence[st
     price = ("--price-per-hour", str(asked["price_per_hour"])) if asked["price_per_hour"] else ()
     cases = [case for case in FIT_CASES if case in labels]
     common = sizes(asked, None, None, fit=True)
-    return stages + [Stage(f"fit-{case}", "fit", ("harness", "fit", case, "--configs", *configs, *common, *price, "--out",
-                                                  str(results)), goes_on=True, echo=True) for case in cases]
+    return stages + [
+        Stage(
+            f"fit-{case}",
+            "fit",
+            ("harness", "fit", case, "--configs", *configs, *common, *price, "--out", str(results)),
+            goes_on=True,
+            echo=True,
+        )
+        for case in cases
+    ]
 
 
 def kept_for_fit_s(asked: Mapping[str, Any], total_s: float) -> float:
@@ -130,10 +181,22 @@ def kept_for_fit_s(asked: Mapping[str, Any], total_s: float) -> float:
 
 def sizes(asked: Mapping[str, Any], seq_len: int | None, max_steps: int | None, *, fit: bool = False) -> tuple[str, ...]:
     """The options that every run of the campaign has in common."""
-    given = {"preset": asked["preset"], "device": asked["device"], "data": asked["data"], "weights": asked["weights"],
-             "seq_len": seq_len or asked["seq_len"], "documents": asked["documents"], "threads": asked["threads"]}
+    given = {
+        "preset": asked["preset"],
+        "device": asked["device"],
+        "data": asked["data"],
+        "weights": asked["weights"],
+        "seq_len": seq_len or asked["seq_len"],
+        "documents": asked["documents"],
+        "threads": asked["threads"],
+    }
     if not fit:
-        given |= {"max_steps": max_steps, "batch_size": asked["batch_size"], "micro_batch": asked["micro_batch"],
-                  "validation_documents": asked["validation_documents"]}
-    return tuple(word for name, value in given.items() if value is not None
-                 for word in (f"--{name.replace('_', '-')}", str(value)))
+        given |= {
+            "max_steps": max_steps,
+            "batch_size": asked["batch_size"],
+            "micro_batch": asked["micro_batch"],
+            "validation_documents": asked["validation_documents"],
+        }
+    return tuple(
+        word for name, value in given.items() if value is not None for word in (f"--{name.replace('_', '-')}", str(value))
+    )

@@ -36,8 +36,10 @@ def echo(line: str) -> None:
 def show_machine(machine: Mapping[str, Any], results: Path) -> None:
     """Where, on what, with which data, and what is missing."""
     environment = machine["environment"]
-    say(f"{environment.get('gpu') or environment['cpu']}, torch {environment['torch_version']}, preset {machine['preset']}, "
-        f"data {machine['data']}, weights {machine['weights']}; working in {results}")
+    say(
+        f"{environment.get('gpu') or environment['cpu']}, torch {environment['torch_version']}, preset {machine['preset']}, "
+        f"data {machine['data']}, weights {machine['weights']}; working in {results}"
+    )
     for name, cost in machine["missing"].items():
         say(f"{name} is not installed: {cost}")
 
@@ -47,22 +49,32 @@ def show_plan(plan: Plan, costs: Mapping[tuple[str, str], Cost], machine: Mappin
     configs = machine["configs"]
     say("milliseconds a step (~: taken from the measured one of its kind or estimated; x: died in the calibration)")
     for first in range(0, len(machine["labels"]), CASES_ABREAST):
-        labels = machine["labels"][first:first + CASES_ABREAST]
-        table = Table("", *(Column("\n".join(label.split("_")), justify="right", no_wrap=True) for label in labels), box=None,
-                      padding=(0, 2, 0, 0), pad_edge=False)
+        labels = machine["labels"][first : first + CASES_ABREAST]
+        table = Table(
+            "",
+            *(Column("\n".join(label.split("_")), justify="right", no_wrap=True) for label in labels),
+            box=None,
+            padding=(0, 2, 0, 0),
+            pad_edge=False,
+        )
         for config in configs:
             table.add_row(config, *(_cost(costs.get((label, config))) for label in labels))
         Console(stderr=True, highlight=False, markup=False).print(table)
     seeds = ("seed " if len(plan.seeds) == 1 else "seeds ") + " ".join(map(str, plan.seeds))
-    say(f"plan: {count(plan.max_steps, 'step')}, {seeds}, {count(len(plan.blocks), 'block')} of "
+    say(
+        f"plan: {count(plan.max_steps, 'step')}, {seeds}, {count(len(plan.blocks), 'block')} of "
         f"{count(len(configs), 'configuration')}, "
-        f"{_minutes(plan.estimated_s)} of {_minutes(plan.budget_s)} for runs; {plan.why}")
+        f"{_minutes(plan.estimated_s)} of {_minutes(plan.budget_s)} for runs; {plan.why}"
+    )
     print(f"{'':>4}{'case':<26}{'seed':>5}{'time':>11}{'in all':>11}  first", file=sys.stderr)
     sum_s: float | None = 0.0
     for number, block in enumerate(plan.blocks, start=1):
         sum_s = None if sum_s is None or block.estimated_s is None else sum_s + block.estimated_s
-        print(f"{number:>3} {block.case:<26}{block.seed:>5}{_minutes(block.estimated_s):>11}{_minutes(sum_s):>11}  "
-              f"{block.configs[0]}", file=sys.stderr)
+        print(
+            f"{number:>3} {block.case:<26}{block.seed:>5}{_minutes(block.estimated_s):>11}{_minutes(sum_s):>11}  "
+            f"{block.configs[0]}",
+            file=sys.stderr,
+        )
 
 
 def begins(stage: Stage, at_most_s: float) -> None:
@@ -89,9 +101,11 @@ def last_words(book: Book, done: bool, failed: list[str]) -> None:
     """What is left, and what the next call does."""
     stages = book.content["stages"]
     left = [name for name, entry in stages.items() if entry["state"] in ("pending", "running")]
-    say(f"{count(sum(entry['state'] == 'done' for entry in stages.values()), 'stage')} done, {len(failed)} failed, "
+    say(
+        f"{count(sum(entry['state'] == 'done' for entry in stages.values()), 'stage')} done, {len(failed)} failed, "
         f"{sum(entry['state'] == 'cut' for entry in stages.values())} cut, {_minutes(book.spent_s)} spent in "
-        f"{count(len(book.content['calls']), 'call')}")
+        f"{count(len(book.content['calls']), 'call')}"
+    )
     for name in failed:
         say(f"failed: {name}: {stages[name]['note']} (log: {book.path.parent / 'campaign' / 'logs' / name}.log)")
     if not done:

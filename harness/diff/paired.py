@@ -35,21 +35,32 @@ def loss_difference(a: Run, b: Run) -> dict[str, Any]:
     pairs = [(a.steps[s].loss, b.steps[s].loss) for s in sorted(a.steps.keys() & b.steps.keys())]
     finite = [y - x for x, y in pairs if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
     return mean_with_interval(finite) | {
-        "left_out": len(pairs) - len(finite), "final_a": a.record.train_loss_final, "final_b": b.record.train_loss_final,
-        "val_loss_a": a.record.val_loss, "val_loss_b": b.record.val_loss}
+        "left_out": len(pairs) - len(finite),
+        "final_a": a.record.train_loss_final,
+        "final_b": b.record.train_loss_final,
+        "val_loss_a": a.record.val_loss,
+        "val_loss_b": b.record.val_loss,
+    }
 
 
 def speed(a: Run, b: Run) -> dict[str, Any]:
     """Ratios of ``b`` to ``a``: step time, and real tokens per second, as geometric means over the timed steps that
     both have."""
     untimed = max(run.record.config.get("untimed_steps", 0) for run in (a, b))
-    common = [s for s in sorted(a.steps.keys() & b.steps.keys())
-              if s > untimed and a.steps[s].step_time_s and b.steps[s].step_time_s]
+    common = [
+        s for s in sorted(a.steps.keys() & b.steps.keys()) if s > untimed and a.steps[s].step_time_s and b.steps[s].step_time_s
+    ]
     times = [math.log(b.steps[s].step_time_s / a.steps[s].step_time_s) for s in common]
-    tokens = [math.log(b.steps[s].real_tokens / a.steps[s].real_tokens) - t for s, t in zip(common, times, strict=True)
-              if a.steps[s].real_tokens and b.steps[s].real_tokens]
-    rates = {f"{name}_{side}": getattr(run.record, name) for side, run in (("a", a), ("b", b))
-             for name in ("step_time_p50_s", "real_tokens_per_s")}
+    tokens = [
+        math.log(b.steps[s].real_tokens / a.steps[s].real_tokens) - t
+        for s, t in zip(common, times, strict=True)
+        if a.steps[s].real_tokens and b.steps[s].real_tokens
+    ]
+    rates = {
+        f"{name}_{side}": getattr(run.record, name)
+        for side, run in (("a", a), ("b", b))
+        for name in ("step_time_p50_s", "real_tokens_per_s")
+    }
     return {"step_time_ratio": _ratio(times), "real_tokens_per_s_ratio": _ratio(tokens)} | rates
 
 

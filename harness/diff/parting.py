@@ -28,8 +28,15 @@ def first_step(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
     """The first common step with a relative difference above ``limit`` (0: with any), and what differs in it."""
     for step in sorted(a.steps.keys() & b.steps.keys()):
         left, right = a.steps[step], b.steps[step]
-        fields = [{"name": name, "a": getattr(left, name), "b": getattr(right, name),
-                   "relative": relative(getattr(left, name), getattr(right, name))} for name in (*MEASURED, *COUNTED)]
+        fields = [
+            {
+                "name": name,
+                "a": getattr(left, name),
+                "b": getattr(right, name),
+                "relative": relative(getattr(left, name), getattr(right, name)),
+            }
+            for name in (*MEASURED, *COUNTED)
+        ]
         apart = [f for f in fields if (f["relative"] > limit if f["name"] in MEASURED else f["a"] != f["b"])]
         if apart:
             return {"step": step, "fields": apart}
@@ -47,8 +54,15 @@ def first_module(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
         x, y = left[key], right[key]
         if _comparable(x, y) and relative(x.absmax, y.absmax) > limit:
             first, direction, module = key
-            return {"first_step": first, "step": min(x.last, y.last), "module": module, "direction": direction, "a": x.absmax,
-                    "b": y.absmax, "relative": relative(x.absmax, y.absmax)}
+            return {
+                "first_step": first,
+                "step": min(x.last, y.last),
+                "module": module,
+                "direction": direction,
+                "a": x.absmax,
+                "b": y.absmax,
+                "relative": relative(x.absmax, y.absmax),
+            }
     return None
 
 

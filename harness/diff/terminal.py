@@ -22,15 +22,25 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     for side in "ab":
         who = found[side]
-        console.print(Text.assemble((side, "bold cyan" if side == "a" else "bold magenta"), "  ", (who["run_id"], "bold"),
-                                    (f"  in {who['results_folder']}", "dim")), soft_wrap=True)
+        console.print(
+            Text.assemble(
+                (side, "bold cyan" if side == "a" else "bold magenta"),
+                "  ",
+                (who["run_id"], "bold"),
+                (f"  in {who['results_folder']}", "dim"),
+            ),
+            soft_wrap=True,
+        )
     console.print()
     for words, style in headline(found):
         console.print(Text(words, style=style))
     if found["same_run"]:
         return
-    for title, table in (("Outcome", _rows(found["outcome"])), ("Settings that differ", _rows(found["settings"])),
-                         ("Environment that differs", _rows(found["environment"]))):
+    for title, table in (
+        ("Outcome", _rows(found["outcome"])),
+        ("Settings that differ", _rows(found["settings"])),
+        ("Environment that differs", _rows(found["environment"])),
+    ):
         if table.rows and not (title == "Outcome" and found["no_difference"]):
             _section(console, title, table)
     if not found["no_difference"]:
@@ -47,13 +57,26 @@ def headline(found: dict[str, Any]) -> list[tuple[str, str]]:
         return [("Both names mean the same run: no difference.", "green")]
     lines = []
     if not found["paired"]:
-        what = ", ".join(f"{row['name']} {value(row['name'], row['a'])} / {value(row['name'], row['b'])}"
-                         for row in found["not_paired_because"])
-        lines.append((f"Not the same experiment ({what}): their steps are no pairs, and differences of loss "
-                      "mix that with everything else.", "yellow"))
+        what = ", ".join(
+            f"{row['name']} {value(row['name'], row['a'])} / {value(row['name'], row['b'])}"
+            for row in found["not_paired_because"]
+        )
+        lines.append(
+            (
+                f"Not the same experiment ({what}): their steps are no pairs, and differences of loss "
+                "mix that with everything else.",
+                "yellow",
+            )
+        )
     if found["no_difference"]:
-        return [*lines, (f"No difference: settings, environment, all {found['common_steps']} steps, "
-                         f"{found['comparable_windows']:,} module readings and the outcome are equal.", "green")]
+        return [
+            *lines,
+            (
+                f"No difference: settings, environment, all {found['common_steps']} steps, "
+                f"{found['comparable_windows']:,} module readings and the outcome are equal.",
+                "green",
+            ),
+        ]
     beyond = found["first_beyond_rounding"]
     if not found["common_steps"]:
         return [*lines, ("They have no step in common.", "yellow")]
@@ -74,10 +97,15 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
     for title, key in _once(found, ("at all", "first_difference"), ("beyond rounding", "first_beyond_rounding")):
         step = found[key]
         lines.append(f"{title}: " + (f"step {step['step']}" if step else "no step"))
-        lines += [f"    {f['name']:<14} {value(f['name'], f['a'])} / {value(f['name'], f['b'])}  {_apart(f['relative'])}"
-                  for f in (step["fields"] if step else ())]
-    for title, key in _once(found, ("first module at all", "first_module_difference"),
-                            ("first module beyond rounding", "first_module_beyond_rounding")):
+        lines += [
+            f"    {f['name']:<14} {value(f['name'], f['a'])} / {value(f['name'], f['b'])}  {_apart(f['relative'])}"
+            for f in (step["fields"] if step else ())
+        ]
+    for title, key in _once(
+        found,
+        ("first module at all", "first_module_difference"),
+        ("first module beyond rounding", "first_module_beyond_rounding"),
+    ):
         module = found[key]
         if module is None:
             n = found["comparable_windows"]
@@ -87,10 +115,14 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
         first, last = module["first_step"], module["step"]
         steps = f"step {last}" if first == last else f"steps {first}-{last}"
         what = "gradient of " if module["direction"] == "bwd" else ""
-        lines += [f"{title}: {what}{module['module'] or 'the model'}",
-                  f"    largest |x|, {steps}: {module['a']:.6g} / {module['b']:.6g}  {_apart(module['relative'])}"]
-    lines.append(f"Beyond rounding: apart by more than {rule['epsilons']} epsilons of the coarsest dtype in use "
-                 f"({rule['relative']:.2g} relative); counts and skips exactly.")
+        lines += [
+            f"{title}: {what}{module['module'] or 'the model'}",
+            f"    largest |x|, {steps}: {module['a']:.6g} / {module['b']:.6g}  {_apart(module['relative'])}",
+        ]
+    lines.append(
+        f"Beyond rounding: apart by more than {rule['epsilons']} epsilons of the coarsest dtype in use "
+        f"({rule['relative']:.2g} relative); counts and skips exactly."
+    )
     return lines
 
 
@@ -133,8 +165,11 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
         return ["no timed step in common"]
     if speed["step_time_p50_s_a"] and speed["step_time_p50_s_b"]:
         lines.append(f"step p50: {speed['step_time_p50_s_a'] * 1e3:,.1f} / {speed['step_time_p50_s_b'] * 1e3:,.1f} ms")
-    return [*lines, "Geometric means; 95 % t-intervals over block means. The two ran one after the other: a drift of the "
-            "machine is part of the ratio."]
+    return [
+        *lines,
+        "Geometric means; 95 % t-intervals over block means. The two ran one after the other: a drift of the "
+        "machine is part of the ratio.",
+    ]
 
 
 def _kernels(console: Console, found: dict[str, Any]) -> None:

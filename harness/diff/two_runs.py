@@ -11,8 +11,17 @@ from harness.inspect.locate import FoundRun, RunNotFound, RunUnreadable, locate
 from harness.inspect.run_files import module_rows, records, run_record
 from instrument.records import RunRecord, StepRecord
 
-SAME_EXPERIMENT = ("case", "seed", "loss_reduction", "batch_size", "seq_len", "n_params", "data_source", "weights_source",
-                   "init_sha256")
+SAME_EXPERIMENT = (
+    "case",
+    "seed",
+    "loss_reduction",
+    "batch_size",
+    "seq_len",
+    "n_params",
+    "data_source",
+    "weights_source",
+    "init_sha256",
+)
 """Fields of the row that two runs share when their steps are pairs: same start, same batches."""
 SAME_BATCHES = ("data_fingerprint", "documents", "bucket_by_length")
 """Settings that decide the batches. ``data_sha256`` is over all of a run's steps: it can only be compared
@@ -65,8 +74,10 @@ def load(names: Sequence[str], out: Path | None) -> tuple[Run, Run]:
 def _load(place: FoundRun) -> Run:
     record = run_record(place)
     if record is None:
-        raise RunNotFound(f"{place.run_id} has not ended (no {place.path / 'run.json'}): there is nothing to compare yet; "
-                          f"`inspect` shows how far it is")
+        raise RunNotFound(
+            f"{place.run_id} has not ended (no {place.path / 'run.json'}): there is nothing to compare yet; "
+            f"`inspect` shows how far it is"
+        )
     steps = {step.step: step for step in records(place.steps_file, StepRecord)}
     return Run(place, record, steps, tuple(module_rows(place)))
 

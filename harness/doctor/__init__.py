@@ -42,14 +42,21 @@ def examine(out: Path | None) -> dict[str, object]:
             "gpus": device_facts.gpus(nvml),
         }
     findings |= {
-        "torch": {"version": torch.__version__, "cuda": torch.version.cuda,
-                  "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-                  "triton": version("triton")},
-        "cpu": host.processor(), "memory": host.memory(),
-        "disk": host.disk(_results_folder(out, device)), "compilers": host.compilers(),
+        "torch": {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+            "triton": version("triton"),
+        },
+        "cpu": host.processor(),
+        "memory": host.memory(),
+        "disk": host.disk(_results_folder(out, device)),
+        "compilers": host.compilers(),
         "versions": host.library_versions(),
-        "products": device_facts.products(device), "attention": device_facts.attention(device),
-        "eight_bit_adamw": device_facts.eight_bit_adamw(device)}
+        "products": device_facts.products(device),
+        "attention": device_facts.attention(device),
+        "eight_bit_adamw": device_facts.eight_bit_adamw(device),
+    }
     findings["configurations"] = device_facts.configurations(device, findings["eight_bit_adamw"])
     findings["will_not_work"] = will_not_work(findings)
     return findings
@@ -83,14 +90,18 @@ def will_not_work(findings: dict) -> list[dict[str, str]]:
         rows.append(_row("runs on a GPU, --preset full in useful time", findings["why_no_gpu"]))
     for gpu in findings["gpus"]:
         rows += _gpu_rows(gpu)
-    rows += [_row(f"configuration {row['config']}", row["reason"])
-             for row in findings["configurations"] if not row["supported"]]
+    rows += [
+        _row(f"configuration {row['config']}", row["reason"]) for row in findings["configurations"] if not row["supported"]
+    ]
     rows += _attention_rows(findings["attention"])
     rows += _compile_rows(findings)
     if not findings["disk"]["writable"]:
         rows.append(_row("writing results", f"{findings['disk']['folder']} cannot be written; choose another with --out"))
-    rows += [_row(f"what needs {row['library']}", "it is not installed") for row in findings["versions"]
-             if row["installed"] is None and row["library"] != "triton"]
+    rows += [
+        _row(f"what needs {row['library']}", "it is not installed")
+        for row in findings["versions"]
+        if row["installed"] is None and row["library"] != "triton"
+    ]
     return rows
 
 
@@ -104,8 +115,11 @@ def _gpu_rows(gpu: dict) -> list[dict[str, str]]:
         rows.append(_row(f"two runs at a time on {who}", f"its compute mode is {nvml['compute_mode']}"))
     others = [process for process in nvml["processes"] or [] if process["used_bytes"]]
     if others and nvml["memory_free_bytes"] is not None and nvml["memory_free_bytes"] < 0.9 * gpu["total_bytes"]:
-        rows.append(_row(f"all memory and fair timing on {who}",
-                         f"{count(len(others), 'process holds', 'processes hold')} memory there"))
+        rows.append(
+            _row(
+                f"all memory and fair timing on {who}", f"{count(len(others), 'process holds', 'processes hold')} memory there"
+            )
+        )
     return rows
 
 
@@ -123,8 +137,13 @@ def _compile_rows(findings: dict) -> list[dict[str, str]]:
     tools, rows, cuda = findings["compilers"], [], findings["device"] == "cuda"
     needed = "cc" if cuda else "cxx"
     if tools[needed] is None:
-        rows.append(_row("--compile", f"no {'C' if cuda else 'C++'} compiler is found "
-                         f"({'CC, gcc, clang' if cuda else 'CXX, g++, clang++'}); install g++"))
+        rows.append(
+            _row(
+                "--compile",
+                f"no {'C' if cuda else 'C++'} compiler is found "
+                f"({'CC, gcc, clang' if cuda else 'CXX, g++, clang++'}); install g++",
+            )
+        )
     if cuda and findings["torch"]["triton"] is None:
         rows.append(_row("Triton kernels and --compile", "triton is not installed"))
     if cuda and not tools["python_headers"]:

@@ -27,8 +27,10 @@ def why_no_gpu(nvml: Nvml) -> str | None:
         return f"torch {torch.__version__} is built without CUDA; {seen}"
     if not gpus:
         return nvml.unavailable or "the driver sees no GPU"
-    return (f"the driver sees {count(gpus, 'GPU')} and torch none: CUDA_VISIBLE_DEVICES hides "
-            f"{'it' if gpus == 1 else 'them'}, or the driver is too old for CUDA {torch.version.cuda}")
+    return (
+        f"the driver sees {count(gpus, 'GPU')} and torch none: CUDA_VISIBLE_DEVICES hides "
+        f"{'it' if gpus == 1 else 'them'}, or the driver is too old for CUDA {torch.version.cuda}"
+    )
 
 
 def gpus(nvml: Nvml) -> list[dict[str, object]]:
@@ -42,12 +44,19 @@ def _gpu(index: int, nvml: Nvml) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(index)
     capability, card = (properties.major, properties.minor), known_card(properties.name)
     uuid = getattr(properties, "uuid", None)
-    return {"index": index, "name": properties.name, "capability": "{}.{}".format(*capability),
-            "card": card and card.name, "reference_card": bool(card and card.reference),
-            "supports": capability_support(*capability), "fp16_flops_per_s": card and card.fp16_flops_per_s,
-            "bf16_flops_per_s": card and card.bf16_flops_per_s, "total_bytes": properties.total_memory,
-            "has_code": has_code_for(capability, torch.cuda.get_arch_list()),
-            "nvml": nvml.device(f"GPU-{uuid}")}
+    return {
+        "index": index,
+        "name": properties.name,
+        "capability": "{}.{}".format(*capability),
+        "card": card and card.name,
+        "reference_card": bool(card and card.reference),
+        "supports": capability_support(*capability),
+        "fp16_flops_per_s": card and card.fp16_flops_per_s,
+        "bf16_flops_per_s": card and card.bf16_flops_per_s,
+        "total_bytes": properties.total_memory,
+        "has_code": has_code_for(capability, torch.cuda.get_arch_list()),
+        "nvml": nvml.device(f"GPU-{uuid}"),
+    }
 
 
 def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
@@ -72,6 +81,7 @@ def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 def products(device: torch.device) -> dict[str, str | None]:
     """Per dtype, null when a matrix product is right to its rounding, else what went wrong."""
+
     def trial(dtype: torch.dtype) -> None:
         left = torch.linspace(-1, 1, 64 * 64, dtype=torch.float64).view(64, 64)
         exact = left @ left.T
@@ -86,6 +96,7 @@ def products(device: torch.device) -> dict[str, str | None]:
 def attention(device: torch.device) -> dict[str, dict[str, str | None]]:
     """Per SDPA backend and dtype, with and without a padding mask (``fp32``, ``fp32_masked``):
     null when a forward and backward pass runs, else the reason."""
+
     def trial(backend, dtype: torch.dtype, masked: bool) -> None:
         query = torch.randn(1, 2, 16, 32, device=device, dtype=dtype, requires_grad=True)
         mask = torch.ones(1, 1, 16, 16, device=device, dtype=torch.bool) if masked else None
@@ -96,14 +107,17 @@ def attention(device: torch.device) -> dict[str, dict[str, str | None]]:
     for policy, backend in ATTENTION.items():
         if device.type == "cpu" and policy in ("efficient", "cudnn"):
             continue  # they exist on CUDA only
-        table[policy] = {name + ("_masked" if masked else ""):
-                         _failure(lambda d=dtype, m=masked, b=backend: trial(b, d, m))
-                         for name, dtype in DTYPES.items() for masked in (False, True)}
+        table[policy] = {
+            name + ("_masked" if masked else ""): _failure(lambda d=dtype, m=masked, b=backend: trial(b, d, m))
+            for name, dtype in DTYPES.items()
+            for masked in (False, True)
+        }
     return table
 
 
 def eight_bit_adamw(device: torch.device) -> str | None:
     """Null when bitsandbytes updates a parameter here and leaves it finite, else the reason."""
+
     def trial() -> None:
         parameter = torch.nn.Parameter(torch.ones(64, 128, device=device))
         parameter.grad = torch.full_like(parameter, 1e-2)
@@ -118,10 +132,16 @@ def eight_bit_adamw(device: torch.device) -> str | None:
 
 def configurations(device: torch.device, eight_bit: str | None) -> list[dict[str, object]]:
     """Every dtype configuration: whether it runs on ``device``, the reason if not, and what to know if so."""
-    return [{"config": config.id, "in_default_matrix": config.in_default_matrix,
-             "supported": (reason := refusal(config, device, eight_bit)) is None, "reason": reason,
-             "remark": remark(config, device) if reason is None else None}
-            for config in DTYPE_CONFIGS.values()]
+    return [
+        {
+            "config": config.id,
+            "in_default_matrix": config.in_default_matrix,
+            "supported": (reason := refusal(config, device, eight_bit)) is None,
+            "reason": reason,
+            "remark": remark(config, device) if reason is None else None,
+        }
+        for config in DTYPE_CONFIGS.values()
+    ]
 
 
 def refusal(config: DtypeConfig, device: torch.device, eight_bit: str | None) -> str | None:

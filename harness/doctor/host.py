@@ -14,8 +14,21 @@ import torch
 from harness.fp16_products import cpu_has_fp16_arithmetic
 from instrument.environment import cpu_name, version
 
-LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "datasets", "bitsandbytes", "nvidia-ml-py", "numpy",
-             "scikit-learn", "scipy", "msgspec", "psutil", "rich")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "bitsandbytes",
+    "nvidia-ml-py",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "msgspec",
+    "psutil",
+    "rich",
+)
 PROJECT = Path(__file__).resolve().parents[2]
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -24,10 +37,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 def processor() -> dict[str, object]:
     """Model, cores, and the 16-bit arithmetic of the processor."""
     fp16 = cpu_has_fp16_arithmetic()
-    return {"model": cpu_name(), "cores": os.cpu_count(), "usable_cores": usable_cores(),
-            "quota_cores": quota_cores(), "torch_capability": torch.backends.cpu.get_cpu_capability(),
-            "fp16_instructions": fp16, "bf16_instructions": bool(_cpu_words() & _BF16_UNITS),
-            "fp16_products": "in hardware" if fp16 else "computed in fp32 and rounded once to fp16"}
+    return {
+        "model": cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "quota_cores": quota_cores(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "fp16_instructions": fp16,
+        "bf16_instructions": bool(_cpu_words() & _BF16_UNITS),
+        "fp16_products": "in hardware" if fp16 else "computed in fp32 and rounded once to fp16",
+    }
 
 
 def usable_cores() -> int | None:
@@ -44,8 +63,7 @@ def quota_cores(file: Path = _CGROUP / "cpu.max") -> float | None:
 def memory(limit_file: Path = _CGROUP / "memory.max") -> dict[str, int | None]:
     """Bytes of RAM: installed, available now, and the container's limit (null without one)."""
     ram, limit = psutil.virtual_memory(), _first_line(limit_file)
-    return {"total_bytes": ram.total, "available_bytes": ram.available,
-            "limit_bytes": int(limit) if limit.isdigit() else None}
+    return {"total_bytes": ram.total, "available_bytes": ram.available, "limit_bytes": int(limit) if limit.isdigit() else None}
 
 
 def disk(folder: Path) -> dict[str, object]:
@@ -63,9 +81,11 @@ def disk(folder: Path) -> dict[str, object]:
 
 def compilers() -> dict[str, object]:
     """What `torch.compile` on a CPU (C++) and Triton's launcher on a GPU (C) need at run time."""
-    return {"cxx": _first_program(os.environ.get("CXX"), "g++", "clang++"),
-            "cc": _first_program(os.environ.get("CC"), "gcc", "clang", "cc"),
-            "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file()}
+    return {
+        "cxx": _first_program(os.environ.get("CXX"), "g++", "clang++"),
+        "cc": _first_program(os.environ.get("CC"), "gcc", "clang", "cc"),
+        "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
+    }
 
 
 def constraints_of(torch_version: str, folder: Path = PROJECT) -> Path:

@@ -38,9 +38,14 @@ def measure(device: torch.device) -> dict[str, object]:
         for threads in (None,) if device.type == "cuda" else sorted({1, default_threads}):
             matmul += [row for dtype in dtypes_of(device) if (row := matmul_rate(device, dtype, threads))]
             copies.append(copy_rate(device, threads))
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "torch_version": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "cpu_busy_before_frac": busy, "matmul": matmul, "copy": copies}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch_version": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_busy_before_frac": busy,
+        "matmul": matmul,
+        "copy": copies,
+    }
 
 
 @contextmanager
@@ -73,8 +78,15 @@ def matmul_rate(device: torch.device, dtype: str, threads: int | None) -> dict[s
                 times_s = sample(lambda left=left, right=right: left @ right, device)
             except torch.OutOfMemoryError:
                 break
-            found.append({"dtype": dtype, "threads": threads, **rates("flops_per_s", 2 * size**3, times_s), "size": size,
-                          "how": "fp32, rounded once to fp16" if replaced else "native"})
+            found.append(
+                {
+                    "dtype": dtype,
+                    "threads": threads,
+                    **rates("flops_per_s", 2 * size**3, times_s),
+                    "size": size,
+                    "how": "fp32, rounded once to fp16" if replaced else "native",
+                }
+            )
     set_switches(device, tf32=False, threads=0)
     return max(found, key=lambda row: row["flops_per_s"], default=None)
 
@@ -92,8 +104,12 @@ def copy_rate(device: torch.device, threads: int | None) -> dict[str, object]:
 def rates(name: str, amount: float, times_s: list[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile of ``amount`` per second, and the number of samples."""
     deciles = statistics.quantiles(times_s, n=10, method="inclusive")
-    return {name: amount / statistics.median(times_s), f"p10_{name}": amount / deciles[-1], f"p90_{name}": amount / deciles[0],
-            "samples": len(times_s)}
+    return {
+        name: amount / statistics.median(times_s),
+        f"p10_{name}": amount / deciles[-1],
+        f"p90_{name}": amount / deciles[0],
+        "samples": len(times_s),
+    }
 
 
 def sample(work: Callable[[], object], device: torch.device) -> list[float]:

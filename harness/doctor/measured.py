@@ -37,8 +37,9 @@ def refuse_another_machine(out: Path, machine: Mapping[str, Any]) -> None:
         raise OutputError(f"{out / 'machine.json'} {other}: choose another folder with --out")
 
 
-def rates_measured_here(out: Path, machine: Mapping[str, Any], threads: int | None) \
-        -> tuple[dict[str, float] | None, str | None]:
+def rates_measured_here(
+    out: Path, machine: Mapping[str, Any], threads: int | None
+) -> tuple[dict[str, float] | None, str | None]:
     """(FLOP/s by dtype, what to know about them or None), or (None, why not). ``threads``: torch's on a CPU, None
     on CUDA."""
     try:
@@ -64,8 +65,10 @@ def too_low(measured: Mapping[str, Any]) -> str | None:
     busy = measured.get("cpu_busy_before_frac")
     if busy is None or busy <= BUSY_FRAC:
         return None
-    return (f"other work took {busy:.0%} of the CPU before these rates were measured, so they are too low: "
-            "measure again when it is idle")
+    return (
+        f"other work took {busy:.0%} of the CPU before these rates were measured, so they are too low: "
+        "measure again when it is idle"
+    )
 
 
 def another_machine(facts: Mapping[str, Any], machine: Mapping[str, Any]) -> str | None:

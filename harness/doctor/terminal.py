@@ -50,20 +50,39 @@ def lines(findings: dict) -> list[tuple[str, str]]:
     rows = [("device", findings["device"] + (f" ({findings['why_no_gpu']})" if findings["why_no_gpu"] else ""))]
     rows += [line for gpu in findings["gpus"] for line in gpu_lines(gpu)]
     rows += [
-        ("driver", f"{driver['version']}, CUDA up to {driver['cuda']}" if driver["version"]
-         else f"unknown: {driver['unknown'].get('version')}"),
-        ("torch", f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}, "
-                  f"triton {torch['triton'] or 'none'}"),
-        ("cpu", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores"
-                + (f" (quota {cpu['quota_cores']:g})" if cpu["quota_cores"] else "")
-                + f", {cpu['torch_capability']}"),
-        ("cpu 16 bit", f"fp16 products {cpu['fp16_products']}; bf16 "
-                       f"{'in hardware' if cpu['bf16_instructions'] else 'without instructions of its own'}"),
-        ("memory", f"{_gb(ram['available_bytes'])} of {_gb(ram['total_bytes'])} available"
-                   + (f", container limit {_gb(ram['limit_bytes'])}" if ram["limit_bytes"] else "")),
+        (
+            "driver",
+            f"{driver['version']}, CUDA up to {driver['cuda']}"
+            if driver["version"]
+            else f"unknown: {driver['unknown'].get('version')}",
+        ),
+        (
+            "torch",
+            f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}, "
+            f"triton {torch['triton'] or 'none'}",
+        ),
+        (
+            "cpu",
+            f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores"
+            + (f" (quota {cpu['quota_cores']:g})" if cpu["quota_cores"] else "")
+            + f", {cpu['torch_capability']}",
+        ),
+        (
+            "cpu 16 bit",
+            f"fp16 products {cpu['fp16_products']}; bf16 "
+            f"{'in hardware' if cpu['bf16_instructions'] else 'without instructions of its own'}",
+        ),
+        (
+            "memory",
+            f"{_gb(ram['available_bytes'])} of {_gb(ram['total_bytes'])} available"
+            + (f", container limit {_gb(ram['limit_bytes'])}" if ram["limit_bytes"] else ""),
+        ),
         ("disk", f"{_gb(findings['disk']['free_bytes'])} free for {findings['disk']['folder']}"),
-        ("compilers", f"C++ {findings['compilers']['cxx'] or 'none'}, C {findings['compilers']['cc'] or 'none'}, "
-                      f"Python.h {'present' if findings['compilers']['python_headers'] else 'missing'}"),
+        (
+            "compilers",
+            f"C++ {findings['compilers']['cxx'] or 'none'}, C {findings['compilers']['cc'] or 'none'}, "
+            f"Python.h {'present' if findings['compilers']['python_headers'] else 'missing'}",
+        ),
         ("products", _trials(findings["products"])),
         ("8-bit AdamW", findings["eight_bit_adamw"] or "updates a parameter"),
     ]
@@ -84,9 +103,12 @@ def gpu_lines(gpu: dict) -> list[tuple[str, str]]:
         company = f"processes unknown: {nvml['unknown'].get('processes')}"
     else:
         company = f"{count(len(nvml['processes']), 'process', 'processes')}" + "".join(
-            f", pid {p['pid']} {_gb(p['used_bytes'])}" for p in nvml["processes"])
-    return [(f"gpu {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']} ({able}); {standing}"),
-            ("", f"{memory}; {company} (in a container these are the host's pids)")]
+            f", pid {p['pid']} {_gb(p['used_bytes'])}" for p in nvml["processes"]
+        )
+    return [
+        (f"gpu {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']} ({able}); {standing}"),
+        ("", f"{memory}; {company} (in a container these are the host's pids)"),
+    ]
 
 
 def configurations(rows: list[dict]) -> Table:
@@ -106,8 +128,13 @@ def measured(found: dict) -> Table:
 
     def add(what: str, row: dict, name: str, scale: float, unit: str, remark: str) -> None:
         low, median, high = (row[f"{prefix}{name}"] / scale for prefix in ("p10_", "", "p90_"))
-        table.add_row(what, "" if row["threads"] is None else str(row["threads"]), f"{median:,.1f} {unit}",
-                      f"{low:,.1f} to {high:,.1f}", remark)
+        table.add_row(
+            what,
+            "" if row["threads"] is None else str(row["threads"]),
+            f"{median:,.1f} {unit}",
+            f"{low:,.1f} to {high:,.1f}",
+            remark,
+        )
 
     for row in found["matmul"]:
         scale, unit = (1e12, "TFLOP/s") if row["flops_per_s"] >= 1e12 else (1e9, "GFLOP/s")
@@ -127,8 +154,11 @@ def _trials(trials: dict[str, str | None]) -> str:
 
 def _versions(rows: list[dict]) -> str:
     """What differs from the tested versions, or that nothing does."""
-    noted = [" ".join(filter(None, (row["library"], row["installed"], f"({row['note']}{_wanted(row)})")))
-             for row in rows if row["note"]]
+    noted = [
+        " ".join(filter(None, (row["library"], row["installed"], f"({row['note']}{_wanted(row)})")))
+        for row in rows
+        if row["note"]
+    ]
     tested = sum(row["tested"] is not None and row["note"] is None for row in rows)
     return f"{tested} of {len(rows)} as tested" + ("; " + "; ".join(noted) if noted else "")
 

@@ -30,8 +30,7 @@ class Engine(Protocol):
 
     def jobs(self, asked: int | None, planned: list[RunSettings], device: torch.device) -> int | None: ...
 
-    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, rules: Rules,
-             say: Say): ...
+    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, rules: Rules, say: Say): ...
 
 
 class LocalEngine:
@@ -47,8 +46,9 @@ class LocalEngine:
         return checked_jobs(asked) or (1 if device.type == "cuda" else max(1, cores // threads))
 
     @contextmanager
-    def pool(self, queue: list[RunSettings], out: Path, jobs: int, device: torch.device, rules: Rules,
-             say: Say) -> Iterator[Pool]:
+    def pool(
+        self, queue: list[RunSettings], out: Path, jobs: int, device: torch.device, rules: Rules, say: Say
+    ) -> Iterator[Pool]:
         yield Pool(queue, out, jobs, rules=rules)
 
 
@@ -69,8 +69,9 @@ class RayEngine:
         return checked_jobs(asked)
 
     @contextmanager
-    def pool(self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, rules: Rules,
-             say: Say) -> Iterator[object]:
+    def pool(
+        self, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, rules: Rules, say: Say
+    ) -> Iterator[object]:
         from harness.engines.cluster import Cluster
 
         with Cluster(self.address, device=device.type, threads=max((s.threads for s in queue), default=1)) as cluster:

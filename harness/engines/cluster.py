@@ -43,13 +43,19 @@ class Cluster:
         quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
         try:
             if self.address is None:
-                ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,
-                         object_store_memory=OBJECT_STORE_BYTES, **quiet)
+                ray.init(
+                    address="local",
+                    num_cpus=len(os.sched_getaffinity(0)),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **quiet,
+                )
             else:
                 ray.init(address=self.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise EngineError(f"cannot use the Ray cluster at {self.address or '127.0.0.1'}: "
-                              f"{str(error).strip().splitlines()[0]}") from error
+            raise EngineError(
+                f"cannot use the Ray cluster at {self.address or '127.0.0.1'}: {str(error).strip().splitlines()[0]}"
+            ) from error
         return ray
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -120,8 +126,10 @@ def parsed(address: str) -> tuple[str, int]:
     for what is no ``HOST:PORT``, and for a public address."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise SettingsError(f"--address {address!r}; allowed: HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, on a "
-                            f"machine that is part of it")
+        raise SettingsError(
+            f"--address {address!r}; allowed: HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, on a "
+            f"machine that is part of it"
+        )
     host = host.strip("[]")
     try:
         ip = ipaddress.ip_address(host.partition("%")[0])
@@ -133,5 +141,7 @@ def parsed(address: str) -> tuple[str, int]:
 
 def _refuse_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address, address: str) -> None:
     if ip.is_global or ip.is_unspecified or ip.is_multicast:
-        raise SettingsError(f"--address {address}: {ip} is not a private address, and Ray runs whatever reaches its ports; "
-                            f"allowed: loopback (127.0.0.1) and private networks (10.x, 172.16-31.x, 192.168.x, fd..)")
+        raise SettingsError(
+            f"--address {address}: {ip} is not a private address, and Ray runs whatever reaches its ports; "
+            f"allowed: loopback (127.0.0.1) and private networks (10.x, 172.16-31.x, 192.168.x, fd..)"
+        )

@@ -138,12 +138,16 @@ class Node:
 def refuse_other_files(settings: RunSettings) -> None:
     """Raise `OtherFiles` where this machine's data, weights or model files are not those the run was planned with."""
     if fingerprint(settings.data, **data_options(settings.case, settings)) != settings.data_fingerprint:
-        raise OtherFiles(f"--data {settings.data} is not here what it is on the machine that planned the run; put the same "
-                         f"files on every node")
+        raise OtherFiles(
+            f"--data {settings.data} is not here what it is on the machine that planned the run; put the same "
+            f"files on every node"
+        )
     build = settings.case.architecture
     if sources_fingerprint(settings.weights, build.hub_id, build.build) != settings.sources_fingerprint:
-        raise OtherFiles("weights or model files are not here what they are on the machine that planned the run; put the "
-                         "same files on every node")
+        raise OtherFiles(
+            "weights or model files are not here what they are on the machine that planned the run; put the "
+            "same files on every node"
+        )
 
 
 def project_sha256() -> str:

@@ -80,8 +80,9 @@ def receive(out: Path, run_id: str, items: list[Item]) -> Generator[Wanted, byte
 
 def _item(out: Path, path: Path) -> Item:
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        return Item(path.relative_to(out).as_posix(), os.fstat(file.fileno()).st_size,
-                    hashlib.file_digest(file, "sha256").hexdigest())
+        return Item(
+            path.relative_to(out).as_posix(), os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        )
 
 
 def _refuse_foreign(run_id: str, items: list[Item]) -> None:
@@ -98,8 +99,11 @@ def _is_the_runs(run_id: str, path: str) -> bool:
     if "/".join(parts) != path or not all(map(is_safe, parts)):
         return False
     name = re.escape(run_id)
-    return path == MACHINE or (len(parts) > 2 and parts[:2] == ("runs", run_id)) or re.fullmatch(
-        rf"training_logs/run_{name}\.jsonl|traces/{name}(-step[0-9]+)?\.json\.gz", path) is not None
+    return (
+        path == MACHINE
+        or (len(parts) > 2 and parts[:2] == ("runs", run_id))
+        or re.fullmatch(rf"training_logs/run_{name}\.jsonl|traces/{name}(-step[0-9]+)?\.json\.gz", path) is not None
+    )
 
 
 def _receive_file(out: Path, item: Item) -> Generator[Wanted, bytes, None]:

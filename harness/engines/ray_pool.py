@@ -35,8 +35,18 @@ class RayPool:
     """At most ``jobs`` runs at a time (None: as many as the cluster has slots). ``device`` is the kind of machine the
     results folder is about, None where it is empty; ``say`` tells a person what happens."""
 
-    def __init__(self, queue: list[RunSettings], out: Path, jobs: int | None, stop: Stop | None, cluster: Cluster, *,
-                 device: str | None = None, rules: Rules | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        queue: list[RunSettings],
+        out: Path,
+        jobs: int | None,
+        stop: Stop | None,
+        cluster: Cluster,
+        *,
+        device: str | None = None,
+        rules: Rules | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.queue, self.out, self.jobs, self.stop = queue, out, jobs, stop or Stop()
         self.cluster, self.device, self.rules, self.say = cluster, device, rules, say
         self.running: list[Running] = []
@@ -81,8 +91,10 @@ class RayPool:
             self.slots.append(Slot(self.cluster.hire(), self))
         self._without_room_since_s = None if room else self._without_room_since_s or time.monotonic()
         if not room and time.monotonic() - self._without_room_since_s > WAIT_FOR_ROOM_S:
-            raise EngineError(f"the cluster has had no node with room for a run for {WAIT_FOR_ROOM_S:.0f} s; the same command "
-                              f"goes on when it has")
+            raise EngineError(
+                f"the cluster has had no node with room for a run for {WAIT_FOR_ROOM_S:.0f} s; the same command "
+                f"goes on when it has"
+            )
 
     def _listen(self, within_s: float) -> None:
         """Pass on the answers that have come, and give the slots that wait for a run one."""
@@ -118,9 +130,12 @@ class RayPool:
     def refuse_another(self, facts: Facts) -> None:
         """A node that would not do what this machine would."""
         if facts.project_sha256 != self._project_sha256:
-            raise EngineError(f"{facts.host} has another version of this program than this machine; install the same on every "
-                              f"node")
+            raise EngineError(
+                f"{facts.host} has another version of this program than this machine; install the same on every node"
+            )
         self.device = self.device or facts.device
         if facts.device != self.device:
-            raise EngineError(f"{facts.host} is a {facts.device}, and the results folder {self.out} is about a {self.device}; "
-                              f"one device a folder")
+            raise EngineError(
+                f"{facts.host} is a {facts.device}, and the results folder {self.out} is about a {self.device}; "
+                f"one device a folder"
+            )

@@ -166,8 +166,10 @@ class Slot:
                 self.pool.say(f"{host} was lost with {run_id}: it is run again")
             self.pool.queue.insert(0, run.settings)
         else:
-            death = Death("node_lost", f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the "
-                                       f"last time {host}")
+            death = Death(
+                "node_lost",
+                f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the last time {host}",
+            )
             self._bury(run, death)
 
     def _bury(self, run: Running, death: Death) -> None:

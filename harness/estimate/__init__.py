@@ -44,18 +44,30 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
 
     facts = data_facts(settings)
     findings = resolved(settings, out) | {
-        "model": facts.as_row(), "unsupported": None, "not_estimated": None, "memory": None, "time": None}
+        "model": facts.as_row(),
+        "unsupported": None,
+        "not_estimated": None,
+        "memory": None,
+        "time": None,
+    }
     try:
-        precision = Precision(settings.config, torch.device(settings.device), attention=settings.attention,
-                              threads=settings.threads)
+        precision = Precision(
+            settings.config, torch.device(settings.device), attention=settings.attention, threads=settings.threads
+        )
     except Unsupported as error:
         return findings | {"unsupported": str(error)}
     try:
         traced = trace(settings, facts, precision)
         findings["model"] |= traced.as_row()
         findings["memory"] = memory(settings, traced)
-        flops = step_flops(shapes_of(facts.request), settings.case, settings.config, attention=precision.attention,
-                           outputs=meaningful_outputs(facts.request), seq_len=settings.seq_len)
+        flops = step_flops(
+            shapes_of(facts.request),
+            settings.case,
+            settings.config,
+            attention=precision.attention,
+            outputs=meaningful_outputs(facts.request),
+            seq_len=settings.seq_len,
+        )
         findings["time"] = duration(settings, traced, flops)
     except (ModelError, WeightsUnavailable):
         raise
@@ -69,19 +81,45 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
 def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
     """What would run, and whether it already has."""
     config = dataclasses.asdict(settings.config)
-    plain = ("seed", "preset", "device", "lr", "batch_size", "micro_batch", "seq_len", "max_steps", "warmup_steps",
-             "eval_every", "log_every", "threads", "documents", "validation_documents", "dropout", "attention", "compile",
-             "bucket_by_length")
+    plain = (
+        "seed",
+        "preset",
+        "device",
+        "lr",
+        "batch_size",
+        "micro_batch",
+        "seq_len",
+        "max_steps",
+        "warmup_steps",
+        "eval_every",
+        "log_every",
+        "threads",
+        "documents",
+        "validation_documents",
+        "dropout",
+        "attention",
+        "compile",
+        "bucket_by_length",
+    )
     return {
-        "run_id": settings.run_id, "case": settings.case.id, "task": settings.case.task.name,
-        "architecture": settings.case.architecture.name, "loss": settings.case.task.loss,
-        "loss_reduction": settings.case.loss_reduction, "dtype_config": settings.config.id,
-        "configuration": {name: config[name] for name in ("weights", "compute", "head", "loss", "optimizer", "eps",
-                                                          "scaler", "clip", "tf32")} | {"autocast": settings.config.autocast},
-        "data_source": settings.data, "weights_source": settings.weights,
+        "run_id": settings.run_id,
+        "case": settings.case.id,
+        "task": settings.case.task.name,
+        "architecture": settings.case.architecture.name,
+        "loss": settings.case.task.loss,
+        "loss_reduction": settings.case.loss_reduction,
+        "dtype_config": settings.config.id,
+        "configuration": {
+            name: config[name] for name in ("weights", "compute", "head", "loss", "optimizer", "eps", "scaler", "clip", "tf32")
+        }
+        | {"autocast": settings.config.autocast},
+        "data_source": settings.data,
+        "weights_source": settings.weights,
         "tokens_per_step": settings.batch_size * settings.seq_len,
         **{name: getattr(settings, name) for name in plain},
-        "results_folder": str(out), "already_done": done(finished_run(out, settings.run_id))}
+        "results_folder": str(out),
+        "already_done": done(finished_run(out, settings.run_id)),
+    }
 
 
 def done(record: RunRecord | None) -> dict[str, object] | None:

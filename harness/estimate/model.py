@@ -30,8 +30,12 @@ class DataFacts:
     source: str
 
     def as_row(self) -> dict[str, object]:
-        return {"vocabulary": self.vocabulary, "padded_vocabulary": padded_vocabulary(self.vocabulary),
-                "outputs": self.request.outputs, "shape_source": self.source}
+        return {
+            "vocabulary": self.vocabulary,
+            "padded_vocabulary": padded_vocabulary(self.vocabulary),
+            "outputs": self.request.outputs,
+            "shape_source": self.source,
+        }
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,19 @@ def data_facts(settings: RunSettings) -> DataFacts:
     architecture = settings.case.architecture
     vocabulary = HUB_VOCABULARIES.get(architecture.id) or _library_vocabulary(architecture.id)
     labelled = settings.case.task.collate in ("multi_cls", "single_cls")
-    request = ModelRequest(architecture=architecture, task=settings.case.task, preset=settings.preset,
-                           vocabulary=vocabulary, pad_id=1 if architecture.id == "roberta" else 0, bos_id=0, eos_id=2,
-                           outputs=HUB_LABELS if labelled else None, weights=settings.weights,
-                           dropout=settings.dropout, seed=settings.seed)
+    request = ModelRequest(
+        architecture=architecture,
+        task=settings.case.task,
+        preset=settings.preset,
+        vocabulary=vocabulary,
+        pad_id=1 if architecture.id == "roberta" else 0,
+        bos_id=0,
+        eos_id=2,
+        outputs=HUB_LABELS if labelled else None,
+        weights=settings.weights,
+        dropout=settings.dropout,
+        seed=settings.seed,
+    )
     return DataFacts(vocabulary, request, "assumed: a dry run downloads nothing")
 
 
@@ -84,16 +97,23 @@ def trace(settings: RunSettings, facts: DataFacts, precision: Precision) -> Trac
             logits = model(ids, None, last)
         with loss:
             if precision.loss_dtype != torch.float32:  # the fused fp32 losses keep the gradient alone, counted below
-                training_loss(logits, _targets(settings, logits), loss=settings.case.task.loss,
-                              dtype=precision.loss_dtype, normalizer=1,
-                              valid_vocab=None if facts.request.outputs else facts.vocabulary)
+                training_loss(
+                    logits,
+                    _targets(settings, logits),
+                    loss=settings.case.task.loss,
+                    dtype=precision.loss_dtype,
+                    normalizer=1,
+                    valid_vocab=None if facts.request.outputs else facts.vocabulary,
+                )
         in_head_dtype = logits.numel() * logits.element_size()
         before = forward.storages() | {_storage(logits)}
-        return Trace(tuple((p.numel(), p.ndim) for p in model.parameters()),
-                     sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()),
-                     forward.bytes(excluding={_storage(logits)}),
-                     2 * in_head_dtype + 2 * loss.bytes(excluding=before),
-                     forward.elements(excluding=set()) + loss.elements(excluding=before))
+        return Trace(
+            tuple((p.numel(), p.ndim) for p in model.parameters()),
+            sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()),
+            forward.bytes(excluding={_storage(logits)}),
+            2 * in_head_dtype + 2 * loss.bytes(excluding=before),
+            forward.elements(excluding=set()) + loss.elements(excluding=before),
+        )
 
 
 def shape_only(request: ModelRequest) -> ModelRequest:
@@ -156,8 +176,11 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         return sum(tensor.untyped_storage().nbytes() for key, tensor in self._tensors.items() if key not in excluding)
 
     def elements(self, *, excluding: set[int]) -> int:
-        return sum(tensor.untyped_storage().nbytes() // tensor.element_size()
-                   for key, tensor in self._tensors.items() if key not in excluding)
+        return sum(
+            tensor.untyped_storage().nbytes() // tensor.element_size()
+            for key, tensor in self._tensors.items()
+            if key not in excluding
+        )
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -29,19 +29,32 @@ def lines(found: dict) -> list[tuple[str, str]]:
     rows = [
         ("run", found["run_id"]),
         ("case", f"{found['case']}: {found['architecture']}, {found['task']}, {found['loss']} ({found['loss_reduction']})"),
-        ("configuration", f"{found['dtype_config']}: weights {config['weights']}, compute {cast}, head {config['head']}, "
-                          f"loss {config['loss']}, AdamW {config['optimizer']} eps {config['eps']:g}, "
-                          f"{'dynamic loss scaling' if config['scaler'] else 'no loss scaling'}"
-                          + (", norm in fp16" if config["clip"] == "fp16" else "") + (", TF32" if config["tf32"] else "")),
+        (
+            "configuration",
+            f"{found['dtype_config']}: weights {config['weights']}, compute {cast}, head {config['head']}, "
+            f"loss {config['loss']}, AdamW {config['optimizer']} eps {config['eps']:g}, "
+            f"{'dynamic loss scaling' if config['scaler'] else 'no loss scaling'}"
+            + (", norm in fp16" if config["clip"] == "fp16" else "")
+            + (", TF32" if config["tf32"] else ""),
+        ),
         ("data, weights", f"{found['data_source']}, {found['weights_source']}"),
         ("model", _model(model)),
-        ("step", f"{count(found['batch_size'], 'sequence')} of at most {found['seq_len']} = "
-                 f"{found['tokens_per_step']:,} tokens, in micro-batches of {found['micro_batch']}"),
+        (
+            "step",
+            f"{count(found['batch_size'], 'sequence')} of at most {found['seq_len']} = "
+            f"{found['tokens_per_step']:,} tokens, in micro-batches of {found['micro_batch']}",
+        ),
         ("schedule", f"{count(found['max_steps'], 'step')}, peak rate {found['lr']:g}, warm-up {found['warmup_steps']}"),
-        ("device", f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
-                   f"threads {found['threads'] or 'all'}, attention {found['attention']}"),
-        ("results", found["results_folder"] + ("" if done is None else
-                                               f" (already there: {done['status']}, {count(done['steps_done'], 'step')})")),
+        (
+            "device",
+            f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
+            f"threads {found['threads'] or 'all'}, attention {found['attention']}",
+        ),
+        (
+            "results",
+            found["results_folder"]
+            + ("" if done is None else f" (already there: {done['status']}, {count(done['steps_done'], 'step')})"),
+        ),
     ]
     if found["unsupported"]:
         return [*rows, ("unsupported", found["unsupported"])]
@@ -53,9 +66,12 @@ def lines(found: dict) -> list[tuple[str, str]]:
 def _model(model: dict) -> str:
     if "n_params" not in model:
         return f"vocabulary {model['vocabulary']:,} ({model['shape_source']})"
-    return (f"{model['n_params']:,} parameters, {model['embedding_params']:,} of them embeddings; vocabulary "
-            f"{model['vocabulary']:,} padded to {model['padded_vocabulary']:,}"
-            + (f", {model['outputs']} outputs" if model["outputs"] else "") + f" ({model['shape_source']})")
+    return (
+        f"{model['n_params']:,} parameters, {model['embedding_params']:,} of them embeddings; vocabulary "
+        f"{model['vocabulary']:,} padded to {model['padded_vocabulary']:,}"
+        + (f", {model['outputs']} outputs" if model["outputs"] else "")
+        + f" ({model['shape_source']})"
+    )
 
 
 def _memory(memory: dict) -> list[tuple[str, str]]:
@@ -66,6 +82,12 @@ def _memory(memory: dict) -> list[tuple[str, str]]:
 def _time(found: dict) -> list[tuple[str, str]]:
     if found["total_s"] is None:
         return [("time, estimate", f"unknown: {found['rule']}")]
-    return [("time, estimate", f"{found['total_s']:,.1f} s: {found['step_s'] * 1e3:,.1f} ms a step of "
-             f"{found['flops_per_step'] / 1e9:,.2f} GFLOP, evaluation {found['evaluation_s']:,.1f} s; "
-             "without start-up and data"), ("", found["rule"])]
+    return [
+        (
+            "time, estimate",
+            f"{found['total_s']:,.1f} s: {found['step_s'] * 1e3:,.1f} ms a step of "
+            f"{found['flops_per_step'] / 1e9:,.2f} GFLOP, evaluation {found['evaluation_s']:,.1f} s; "
+            "without start-up and data",
+        ),
+        ("", found["rule"]),
+    ]

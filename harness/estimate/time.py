@@ -39,9 +39,12 @@ def duration(settings: RunSettings, traced: Trace, step_flops: StepFlops) -> dic
     else:
         rate, tanh_s = cpu_product_rate(settings), cpu_tanh_s()
         step_s = flops / rate + TANH_PER_ELEMENT * tanh_s * traced.kept_elements * micro_batches
-        found |= {"rate_flops_per_s": rate, "tanh_s": tanh_s,
-                  "rule": f"products, and {TANH_PER_ELEMENT:g} tanh for every number that autograd keeps, both as measured "
-                          f"here on one thread, over {count(torch.get_num_threads(), 'thread')}"}
+        found |= {
+            "rate_flops_per_s": rate,
+            "tanh_s": tanh_s,
+            "rule": f"products, and {TANH_PER_ELEMENT:g} tanh for every number that autograd keeps, both as measured "
+            f"here on one thread, over {count(torch.get_num_threads(), 'thread')}",
+        }
     evaluation_s = forwards * step_s / micro_batches / 3  # the forward pass is a third of a step
     return found | {"step_s": step_s, "evaluation_s": evaluation_s, "total_s": step_s * settings.max_steps + evaluation_s}
 

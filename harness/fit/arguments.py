@@ -23,13 +23,17 @@ def add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
     command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; default: the seven")
     command.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, to give costs")
-    command.add_argument("--most", type=at_least_one, default=4096, metavar="N",
-                         help="rows, more are not tried (default 4096)")
-    command.add_argument("--memory-limit", type=positive, metavar="GB",
-                         help="act as if the GPU had no more. On a CPU everything is unsupported without it: what a trial may "
-                              "take beside its libraries, to try the procedure")
-    command.add_argument("--dry-run", action="store_true",
-                         help="search in the memory model of `case --dry-run`: no trial, no speed")
+    command.add_argument("--most", type=at_least_one, default=4096, metavar="N", help="rows, more are not tried (default 4096)")
+    command.add_argument(
+        "--memory-limit",
+        type=positive,
+        metavar="GB",
+        help="act as if the GPU had no more. On a CPU everything is unsupported without it: what a trial may "
+        "take beside its libraries, to try the procedure",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="search in the memory model of `case --dry-run`: no trial, no speed"
+    )
     command.add_argument("--rerun", action="store_true", help="measure again what fit.json has already")
     command.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: full on a GPU, else tiny")
     command.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")

@@ -18,8 +18,10 @@ from harness.settings import Request, RunSettings
 from instrument.files import locked, replace
 
 SCHEMA, NAME, LOCK = 1, "fit.json", ".fit.lock"
-ON_A_CPU = ("a CPU has no memory of its own that a batch could fill; --memory-limit GB searches in so much, with --dry-run in "
-            "the memory model")
+ON_A_CPU = (
+    "a CPU has no memory of its own that a batch could fill; --memory-limit GB searches in so much, with --dry-run in "
+    "the memory model"
+)
 START = 32
 """Rows of the first trial, which is also the one that the largest batch is compared with."""
 STEPS = 100
@@ -84,8 +86,12 @@ def identity(settings: RunSettings) -> dict[str, Any]:
     import torch
 
     case: Case = settings.case
-    return {"case": case.id, "config": settings.config.id, "torch_version": torch.__version__,
-            **{name: getattr(settings, name) for name in SAME}}
+    return {
+        "case": case.id,
+        "config": settings.config.id,
+        "torch_version": torch.__version__,
+        **{name: getattr(settings, name) for name in SAME},
+    }
 
 
 def measured(processes, settings, most: int, limit_bytes: int | None) -> dict[str, Any]:
@@ -101,8 +107,9 @@ def measured(processes, settings, most: int, limit_bytes: int | None) -> dict[st
     unsupported = trials[first.batch].status == "unsupported"
     if unsupported or trials[first.batch].status == "error":
         return verdict(Found(None, first.batch, (first,)), trials, most) | {"status": trials[first.batch].status}
-    found = search(lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most,
-                   limit_bytes=limit_bytes)
+    found = search(
+        lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most, limit_bytes=limit_bytes
+    )
     if found.largest is not None and trials[found.largest].tokens_per_s is None:
         found = confirmed(found, lambda batch: processes.trial(settings(batch), timed=True), trials)
     return verdict(found, trials, most)
@@ -128,14 +135,27 @@ def verdict(found: Found, trials: dict[int, Any], most: int) -> dict[str, Any]:
     best, small, beyond = trials.get(found.largest), trials.get(START), trials.get(found.fails)
     small = small if small is not None and small.status == "fits" else None
     status = "none_fits" if best is None else "at_least" if found.fails is None else "found"
-    return {"status": status, "largest_batch": found.largest, "next_batch_fails": found.fails, "most": most,
-            "within_rows": within(found), "trials": len(trials),
-            "limited_by": None if beyond is None else f"{beyond.status}: {beyond.why}",
-            "peak_bytes": best and best.peak_bytes, "step_s": best and best.step_s,
-            "timed_steps": best.timed_steps if best else 0,
-            "tokens_per_s": best and best.tokens_per_s, "real_tokens_per_s": best and best.real_tokens_per_s,
-            "at_32": small and {"step_s": small.step_s, "tokens_per_s": small.tokens_per_s, "peak_bytes": small.peak_bytes,
-                                "real_tokens_per_s": small.real_tokens_per_s}}
+    return {
+        "status": status,
+        "largest_batch": found.largest,
+        "next_batch_fails": found.fails,
+        "most": most,
+        "within_rows": within(found),
+        "trials": len(trials),
+        "limited_by": None if beyond is None else f"{beyond.status}: {beyond.why}",
+        "peak_bytes": best and best.peak_bytes,
+        "step_s": best and best.step_s,
+        "timed_steps": best.timed_steps if best else 0,
+        "tokens_per_s": best and best.tokens_per_s,
+        "real_tokens_per_s": best and best.real_tokens_per_s,
+        "at_32": small
+        and {
+            "step_s": small.step_s,
+            "tokens_per_s": small.tokens_per_s,
+            "peak_bytes": small.peak_bytes,
+            "real_tokens_per_s": small.real_tokens_per_s,
+        },
+    }
 
 
 def within(found: Found) -> int | None:
@@ -158,29 +178,49 @@ def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, 
     first = try_batch(min(START, most))
     if first.peak_bytes is None:
         return {"status": "unsupported", "largest_batch": None, "limited_by": why["unsupported"], "dry_run": True}
-    found = search(lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most,
-                   limit_bytes=limit_bytes)
+    found = search(
+        lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most, limit_bytes=limit_bytes
+    )
     peaks = {t.batch: t.peak_bytes for t in found.trials}
-    return {"status": "none_fits" if found.largest is None else "at_least" if found.fails is None else "found",
-            "largest_batch": found.largest, "next_batch_fails": found.fails, "most": most, "dry_run": True,
-            "within_rows": within(found), "peak_bytes": peaks.get(found.largest), "limited_by": None if found.fails is None else
-            f"the memory model: {peaks[found.fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}", "trials": len(found.trials)}
+    return {
+        "status": "none_fits" if found.largest is None else "at_least" if found.fails is None else "found",
+        "largest_batch": found.largest,
+        "next_batch_fails": found.fails,
+        "most": most,
+        "dry_run": True,
+        "within_rows": within(found),
+        "peak_bytes": peaks.get(found.largest),
+        "limited_by": None
+        if found.fails is None
+        else f"the memory model: {peaks[found.fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}",
+        "trials": len(found.trials),
+    }
 
 
 def costs(row: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
     """What 10^9 real tokens cost at the largest batch and at 32, in the price's own currency; null without both."""
+
     def cost(rate: float | None) -> float | None:
         return None if price_per_hour is None or not rate else price_per_hour / 3600 * 1e9 / rate
 
-    return {"price_per_hour": price_per_hour, "cost_per_1e9_real_tokens": cost(row.get("real_tokens_per_s")),
-            "cost_per_1e9_real_tokens_at_32": cost((row.get("at_32") or {}).get("real_tokens_per_s"))}
+    return {
+        "price_per_hour": price_per_hour,
+        "cost_per_1e9_real_tokens": cost(row.get("real_tokens_per_s")),
+        "cost_per_1e9_real_tokens_at_32": cost((row.get("at_32") or {}).get("real_tokens_per_s")),
+    }
 
 
 def kept(out: Path, settings: RunSettings, limit: int | None) -> dict[str, Any] | None:
     """The row of an earlier call about the same thing; one that ended in an error is measured again."""
     wanted = identity(settings) | {"memory_limit_bytes": limit}
-    return next((row for row in read_rows(out) if all(row.get(name) == value for name, value in wanted.items())
-                 and row.get("status") != "error"), None)
+    return next(
+        (
+            row
+            for row in read_rows(out)
+            if all(row.get(name) == value for name, value in wanted.items()) and row.get("status") != "error"
+        ),
+        None,
+    )
 
 
 def keep(out: Path, row: dict[str, Any]) -> None:

@@ -38,8 +38,14 @@ def largest(found: dict[str, Any]) -> str:
 
 def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -> None:
     """All configurations side by side, within 80 columns; what was not measured is a dash."""
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0),
-                  title=f"{case}: the largest batch that fits, in one forward pass", title_justify="left")
+    drawn = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{case}: the largest batch that fits, in one forward pass",
+        title_justify="left",
+    )
     drawn.add_column("configuration", no_wrap=True)
     drawn.add_column("rows\nthat fit", justify="right")
     heads = ["peak\nGB", "tokens\nk/s", "real\nk/s", "real k/s\nat 32"]
@@ -49,8 +55,12 @@ def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -
         drawn.add_column(head, justify="right", no_wrap=True)
     for found in rows:
         small = found.get("at_32") or {}
-        cells = [_number(found.get("peak_bytes"), 1e9), _number(found.get("tokens_per_s"), 1e3),
-                 _number(found.get("real_tokens_per_s"), 1e3), _number(small.get("real_tokens_per_s"), 1e3)]
+        cells = [
+            _number(found.get("peak_bytes"), 1e9),
+            _number(found.get("tokens_per_s"), 1e3),
+            _number(found.get("real_tokens_per_s"), 1e3),
+            _number(small.get("real_tokens_per_s"), 1e3),
+        ]
         if price_per_hour is not None:
             cells += [_number(found[name], 1, 2) for name in ("cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32")]
         drawn.add_row(found["config"], rows_words(found), *cells)

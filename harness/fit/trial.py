@@ -23,8 +23,13 @@ LONGEST_STEPS, WARM_STEPS = 2, 2
 """Steps of the longest rows (the second has the optimizer's states), then ordinary ones, untimed."""
 LEAST_TIMED, MOST_TIMED, ENOUGH_S = 3, 20, 5.0
 """Timed steps: as many as take `ENOUGH_S`."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Cannot allocate memory",
-                 "could not create a primitive")  # the last: oneDNN, with no room for its code
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "Cannot allocate memory",
+    "could not create a primitive",
+)  # the last: oneDNN, with no room for its code
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,17 @@ def measure(settings: RunSettings, *, timed: bool) -> Trial:
     device = torch.device(settings.device)
     data = load_run_data(settings)
     batches = LongestFirst(make_batches(settings, data))
-    precision = Precision(settings.config, device, attention=settings.attention, threads=settings.threads,
-                          compiled=settings.compile)
+    precision = Precision(
+        settings.config, device, attention=settings.attention, threads=settings.threads, compiled=settings.compile
+    )
     try:
-        training = Training.prepare(settings, build_model(model_request(settings, data)), batches, precision,
-                                    data.valid_vocab if settings.case.task.head != "classification" else None)
+        training = Training.prepare(
+            settings,
+            build_model(model_request(settings, data)),
+            batches,
+            precision,
+            data.valid_vocab if settings.case.task.head != "classification" else None,
+        )
         gc.collect()
         _steps(training, 1, LONGEST_STEPS)
         warm_s, _, _ = _steps(training, LONGEST_STEPS + 1, WARM_STEPS if timed else 1)

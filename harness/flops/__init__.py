@@ -24,8 +24,9 @@ def flops_command(options: argparse.Namespace) -> int:
     own = options.model or options.model_arch
     if len(options.names) != (0 if own else 1):
         given = (" ".join(options.names) or "none") + (" beside the model" if own else "")
-        raise SettingsError(f"one case is needed (`python -m harness list` shows them); given: {given}; "
-                            "the configuration goes with --config")
+        raise SettingsError(
+            f"one case is needed (`python -m harness list` shows them); given: {given}; the configuration goes with --config"
+        )
     case = asked_case(options)
     config = lookup("dtype configuration", options.config, DTYPE_CONFIGS)
     asked = Request(**{name: getattr(options, name) for name in ASKED})
@@ -65,22 +66,44 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
     total = sum(product.flops for product in products)
     closed_flops = sum(flops.of(*shape).values()) if closed else None
     dtypes = dtypes_of(model, config, attention)
-    rows = [{"module": p.module, "kind": p.kind, "dtype": getattr(dtypes, p.part), "forward_flops": p.forward_flops,
-             "backward_flops": p.backward_flops} for p in products]
+    rows = [
+        {
+            "module": p.module,
+            "kind": p.kind,
+            "dtype": getattr(dtypes, p.part),
+            "forward_flops": p.forward_flops,
+            "backward_flops": p.backward_flops,
+        }
+        for p in products
+    ]
     return {
-        "case": case.id, "architecture": case.architecture.name, "task": case.task.name, "dtype_config": config.id,
-        "preset": settings.preset, "device": settings.device, "attention": attention,
-        "data_source": settings.data, "weights_source": settings.weights,
-        "batch_size": settings.batch_size, "seq_len": settings.seq_len, **facts.as_row(),
+        "case": case.id,
+        "architecture": case.architecture.name,
+        "task": case.task.name,
+        "dtype_config": config.id,
+        "preset": settings.preset,
+        "device": settings.device,
+        "attention": attention,
+        "data_source": settings.data,
+        "weights_source": settings.weights,
+        "batch_size": settings.batch_size,
+        "seq_len": settings.seq_len,
+        **facts.as_row(),
         "sizes": asdict(sizes_of(getattr(model, model.encoder_name).config, outputs)) if closed else None,
         "n_params": sum(parameter.numel() for parameter in model.parameters()),
-        "flops_per_step": total, "flops_per_token": total / (settings.batch_size * settings.seq_len),
-        "forward_flops": sum(p.forward_flops for p in products), "backward_flops": sum(p.backward_flops for p in products),
-        "by_module": _summed(rows, "module"), "by_dtype": _summed(rows, "dtype"), "products": rows,
-        "closed_form_flops": closed_flops, "closed_form_equal": None if closed_flops is None else closed_flops == total,
+        "flops_per_step": total,
+        "flops_per_token": total / (settings.batch_size * settings.seq_len),
+        "forward_flops": sum(p.forward_flops for p in products),
+        "backward_flops": sum(p.backward_flops for p in products),
+        "by_module": _summed(rows, "module"),
+        "by_dtype": _summed(rows, "dtype"),
+        "products": rows,
+        "closed_form_flops": closed_flops,
+        "closed_form_equal": None if closed_flops is None else closed_flops == total,
         "causal_attention": "full" if case.architecture.causal else None,
         "causal_half_flops_per_step": flops.causal_half(*shape),
-        "pad_column_flops": sum(product.flops for product in executed) - total}
+        "pad_column_flops": sum(product.flops for product in executed) - total,
+    }
 
 
 def _summed(rows: list[dict], key: str) -> dict[str, int]:

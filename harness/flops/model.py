@@ -47,8 +47,9 @@ def closed_row_flops(model: nn.Module, case: Case, outputs: int) -> RowFlops | N
     return form(sizes_of(getattr(model, model.encoder_name).config, outputs))
 
 
-def counted_row_flops(model: nn.Module, case: Case, outputs: int, seq_len: int) \
-        -> tuple[RowFlops | Callable[[int], tuple[int, int, int]], str]:
+def counted_row_flops(
+    model: nn.Module, case: Case, outputs: int, seq_len: int
+) -> tuple[RowFlops | Callable[[int], tuple[int, int, int]], str]:
     """By counting a few lengths: (row FLOPs, how they were found). An architecture whose FLOPs are no polynomial
     of the length (chunked attention) is counted again at every length that occurs, outside of all timing."""
     counter = counter_of(model, case, outputs)

@@ -28,13 +28,18 @@ def show(findings: dict) -> None:
 
 def heading(found: dict) -> list[str]:
     """What was counted."""
-    outputs = f"{found['outputs']} outputs" if found["outputs"] else \
-        f"vocabulary {found['vocabulary']:,} padded to {found['padded_vocabulary']:,}"
+    outputs = (
+        f"{found['outputs']} outputs"
+        if found["outputs"]
+        else f"vocabulary {found['vocabulary']:,} padded to {found['padded_vocabulary']:,}"
+    )
     where = "GPU" if found["device"] == "cuda" else "CPU"
-    return [f"{found['case']}: {found['architecture']}, {found['task']}, {found['n_params']:,} parameters, "
-            f"{outputs} ({found['shape_source']})",
-            f"one step of {count(found['batch_size'], 'row')} of {count(found['seq_len'], 'token')} under "
-            f"{found['dtype_config']}, {where} with {found['attention']} attention"]
+    return [
+        f"{found['case']}: {found['architecture']}, {found['task']}, {found['n_params']:,} parameters, "
+        f"{outputs} ({found['shape_source']})",
+        f"one step of {count(found['batch_size'], 'row')} of {count(found['seq_len'], 'token')} under "
+        f"{found['dtype_config']}, {where} with {found['attention']} attention",
+    ]
 
 
 def groups(products: list[dict]) -> list[dict]:
@@ -44,8 +49,11 @@ def groups(products: list[dict]) -> list[dict]:
         layer = LAYER.match(row["module"])
         stack, module = layer.groups() if layer else ("", row["module"])
         key = stack, module, row["kind"], row["dtype"]
-        group = found.setdefault(key, dict(zip(("stack", "module", "kind", "dtype"), key, strict=True))
-                                 | {"layers": 0, "forward_flops": 0, "backward_flops": 0})
+        group = found.setdefault(
+            key,
+            dict(zip(("stack", "module", "kind", "dtype"), key, strict=True))
+            | {"layers": 0, "forward_flops": 0, "backward_flops": 0},
+        )
         group["layers"] += 1
         group["forward_flops"] += row["forward_flops"]
         group["backward_flops"] += row["backward_flops"]
@@ -73,16 +81,23 @@ def table(found: dict) -> Table:
         for dtype in found["by_dtype"]:
             rows = [row for row in found["products"] if row["dtype"] == dtype]
             add(f"all in {dtype}", dtype, sum(r["forward_flops"] for r in rows), sum(r["backward_flops"] for r in rows))
-    add("step", next(iter(found["by_dtype"])) if len(found["by_dtype"]) == 1 else "", found["forward_flops"],
-        found["backward_flops"], style="bold")
+    add(
+        "step",
+        next(iter(found["by_dtype"])) if len(found["by_dtype"]) == 1 else "",
+        found["forward_flops"],
+        found["backward_flops"],
+        style="bold",
+    )
     return drawn
 
 
 def closing(found: dict) -> list[str]:
     """The total in words: exactly, against the closed form, with causal attention halved, without padding."""
     total = found["flops_per_step"]
-    lines = [f"{total:,} FLOPs a step, {found['flops_per_token']:,.0f} a token: matrix products and attention, "
-             "forward and backward; no embeddings, elementwise work or optimizer"]
+    lines = [
+        f"{total:,} FLOPs a step, {found['flops_per_token']:,.0f} a token: matrix products and attention, "
+        "forward and backward; no embeddings, elementwise work or optimizer"
+    ]
     if found["closed_form_flops"] is None:
         lines.append("no closed form for this architecture: the count is all there is")
     elif found["closed_form_equal"]:
@@ -93,8 +108,10 @@ def closing(found: dict) -> list[str]:
     if found["causal_attention"] and half is not None:
         lines.append(f"causal attention counts in full (the MFU numerator); half: {half:,} ({half / total:.1%})")
     if found["pad_column_flops"]:
-        lines.append(f"not in it: {found['pad_column_flops']:,} ({found['pad_column_flops'] / total:.2%}) for the columns that "
-                     "pad the vocabulary, which run but count for nothing")
+        lines.append(
+            f"not in it: {found['pad_column_flops']:,} ({found['pad_column_flops'] / total:.2%}) for the columns that "
+            "pad the vocabulary, which run but count for nothing"
+        )
     return lines
 
 

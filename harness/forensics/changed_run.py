@@ -48,8 +48,9 @@ def run_changed(rebuilt: Rebuilt, change: Change, state: NamedState, last: int, 
         if result.failed_at is None:
             result.step_time_s, result.bytes = _cost(training, snapshot, timed)
         elif result.first is not None:
-            result.found = examine(result.failed_at, training.again, snapshot, training.model, training.optimizer,
-                                   training.precision.scaler)
+            result.found = examine(
+                result.failed_at, training.again, snapshot, training.model, training.optimizer, training.precision.scaler
+            )
     return result
 
 

@@ -151,5 +151,10 @@ def _scaler(config: DtypeConfig) -> Change:
 
 def _module_in_fp32(name: str, module: str, config: DtypeConfig) -> Change:
     already = config.compute == "fp32" or (config.head == "fp32" and is_inside(module, HEAD))
-    return Change(name, config, module=module, stays_fp32=config.weights == "fp32",
-                  why_not=f"{module} runs in fp32 already" if already else None)
+    return Change(
+        name,
+        config,
+        module=module,
+        stays_fp32=config.weights == "fp32",
+        why_not=f"{module} runs in fp32 already" if already else None,
+    )

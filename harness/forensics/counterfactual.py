@@ -55,8 +55,9 @@ class Trial:
         return [remedy.change for remedy in self.remedies if remedy.confirms]
 
 
-def try_changes(run_folder: Path, names: list[str], steps: int | None = None,
-                progress: Callable[[str], None] = lambda words: None) -> Trial:
+def try_changes(
+    run_folder: Path, names: list[str], steps: int | None = None, progress: Callable[[str], None] = lambda words: None
+) -> Trial:
     """Try changes on a failed run and write what came of them into its ``forensics.json``.
 
     ``steps`` counts from the snapshot; None: `STEPS`, or as many as reach `STEPS_BEYOND` the failure. Raises
@@ -81,8 +82,18 @@ def try_changes(run_folder: Path, names: list[str], steps: int | None = None,
     if "all" in names:
         remedies += trials.enclosing(first.module, remedies)
     _keep(run_folder, remedies)
-    return Trial(record.run_id, forensics.sentence, first, state.step, last, reproduced, control.failed_at,
-                 trials.time_noise(), tuple(remedies), rebuilt.warnings)
+    return Trial(
+        record.run_id,
+        forensics.sentence,
+        first,
+        state.step,
+        last,
+        reproduced,
+        control.failed_at,
+        trials.time_noise(),
+        tuple(remedies),
+        rebuilt.warnings,
+    )
 
 
 def last_step(snapshot: int, failed: int, max_steps: int, steps: int | None) -> int:
@@ -90,8 +101,10 @@ def last_step(snapshot: int, failed: int, max_steps: int, steps: int | None) -> 
     if steps is None:
         steps = max(STEPS, failed - snapshot + STEPS_BEYOND)
     if snapshot + steps < failed:
-        raise SettingsError(f"--steps {steps} ends before the failure: the snapshot is of step {snapshot} and the run failed "
-                            f"at step {failed}; give at least {failed - snapshot}")
+        raise SettingsError(
+            f"--steps {steps} ends before the failure: the snapshot is of step {snapshot} and the run failed "
+            f"at step {failed}; give at least {failed - snapshot}"
+        )
     return min(snapshot + steps, max_steps)
 
 
@@ -117,8 +130,16 @@ class _Trials:
 
     def remedy(self, change: Change) -> Remedy:
         """One change, tried, or why it was not."""
-        untried = Remedy(change=change.name, survives=None, steps=0, failed_at=None, step_time_ratio=None, bytes_ratio=None,
-                         confirms=None, why=change.why_not)
+        untried = Remedy(
+            change=change.name,
+            survives=None,
+            steps=0,
+            failed_at=None,
+            step_time_ratio=None,
+            bytes_ratio=None,
+            confirms=None,
+            why=change.why_not,
+        )
         if change.why_not is not None:
             return untried
         self.progress(change.name)
@@ -132,10 +153,16 @@ class _Trials:
         cause = confirms(change.name, self.first) if survives and self.reproduced else None
         time_ratio, too_noisy = self._time_ratio(run)
         notes = [*self._notes(change, run, cause), *([too_noisy] if too_noisy else [])]
-        return Remedy(change=change.name, survives=survives, steps=(run.failed_at or self.last) - self.state.step,
-                      failed_at=run.failed_at, step_time_ratio=time_ratio,
-                      bytes_ratio=run.bytes / self.control.bytes if run.bytes else None, confirms=cause,
-                      why="; ".join(notes) or None)
+        return Remedy(
+            change=change.name,
+            survives=survives,
+            steps=(run.failed_at or self.last) - self.state.step,
+            failed_at=run.failed_at,
+            step_time_ratio=time_ratio,
+            bytes_ratio=run.bytes / self.control.bytes if run.bytes else None,
+            confirms=cause,
+            why="; ".join(notes) or None,
+        )
 
     def _time_ratio(self, run: ChangedRun) -> tuple[float | None, str | None]:
         """To the mean of the unchanged run's times just before and just behind; or none, and why."""

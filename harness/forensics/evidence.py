@@ -22,22 +22,48 @@ LIMITS = {"float16": 65504.0, "bfloat16": torch.finfo(torch.bfloat16).max, "floa
 
 def chain_links(nodes: Sequence[Node], found: Examination) -> list[Link]:
     """The first links of a chain, or absorbed ops."""
-    return [Link(phase=n.phase, module=n.module, op=n.op, tensor=found.names.get(n.storage, (None,))[0],
-                 kind=kind_name(n.kinds), dtype=n.dtype, shape=list(n.shape)) for n in nodes[:MOST_LINKS]]
+    return [
+        Link(
+            phase=n.phase,
+            module=n.module,
+            op=n.op,
+            tensor=found.names.get(n.storage, (None,))[0],
+            kind=kind_name(n.kinds),
+            dtype=n.dtype,
+            shape=list(n.shape),
+        )
+        for n in nodes[:MOST_LINKS]
+    ]
 
 
 def operand_records(diagnosis: Diagnosis | None) -> list[OperandRecord]:
     """What the culprit read."""
-    return [] if diagnosis is None else [
-        OperandRecord(argument=o.argument, shape=list(o.shape), dtype=o.dtype, absmax=o.absmax, nonfinite=o.nonfinite,
-                      zeros=o.zeros) for o in diagnosis.operands]
+    return (
+        []
+        if diagnosis is None
+        else [
+            OperandRecord(
+                argument=o.argument, shape=list(o.shape), dtype=o.dtype, absmax=o.absmax, nonfinite=o.nonfinite, zeros=o.zeros
+            )
+            for o in diagnosis.operands
+        ]
+    )
 
 
 def output_record(diagnosis: Diagnosis | None) -> OutputRecord | None:
     """What the culprit wrote."""
-    return None if diagnosis is None else OutputRecord(
-        shape=list(diagnosis.output_shape), dtype=diagnosis.output_dtype, nonfinite=diagnosis.nonfinite, numel=diagnosis.numel,
-        exact_absmax=diagnosis.exact_absmax, zero_denominators=diagnosis.zero_denominators)
+    return (
+        None
+        if diagnosis is None
+        else OutputRecord(
+            shape=list(diagnosis.output_shape),
+            dtype=diagnosis.output_dtype,
+            nonfinite=diagnosis.nonfinite,
+            numel=diagnosis.numel,
+            exact_absmax=diagnosis.exact_absmax,
+            zero_denominators=diagnosis.zero_denominators,
+        )
+    )
 
 
 def history_of(module: str | None, readings: Sequence[TapReading]) -> list[Magnitude]:
@@ -75,8 +101,17 @@ def histograms(found: Examination) -> list[HistogramRecord]:
         for tensor in torch.utils._pytree.tree_leaves(value):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 r = exponent_histogram(tensor.detach()).read()
-                rows.append(HistogramRecord(tensor=name, lowest=LOWEST_EXPONENT, counts=list(r.bins), zeros=r.zeros,
-                                            below=r.below_range, above=r.above_range, nonfinite=r.nonfinite))
+                rows.append(
+                    HistogramRecord(
+                        tensor=name,
+                        lowest=LOWEST_EXPONENT,
+                        counts=list(r.bins),
+                        zeros=r.zeros,
+                        below=r.below_range,
+                        above=r.above_range,
+                        nonfinite=r.nonfinite,
+                    )
+                )
     return rows
 
 
@@ -88,8 +123,10 @@ def kernel_rows(found: Examination, events: list[dict] | None) -> list[KernelRow
     ops = _ops(found.graph.nodes)
     here = next(i for i, op in enumerate(ops) if any(n.index == culprit.index for n in op))
     durations = _durations(ops, events or [])
-    return [_row(ops[i], culprit, durations.get(i)) for i in range(max(0, here - KERNELS_AROUND),
-                                                                   min(len(ops), here + KERNELS_AROUND + 1))]
+    return [
+        _row(ops[i], culprit, durations.get(i))
+        for i in range(max(0, here - KERNELS_AROUND), min(len(ops), here + KERNELS_AROUND + 1))
+    ]
 
 
 def _ops(nodes: Sequence[Node]) -> list[list[Node]]:
@@ -117,12 +154,24 @@ def _durations(ops: Sequence[list[Node]], events: Sequence[dict]) -> dict[int, f
             ends[event["tid"]] = event["ts"] + event["dur"]
             if not ours:
                 profiled.setdefault(event["name"], []).append(event)
-    return {index: event["dur"] / 1e6 for name, indices in calls.items() if len(profiled.get(name, ())) == len(indices)
-            for index, event in zip(indices, profiled[name], strict=True)}
+    return {
+        index: event["dur"] / 1e6
+        for name, indices in calls.items()
+        if len(profiled.get(name, ())) == len(indices)
+        for index, event in zip(indices, profiled[name], strict=True)
+    }
 
 
 def _row(op: list[Node], culprit: Node, duration_s: float | None) -> KernelRow:
     here = next((n for n in op if n.index == culprit.index), None)
     node = here or op[0]
-    return KernelRow(name=node.op, phase=node.phase, module=node.module, duration_s=duration_s, shapes=[list(node.shape)],
-                     dtype=node.dtype, nonfinite=any(n.kinds for n in op), here=here is not None)
+    return KernelRow(
+        name=node.op,
+        phase=node.phase,
+        module=node.module,
+        duration_s=duration_s,
+        shapes=[list(node.shape)],
+        dtype=node.dtype,
+        nonfinite=any(n.kinds for n in op),
+        here=here is not None,
+    )

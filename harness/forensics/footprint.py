@@ -17,7 +17,13 @@ def footprint_bytes(training: Training, step: int) -> int:
     with saved_for_backward(training.model) as saved:
         with training.precision.forward():
             logits = training.model(micro.input_ids, micro.attention_mask, micro.last_token)
-        loss = training_loss(logits, micro.targets, loss=case.task.loss, dtype=training.precision.loss_dtype,
-                             normalizer=batch.n_targets, valid_vocab=training.valid_vocab)
+        loss = training_loss(
+            logits,
+            micro.targets,
+            loss=case.task.loss,
+            dtype=training.precision.loss_dtype,
+            normalizer=batch.n_targets,
+            valid_vocab=training.valid_vocab,
+        )
     del logits, loss  # not before: the graph must live through the block, or freed storages count again
     return split["weights_bytes"] + split["buffers_bytes"] + split["optimizer_bytes"] + gradients + saved.bytes

@@ -52,8 +52,15 @@ class Rerun:
     modules: list[TapReading]
 
 
-def investigate(training: Training, divergence: Divergence, snapshot: Snapshot, last: StepRecord, run_id: str,
-                trace_path: Path | None, operands_path: Path | None = None) -> ForensicsRecord:
+def investigate(
+    training: Training,
+    divergence: Divergence,
+    snapshot: Snapshot,
+    last: StepRecord,
+    run_id: str,
+    trace_path: Path | None,
+    operands_path: Path | None = None,
+) -> ForensicsRecord:
     """Everything about one failure; leaves the training as it is behind the failed step. The culprit's operands
     are kept in ``operands_path``."""
     surfaced = divergence.first_nonfinite
@@ -65,13 +72,25 @@ def investigate(training: Training, divergence: Divergence, snapshot: Snapshot, 
         matched = is_same(rerun.reading, divergence, last, 0.0 if exact else CUDA_TOLERANCE)
         if matched:
             break
-    found = examine(divergence.step, training.again, rerun.before, training.model, training.optimizer,
-                    training.precision.scaler, training.team.any)
+    found = examine(
+        divergence.step,
+        training.again,
+        rerun.before,
+        training.model,
+        training.optimizer,
+        training.precision.scaler,
+        training.team.any,
+    )
     mine = completed(surfaced, found, from_step=snapshot.step, matched=matched)
     winner = first_of_all(share, of_this_rank(mine, share, micro_batches) if found else None)
     if winner is None:
-        return ForensicsRecord(run_id=run_id, matched=False, first_nonfinite=mine,
-                               sentence=sentence(mine, None, None, 0), snapshot_step=snapshot.step)
+        return ForensicsRecord(
+            run_id=run_id,
+            matched=False,
+            first_nonfinite=mine,
+            sentence=sentence(mine, None, None, 0),
+            snapshot_step=snapshot.step,
+        )
     rank, first = winner
     if rank != training.team.ranks.rank:  # all that is known of it is that rank's to tell
         if trace_path is not None:
@@ -79,16 +98,26 @@ def investigate(training: Training, divergence: Divergence, snapshot: Snapshot, 
             training.again(divergence.step)
         record = training.team.broadcast(None, rank)
     else:
-        record = training.team.broadcast(_told(training, rerun, found, first, matched, snapshot, run_id, trace_path,
-                                               operands_path), rank)
+        record = training.team.broadcast(
+            _told(training, rerun, found, first, matched, snapshot, run_id, trace_path, operands_path), rank
+        )
     for path in (trace_path, operands_path):
         if path is not None and (content := training.team.hand_over(path, rank)) is not None:
             replace(path, content)
     return record
 
 
-def _told(training: Training, rerun: Rerun, found: Examination, first: FirstNonfinite, matched: bool, snapshot: Snapshot,
-          run_id: str, trace_path: Path | None, operands_path: Path | None) -> ForensicsRecord:
+def _told(
+    training: Training,
+    rerun: Rerun,
+    found: Examination,
+    first: FirstNonfinite,
+    matched: bool,
+    snapshot: Snapshot,
+    run_id: str,
+    trace_path: Path | None,
+    operands_path: Path | None,
+) -> ForensicsRecord:
     """The record of a failure by the process that produced it."""
     if operands_path is not None:
         save_operands(operands_path, found)
@@ -99,12 +128,23 @@ def _told(training: Training, rerun: Rerun, found: Examination, first: FirstNonf
         rerun.before.restore()
         events = trace_step(training, first.step, trace_path, found)
     return ForensicsRecord(
-        run_id=run_id, matched=matched, first_nonfinite=first, sentence=sentence(first, found, since, found.culprit.spread),
-        parameter=found.parameter, spread_modules=found.culprit.spread, chain=tuple(chain_links(found.culprit.chain, found)),
-        absorbed=tuple(chain_links(found.culprit.absorbed, found)), operands=tuple(operand_records(found.diagnosis)),
-        output=output_record(found.diagnosis), history=tuple(history), headroom_since_step=since,
-        histograms=tuple(histograms(found)), kernels=tuple(kernel_rows(found, events)),
-        trace_file=trace_path.name if events is not None else None, snapshot_step=snapshot.step)
+        run_id=run_id,
+        matched=matched,
+        first_nonfinite=first,
+        sentence=sentence(first, found, since, found.culprit.spread),
+        parameter=found.parameter,
+        spread_modules=found.culprit.spread,
+        chain=tuple(chain_links(found.culprit.chain, found)),
+        absorbed=tuple(chain_links(found.culprit.absorbed, found)),
+        operands=tuple(operand_records(found.diagnosis)),
+        output=output_record(found.diagnosis),
+        history=tuple(history),
+        headroom_since_step=since,
+        histograms=tuple(histograms(found)),
+        kernels=tuple(kernel_rows(found, events)),
+        trace_file=trace_path.name if events is not None else None,
+        snapshot_step=snapshot.step,
+    )
 
 
 def run_again(training: Training, snapshot: Snapshot, step: int) -> Rerun:
@@ -154,9 +194,13 @@ def trace_step(training: Training, step: int, path: Path, found: Examination) ->
 
 def _marker(found: Examination, samples: Sequence[CounterSample], phases: Sequence[PhaseSlice]) -> list[Marker]:
     """A marker where the module's first non-finite value was seen, else where the culprit's phase began."""
-    seen = [s.unix_ns for s in samples if s.name == found.module
-            and any(value is not None and not math.isfinite(value) for value in (s.fwd, s.bwd))]
+    seen = [
+        s.unix_ns
+        for s in samples
+        if s.name == found.module and any(value is not None and not math.isfinite(value) for value in (s.fwd, s.bwd))
+    ]
     began = [p.start_unix_ns for p in phases if p.name == found.phase]
     detail = {"module": found.module or "", "phase": found.phase, "cause": found.cause, "kind": found.kind}
-    return [Marker(time_ns, f"first non-finite value: {found.op or found.tensor}", detail)
-            for time_ns in (seen[:1] or began[-1:])]
+    return [
+        Marker(time_ns, f"first non-finite value: {found.op or found.tensor}", detail) for time_ns in (seen[:1] or began[-1:])
+    ]

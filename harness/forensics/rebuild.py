@@ -40,8 +40,13 @@ class Rebuilt:
         """A training under the run's configuration or a changed one, all of them over the one model: whoever is
         done with it closes its ``precision``, before the next is made."""
         settings = self.settings if config is None else replace(self.settings, config=config)
-        precision = Precision(settings.config, torch.device(settings.device), attention=settings.attention,
-                              threads=settings.threads, compiled=False)
+        precision = Precision(
+            settings.config,
+            torch.device(settings.device),
+            attention=settings.attention,
+            threads=settings.threads,
+            compiled=False,
+        )
         try:
             return Training.prepare(settings, self.model, self.batches, precision, self.valid_vocab)
         except BaseException:
@@ -55,13 +60,17 @@ def settings_of(record: RunRecord) -> RunSettings:
         config = dict(record.config)
         case = msgspec.convert(config.pop("case") | {"scenario": record.scenario}, Case)
         dtype_config = msgspec.convert(config.pop("config"), DtypeConfig)
-        settings = RunSettings(case=case, config=dtype_config, seed=record.seed, log_every=1,
-                               instrument=record.instrument or "light", **config)
+        settings = RunSettings(
+            case=case, config=dtype_config, seed=record.seed, log_every=1, instrument=record.instrument or "light", **config
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise RebuildError(f"{record.run_id} was recorded by another version of this program: {error}") from error
     choose_device(settings.device)  # a GPU's run needs a GPU
-    now = replace(settings, data_fingerprint=fingerprint(settings.data, **data_options(case, settings)),
-                  sources_fingerprint=sources_fingerprint(settings.weights, case.architecture.hub_id, case.architecture.build))
+    now = replace(
+        settings,
+        data_fingerprint=fingerprint(settings.data, **data_options(case, settings)),
+        sources_fingerprint=sources_fingerprint(settings.weights, case.architecture.hub_id, case.architecture.build),
+    )
     if now.run_id != record.run_id:
         changed = ", ".join(_differences(record.config, now.as_config())) or "how settings are hashed"
         raise RebuildError(f"{record.run_id} cannot be made again: it would be {now.run_id} now (differs: {changed})")
@@ -75,12 +84,16 @@ def rebuild(record: RunRecord) -> Rebuilt:
     data = load_run_data(settings)
     model = build_model(model_request(settings, data))
     batches = make_batches(settings, data)
-    for what, recorded, now in (("initial weights", record.init_sha256, weights_sha256(model)),
-                                ("batches", record.data_sha256, batches.sha256(settings.max_steps))):
+    for what, recorded, now in (
+        ("initial weights", record.init_sha256, weights_sha256(model)),
+        ("batches", record.data_sha256, batches.sha256(settings.max_steps)),
+    ):
         if recorded is not None and recorded != now:
-            raise RebuildError(f"{record.run_id} cannot be made again: its {what} differ (sha256 {recorded[:12]} then, "
-                               f"{now[:12]} now; the run was made with torch {record.env.get('torch_version')}, this is "
-                               f"{torch.__version__})")
+            raise RebuildError(
+                f"{record.run_id} cannot be made again: its {what} differ (sha256 {recorded[:12]} then, "
+                f"{now[:12]} now; the run was made with torch {record.env.get('torch_version')}, this is "
+                f"{torch.__version__})"
+            )
     vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
     return Rebuilt(settings, model, batches, vocabulary, tuple(_other_machine(record, settings)))
 

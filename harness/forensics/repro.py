@@ -60,12 +60,21 @@ def _operands(found: Examination, most_bytes: int) -> tuple[str | None, dict[str
     facts |= {
         "device": next((t.device.type for t in tensors.values()), "cpu"),
         "strides": {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous()},
-        "overwritten": [place if place < len(args) else argument.name for place, argument in enumerate(func._schema.arguments)
-                        if argument.alias_info is not None and argument.alias_info.is_write
-                        and (place < len(args) or argument.name in kwargs)],
+        "overwritten": [
+            place if place < len(args) else argument.name
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None
+            and argument.alias_info.is_write
+            and (place < len(args) or argument.name in kwargs)
+        ],
         "divisor": DENOMINATOR.get(func._schema.name.partition("::")[2]),
-        "failed": {"shape": list(diagnosis.output_shape), "dtype": diagnosis.output_dtype, "numel": diagnosis.numel,
-                   "counts": _counts(func, args, kwargs, diagnosis.output_shape)}}
+        "failed": {
+            "shape": list(diagnosis.output_shape),
+            "dtype": diagnosis.output_dtype,
+            "numel": diagnosis.numel,
+            "counts": _counts(func, args, kwargs, diagnosis.output_shape),
+        },
+    }
     return None, {name: t.contiguous().cpu() for name, t in tensors.items()}, facts
 
 
@@ -74,8 +83,11 @@ def _counts(func: Any, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> dic
     """How many NaN, +Inf and -Inf the op writes into the tensor of ``shape`` that fails."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
     returned = func(*args, **kwargs)
-    written = [t for t in (*mutated(func, args, kwargs), *tree_leaves(returned))
-               if isinstance(t, torch.Tensor) and t.is_floating_point() and tuple(t.shape) == shape]
+    written = [
+        t
+        for t in (*mutated(func, args, kwargs), *tree_leaves(returned))
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and tuple(t.shape) == shape
+    ]
     out = next((t for t in written if not bool(t.isfinite().all())), written[0])
     return {"nan": int(out.isnan().sum()), "inf": int((out == math.inf).sum()), "-inf": int((out == -math.inf).sum())}
 

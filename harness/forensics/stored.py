@@ -41,8 +41,11 @@ def store(snapshot: Snapshot, run_folder: Path, run_id: str, *, most_bytes: int 
     folder = run_folder / FOLDER
     remove_folder(folder)
     if snapshot.nbytes > most_bytes:
-        return Stored(None, snapshot.nbytes, f"the snapshot of {snapshot.nbytes / 1e9:.1f} GB is larger than the "
-                                             f"{most_bytes / 1e9:.1f} GB that are kept")
+        return Stored(
+            None,
+            snapshot.nbytes,
+            f"the snapshot of {snapshot.nbytes / 1e9:.1f} GB is larger than the {most_bytes / 1e9:.1f} GB that are kept",
+        )
     try:
         with placing_folder(folder) as writing:
             write_state(snapshot.named(), writing, run_id)
@@ -56,9 +59,11 @@ def read_state(run_folder: Path, run_id: str) -> NamedState:
     try:
         return read_folder(run_folder / FOLDER, run_id)[0]
     except FileNotFoundError as error:
-        raise NothingToReplay(f"{run_id} has no stored snapshot ({error.filename} is missing): one of up to "
-                              f"{MOST_BYTES / 1e9:.0f} GB is kept when a run under --instrument light or full ends in a "
-                              "non-finite value") from error
+        raise NothingToReplay(
+            f"{run_id} has no stored snapshot ({error.filename} is missing): one of up to "
+            f"{MOST_BYTES / 1e9:.0f} GB is kept when a run under --instrument light or full ends in a "
+            "non-finite value"
+        ) from error
 
 
 def read_folder(folder: Path, run_id: str) -> tuple[NamedState, dict[str, Any]]:
@@ -95,9 +100,20 @@ def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, An
     (folder / TENSORS).chmod(0o644)  # as every other result file; safetensors lets the owner alone read
     with (folder / TENSORS).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {"schema": SCHEMA, "run_id": run_id, "tensors_sha256": sha256,
-             "state": {"step": state.step, "devices": state.devices, "aliases": state.aliases, "states": state.states,
-                       "groups": state.groups, "scaler": state.scaler}, "more": more or {}}
+    facts = {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "tensors_sha256": sha256,
+        "state": {
+            "step": state.step,
+            "devices": state.devices,
+            "aliases": state.aliases,
+            "states": state.states,
+            "groups": state.groups,
+            "scaler": state.scaler,
+        },
+        "more": more or {},
+    }
     facts["facts_sha256"] = _digest(facts)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -108,6 +124,8 @@ def _digest(facts: dict[str, Any]) -> str:
 
 
 def _state(facts: dict[str, Any], tensors: dict) -> NamedState:
-    groups = [{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-              for group in facts.pop("groups")]  # betas are a tuple, which JSON has not
+    groups = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+        for group in facts.pop("groups")
+    ]  # betas are a tuple, which JSON has not
     return NamedState(**facts, groups=groups, tensors=tensors)

@@ -16,8 +16,12 @@ from harness.settings import SettingsError
 from instrument.count import count
 from instrument.forensics_record import Remedy
 
-CAUSES = {"overflow": "overflow", "underflow_then_divide": "underflow, then division by it", "invalid": "an invalid operation",
-          "from_input": "a value that came in from outside the step"}
+CAUSES = {
+    "overflow": "overflow",
+    "underflow_then_divide": "underflow, then division by it",
+    "invalid": "an invalid operation",
+    "from_input": "a value that came in from outside the step",
+}
 
 
 def try_command(options: argparse.Namespace) -> int:
@@ -54,12 +58,21 @@ def try_command(options: argparse.Namespace) -> int:
 
 def heading(trial) -> list[str]:
     """What failed, from where it was replayed, and whether the control failed again."""
-    again = f"[green]fails again at step {trial.control_failed_at}[/]" if trial.reproduced else (
-        "[yellow]does not fail again[/]" if trial.control_failed_at is None
-        else f"[yellow]fails in another way, at step {trial.control_failed_at}[/]")
-    return [f"[bold]{escape(trial.run_id)}[/]", escape(trial.sentence),
-            f"from the snapshot behind step {trial.snapshot_step} up to step {trial.last_step}; unchanged, it {again}",
-            *(f"[yellow]another machine: {escape(warning)}[/]" for warning in trial.warnings)]
+    again = (
+        f"[green]fails again at step {trial.control_failed_at}[/]"
+        if trial.reproduced
+        else (
+            "[yellow]does not fail again[/]"
+            if trial.control_failed_at is None
+            else f"[yellow]fails in another way, at step {trial.control_failed_at}[/]"
+        )
+    )
+    return [
+        f"[bold]{escape(trial.run_id)}[/]",
+        escape(trial.sentence),
+        f"from the snapshot behind step {trial.snapshot_step} up to step {trial.last_step}; unchanged, it {again}",
+        *(f"[yellow]another machine: {escape(warning)}[/]" for warning in trial.warnings),
+    ]
 
 
 def table(remedies: tuple[Remedy, ...]) -> Table:
@@ -87,8 +100,10 @@ def notes(trial) -> list[str]:
     """What the table has no room for."""
     lines = [f"{escape(r.change)}: [dim]{escape(r.why)}[/]" for r in trial.remedies if r.why]
     if trial.time_noise is not None:
-        lines.append(f"[dim]step time and memory: to the unchanged run, timed before and behind each change; its own timings "
-                     f"differ by up to {trial.time_noise:.0%}[/]")
+        lines.append(
+            f"[dim]step time and memory: to the unchanged run, timed before and behind each change; its own timings "
+            f"differ by up to {trial.time_noise:.0%}[/]"
+        )
     return lines
 
 

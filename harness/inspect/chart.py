@@ -86,6 +86,7 @@ def _bar(count: int, tallest: int) -> str:
 
 def _ruler(low: int, high: int, step: int, indent: int) -> list[Text]:
     """fp16's subnormal and normal numbers under the bars."""
+
     def column(exponent: int) -> int:
         return (exponent - low) // step
 
@@ -93,11 +94,11 @@ def _ruler(low: int, high: int, step: int, indent: int) -> list[Text]:
     line = " " * start + "╶" + "┄" * (normal - start - 1) + "├" + "─" * (end - normal - 1) + "┤"
     words = [" "] * (end + 8)
     for place, word in ((start, "2^-24"), (normal, "2^-14"), (end - 3, "2^16")):
-        words[place:place + len(word)] = word
+        words[place : place + len(word)] = word
     middle = "fp16 normal"
     at = normal + 6 + max(0, (end - 3 - normal - 6 - len(middle)) // 2)
     if at + len(middle) < end - 3:
-        words[at:at + len(middle)] = middle
+        words[at : at + len(middle)] = middle
     pad = " " * indent
     return [Text(pad + line, style="red"), Text(pad + "".join(words).rstrip(), style="dim")]
 

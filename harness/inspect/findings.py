@@ -18,8 +18,20 @@ from instrument.records import EventRecord, FirstNonfinite, RunRecord, StepRecor
 
 UNFINISHED = "unfinished"
 LIMITS = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
-RUN_FIELDS = ("case", "dtype_config", "seed", "preset", "device", "max_steps", "divergence_step", "scaler_skips", "instrument",
-              "attention_backend", "first_nonfinite", "error")
+RUN_FIELDS = (
+    "case",
+    "dtype_config",
+    "seed",
+    "preset",
+    "device",
+    "max_steps",
+    "divergence_step",
+    "scaler_skips",
+    "instrument",
+    "attention_backend",
+    "first_nonfinite",
+    "error",
+)
 KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 
 
@@ -31,10 +43,15 @@ def gather(run: FoundRun) -> dict[str, Any]:
     steps = record.steps_done if record else len(records(run.steps_file, StepRecord))
     modules = module_rows(run)
     found = {
-        "run_id": run.run_id, "results_folder": str(run.out), "status": record.status if record else UNFINISHED,
-        "steps_done": steps, **({name: getattr(record, name) for name in RUN_FIELDS} if record else {}),
+        "run_id": run.run_id,
+        "results_folder": str(run.out),
+        "status": record.status if record else UNFINISHED,
+        "steps_done": steps,
+        **({name: getattr(record, name) for name in RUN_FIELDS} if record else {}),
         "device_type": record.config.get("device") if record else None,
-        "events": msgspec.to_builtins(events), "smallest_headroom": smallest_headroom(modules)}
+        "events": msgspec.to_builtins(events),
+        "smallest_headroom": smallest_headroom(modules),
+    }
     if (stack := stack_of(run, record)) is not None:
         found["stack"] = stack
     if forensics is not None:
@@ -53,8 +70,14 @@ def smallest_headroom(modules: Sequence) -> dict[str, dict[str, Any]] | None:
 
     def nearest(limit_of) -> dict[str, Any]:
         row = min(measured, key=lambda r: limit_of(r) / r.absmax)
-        return {"module": row.module, "direction": row.direction, "dtype": row.dtype, "absmax": row.absmax,
-                "step": row.absmax_step, "headroom_bits": math.log2(limit_of(row) / row.absmax)}
+        return {
+            "module": row.module,
+            "direction": row.direction,
+            "dtype": row.dtype,
+            "absmax": row.absmax,
+            "step": row.absmax_step,
+            "headroom_bits": math.log2(limit_of(row) / row.absmax),
+        }
 
     return {"own_dtype": nearest(lambda row: LIMITS[row.dtype]), "float16": nearest(lambda row: LIMITS["float16"])}
 
@@ -65,12 +88,24 @@ def earlier_history(modules: Sequence, history: Sequence[Magnitude]) -> list[dic
     if not history:
         return []
     mine = [row for row in modules if row.module == history[0].module and row.absmax_step < history[0].step]
-    return [{"step": row.absmax_step, "module": row.module, "absmax_fwd": row.absmax if row.direction == "fwd" else None,
-             "absmax_bwd": row.absmax if row.direction == "bwd" else None} for row in sorted(mine, key=lambda r: r.absmax_step)]
+    return [
+        {
+            "step": row.absmax_step,
+            "module": row.module,
+            "absmax_fwd": row.absmax if row.direction == "fwd" else None,
+            "absmax_bwd": row.absmax if row.direction == "bwd" else None,
+        }
+        for row in sorted(mine, key=lambda r: r.absmax_step)
+    ]
 
 
-def verdict(run: FoundRun, record: RunRecord | None, found: ForensicsRecord | None, steps: int,
-            headroom: dict[str, dict[str, Any]] | None) -> str:
+def verdict(
+    run: FoundRun,
+    record: RunRecord | None,
+    found: ForensicsRecord | None,
+    steps: int,
+    headroom: dict[str, dict[str, Any]] | None,
+) -> str:
     """The outcome in one sentence."""
     if record is None:
         return f"no end was written: it is still running or was killed, {count(steps, 'step')} logged so far"

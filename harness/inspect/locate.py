@@ -39,8 +39,12 @@ def locate(name: str, out: Path | None) -> FoundRun:
     if "/" in name or (name and Path(name).resolve().parent.name == "runs" and Path(name).is_dir()):
         return _by_path(Path(name))
     folders = [out] if out is not None else sorted(path.parent for path in DEFAULT_RESULTS.glob("*/runs"))
-    runs = [FoundRun(folder, path.name) for folder in folders for path in sorted((folder / "runs").glob("*"))
-            if path.is_dir() and not path.is_symlink()]
+    runs = [
+        FoundRun(folder, path.name)
+        for folder in folders
+        for path in sorted((folder / "runs").glob("*"))
+        if path.is_dir() and not path.is_symlink()
+    ]
     where = str(out) if out is not None else f"{DEFAULT_RESULTS}/*"
     if not runs:
         raise RunNotFound(f"no runs in {where}; --out names the results folder that holds runs/")

@@ -18,14 +18,23 @@ from instrument.records import RunRecord
 OPERANDS_FILE, METADATA_KEY, SCHEMA = "culprit.safetensors", "culprit", 1
 FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 """The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
-OURS = {"logit_stats": "logit_stats", "unscale": "unscale", "scale": "scale", "cross_entropy": "cross_entropy",
-        "stats": "multi_tensor_stats", "activation": "activation_stats", "histogram": "exponent_histogram",
-        "bce": "bce_with_logits"}
+OURS = {
+    "logit_stats": "logit_stats",
+    "unscale": "unscale",
+    "scale": "scale",
+    "cross_entropy": "cross_entropy",
+    "stats": "multi_tensor_stats",
+    "activation": "activation_stats",
+    "histogram": "exponent_histogram",
+    "bce": "bce_with_logits",
+}
 """Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
 FLOAT_SOFTMAX = ("aten::_softmax", "aten::_log_softmax")
 """Their third argument asks for fp32 out of fp16, which float64 refuses."""
-LAYOUT = ("tensors[{name!r}] = tensors[{name!r}].new_empty_strided(tensors[{name!r}].shape, {stride}).copy_(tensors[{name!r}])"
-          "  # laid out as it was\n")
+LAYOUT = (
+    "tensors[{name!r}] = tensors[{name!r}].new_empty_strided(tensors[{name!r}].shape, {stride}).copy_(tensors[{name!r}])"
+    "  # laid out as it was\n"
+)
 CALL = "torch.ops.{namespace}.{name}.{overload}({args}, **kwargs)"
 
 
@@ -73,15 +82,24 @@ def script_text(run_id: str, record: RunRecord | None, found: ForensicsRecord, c
     plain = CALL.format(namespace=namespace, name=name, overload=culprit["overload"] or "default", args="*args")
     wide = plain.replace("*args,", "*args[:2], False,") if culprit["op"] in FLOAT_SOFTMAX else plain
     return Template(SCRIPT).substitute(
-        sentence=textwrap.fill(_safe(found.sentence), 110), run_id=run_id, op=f"{namespace}.{name}", needs=needs,
-        imports=imports, device=repr(culprit["device"]), switches="\n".join(_switches(flags, culprit["device"])),
+        sentence=textwrap.fill(_safe(found.sentence), 110),
+        run_id=run_id,
+        op=f"{namespace}.{name}",
+        needs=needs,
+        imports=imports,
+        device=repr(culprit["device"]),
+        switches="\n".join(_switches(flags, culprit["device"])),
         layout="".join(LAYOUT.format(name=name, stride=tuple(stride)) for name, stride in culprit["strides"].items()),
         args=_sequence([_literal(value) for value in culprit["args"]], "(", ")"),
         kwargs="{" + ", ".join(f"{key!r}: {_literal(value)}" for key, value in culprit["kwargs"].items()) + "}",
         failed=f"{tuple(failed['shape'])!r}, torch.{failed['dtype']}, {failed['counts']!r}",
-        divisor=_divisor(culprit), call=_run_call(plain, culprit, flags), wide_call=wide,
+        divisor=_divisor(culprit),
+        call=_run_call(plain, culprit, flags),
+        wide_call=wide,
         written=", ".join([*map(_place, culprit["overwritten"]), "returned"]),
-        names=repr(_argument_names(culprit)), version=record.env.get("torch_version", "unknown") if record else "unknown")
+        names=repr(_argument_names(culprit)),
+        version=record.env.get("torch_version", "unknown") if record else "unknown",
+    )
 
 
 def _place(place: int | str) -> str:
@@ -100,20 +118,28 @@ def _needs(namespace: str) -> tuple[str, str]:
     if namespace.startswith("dtype_dynamics_"):
         room = OURS.get(namespace.removeprefix("dtype_dynamics_"), "")
         module = f"kernels.{room}.op" if room else "kernels"
-        return ("The op is this project's own: run the script where the project can be imported.",
-                f"\nimport {module}  # noqa: F401 (registers the op)")
+        return (
+            "The op is this project's own: run the script where the project can be imported.",
+            f"\nimport {module}  # noqa: F401 (registers the op)",
+        )
     return f"The op comes with {namespace}, which must be installed.", f"\nimport {namespace}  # noqa: F401 (registers the op)"
 
 
 def _run_call(plain: str, culprit: dict[str, Any], flags: dict[str, Any]) -> str:
     """The body of ``op``: the op as it ran."""
-    in_fp32 = (culprit["device"] == "cpu" and culprit["op"] in FP16_PRODUCTS and culprit["failed"]["dtype"] == "float16"
-               and flags.get("fp16_products") != "hardware")
+    in_fp32 = (
+        culprit["device"] == "cpu"
+        and culprit["op"] in FP16_PRODUCTS
+        and culprit["failed"]["dtype"] == "float16"
+        and flags.get("fp16_products") != "hardware"
+    )
     if not in_fp32:
         return f"    return {plain}"
-    return ("    # The run's CPU has no fp16 arithmetic: its products ran in fp32 and were rounded once, as tensor cores do.\n"
-            "    args = [a.float() if torch.is_tensor(a) else a for a in args]\n"
-            f"    return {plain}.half()")
+    return (
+        "    # The run's CPU has no fp16 arithmetic: its products ran in fp32 and were rounded once, as tensor cores do.\n"
+        "    args = [a.float() if torch.is_tensor(a) else a for a in args]\n"
+        f"    return {plain}.half()"
+    )
 
 
 def _divisor(culprit: dict[str, Any]) -> str:
@@ -131,10 +157,12 @@ def _switches(flags: dict[str, Any], device: str) -> list[str]:
     lines = [f"torch.set_num_threads({switches['threads']})"] if device == "cpu" and switches.get("threads") else []
     if device == "cuda" and switches:
         matmul = "torch.backends.cuda.matmul"
-        lines += [f"{matmul}.fp32_precision = {switches['fp32_precision']!r}",
-                  f"{matmul}.allow_fp16_reduced_precision_reduction = {switches['fp16_reduced_precision_reduction']}",
-                  f"{matmul}.allow_bf16_reduced_precision_reduction = {switches['bf16_reduced_precision_reduction']}",
-                  f"{matmul}.allow_fp16_accumulation = {switches['fp16_accumulation']}"]
+        lines += [
+            f"{matmul}.fp32_precision = {switches['fp32_precision']!r}",
+            f"{matmul}.allow_fp16_reduced_precision_reduction = {switches['fp16_reduced_precision_reduction']}",
+            f"{matmul}.allow_bf16_reduced_precision_reduction = {switches['bf16_reduced_precision_reduction']}",
+            f"{matmul}.allow_fp16_accumulation = {switches['fp16_accumulation']}",
+        ]
     return lines
 
 
@@ -144,7 +172,7 @@ def _literal(value: Any) -> str:
         return _sequence([_literal(item) for item in value], "[", "]")
     if not isinstance(value, dict):
         return repr(value)
-    (kind, name), = value.items()
+    ((kind, name),) = value.items()
     if kind == "tensor":
         return f"tensors[{name!r}]"
     if kind == "float":
@@ -158,6 +186,7 @@ def _sequence(items: list[str], opening: str, closing: str) -> str:
 
 def _argument_names(culprit: dict[str, Any]) -> list[str]:
     """The tensors' names in the order of the op's arguments."""
+
     def names(value: Any):
         if isinstance(value, list):
             for item in value:
@@ -166,4 +195,3 @@ def _argument_names(culprit: dict[str, Any]) -> list[str]:
             yield value["tensor"]
 
     return list(names([culprit["args"], list(culprit["kwargs"].values())]))
-

@@ -11,8 +11,11 @@ from harness.inspect.locate import FoundRun
 from instrument.records import RunRecord
 
 MOST_FRAMES = 5
-FRAME = re.compile(r'^[ |]*File "(?P<file>[^"\n]+)", line (?P<line>\d+),? in (?P<function>[^\n]+)'
-                   r'(?:\n(?![ |]*File ")[ |]*(?P<code>\S[^\n]*))?', re.MULTILINE)
+FRAME = re.compile(
+    r'^[ |]*File "(?P<file>[^"\n]+)", line (?P<line>\d+),? in (?P<function>[^\n]+)'
+    r'(?:\n(?![ |]*File ")[ |]*(?P<code>\S[^\n]*))?',
+    re.MULTILINE,
+)
 """A frame of a traceback, with its line of code, or of a dump by `faulthandler`, without."""
 LIBRARY = re.compile(r"[/\\](?:site|dist)-packages[/\\]|^<")
 BETWEEN = re.compile(r"\n\n(?:During handling of the above|The above exception was)[^\n]*\n\n")

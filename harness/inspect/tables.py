@@ -25,8 +25,12 @@ def plain_table(*columns: str, right: Sequence[str] = (), fold: Sequence[str] = 
     """A borderless table; ``fold`` names the columns that may break."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name not in fold,
-                         overflow="fold" if name in fold else "ellipsis")
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            no_wrap=name not in fold,
+            overflow="fold" if name in fold else "ellipsis",
+        )
     return table
 
 
@@ -38,9 +42,15 @@ def chain_table(links: Sequence[dict[str, Any]], width: int, culprit_kind: str |
     ops = [tail(bare(link["op"], width), width // OP_SHARE) for link in links]
     room = max(16, width - 34 - max(map(len, ops), default=0))
     for place, (link, op) in enumerate(zip(links, ops, strict=True), start=1):
-        table.add_row(str(place), link["phase"], Text(tail(link["tensor"] or link["module"] or "–", room)),
-                      op, KIND_WORDS[culprit_kind if place == 1 and culprit_kind else link["kind"]],
-                      dtype(link["dtype"]), style="bold red" if place == 1 and culprit_kind else None)
+        table.add_row(
+            str(place),
+            link["phase"],
+            Text(tail(link["tensor"] or link["module"] or "–", room)),
+            op,
+            KIND_WORDS[culprit_kind if place == 1 and culprit_kind else link["kind"]],
+            dtype(link["dtype"]),
+            style="bold red" if place == 1 and culprit_kind else None,
+        )
     return table
 
 
@@ -50,13 +60,25 @@ def operands_table(found: dict[str, Any]) -> Table:
     table = plain_table("", "dtype", "shape", *numbers, right=numbers)
     for o in found["operands"]:
         elements = _numel(o["shape"])
-        table.add_row(Text(o["argument"]), dtype(o["dtype"]), shape(o["shape"]),
-                      number(o["absmax"]) if o["absmax"] is not None else "none finite", _share(o["zeros"], elements),
-                      _share(o["nonfinite"], elements))
+        table.add_row(
+            Text(o["argument"]),
+            dtype(o["dtype"]),
+            shape(o["shape"]),
+            number(o["absmax"]) if o["absmax"] is not None else "none finite",
+            _share(o["zeros"], elements),
+            _share(o["nonfinite"], elements),
+        )
     out = found["output"]
     if out:
-        table.add_row("→ output", dtype(out["dtype"]), shape(out["shape"]), "", "", _share(out["nonfinite"], out["numel"]),
-                      style="bold red")
+        table.add_row(
+            "→ output",
+            dtype(out["dtype"]),
+            shape(out["shape"]),
+            "",
+            "",
+            _share(out["nonfinite"], out["numel"]),
+            style="bold red",
+        )
     return table
 
 
@@ -69,15 +91,24 @@ def kernel_table(rows: Sequence[dict[str, Any]], width: int) -> Table:
     for row, name, sizes in zip(rows, names, shapes, strict=True):
         module = row["module"] or ""
         style = "bold red" if row["here"] else "red" if row["nonfinite"] else None
-        table.add_row("→" if row["here"] else "", name, row["phase"], Text(tail(module, room)),
-                      time_words(row["duration_s"]), sizes, dtype(row["dtype"]), style=style)
+        table.add_row(
+            "→" if row["here"] else "",
+            name,
+            row["phase"],
+            Text(tail(module, room)),
+            time_words(row["duration_s"]),
+            sizes,
+            dtype(row["dtype"]),
+            style=style,
+        )
     return table
 
 
 def remedy_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Changes that were tried from the snapshot, and what each did."""
-    table = plain_table("change", "outcome", "step time", "memory", "confirms", right=("step time", "memory"),
-                        fold=("outcome", "confirms"))
+    table = plain_table(
+        "change", "outcome", "step time", "memory", "confirms", right=("step time", "memory"), fold=("outcome", "confirms")
+    )
     for row in rows:
         if row["survives"] is None:
             outcome, style = f"not tried: {row['why'] or 'no reason given'}", "dim"
@@ -85,8 +116,13 @@ def remedy_table(rows: Sequence[dict[str, Any]]) -> Table:
             outcome, style = f"survives {count(row['steps'], 'step')}", "green"
         else:
             outcome, style = f"fails again at step {row['failed_at']}", "red"
-        table.add_row(Text(row["change"]), Text(outcome, style=style), _times(row["step_time_ratio"]),
-                      _times(row["bytes_ratio"]), Text(row["confirms"] or "–"))
+        table.add_row(
+            Text(row["change"]),
+            Text(outcome, style=style),
+            _times(row["step_time_ratio"]),
+            _times(row["bytes_ratio"]),
+            Text(row["confirms"] or "–"),
+        )
     return table
 
 
@@ -116,7 +152,7 @@ def bare(op: str, width: int) -> str:
 
 def tail(name: str, room: int) -> str:
     """The end of a dotted name, which tells modules apart."""
-    return name if len(name) <= room else "…" + name[-(room - 1):]
+    return name if len(name) <= room else "…" + name[-(room - 1) :]
 
 
 def dtype(name: str) -> str:

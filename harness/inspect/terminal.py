@@ -47,8 +47,11 @@ class InspectScreen:
     def _head(self, found: dict[str, Any]) -> None:
         status = found["status"]
         style = STYLES.get(status, "yellow")
-        at = f" at step {found['divergence_step']}" if found.get("divergence_step") else \
-            f" after {count(found['steps_done'], 'step')}"
+        at = (
+            f" at step {found['divergence_step']}"
+            if found.get("divergence_step")
+            else f" after {count(found['steps_done'], 'step')}"
+        )
         of = f" of {found['max_steps']}" if found.get("max_steps") else ""
         self.console.print(Text(found["run_id"], style="bold"))
         words = [found[name] for name in ("preset", "device") if found.get(name)]
@@ -56,8 +59,9 @@ class InspectScreen:
         self.console.print()
         self.console.print(Text(_sentence(found["verdict"]), style="green" if status == "completed" else style))
         if found.get("matched") is False:
-            self.console.print(Text("The replay did not fail in the same way as the run: what follows is a near case.",
-                                    style="yellow"))
+            self.console.print(
+                Text("The replay did not fail in the same way as the run: what follows is a near case.", style="yellow")
+            )
 
     def _stack(self, stack: dict[str, Any]) -> None:
         self._section("Where it failed", "the model's and our own code, the innermost frame last")
@@ -88,9 +92,12 @@ class InspectScreen:
             for line in histogram_lines(found["histograms"], width - 2):
                 self._indented(line)
         if found["kernels"]:
-            self._section("Kernels around the failure" if found["device_type"] == "cuda" else "Ops around the failure",
-                          "times from the profiled replay; – where it saw no such op" if any(
-                              row["duration_s"] is None for row in found["kernels"]) else "times from the profiled replay")
+            self._section(
+                "Kernels around the failure" if found["device_type"] == "cuda" else "Ops around the failure",
+                "times from the profiled replay; – where it saw no such op"
+                if any(row["duration_s"] is None for row in found["kernels"])
+                else "times from the profiled replay",
+            )
             self._indented(kernel_table(found["kernels"], width))
 
     def _exact(self, output: dict[str, Any] | None) -> None:
@@ -118,8 +125,9 @@ class InspectScreen:
         self._section(f"Largest |x| of {history[0]['module'] or 'the model'}")
         for line in lines:
             self._indented(line)
-        self._line(f"{FORWARD} output   {BACKWARD} its gradient, at the loss scale   {LIMIT} end of {name}   log scale",
-                   style="dim")
+        self._line(
+            f"{FORWARD} output   {BACKWARD} its gradient, at the loss scale   {LIMIT} end of {name}   log scale", style="dim"
+        )
         if found.get("earlier_history"):
             self._line(f"before step {found['history'][0]['step']}: the largest of a log window, at its step", style="dim")
         since = found.get("headroom_since_step")
@@ -180,5 +188,7 @@ def _headroom_words(row: dict[str, Any], against: str) -> str:
     name = row["module"] or "the model"
     if row["headroom_bits"] < 0:
         return f"{-row['headroom_bits']:.1f} bits beyond: {where} of {name}, {number(row['absmax'])} at step {row['step']}"
-    return (f"{row['headroom_bits']:.1f} bits ({where} of {name}, {number(row['absmax'])} in {dtype(row['dtype'])} at step "
-            f"{row['step']}; {dtype(against)} ends at {number(LIMITS[against])})")
+    return (
+        f"{row['headroom_bits']:.1f} bits ({where} of {name}, {number(row['absmax'])} in {dtype(row['dtype'])} at step "
+        f"{row['step']}; {dtype(against)} ends at {number(LIMITS[against])})"
+    )

@@ -25,18 +25,25 @@ from harness.terminal import CaseScreen
 from instrument.records import encode
 
 
-def run_rank(settings: RunSettings, out: Path, ranks: Ranks, options: argparse.Namespace, started_s: float,
-             budget: Budget | None) -> int:
+def run_rank(
+    settings: RunSettings, out: Path, ranks: Ranks, options: argparse.Namespace, started_s: float, budget: Budget | None
+) -> int:
     """Execute this rank's part of the run; rank 0 shows it. Returns the exit code, the same on all; where a rank
     failed it does not return but ends the process, since taking a torn process group down may wait for ever."""
     if budget is not None:
         refuse_too_little(budget)  # before the ranks are one team
     screen = CaseScreen(settings, out) if ranks.is_first else None
     try:
-        with joined(ranks, torch.device(settings.device), options.hang_after_s) as team, folder_of(ranks, out) as folder, \
-                screen or nullcontext(), StopTogether(team).listening() as stop, ending_in_time(budget, stop):
-            record = execute(settings, folder, screen.show if screen else lambda row: None, started_s, stop,
-                             fresh=options.fresh, team=team)
+        with (
+            joined(ranks, torch.device(settings.device), options.hang_after_s) as team,
+            folder_of(ranks, out) as folder,
+            screen or nullcontext(),
+            StopTogether(team).listening() as stop,
+            ending_in_time(budget, stop),
+        ):
+            record = execute(
+                settings, folder, screen.show if screen else lambda row: None, started_s, stop, fresh=options.fresh, team=team
+            )
             if not team.torn:
                 team.gather(None)  # rank 0 has written the row: torchrun ends it as soon as another leaves with 75
     except RankFailed as error:  # before there was a run to write a row of; that rank says why

@@ -20,8 +20,10 @@ def facts_of_all(team: Team, mine: dict[str, Any], device: torch.device) -> dict
     if len(told) == 1 or not mine:
         return mine
     peaks, joules = ([theirs[name] for theirs in told] for name in ("peak_device_bytes", "energy_j"))
-    return mine | {"peak_device_bytes": None if None in peaks else max(peaks),
-                   "energy_j": joules[0] if device.type == "cpu" else None if None in joules else sum(joules)}
+    return mine | {
+        "peak_device_bytes": None if None in peaks else max(peaks),
+        "energy_j": joules[0] if device.type == "cpu" else None if None in joules else sum(joules),
+    }
 
 
 def peaks_by_rank(team: Team, device: torch.device, instrument_bytes: int) -> dict[str, Any]:
@@ -29,12 +31,17 @@ def peaks_by_rank(team: Team, device: torch.device, instrument_bytes: int) -> di
     the instruments' own. Nothing for one process, whose peaks are the row's."""
     if team.ranks.world == 1:
         return {}
-    mine: dict[str, Any] = {"rank": team.ranks.rank, "host": socket.gethostname(),
-                            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    mine: dict[str, Any] = {
+        "rank": team.ranks.rank,
+        "host": socket.gethostname(),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     if device.type == "cuda":
-        mine |= {"gpu": str(torch.cuda.get_device_properties(device).uuid),
-                 "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) - instrument_bytes,
-                 "peak_reserved_bytes": torch.cuda.max_memory_reserved(device)}
+        mine |= {
+            "gpu": str(torch.cuda.get_device_properties(device).uuid),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) - instrument_bytes,
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
     return {"ranks": team.gather(mine)}
 
 

@@ -17,9 +17,11 @@ def of_this_rank(found: FirstNonfinite, share: Share, micro_batches: int) -> Fir
     if share.team.ranks.world == 1:
         return found
     place = found.microbatch
-    return msgspec.structs.replace(found, rank=None if found.op == SUM_OVER_RANKS else share.team.ranks.rank,
-                                   microbatch=None if found.op == SUM_OVER_RANKS or place is None else
-                                   share.first(micro_batches) + place)
+    return msgspec.structs.replace(
+        found,
+        rank=None if found.op == SUM_OVER_RANKS else share.team.ranks.rank,
+        microbatch=None if found.op == SUM_OVER_RANKS or place is None else share.first(micro_batches) + place,
+    )
 
 
 def first_of_all(share: Share, mine: FirstNonfinite | None) -> tuple[int, FirstNonfinite] | None:

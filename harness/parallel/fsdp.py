@@ -70,12 +70,14 @@ class FsdpShare(Share):
             digest.update(value.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def state(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler | None) -> NamedState | None:
+    def state(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> NamedState | None:
         return put_together(Snapshot(step, self._sliced, optimizer, scaler).named(), self._sharded, self.team)
 
-    def restore(self, state: NamedState, model: nn.Module, optimizer: torch.optim.Optimizer,
-                scaler: torch.amp.GradScaler | None) -> None:
+    def restore(
+        self, state: NamedState, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> None:
         """This rank's slices of it."""
         mine = taken_apart(state, self._sharded, self.team.ranks.rank)
         Snapshot.from_named(mine, self._sliced, optimizer, scaler).restore()
@@ -98,8 +100,10 @@ def fsdp_share(team: Team, model: nn.Module, precision: Precision) -> FsdpShare:
     if config.optimizer in NEEDS_WHOLE:
         raise Unsupported(f"under --parallel fsdp: {NEEDS_WHOLE[config.optimizer]}; use --parallel ddp")
     if config.clip == "fp16":
-        raise Unsupported("under --parallel fsdp: the norm of all gradients is computed in fp16, and no rank has all of "
-                          "them; use --parallel ddp")
+        raise Unsupported(
+            "under --parallel fsdp: the norm of all gradients is computed in fp16, and no rank has all of "
+            "them; use --parallel ddp"
+        )
     if not all(parameter.requires_grad for parameter in model.parameters()):
         raise Unsupported("under --parallel fsdp: some parameters are frozen, which is not supported; use --parallel ddp")
     mesh = init_device_mesh(precision.device.type, (team.ranks.world,))

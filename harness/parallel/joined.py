@@ -98,21 +98,26 @@ def joined(ranks: Ranks, device: torch.device, hang_after_s: float) -> Iterator[
     cuda = device.type == "cuda"
     if cuda:
         if ranks.local_world > torch.cuda.device_count():
-            raise SettingsError(f"torchrun started {ranks.local_world} processes on this machine, and torch sees "
-                                f"{torch.cuda.device_count()} GPUs; give --nproc-per-node {torch.cuda.device_count()}")
+            raise SettingsError(
+                f"torchrun started {ranks.local_world} processes on this machine, and torch sees "
+                f"{torch.cuda.device_count()} GPUs; give --nproc-per-node {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(ranks.local_rank)
     timeout_s = hang_after_s or FOR_EVER_S
     longest = timedelta(seconds=2 * timeout_s)  # the watchman comes first, and says more
     number = next(TEAMS)
     try:
         store = connected(ranks, f"{number}/group")
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.world,
-                                timeout=longest)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=longest
+        )
         talk = dist.new_group(backend="gloo", timeout=longest) if cuda else None
         watchman = Watchman(ranks, connected(ranks, f"{number}/watch", is_open=True), timeout_s)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise SettingsError(f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:"
-                            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from error
+        raise SettingsError(
+            f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+        ) from error
     team = JoinedTeam(ranks, talk, watchman)
     try:
         yield team
@@ -132,6 +137,12 @@ def connected(ranks: Ranks, prefix: str, *, is_open: bool = False) -> dist.Store
     """A connection to the key-value store at ``MASTER_ADDR``: torchrun's own, or else the one that rank 0 opens,
     unless it ``is_open`` already. A restarted run and a process' next one find no keys of those before."""
     is_open = is_open or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks.world,
-                          is_master=ranks.is_first and not is_open, timeout=timedelta(seconds=60), wait_for_workers=False)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        ranks.world,
+        is_master=ranks.is_first and not is_open,
+        timeout=timedelta(seconds=60),
+        wait_for_workers=False,
+    )
     return dist.PrefixStore(f"ddb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{prefix}", store)

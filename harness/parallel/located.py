@@ -25,10 +25,16 @@ def located(divergence: Divergence, team: Team, taps: ModuleTaps | None) -> Dive
     if found is not None:
         module, kind, dtype = found
         first = msgspec.structs.replace(first, rank=rank, module=module, kind=kind, dtype=dtype or None)
-    where = ", ".join(str(part) for part in (f"step {first.step}", f"rank {rank}" if rank is not None else None, first.phase,
-                                            first.module) if part)
-    return Divergence(divergence.step, first, f"{where}: {first.tensor} is {first.kind}; a sharded run is not replayed, so "
-                                              "the op is not known")
+    where = ", ".join(
+        str(part)
+        for part in (f"step {first.step}", f"rank {rank}" if rank is not None else None, first.phase, first.module)
+        if part
+    )
+    return Divergence(
+        divergence.step,
+        first,
+        f"{where}: {first.tensor} is {first.kind}; a sharded run is not replayed, so the op is not known",
+    )
 
 
 def _of(first: FirstNonfinite, readings: list[TapReading]) -> TapReading | None:

@@ -34,8 +34,10 @@ class Ranks:
             return cls()
         missing = [name for name in NEEDED if not os.environ.get(name)]
         if missing:
-            raise SettingsError(f"WORLD_SIZE is {world}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-                                f"set: a run on several GPUs is started with `{HOW}`; for one process unset WORLD_SIZE")
+            raise SettingsError(
+                f"WORLD_SIZE is {world}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+                f"set: a run on several GPUs is started with `{HOW}`; for one process unset WORLD_SIZE"
+            )
         return cls(_number("RANK"), world, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", least=1))
 
 

@@ -26,8 +26,9 @@ def folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
         yield scratch
 
 
-def resumed_by_all(team: Team, out: Path, run_id: str,
-                   find: Callable[[], tuple[Resumption | None, list[str]]]) -> tuple[Resumption | None, list[str]]:
+def resumed_by_all(
+    team: Team, out: Path, run_id: str, find: Callable[[], tuple[Resumption | None, list[str]]]
+) -> tuple[Resumption | None, list[str]]:
     """What rank 0 found to go on from (`harness.resume.find`), for every rank: its records as rank 0 read them, the
     state from the checkpoint's own files, which all ranks must be able to read. Its tensors are mapped and not loaded: who
     needs a slice of each pays for that."""

@@ -53,13 +53,15 @@ class Share:
         """For the record's ``flags``; all ranks call it."""
         return {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
 
-    def state(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler | None) -> NamedState | None:
+    def state(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> NamedState | None:
         """The whole state behind ``step`` steps, for rank 0 to store; None on the others. All ranks call it."""
         return Snapshot(step, model, optimizer, scaler).named() if self.team.ranks.is_first else None
 
-    def restore(self, state: NamedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                scaler: torch.amp.GradScaler | None) -> None:
+    def restore(
+        self, state: NamedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> None:
         """Put a stored state into freshly prepared objects; raises `ValueError` when it does not fit."""
         Snapshot.from_named(state, model, optimizer, scaler).restore()
 
@@ -79,7 +81,7 @@ class Share:
 
     def _own(self, micro_batches: Sequence[Micro]) -> Sequence[Micro]:
         first = self.first(len(micro_batches))
-        return micro_batches[first:first + self.count(len(micro_batches))]
+        return micro_batches[first : first + self.count(len(micro_batches))]
 
     def sum_gradients(self) -> None:
         """Behind the last backward pass: now every rank's gradients are the step's."""

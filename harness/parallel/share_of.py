@@ -12,8 +12,9 @@ from harness.precision import Precision
 from harness.settings import RunSettings
 
 
-def share_of(settings: RunSettings, team: Team, model: torch.nn.Module, forward: torch.nn.Module, batches: Batches,
-             precision: Precision) -> Share:
+def share_of(
+    settings: RunSettings, team: Team, model: torch.nn.Module, forward: torch.nn.Module, batches: Batches, precision: Precision
+) -> Share:
     """The share of a prepared model; all ranks make theirs at the same time, before the optimizer."""
     if team.ranks.world == 1:
         return WHOLE

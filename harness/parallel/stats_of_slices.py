@@ -29,4 +29,3 @@ def over_ranks(mine: TensorStats) -> TensorStats:
     found = gathered.view(torch.float32)[:, -1, FOUND_INF_F32]
     words.view(torch.float32)[-1, FOUND_INF_F32] = found.amax()
     return TensorStats(words)
-

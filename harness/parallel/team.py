@@ -23,8 +23,9 @@ class RankFailed(Exception):
     """Another rank of the run failed or went away. ``status`` is what the run's row gets; ``flags`` what the row's get
     beside the rank, see `supervise.death.Death.flags`."""
 
-    def __init__(self, rank: int | None, status: str, sentence: str, traceback: str | None = None,
-                 flags: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, rank: int | None, status: str, sentence: str, traceback: str | None = None, flags: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(sentence)
         self.rank, self.status, self.traceback, self.flags = rank, status, traceback, flags or {}
 

@@ -87,8 +87,11 @@ class Watchman:
         until_s = time.monotonic() + GRACE_S
         while (failed := self._failed()) is None and time.monotonic() < until_s:
             time.sleep(PERIOD_S / 5)
-        return failed or RankFailed(None, "error", f"the connection to another rank broke, and all seem to be alive "
-                                                   f"({self._places()}): {str(error).splitlines()[0]}")
+        return failed or RankFailed(
+            None,
+            "error",
+            f"the connection to another rank broke, and all seem to be alive ({self._places()}): {str(error).splitlines()[0]}",
+        )
 
     def stop(self) -> None:
         """End the thread. An interpreter that ends while it talks to the store aborts the process."""
@@ -124,22 +127,32 @@ class Watchman:
 
     def _beat(self) -> None:
         self._beat_number += 1
-        self._set(f"beat/{self.ranks.rank}", {
-            "pid": self._me.pid, "began": self._me.create_time(), "where": where_process_ids_mean_something(),
-            "number": self._beat_number, "place": place_of(self._main)})
+        self._set(
+            f"beat/{self.ranks.rank}",
+            {
+                "pid": self._me.pid,
+                "began": self._me.create_time(),
+                "where": where_process_ids_mean_something(),
+                "number": self._beat_number,
+                "place": place_of(self._main),
+            },
+        )
 
     def _failed(self) -> RankFailed | None:
         """The first rank that has left its last words, or else is dead."""
         others = [rank for rank in range(self.ranks.world) if rank != self.ranks.rank]
         for rank in others:
             if (words := self._get(f"words/{rank}")) is not None:
-                return RankFailed(rank, words["status"], f"rank {rank}: {words['sentence']}", words["traceback"],
-                                  words["flags"])
+                return RankFailed(
+                    rank, words["status"], f"rank {rank}: {words['sentence']}", words["traceback"], words["flags"]
+                )
         for rank in others:
             beat = self._get(f"beat/{rank}")
             if beat is not None and self._is_dead(rank, beat):
-                return RankFailed.of(Death("killed", f"rank {rank} (process {beat['pid']}) died without a word, last seen at "
-                                                     f"{beat['place']}"), rank)
+                return RankFailed.of(
+                    Death("killed", f"rank {rank} (process {beat['pid']}) died without a word, last seen at {beat['place']}"),
+                    rank,
+                )
         return None
 
     def _is_dead(self, rank: int, beat: dict[str, Any]) -> bool:
@@ -156,8 +169,9 @@ class Watchman:
         return time.monotonic() - since_s > STALE_S
 
     def _hung(self) -> RankFailed:
-        return RankFailed.of(Death("hung", f"no rank has got on for {self.timeout_s:g} s: {self._places()}",
-                                   {"hang_after_s": self.timeout_s}))
+        return RankFailed.of(
+            Death("hung", f"no rank has got on for {self.timeout_s:g} s: {self._places()}", {"hang_after_s": self.timeout_s})
+        )
 
     def _places(self) -> str:
         beats = {rank: self._get(f"beat/{rank}") for rank in range(self.ranks.world)}

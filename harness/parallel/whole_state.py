@@ -66,16 +66,20 @@ def taken_apart(state: NamedState, sharded: Mapping[str, DTensor], rank: int) ->
             like = _parameter_of(name, sharded)
             cut = like is not None and _is_slice(name, value, like.shape)
             tensors[name] = _slice(value, like) if cut else value
-    own = {name.removeprefix(_random_of(rank)): value for name, value in state.tensors.items()
-           if name.startswith(_random_of(rank)) and (rank or not name.startswith(f"{RANDOM}rank"))}
+    own = {
+        name.removeprefix(_random_of(rank)): value
+        for name, value in state.tensors.items()
+        if name.startswith(_random_of(rank)) and (rank or not name.startswith(f"{RANDOM}rank"))
+    }
     if not own:
         raise ValueError(f"the stored state has no random states of rank {rank}")
     return replace(state, tensors=tensors | {RANDOM + name: value for name, value in own.items()})
 
 
 def _whole(part: torch.Tensor, like: DTensor) -> torch.Tensor:
-    return DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, shape=like.shape,
-                              stride=like.stride()).full_tensor()
+    return DTensor.from_local(
+        part.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
 
 
 def _slice(value: torch.Tensor, like: DTensor) -> torch.Tensor:

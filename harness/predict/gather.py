@@ -84,8 +84,10 @@ def predictions(case: str, spelled: str, out: Path) -> Predictions:
     runs = [run for run in finished_runs(out) if run.case == case]
     references = [run for run in runs if run.dtype_config == REFERENCE and run.steps_done]
     if not references:
-        raise RunNotFound(f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case "
-                          + shlex.join([spelled, REFERENCE, "--out", str(out)]))
+        raise RunNotFound(
+            f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case "
+            + shlex.join([spelled, REFERENCE, "--out", str(out)])
+        )
     narrow = [run for run in runs if run.config["config"]["compute"] != "fp32"]
     found = [_of(reference, [run for run in narrow if _are_twins(run, reference)], out) for reference in references]
     compared = {config.run_id for reference in found for config in reference.configs}
@@ -95,29 +97,56 @@ def predictions(case: str, spelled: str, out: Path) -> Predictions:
 
 def arithmetic_of(config: DtypeConfig) -> Arithmetic:
     """What decides, of a configuration."""
-    states = {"foreach": config.weights, "fused": config.weights, "fp32_states": "fp32", "stochastic_rounding": "bf16",
-              "8bit": "8bit"}[config.optimizer]
-    return Arithmetic(compute=config.compute, head=config.head, states=states,
-                      update=config.weights if config.optimizer == "foreach" else "fp32", clip=config.clip,
-                      mixed=config.autocast is not None, eps=config.eps, beta2=BETAS[1], max_norm=MAX_NORM,
-                      loss_scale=FIRST_LOSS_SCALE if config.scaler else None)
+    states = {
+        "foreach": config.weights,
+        "fused": config.weights,
+        "fp32_states": "fp32",
+        "stochastic_rounding": "bf16",
+        "8bit": "8bit",
+    }[config.optimizer]
+    return Arithmetic(
+        compute=config.compute,
+        head=config.head,
+        states=states,
+        update=config.weights if config.optimizer == "foreach" else "fp32",
+        clip=config.clip,
+        mixed=config.autocast is not None,
+        eps=config.eps,
+        beta2=BETAS[1],
+        max_norm=MAX_NORM,
+        loss_scale=FIRST_LOSS_SCALE if config.scaler else None,
+    )
 
 
 def _are_twins(run: RunRecord, reference: RunRecord) -> bool:
     """The same experiment but for the dtype configuration."""
-    return run.seed == reference.seed and {k: v for k, v in run.config.items() if k != "config"} == \
-        {k: v for k, v in reference.config.items() if k != "config"}
+    return run.seed == reference.seed and {k: v for k, v in run.config.items() if k != "config"} == {
+        k: v for k, v in reference.config.items() if k != "config"
+    }
 
 
 def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> ReferencePrediction:
     modules = _modules(reference, out)
-    facts = Reference(modules, _records(out / "training_logs" / f"run_{reference.run_id}.jsonl", StepRecord),
-                      reference.n_params, reference.batch_size // reference.micro_batch)
+    facts = Reference(
+        modules,
+        _records(out / "training_logs" / f"run_{reference.run_id}.jsonl", StepRecord),
+        reference.n_params,
+        reference.batch_size // reference.micro_batch,
+    )
     by_config = {run.dtype_config: run for run in runs}
     configs = {name: config for name, config in DTYPE_CONFIGS.items() if config.compute != "fp32"}
     rows = [_config(config, hazards(facts, arithmetic_of(config)), by_config.get(name)) for name, config in configs.items()]
-    return ReferencePrediction(reference.run_id, reference.seed, reference.config["lr"], reference.preset, reference.status,
-                               reference.steps_done, FIRST_LOSS_SCALE, _headroom(modules), rows)
+    return ReferencePrediction(
+        reference.run_id,
+        reference.seed,
+        reference.config["lr"],
+        reference.preset,
+        reference.status,
+        reference.steps_done,
+        FIRST_LOSS_SCALE,
+        _headroom(modules),
+        rows,
+    )
 
 
 def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> ConfigPrediction:
@@ -129,24 +158,45 @@ def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> 
     zero_share = run.flags.get("exp_avg_sq_zero_frac") if clean_states else None  # a failed backward writes NaN into them
     happened = Happened(run.divergence_step, first, run.scaler_skips, zero_share)
     where = first.module if first else None
-    return ConfigPrediction(config.id, found, end(found), run.run_id, run.status, run.divergence_step, happened.kind, where,
-                            compare(found, happened))
+    return ConfigPrediction(
+        config.id,
+        found,
+        end(found),
+        run.run_id,
+        run.status,
+        run.divergence_step,
+        happened.kind,
+        where,
+        compare(found, happened),
+    )
 
 
 def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
     table = HeadroomTable()
     table.add(modules)
     fp16, bf16 = FORMATS["fp16"], FORMATS["bf16"]
-    return [ModuleHeadroom(r.module, r.direction, r.absmax, r.step, fp16.headroom_bits(r.absmax),
-                           fp16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None,
-                           bf16.headroom_bits(r.absmax), r.flush_frac) for r in table.rows()]
+    return [
+        ModuleHeadroom(
+            r.module,
+            r.direction,
+            r.absmax,
+            r.step,
+            fp16.headroom_bits(r.absmax),
+            fp16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None,
+            bf16.headroom_bits(r.absmax),
+            r.flush_frac,
+        )
+        for r in table.rows()
+    ]
 
 
 def _modules(reference: RunRecord, out: Path) -> list[ModuleRecord]:
     path = out / "runs" / reference.run_id / "activations.jsonl"
     if not path.exists():
-        raise RunNotFound(f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was "
-                          "measured; run it again with --instrument light or full")
+        raise RunNotFound(
+            f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was "
+            "measured; run it again with --instrument light or full"
+        )
     return _records(path, ModuleRecord)
 
 

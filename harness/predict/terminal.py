@@ -17,10 +17,19 @@ from instrument.prediction_outcome import FALSE_ALARM, HIT, MISSED, NOT_REACHED,
 
 MOST_MODULES = 10
 SHORT_BITS = 1.0
-ENDS = {"overflow_forward": "forward overflow", "overflow_backward": "backward overflow", "norm_overflow": "norm overflow",
-        "division_by_zero": "division by 0", "other": "another cause"}
-WORDS = {HIT: "[green]as predicted[/]", FALSE_ALARM: "[yellow]did not happen[/]", MISSED: "[red]not predicted[/]",
-         NOT_REACHED: "[dim]not reached[/]"}
+ENDS = {
+    "overflow_forward": "forward overflow",
+    "overflow_backward": "backward overflow",
+    "norm_overflow": "norm overflow",
+    "division_by_zero": "division by 0",
+    "other": "another cause",
+}
+WORDS = {
+    HIT: "[green]as predicted[/]",
+    FALSE_ALARM: "[yellow]did not happen[/]",
+    MISSED: "[red]not predicted[/]",
+    NOT_REACHED: "[dim]not reached[/]",
+}
 """A verdict in the table; the counts below have it in full."""
 
 
@@ -29,8 +38,9 @@ def show(found: Predictions) -> None:
     console = Console(stderr=True, highlight=False)
     for reference in found.references:
         console.print(f"[bold]{escape(found.case)}[/], predicted from {escape(reference.run_id)}")
-        console.print(f"({reference.status} after {count(reference.steps, 'step')}, lr {reference.lr:g}, "
-                      f"{reference.preset} preset)")
+        console.print(
+            f"({reference.status} after {count(reference.steps, 'step')}, lr {reference.lr:g}, {reference.preset} preset)"
+        )
         for line in ranges(reference):
             console.print(Padding(line, (0, 0, 0, 2)))
         console.print(configurations(reference.configs))
@@ -139,18 +149,25 @@ def _reasons(found: list[Hazard]) -> Iterator[str]:
     for kind, group in by_kind.items():
         first = group[0]
         if kind == "division_by_zero":
-            yield (f"clipped gradients have a root mean square of {first.value:.2g}; below {first.limit:.2g} the second moment "
-                   "rounds to 0, as epsilon does, and AdamW divides by it")
+            yield (
+                f"clipped gradients have a root mean square of {first.value:.2g}; below {first.limit:.2g} the second moment "
+                "rounds to 0, as epsilon does, and AdamW divides by it"
+            )
         elif kind == "states_flush":
             yield f"at least {first.share:.1%} of the second moments round to 0 at step {first.step}"
         elif kind == "gradient_flush":
             worst = max(group, key=lambda h: h.share)
-            yield (f"over half of the gradients of {count(len(group), 'module')} flush to 0 "
-                   f"(most: {worst.share:.1%} in {worst.module})")
+            yield (
+                f"over half of the gradients of {count(len(group), 'module')} flush to 0 "
+                f"(most: {worst.share:.1%} in {worst.module})"
+            )
         else:
             worst = max(group, key=lambda h: h.value)
-            what = {"scaler_skip": "steps skipped for gradients", "norm_overflow": "gradient norm",
-                    "overflow_forward": f"outputs of {count(len(group), 'module')}"}.get(kind, "gradients")
+            what = {
+                "scaler_skip": "steps skipped for gradients",
+                "norm_overflow": "gradient norm",
+                "overflow_forward": f"outputs of {count(len(group), 'module')}",
+            }.get(kind, "gradients")
             yield f"{what} beyond {first.limit:,.0f}, the largest {worst.value:.3g} in {worst.module or 'the norm'}"
 
 

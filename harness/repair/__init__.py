@@ -25,12 +25,15 @@ def repair_command(options: argparse.Namespace) -> int:
     try:
         merge(options.folder, options.merge, merged)
         if not any((options.folder / name).exists() for name in ("runs", "training_logs", "results.jsonl")):
-            raise SettingsError(f"{options.folder} holds neither runs/ nor training_logs/ nor results.jsonl; give a results "
-                                "folder, such as results/nvidia-h200")
+            raise SettingsError(
+                f"{options.folder} holds neither runs/ nor training_logs/ nor results.jsonl; give a results "
+                "folder, such as results/nvidia-h200"
+            )
         done = repair_folder(options.folder)
     except OSError as error:
-        raise OutputError(f"cannot repair {options.folder}: {error.filename}: {error.strerror}; lines that were intact "
-                          "still are") from error
+        raise OutputError(
+            f"cannot repair {options.folder}: {error.filename}: {error.strerror}; lines that were intact still are"
+        ) from error
     done.merged, done.in_use = merged.merged, sorted({*merged.in_use, *done.in_use})
     done.files = merged.files + done.files
     if options.json:

@@ -74,8 +74,7 @@ def repair_folder(out: Path) -> Repair:
 def _run_ids(out: Path, done: Repair) -> list[str]:
     """Safe names of runs that have a folder or a log; others are told and left alone."""
     folders = {path.name: path for path in (out / "runs").glob("*")}
-    logs = {path.name.removeprefix("run_").removesuffix(".jsonl"): path
-            for path in (out / "training_logs").glob("run_*.jsonl")}
+    logs = {path.name.removeprefix("run_").removesuffix(".jsonl"): path for path in (out / "training_logs").glob("run_*.jsonl")}
     for name, path in sorted((logs | folders).items()):
         if not is_safe(name) or path.is_symlink():
             why = "is a link: not followed" if path.is_symlink() else "is no safe name of a run: left alone"

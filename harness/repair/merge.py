@@ -37,8 +37,13 @@ def merge(out: Path, others: list[Path], done: Repair) -> None:
                 except RunClaimed:
                     done.in_use.append(row.run_id)
             elif encode(ours) != encode(row):
-                done.files.append(FileState(f"runs/{row.run_id}/run.json", intact=1, notes=[
-                    f"{ours.status}; {other} has another row of this run ({row.status}): left there"]))
+                done.files.append(
+                    FileState(
+                        f"runs/{row.run_id}/run.json",
+                        intact=1,
+                        notes=[f"{ours.status}; {other} has another row of this run ({row.status}): left there"],
+                    )
+                )
         left = [path.name for path in (other / "runs").glob("*/") if finished_run(other, path.name) is None]
         if left:
             notes = [f"{count(len(left), 'run')} without a readable row: left there"]
@@ -54,8 +59,10 @@ def _require_same_device(out: Path, other: Path) -> None:
     if not theirs:
         raise SettingsError(f"--merge {other}: no finished run in it; give a results folder, which holds runs/")
     if ours and theirs - ours:
-        raise SettingsError(f"--merge {other}: its runs are of {', '.join(sorted(theirs))} and those of {out} of "
-                            f"{', '.join(sorted(ours))}; a results folder holds one device")
+        raise SettingsError(
+            f"--merge {other}: its runs are of {', '.join(sorted(theirs))} and those of {out} of "
+            f"{', '.join(sorted(ours))}; a results folder holds one device"
+        )
 
 
 def _copy_run(other: Path, out: Path, row: RunRecord) -> None:

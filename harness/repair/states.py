@@ -16,8 +16,12 @@ from instrument.records import EvaluationRecord, EventRecord, Record, RunRecord,
 from instrument.sampler.record import HardwareRecord
 from instrument.watch.module_log import ModuleRecord
 
-KINDS: dict[str, type[Record]] = {"evaluations": EvaluationRecord, "events": EventRecord, "hardware": HardwareRecord,
-                                  "activations": ModuleRecord}
+KINDS: dict[str, type[Record]] = {
+    "evaluations": EvaluationRecord,
+    "events": EventRecord,
+    "hardware": HardwareRecord,
+    "activations": ModuleRecord,
+}
 """By a log's name up to its first dot: ``hardware.until-50.jsonl`` is one of the hardware's, too."""
 
 
@@ -49,12 +53,21 @@ def states(out: Path, run_id: str) -> Iterator[tuple[FileState, SortedLines | No
             yield FileState(name, foreign=1, notes=["is a link or no plain file: not read"]), None
         elif path.exists():
             found = sort_lines(path.read_bytes(), kind)
-            state = FileState(name, intact=found.intact, torn=found.torn, lost=found.damaged, rejoined=found.rejoined,
-                              repeated=found.repeated, foreign=found.foreign)
+            state = FileState(
+                name,
+                intact=found.intact,
+                torn=found.torn,
+                lost=found.damaged,
+                rejoined=found.rejoined,
+                repeated=found.repeated,
+                foreign=found.foreign,
+            )
             if kind is StepRecord and row is not None and found.steps < row.steps_done:
                 state.lost = max(state.lost, row.steps_done - found.steps)
-                state.notes.append(f"run.json says {count(row.steps_done, 'step')}, and "
-                                   f"{found.steps} {'is' if found.steps == 1 else 'are'} here")
+                state.notes.append(
+                    f"run.json says {count(row.steps_done, 'step')}, and "
+                    f"{found.steps} {'is' if found.steps == 1 else 'are'} here"
+                )
             yield state, found
         elif kind is StepRecord and row is not None and row.steps_done:
             notes = [f"is missing, and run.json says {count(row.steps_done, 'step')}"]

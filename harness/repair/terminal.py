@@ -9,8 +9,13 @@ from harness.repair.states import FileState
 from instrument.count import count
 
 MOST_NAMES = 5
-COUNTS = {"torn": "cut short by a dead writer", "lost": "lost", "rejoined": "won back from lines run together",
-          "repeated": "repeats dropped", "foreign": "not of this program's schema, left where they are"}
+COUNTS = {
+    "torn": "cut short by a dead writer",
+    "lost": "lost",
+    "rejoined": "won back from lines run together",
+    "repeated": "repeats dropped",
+    "foreign": "not of this program's schema, left where they are",
+}
 
 
 def print_repair(done: Repair) -> None:

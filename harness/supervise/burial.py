@@ -54,14 +54,21 @@ def with_death(draft: RunRecord, death: Death, steps: list[StepRecord], checkpoi
     error = f"{death.error}; the same command goes on from {checkpoint}" if goes_on else death.error
     resumed = draft.flags.get("resumed") or {}
     facts = reached(steps, draft.config["untimed_steps"], resumed.get("behind_steps", [])) if steps else {}
-    return msgspec.structs.replace(draft, status=death.status, error=error, flags=draft.flags | death.flags,
-                                   peak_rss_bytes=death.detail.get("peak_rss_last_seen_bytes"), **facts)
+    return msgspec.structs.replace(
+        draft,
+        status=death.status,
+        error=error,
+        flags=draft.flags | death.flags,
+        peak_rss_bytes=death.detail.get("peak_rss_last_seen_bytes"),
+        **facts,
+    )
 
 
 def amend(row: RunRecord, out: Path, death: Death) -> RunRecord:
     """A row that a dying process still wrote (a hung one, behind its checkpoint), with what was done to it."""
-    amended = msgspec.structs.replace(row, status=death.status, error=f"{death.error}; {row.error}",
-                                      flags=row.flags | death.flags)
+    amended = msgspec.structs.replace(
+        row, status=death.status, error=f"{death.error}; {row.error}", flags=row.flags | death.flags
+    )
     _keep_stack(out, amended, death)
     write_terminal(out, amended)
     return amended
@@ -83,8 +90,11 @@ def remains(out: Path, run_id: str, opened: bool) -> list[StepRecord]:
 
 def _last_checkpoint(out: Path, run_id: str) -> str | None:
     """Its name; whether it is whole is seen when it is read."""
-    steps = [int(number) for path in (out / "runs" / run_id).glob(f"{PREFIX}*")
-             if (number := path.name.removeprefix(PREFIX)).isdecimal()]
+    steps = [
+        int(number)
+        for path in (out / "runs" / run_id).glob(f"{PREFIX}*")
+        if (number := path.name.removeprefix(PREFIX)).isdecimal()
+    ]
     return f"{PREFIX}{max(steps)}" if steps else None
 
 

@@ -163,8 +163,11 @@ class Family:
     def _without_a_run(self, exit_code: int | None) -> int:
         if exit_code is not None and exit_code >= 0:
             return exit_code
-        print(f"harness: {self.vigil.death(exit_code, 0, Path(os.devnull)).error}; it had not yet got to a run, so there is "
-              f"no row", file=sys.stderr)
+        print(
+            f"harness: {self.vigil.death(exit_code, 0, Path(os.devnull)).error}; it had not yet got to a run, so there is "
+            f"no row",
+            file=sys.stderr,
+        )
         return ENVIRONMENT
 
 

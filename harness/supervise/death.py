@@ -12,8 +12,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-CAUSES = ("cuda_oom", "host_oom", "host_oom_kill", "killed", "illegal_access", "poisoned_context", "device_error", "segfault",
-          "exit", "import_failure", "bad_data", "exception", "hung", "node_lost")
+CAUSES = (
+    "cuda_oom",
+    "host_oom",
+    "host_oom_kill",
+    "killed",
+    "illegal_access",
+    "poisoned_context",
+    "device_error",
+    "segfault",
+    "exit",
+    "import_failure",
+    "bad_data",
+    "exception",
+    "hung",
+    "node_lost",
+)
 OUT_OF_MEMORY = ("cuda_oom", "host_oom", "host_oom_kill")
 GOES_ON = ("killed", "host_oom_kill", "hung", "node_lost")
 """Deaths from outside: the run's last checkpoint is as good as that of a run whose machine went away, which has no row
@@ -21,16 +35,24 @@ at all and goes on. What its own code did would happen again: such a run starts 
 MOST_FRAMES = 20
 CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL")
 
-TYPES = {"torch.OutOfMemoryError": "cuda_oom", "builtins.MemoryError": "host_oom", "builtins.ImportError": "import_failure",
-         "bench_cases.data.errors.DataError": "bad_data", "bench_cases.data.errors.DataUnavailable": "bad_data",
-         "builtins.SystemExit": "exit"}
+TYPES = {
+    "torch.OutOfMemoryError": "cuda_oom",
+    "builtins.MemoryError": "host_oom",
+    "builtins.ImportError": "import_failure",
+    "bench_cases.data.errors.DataError": "bad_data",
+    "bench_cases.data.errors.DataUnavailable": "bad_data",
+    "builtins.SystemExit": "exit",
+}
 MESSAGES = (
     ("cuda_oom", r"CUDA out of memory|CUDA (driver )?error: out of memory|CU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED"),
     ("host_oom", r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc"),
     ("illegal_access", r"illegal memory access|misaligned address|CUDA error: invalid program counter"),
-    ("poisoned_context", r"device-side assert|unspecified launch failure|CUDA error: (hardware stack|an illegal instruction|"
-                         r"uncorrectable|operation not supported on global|the launch timed out)|"
-                         r"CU(BLAS|DNN|SPARSE)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"),
+    (
+        "poisoned_context",
+        r"device-side assert|unspecified launch failure|CUDA error: (hardware stack|an illegal instruction|"
+        r"uncorrectable|operation not supported on global|the launch timed out)|"
+        r"CU(BLAS|DNN|SPARSE)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)",
+    ),
     ("device_error", r"\b(CUDA|HIP|NCCL|cuDNN|cuBLAS) (driver )?error|CU(BLAS|DNN|SPARSE)_STATUS_\w+"),
     ("import_failure", r"cannot open shared object file|undefined symbol"),
 )
@@ -91,10 +113,15 @@ class Evidence:
     @property
     def detail(self) -> dict[str, Any]:
         """For `Death.detail`."""
-        return {"phase": self.phase, "step": self.steps_done, "stack": current_frames(self.stack) or None,
-                "beat_age_s": None if self.beat_age_s is None else round(self.beat_age_s, 1),
-                "rss_last_seen_bytes": self.rss_bytes, "peak_rss_last_seen_bytes": self.peak_rss_bytes,
-                "memory_limit_bytes": self.memory_limit_bytes}
+        return {
+            "phase": self.phase,
+            "step": self.steps_done,
+            "stack": current_frames(self.stack) or None,
+            "beat_age_s": None if self.beat_age_s is None else round(self.beat_age_s, 1),
+            "rss_last_seen_bytes": self.rss_bytes,
+            "peak_rss_last_seen_bytes": self.peak_rss_bytes,
+            "memory_limit_bytes": self.memory_limit_bytes,
+        }
 
 
 def of_exception(error: BaseException, **detail: Any) -> Death:
@@ -144,11 +171,20 @@ def of_exit(exit_code: int | None, evidence: Evidence) -> Death:
     """What the end of a process says that left no word: ``exit_code`` as `multiprocessing` has it, negative for a signal,
     None where nobody could learn it (its fork server died too)."""
     if exit_code is None:
-        return Death("killed", f"the run's process is gone{evidence.place}; how it ended is not known: the fork server that "
-                               f"would have been told died as well", evidence.detail, evidence.stack)
+        return Death(
+            "killed",
+            f"the run's process is gone{evidence.place}; how it ended is not known: the fork server that "
+            f"would have been told died as well",
+            evidence.detail,
+            evidence.stack,
+        )
     if exit_code >= 0:
-        return Death("exit", f"the run's process exited with code {exit_code} without a result{evidence.place}",
-                     evidence.detail | {"exit_code": exit_code}, evidence.stack)
+        return Death(
+            "exit",
+            f"the run's process exited with code {exit_code} without a result{evidence.place}",
+            evidence.detail | {"exit_code": exit_code},
+            evidence.stack,
+        )
     name = _signal_name(-exit_code)
     detail = evidence.detail | {"signal": name}
     if name in CRASHES:
@@ -161,8 +197,12 @@ def of_exit(exit_code: int | None, evidence: Evidence) -> Death:
 def of_hang(evidence: Evidence, hang_after_s: float, ended_by: str) -> Death:
     """A run that gave no sign of life for ``hang_after_s`` seconds, and what it took to end it."""
     line = innermost(evidence.stack)
-    return Death("hung", f"no sign of life for {hang_after_s:g} s{evidence.place}{f', {line}' if line else ''}; ended by "
-                         f"{ended_by}", evidence.detail | {"hang_after_s": hang_after_s, "ended_by": ended_by}, evidence.stack)
+    return Death(
+        "hung",
+        f"no sign of life for {hang_after_s:g} s{evidence.place}{f', {line}' if line else ''}; ended by {ended_by}",
+        evidence.detail | {"hang_after_s": hang_after_s, "ended_by": ended_by},
+        evidence.stack,
+    )
 
 
 def current_frames(stack: str) -> list[str]:
@@ -180,23 +220,37 @@ def innermost(stack: str) -> str | None:
 
 def _crash(name: str, evidence: Evidence, detail: dict[str, Any]) -> Death:
     """C++ aborts over what nobody caught: its last words say what that was."""
-    said = re.findall(r"terminate called after throwing an instance of '([^']+)'(?:\s+what\(\): *([^\n]+))?", evidence.output) \
-        if name == "SIGABRT" else []
+    said = (
+        re.findall(r"terminate called after throwing an instance of '([^']+)'(?:\s+what\(\): *([^\n]+))?", evidence.output)
+        if name == "SIGABRT"
+        else []
+    )
     words = ": ".join(filter(None, said[-1])) if said else ""
     line = innermost(evidence.stack)
     where = f"{evidence.place}{f', {line}' if line else ''}"
-    return Death(_of_message(words) or "segfault",
-                 f"the run's process was killed by {name}{where}{f': {words}' if words else ''}", detail, evidence.stack)
+    return Death(
+        _of_message(words) or "segfault",
+        f"the run's process was killed by {name}{where}{f': {words}' if words else ''}",
+        detail,
+        evidence.stack,
+    )
 
 
 def _sigkill(evidence: Evidence, detail: dict[str, Any]) -> Death:
     seen = "" if evidence.rss_bytes is None else f"; {evidence.rss_bytes / 1e9:.2f} GB resident when last seen"
     detail = detail | {"oom_kills": evidence.oom_kills, "oom_counter": evidence.oom_counter}
     if evidence.oom_kills:
-        return Death("host_oom_kill", f"the kernel killed the run's process for want of memory{evidence.place} (its count of "
-                                      f"such kills rose by {evidence.oom_kills}, {evidence.oom_counter}){seen}", detail)
-    why = "this machine lets nobody read the kernel's count of out-of-memory kills, so whether it was one is not known" \
-        if evidence.oom_kills is None else "from outside: the kernel counted no out-of-memory kill since the run began"
+        return Death(
+            "host_oom_kill",
+            f"the kernel killed the run's process for want of memory{evidence.place} (its count of "
+            f"such kills rose by {evidence.oom_kills}, {evidence.oom_counter}){seen}",
+            detail,
+        )
+    why = (
+        "this machine lets nobody read the kernel's count of out-of-memory kills, so whether it was one is not known"
+        if evidence.oom_kills is None
+        else "from outside: the kernel counted no out-of-memory kill since the run began"
+    )
     return Death("killed", f"the run's process was killed by SIGKILL{evidence.place}, {why}{seen}", detail)
 
 

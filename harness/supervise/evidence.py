@@ -18,8 +18,11 @@ class OomKills:
     counts one is named; the whole machine's count comes last."""
 
     def __init__(self, counters: Sequence[Path] | None = None) -> None:
-        self._before = {path: count for path in (oom_counters() if counters is None else counters)
-                        if (count := read_count(path)) is not None}
+        self._before = {
+            path: count
+            for path in (oom_counters() if counters is None else counters)
+            if (count := read_count(path)) is not None
+        }
 
     def risen(self) -> tuple[int | None, str | None]:
         """(how many, the file that says so); (0, None), and (None, None) where nothing can be read."""

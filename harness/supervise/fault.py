@@ -11,8 +11,9 @@ from harness.supervise.where import where_of
 
 def fault_of(error: BaseException, device: str | None = None) -> Death:
     """``device``: the run's (``cpu``, ``cuda``), None where it is not known yet. Never raises."""
-    death = of_exception(error, **where_of(error),
-                         peak_rss_last_seen_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    death = of_exception(
+        error, **where_of(error), peak_rss_last_seen_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     if death.status != "oom" or device is None:
         return death
     import torch

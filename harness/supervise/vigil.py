@@ -119,8 +119,11 @@ class Vigil:
             self._limit_s = self.limit_s
             self._silent_s, self._was_stopped = now_s - self._heard_s, is_stopped(self.pid)
             asked_s = now_s + self.rules.for_stacks_s
-            self._next = [(now_s, ASK, ""), (asked_s, signal.SIGTERM, "SIGTERM"),
-                          (asked_s + self.rules.grace_s, signal.SIGKILL, "SIGKILL")]
+            self._next = [
+                (now_s, ASK, ""),
+                (asked_s, signal.SIGTERM, "SIGTERM"),
+                (asked_s + self.rules.grace_s, signal.SIGKILL, "SIGKILL"),
+            ]
         while self._next and now_s >= self._next[0][0]:
             _, number, name = self._next.pop(0)
             self.send(number)
@@ -146,17 +149,29 @@ class Vigil:
         wrote what it said."""
         kills, counter = self._oom_kills.risen()
         evidence = Evidence(
-            phase=self.last.phase, steps_done=steps_done,
+            phase=self.last.phase,
+            steps_done=steps_done,
             beat_age_s=self._silent_s or self._clock() - self._heard_s,
-            rss_bytes=self._rss_bytes, peak_rss_bytes=self._peak_rss_bytes, memory_limit_bytes=memory_limit_bytes(),
-            oom_kills=kills, oom_counter=counter, stack=self.stacks.text(), output=tail(output))
+            rss_bytes=self._rss_bytes,
+            peak_rss_bytes=self._peak_rss_bytes,
+            memory_limit_bytes=memory_limit_bytes(),
+            oom_kills=kills,
+            oom_counter=counter,
+            stack=self.stacks.text(),
+            output=tail(output),
+        )
         return self.hang(evidence) if self.hung else death.of_exit(exit_code, evidence)
 
     def hang(self, evidence: Evidence | None = None) -> Death:
         """What is said of a hung run, whatever it still wrote."""
-        evidence = evidence or Evidence(phase=self.last.phase, steps_done=self.last.steps_done, beat_age_s=self._silent_s,
-                                        rss_bytes=self._rss_bytes, peak_rss_bytes=self._peak_rss_bytes,
-                                        stack=self.stacks.text())
+        evidence = evidence or Evidence(
+            phase=self.last.phase,
+            steps_done=self.last.steps_done,
+            beat_age_s=self._silent_s,
+            rss_bytes=self._rss_bytes,
+            peak_rss_bytes=self._peak_rss_bytes,
+            stack=self.stacks.text(),
+        )
         ended_by = (self._done or ["itself"])[-1] + (" (the process was stopped)" if self._was_stopped else "")
         return death.of_hang(evidence, self._limit_s, ended_by)
 

@@ -18,9 +18,17 @@ PHASES = {
     ("bench_cases/data/__init__.py", "load_data"): "data",
 }
 """Of the functions that a run goes through, outermost first."""
-IN_THE_LOOP = {**dict.fromkeys(("_wrapped_call_impl", "_call_impl", "__call__", "compile_wrapper", "_fn"), "forward"),
-               "check_logits": "forward", "training_loss": "loss", "backward": "backward", "measure_gradients": "unscale",
-               "clip": "clip", "update": "optimizer", "to": "batch", "step": "batch"}
+IN_THE_LOOP = {
+    **dict.fromkeys(("_wrapped_call_impl", "_call_impl", "__call__", "compile_wrapper", "_fn"), "forward"),
+    "check_logits": "forward",
+    "training_loss": "loss",
+    "backward": "backward",
+    "measure_gradients": "unscale",
+    "clip": "clip",
+    "update": "optimizer",
+    "to": "batch",
+    "step": "batch",
+}
 """By the function that the loop called; of any other it is only known that it was in a step."""
 
 

@@ -14,5 +14,14 @@ from instrument.flops.closed_form import CLOSED_FORMS, Sizes, sizes_of
 from instrument.flops.length_polynomial import LengthPolynomial, RowFlops, fit
 from instrument.flops.step_flops import ProductDtypes, StepFlops, product_dtypes
 
-__all__ = ["CLOSED_FORMS", "LengthPolynomial", "ProductDtypes", "RowFlops", "Sizes", "StepFlops", "fit", "product_dtypes",
-           "sizes_of"]
+__all__ = [
+    "CLOSED_FORMS",
+    "LengthPolynomial",
+    "ProductDtypes",
+    "RowFlops",
+    "Sizes",
+    "StepFlops",
+    "fit",
+    "product_dtypes",
+    "sizes_of",
+]

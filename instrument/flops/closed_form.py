@@ -36,9 +36,11 @@ class Sizes:
 def _row(sizes: Sizes, per_token_and_layer: int, head: LengthPolynomial) -> RowFlops:
     """Training FLOPs of one row from forward FLOPs of a token's projections in a layer, and of the head."""
     scores = 2 * 2 * sizes.width
-    return RowFlops(encoder=LengthPolynomial(linear=sizes.layers * per_token_and_layer).times(TRAINING),
-                    attention=LengthPolynomial(quadratic=sizes.layers * scores).times(TRAINING),
-                    head=head.times(TRAINING))
+    return RowFlops(
+        encoder=LengthPolynomial(linear=sizes.layers * per_token_and_layer).times(TRAINING),
+        attention=LengthPolynomial(quadratic=sizes.layers * scores).times(TRAINING),
+        head=head.times(TRAINING),
+    )
 
 
 def _gpt2_layer(sizes: Sizes) -> int:

@@ -97,8 +97,10 @@ class ModelCounter:
             tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
             logits = self._twin(tokens, None, torch.zeros(rows, dtype=torch.int64, device="meta"))
             if self._valid_outputs is not None and logits.shape[-1] != self._valid_outputs:
-                raise Uncountable(f"the head has {logits.shape[-1]} columns, of which {self._valid_outputs} mean something, "
-                                  "and no layer that makes them was found to cut the others off")
+                raise Uncountable(
+                    f"the head has {logits.shape[-1]} columns, of which {self._valid_outputs} mean something, "
+                    "and no layer that makes them was found to cut the others off"
+                )
             with tally.backward():
                 logits.backward(torch.empty_like(logits))
         self._twin.zero_grad(set_to_none=True)
@@ -164,8 +166,10 @@ class Tally(TorchDispatchMode):
         elif func.namespace in KNOWN_NAMESPACES and not PRODUCT_NAMES.search(op.__name__):
             return result
         else:
-            raise Uncountable(f"the op {func.namespace}.{op.__name__} has no FLOP formula "
-                              "(torch.utils.flop_counter.register_flop_formula gives it one)")
+            raise Uncountable(
+                f"the op {func.namespace}.{op.__name__} has no FLOP formula "
+                "(torch.utils.flop_counter.register_flop_formula gives it one)"
+            )
         if flops:
             name = op.__name__
             kind = "attention" if name in BATCHED or "attention" in name else "projection"

@@ -12,9 +12,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from instrument.replay.graph import Node
 from instrument.replay.op_schema import mutated, values_of
 
-DENOMINATOR = {"div": 1, "div_": 1, "true_divide": 1, "addcdiv": 2, "addcdiv_": 2, "reciprocal": 0, "reciprocal_": 0,
-               "rsqrt": 0, "rsqrt_": 0, "_foreach_div": 1, "_foreach_div_": 1, "_foreach_addcdiv": 2,
-               "_foreach_addcdiv_": 2, "_foreach_reciprocal": 0}
+DENOMINATOR = {
+    "div": 1,
+    "div_": 1,
+    "true_divide": 1,
+    "addcdiv": 2,
+    "addcdiv_": 2,
+    "reciprocal": 0,
+    "reciprocal_": 0,
+    "rsqrt": 0,
+    "rsqrt_": 0,
+    "_foreach_div": 1,
+    "_foreach_div_": 1,
+    "_foreach_addcdiv": 2,
+    "_foreach_addcdiv_": 2,
+    "_foreach_reciprocal": 0,
+}
 """Position of the argument that an op divides by."""
 FUSED_ADAM = ("_fused_adamw_", "_fused_adam_")
 EXP_AVG_SQ_OF_FUSED = 3
@@ -70,18 +83,29 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
     top = max([wrote, *(o.absmax for o in operands if o.dtype == dtype and o.absmax is not None)])
     at_failure = None if exact is None or exact.shape != out.shape else exact[bad]
     return Diagnosis(
-        cause=_cause(node, at_failure, zero, out[bad]), kind=_kind(out),
-        input_absmax=largest, headroom_bits=math.log2(limit / top) if top else None,
-        exact_absmax=_finite_max(at_failure), output_shape=tuple(out.shape),
-        output_dtype=dtype, nonfinite=int(bad.sum()), numel=out.numel(),
-        operands=operands, zero_denominators=zero, denominator=denominator)
+        cause=_cause(node, at_failure, zero, out[bad]),
+        kind=_kind(out),
+        input_absmax=largest,
+        headroom_bits=math.log2(limit / top) if top else None,
+        exact_absmax=_finite_max(at_failure),
+        output_shape=tuple(out.shape),
+        output_dtype=dtype,
+        nonfinite=int(bad.sum()),
+        numel=out.numel(),
+        operands=operands,
+        zero_denominators=zero,
+        denominator=denominator,
+    )
 
 
 def _cause(node: Node, at_failure: torch.Tensor | None, zero: int, bad: torch.Tensor) -> str:
     """``overflow``: finite in float64. ``underflow_then_divide`` is for the caller to tell from a true division by
     zero, which is ``invalid`` as 0/0 and inf - inf are."""
-    if any(edge.kinds and edge.writer is None for edge in node.inputs) and not node.constant and (
-            at_failure is None or not at_failure.isfinite().any()):
+    if (
+        any(edge.kinds and edge.writer is None for edge in node.inputs)
+        and not node.constant
+        and (at_failure is None or not at_failure.isfinite().any())
+    ):
         return "from_input"
     if zero:
         return "invalid"
@@ -114,8 +138,9 @@ def _run(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
 
 def _the_output(written: list[torch.Tensor], node: Node) -> torch.Tensor:
     """The written tensor that the node stands for: the first non-finite one of its shape, else the first of it."""
-    like = [t for t in written if tuple(t.shape) == node.shape and t.is_floating_point()] or \
-        [t for t in written if t.is_floating_point()]
+    like = [t for t in written if tuple(t.shape) == node.shape and t.is_floating_point()] or [
+        t for t in written if t.is_floating_point()
+    ]
     return next((t for t in like if not bool(t.isfinite().all())), like[0])
 
 
@@ -163,9 +188,14 @@ def _operands(func, args: tuple, kwargs: dict):
         for tensor in map(values_of, tree_leaves(value)):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 finite = tensor[tensor.isfinite()]
-                yield Operand(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."),
-                              float(finite.abs().max()) if finite.numel() else None,
-                              tensor.numel() - finite.numel(), int((finite == 0).sum()))
+                yield Operand(
+                    name,
+                    tuple(tensor.shape),
+                    str(tensor.dtype).removeprefix("torch."),
+                    float(finite.abs().max()) if finite.numel() else None,
+                    tensor.numel() - finite.numel(),
+                    int((finite == 0).sum()),
+                )
 
 
 def _kind(out: torch.Tensor) -> str:

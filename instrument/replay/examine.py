@@ -54,9 +54,15 @@ class Examination:
         return None if self.culprit.node is None else self.culprit.node.microbatch
 
 
-def examine(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.nn.Module,
-            optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None = None,
-            any_rank: Callable[[bool], bool] = bool) -> Examination | None:
+def examine(
+    step: int,
+    run_step: StepFunction,
+    snapshot: Snapshot,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scaler: torch.amp.GradScaler | None = None,
+    any_rank: Callable[[bool], bool] = bool,
+) -> Examination | None:
     """Replay ``step`` from ``snapshot``; None when everything stays finite this time. Several processes that share a
     run replay together: ``any_rank`` says whether something is so for one of them.
 
@@ -73,8 +79,9 @@ def examine(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.
     second = first
     if any_rank(bool(wanted)):
         before.restore()
-        second = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler,
-                                                    capture=frozenset(node.index for node in wanted)))
+        second = _record(
+            step, run_step, OpRecorder(model, optimizer, scaler=scaler, capture=frozenset(node.index for node in wanted))
+        )
     if node is None:
         return culprit and _from_before(culprit, first)
     return _conclude(culprit, wanted[1:], first, second)
@@ -114,8 +121,20 @@ def _conclude(culprit: Culprit, behind: list[Node], first: OpRecorder, second: O
             cause = "underflow_then_divide"
     phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
     kind = diagnosis.kind if diagnosis else kind_name(node.kinds)
-    return Examination(culprit, first.graph, names, phase, node.module, tensor, named[0] if named else None, source,
-                       cause, kind, diagnosis, second.captured.get(node.index))
+    return Examination(
+        culprit,
+        first.graph,
+        names,
+        phase,
+        node.module,
+        tensor,
+        named[0] if named else None,
+        source,
+        cause,
+        kind,
+        diagnosis,
+        second.captured.get(node.index),
+    )
 
 
 def _state_behind(recorder: OpRecorder, node: Node) -> str | None:
@@ -129,8 +148,14 @@ def _state_behind(recorder: OpRecorder, node: Node) -> str | None:
 
 def _from_before(culprit: Culprit, recorder: OpRecorder) -> Examination:
     """The value was there before the step began: in a named tensor, or in what came in with the data."""
-    reader = next((n for n in recorder.graph.nodes if any(e.storage == culprit.storage and e.kinds and e.writer is None
-                                                          for e in n.inputs)), None)
+    reader = next(
+        (
+            n
+            for n in recorder.graph.nodes
+            if any(e.storage == culprit.storage and e.kinds and e.writer is None for e in n.inputs)
+        ),
+        None,
+    )
     name, what = recorder.names.get(culprit.storage, (None, "input"))
     module = name.rpartition(".")[0] if name else reader.module if reader else None
     if name is None and reader is not None and reader.storage in recorder.names:  # a number written into a named tensor
@@ -138,8 +163,9 @@ def _from_before(culprit: Culprit, recorder: OpRecorder) -> Examination:
     phase = "optimizer" if reader is None or (reader.phase == "clip" and what != "grad") else reader.phase
     kinds = next((e.kinds for e in (reader.inputs if reader else ()) if e.storage == culprit.storage), 1)
     seen = culprit if name else replace(culprit, node=reader)
-    return Examination(seen, recorder.graph, recorder.names, phase, module, what, name, None, "from_input", kind_name(kinds),
-                       None, None)
+    return Examination(
+        seen, recorder.graph, recorder.names, phase, module, what, name, None, "from_input", kind_name(kinds), None, None
+    )
 
 
 def kind_name(kinds: int) -> str:
@@ -147,29 +173,49 @@ def kind_name(kinds: int) -> str:
     return "nan" if kinds & 1 else "inf" if kinds & 2 else "-inf"
 
 
-
-
-def completed(seen: FirstNonfinite, examination: Examination | None, *, from_step: int,
-              matched: bool = True) -> FirstNonfinite:
+def completed(seen: FirstNonfinite, examination: Examination | None, *, from_step: int, matched: bool = True) -> FirstNonfinite:
     """The record of a failure with what its replay found; ``replay.matched`` is false when the replayed step
     stayed finite (then the rest is as it surfaced) or failed in another way."""
     if examination is None:
         return msgspec.structs.replace(seen, replay={"matched": False, "from_step": from_step})
     e, diagnosis = examination, examination.diagnosis
     return msgspec.structs.replace(
-        seen, phase=e.phase, module=e.module, op=e.op, microbatch=e.microbatch, tensor=e.tensor,
-        source_tensor=e.source_tensor, kind=e.kind, cause=e.cause,
+        seen,
+        phase=e.phase,
+        module=e.module,
+        op=e.op,
+        microbatch=e.microbatch,
+        tensor=e.tensor,
+        source_tensor=e.source_tensor,
+        kind=e.kind,
+        cause=e.cause,
         dtype=e.culprit.node.dtype if e.culprit.node else seen.dtype,
-        input_absmax=diagnosis and diagnosis.input_absmax, headroom_bits=diagnosis and diagnosis.headroom_bits,
+        input_absmax=diagnosis and diagnosis.input_absmax,
+        headroom_bits=diagnosis and diagnosis.headroom_bits,
         absorbed=[f"{n.phase}:{n.module or ''}:{n.op}" for n in e.culprit.absorbed][:MOST_ABSORBED],
-        replay={"matched": matched, "from_step": from_step, "ops": len(e.graph.nodes),
-                "spread_modules": e.culprit.spread, "alike": e.culprit.alike, "parameter": e.parameter,
-                "element": e.culprit.node and e.culprit.node.element})
+        replay={
+            "matched": matched,
+            "from_step": from_step,
+            "ops": len(e.graph.nodes),
+            "spread_modules": e.culprit.spread,
+            "alike": e.culprit.alike,
+            "parameter": e.parameter,
+            "element": e.culprit.node and e.culprit.node.element,
+        },
+    )
 
 
-def explain_skip(step: int, run_step: StepFunction, snapshot: Snapshot, model: torch.nn.Module,
-                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, now: int,
-                 any_rank: Callable[[bool], bool] = bool) -> FirstNonfinite | None:
+def explain_skip(
+    step: int,
+    run_step: StepFunction,
+    snapshot: Snapshot,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    now: int,
+    any_rank: Callable[[bool], bool] = bool,
+) -> FirstNonfinite | None:
     """What made the loss scaler skip ``step``, by a replay; everything is put back as it is behind step ``now``."""
     present = Snapshot(now, model, optimizer, scaler)
     try:

@@ -119,8 +119,15 @@ class StepGraph:
         first = None if before else min(producers, key=lambda node: node.index)
         storage = before[-1].storage if before else first.storage
         reached = self._reached(first, {edge.storage for edge in before})
-        absorbed = [node for node in self.nodes if node.kinds and node.index not in visited and node is not first
-                    and not node.on_purpose and not self.to_blame(node)]
+        absorbed = [
+            node
+            for node in self.nodes
+            if node.kinds
+            and node.index not in visited
+            and node is not first
+            and not node.on_purpose
+            and not self.to_blame(node)
+        ]
         modules = {node.module for node in reached if node.module}
         alike = sum(n is not first and (n.op, n.phase) == (first.op, first.phase) for n in producers) if first else 0
         return Culprit(first, storage, tuple(_first_per_module(reached)), len(modules), tuple(_unique(absorbed)), alike)
@@ -130,9 +137,15 @@ class StepGraph:
         reached: set[int] = set() if first is None else {first.index}
         found = [] if first is None else [first]
         for node in self.nodes:
-            if node.kinds and node.phase != AFTER and node.index not in reached and any(
+            if (
+                node.kinds
+                and node.phase != AFTER
+                and node.index not in reached
+                and any(
                     edge.kinds and (edge.writer in reached or (edge.writer is None and edge.storage in before))
-                    for edge in node.inputs):
+                    for edge in node.inputs
+                )
+            ):
                 reached.add(node.index)
                 found.append(node)
         return found

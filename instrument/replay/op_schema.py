@@ -78,9 +78,14 @@ def list_positions(func, args: tuple) -> dict[int, int]:
     empty for any other op (``cat`` takes a list, too, but writes one tensor)."""
     first = func._schema.arguments[0] if func._schema.arguments else None
     writes_lists = any(str(r.type) == "List[Tensor]" for r in func._schema.returns) or (
-        first is not None and str(first.type) == "List[Tensor]" and first.alias_info is not None)
+        first is not None and str(first.type) == "List[Tensor]" and first.alias_info is not None
+    )
     if not writes_lists or not args or not isinstance(args[0], (list, tuple)):
         return {}
-    return {id(leaf): position for argument in args
-            if isinstance(argument, (list, tuple)) and len(argument) == len(args[0])
-            for position, leaf in enumerate(argument) if isinstance(leaf, torch.Tensor)}
+    return {
+        id(leaf): position
+        for argument in args
+        if isinstance(argument, (list, tuple)) and len(argument) == len(args[0])
+        for position, leaf in enumerate(argument)
+        if isinstance(leaf, torch.Tensor)
+    }

@@ -42,8 +42,14 @@ class OpRecorder(TorchDispatchMode):
     replaying a step twice gives the same indices, so a second pass can keep just what matters.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None,
-                 *, scaler: torch.amp.GradScaler | None = None, capture: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        capture: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__()
         self.graph = StepGraph()
         self.capture = capture
@@ -75,8 +81,10 @@ class OpRecorder(TorchDispatchMode):
         """Record everything inside, with the model's modules and the optimizer watched."""
         removers = [call_with_hooks(self._model, self._enter, self._leave)]
         if self._optimizer is not None:
-            removers += [self._optimizer.register_step_pre_hook(lambda *_: self._enter_optimizer()).remove,
-                         self._optimizer.register_step_post_hook(lambda *_: self._leave_optimizer()).remove]
+            removers += [
+                self._optimizer.register_step_pre_hook(lambda *_: self._enter_optimizer()).remove,
+                self._optimizer.register_step_post_hook(lambda *_: self._leave_optimizer()).remove,
+            ]
         if self._scaler is not None:
             removers.append(wrap_unscale(self._scaler, lambda: self.phase("unscale")))
         self._name_states()
@@ -152,8 +160,11 @@ class OpRecorder(TorchDispatchMode):
     def _note_parameters(self) -> None:
         edges = [self._edge(parameter) for parameter in self._parameters.values()]
         for parameter in self._parameters.values() if self._optimizer is not None else ():
-            edges += [self._edge(value) for key, value in self._optimizer.state.get(parameter, {}).items()
-                      if torch.is_tensor(value) and value.is_floating_point() and key != "step"]
+            edges += [
+                self._edge(value)
+                for key, value in self._optimizer.state.get(parameter, {}).items()
+                if torch.is_tensor(value) and value.is_floating_point() and key != "step"
+            ]
         self.failed["param"] = edges
 
     def _key(self, tensor: torch.Tensor) -> int:
@@ -176,23 +187,36 @@ class OpRecorder(TorchDispatchMode):
         name = func._schema.name.replace("::", ".")
         positions = list_positions(func, args)
         replaced = {id(t) for t in mutated(func, args, kwargs)} if name.rpartition(".")[2] in OVERWRITES else set()
-        reads = [(self._edge(values), positions.get(id(leaf))) for leaf in tree_leaves((args, kwargs))
-                 if can_be_nonfinite(values := values_of(leaf)) and id(leaf) not in replaced]
+        reads = [
+            (self._edge(values), positions.get(id(leaf)))
+            for leaf in tree_leaves((args, kwargs))
+            if can_be_nonfinite(values := values_of(leaf)) and id(leaf) not in replaced
+        ]
         if self.capture:
             self._hold(func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
-        written = [(values, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out))
-                   if is_dense(values := values_of(t))]
-        written = [(values, positions.get(id(t))) for t in mutated(func, args, kwargs)
-                   if is_dense(values := values_of(t))] + written
+        written = [
+            (values, positions.get(id(t), i if positions else None))
+            for i, t in enumerate(tree_leaves(out))
+            if is_dense(values := values_of(t))
+        ]
+        written = [
+            (values, positions.get(id(t))) for t in mutated(func, args, kwargs) if is_dense(values := values_of(t))
+        ] + written
         if written:
             constant = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
             self._record(name, reads, written, constant, start_ns)
         return out
 
-    def _record(self, name: str, reads: list[tuple[Edge, int | None]], written: list[tuple[torch.Tensor, int | None]],
-                constant: bool, start_ns: int) -> None:
+    def _record(
+        self,
+        name: str,
+        reads: list[tuple[Edge, int | None]],
+        written: list[tuple[torch.Tensor, int | None]],
+        constant: bool,
+        start_ns: int,
+    ) -> None:
         """Add the nodes of one op: one, or one for every position of its lists."""
         phase, module = self._where()
         if name == SUM_OVER_RANKS:  # where training makes it while the backward pass still runs
@@ -210,8 +234,21 @@ class OpRecorder(TorchDispatchMode):
                 edges.append(Edge(self._writers.get(key), key, before))  # a part was written: the rest is as it was
                 kinds |= before
             owner = self._owner(edges, key) if module is None else module
-            node = Node(len(self.graph.nodes), name, phase, owner, self._microbatch_of(phase), tuple(edges), key, kinds,
-                        str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), start_ns, element, constant)
+            node = Node(
+                len(self.graph.nodes),
+                name,
+                phase,
+                owner,
+                self._microbatch_of(phase),
+                tuple(edges),
+                key,
+                kinds,
+                str(tensor.dtype).removeprefix("torch."),
+                tuple(tensor.shape),
+                start_ns,
+                element,
+                constant,
+            )
             self.graph.add(node)
             self._writers[key], self._known[key] = node.index, kinds
             number = tensor.ndim == 0 and tensor.is_floating_point() and edges and not name.endswith("ones_like")
@@ -222,8 +259,10 @@ class OpRecorder(TorchDispatchMode):
         """Keep an op's arguments as they are before it runs, where a node of it is to be captured: of an op
         over lists, those of the node's position."""
         overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_dense(t)}
-        elements = [*overwritten.values(),
-                    *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns))]
+        elements = [
+            *overwritten.values(),
+            *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns)),
+        ]
         for index, element in enumerate(elements, start=len(self.graph.nodes)):
             if index in self.capture:  # an op that writes fewer tensors than it returns is overwritten by the next
                 self.captured[index] = (func, *tree_map(_clone, (pick_element(args, element), kwargs)))
@@ -267,8 +306,18 @@ class OpRecorder(TorchDispatchMode):
             if storage in self.names:
                 return self.names[storage][0].rpartition(".")[0]
         writers = [edge.writer for edge in edges if edge.writer is not None]
-        return next((m for m in (self.graph.nodes[w].module for w in writers if self.graph.nodes[w].phase == "optimizer")
-                     if m is not None), None) if self._stage == "optimizer" else None
+        return (
+            next(
+                (
+                    m
+                    for m in (self.graph.nodes[w].module for w in writers if self.graph.nodes[w].phase == "optimizer")
+                    if m is not None
+                ),
+                None,
+            )
+            if self._stage == "optimizer"
+            else None
+        )
 
 
 def _clone(leaf: object) -> object:

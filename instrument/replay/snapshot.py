@@ -43,8 +43,13 @@ class Snapshot:
     """Weights, buffers, gradients, optimizer states, loss scaler and random states (torch's, Python's, NumPy's)
     behind ``step`` steps."""
 
-    def __init__(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None,
-                 scaler: torch.amp.GradScaler | None = None) -> None:
+    def __init__(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         self.step = step
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._tensors = [(t, _to_host(t)) for t in (*model.parameters(), *model.buffers())]
@@ -92,8 +97,13 @@ class Snapshot:
         return NamedState(self.step, tensors, devices, aliases, states, self._groups, self._scale)
 
     @classmethod
-    def from_named(cls, state: NamedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                   scaler: torch.amp.GradScaler | None = None) -> Snapshot:
+    def from_named(
+        cls,
+        state: NamedState,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Snapshot:
         """A snapshot that puts ``state`` into other objects of the same make; raises `ValueError` when their
         tensors do not fit."""
         made = cls(state.step, model, optimizer, scaler)

@@ -50,16 +50,18 @@ def energy_of(windows: Sequence[Window], *, counter_j: Series = (), power_w: Ser
         except ValueError as error:
             whys.append(f"{source}: {error}")
             continue
-        return Energy(sum(part[0] for part in parts), source, RESOLUTION_J[source], sum(part[1] for part in parts),
-                      window_s, None)
+        return Energy(
+            sum(part[0] for part in parts), source, RESOLUTION_J[source], sum(part[1] for part in parts), window_s, None
+        )
     return Energy(None, None, None, None, window_s, "; ".join(whys) or "no energy counter and no power reading")
 
 
 def energy_per(energy_j: float | None, *, steps: int, real_tokens: int) -> dict[str, float | None]:
     """Joules a step and per 1,000 real (unpadded) tokens of the same window; null where there is nothing to divide."""
-    return {"energy_per_step_j": energy_j / steps if energy_j is not None and steps > 0 else None,
-            "energy_per_1000_real_tokens_j": 1e3 * energy_j / real_tokens
-            if energy_j is not None and real_tokens > 0 else None}
+    return {
+        "energy_per_step_j": energy_j / steps if energy_j is not None and steps > 0 else None,
+        "energy_per_1000_real_tokens_j": 1e3 * energy_j / real_tokens if energy_j is not None and real_tokens > 0 else None,
+    }
 
 
 def _counted(series: Series, window: Window) -> tuple[float, float]:

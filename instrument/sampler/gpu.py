@@ -81,8 +81,11 @@ def company_of(processes: list[dict[str, int | None]], own_pid: int) -> dict[str
         return {"others": len(others), "others_bytes": None if None in known else sum(known), "why": None}
     if len(processes) > 1:  # ids of another namespace: one of them may be this process, the rest are not
         return {"others": len(processes) - 1, "others_bytes": None, "why": "process ids are another namespace's"}
-    return company_unknown("one process is listed, under an id of another namespace: it may be this one" if processes
-                           else "no process is listed, not even this one")
+    return company_unknown(
+        "one process is listed, under an id of another namespace: it may be this one"
+        if processes
+        else "no process is listed, not even this one"
+    )
 
 
 def company_unknown(why: str) -> dict[str, Any]:

@@ -26,10 +26,21 @@ class HostSensors:
         self._process_before: tuple[float, float] | None = None
         self._system_before: tuple[float, float] | None = None
         self._questions: tuple[Callable[[], dict[str, Any]], ...] = (
-            self._rapl.read, self._process_cpu, self._system_cpu, self._memory, self._disk, self._io)
-        self._fields = (("cpu_energy_counter_j",), ("process_cpu_percent",), ("system_cpu_percent",),
-                        ("process_rss_bytes", "ram_used_bytes", "ram_total_bytes"),
-                        ("disk_used_bytes", "disk_free_bytes"), ("process_read_bytes", "process_written_bytes"))
+            self._rapl.read,
+            self._process_cpu,
+            self._system_cpu,
+            self._memory,
+            self._disk,
+            self._io,
+        )
+        self._fields = (
+            ("cpu_energy_counter_j",),
+            ("process_cpu_percent",),
+            ("system_cpu_percent",),
+            ("process_rss_bytes", "ram_used_bytes", "ram_total_bytes"),
+            ("disk_used_bytes", "disk_free_bytes"),
+            ("process_read_bytes", "process_written_bytes"),
+        )
 
     def read(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Fields of a `HardwareRecord`, and the reason for each that is missing."""
@@ -63,8 +74,11 @@ class HostSensors:
 
     def _memory(self) -> dict[str, int]:
         memory = psutil.virtual_memory()
-        return {"process_rss_bytes": self._process.memory_info().rss,
-                "ram_used_bytes": memory.total - memory.available, "ram_total_bytes": memory.total}
+        return {
+            "process_rss_bytes": self._process.memory_info().rss,
+            "ram_used_bytes": memory.total - memory.available,
+            "ram_total_bytes": memory.total,
+        }
 
     def _disk(self) -> dict[str, int]:
         disk = shutil.disk_usage(self.folder)
@@ -92,8 +106,15 @@ class Rapl:
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self._packages = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if zone.name.count(":") == 1
-                          and _text(zone / "name").startswith("package")] if os.access(powercap, os.R_OK) else []
+        self._packages = (
+            [
+                zone
+                for zone in sorted(powercap.glob("intel-rapl:*"))
+                if zone.name.count(":") == 1 and _text(zone / "name").startswith("package")
+            ]
+            if os.access(powercap, os.R_OK)
+            else []
+        )
         self._before_uj: dict[Path, int] = {}
         self._total_uj = 0
 

@@ -93,9 +93,12 @@ class Sampler:
             self.failure = self.failure or str(error)
         known = [look["others"] for look in self._company.values() if look["others"] is not None]
         return summarize(records, window=window) | {
-            "period_s": self.period_s, "contended": any(known) if known else None, "company": dict(self._company),
+            "period_s": self.period_s,
+            "contended": any(known) if known else None,
+            "company": dict(self._company),
             "sampler_cpu_s_per_sample": self._cpu_s / self._samples if self._samples else None,
-            "sampler_failure": self.failure}
+            "sampler_failure": self.failure,
+        }
 
     def _run(self) -> None:
         try:

@@ -16,8 +16,14 @@ THROTTLE_REASONS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown",
 (``sw_power_cap``) a large card works as designed: that share is reported, and is no flag."""
 NO_GPU = "the run is not on a GPU"
 """The reason of the GPU's fields in a run on the processor."""
-MEDIANS = ("gpu_utilization_percent", "gpu_memory_utilization_percent", "process_cpu_percent", "system_cpu_percent",
-           "gpu_sm_clock_hz", "gpu_temperature_c")
+MEDIANS = (
+    "gpu_utilization_percent",
+    "gpu_memory_utilization_percent",
+    "process_cpu_percent",
+    "system_cpu_percent",
+    "gpu_sm_clock_hz",
+    "gpu_temperature_c",
+)
 
 
 def summarize(records: Iterable[HardwareRecord], *, window: str | None = None) -> dict[str, Any]:
@@ -30,13 +36,20 @@ def summarize(records: Iterable[HardwareRecord], *, window: str | None = None) -
     windows, why_no_window = _windows(records, window)
     inside = [r for r in records if any(begin <= r.time_s <= end for begin, end in windows)]
     mig = any(r.gpu_is_mig for r in records)  # the board's joules are not the instance's
-    energy = energy_of(windows, counter_j=[] if mig else _series(records, "gpu_energy_counter_j"),
-                       power_w=[] if mig else _series(records, "gpu_power_w"), rapl_j=_rapl(records))
+    energy = energy_of(
+        windows,
+        counter_j=[] if mig else _series(records, "gpu_energy_counter_j"),
+        power_w=[] if mig else _series(records, "gpu_power_w"),
+        rapl_j=_rapl(records),
+    )
     watts = [value for _, value in _series(inside, "gpu_power_w")]
     reasons = _reason_shares(inside)
     return {
-        "samples": len(records), "samples_in_window": len(inside), "window": window,
-        **asdict(energy), "why": why_no_window or (_mig_reason(mig) if energy.energy_j is None else None) or energy.why,
+        "samples": len(records),
+        "samples_in_window": len(inside),
+        "window": window,
+        **asdict(energy),
+        "why": why_no_window or (_mig_reason(mig) if energy.energy_j is None else None) or energy.why,
         "gpu_power_mean_w": statistics.fmean(watts) if watts else None,
         "gpu_power_peak_w": _peak(records, "gpu_power_w"),
         "peak_device_bytes": _peak(records, "gpu_memory_used_bytes"),
@@ -89,9 +102,11 @@ def _unknown(records: list[HardwareRecord]) -> dict[str, str]:
     close to another have no shares of processor time, which is nothing to tell."""
     reasons = {field: reason for record in records for field, reason in record.unknown.items()}
     missing = {field: sum(getattr(record, field) is None for record in records) for field in reasons}
-    return {field: reason if missing[field] == len(records) else f"{reason} ({missing[field]} of {len(records)} looks)"
-            for field, reason in reasons.items()
-            if missing[field] == len(records) or not field.endswith("_cpu_percent")}
+    return {
+        field: reason if missing[field] == len(records) else f"{reason} ({missing[field]} of {len(records)} looks)"
+        for field, reason in reasons.items()
+        if missing[field] == len(records) or not field.endswith("_cpu_percent")
+    }
 
 
 def _series(records: list[HardwareRecord], field: str) -> list[tuple[float, float]]:

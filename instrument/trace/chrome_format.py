@@ -10,10 +10,17 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-REQUIRED = {"X": ("name", "ts", "dur", "pid", "tid"), "C": ("name", "ts", "pid", "args"), "i": ("name", "ts", "s"),
-            "s": ("name", "cat", "id", "ts", "pid", "tid"), "t": ("name", "cat", "id", "ts", "pid", "tid"),
-            "f": ("name", "cat", "id", "ts", "pid", "tid"), "M": ("name", "pid", "args"),
-            "B": ("name", "ts", "pid", "tid"), "E": ("ts", "pid", "tid")}
+REQUIRED = {
+    "X": ("name", "ts", "dur", "pid", "tid"),
+    "C": ("name", "ts", "pid", "args"),
+    "i": ("name", "ts", "s"),
+    "s": ("name", "cat", "id", "ts", "pid", "tid"),
+    "t": ("name", "cat", "id", "ts", "pid", "tid"),
+    "f": ("name", "cat", "id", "ts", "pid", "tid"),
+    "M": ("name", "pid", "args"),
+    "B": ("name", "ts", "pid", "tid"),
+    "E": ("ts", "pid", "tid"),
+}
 """Fields without which an event of that ``ph`` is dropped or misplaced."""
 
 
@@ -22,8 +29,11 @@ def violations(trace: dict[str, Any]) -> list[str]:
     events = trace.get("traceEvents")
     if not isinstance(events, list):
         return ["traceEvents is not a list"]
-    return [*(problem for index, event in enumerate(events) for problem in _event(index, event)),
-            *_flow_pairs(events), *_nesting(events)]
+    return [
+        *(problem for index, event in enumerate(events) for problem in _event(index, event)),
+        *_flow_pairs(events),
+        *_nesting(events),
+    ]
 
 
 def _event(index: int, event: Any) -> Iterator[str]:

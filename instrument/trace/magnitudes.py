@@ -42,8 +42,10 @@ class ModuleMagnitudes:
     def samples(self) -> list[CounterSample]:
         """What was seen, in the order of time; reads the device."""
         values = torch.stack([value for *_, value in self._found]).tolist() if self._found else []
-        return [CounterSample(unix_ns, name, **{direction: value})
-                for (unix_ns, name, direction, _), value in zip(self._found, values, strict=True)]
+        return [
+            CounterSample(unix_ns, name, **{direction: value})
+            for (unix_ns, name, direction, _), value in zip(self._found, values, strict=True)
+        ]
 
     def _hook(self, name: str):
         def after_forward(module: nn.Module, arguments: tuple, output: object) -> None:

@@ -84,18 +84,27 @@ def time_table(events: Iterable[dict[str, Any]], *, top: int = 20) -> dict[str, 
     window = next((e for e in complete if e["name"] == WINDOW and e.get("cat") == "user_annotation"), None)
     wall_s = window["dur"] / 1e6 if window else None
     return {
-        "source": "cuda_kernel_durations" if device else "cpu_self_time", "wall_s": wall_s, "sum_s": sum_s, "busy_s": busy_s,
-        "overlap_s": sum_s - busy_s, "idle_s": None if wall_s is None else wall_s - busy_s,
+        "source": "cuda_kernel_durations" if device else "cpu_self_time",
+        "wall_s": wall_s,
+        "sum_s": sum_s,
+        "busy_s": busy_s,
+        "overlap_s": sum_s - busy_s,
+        "idle_s": None if wall_s is None else wall_s - busy_s,
         "seconds": {kind: dict(seconds[kind]) for kind in CLASSES if kind in seconds},
-        "phase_wall_s": phases.wall_s(), "top": _largest(spent, top)}
+        "phase_wall_s": phases.wall_s(),
+        "top": _largest(spent, top),
+    }
 
 
 class _Phases:
     """When the host was in which phase."""
 
     def __init__(self, events: list[dict[str, Any]]) -> None:
-        self._slices = sorted((e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(PHASE_PREFIX)) for e in events
-                              if e.get("cat") == "user_annotation" and e["name"].startswith(PHASE_PREFIX))
+        self._slices = sorted(
+            (e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(PHASE_PREFIX))
+            for e in events
+            if e.get("cat") == "user_annotation" and e["name"].startswith(PHASE_PREFIX)
+        )
         self._starts = [start for start, *_ in self._slices]
 
     def at(self, time_us: float) -> str:
@@ -167,14 +176,20 @@ def _class_of(op: _Op, attention: set[tuple[int, int]]) -> str:
 
 
 def _host_time(ops: list[_Op], phases: _Phases) -> list[_Spent]:
-    return [_Spent(op.name, op.kind, phases.at(op.start_us), op.start_us, op.end_us, op.self_us, op.event.get("args", {}))
-            for op in ops if op.event.get("cat") == "cpu_op"]
+    return [
+        _Spent(op.name, op.kind, phases.at(op.start_us), op.start_us, op.end_us, op.self_us, op.event.get("args", {}))
+        for op in ops
+        if op.event.get("cat") == "cpu_op"
+    ]
 
 
 def _device_time(kernels: list[dict[str, Any]], events: list[dict[str, Any]], ops: list[_Op], phases: _Phases) -> list[_Spent]:
     """Kernels with the phase of their launch and the class of the op that launched them, where names tell less."""
-    launched_us = {e["args"]["correlation"]: e["ts"] for e in events
-                   if e.get("cat") in LAUNCH_CATEGORIES and "correlation" in e.get("args", {})}
+    launched_us = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in LAUNCH_CATEGORIES and "correlation" in e.get("args", {})
+    }
     by_external_id = {op.event["args"]["External id"]: op for op in ops if "External id" in op.event.get("args", {})}
     spent = []
     for kernel in kernels:
@@ -184,8 +199,17 @@ def _device_time(kernels: list[dict[str, Any]], events: list[dict[str, Any]], op
         kind = kernel_class(kernel["name"])
         if op is not None and (op.kind in _PREVAIL or kind == "other"):
             kind = op.kind
-        spent.append(_Spent(kernel["name"], kind, OUTSIDE if launch_us is None else phases.at(launch_us), kernel["ts"],
-                            kernel["ts"] + kernel["dur"], kernel["dur"], op.event.get("args", {}) if op else {}))
+        spent.append(
+            _Spent(
+                kernel["name"],
+                kind,
+                OUTSIDE if launch_us is None else phases.at(launch_us),
+                kernel["ts"],
+                kernel["ts"] + kernel["dur"],
+                kernel["dur"],
+                op.event.get("args", {}) if op else {},
+            )
+        )
     return spent
 
 
@@ -203,9 +227,18 @@ def _largest(spent: list[_Spent], top: int) -> list[dict[str, Any]]:
     rows: dict[tuple, dict[str, Any]] = {}
     for part in spent:
         shapes, dtypes = _inputs(part.args)
-        row = rows.setdefault((part.name, part.phase, part.kind, str(shapes), str(dtypes)), {
-            "name": part.name, "class": part.kind, "phase": part.phase, "count": 0, "total_s": 0.0,
-            "input_shapes": shapes, "input_dtypes": dtypes})
+        row = rows.setdefault(
+            (part.name, part.phase, part.kind, str(shapes), str(dtypes)),
+            {
+                "name": part.name,
+                "class": part.kind,
+                "phase": part.phase,
+                "count": 0,
+                "total_s": 0.0,
+                "input_shapes": shapes,
+                "input_dtypes": dtypes,
+            },
+        )
         row["count"] += 1
         row["total_s"] += part.spent_us / 1e6
     return sorted(rows.values(), key=lambda row: -row["total_s"])[:top]
@@ -216,6 +249,7 @@ def _inputs(arguments: dict[str, Any]) -> tuple[list | None, list[str] | None]:
     shapes, kinds = arguments.get("Input Dims"), arguments.get("Input type")
     if shapes is None or kinds is None:
         return None, None
-    tensors = [(shape, kind) for shape, kind in zip(shapes, kinds, strict=False)
-               if kind not in ("", "Scalar", "ScalarList", "None")]
+    tensors = [
+        (shape, kind) for shape, kind in zip(shapes, kinds, strict=False) if kind not in ("", "Scalar", "ScalarList", "None")
+    ]
     return [shape for shape, _ in tensors], [kind for _, kind in tensors]

@@ -72,8 +72,12 @@ class Tracks:
 
 def events_of(tracks: Tracks, base_ns: int) -> list[dict[str, Any]]:
     """Trace events in the order of their times, metadata first."""
-    events = [*_counters(tracks.counters, base_ns), *(_marker(marker, base_ns) for marker in tracks.markers),
-              *(_phase(phase, base_ns) for phase in tracks.phases), *_flows(tracks.flows, base_ns)]
+    events = [
+        *_counters(tracks.counters, base_ns),
+        *(_marker(marker, base_ns) for marker in tracks.markers),
+        *(_phase(phase, base_ns) for phase in tracks.phases),
+        *_flows(tracks.flows, base_ns),
+    ]
     return [*_names(), *sorted(events, key=lambda event: event["ts"])] if events else []
 
 
@@ -82,10 +86,14 @@ def _us(unix_ns: int, base_ns: int) -> float:
 
 
 def _names() -> list[dict[str, Any]]:
-    return [{"ph": "M", "name": "process_name", "pid": PID, "tid": 0, "args": {"name": PROCESS_NAME}},
-            {"ph": "M", "name": "process_sort_index", "pid": PID, "tid": 0, "args": {"sort_index": -1}},
-            *({"ph": "M", "name": "thread_name", "pid": PID, "tid": tid, "args": {"name": name}}
-              for tid, name in THREAD_NAMES.items())]
+    return [
+        {"ph": "M", "name": "process_name", "pid": PID, "tid": 0, "args": {"name": PROCESS_NAME}},
+        {"ph": "M", "name": "process_sort_index", "pid": PID, "tid": 0, "args": {"sort_index": -1}},
+        *(
+            {"ph": "M", "name": "thread_name", "pid": PID, "tid": tid, "args": {"name": name}}
+            for tid, name in THREAD_NAMES.items()
+        ),
+    ]
 
 
 def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, Any]]:
@@ -94,8 +102,16 @@ def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, 
         values = {"fwd": sample.fwd, "bwd": sample.bwd}
         finite = {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
         if finite:
-            events.append({"ph": "C", "pid": PID, "tid": 0, "ts": _us(sample.unix_ns, base_ns),
-                           "name": f"absmax {sample.name}", "args": finite})
+            events.append(
+                {
+                    "ph": "C",
+                    "pid": PID,
+                    "tid": 0,
+                    "ts": _us(sample.unix_ns, base_ns),
+                    "name": f"absmax {sample.name}",
+                    "args": finite,
+                }
+            )
         lost = {key: str(value) for key, value in values.items() if value is not None and key not in finite}
         if lost:
             events.append(_marker(Marker(sample.unix_ns, f"absmax {sample.name} is not finite", lost), base_ns))
@@ -103,16 +119,31 @@ def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, 
 
 
 def _marker(marker: Marker, base_ns: int) -> dict[str, Any]:
-    return {"ph": "i", "s": "p", "cat": "ddb", "pid": PID, "tid": MARKER_TID, "ts": _us(marker.unix_ns, base_ns),
-            "name": marker.name, "args": dict(marker.detail)}
+    return {
+        "ph": "i",
+        "s": "p",
+        "cat": "ddb",
+        "pid": PID,
+        "tid": MARKER_TID,
+        "ts": _us(marker.unix_ns, base_ns),
+        "name": marker.name,
+        "args": dict(marker.detail),
+    }
 
 
 def _phase(phase: PhaseSlice, base_ns: int) -> dict[str, Any]:
     if phase.end_unix_ns < phase.start_unix_ns:
         raise ValueError(f"phase {phase.name} of step {phase.step} ends before it starts")
-    return {"ph": "X", "cat": "ddb.phase", "pid": PID, "tid": PHASE_TID, "ts": _us(phase.start_unix_ns, base_ns),
-            "dur": (phase.end_unix_ns - phase.start_unix_ns) / 1e3, "name": phase.name,
-            "args": {} if phase.step is None else {"step": phase.step}}
+    return {
+        "ph": "X",
+        "cat": "ddb.phase",
+        "pid": PID,
+        "tid": PHASE_TID,
+        "ts": _us(phase.start_unix_ns, base_ns),
+        "dur": (phase.end_unix_ns - phase.start_unix_ns) / 1e3,
+        "name": phase.name,
+        "args": {} if phase.step is None else {"step": phase.step},
+    }
 
 
 def _flows(flows: Sequence[Flow], base_ns: int) -> list[dict[str, Any]]:
@@ -126,8 +157,18 @@ def _flows(flows: Sequence[Flow], base_ns: int) -> list[dict[str, Any]]:
             raise ValueError(f"the flow from {flow.producer} to {flow.propagator} ends before it starts")
         for letter, module, unix_ns in (("s", flow.producer, flow.from_unix_ns), ("f", flow.propagator, flow.to_unix_ns)):
             place = {"pid": PID, "tid": FLOW_TID, "ts": _us(unix_ns, base_ns)}
-            ends.setdefault((module, unix_ns), {"ph": "X", "cat": "ddb.flow", "name": module, **place,
-                                                "dur": dur_us.get(unix_ns, POINT_US), "args": {}})
-            arrows.append({"ph": letter, "cat": "ddb.flow", "name": "non-finite", "id": number, **place,
-                           **({"bp": "e"} if letter == "f" else {})})
+            ends.setdefault(
+                (module, unix_ns),
+                {"ph": "X", "cat": "ddb.flow", "name": module, **place, "dur": dur_us.get(unix_ns, POINT_US), "args": {}},
+            )
+            arrows.append(
+                {
+                    "ph": letter,
+                    "cat": "ddb.flow",
+                    "name": "non-finite",
+                    "id": number,
+                    **place,
+                    **({"bp": "e"} if letter == "f" else {}),
+                }
+            )
     return [*ends.values(), *arrows]

@@ -39,8 +39,14 @@ class HeadroomTable:
             absmax = r.absmax if larger else old.absmax
             shares = [share for share in (r.flush_frac, old and old.flush_frac) if share is not None]
             self._rows[key] = Headroom(
-                r.module, r.direction, absmax, math.log2(FP16_MAX / absmax) if absmax else None,
-                max(shares, default=None), r.nan + r.inf + (old.nonfinite if old else 0), r.step if larger else old.step)
+                r.module,
+                r.direction,
+                absmax,
+                math.log2(FP16_MAX / absmax) if absmax else None,
+                max(shares, default=None),
+                r.nan + r.inf + (old.nonfinite if old else 0),
+                r.step if larger else old.step,
+            )
 
     def rows(self) -> list[Headroom]:
         """In the model's order, forward before backward."""

@@ -55,6 +55,16 @@ class ModuleLog:
 def _summary(group: list[TapReading]) -> ModuleRecord:
     top = max(group, key=lambda r: r.absmax)
     shares = [r.flush_frac for r in group if r.flush_frac is not None]
-    return ModuleRecord(step=group[-1].step, first_step=group[0].step, module=top.module, order=top.order,
-                        direction=top.direction, dtype=top.dtype, absmax=top.absmax, absmax_step=top.step,
-                        nan=sum(r.nan for r in group), inf=sum(r.inf for r in group), flush_frac=max(shares, default=None))
+    return ModuleRecord(
+        step=group[-1].step,
+        first_step=group[0].step,
+        module=top.module,
+        order=top.order,
+        direction=top.direction,
+        dtype=top.dtype,
+        absmax=top.absmax,
+        absmax_step=top.step,
+        nan=sum(r.nan for r in group),
+        inf=sum(r.inf for r in group),
+        flush_frac=max(shares, default=None),
+    )

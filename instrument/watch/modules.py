@@ -33,8 +33,11 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         if a_list and not any(name.startswith(layer + ".") for layer in layers):
             layers |= {f"{name}.{child}": part for child, part in module.named_children()}
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
-    around = {name: child for name, child in model.named_children()
-              if not isinstance(child, nn.ModuleList) and any(id(p) not in inside for p in child.parameters())}
+    around = {
+        name: child
+        for name, child in model.named_children()
+        if not isinstance(child, nn.ModuleList) and any(id(p) not in inside for p in child.parameters())
+    }
     return {name: module for name, module in model.named_modules() if name in layers or name in around}
 
 

@@ -19,7 +19,15 @@ def merged(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
     for reading in (reading for readings in ranks for reading in readings):
         key = reading.step, reading.module, reading.direction
         earlier = together.get(key)
-        together[key] = reading if earlier is None else replace(
-            earlier, absmax=max(earlier.absmax, reading.absmax), nan=earlier.nan + reading.nan, inf=earlier.inf + reading.inf,
-            flush_frac=max((r.flush_frac for r in (earlier, reading) if r.flush_frac is not None), default=None))
+        together[key] = (
+            reading
+            if earlier is None
+            else replace(
+                earlier,
+                absmax=max(earlier.absmax, reading.absmax),
+                nan=earlier.nan + reading.nan,
+                inf=earlier.inf + reading.inf,
+                flush_frac=max((r.flush_frac for r in (earlier, reading) if r.flush_frac is not None), default=None),
+            )
+        )
     return list(together.values())

@@ -39,8 +39,15 @@ class Replays:
     """The last snapshot, the numbers of the steps completed since (they may start anywhere, skip and repeat), and
     the function that runs one of them again. ``row`` measures the step's counters once more for `Replayed.matched`."""
 
-    def __init__(self, run_step: Callable[[int], object], row: StepRow, model: torch.nn.Module,
-                 optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None, every: int) -> None:
+    def __init__(
+        self,
+        run_step: Callable[[int], object],
+        row: StepRow,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+        every: int,
+    ) -> None:
         self._run_step, self._row, self._parts, self._every = run_step, row, (model, optimizer, scaler), every
         self._snapshot: Snapshot | None = None
         self._since: list[int] = []
@@ -66,7 +73,7 @@ class Replays:
 
     def again(self, steps_ago: int, values: Sequence[float]) -> Replayed:
         """The step that was completed ``steps_ago`` steps ago (1: the last one), whose row was ``values``."""
-        *earlier, step = self._since[:len(self._since) - steps_ago + 1]
+        *earlier, step = self._since[: len(self._since) - steps_ago + 1]
         now = Snapshot(self._since[-1], *self._parts)
         try:
             for _ in range(ATTEMPTS[self._row.device.type]):
@@ -109,4 +116,5 @@ class Replays:
 def _alike(row: Sequence[float], values: Sequence[float], tolerance: float) -> bool:
     return len(row) == len(COLUMNS) and all(
         a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance * max(abs(a), abs(b))
-        for a, b in zip(row, values, strict=True))
+        for a, b in zip(row, values, strict=True)
+    )

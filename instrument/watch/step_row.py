@@ -18,8 +18,9 @@ class StepRow:
     name, state name, tensor) of the optimizer. Raises ValueError for a model with nothing to train.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None,
-                 scaler: torch.amp.GradScaler | None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to watch")
@@ -56,8 +57,11 @@ class StepRow:
         places in a step (two backward passes with the gradients cleared between them) the first bad one counts."""
         if not self._row:
             return
-        as_seen = [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in self.parameters
-                   if p.grad is None or p.grad.layout == torch.strided]
+        as_seen = [
+            None if p.grad is None else (p.grad.data_ptr(), p.grad._version)
+            for p in self.parameters
+            if p.grad is None or p.grad.layout == torch.strided
+        ]
         if len(as_seen) == len(self.parameters) and as_seen == self._as_seen:
             return  # nobody has written to them since they were last looked at
         self._as_seen = as_seen
@@ -95,8 +99,12 @@ class StepRow:
         self._refresh_states()
         self._row |= first_bad("state", [countable(tensor) for *_, tensor in self.states], self.device)
         values, self._row = [self._row[name] for name in COLUMNS], {}
-        return torch.stack([v.double() if isinstance(v, torch.Tensor) else
-                            torch.full((), v, dtype=torch.float64, device=self.device) for v in values])
+        return torch.stack(
+            [
+                v.double() if isinstance(v, torch.Tensor) else torch.full((), v, dtype=torch.float64, device=self.device)
+                for v in values
+            ]
+        )
 
     def _note_scale(self) -> None:
         if self._row and self._scaler is not None:

@@ -16,15 +16,25 @@ from instrument.watch.taps import TapReading
 
 GRADIENTS = ("backward", "unscale", "clip", "update")
 """Where gradients are measured, in order."""
-COLUMNS = ("loss", "loss_scale", "updated", *(f"{name}_{what}" for name in (*GRADIENTS, "state", "param")
-                                             for what in ("tensor", "nan")))
+COLUMNS = (
+    "loss",
+    "loss_scale",
+    "updated",
+    *(f"{name}_{what}" for name in (*GRADIENTS, "state", "param") for what in ("tensor", "nan")),
+)
 
 
 class Surface:
     """One step's row of `COLUMNS` and its module readings. ``states``: (parameter name, state name)."""
 
-    def __init__(self, step: int, row: dict[str, float], readings: Sequence[TapReading], names: Sequence[str],
-                 states: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        step: int,
+        row: dict[str, float],
+        readings: Sequence[TapReading],
+        names: Sequence[str],
+        states: Sequence[tuple[str, str]],
+    ) -> None:
         self.step, self.row, self.names, self.states = step, row, names, states
         self.bad = [r for r in readings if r.nan or r.inf]
         self.updated = row["updated"] > 0
@@ -43,8 +53,13 @@ class Surface:
         """What a scaler's skip was about."""
         found = self._in_forward() or self._in_gradients()
         scale = self.row["loss_scale"]
-        return {"loss_scale": scale if scale >= 0 else None, "phase": found.phase, "module": found.module,
-                "tensor": found.tensor, "kind": found.kind}
+        return {
+            "loss_scale": scale if scale >= 0 else None,
+            "phase": found.phase,
+            "module": found.module,
+            "tensor": found.tensor,
+            "kind": found.kind,
+        }
 
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The earliest phase that shows a failure; None for a healthy step, whatever infinities died out inside."""
@@ -57,8 +72,9 @@ class Surface:
                     return earlier  # it was there before this step
                 index = int(self.row[f"{kind}_tensor"])
                 name, tensor = (self.names[index], phase_tensor) if phase_tensor else self.states[index]
-                return surfaced(self.step, "optimizer", tensor, prevailing(self.row[f"{kind}_nan"]),
-                                module=name.rpartition(".")[0])
+                return surfaced(
+                    self.step, "optimizer", tensor, prevailing(self.row[f"{kind}_nan"]), module=name.rpartition(".")[0]
+                )
         return None
 
     def _in_forward(self) -> FirstNonfinite | None:
@@ -83,6 +99,7 @@ class Surface:
 
 def innermost(readings: Sequence[TapReading]) -> TapReading:
     """The first of the readings in execution order, and of modules inside one another the inner one."""
-    inner = [r for r in readings if not any(o.module.startswith(r.module + ".") or (not r.module and o.module)
-                                            for o in readings)]
+    inner = [
+        r for r in readings if not any(o.module.startswith(r.module + ".") or (not r.module and o.module) for o in readings)
+    ]
     return min(inner, key=lambda r: r.called)

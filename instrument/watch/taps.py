@@ -68,9 +68,17 @@ class ModuleTaps:
     measured. ``close()`` leaves no hook behind.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, *, granularity: str = "module", every: int = 16,
-                 skip_output: bool = False, kept_steps: int = KEPT_STEPS,
-                 gather: Callable[[list[TapReading]], list[list[TapReading]]] = lambda mine: [mine]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        *,
+        granularity: str = "module",
+        every: int = 16,
+        skip_output: bool = False,
+        kept_steps: int = KEPT_STEPS,
+        gather: Callable[[list[TapReading]], list[list[TapReading]]] = lambda mine: [mine],
+    ) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
         if every < 0:
@@ -115,8 +123,9 @@ class ModuleTaps:
         due = bool(self._every) and (step - 1) % self._every == 0
         self._counts = "all" if due else "range"
         if due:
-            self._step_handles = [m.register_forward_hook(Hook(self._hook(n))) for n, m in self._leaves.items()
-                                  if n not in self._blocks]
+            self._step_handles = [
+                m.register_forward_hook(Hook(self._hook(n))) for n, m in self._leaves.items() if n not in self._blocks
+            ]
         self._ring.tick()
         self._ticks += 1
         self._step_of_tick.append(step)
@@ -161,8 +170,11 @@ class ModuleTaps:
     def left(self) -> dict[str, Any]:
         """What a continued run needs to go on as if it had not been stopped, as plain data: the readings that
         wait, which still wait afterwards, and which modules return the model's own output."""
-        return {"steps": self.pending_steps, "skipped": sorted(self._skipped),
-                "readings": [asdict(reading) for reading in self._unread()]}
+        return {
+            "steps": self.pending_steps,
+            "skipped": sorted(self._skipped),
+            "readings": [asdict(reading) for reading in self._unread()],
+        }
 
     def go_on(self, left: dict[str, Any]) -> None:
         """Take up what another process' taps on the same model `left`."""
@@ -184,10 +196,20 @@ class ModuleTaps:
             step, called = self._step_of_tick[cell.step - newest - 1], self._called_in_tick[cell.step - newest - 1]
             place, direction = divmod(cell.slot, 2)
             nonzero = None if cell.zeros is None else cell.numel - cell.zeros
-            readings.append(TapReading(
-                step=step, module=self._names[place], order=place, direction="bwd" if direction else "fwd",
-                dtype=self._dtypes.get(cell.slot, ""), absmax=cell.absmax, nan=cell.nan, inf=cell.inf,
-                flush_frac=cell.fp16_flush / nonzero if nonzero else None, called=called[cell.slot]))
+            readings.append(
+                TapReading(
+                    step=step,
+                    module=self._names[place],
+                    order=place,
+                    direction="bwd" if direction else "fwd",
+                    dtype=self._dtypes.get(cell.slot, ""),
+                    absmax=cell.absmax,
+                    nan=cell.nan,
+                    inf=cell.inf,
+                    flush_frac=cell.fp16_flush / nonzero if nonzero else None,
+                    called=called[cell.slot],
+                )
+            )
         self.mine = readings
         return self._earlier + merged(self._gather(readings))
 
@@ -221,8 +243,9 @@ class ModuleTaps:
         """Leave out what returned the model's own output, from the next pass on. A tensor that is gone by then only had its
         memory: which of those the allocator gives to the output differs from process to process."""
         outputs = {tensor.data_ptr() for tensor in tensors_in(output)}
-        self._skipped |= {slot for slot, (tensor, address) in self._addresses.items()
-                          if address in outputs and tensor() is not None}
+        self._skipped |= {
+            slot for slot, (tensor, address) in self._addresses.items() if address in outputs and tensor() is not None
+        }
         self._addresses.clear()
 
     def _call(self, slot: int) -> None:

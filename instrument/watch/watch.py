@@ -37,8 +37,10 @@ class NonfiniteError(FloatingPointError):
     """Raised by a watch that was asked to; ``record`` says where the value came from."""
 
     def __init__(self, record: FirstNonfinite) -> None:
-        super().__init__(f"step {record.step}, {record.phase}, {record.module or 'outside of modules'}: {record.tensor} is "
-                         f"{record.kind}" + (f" ({record.op}, {record.cause})" if record.op else ""))
+        super().__init__(
+            f"step {record.step}, {record.phase}, {record.module or 'outside of modules'}: {record.tensor} is "
+            f"{record.kind}" + (f" ({record.op}, {record.cause})" if record.op else "")
+        )
         self.record = record
 
 
@@ -55,10 +57,20 @@ class Watch:
     Raises ValueError for an unknown granularity, a cadence below 1 or a model with nothing to train.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
-                 scaler: torch.amp.GradScaler | None = None, granularity: str = "module", every: int = 16,
-                 log_every: int | None = None, replay: Callable[[int], object] | None = None, snapshot_every: int = 50,
-                 explained_skips: int = 1, raise_on_nonfinite: bool = False) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        granularity: str = "module",
+        every: int = 16,
+        log_every: int | None = None,
+        replay: Callable[[int], object] | None = None,
+        snapshot_every: int = 50,
+        explained_skips: int = 1,
+        raise_on_nonfinite: bool = False,
+    ) -> None:
         for name, value in (("log_every", log_every), ("snapshot_every", snapshot_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -77,7 +89,8 @@ class Watch:
         self._ring = torch.zeros(self.log_every, len(COLUMNS), dtype=torch.float64, device=self.device)
         self._replaying = self._backward_awaited = False
         self._removers: list[Callable[[], None]] = [
-            part.register_forward_hook(Hook(self._await_backward)).remove for part in {model, *model.children()}]
+            part.register_forward_hook(Hook(self._await_backward)).remove for part in {model, *model.children()}
+        ]
         if optimizer is not None:
             self._removers.append(optimizer.register_step_pre_hook(lambda *_: self._row.updating()).remove)
         if scaler is not None:
@@ -160,14 +173,19 @@ class Watch:
         steps, self._steps = self._steps, []
         if not steps:
             return
-        rows = self._ring[:len(steps)].tolist()
+        rows = self._ring[: len(steps)].tolist()
         readings = self.taps.read()
         self._headroom.add(readings)
         if self._found is not None:
             return
         for index, (step, values) in enumerate(zip(steps, rows, strict=True)):
-            surface = Surface(step, dict(zip(COLUMNS, values, strict=True)), [r for r in readings if r.step == step],
-                              self._row.names, [(name, tensor) for name, tensor, _ in self._row.states])
+            surface = Surface(
+                step,
+                dict(zip(COLUMNS, values, strict=True)),
+                [r for r in readings if r.step == step],
+                self._row.names,
+                [(name, tensor) for name, tensor, _ in self._row.states],
+            )
             if self.scaler is not None and surface.skipped:
                 self.events.append(self._skip(surface, len(steps) - index, values))
             self._found = surface.first_nonfinite()
@@ -227,8 +245,11 @@ class Watch:
             return
         replayed = self._again(steps_ago, values)
         self.examination = replayed.found
-        self._found = completed(self._found, replayed.found, from_step=replayed.from_step) if replayed.matched else \
-            msgspec.structs.replace(self._found, replay=replayed.words())
+        self._found = (
+            completed(self._found, replayed.found, from_step=replayed.from_step)
+            if replayed.matched
+            else msgspec.structs.replace(self._found, replay=replayed.words())
+        )
 
     def _again(self, steps_ago: int, values: list[float]) -> Replayed:
         self._replaying, self._backward_awaited = True, False

@@ -21,9 +21,7 @@ _library.define(
 )
 
 
-def activation_stats(
-    tensors: Sequence[torch.Tensor], out_slots: RingSlots, *, counts: str = "all", impl: str = "auto"
-) -> None:
+def activation_stats(tensors: Sequence[torch.Tensor], out_slots: RingSlots, *, counts: str = "all", impl: str = "auto") -> None:
     """Measure tensors into the cells `out_slots = ring.at([...])` of the running step, if it is measured.
 
     tensors  fp32, bf16, fp16, mixed; any shape (one that is not dense is copied first); fewer than 2^31 elements each;

@@ -9,9 +9,7 @@ from kernels.multi_tensor_stats.reference import reference_stats
 JUST_OVER = 65504.001  # no bf16, fp16 or fp32 number lies between 65,504 and this
 
 
-def record_cells(
-    tensors: list[torch.Tensor], words: torch.Tensor, state: torch.Tensor, slots: list[int], counts: str
-) -> None:
+def record_cells(tensors: list[torch.Tensor], words: torch.Tensor, state: torch.Tensor, slots: list[int], counts: str) -> None:
     """Measure `tensors` and add them to the cells of the running step. Reads the state, a sync."""
     enabled, now, record, _ = state.tolist()
     if not enabled:

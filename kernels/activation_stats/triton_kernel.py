@@ -24,9 +24,7 @@ def _pick(i, a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
-def _write_cell(
-    cell, floats, ints, first, n, n_shares, now, SHARES: tl.constexpr, P_INTS: tl.constexpr, COUNTS: tl.constexpr
-):
+def _write_cell(cell, floats, ints, first, n, n_shares, now, SHARES: tl.constexpr, P_INTS: tl.constexpr, COUNTS: tl.constexpr):
     """Join the shares of one tensor, add to the cell if this step has written it before."""
     lanes = tl.arange(0, SHARES)
     columns = tl.arange(0, P_INTS)

@@ -12,9 +12,7 @@ _library = torch.library.Library("dtype_dynamics_histogram", "DEF")
 _library.define("exponent_histogram(Tensor x, Tensor(a!) words, str impl) -> ()")
 
 
-def exponent_histogram(
-    x: torch.Tensor, *, out: ExponentHistogram | None = None, impl: str = "auto"
-) -> ExponentHistogram:
+def exponent_histogram(x: torch.Tensor, *, out: ExponentHistogram | None = None, impl: str = "auto") -> ExponentHistogram:
     """Add the counts of x per power of two to `out` (default: a new one). No host sync on CUDA.
 
     x    fp32, bf16 or fp16, any shape and strides, at most 2^30 elements (one that is not dense is copied)

@@ -24,9 +24,7 @@ def _codes(x, FIRST: tl.constexpr, ABOVE: tl.constexpr):
 
 
 @triton.jit
-def histogram_kernel(
-    x_ptr, words, n, BLOCK: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr, ABOVE: tl.constexpr
-):
+def histogram_kernel(x_ptr, words, n, BLOCK: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr, ABOVE: tl.constexpr):
     """Grid (programs,): blocks pid, pid + programs, ...; the last, partial block goes to the program whose turn it is."""
     pid = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)

@@ -102,8 +102,10 @@ def decode(words: list[int], width: int | None) -> dict[str, float | int | None]
     """One slot's eight integers as names and plain numbers (no torch, no device)."""
     if words[BAD_TARGETS]:
         n = words[BAD_TARGETS]
-        raise IndexError(f"{n} {'target' if n == 1 else 'targets'} out of range for logits of width {width}: loss and gradient "
-                         f"of such a row are NaN")
+        raise IndexError(
+            f"{n} {'target' if n == 1 else 'targets'} out of range for logits of width {width}: loss and gradient "
+            f"of such a row are NaN"
+        )
     absmax = row = col = None
     if words[KEY]:
         absmax = struct.unpack("<f", struct.pack("<I", words[KEY] >> 32))[0]

@@ -74,8 +74,9 @@ def measure(place: Path, repeats: int, *, seeds: int = 3, steps: int = STEPS) ->
         measured("HTML", "s", [arm.wall_s for arm in page], 15.0),
         measured("HTML, memory", "bytes", [float(arm.peak_bytes) for arm in page], 600e6),
         measured("HTML, size", "bytes", [float(size_bytes)], 6e6),
-        measured("PDF besides", "s", [with_pdf.wall_s - without.wall_s for with_pdf, without in zip(full, page, strict=True)],
-                 10.0),
+        measured(
+            "PDF besides", "s", [with_pdf.wall_s - without.wall_s for with_pdf, without in zip(full, page, strict=True)], 10.0
+        ),
         measured("10x the rows", "ratio", _ratios(larger, page), 11.0),
         measured("8 figures / plain script", "ratio", _ratios(eight, plain), 0.3),
         measured("dossier / plain script", "ratio", _ratios(page, plain), None),
@@ -108,9 +109,13 @@ def show(rows: list[Measured]) -> None:
     for row in rows:
         bounded = row.at_most is not None
         spread = f", {_words(row.least, row.unit)} to {_words(row.most, row.unit)}" if row.n > 1 else ""
-        table.add_row(row.name, _words(row.median, row.unit) + spread, str(row.n),
-                      f"≤ {_words(row.at_most, row.unit)}" if bounded else "",
-                      ("met" if row.met else "missed") if bounded else "")
+        table.add_row(
+            row.name,
+            _words(row.median, row.unit) + spread,
+            str(row.n),
+            f"≤ {_words(row.at_most, row.unit)}" if bounded else "",
+            ("met" if row.met else "missed") if bounded else "",
+        )
     Console(stderr=True, highlight=False).print(table)
 
 

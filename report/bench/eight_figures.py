@@ -1,6 +1,6 @@
 """The figures A to H and their CSV alone, without verdicts and page: what the plain script is compared with.
 
-    python eight_figures.py RESULTS_FOLDER OUT_FOLDER
+python eight_figures.py RESULTS_FOLDER OUT_FOLDER
 """
 
 import sys

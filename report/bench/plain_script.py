@@ -37,8 +37,9 @@ def main(folder: Path, out: Path) -> None:
     sns.set_theme(style="ticks", context="paper")
     runs, steps = read(folder)
     reference = runs[runs["dtype_config"] == "fp32_true"].set_index(["case", "seed"])
-    runs["relative"] = [run["samples_per_s"] / reference.loc[(run["case"], run["seed"]), "samples_per_s"]
-                        for run in runs.to_dict("records")]
+    runs["relative"] = [
+        run["samples_per_s"] / reference.loc[(run["case"], run["seed"]), "samples_per_s"] for run in runs.to_dict("records")
+    ]
 
     def save(name: str, figure=None) -> None:
         (figure or plt.gcf()).savefig(out / f"{name}.svg")
@@ -49,24 +50,78 @@ def main(folder: Path, out: Path) -> None:
     plt.figure(figsize=(7, 4))
     sns.heatmap(alive.pivot_table(index="dtype_config", columns="case", values="ok"), annot=True)
     save("a")
-    save("b", sns.relplot(runs, x="peak_allocated_bytes", y="mfu_bf16_peak", hue="dtype_config", style="arch", col="task",
-                          col_wrap=2, height=2.5).figure)
-    save("c", sns.catplot(runs, x="relative", y="dtype_config", hue="dtype_config", col="case", col_wrap=2, kind="bar",
-                          height=1.8).figure)
-    grid = sns.relplot(steps[steps["dtype_config"].isin(HEARTBEAT)], x="step", y="grad_norm", hue="dtype_config",
-                       row="case", kind="line", units="run_id", estimator=None, height=1.5, aspect=4)
+    save(
+        "b",
+        sns.relplot(
+            runs,
+            x="peak_allocated_bytes",
+            y="mfu_bf16_peak",
+            hue="dtype_config",
+            style="arch",
+            col="task",
+            col_wrap=2,
+            height=2.5,
+        ).figure,
+    )
+    save(
+        "c",
+        sns.catplot(
+            runs, x="relative", y="dtype_config", hue="dtype_config", col="case", col_wrap=2, kind="bar", height=1.8
+        ).figure,
+    )
+    grid = sns.relplot(
+        steps[steps["dtype_config"].isin(HEARTBEAT)],
+        x="step",
+        y="grad_norm",
+        hue="dtype_config",
+        row="case",
+        kind="line",
+        units="run_id",
+        estimator=None,
+        height=1.5,
+        aspect=4,
+    )
     grid.set(yscale="log")
     save("d", grid.figure)
-    save("e", sns.catplot(steps, x="dtype_config", y="logit_absmax", hue="seed", row="case", kind="violin", height=1.5,
-                          aspect=4, log_scale=True).figure)
+    save(
+        "e",
+        sns.catplot(
+            steps,
+            x="dtype_config",
+            y="logit_absmax",
+            hue="seed",
+            row="case",
+            kind="violin",
+            height=1.5,
+            aspect=4,
+            log_scale=True,
+        ).figure,
+    )
     amp = steps[steps["dtype_config"] == "amp_bf16"].copy()
     amp["order"] = amp.groupby("run_id")["real_tokens"].rank(method="first")
     long = amp.melt(["order", "case"], ["mfu_bf16_peak", "mfu_bf16_peak_real_tokens"])
-    save("f", sns.relplot(long, x="order", y="value", hue="variable", col="case", col_wrap=2, kind="line", errorbar=None,
-                          height=2).figure)
+    save(
+        "f",
+        sns.relplot(
+            long, x="order", y="value", hue="variable", col="case", col_wrap=2, kind="line", errorbar=None, height=2
+        ).figure,
+    )
     classes = steps[steps["case"].str.contains("cls")]
-    save("g", sns.relplot(classes, x="step", y="loss", hue="dtype_config", col="case", col_wrap=2, kind="line", errorbar=None,
-                          height=2, facet_kws={"sharey": False}).figure)
+    save(
+        "g",
+        sns.relplot(
+            classes,
+            x="step",
+            y="loss",
+            hue="dtype_config",
+            col="case",
+            col_wrap=2,
+            kind="line",
+            errorbar=None,
+            height=2,
+            facet_kws={"sharey": False},
+        ).figure,
+    )
     runs["side"] = runs["case"].str.contains("cls").map({True: "classification", False: "LM"})
     plt.figure(figsize=(5, 3))
     ranks = runs.groupby(["side", "dtype_config"])["relative"].mean().groupby("side").rank(ascending=False).reset_index()

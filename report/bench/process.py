@@ -30,11 +30,12 @@ class Spent:
 
 def spend(*arguments: str) -> Spent:
     """Run ``python ARGUMENTS`` to its end; raises `BenchFailed` when it does not exit with 0."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-                                "MPLBACKEND": "Agg"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "MPLBACKEND": "Agg",
+    }
     began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                             env=environment)
+    child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     peak_bytes = 0
     while child.poll() is None:
         peak_bytes = max(peak_bytes, _tree_bytes(child.pid))

@@ -20,9 +20,27 @@ from report.tables.paired import pooled_rate
 from report.tables.selection import select, settings_of
 from report.words import joined
 
-COLUMNS = ("device", "case", "column", "dtype_config", "state", "line1", "n", "samples_per_s", "relative", "low", "high", "mfu",
-           "y_kind", "peak_bytes", "peak_kind", "over_first", "price_per_hour", "cost_per_million_samples",
-           "cost_per_billion_real_tokens")
+COLUMNS = (
+    "device",
+    "case",
+    "column",
+    "dtype_config",
+    "state",
+    "line1",
+    "n",
+    "samples_per_s",
+    "relative",
+    "low",
+    "high",
+    "mfu",
+    "y_kind",
+    "peak_bytes",
+    "peak_kind",
+    "over_first",
+    "price_per_hour",
+    "cost_per_million_samples",
+    "cost_per_billion_real_tokens",
+)
 SAME = ("preset", "data_source", "weights_source", "batch_size", "micro_batch", "seq_len", "max_steps", "loss_reduction")
 """Settings that two devices' runs of a case must share for their speeds to be compared."""
 
@@ -52,8 +70,9 @@ def compare(folders: Sequence[Folder], prices_per_hour: Sequence[float] | None =
         twice = next(device for device in devices if devices.count(device) > 1)
         raise UsageError(f"two folders hold runs of {twice}; give one folder a device")
     if prices_per_hour is not None and len(prices_per_hour) != len(folders):
-        raise UsageError(f"{count(len(prices_per_hour), 'price')} for {count(len(folders), 'folder')}; "
-                         "give one a folder, in their order")
+        raise UsageError(
+            f"{count(len(prices_per_hour), 'price')} for {count(len(folders), 'folder')}; give one a folder, in their order"
+        )
     prices = dict(zip(devices, prices_per_hour, strict=True)) if prices_per_hour else {}
     data = pd.concat([_device(folder, prices.get(folder.device)) for folder in folders], ignore_index=True)
     differ = _settings_differ(folders)
@@ -118,9 +137,10 @@ def _notes(differ: dict[tuple[str, str], str]) -> list[str]:
 
 def _over_first(data: pd.DataFrame, first: str, differ: dict[tuple[str, str], str]) -> pd.DataFrame:
     base = data[data["device"] == first].set_index(["case", "dtype_config"])["samples_per_s"].to_dict()
-    data["over_first"] = [math.nan if (row.device, row.case) in differ else
-                          row.samples_per_s / base.get((row.case, row.dtype_config), math.nan)
-                          for row in data.itertuples()]
+    data["over_first"] = [
+        math.nan if (row.device, row.case) in differ else row.samples_per_s / base.get((row.case, row.dtype_config), math.nan)
+        for row in data.itertuples()
+    ]
     return data
 
 
@@ -129,8 +149,10 @@ def _differences(data: pd.DataFrame) -> tuple[str, ...]:
     for (case, config), rows in data.groupby(["case", "dtype_config"], sort=False):
         rows = rows[rows["state"].isin(JUDGED)]
         if rows["state"].nunique() > 1:
-            words = ", ".join(f"{row.device} {row.state}" + (f" ({row.line1})" if row.state == "diverged" else "")
-                              for row in rows.itertuples())
+            words = ", ".join(
+                f"{row.device} {row.state}" + (f" ({row.line1})" if row.state == "diverged" else "")
+                for row in rows.itertuples()
+            )
             found.append(f"{case}, {config}: {words}")
     return tuple(found)
 
@@ -142,6 +164,11 @@ def _marks(folders: Sequence[Folder]) -> list[str]:
 def _ordered(data: pd.DataFrame) -> pd.DataFrame:
     """Tasks, then cases, configurations and devices, in the registries' orders."""
     cases, configs = case_order(data["case"].unique()), series_order(data["dtype_config"].unique())
-    key = pd.DataFrame({"column": data["column"].map(TASK_COLUMNS.index), "case": data["case"].map(cases.index),
-                        "config": data["dtype_config"].map(configs.index)})
+    key = pd.DataFrame(
+        {
+            "column": data["column"].map(TASK_COLUMNS.index),
+            "case": data["case"].map(cases.index),
+            "config": data["dtype_config"].map(configs.index),
+        }
+    )
     return data.loc[key.sort_values(["column", "case", "config"], kind="stable").index, list(COLUMNS)].reset_index(drop=True)

@@ -45,9 +45,12 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def _cells(cell: dict, priced: bool) -> list[str]:
     state = cell["line1"] if cell["state"] == "diverged" else WORDS.get(cell["state"], cell["state"])
-    numbers = [_known(cell["relative"], "{:.2f}x"), _known(cell["over_first"], "{:.2f}x"),
-               _known(100 * cell["mfu"], "{:.0f} %"),
-               NOTHING if math.isnan(cell["peak_bytes"]) else gigabytes(cell["peak_bytes"])]
+    numbers = [
+        _known(cell["relative"], "{:.2f}x"),
+        _known(cell["over_first"], "{:.2f}x"),
+        _known(100 * cell["mfu"], "{:.0f} %"),
+        NOTHING if math.isnan(cell["peak_bytes"]) else gigabytes(cell["peak_bytes"]),
+    ]
     if priced:
         numbers.append(NOTHING if math.isnan(cell["cost_per_million_samples"]) else plain(cell["cost_per_million_samples"]))
     return [f"[{STYLES.get(cell['state'], 'default')}]{escape(state)}[/]", *numbers]

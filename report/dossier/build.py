@@ -21,8 +21,13 @@ from report.tables.predicted import predicted
 from report.tables.trust import trust
 from report.verdict import Price, verdict
 
-SECTION_TABLES = {"kernel_time": kernel_time, "overhead": overhead, "step_times": step_times, "hardware": hardware,
-                  "headroom": headroom_map}
+SECTION_TABLES = {
+    "kernel_time": kernel_time,
+    "overhead": overhead,
+    "step_times": step_times,
+    "hardware": hardware,
+    "headroom": headroom_map,
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,17 @@ class BuildResult:
     defects: tuple
 
 
-def build(folder, out: Path | None = None, *, pdf: bool = True, formats: tuple[str, ...] = ("svg", "png"), dpi: int = 300,
-          progress: bool = False, heartbeat: tuple[str, ...] = (), price: Price | None = None) -> BuildResult:
+def build(
+    folder,
+    out: Path | None = None,
+    *,
+    pdf: bool = True,
+    formats: tuple[str, ...] = ("svg", "png"),
+    dpi: int = 300,
+    progress: bool = False,
+    heartbeat: tuple[str, ...] = (),
+    price: Price | None = None,
+) -> BuildResult:
     """Write ``plots/``, ``summary.json`` and ``dossier/`` under ``out`` (default: the results folder).
 
     ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. ``heartbeat``:
@@ -60,8 +74,17 @@ def build(folder, out: Path | None = None, *, pdf: bool = True, formats: tuple[s
         drawn = draw_all(tables, out / "plots", formats, dpi, lambda letter: bar.step(f"figure {letter}"))
         clock.lap("figures")
         bar.step("page")
-        content = context(folder, drawn, tables, findings=findings, verdict=decision, checks=checks, failures=cards,
-                          forecast=forecast, defects=folder.defects)
+        content = context(
+            folder,
+            drawn,
+            tables,
+            findings=findings,
+            verdict=decision,
+            checks=checks,
+            failures=cards,
+            forecast=forecast,
+            defects=folder.defects,
+        )
         html = page(content)
         paths = [out / "plots" / file for figure in drawn.values() for file in figure.files]
         paths += [out / "summary.json", out / "dossier" / "index.html"]
@@ -93,11 +116,24 @@ class _Clock:
 def _summary(folder, tables: dict, findings, decision, checks, forecast) -> str:
     """The page's claims as strict JSON, for programs: a non-finite number is null."""
     content = {
-        "schema": 1, "device": folder.device, "marks": folder.marks, "runs": len(folder.runs),
-        "verdict": decision, "findings": findings, "checks": checks,
+        "schema": 1,
+        "device": folder.device,
+        "marks": folder.marks,
+        "runs": len(folder.runs),
+        "verdict": decision,
+        "findings": findings,
+        "checks": checks,
         "predictions": {"counts": forecast.counts, "not_predicted": forecast.missing},
-        "figures": {key: {"name": table.name, "title": table.title, "caption": table.caption, "empty": table.empty,
-                          "excluded": table.excluded} for key, table in tables.items()},
+        "figures": {
+            key: {
+                "name": table.name,
+                "title": table.title,
+                "caption": table.caption,
+                "empty": table.empty,
+                "excluded": table.excluded,
+            }
+            for key, table in tables.items()
+        },
         "defects": [str(defect) for defect in folder.defects],
     }
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"

@@ -23,23 +23,53 @@ from report.words import gigabytes
 EXECUTIVE = "ACB"
 PEAK_KINDS = {"rss": "resident", "device": "on the device", "reserved": "reserved"}
 MACHINE = ("step_times", "hardware")
-SECTIONS = (("decision", "Decision"), ("trust", "Can you trust this?"), ("summary", "Executive summary"),
-            ("hypotheses", "Hypotheses"), ("failures", "Failures"), ("time", "Where the time goes"),
-            ("hardware", "Memory, energy, hardware"), ("runs", "All runs"), ("methods", "Methods"),
-            ("reproduce", "Reproduce"))
-KERNEL_COLUMNS = (("op", ""), ("case", ""), ("arm", ""), ("status", ""), ("time_s", "us"), ("time_over_ours", ""),
-                  ("bytes_per_s", "GB/s"), ("share_of_copy", ""), ("pairs", ""), ("note", ""))
+SECTIONS = (
+    ("decision", "Decision"),
+    ("trust", "Can you trust this?"),
+    ("summary", "Executive summary"),
+    ("hypotheses", "Hypotheses"),
+    ("failures", "Failures"),
+    ("time", "Where the time goes"),
+    ("hardware", "Memory, energy, hardware"),
+    ("runs", "All runs"),
+    ("methods", "Methods"),
+    ("reproduce", "Reproduce"),
+)
+KERNEL_COLUMNS = (
+    ("op", ""),
+    ("case", ""),
+    ("arm", ""),
+    ("status", ""),
+    ("time_s", "us"),
+    ("time_over_ours", ""),
+    ("bytes_per_s", "GB/s"),
+    ("share_of_copy", ""),
+    ("pairs", ""),
+    ("note", ""),
+)
 KERNEL_HEADS = ("op", "case", "way", "status", "time (us)", "time over ours", "GB/s", "share of copy", "pairs", "note")
 MOST_DEFECTS, MOST_EXCLUDED = 200, 12
 
 
-def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence, verdict, checks: Sequence,
-            failures: Sequence, forecast, defects: Sequence) -> dict[str, Any]:
+def context(
+    folder,
+    drawn: dict[str, Drawn],
+    tables: dict,
+    *,
+    findings: Sequence,
+    verdict,
+    checks: Sequence,
+    failures: Sequence,
+    forecast,
+    defects: Sequence,
+) -> dict[str, Any]:
     """The template's values. ``drawn``: figures by letter; the rest as their modules return it."""
     numbers = RowNumbers(folder.runs)
     class_heads, class_rows = measurements.kernel_classes(tables["kernel_time"].data)
     return {
-        **header(folder), "sections": SECTIONS, "machine_figures": [key for key in MACHINE if key in drawn],
+        **header(folder),
+        "sections": SECTIONS,
+        "machine_figures": [key for key in MACHINE if key in drawn],
         "figures": {letter: _figure(figure, tables[letter], numbers) for letter, figure in drawn.items()},
         "executive": [letter for letter in EXECUTIVE if letter in drawn],
         "tasks": [_task(task, numbers) for task in verdict.tasks],
@@ -49,16 +79,24 @@ def context(folder, drawn: dict[str, Drawn], tables: dict, *, findings: Sequence
         "findings": _findings(findings, numbers),
         "failures": failure_cards(failures, folder, numbers),
         "predicted": prediction_words(forecast, folder),
-        "class_heads": class_heads, "class_rows": class_rows,
-        "top_heads": measurements.TOP_HEADS, "top_rows": measurements.top_kernels(tables["kernel_time"].summary),
+        "class_heads": class_heads,
+        "class_rows": class_rows,
+        "top_heads": measurements.TOP_HEADS,
+        "top_rows": measurements.top_kernels(tables["kernel_time"].summary),
         "mfu_rows": measurements.mfu_rows(eligible(folder, select(folder))[0]),
-        "kernel_heads": KERNEL_HEADS, "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
-        "overhead_heads": measurements.OVERHEAD_HEADS, "overhead_rows": measurements.overhead_rows(tables["overhead"].summary),
-        "fit_heads": FIT_HEADS, "fit_rows": fit_rows(folder.fit, verdict.price_per_hour),
+        "kernel_heads": KERNEL_HEADS,
+        "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
+        "overhead_heads": measurements.OVERHEAD_HEADS,
+        "overhead_rows": measurements.overhead_rows(tables["overhead"].summary),
+        "fit_heads": FIT_HEADS,
+        "fit_rows": fit_rows(folder.fit, verdict.price_per_hour),
         "peaks": _peaks(folder.runs),
-        "run_heads": HEADS, "run_rows": run_rows(folder.runs, numbers),
-        "commands": commands(folder.runs, numbers), "versions": versions(folder.runs, folder.machine),
-        "defects": [clean(defect, 400) for defect in defects[:MOST_DEFECTS]], "n_defects": len(defects),
+        "run_heads": HEADS,
+        "run_rows": run_rows(folder.runs, numbers),
+        "commands": commands(folder.runs, numbers),
+        "versions": versions(folder.runs, folder.machine),
+        "defects": [clean(defect, 400) for defect in defects[:MOST_DEFECTS]],
+        "n_defects": len(defects),
     }
 
 
@@ -66,10 +104,18 @@ def _figure(figure: Drawn, table, numbers: RowNumbers) -> dict[str, Any]:
     from markupsafe import Markup
 
     label = f"Figure {figure.letter}" if len(figure.letter) == 1 else figure.letter.replace("_", " ").capitalize()
-    return {"letter": figure.letter, "label": label, "name": figure.name, "title": clean(figure.title, 400),
-            "caption": clean(figure.caption, 3_000), "svg": Markup(figure.svg), "files": figure.files,
-            "empty": figure.empty and clean(figure.empty, 600), "n_excluded": figure.n_excluded,
-            "excluded": _excluded(table.excluded, numbers)}
+    return {
+        "letter": figure.letter,
+        "label": label,
+        "name": figure.name,
+        "title": clean(figure.title, 400),
+        "caption": clean(figure.caption, 3_000),
+        "svg": Markup(figure.svg),
+        "files": figure.files,
+        "empty": figure.empty and clean(figure.empty, 600),
+        "n_excluded": figure.n_excluded,
+        "excluded": _excluded(table.excluded, numbers),
+    }
 
 
 def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[dict[str, Any]]:
@@ -77,9 +123,14 @@ def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[
     reasons: dict[str, list[str]] = {}
     for run_id, reason in excluded:
         reasons.setdefault(clean(reason, 300), []).append(run_id)
-    return [{"reason": reason, "rows": numbers.cite(run_ids),
-             "others": [clean(run_id, 80) for run_id in run_ids if run_id not in numbers][:MOST_EXCLUDED]}
-            for reason, run_ids in reasons.items()]
+    return [
+        {
+            "reason": reason,
+            "rows": numbers.cite(run_ids),
+            "others": [clean(run_id, 80) for run_id in run_ids if run_id not in numbers][:MOST_EXCLUDED],
+        }
+        for reason, run_ids in reasons.items()
+    ]
 
 
 def _task(task, numbers: RowNumbers) -> dict[str, Any]:
@@ -89,13 +140,18 @@ def _task(task, numbers: RowNumbers) -> dict[str, Any]:
         speed += f" [{task.low:.2f}, {task.high:.2f}]"
     elif speed:
         speed += " (no interval)"
-    return {"column": clean(task.column), "use": clean(task.use) if task.use else None,
-            "avoid": [clean(a, 300) for a in ([task.avoid] if isinstance(task.avoid, str) else task.avoid or ())],
-            "speed": speed, "memory": _memory(task.peak_bytes, task.peak_kind),
-            "quality": clean(task.quality, 200) if task.quality not in (None, "") else None,
-            "cost": clean(task.cost or "", 200) or None,
-            "reason": clean(task.reason or "", 600), "confidence": clean(task.confidence or "", 300),
-            "rows": numbers.cite(task.run_ids)}
+    return {
+        "column": clean(task.column),
+        "use": clean(task.use) if task.use else None,
+        "avoid": [clean(a, 300) for a in ([task.avoid] if isinstance(task.avoid, str) else task.avoid or ())],
+        "speed": speed,
+        "memory": _memory(task.peak_bytes, task.peak_kind),
+        "quality": clean(task.quality, 200) if task.quality not in (None, "") else None,
+        "cost": clean(task.cost or "", 200) or None,
+        "reason": clean(task.reason or "", 600),
+        "confidence": clean(task.confidence or "", 300),
+        "rows": numbers.cite(task.run_ids),
+    }
 
 
 def _memory(peak_bytes: float | None, kind: str | None) -> str | None:
@@ -106,9 +162,13 @@ def _memory(peak_bytes: float | None, kind: str | None) -> str | None:
 
 
 def _check(check, numbers: RowNumbers) -> dict[str, Any]:
-    return {"name": clean(check.name, 80), "sign": {True: "✓", False: "✗"}.get(check.ok, "?"),
-            "state": {True: "yes", False: "no"}.get(check.ok, "open"),
-            "sentence": clean(check.sentence, 900), "rows": numbers.cite(check.run_ids)}
+    return {
+        "name": clean(check.name, 80),
+        "sign": {True: "✓", False: "✗"}.get(check.ok, "?"),
+        "state": {True: "yes", False: "no"}.get(check.ok, "open"),
+        "sentence": clean(check.sentence, 900),
+        "rows": numbers.cite(check.run_ids),
+    }
 
 
 def _findings(findings: Sequence, numbers: RowNumbers) -> list[dict[str, Any]]:
@@ -128,11 +188,19 @@ def _finding(finding, numbers: RowNumbers) -> dict[str, Any]:
         effect = f"{finding.effect:.3g}{unit}"
         if finding.low is not None and finding.high is not None:
             effect += f" [{finding.low:.3g}, {finding.high:.3g}]"
-    return {"id": finding.id, "claim": clean(finding.claim, 400), "verdict": finding.verdict,
-            "kind": {"supported": "yes", "refuted": "no"}.get(finding.verdict, "open"),
-            "sentence": clean(finding.sentence, 1_500), "effect": effect, "n": finding.n,
-            "would_decide": clean(finding.would_decide or "", 600), "plot": finding.plot,
-            "details": [clean(line, 600) for line in finding.details], "rows": numbers.cite(finding.run_ids)}
+    return {
+        "id": finding.id,
+        "claim": clean(finding.claim, 400),
+        "verdict": finding.verdict,
+        "kind": {"supported": "yes", "refuted": "no"}.get(finding.verdict, "open"),
+        "sentence": clean(finding.sentence, 1_500),
+        "effect": effect,
+        "n": finding.n,
+        "would_decide": clean(finding.would_decide or "", 600),
+        "plot": finding.plot,
+        "details": [clean(line, 600) for line in finding.details],
+        "rows": numbers.cite(finding.run_ids),
+    }
 
 
 def _peaks(runs: Sequence) -> list[tuple[str, str, str]]:

@@ -28,9 +28,13 @@ DIRECTIONS = (("absmax_fwd", "output"), ("absmax_bwd", "gradient"))
 
 def failure_cards(failures: Sequence, folder, numbers: RowNumbers) -> dict[str, Any]:
     """Cards in the order given, how many failures got none, and the heads of the cards' tables."""
-    return {"cards": [_card(failure, folder, numbers) for failure in failures[:MOST_CARDS]],
-            "further": max(0, len(failures) - MOST_CARDS), "remedy_heads": REMEDY_HEADS, "chain_heads": CHAIN_HEADS,
-            "kernel_heads": KERNEL_HEADS}
+    return {
+        "cards": [_card(failure, folder, numbers) for failure in failures[:MOST_CARDS]],
+        "further": max(0, len(failures) - MOST_CARDS),
+        "remedy_heads": REMEDY_HEADS,
+        "chain_heads": CHAIN_HEADS,
+        "kernel_heads": KERNEL_HEADS,
+    }
 
 
 def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
@@ -39,15 +43,20 @@ def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
     if chain and run and run.first_nonfinite:  # a link names NaN before Inf; of the culprit it is known what prevails
         chain[0] = {**chain[0], "kind": run.first_nonfinite.kind}
     return {
-        "case": clean(run.case if run else failure.run_id), "config": clean(run.dtype_config) if run else "",
-        "seed": run.seed if run else None, "status": run.status if run else "",
-        "sentence": clean(failure.sentence, 900), "cause": clean(failure.cause or "", 600),
+        "case": clean(run.case if run else failure.run_id),
+        "config": clean(run.dtype_config) if run else "",
+        "seed": run.seed if run else None,
+        "status": run.status if run else "",
+        "sentence": clean(failure.sentence, 900),
+        "cause": clean(failure.cause or "", 600),
         "remedies": [_remedy(remedy) for remedy in _objects(failure.remedies)[:MOST_REMEDIES]],
         "chain": [[str(at), *_link(link)] for at, link in enumerate(chain[:MOST_LINKS], start=1)],
         "chain_further": max(0, len(chain) - MOST_LINKS),
-        "kernels": _kernels(_objects(failure.kernels)), "history": _history(_objects(failure.history)),
+        "kernels": _kernels(_objects(failure.kernels)),
+        "history": _history(_objects(failure.history)),
         "trace": clean(failure.trace_file, 200) if failure.trace_file else None,
-        "rows": numbers.cite([failure.run_id]), "href": run_href(failure.run_id),
+        "rows": numbers.cite([failure.run_id]),
+        "href": run_href(failure.run_id),
     }
 
 
@@ -62,8 +71,12 @@ def _remedy(remedy: dict) -> list[str]:
     confirms = remedy.get("why")
     if isinstance(remedy.get("confirms"), str):
         confirms = f"confirms {remedy['confirms'].replace('_', ' ')}"
-    return [_word(remedy.get("change"), 80), outcome, *(_ratio(remedy.get(key)) for key in ("step_time_ratio", "bytes_ratio")),
-            _word(confirms, 200)]
+    return [
+        _word(remedy.get("change"), 80),
+        outcome,
+        *(_ratio(remedy.get(key)) for key in ("step_time_ratio", "bytes_ratio")),
+        _word(confirms, 200),
+    ]
 
 
 def _link(link: dict) -> list[str]:
@@ -88,9 +101,15 @@ def _kernels(kernels: list[dict]) -> list[dict[str, Any]]:
 def _kernel(kernel: dict) -> list[str]:
     duration_s = _number(kernel.get("duration_s"))
     mark = "→" if kernel.get("here") is True else "✗" if kernel.get("nonfinite") is True else ""
-    return [mark, _word(kernel.get("name"), 80), _word(kernel.get("module"), 80), _word(kernel.get("phase"), 20),
-            ABSENT if duration_s is None else short(duration_s * 1e6), _shapes(kernel.get("shapes")),
-            _word(kernel.get("dtype"), 20)]
+    return [
+        mark,
+        _word(kernel.get("name"), 80),
+        _word(kernel.get("module"), 80),
+        _word(kernel.get("phase"), 20),
+        ABSENT if duration_s is None else short(duration_s * 1e6),
+        _shapes(kernel.get("shapes")),
+        _word(kernel.get("dtype"), 20),
+    ]
 
 
 def _shapes(shapes: object) -> str:
@@ -105,8 +124,11 @@ def _history(rows: list[dict]) -> list[dict[str, Any]]:
     """The culprit's largest |x| before it died, a line of words for its output and for its gradient."""
     found = []
     for key, name in DIRECTIONS:
-        points = [(step, value) for row in rows
-                  if (step := _number(row.get("step"))) is not None and (value := _number(row.get(key))) is not None]
+        points = [
+            (step, value)
+            for row in rows
+            if (step := _number(row.get("step"))) is not None and (value := _number(row.get(key))) is not None
+        ]
         if points:
             found.append({"words": f"{name}: {_span_words(points)}", "line": _line(name, points)})
     return found

@@ -36,8 +36,9 @@ class Drawn:
     empty: str | None
 
 
-def draw_all(tables: dict[str, Table], folder: Path, formats: tuple[str, ...], dpi: int,
-             done: Callable[[str], None]) -> dict[str, Drawn]:
+def draw_all(
+    tables: dict[str, Table], folder: Path, formats: tuple[str, ...], dpi: int, done: Callable[[str], None]
+) -> dict[str, Drawn]:
     """Every table's figure in ``folder`` (a file per format, and the CSV); calls ``done`` with each
     letter as it is finished. The bytes do not depend on the number of processes."""
     make_folder(folder)
@@ -85,6 +86,13 @@ def draw_one(table: Table, folder: Path, formats: tuple[str, ...], dpi: int) -> 
     for kind in formats:
         replace(folder / f"{table.name}.{kind}", pictures[kind])
     write_csv(table.data, folder / f"{table.name}.csv")
-    return Drawn(table.letter, table.name, table.title, table.caption,
-                 inline(svg, table.letter.lower(), f"{table.letter}: {table.title}"),
-                 tuple(f"{table.name}.{kind}" for kind in (*formats, "csv")), len(table.excluded), table.empty)
+    return Drawn(
+        table.letter,
+        table.name,
+        table.title,
+        table.caption,
+        inline(svg, table.letter.lower(), f"{table.letter}: {table.title}"),
+        tuple(f"{table.name}.{kind}" for kind in (*formats, "csv")),
+        len(table.excluded),
+        table.empty,
+    )

@@ -25,12 +25,21 @@ def header(folder) -> dict:
         ("Preset", ", ".join(_values(run.preset for run in runs))),
         ("Data", ", ".join(_values(run.data_source for run in runs))),
         ("Weights", ", ".join(_values(run.weights_source for run in runs))),
-        ("Runs", f"{len(runs)}: " + ", ".join(count(len({getattr(run, field) for run in runs}), word) for field, word in (
-            ("case", "case"), ("dtype_config", "configuration"), ("seed", "seed")))),
+        (
+            "Runs",
+            f"{len(runs)}: "
+            + ", ".join(
+                count(len({getattr(run, field) for run in runs}), word)
+                for field, word in (("case", "case"), ("dtype_config", "configuration"), ("seed", "seed"))
+            ),
+        ),
         ("Outcomes", _outcomes(runs)),
     ]
-    return {"device": clean(folder.device, 60), "facts": facts,
-            "marks": [{"name": mark, "words": MARK_WORDS.get(mark, "")} for mark in folder.marks]}
+    return {
+        "device": clean(folder.device, 60),
+        "facts": facts,
+        "marks": [{"name": mark, "words": MARK_WORDS.get(mark, "")} for mark in folder.marks],
+    }
 
 
 def _values(values: Iterable[object]) -> list[str]:

@@ -61,6 +61,8 @@ def font_faces() -> str:
     rules = []
     for name, weight in WEIGHTS.items():
         data = base64.b64encode((FONTS / f"DossierSans-{name}.ttf").read_bytes()).decode()
-        rules.append(f"@font-face{{font-family:'{FAMILY}';font-weight:{weight};font-style:normal;"
-                     f"src:url(data:font/ttf;base64,{data}) format('truetype')}}")
+        rules.append(
+            f"@font-face{{font-family:'{FAMILY}';font-weight:{weight};font-style:normal;"
+            f"src:url(data:font/ttf;base64,{data}) format('truetype')}}"
+        )
     return "\n".join(rules)

@@ -53,9 +53,17 @@ def _share(name: str, seconds: pd.Series, total: float) -> str:
 
 def top_kernels(top: pd.DataFrame) -> list[list[str]]:
     """The kernels that took longest of each profile (`report.tables.kernel_time.TOP`)."""
-    return [[clean(row["case"], 40), clean(row["dtype_config"], 40), *(clean(row[key] or ABSENT, 90) for key in
-             ("name", "class", "phase")), ABSENT if pd.isna(row["calls_per_step"]) else short(row["calls_per_step"]),
-             short(1e3 * row["seconds_per_step"]), _shapes(row["input_shapes"])] for row in top.to_dict("records")]
+    return [
+        [
+            clean(row["case"], 40),
+            clean(row["dtype_config"], 40),
+            *(clean(row[key] or ABSENT, 90) for key in ("name", "class", "phase")),
+            ABSENT if pd.isna(row["calls_per_step"]) else short(row["calls_per_step"]),
+            short(1e3 * row["seconds_per_step"]),
+            _shapes(row["input_shapes"]),
+        ]
+        for row in top.to_dict("records")
+    ]
 
 
 def _shapes(shapes: object) -> str:
@@ -69,10 +77,17 @@ def overhead_rows(ratios: pd.DataFrame) -> list[list[str]]:
     rows = []
     for row in ratios.head(MAX_ROWS).to_dict("records"):
         known = not math.isnan(row["at_most"]) and not math.isnan(row["ratio"])
-        rows.append([clean(row["arm"], 60), _interval(row, ""), _interval(row, "cpu_"),
-                     f"at most {row['at_most']:g}" if known else "none",
-                     ("met" if row["ratio"] <= row["at_most"] else "missed") if known else ABSENT,
-                     ABSENT if math.isnan(row["n"]) else f"{row['n']:.0f}", clean(row["note"] or "", 200)])
+        rows.append(
+            [
+                clean(row["arm"], 60),
+                _interval(row, ""),
+                _interval(row, "cpu_"),
+                f"at most {row['at_most']:g}" if known else "none",
+                ("met" if row["ratio"] <= row["at_most"] else "missed") if known else ABSENT,
+                ABSENT if math.isnan(row["n"]) else f"{row['n']:.0f}",
+                clean(row["note"] or "", 200),
+            ]
+        )
     return rows
 
 

@@ -24,9 +24,13 @@ def prediction_words(found: Predicted, folder) -> dict[str, Any]:
     cases = case_order(found.outcomes["case"].unique())
     ends = [_end(row) for row in found.ends.head(MOST_ROWS).to_dict("records")]
     return {
-        "heads": ("configuration", *(clean(case, 40) for case in cases)), "rows": _matrix(found.outcomes, cases),
+        "heads": ("configuration", *(clean(case, 40) for case in cases)),
+        "rows": _matrix(found.outcomes, cases),
         "legend": "; ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()),
-        "sentence": _sentence(found), "end_heads": END_HEADS, "ends": ends, "further": max(0, len(found.ends) - MOST_ROWS),
+        "sentence": _sentence(found),
+        "end_heads": END_HEADS,
+        "ends": ends,
+        "further": max(0, len(found.ends) - MOST_ROWS),
         "missing": _missing(found, folder),
     }
 
@@ -59,9 +63,11 @@ def _sentence(found: Predicted) -> str:
     """How often the fp32 run was right, from the counts."""
     told = found.counts
     runs = found.outcomes["run_id"].nunique()
-    return (f"From the fp32 run alone, for {count(runs, 'narrower run')} of its case and seed: {count(told[HIT], 'hazard')} "
-            f"predicted and seen, {told[FALSE_ALARM]} predicted and not seen, {told[MISSED]} seen and not predicted, "
-            f"{told[NOT_REACHED]} predicted beyond the run's end, {told[NEITHER]} neither. @: the step of the prediction.")
+    return (
+        f"From the fp32 run alone, for {count(runs, 'narrower run')} of its case and seed: {count(told[HIT], 'hazard')} "
+        f"predicted and seen, {told[FALSE_ALARM]} predicted and not seen, {told[MISSED]} seen and not predicted, "
+        f"{told[NOT_REACHED]} predicted beyond the run's end, {told[NEITHER]} neither. @: the step of the prediction."
+    )
 
 
 def _end(row: dict[str, Any]) -> list[str]:
@@ -70,8 +76,14 @@ def _end(row: dict[str, Any]) -> list[str]:
     verdict = HIT if same else NEITHER
     if not same:
         verdict = FALSE_ALARM if not row["happened"] else MISSED if not row["predicted"] else "another end than predicted"
-    return [clean(row["case"], 40), clean(row["dtype_config"], 40), clean(row["seed"], 12), predicted, happened,
-            f"{SIGNS.get(verdict, '✗')} {verdict}"]
+    return [
+        clean(row["case"], 40),
+        clean(row["dtype_config"], 40),
+        clean(row["seed"], 12),
+        predicted,
+        happened,
+        f"{SIGNS.get(verdict, '✗')} {verdict}",
+    ]
 
 
 def _happening(row: dict[str, Any], key: str) -> str:
@@ -85,8 +97,11 @@ def _happening(row: dict[str, Any], key: str) -> str:
 def _command(case: str, folder) -> str:
     """How to predict for a case; nothing where ``predict`` cannot be told which it is."""
     words = next((words for run in folder.runs if run.case == case and (words := spelled(run))), [])
-    return f": python -m harness predict {shlex.quote(words[0])} --out {shlex.quote(clean(folder.path, 200))}" \
-        if len(words) == 1 else ""
+    return (
+        f": python -m harness predict {shlex.quote(words[0])} --out {shlex.quote(clean(folder.path, 200))}"
+        if len(words) == 1
+        else ""
+    )
 
 
 def _missing(found: Predicted, folder) -> list[str]:

@@ -12,8 +12,12 @@ class Progress:
 
     def __init__(self, *, enabled: bool) -> None:
         console = Console(stderr=True)
-        columns = (BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
-                   TextColumn("{task.description}"))
+        columns = (
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
         self._bar = Bar(*columns, console=console, transient=True) if enabled and console.is_terminal else None
 
     def __enter__(self) -> Progress:

@@ -13,9 +13,19 @@ from report.spelled import spelled
 from report.unusual import spelled_option, unusual
 from report.words import gigabytes
 
-OPTIONS = {"preset": "--preset", "data": "--data", "weights": "--weights", "lr": "--lr", "batch_size": "--batch-size",
-           "micro_batch": "--micro-batch", "seq_len": "--seq-len", "max_steps": "--max-steps", "dropout": "--dropout",
-           "attention": "--sdpa", "parallel": "--parallel"}
+OPTIONS = {
+    "preset": "--preset",
+    "data": "--data",
+    "weights": "--weights",
+    "lr": "--lr",
+    "batch_size": "--batch-size",
+    "micro_batch": "--micro-batch",
+    "seq_len": "--seq-len",
+    "max_steps": "--max-steps",
+    "dropout": "--dropout",
+    "attention": "--sdpa",
+    "parallel": "--parallel",
+}
 """Key of a row's settings -> option of ``harness case``."""
 RARE = ("text_field", "label_field", "eval_every", "documents", "validation_documents", "threads")
 """Settings that are spelled out only where the command line would choose others."""
@@ -26,9 +36,11 @@ def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
     """``rows``: number and command of every row that this program's harness can make again; ``foreign``: the
     citations of those that it did not make; ``unnamed``: of those whose case nobody can name to it."""
     found = [(run, command(run)) for run in in_order(runs)]
-    return {"rows": [{"number": numbers[run.run_id], "command": words} for run, words in found if words],
-            "foreign": numbers.cite(run.run_id for run, words in found if not words and _is_foreign(run)),
-            "unnamed": numbers.cite(run.run_id for run, words in found if not words and not _is_foreign(run))}
+    return {
+        "rows": [{"number": numbers[run.run_id], "command": words} for run, words in found if words],
+        "foreign": numbers.cite(run.run_id for run, words in found if not words and _is_foreign(run)),
+        "unnamed": numbers.cite(run.run_id for run, words in found if not words and not _is_foreign(run)),
+    }
 
 
 def command(run: RunRecord) -> str | None:
@@ -52,6 +64,7 @@ def command(run: RunRecord) -> str | None:
 def _is_foreign(run: RunRecord) -> bool:
     return bool(run.flags.get("imported") or run.flags.get("simulated")) or "preset" not in run.config
 
+
 def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
     """Machine and packages; where rows differ, every value with the number of rows that have it."""
     found: dict[str, dict[str, int]] = {}
@@ -63,10 +76,15 @@ def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
                 values[value] = values.get(value, 0) + 1
     if not found:
         found = {name: {value: 1} for name, value in (_printed(*item) for item in machine.items())}
-    return [(name.removesuffix("_version").replace("_", " "),
-             next(iter(values)) if len(values) == 1 else
-             "; ".join(f"{value} ({count(n, 'row')})" for value, n in values.items()))
-            for name, values in found.items()]
+    return [
+        (
+            name.removesuffix("_version").replace("_", " "),
+            next(iter(values))
+            if len(values) == 1
+            else "; ".join(f"{value} ({count(n, 'row')})" for value, n in values.items()),
+        )
+        for name, values in found.items()
+    ]
 
 
 def _printed(name: str, value: object) -> tuple[str, str]:

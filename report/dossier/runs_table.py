@@ -21,14 +21,38 @@ class Cell(NamedTuple):
     kind: str = "number"
 
 
-HEADS = ("#", "case", "configuration", "seed", "status", "died at", "val. loss", "F1 micro", "samples/s",
-         "real tokens/s", "step p50 (ms)", "MFU bf16 (%)", "memory (GB)", "energy (kJ)", "skips", "run")
+HEADS = (
+    "#",
+    "case",
+    "configuration",
+    "seed",
+    "status",
+    "died at",
+    "val. loss",
+    "F1 micro",
+    "samples/s",
+    "real tokens/s",
+    "step p50 (ms)",
+    "MFU bf16 (%)",
+    "memory (GB)",
+    "energy (kJ)",
+    "skips",
+    "run",
+)
 
 
 def run_rows(runs: Sequence[RunRecord], numbers: RowNumbers) -> list[dict]:
     """One row a run, in the order of the citations: number, state, cells, link to the files."""
-    return [{"number": numbers[run.run_id], "status": run.status, "cells": _cells(run, numbers[run.run_id]),
-             "run": clean(run.run_id, 80), "href": run_href(run.run_id)} for run in in_order(runs)]
+    return [
+        {
+            "number": numbers[run.run_id],
+            "status": run.status,
+            "cells": _cells(run, numbers[run.run_id]),
+            "run": clean(run.run_id, 80),
+            "href": run_href(run.run_id),
+        }
+        for run in in_order(runs)
+    ]
 
 
 def run_href(run_id: str) -> str | None:
@@ -41,13 +65,21 @@ def run_href(run_id: str) -> str | None:
 def _cells(run: RunRecord, number: int) -> list[Cell]:
     memory = next((size for size in (run.peak_allocated_bytes, run.peak_rss_bytes) if size is not None), None)
     return [
-        Cell(str(number), str(number)), Cell(clean(run.case, 40), kind="name"), Cell(clean(run.dtype_config, 40), kind="name"),
-        Cell(str(run.seed), str(run.seed)), Cell(run.status, kind="status"),
-        _number(run.divergence_step, "{:,.0f}"), _number(run.val_loss, "{:.4g}"), _number(run.f1_micro, "{:.3f}"),
-        _number(run.samples_per_s, "{:,.1f}"), _number(run.real_tokens_per_s, "{:,.0f}"),
-        _number(run.step_time_p50_s, "{:,.1f}", 1e3), _number(run.mfu_bf16_peak, "{:.1f}", 100),
+        Cell(str(number), str(number)),
+        Cell(clean(run.case, 40), kind="name"),
+        Cell(clean(run.dtype_config, 40), kind="name"),
+        Cell(str(run.seed), str(run.seed)),
+        Cell(run.status, kind="status"),
+        _number(run.divergence_step, "{:,.0f}"),
+        _number(run.val_loss, "{:.4g}"),
+        _number(run.f1_micro, "{:.3f}"),
+        _number(run.samples_per_s, "{:,.1f}"),
+        _number(run.real_tokens_per_s, "{:,.0f}"),
+        _number(run.step_time_p50_s, "{:,.1f}", 1e3),
+        _number(run.mfu_bf16_peak, "{:.1f}", 100),
         _number(memory, "{:.2f}", 1e-9),
-        _number(run.energy_j, "{:,.1f}", 1e-3), _number(run.scaler_skips, "{:,.0f}"),
+        _number(run.energy_j, "{:,.1f}", 1e-3),
+        _number(run.scaler_skips, "{:,.0f}"),
     ]
 
 

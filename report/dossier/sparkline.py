@@ -30,4 +30,5 @@ def sparkline(points: Sequence[tuple[float, float]], label: str) -> Markup | Non
         f'<svg class="spark" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(label, quote=True)}" '
         f'width="{WIDTH_PX}" height="{HEIGHT_PX}" viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}">'
         f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.3"/>'
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="currentColor"/></svg>')
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="currentColor"/></svg>'
+    )

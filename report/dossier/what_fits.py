@@ -7,8 +7,20 @@ from typing import Any
 from report.dossier.measurements import ABSENT, MAX_ROWS
 from report.plots.text import clean, short
 
-HEADS = ("case", "configuration", "tokens a row", "rows", "within", "peak GB", "tokens/s", "real tokens/s", "at 32 rows",
-         "cost of 10⁹ real tokens", "at 32 rows", "the next batch met")
+HEADS = (
+    "case",
+    "configuration",
+    "tokens a row",
+    "rows",
+    "within",
+    "peak GB",
+    "tokens/s",
+    "real tokens/s",
+    "at 32 rows",
+    "cost of 10⁹ real tokens",
+    "at 32 rows",
+    "the next batch met",
+)
 
 
 def fit_rows(document: dict | None, price_per_hour: float | None = None) -> list[list[str]]:
@@ -24,9 +36,20 @@ def _row(row: dict[str, Any], price_per_hour: float | None) -> list[str]:
     real, real_small = _number(row.get("real_tokens_per_s")), _number(small.get("real_tokens_per_s"))
     peak = _number(row.get("peak_bytes"))
     seq_len, within, tokens = (_printed(_number(row.get(name))) for name in ("seq_len", "within_rows", "tokens_per_s"))
-    return [clean(row.get("case"), 40), clean(row.get("config"), 40), seq_len, _largest(row), within,
-            _printed(peak and peak / 1e9), tokens, _printed(real), _printed(real_small), _cost(real, price_per_hour),
-            _cost(real_small, price_per_hour), clean(row.get("limited_by") or ABSENT, 160)]
+    return [
+        clean(row.get("case"), 40),
+        clean(row.get("config"), 40),
+        seq_len,
+        _largest(row),
+        within,
+        _printed(peak and peak / 1e9),
+        tokens,
+        _printed(real),
+        _printed(real_small),
+        _cost(real, price_per_hour),
+        _cost(real_small, price_per_hour),
+        clean(row.get("limited_by") or ABSENT, 160),
+    ]
 
 
 def _largest(row: dict[str, Any]) -> str:

@@ -64,21 +64,28 @@ def document(folder: Folder, tables: dict[str, Table], out: Path) -> str:
     marks = f" \\textbf{{{escape(', '.join(folder.marks))}.}}" if folder.marks else ""
     trusted = "\n".join(rf"\item {escape(check.sentence)}" for check in trust(folder))
     figures = "\n".join(_figure(table, out) for table in tables.values())
-    return (f"{PREAMBLE}\\section{{Floating-point configurations on {identifier(folder.device)}}}\n{METHODS}{marks}\n\n"
-            f"\\begin{{itemize}}\n{trusted}\n\\end{{itemize}}\n\n{_inputs()}\n{figures}\n"
-            "\\bibliographystyle{plain}\n\\bibliography{references}\n\\end{document}\n")
+    return (
+        f"{PREAMBLE}\\section{{Floating-point configurations on {identifier(folder.device)}}}\n{METHODS}{marks}\n\n"
+        f"\\begin{{itemize}}\n{trusted}\n\\end{{itemize}}\n\n{_inputs()}\n{figures}\n"
+        "\\bibliographystyle{plain}\n\\bibliography{references}\n\\end{document}\n"
+    )
 
 
 def _figure(table: Table, out: Path) -> str:
     """A figure with its finding and caption, or one line that says why there is none."""
     if table.empty or not (out / "figures" / f"{table.name}.pdf").exists():
         return rf"\paragraph{{{escape(table.letter)}.}} {escape(table.title)} {escape(table.empty or 'No figure.')}" + "\n"
-    return (f"\\begin{{figure}}[htbp]\n\\centering\n\\includegraphics[width=\\linewidth]{{figures/{table.name}}}\n"
-            f"\\caption{{\\textbf{{{escape(table.title)}}} {escape(table.caption)}}}\n\\end{{figure}}\n")
+    return (
+        f"\\begin{{figure}}[htbp]\n\\centering\n\\includegraphics[width=\\linewidth]{{figures/{table.name}}}\n"
+        f"\\caption{{\\textbf{{{escape(table.title)}}} {escape(table.caption)}}}\n\\end{{figure}}\n"
+    )
 
 
 def _inputs() -> str:
     names = {"stability": "Stability.", "throughput": "Throughput.", "efficiency": "Efficiency.", "findings": "Claims."}
-    return "\n".join(f"\\begin{{table}}[htbp]\n\\centering\\footnotesize\n\\caption{{{words}}}\n"
-                     f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{\\input{{tables/{name}}}}}\n"
-                     "\\end{table}" for name, words in names.items())
+    return "\n".join(
+        f"\\begin{{table}}[htbp]\n\\centering\\footnotesize\n\\caption{{{words}}}\n"
+        f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{\\input{{tables/{name}}}}}\n"
+        "\\end{table}"
+        for name, words in names.items()
+    )

@@ -10,8 +10,12 @@ from instrument.files import replace
 from report.load import Folder
 from report.tables import b_efficiency, c_throughput
 
-MEASURES = {"samples_per_s": ("C", "samples_per_s", None, None), "speed_over_fp32_true": ("C", "relative", "low", "high"),
-            "mfu": ("B", "mfu_bf16_peak", "low", "high"), "peak_bytes": ("B", "peak_bytes", None, None)}
+MEASURES = {
+    "samples_per_s": ("C", "samples_per_s", None, None),
+    "speed_over_fp32_true": ("C", "relative", "low", "high"),
+    "mfu": ("B", "mfu_bf16_peak", "low", "high"),
+    "peak_bytes": ("B", "peak_bytes", None, None),
+}
 """Measure -> table, column, and the columns of its interval."""
 
 
@@ -29,8 +33,11 @@ def metrics(folder: Folder) -> dict[str, dict[str, dict[str, float]]]:
     for measure, (letter, column, low, high) in MEASURES.items():
         for row in tables[letter].to_dict("records"):
             name = f"{folder.device}/{row['case']}/{row['dtype_config']}"
-            metric = {key: float(row[field]) for key, field in (("value", column), ("lower_value", low), ("upper_value", high))
-                      if field is not None and math.isfinite(row[field])}
+            metric = {
+                key: float(row[field])
+                for key, field in (("value", column), ("lower_value", low), ("upper_value", high))
+                if field is not None and math.isfinite(row[field])
+            }
             if "value" in metric:
                 found.setdefault(name, {})[measure] = metric
     return found

@@ -20,8 +20,12 @@ NOTHING = "--"
 def export(folder: Folder, out: Path) -> list[Path]:
     """``stability.tex``, ``throughput.tex``, ``efficiency.tex``, ``findings.tex``: each a tabular to \\input."""
     tables = all_tables(folder)
-    texts = {"stability": stability(tables["A"].data), "throughput": throughput(tables["C"].data),
-             "efficiency": efficiency(tables["B"].data), "findings": findings(folder)}
+    texts = {
+        "stability": stability(tables["A"].data),
+        "throughput": throughput(tables["C"].data),
+        "efficiency": efficiency(tables["B"].data),
+        "findings": findings(folder),
+    }
     paths = [out / f"{name}.tex" for name in texts]
     for path, text in zip(paths, texts.values(), strict=True):
         replace(path, f"% {folder.device}: {', '.join(folder.marks) or 'measured'}; needs booktabs\n{text}".encode())
@@ -46,25 +50,42 @@ def _state(cell: dict) -> str:
 
 def throughput(data: pd.DataFrame) -> str:
     """Relative speed with its interval, samples/s, or the word that stands for a bar."""
-    rows = [[identifier(row["case"]), identifier(row["dtype_config"]),
-             _interval(row["relative"], row["low"], row["high"], ".2f"), _number(row["samples_per_s"], ".3g"), str(row["n"]),
-             escape(row["word"]) if row["word"] else ""]
-            for row in data.astype(object).where(data.notna(), None).to_dict("records")]
+    rows = [
+        [
+            identifier(row["case"]),
+            identifier(row["dtype_config"]),
+            _interval(row["relative"], row["low"], row["high"], ".2f"),
+            _number(row["samples_per_s"], ".3g"),
+            str(row["n"]),
+            escape(row["word"]) if row["word"] else "",
+        ]
+        for row in data.astype(object).where(data.notna(), None).to_dict("records")
+    ]
     return tabular(["case", "configuration", r"speed over fp32\_true", "samples/s", "$n$", ""], rows, "llrrrl")
 
 
 def efficiency(data: pd.DataFrame) -> str:
     """MFU against the common and the own peak, and peak memory."""
-    rows = [[identifier(row["case"]), identifier(row["dtype_config"]), _percent(row["mfu_bf16_peak"]), _percent(row["mfu_own"]),
-             _number(row["peak_bytes"] / 1e9, ".1f"), escape(row["y_kind"]), escape(row["peak_kind"])]
-            for row in data.to_dict("records")]
+    rows = [
+        [
+            identifier(row["case"]),
+            identifier(row["dtype_config"]),
+            _percent(row["mfu_bf16_peak"]),
+            _percent(row["mfu_own"]),
+            _number(row["peak_bytes"] / 1e9, ".1f"),
+            escape(row["y_kind"]),
+            escape(row["peak_kind"]),
+        ]
+        for row in data.to_dict("records")
+    ]
     return tabular(["case", "configuration", r"MFU (\%)", r"own dtype (\%)", "peak (GB)", "against", "memory"], rows, "llrrrll")
 
 
 def findings(folder: Folder) -> str:
     """The claims with verdict, effect and interval."""
-    rows = [[escape(f.id), escape(f.claim), escape(f.verdict), _interval(f.effect, f.low, f.high), str(f.n)]
-            for f in judge(folder)]
+    rows = [
+        [escape(f.id), escape(f.claim), escape(f.verdict), _interval(f.effect, f.low, f.high), str(f.n)] for f in judge(folder)
+    ]
     return tabular(["", "claim", "verdict", "effect [95\\,\\% interval]", "$n$"], rows, r"lp{0.42\linewidth}lrr")
 
 

@@ -10,10 +10,37 @@ import numpy as np
 from instrument.records import RunRecord
 from report.load import Folder
 
-SCALARS = ("loss", "lr", "grad_norm", "grad_absmax", "logit_absmax", "loss_scale", "step_time_s", "mfu", "mfu_bf16_peak",
-           "mfu_measured_peak", "allocated_bytes")
-SETTINGS = ("case", "arch", "task", "dtype_config", "seed", "preset", "device", "data_source", "weights_source", "batch_size",
-            "micro_batch", "seq_len", "max_steps", "loss_reduction", "status", "divergence_step")
+SCALARS = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "grad_absmax",
+    "logit_absmax",
+    "loss_scale",
+    "step_time_s",
+    "mfu",
+    "mfu_bf16_peak",
+    "mfu_measured_peak",
+    "allocated_bytes",
+)
+SETTINGS = (
+    "case",
+    "arch",
+    "task",
+    "dtype_config",
+    "seed",
+    "preset",
+    "device",
+    "data_source",
+    "weights_source",
+    "batch_size",
+    "micro_batch",
+    "seq_len",
+    "max_steps",
+    "loss_reduction",
+    "status",
+    "divergence_step",
+)
 
 
 def settings(run: RunRecord) -> dict[str, Any]:

@@ -17,15 +17,22 @@ def runs_frame(folder: Folder) -> pd.DataFrame:
     rows = []
     for run in folder.runs:
         first = run.first_nonfinite
-        place = {f"first_nonfinite_{name}": getattr(first, name) if first else None
-                 for name in ("phase", "module", "tensor", "kind", "cause")}
+        place = {
+            f"first_nonfinite_{name}": getattr(first, name) if first else None
+            for name in ("phase", "module", "tensor", "kind", "cause")
+        }
         rows.append({field: getattr(run, field) for field in fields} | place)
     return pd.DataFrame(rows)
 
 
 def findings_frame(folder: Folder) -> pd.DataFrame:
     """One row a hypothesis or claim; the rows that it rests on as one cell."""
-    rows = [{name: getattr(finding, name) for name in ("id", "claim", "verdict", "sentence", "effect", "low", "high", "unit",
-                                                       "n", "would_decide", "plot")}
-            | {"run_ids": " ".join(finding.run_ids)} for finding in judge(folder)]
+    rows = [
+        {
+            name: getattr(finding, name)
+            for name in ("id", "claim", "verdict", "sentence", "effect", "low", "high", "unit", "n", "would_decide", "plot")
+        }
+        | {"run_ids": " ".join(finding.run_ids)}
+        for finding in judge(folder)
+    ]
     return pd.DataFrame(rows)

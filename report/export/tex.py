@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SPECIAL = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-           "|": r"\textbar{}", '"': r"\textquotedbl{}", "–": "--", "—": "---", "’": "'", "·": r"\textperiodcentered{}",
-           "µ": r"\textmu{}", "×": r"\texttimes{}", "±": r"\textpm{}", "…": r"\ldots{}"}
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "–": "--",
+    "—": "---",
+    "’": "'",
+    "·": r"\textperiodcentered{}",
+    "µ": r"\textmu{}",
+    "×": r"\texttimes{}",
+    "±": r"\textpm{}",
+    "…": r"\ldots{}",
+}
 BREAKABLE = "_-/"
 
 
@@ -25,6 +45,13 @@ def identifier(text: object) -> str:
 
 def tabular(head: Sequence[str], rows: Sequence[Sequence[str]], columns: str) -> str:
     """A booktabs table of cells that are already LaTeX."""
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule",
-             *(" & ".join(row) + r" \\" for row in rows), r"\bottomrule", r"\end{tabular}"]
+    lines = [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(head) + r" \\",
+        r"\midrule",
+        *(" & ".join(row) + r" \\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
     return "\n".join(lines) + "\n"

@@ -18,8 +18,17 @@ def export(folder: Folder, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     mode = os.environ.get("WANDB_MODE", "offline")
     for run in folder.runs:
-        replayed = wandb.init(project=PROJECT, id=run.run_id, name=run.run_id, group=run.case, dir=str(out), mode=mode,
-                              config=settings(run), tags=list(folder.marks), reinit="finish_previous")
+        replayed = wandb.init(
+            project=PROJECT,
+            id=run.run_id,
+            name=run.run_id,
+            group=run.case,
+            dir=str(out),
+            mode=mode,
+            config=settings(run),
+            tags=list(folder.marks),
+            reinit="finish_previous",
+        )
         for step, _, numbers in points(folder, run):
             replayed.log(numbers, step=step)
         replayed.finish()

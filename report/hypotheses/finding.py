@@ -79,8 +79,17 @@ def somewhere(evidence: Sequence[Evidence]) -> str:
     return unanimous(evidence)
 
 
-def finding(id: str, claim: str, plot: str, unit: str, evidence: Sequence[Evidence], verdict: str, *, missing: str,
-            more: Sequence[str] = ()) -> Finding:
+def finding(
+    id: str,
+    claim: str,
+    plot: str,
+    unit: str,
+    evidence: Sequence[Evidence],
+    verdict: str,
+    *,
+    missing: str,
+    more: Sequence[str] = (),
+) -> Finding:
     """A finding that speaks for the place which decides it (else for the one with most seeds).
 
     ``missing`` says what would decide it; where there is no evidence at all it is the sentence too.
@@ -90,11 +99,20 @@ def finding(id: str, claim: str, plot: str, unit: str, evidence: Sequence[Eviden
     value = speaker.interval
     known = value.n > 0
     return Finding(
-        id, claim, verdict if evidence else NOT_DECIDED, _sentence(verdict, speaker, evidence),
-        value.value if known else None, value.low if value.known else None, value.high if value.known else None,
-        unit if known else None, value.n, tuple(dict.fromkeys(i for e in evidence for i in e.run_ids)),
-        missing if verdict == NOT_DECIDED or not evidence else "", plot,
-        (*(f"{e.place}: {e.verdict}. {e.sentence}" for e in evidence), *more))
+        id,
+        claim,
+        verdict if evidence else NOT_DECIDED,
+        _sentence(verdict, speaker, evidence),
+        value.value if known else None,
+        value.low if value.known else None,
+        value.high if value.known else None,
+        unit if known else None,
+        value.n,
+        tuple(dict.fromkeys(i for e in evidence for i in e.run_ids)),
+        missing if verdict == NOT_DECIDED or not evidence else "",
+        plot,
+        (*(f"{e.place}: {e.verdict}. {e.sentence}" for e in evidence), *more),
+    )
 
 
 def _sentence(verdict: str, speaker: Evidence, evidence: Sequence[Evidence]) -> str:

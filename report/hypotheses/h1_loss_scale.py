@@ -21,17 +21,32 @@ def judge(base: EvidenceBase) -> Finding:
     control with fp32 AdamW states is judged instead: it shows what precision itself does."""
     pairs = _case_pairs(base)
     evidence = [e for single, multi, place in pairs if (e := _place(base, single, multi, place)) is not None]
-    controls = [line for single, multi, place in pairs for config in (STRESSED, *DTYPE_CONFIGS[STRESSED].controls)
-                if (line := _line(base, single, multi, place, config)) is not None]
-    return finding("H1", CLAIM, "G", "share of seeds with the inversion", evidence, unanimous(evidence), more=controls,
-                   missing=f"single- and multi-label runs (mean and label_sum) of {STRESSED} and its controls with seeds 0 1 2")
+    controls = [
+        line
+        for single, multi, place in pairs
+        for config in (STRESSED, *DTYPE_CONFIGS[STRESSED].controls)
+        if (line := _line(base, single, multi, place, config)) is not None
+    ]
+    return finding(
+        "H1",
+        CLAIM,
+        "G",
+        "share of seeds with the inversion",
+        evidence,
+        unanimous(evidence),
+        more=controls,
+        missing=f"single- and multi-label runs (mean and label_sum) of {STRESSED} and its controls with seeds 0 1 2",
+    )
 
 
 def _case_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
     """(single-label case, multi-label case, words) of every architecture and reduction."""
     singles = {run.arch: case for case, run in base.cases.items() if column_of(run) == "Cls-Single"}
-    return [(singles[run.arch], case, f"{run.arch}, {run.loss_reduction}") for case, run in base.cases.items()
-            if column_of(run) == "Cls-Multi" and run.arch in singles]
+    return [
+        (singles[run.arch], case, f"{run.arch}, {run.loss_reduction}")
+        for case, run in base.cases.items()
+        if column_of(run) == "Cls-Multi" and run.arch in singles
+    ]
 
 
 def _settled(base: EvidenceBase, single: str, multi: str, config: str) -> tuple[BySeed, BySeed]:
@@ -57,8 +72,10 @@ def _place(base: EvidenceBase, single: str, multi: str, place: str) -> Evidence 
         return None
     hits = sum(cells[0][seed].status == "completed" and cells[1][seed].status == "diverged" for seed in cells[0])
     share = share_interval(hits, len(cells[0]))
-    sentence = (f"{why}{judged} survives single-label and dies on multi-label with {hits} of {count(share.n, 'seed')} "
-                f"[{share.low:.2f}, {share.high:.2f}].")
+    sentence = (
+        f"{why}{judged} survives single-label and dies on multi-label with {hits} of {count(share.n, 'seed')} "
+        f"[{share.low:.2f}, {share.high:.2f}]."
+    )
     return Evidence(place, decide_count(hits, share.n), share, sentence, ids(*cells))
 
 

@@ -31,16 +31,34 @@ def judge(base: EvidenceBase) -> Finding:
             not_compared.append(f"{gpt2.case} and {roberta.case} are not compared: {why}.")
         elif (found := _place(partner, base, gpt2.case, roberta)) is not None:
             evidence.append(found)
-    return finding("H2", CLAIM, "B", "ratio of gains", evidence, unanimous(evidence), more=not_compared,
-                   missing=f"{CONFIG} and {REFERENCE} of both architectures at one sequence length, seeds 0 1 2 "
-                           "(for LM: gpt2_clm with --seq-len 512)")
+    return finding(
+        "H2",
+        CLAIM,
+        "B",
+        "ratio of gains",
+        evidence,
+        unanimous(evidence),
+        more=not_compared,
+        missing=f"{CONFIG} and {REFERENCE} of both architectures at one sequence length, seeds 0 1 2 "
+        "(for LM: gpt2_clm with --seq-len 512)",
+    )
 
 
 def _counterpart(base: EvidenceBase, roberta: RunRecord) -> RunRecord | None:
     """GPT-2's case of the same kind: a language model beside a language model, else the same task."""
-    return next((run for run in base.cases.values() if run.arch == SMALL
-                 and (is_lm(run) and is_lm(roberta) if is_lm(run) or is_lm(roberta) else
-                      (column_of(run), run.loss_reduction) == (column_of(roberta), roberta.loss_reduction))), None)
+    return next(
+        (
+            run
+            for run in base.cases.values()
+            if run.arch == SMALL
+            and (
+                is_lm(run) and is_lm(roberta)
+                if is_lm(run) or is_lm(roberta)
+                else (column_of(run), run.loss_reduction) == (column_of(roberta), roberta.loss_reduction)
+            )
+        ),
+        None,
+    )
 
 
 def _matched(folder: Folder, gpt2: RunRecord, roberta: RunRecord) -> tuple[EvidenceBase | None, str]:
@@ -67,6 +85,8 @@ def _place(small: EvidenceBase, large: EvidenceBase, gpt2: str, roberta: RunReco
     each = [math.exp(sum(gain.values()) / len(gain)) for gain in gains]
     shown = exponential(ratio)
     backends = joined(sorted({str(run.attention_backend) for cell in cells for run in cell.values()}))
-    sentence = (f"{CONFIG} gains {each[0]:.2f}x on RoBERTa and {each[1]:.2f}x on GPT-2, {shown.value:.2f} "
-                f"{bounds(shown, '.2f')} times as much (sequence length {roberta.seq_len}, attention: {backends}).")
+    sentence = (
+        f"{CONFIG} gains {each[0]:.2f}x on RoBERTa and {each[1]:.2f}x on GPT-2, {shown.value:.2f} "
+        f"{bounds(shown, '.2f')} times as much (sequence length {roberta.seq_len}, attention: {backends})."
+    )
     return Evidence(f"{roberta.case} / {gpt2}", decide(ratio, SMALLEST), shown, sentence, ids(*cells))

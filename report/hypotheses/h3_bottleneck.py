@@ -26,9 +26,16 @@ def judge(base: EvidenceBase) -> Finding:
             notes.append(f"{place} is not judged: the reference of {' and '.join(ill)} is unhealthy.")
         elif (found := _place(base, gpt2, roberta, place)) is not None:
             evidence.append(found)
-    return finding("H3", CLAIM, "A", "share of 16-bit configurations", evidence, unanimous(evidence), more=notes,
-                   missing="classification runs of both architectures in 16-bit configurations beside a healthy fp32_true, "
-                           "seeds 0 1 2")
+    return finding(
+        "H3",
+        CLAIM,
+        "A",
+        "share of 16-bit configurations",
+        evidence,
+        unanimous(evidence),
+        more=notes,
+        missing="classification runs of both architectures in 16-bit configurations beside a healthy fp32_true, seeds 0 1 2",
+    )
 
 
 def _case_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
@@ -36,13 +43,19 @@ def _case_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
         return column_of(run), run.loss_reduction
 
     sturdy = {key(run): case for case, run in base.cases.items() if run.arch == STURDY and not is_lm(run)}
-    return [(case, sturdy[key(run)], f"{key(run)[0]}, {run.loss_reduction}") for case, run in base.cases.items()
-            if run.arch == FRAGILE and key(run) in sturdy]
+    return [
+        (case, sturdy[key(run)], f"{key(run)[0]}, {run.loss_reduction}")
+        for case, run in base.cases.items()
+        if run.arch == FRAGILE and key(run) in sturdy
+    ]
 
 
 def _place(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> Evidence | None:
-    configs = [config for config in series_order({run.dtype_config for run in base.selection.runs})
-               if config in DTYPE_CONFIGS and DTYPE_CONFIGS[config].compute != "fp32"]
+    configs = [
+        config
+        for config in series_order({run.dtype_config for run in base.selection.runs})
+        if config in DTYPE_CONFIGS and DTYPE_CONFIGS[config].compute != "fp32"
+    ]
     pairs: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
     run_ids: list[str] = []
     for config in configs:
@@ -58,13 +71,17 @@ def _place(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> Evidence 
     common = set.intersection(*({config for config, *_ in seed} for seed in pairs.values()))
     if not common:
         return None
-    shares = [[sum(failed[1 + side] for failed in seed if failed[0] in common) / len(common) for seed in pairs.values()]
-              for side in (0, 1)]
+    shares = [
+        [sum(failed[1 + side] for failed in seed if failed[0] in common) / len(common) for seed in pairs.values()]
+        for side in (0, 1)
+    ]
     gap = mean_interval([a - b for a, b in zip(*shares, strict=True)])
     only = sorted({c for seed in pairs.values() for c, a, b in seed if a and not b and c in common})
-    sentence = (f"{100 * sum(shares[0]) / gap.n:.0f} % of {len(common)} 16-bit configurations fail on GPT-2 and "
-                f"{100 * sum(shares[1]) / gap.n:.0f} % on RoBERTa: {100 * gap.value:+.0f} {bounds(_percent(gap), '.0f')} points"
-                + (f" (only on GPT-2: {shortened(series_order(only))})." if only else "."))
+    sentence = (
+        f"{100 * sum(shares[0]) / gap.n:.0f} % of {len(common)} 16-bit configurations fail on GPT-2 and "
+        f"{100 * sum(shares[1]) / gap.n:.0f} % on RoBERTa: {100 * gap.value:+.0f} {bounds(_percent(gap), '.0f')} points"
+        + (f" (only on GPT-2: {shortened(series_order(only))})." if only else ".")
+    )
     return Evidence(place, decide(gap, SMALLEST), gap, sentence, tuple(run_ids))
 
 

@@ -19,8 +19,15 @@ CLAIM = "Classification heads overflow fp16: some logit passes 65,504."
 def judge(base: EvidenceBase) -> Finding:
     """Per classification case, over all configurations: with how many seeds some logit left fp16's range."""
     evidence = [e for case, run in base.cases.items() if not is_lm(run) and (e := _place(base, case)) is not None]
-    return finding("P1", CLAIM, "E", "share of 65,504", evidence, somewhere(evidence),
-                   missing="classification runs with logged logits, seeds 0 1 2")
+    return finding(
+        "P1",
+        CLAIM,
+        "E",
+        "share of 65,504",
+        evidence,
+        somewhere(evidence),
+        missing="classification runs with logged logits, seeds 0 1 2",
+    )
 
 
 def _place(base: EvidenceBase, case: str) -> Evidence | None:
@@ -33,10 +40,13 @@ def _place(base: EvidenceBase, case: str) -> Evidence | None:
     hits = sum(any(overflows(base.folder, run).any() for run in runs) for runs in by_seed.values())
     largest = [max(_largest(base, run) for run in runs) for runs in by_seed.values()]
     share = exponential(mean_interval(np.log([value / FP16_MAX for value in largest])))
-    sentence = (f"a logit leaves fp16's range with {hits} of {count(share.n, 'seed')}; the largest finite one is "
-                f"{max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504.")
-    return Evidence(case, decide_count(hits, share.n), share, sentence,
-                    tuple(run.run_id for runs in by_seed.values() for run in runs))
+    sentence = (
+        f"a logit leaves fp16's range with {hits} of {count(share.n, 'seed')}; the largest finite one is "
+        f"{max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504."
+    )
+    return Evidence(
+        case, decide_count(hits, share.n), share, sentence, tuple(run.run_id for runs in by_seed.values() for run in runs)
+    )
 
 
 def _largest(base: EvidenceBase, run: RunRecord) -> float:

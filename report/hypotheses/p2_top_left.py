@@ -27,14 +27,25 @@ def judge(base: EvidenceBase) -> Finding:
             notes.append(f"{case} is not judged: its reference is unhealthy.")
         elif (found := _place(base, case)) is not None:
             evidence.append(found)
-    return finding("P2", CLAIM, "B", "speed over its best rival", evidence, everywhere(evidence), more=notes,
-                   missing="a GPU (peak memory of the allocator), a healthy fp32_true, seeds 0 1 2")
+    return finding(
+        "P2",
+        CLAIM,
+        "B",
+        "speed over its best rival",
+        evidence,
+        everywhere(evidence),
+        more=notes,
+        missing="a GPU (peak memory of the allocator), a healthy fp32_true, seeds 0 1 2",
+    )
 
 
 def _place(base: EvidenceBase, case: str) -> Evidence | None:
     ours, reference = base.timed(case, CONFIG), base.timed(case, REFERENCE)
-    rivals = {config: cell for config in series_order({run.dtype_config for run in base.selection.of_case(case)})
-              if config != CONFIG and not is_control(config) and (cell := base.timed(case, config))}
+    rivals = {
+        config: cell
+        for config in series_order({run.dtype_config for run in base.selection.of_case(case)})
+        if config != CONFIG and not is_control(config) and (cell := base.timed(case, config))
+    }
     if not ours or not rivals:
         return None
     gains = {config: log_ratios(cell, reference, lambda run: run.samples_per_s) for config, cell in rivals.items()}

@@ -22,8 +22,12 @@ SMALLEST_CV = 0.005
 def judge(base: EvidenceBase) -> Finding:
     """Per classification case against its architecture's language model, without batching by length."""
     plain = EvidenceBase.of(base.folder, lambda run: not is_bucketed(run) and real_tokens_known(run))
-    timed = [run for case in plain.cases for config in {r.dtype_config for r in plain.selection.of_case(case)}
-             for run in plain.timed(case, config).values()]
+    timed = [
+        run
+        for case in plain.cases
+        for config in {r.dtype_config for r in plain.selection.of_case(case)}
+        for run in plain.timed(case, config).values()
+    ]
     config, kind = favourite(timed), y_kind(timed)
     evidence, notes = [], []
     if kind is None:
@@ -33,23 +37,34 @@ def judge(base: EvidenceBase) -> Finding:
         if kind is not None and not is_lm(run) and model is not None:
             found = _place(plain, plain.timed(case, config), plain.timed(model, config), f"{case} / {model}", kind)
             evidence += [found] if found else []
-    return finding("P3", CLAIM, "F", "MFU relative to the language model", evidence, unanimous(evidence), more=notes,
-                   missing=f"{config} with a measured MFU on a classification case and its architecture's language model, "
-                           "seeds 0 1 2")
+    return finding(
+        "P3",
+        CLAIM,
+        "F",
+        "MFU relative to the language model",
+        evidence,
+        unanimous(evidence),
+        more=notes,
+        missing=f"{config} with a measured MFU on a classification case and its architecture's language model, seeds 0 1 2",
+    )
 
 
 def _place(base: EvidenceBase, classification: BySeed, model: BySeed, place: str, kind: str) -> Evidence | None:
     padding = [{seed: padding_of(base.folder, run, kind) for seed, run in cell.items()} for cell in (classification, model)]
-    rates, variations = ([{seed: row[name] for seed, row in rows.items() if math.isfinite(row[name])} for rows in padding]
-                         for name in ("rate_real", "cv_real"))
+    rates, variations = (
+        [{seed: row[name] for seed, row in rows.items() if math.isfinite(row[name])} for rows in padding]
+        for name in ("rate_real", "cv_real")
+    )
     logs = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in rates]
     lower, noisier = difference(logs[1], logs[0]), difference(*variations)
     if lower.n == 0 or noisier.n == 0:
         return None
     shown = exponential(Interval(-lower.value, -lower.high, -lower.low, lower.n))
-    sentence = (f"classification reaches {shown.value:.2f} {bounds(shown, '.2f')} of the language model's MFU, and its "
-                f"coefficient of variation is {noisier.value:+.3f} {bounds(noisier, '+.3f')} higher"
-                f"{_lengths(classification, model)}.")
+    sentence = (
+        f"classification reaches {shown.value:.2f} {bounds(shown, '.2f')} of the language model's MFU, and its "
+        f"coefficient of variation is {noisier.value:+.3f} {bounds(noisier, '+.3f')} higher"
+        f"{_lengths(classification, model)}."
+    )
     verdict = _both(decide(lower, SMALLEST_LOG), decide(noisier, SMALLEST_CV))
     return Evidence(place, verdict, shown, sentence, ids(classification, model))
 
@@ -65,4 +80,3 @@ def _lengths(*cells: BySeed) -> str:
     """A note when the two tasks have sequences of other lengths."""
     lengths = [next(iter(cell.values())).seq_len for cell in cells]
     return "" if lengths[0] == lengths[1] else f" (sequence length {lengths[0]} against {lengths[1]})"
-

@@ -23,16 +23,29 @@ ByConfig = dict[str, list[float]]
 
 def judge(base: EvidenceBase) -> Finding:
     """Pairs of tasks, among configurations that completed both with good quality."""
-    good = [run for run in base.selection.runs if base.state(run) == "completed"
-            and run.run_id in {r.run_id for r in base.timed(run.case, run.dtype_config).values()}]
+    good = [
+        run
+        for run in base.selection.runs
+        if base.state(run) == "completed" and run.run_id in {r.run_id for r in base.timed(run.case, run.dtype_config).values()}
+    ]
     scores = group_scores(good, column_of)
     columns = [column for column in TASK_COLUMNS if len(scores.get(column, {})) > 1]
-    evidence = [e for first, second in combinations(columns, 2)
-                if (e := _place(first, second, scores[first], scores[second])) is not None]
+    evidence = [
+        e
+        for first, second in combinations(columns, 2)
+        if (e := _place(first, second, scores[first], scores[second])) is not None
+    ]
     run_ids = tuple(run.run_id for run in good)
     evidence = [Evidence(e.place, e.verdict, e.interval, e.sentence, run_ids) for e in evidence]
-    return finding("P4", CLAIM, "H", "speed of the one task's best on the other, relative to that one's best", evidence,
-                   somewhere(evidence), missing="two tasks with healthy references and two configurations each, seeds 0 1 2")
+    return finding(
+        "P4",
+        CLAIM,
+        "H",
+        "speed of the one task's best on the other, relative to that one's best",
+        evidence,
+        somewhere(evidence),
+        missing="two tasks with healthy references and two configurations each, seeds 0 1 2",
+    )
 
 
 def _place(first: str, second: str, scores: ByConfig, others: ByConfig) -> Evidence | None:
@@ -48,8 +61,10 @@ def _place(first: str, second: str, scores: ByConfig, others: ByConfig) -> Evide
     if best[0] == best[1]:
         sentence = f"{best[0]} is fastest on both."
     else:
-        sentence = (f"{best[0]} is fastest on {first}, {best[1]} on {second}, where {best[0]} reaches {loss.value:.2f} "
-                    f"{bounds(loss, '.2f')} of its speed.")
+        sentence = (
+            f"{best[0]} is fastest on {first}, {best[1]} on {second}, where {best[0]} reaches {loss.value:.2f} "
+            f"{bounds(loss, '.2f')} of its speed."
+        )
     verdict = NOT_DECIDED
     if n >= FEWEST_SEEDS:
         if any(all(_serves(side, config) for side in sides) for config in common):

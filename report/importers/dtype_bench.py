@@ -34,8 +34,11 @@ from report.load.defect import Defect, defect
 DEFAULT_GPU = "RTX A6000"
 """The card whose peak the source divides by: its ``mfu`` reproduces with 155 TFLOP/s."""
 
-CONFIGS = {"amp_bf16_8bit_adam": "amp_bf16_8bit", "fp32_tf32_matmul": "fp32_tf32",
-           **{name: name for name in ("fp32_true", "amp_fp16", "amp_bf16", "bf16_pure", "fp16_naive")}}
+CONFIGS = {
+    "amp_bf16_8bit_adam": "amp_bf16_8bit",
+    "fp32_tf32_matmul": "fp32_tf32",
+    **{name: name for name in ("fp32_true", "amp_fp16", "amp_bf16", "bf16_pure", "fp16_naive")},
+}
 """Their configurations that are ours. ``amp_bf16_fp32_head`` is not: its head ran in bf16."""
 
 SIZES = {"gpt2": (12, 768, 3072, 50_257), "roberta": (12, 768, 3072, 50_265)}
@@ -68,8 +71,7 @@ def import_dtype_bench(path: Path, out: Path, gpu: str = DEFAULT_GPU) -> tuple[l
     return [record for record, _ in imported], source.defects
 
 
-def _convert(row: dict[str, Any], steps: list[dict[str, Any]], peaks: Peaks,
-             gpu: str) -> tuple[RunRecord, list[StepRecord]]:
+def _convert(row: dict[str, Any], steps: list[dict[str, Any]], peaks: Peaks, gpu: str) -> tuple[RunRecord, list[StepRecord]]:
     """One run in our records; raises ValueError with the reason when it is not one of ours."""
     case = CASES.get(f"{row['model_arch']}_{row['task']}")
     config = DTYPE_CONFIGS.get(CONFIGS.get(row["dtype_config"], ""))
@@ -83,8 +85,9 @@ def _convert(row: dict[str, Any], steps: list[dict[str, Any]], peaks: Peaks,
     seq_len = _whole(row["tokens_per_sec"] / row["samples_per_sec"], "sequence length")
     row_flops = CLOSED_FORMS[case.architecture.id, case.task.id](Sizes(*SIZES[row["model_arch"]]))
     step_flops = batch_size * sum(getattr(row_flops, part.name)(seq_len) for part in dataclasses.fields(row_flops))
-    facts = RunFacts(row, case, config, gpu, batch_size, seq_len, step_flops, peaks,
-                     real_tokens_known=case.task.head == "causal_lm")
+    facts = RunFacts(
+        row, case, config, gpu, batch_size, seq_len, step_flops, peaks, real_tokens_known=case.task.head == "causal_lm"
+    )
     records = [_step(step, before, facts) for step, before in zip(steps, [None, *steps], strict=False)]
     return run_record(facts, records), records
 
@@ -106,12 +109,27 @@ def _step(step: dict[str, Any], before: dict[str, Any] | None, facts: RunFacts) 
         scale = INITIAL_SCALE if first else before["loss_scale"]
     tokens = facts.batch_size * facts.seq_len
     return StepRecord(
-        step=step["step"] + 1, loss=step["loss"], lr=math.nan, grad_norm=norm, grad_absmax=step["grad_norm_max"],
-        grad_nonfinite=None, grad_underflow_frac=None, logit_absmax=logit if math.isfinite(logit) else None,
-        logit_nonfinite=None if not math.isfinite(logit) else 0, logit_over_fp16=None, loss_scale=scale,
-        step_skipped=facts.config.scaler and not math.isfinite(norm), step_time_s=time_s, samples=facts.batch_size,
-        tokens=tokens, real_tokens=tokens, seq_len=facts.seq_len, flops=facts.step_flops,
-        allocated_bytes=round(step["memory_gb"] * 1e9), **facts.mfu(facts.step_flops, time_s))
+        step=step["step"] + 1,
+        loss=step["loss"],
+        lr=math.nan,
+        grad_norm=norm,
+        grad_absmax=step["grad_norm_max"],
+        grad_nonfinite=None,
+        grad_underflow_frac=None,
+        logit_absmax=logit if math.isfinite(logit) else None,
+        logit_nonfinite=None if not math.isfinite(logit) else 0,
+        logit_over_fp16=None,
+        loss_scale=scale,
+        step_skipped=facts.config.scaler and not math.isfinite(norm),
+        step_time_s=time_s,
+        samples=facts.batch_size,
+        tokens=tokens,
+        real_tokens=tokens,
+        seq_len=facts.seq_len,
+        flops=facts.step_flops,
+        allocated_bytes=round(step["memory_gb"] * 1e9),
+        **facts.mfu(facts.step_flops, time_s),
+    )
 
 
 def _write(out: Path, imported: list[tuple[RunRecord, list[StepRecord]]]) -> None:
@@ -127,5 +145,6 @@ def _write(out: Path, imported: list[tuple[RunRecord, list[StepRecord]]]) -> Non
         rows = sorted((record for record, _ in imported), key=lambda record: record.run_id)
         replace(out / "results.jsonl", b"".join(encode(record) + b"\n" for record in rows))
     except OSError as error:
-        raise ImportRefused(f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out") \
-            from error
+        raise ImportRefused(
+            f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"
+        ) from error

@@ -43,25 +43,34 @@ def read_columns(path: Path, kind: type[Record], name: str) -> tuple[dict[str, n
             rows = [row for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
         pieces.append({field: _column(rows, field, dtype) for field, dtype in dtypes.items()})
         _restore(rows, pieces[-1])
-    return {field: _compact(np.concatenate([piece[field] for piece in pieces])) if pieces else np.empty(0, dtype)
-            for field, dtype in dtypes.items()}, defects
+    return {
+        field: _compact(np.concatenate([piece[field] for piece in pieces])) if pieces else np.empty(0, dtype)
+        for field, dtype in dtypes.items()
+    }, defects
 
 
 def column_dtypes(kind: type[Record]) -> dict[str, np.dtype]:
     """The numpy type of every field of a record that becomes a column."""
     hints = get_type_hints(kind)
-    number = {int: np.dtype(np.int64), bool: np.dtype(bool), float: np.dtype(np.float64),
-              int | None: np.dtype(np.float64), float | None: np.dtype(np.float64)}
-    return {field: number.get(hints[field], np.dtype(object)) for field in kind.__struct_fields__
-            if field not in NOT_COLUMNS}
+    number = {
+        int: np.dtype(np.int64),
+        bool: np.dtype(bool),
+        float: np.dtype(np.float64),
+        int | None: np.dtype(np.float64),
+        float | None: np.dtype(np.float64),
+    }
+    return {field: number.get(hints[field], np.dtype(object)) for field in kind.__struct_fields__ if field not in NOT_COLUMNS}
 
 
 def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
     """The valid records of a small file in order, and what was wrong with the others."""
     path, name = stored(path, name)
     defects = link_on_the_way(path, name)
-    rows = [row for first_line, chunk in (() if defects else lines(path, name, defects, CHUNK_BYTES))
-            for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
+    rows = [
+        row
+        for first_line, chunk in (() if defects else lines(path, name, defects, CHUNK_BYTES))
+        for _, row in _one_by_one(chunk, kind, first_line, name, defects)
+    ]
     return rows, defects
 
 
@@ -75,8 +84,9 @@ def _decode_chunk(chunk: list[bytes], kind: type[AnyRecord]) -> list[AnyRecord] 
     return rows if good and not any(map(too_large, rows)) else None
 
 
-def _one_by_one(chunk: list[bytes], kind: type[AnyRecord], first_line: int, name: str,
-                defects: list[Defect]) -> Iterator[tuple[int, AnyRecord]]:
+def _one_by_one(
+    chunk: list[bytes], kind: type[AnyRecord], first_line: int, name: str, defects: list[Defect]
+) -> Iterator[tuple[int, AnyRecord]]:
     for number, line in enumerate(chunk, start=first_line):
         try:
             yield number, checked(decode(line, kind))
@@ -94,8 +104,14 @@ def checked(row: AnyRecord) -> AnyRecord:
 
 def too_large(row: Record) -> str | None:
     """The first field whose integer does not fit a column, or None."""
-    return next((field for field, value in zip(row.__struct_fields__, msgspec.structs.astuple(row), strict=True)
-                 if type(value) is int and not -LARGEST <= value <= LARGEST), None)
+    return next(
+        (
+            field
+            for field, value in zip(row.__struct_fields__, msgspec.structs.astuple(row), strict=True)
+            if type(value) is int and not -LARGEST <= value <= LARGEST
+        ),
+        None,
+    )
 
 
 def _honest(row: Record) -> bool:

@@ -29,8 +29,11 @@ def load(path: Path) -> Folder:
     runs, defects = read_runs(path)
     if not runs:
         found = f"; the first of {count(len(defects), 'defect')}: {defects[0]}" if defects else ""
-        raise NoResults(f"{path} holds no valid run: neither runs/*/run.json nor results.jsonl has one{found}",
-                        missing=False, defects=tuple(defects))
+        raise NoResults(
+            f"{path} holds no valid run: neither runs/*/run.json nor results.jsonl has one{found}",
+            missing=False,
+            defects=tuple(defects),
+        )
     return Folder(path, runs, defects)
 
 
@@ -159,7 +162,10 @@ def _each_step_once(columns: dict[str, np.ndarray], name: str, defects: list[Def
         return columns
     kept_steps, first = np.unique(steps, return_index=True)
     repeats = len(steps) - len(kept_steps)
-    what = f"{count(repeats, 'row repeats', 'rows repeat')} a step; the first row of each counts" if repeats else \
-        "steps out of order; sorted"
+    what = (
+        f"{count(repeats, 'row repeats', 'rows repeat')} a step; the first row of each counts"
+        if repeats
+        else "steps out of order; sorted"
+    )
     defects.append(defect(name, None, what))
     return {field: column[first] for field, column in columns.items()}

@@ -36,8 +36,11 @@ def read_objects(path: Path, name: str) -> tuple[list[dict[str, Any]], list[Defe
     path, name = stored(path, name)
     if defects := link_on_the_way(path, name):
         return rows, defects
-    numbered = ((number, line) for first, chunk in lines(path, name, defects, CHUNK_BYTES)
-                for number, line in enumerate(chunk, start=first))
+    numbered = (
+        (number, line)
+        for first, chunk in lines(path, name, defects, CHUNK_BYTES)
+        for number, line in enumerate(chunk, start=first)
+    )
     for number, line in numbered:
         try:
             row = msgspec.json.decode(line)

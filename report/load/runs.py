@@ -21,14 +21,18 @@ def read_runs(path: Path) -> tuple[tuple[RunRecord, ...], list[Defect]]:
     rows = dict(true_rows)
     for run_id, row in index_rows.items():
         if run_id not in rows:
-            defects.append(defect(INDEX, None, f"run {run_id!r} has no readable runs/{run_id}/run.json; "
-                                               f"the index's row is used"))
+            defects.append(
+                defect(INDEX, None, f"run {run_id!r} has no readable runs/{run_id}/run.json; the index's row is used")
+            )
             rows[run_id] = row
         elif encode(rows[run_id]) != encode(row):
             defects.append(defect(INDEX, None, f"the row of {run_id!r} differs from its run.json, which is used"))
     if true_rows and (path / INDEX).exists():
-        defects += [defect(INDEX, None, f"run {run_id!r} is missing from the index; its run.json is used")
-                    for run_id in true_rows if run_id not in index_rows]
+        defects += [
+            defect(INDEX, None, f"run {run_id!r} is missing from the index; its run.json is used")
+            for run_id in true_rows
+            if run_id not in index_rows
+        ]
     elif true_rows:
         defects.append(defect(INDEX, None, "there is no index; the rows were read from runs/*/run.json"))
     return _one_device(tuple(rows[run_id] for run_id in sorted(rows)), defects)
@@ -75,7 +79,9 @@ def _one_device(rows: tuple[RunRecord, ...], defects: list[Defect]) -> tuple[tup
     if len(devices) <= 1:
         return rows, defects
     main = min(devices, key=lambda device: (-devices[device], device))
-    defects += [defect(f"runs/{row.run_id}/run.json", None,
-                       f"device is {row.device!r} in a folder of {main!r}: left out")
-                for row in rows if row.device != main]
+    defects += [
+        defect(f"runs/{row.run_id}/run.json", None, f"device is {row.device!r} in a folder of {main!r}: left out")
+        for row in rows
+        if row.device != main
+    ]
     return tuple(row for row in rows if row.device == main), defects

@@ -32,8 +32,12 @@ except ImportError:  # the one figure that needs it then says so
 PANEL_IN = 2.55
 PLACEMENT_STEPS, MOST_MOVE_PX, LEADER_GAP_PT = 160, 14, 3.0
 UNPLACED = "adjustText is not installed: the names stand where their markers are, over one another where those are close."
-PEAK_WORDS = {"allocated": "peak memory allocated", "rss": "peak resident memory", "device": "peak device memory",
-              "reserved": "peak memory reserved"}
+PEAK_WORDS = {
+    "allocated": "peak memory allocated",
+    "rss": "peak resident memory",
+    "device": "peak device memory",
+    "reserved": "peak memory reserved",
+}
 
 
 def draw(table) -> Figure:
@@ -44,8 +48,12 @@ def draw(table) -> Figure:
     tasks = list(data["column"].unique())
     across = min(2, len(tasks))
     down = -(-len(tasks) // across)
-    figure = new_figure(table.title, PANEL_IN * down + LEGEND_IN, marks=table.marks,
-                        notes=exclusion_note(table.excluded) + (() if adjust_text else (UNPLACED,)))
+    figure = new_figure(
+        table.title,
+        PANEL_IN * down + LEGEND_IN,
+        marks=table.marks,
+        notes=exclusion_note(table.excluded) + (() if adjust_text else (UNPLACED,)),
+    )
     _legend(figure, data, arch_markers(list(data["arch"].unique())))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     markers = arch_markers(list(data["arch"].unique()))
@@ -122,13 +130,25 @@ def _labels(axes: Axes, data: pd.DataFrame) -> None:
     own = data[np.isfinite(data["mfu_own"])]
     x = np.r_[data["peak_bytes"], own["peak_bytes"]] / 1e9
     y = np.r_[data["mfu_bf16_peak"], own["mfu_own"]] * 100
-    texts = [axes.text(at_x, at_y, clean(config, 24), size=SMALL_PT)
-             for at_x, at_y, config in zip(x, y, data["dtype_config"], strict=False)]
+    texts = [
+        axes.text(at_x, at_y, clean(config, 24), size=SMALL_PT)
+        for at_x, at_y, config in zip(x, y, data["dtype_config"], strict=False)
+    ]
     if adjust_text is None:
         return
-    adjust_text(texts, x=x, y=y, target_x=x[:len(texts)], target_y=y[:len(texts)], ax=axes, iter_lim=PLACEMENT_STEPS,
-                max_move=(MOST_MOVE_PX, MOST_MOVE_PX), expand=(1.15, 1.6), force_text=(0.4, 0.8))
-    _leaders(axes, texts, np.c_[x, y][:len(texts)])
+    adjust_text(
+        texts,
+        x=x,
+        y=y,
+        target_x=x[: len(texts)],
+        target_y=y[: len(texts)],
+        ax=axes,
+        iter_lim=PLACEMENT_STEPS,
+        max_move=(MOST_MOVE_PX, MOST_MOVE_PX),
+        expand=(1.15, 1.6),
+        force_text=(0.4, 0.8),
+    )
+    _leaders(axes, texts, np.c_[x, y][: len(texts)])
 
 
 def _leaders(axes: Axes, texts: list[Text], markers: np.ndarray) -> None:
@@ -146,10 +166,23 @@ def _leaders(axes: Axes, texts: list[Text], markers: np.ndarray) -> None:
 
 
 def _legend(figure: Figure, data: pd.DataFrame, markers: dict[str, str]) -> None:
-    shapes = [Line2D([], [], linestyle="", marker=marker, color=INK, markersize=5, label=clean(arch))
-              for arch, marker in markers.items()]
+    shapes = [
+        Line2D([], [], linestyle="", marker=marker, color=INK, markersize=5, label=clean(arch))
+        for arch, marker in markers.items()
+    ]
     extra = [Line2D([], [], color=MUTED, linewidth=0.8, label="Pareto frontier, a case each (dominated: shaded)")]
     if data["mfu_own"].notna().any():
-        extra.insert(0, Line2D([], [], linestyle="", marker="o", mfc="none", color=INK, markersize=4.5,
-                               label="hollow: against the peak of its own dtype"))
+        extra.insert(
+            0,
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="o",
+                mfc="none",
+                color=INK,
+                markersize=4.5,
+                label="hollow: against the peak of its own dtype",
+            ),
+        )
     legend_row(figure, shapes + extra)

@@ -22,9 +22,16 @@ def draw(table) -> Figure:
     if table.empty or data.empty:
         return empty_figure(table.title, table.empty or "no runs", table.marks)
     cases = list(data["case"].unique())
-    figure = new_figure(table.title, ROW_IN * len(cases) + FRAME_IN, marks=table.marks,
-                        notes=("Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
-                               "Ring: spike, over 5 times the rolling median.", *exclusion_note(table.excluded)))
+    figure = new_figure(
+        table.title,
+        ROW_IN * len(cases) + FRAME_IN,
+        marks=table.marks,
+        notes=(
+            "Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
+            "Ring: spike, over 5 times the rolling median.",
+            *exclusion_note(table.excluded),
+        ),
+    )
     grid = figure.subplots(len(cases), 2, squeeze=False, sharey="row", width_ratios=(1, 1.1))
     for (linear, log), case in zip(grid, cases, strict=True):
         rows = data[data["case"] == case]
@@ -51,15 +58,29 @@ def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
     spike, skipped = run["spike"].to_numpy(bool), run["skipped"].to_numpy(bool)
     last = run["last_finite"].to_numpy(bool)
     shown = decimate(x, y, log_x=log_x, keep=spike | last)
-    axes.plot(x[shown], np.where(np.isfinite(y[shown]), y[shown], np.nan), color=style.colour, linestyle=style.line,
-              linewidth=0.8, alpha=0.9)
+    axes.plot(
+        x[shown],
+        np.where(np.isfinite(y[shown]), y[shown], np.nan),
+        color=style.colour,
+        linestyle=style.line,
+        linewidth=0.8,
+        alpha=0.9,
+    )
     marks = decimate(x[spike], y[spike], bins=60, log_x=log_x)
     axes.plot(x[spike][marks], y[spike][marks], "o", mfc="none", mec=style.colour, mew=THIN_PT, markersize=3.4)
     if last.any():
         axes.plot(x[last], y[last], "x", color=style.colour, markersize=6, mew=1.5, zorder=5, clip_on=False)
     if skipped.any():
-        axes.plot(x[skipped], np.full(skipped.sum(), 1.03), "v", color=style.colour, markersize=3.2, mew=0,
-                  transform=axes.get_xaxis_transform(), clip_on=False)
+        axes.plot(
+            x[skipped],
+            np.full(skipped.sum(), 1.03),
+            "v",
+            color=style.colour,
+            markersize=3.2,
+            mew=0,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+        )
 
 
 def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
@@ -84,5 +105,3 @@ def _words(config: str, summary: pd.DataFrame) -> str:
     if len(relative) and config != "fp32_true":
         return f"{name}, spikes {relative.mean():.2g}x"
     return name
-
-

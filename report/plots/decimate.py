@@ -7,8 +7,9 @@ import numpy as np
 BINS = 90
 
 
-def decimate(x: np.ndarray, y: np.ndarray, *, bins: int = BINS, log_x: bool = False,
-             keep: np.ndarray | None = None) -> np.ndarray:
+def decimate(
+    x: np.ndarray, y: np.ndarray, *, bins: int = BINS, log_x: bool = False, keep: np.ndarray | None = None
+) -> np.ndarray:
     """Sorted indices of the points to draw: of every bin of ``x`` the first, the last, the
     smallest and the largest ``y``, and every non-finite one (where a line must break), plus the
     positions where ``keep`` is true.

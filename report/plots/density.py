@@ -27,5 +27,5 @@ def outline(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount(np.rint((values - low) / width).astype(np.int64), minlength=CELLS)
     reach = int(np.ceil(EDGE * bandwidth / width))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * width / bandwidth) ** 2)
-    density = np.convolve(counts, kernel)[reach:reach + CELLS]
+    density = np.convolve(counts, kernel)[reach : reach + CELLS]
     return np.linspace(low, high, CELLS), density / density.max()

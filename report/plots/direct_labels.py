@@ -54,8 +54,18 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, Look]], *, height
     gap = SPACING * SMALL_PT / 72 / height_in
     for at, start, (_, text, look) in zip(spread(wanted, gap, 0.02, 0.98), wanted, labels, strict=True):
         for ends, heights, style, width in (((0, 6), (start, at), "-", 0.6), ((6, 18), (at, at), look.line, 1.4)):
-            axes.add_line(Line2D(ends, heights, color=look.colour, linestyle=style, linewidth=width, transform=place,
-                                 clip_on=False, solid_capstyle="butt"))
+            axes.add_line(
+                Line2D(
+                    ends,
+                    heights,
+                    color=look.colour,
+                    linestyle=style,
+                    linewidth=width,
+                    transform=place,
+                    clip_on=False,
+                    solid_capstyle="butt",
+                )
+            )
         axes.text(20.5, at, text, transform=place, va="center", ha="left", size=SMALL_PT)
 
 

@@ -39,9 +39,15 @@ def draw(table) -> Figure:
         return empty_figure(table.title, table.empty or "no runs", table.marks)
     cases = list(data["case"].unique())
     configs = _beside(list(data["dtype_config"].unique()))
-    figure = new_figure(table.title, ROW_IN * len(cases) + FRAME_IN, marks=table.marks,
-                        notes=("Over each violin its largest finite value. n ✗: steps with a non-finite logit. "
-                               "Box: quartiles and median.", *exclusion_note(table.excluded)))
+    figure = new_figure(
+        table.title,
+        ROW_IN * len(cases) + FRAME_IN,
+        marks=table.marks,
+        notes=(
+            "Over each violin its largest finite value. n ✗: steps with a non-finite logit. Box: quartiles and median.",
+            *exclusion_note(table.excluded),
+        ),
+    )
     grid = figure.subplots(len(cases), 1, squeeze=False, sharex=True)
     for (axes,), case in zip(grid, cases, strict=True):
         rows = data[data["case"] == case]
@@ -134,13 +140,30 @@ def _largest(axes: Axes, at: float, values: np.ndarray, nonfinite_steps: int, sl
     if nonfinite_steps:
         words += f"\n{nonfinite_steps} ✗"
     y = values.max() if len(values) else 1.0
-    axes.annotate(words, (at, y), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom",
-                  size=SMALL_PT, rotation=90 if slot_in < NARROW_SLOT_IN else 0, linespacing=0.95)
+    axes.annotate(
+        words,
+        (at, y),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        size=SMALL_PT,
+        rotation=90 if slot_in < NARROW_SLOT_IN else 0,
+        linespacing=0.95,
+    )
 
 
 def _limit(axes: Axes) -> None:
     """The largest finite fp16 number, and what lies beyond it."""
     axes.axhline(FP16_MAX, color=WARNING_INK, linewidth=0.9, linestyle=(0, (4, 1.5)))
     axes.axhspan(FP16_MAX, axes.get_ylim()[1], facecolor=WARNING_INK, alpha=0.06, linewidth=0)
-    axes.text(0.004, FP16_MAX * 1.12, "over 65,504: would overflow in fp16", transform=axes.get_yaxis_transform(),
-              ha="left", va="bottom", size=SMALL_PT, color=WARNING_INK)
+    axes.text(
+        0.004,
+        FP16_MAX * 1.12,
+        "over 65,504: would overflow in fp16",
+        transform=axes.get_yaxis_transform(),
+        ha="left",
+        va="bottom",
+        size=SMALL_PT,
+        color=WARNING_INK,
+    )

@@ -25,16 +25,27 @@ def draw(table) -> Figure:
     if table.empty or data.empty:
         return empty_figure(table.title, table.empty or "no runs", table.marks)
     measure, summary = _measure(data), table.summary
-    rows = [[(case, bucketed) for case in row] for bucketed in (False, True)
-            for row in cases_in_rows(data[data["bucketed"].astype(bool) == bucketed])]
-    figure = new_figure(table.title, ROW_IN * len(rows) + FRAME_IN, marks=table.marks,
-                        notes=("Thin line: all tokens. Thick line: real tokens. Shaded: the padding tax. "
-                               "CV: standard deviation over mean, across batches.", *exclusion_note(table.excluded)))
+    rows = [
+        [(case, bucketed) for case in row]
+        for bucketed in (False, True)
+        for row in cases_in_rows(data[data["bucketed"].astype(bool) == bucketed])
+    ]
+    figure = new_figure(
+        table.title,
+        ROW_IN * len(rows) + FRAME_IN,
+        marks=table.marks,
+        notes=(
+            "Thin line: all tokens. Thick line: real tokens. Shaded: the padding tax. "
+            "CV: standard deviation over mean, across batches.",
+            *exclusion_note(table.excluded),
+        ),
+    )
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
     top = 1.12 * measure.scale * float(np.nanmax(data[[measure.every, measure.real]].to_numpy(float)))
     for axes, (case, bucketed) in panels(grid, rows):
-        chosen, facts = (table[(table["case"] == case) & (table["bucketed"].astype(bool) == bucketed)]
-                         for table in (data, summary))
+        chosen, facts = (
+            table[(table["case"] == case) & (table["bucketed"].astype(bool) == bucketed)] for table in (data, summary)
+        )
         _panel(axes, chosen, facts, measure, bucketed)
         axes.set_ylim(0, top)
     for axes in grid[:, 0]:
@@ -74,8 +85,17 @@ def _panel(axes: Axes, data: pd.DataFrame, facts: pd.DataFrame, measure: _Measur
     buckets = ", bucketed by length" if bucketed else ""
     axes.set_title(clean(data["case"].iloc[0]) + buckets)
     lines = [_tax_words(config, rows) for config, rows in facts.groupby("dtype_config", sort=False)]
-    axes.text(0.985, 0.03, "\n".join(lines), transform=axes.transAxes, ha="right", va="bottom", size=SMALL_PT,
-              linespacing=1.2, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})
+    axes.text(
+        0.985,
+        0.03,
+        "\n".join(lines),
+        transform=axes.transAxes,
+        ha="right",
+        va="bottom",
+        size=SMALL_PT,
+        linespacing=1.2,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+    )
 
 
 def _tax_words(config: str, facts: pd.DataFrame) -> str:

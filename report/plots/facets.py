@@ -14,7 +14,7 @@ def cases_in_rows(data: pd.DataFrame) -> list[list[str]]:
     for case in data.drop_duplicates("case").to_dict("records"):
         lm = case.get("kind") == "LM" or str(case.get("column", "")).startswith("LM-")
         rows.setdefault("" if lm else case["case"].removeprefix(f"{case['arch']}_"), []).append(case["case"])
-    return [row[i:i + 2] for row in rows.values() for i in range(0, len(row), 2)]
+    return [row[i : i + 2] for row in rows.values() for i in range(0, len(row), 2)]
 
 
 def panels(grid: np.ndarray, rows: list[list]) -> list[tuple[Axes, object]]:
@@ -22,7 +22,7 @@ def panels(grid: np.ndarray, rows: list[list]) -> list[tuple[Axes, object]]:
     pairs = []
     for axes_row, row in zip(grid, rows, strict=True):
         pairs += zip(axes_row, row, strict=False)
-        for spare in axes_row[len(row):]:
+        for spare in axes_row[len(row) :]:
             spare.axis("off")
     return pairs
 

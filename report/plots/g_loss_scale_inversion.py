@@ -23,12 +23,21 @@ def draw(table) -> Figure:
     if table.empty or data.empty:
         return empty_figure(table.title, table.empty or "no runs", table.marks)
     archs = list(data["arch"].unique())
-    columns = sorted(set(zip(data["kind"], data["loss_reduction"], strict=True)),
-                     key=lambda key: (key[0] != "Single-label", key[1] != "mean", key))
+    columns = sorted(
+        set(zip(data["kind"], data["loss_reduction"], strict=True)),
+        key=lambda key: (key[0] != "Single-label", key[1] != "mean", key),
+    )
     heights = [LOSS_IN, DIFFERENCE_IN] * len(archs)
-    figure = new_figure(table.title, sum(heights) + FRAME_IN, marks=table.marks,
-                        notes=("Cross: the last finite step of a run that died. Lower rows: training loss minus that of "
-                               "fp32_true on the same batch of the same seed.", *exclusion_note(table.excluded)))
+    figure = new_figure(
+        table.title,
+        sum(heights) + FRAME_IN,
+        marks=table.marks,
+        notes=(
+            "Cross: the last finite step of a run that died. Lower rows: training loss minus that of "
+            "fp32_true on the same batch of the same seed.",
+            *exclusion_note(table.excluded),
+        ),
+    )
     grid = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
     for at, arch in enumerate(archs):
         for across, key in enumerate(columns):
@@ -69,12 +78,26 @@ def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, died: bool, reac
     """One run's line, and a cross at its last finite step (at the frame when that is beyond it)."""
     style = look(config)
     shown = decimate(x, y)
-    axes.plot(x[shown], np.where(np.isfinite(y[shown]), y[shown], np.nan), color=style.colour, linestyle=style.line,
-              linewidth=0.7, alpha=0.85)
+    axes.plot(
+        x[shown],
+        np.where(np.isfinite(y[shown]), y[shown], np.nan),
+        color=style.colour,
+        linestyle=style.line,
+        linewidth=0.7,
+        alpha=0.85,
+    )
     finite = np.flatnonzero(np.isfinite(y))
     if died and len(finite):
-        axes.plot(x[finite[-1]], np.clip(y[finite[-1]], -reach, reach), "x", color=style.colour, markersize=6, mew=1.5,
-                  zorder=5, clip_on=False)
+        axes.plot(
+            x[finite[-1]],
+            np.clip(y[finite[-1]], -reach, reach),
+            "x",
+            color=style.colour,
+            markersize=6,
+            mew=1.5,
+            zorder=5,
+            clip_on=False,
+        )
 
 
 def _reach(axes: Axes, differences: np.ndarray) -> float:
@@ -84,8 +107,16 @@ def _reach(axes: Axes, differences: np.ndarray) -> float:
     if reach == 0 or size.max() <= 1.6 * reach:
         return np.inf
     axes.set_ylim(-reach, reach)
-    axes.text(1.0, 1.02, f"{count((size > reach).sum(), 'point')} beyond the frame, up to {size.max():.2g}",
-              transform=axes.transAxes, ha="right", va="bottom", size=SMALL_PT, color=MUTED)
+    axes.text(
+        1.0,
+        1.02,
+        f"{count((size > reach).sum(), 'point')} beyond the frame, up to {size.max():.2g}",
+        transform=axes.transAxes,
+        ha="right",
+        va="bottom",
+        size=SMALL_PT,
+        color=MUTED,
+    )
     return reach
 
 

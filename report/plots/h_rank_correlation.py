@@ -22,8 +22,12 @@ def draw(table) -> Figure:
     if table.empty or data.empty:
         return empty_figure(table.title, table.empty or "no runs", table.marks)
     configs = list(dict.fromkeys(data.sort_values(["side", "rank"], ascending=True)["dtype_config"]))
-    figure = new_figure(table.title, ROW_IN * len(configs) + FRAME_IN, marks=table.marks,
-                        notes=(*_tau_note(table.summary), *exclusion_note(table.excluded)))
+    figure = new_figure(
+        table.title,
+        ROW_IN * len(configs) + FRAME_IN,
+        marks=table.marks,
+        notes=(*_tau_note(table.summary), *exclusion_note(table.excluded)),
+    )
     slope, speed = figure.subplots(1, 2, width_ratios=(1.35, 1))
     _slopes(slope, data, len(configs))
     _speeds(speed, data, configs)
@@ -37,8 +41,10 @@ def _tau_note(summary: pd.DataFrame) -> tuple[str, ...]:
     row = summary.iloc[0]
     if pd.isna(row["tau"]):
         return (clean(row["note"], 300),) if row["note"] else ()
-    words = (f"Kendall's tau {row['tau']:+.2f} [{row['tau_low']:+.2f}, {row['tau_high']:+.2f}] over "
-             f"{int(row['n_configs'])} configurations")
+    words = (
+        f"Kendall's tau {row['tau']:+.2f} [{row['tau_low']:+.2f}, {row['tau_high']:+.2f}] over "
+        f"{int(row['n_configs'])} configurations"
+    )
     return (words + (f"; {clean(row['note'], 240)}" if row["note"] else ""),)
 
 
@@ -49,16 +55,24 @@ def _slopes(axes: Axes, data: pd.DataFrame, n: int) -> None:
     for config in (config for config in places["LM"] if config in places["classification"]):
         style = look(config)
         grey = tied["LM"].get(config, False) and tied["classification"].get(config, False)
-        axes.plot([0, 1], [places[side][config] for side in SIDES], color=GRID if grey else style.colour,
-                  linestyle=style.line, linewidth=1.3, zorder=1 if grey else 2)
+        axes.plot(
+            [0, 1],
+            [places[side][config] for side in SIDES],
+            color=GRID if grey else style.colour,
+            linestyle=style.line,
+            linewidth=1.3,
+            zorder=1 if grey else 2,
+        )
     for x, side, align, pad in ((0, "LM", "right", -7), (1, "classification", "left", 7)):
         for config, at in places[side].items():
             style = look(config)
             axes.plot(x, at, style.marker, color=style.colour, markersize=5.5, mec="white", mew=0.4, zorder=3)
-            words = f"{sides[side].loc[config, 'rank']:g}  {clean(config, 24)}" if x == 0 else \
-                f"{clean(config, 24)}  {sides[side].loc[config, 'rank']:g}"
-            axes.annotate(words, (x, at), xytext=(pad, 0), textcoords="offset points", ha=align, va="center",
-                          size=SMALL_PT)
+            words = (
+                f"{sides[side].loc[config, 'rank']:g}  {clean(config, 24)}"
+                if x == 0
+                else f"{clean(config, 24)}  {sides[side].loc[config, 'rank']:g}"
+            )
+            axes.annotate(words, (x, at), xytext=(pad, 0), textcoords="offset points", ha=align, va="center", size=SMALL_PT)
         _brackets(axes, x, sides[side])
     axes.set(xlim=(-1.75, 2.75), ylim=(n - 0.4, -0.9), yticks=[], xticks=[0, 1], xticklabels=SIDES)
     axes.set_title("Rank by throughput (bracket: not separated by the seeds)")
@@ -75,8 +89,9 @@ def _brackets(axes: Axes, x: int, rows: pd.DataFrame) -> None:
         if len(group) < 2:
             continue
         low, high, edge = group.min() - 0.25, group.max() + 0.25, x + outward * 1.68
-        axes.plot([edge - outward * 0.04, edge, edge, edge - outward * 0.04], [low, low, high, high], color=MUTED,
-                  linewidth=0.9)
+        axes.plot(
+            [edge - outward * 0.04, edge, edge, edge - outward * 0.04], [low, low, high, high], color=MUTED, linewidth=0.9
+        )
 
 
 def _speeds(axes: Axes, data: pd.DataFrame, configs: list[str]) -> None:
@@ -86,8 +101,9 @@ def _speeds(axes: Axes, data: pd.DataFrame, configs: list[str]) -> None:
         if np.isfinite(row["low"]) and np.isfinite(row["high"]):
             axes.plot([row["low"], row["high"]], [y, y], color=style.colour, linewidth=1.0)
         hollow = row["side"] == "classification"
-        axes.plot(row["relative"], y, style.marker, mec=style.colour, mfc="white" if hollow else style.colour,
-                  mew=0.8, markersize=5.2)
+        axes.plot(
+            row["relative"], y, style.marker, mec=style.colour, mfc="white" if hollow else style.colour, mew=0.8, markersize=5.2
+        )
     axes.set(yticks=range(len(configs)), ylim=(len(configs) - 0.4, -0.9), xlabel="samples/s relative to fp32_true")
     axes.set_yticklabels([clean(config, 24) for config in configs])
     axes.set_xlim(0, 1.08 * np.nanmax(data[["relative", "high", "low"]].to_numpy(float)))

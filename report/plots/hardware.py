@@ -32,13 +32,14 @@ def draw(table) -> Figure:
     heights = [ROW_IN] * down
     if len(frames) % 2 == 0:
         heights[-1] = KEY_IN  # the key has a row to itself
-    figure = new_figure(table.title, sum(heights) + FRAME_IN, marks=table.marks,
-                        notes=(*_absent(data), *exclusion_note(table.excluded)))
+    figure = new_figure(
+        table.title, sum(heights) + FRAME_IN, marks=table.marks, notes=(*_absent(data), *exclusion_note(table.excluded))
+    )
     grid = figure.subplots(down, 2, squeeze=False, height_ratios=heights).flat
     for axes, (draw_one, column, words) in zip(grid, frames, strict=False):
         draw_one(axes, data, column, words)
     _key(grid[len(frames)], data)
-    for spare in grid[len(frames) + 1:]:
+    for spare in grid[len(frames) + 1 :]:
         spare.axis("off")
     return figure
 
@@ -61,8 +62,10 @@ def _over_time(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
 
 def _boxes(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
     """Box from the first to the third quartile, whiskers at the extremes, a configuration a row."""
-    groups = [(config, run[column].dropna().to_numpy(float) / 1e9)
-              for config, run in data.groupby("dtype_config", sort=False, observed=True)]
+    groups = [
+        (config, run[column].dropna().to_numpy(float) / 1e9)
+        for config, run in data.groupby("dtype_config", sort=False, observed=True)
+    ]
     for at, (config, values) in enumerate(groups):
         if len(values):
             low, middle, high = np.percentile(values, [25, 50, 75])

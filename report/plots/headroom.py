@@ -28,7 +28,7 @@ def draw(table) -> Figure:
     grid = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)
     for (axes,), run in zip(grid, runs, strict=True):
         mesh = _map(axes, run)
-    bar = figure.colorbar(mesh, ax=[axes for axes, in grid], shrink=0.6, pad=0.01, aspect=30)
+    bar = figure.colorbar(mesh, ax=[axes for (axes,) in grid], shrink=0.6, pad=0.01, aspect=30)
     bar.set_label("headroom (bits)")
     return figure
 
@@ -36,8 +36,15 @@ def draw(table) -> Figure:
 def _map(axes: Axes, run: pd.DataFrame) -> QuadMesh:
     order = run.drop_duplicates("module").sort_values("order")["module"]
     cells = run.pivot_table(index="module", columns="step", values="headroom_bits", aggfunc="min").loc[order]
-    mesh = axes.pcolormesh(np.arange(cells.shape[1] + 1), np.arange(len(cells) + 1), cells.to_numpy(), cmap=DANGER,
-                           vmin=0, vmax=MOST_BITS, rasterized=True)
+    mesh = axes.pcolormesh(
+        np.arange(cells.shape[1] + 1),
+        np.arange(len(cells) + 1),
+        cells.to_numpy(),
+        cmap=DANGER,
+        vmin=0,
+        vmax=MOST_BITS,
+        rasterized=True,
+    )
     axes.set_ylim(len(cells), 0)
     axes.set_yticks(np.arange(len(cells)) + 0.5)
     axes.set_yticklabels([clean(module, 44) for module in order])

@@ -35,8 +35,9 @@ def draw(table) -> Figure:
     bars = bars.merge(shown, on=["case", "dtype_config"])
     cases = list(bars["case"].unique())
     heights = [FRAME_IN + BAR_IN * bars.loc[bars["case"] == case, "dtype_config"].nunique() for case in cases]
-    figure = new_figure(table.title, sum(heights) + FOOT_IN + LEGEND_IN, marks=table.marks,
-                        notes=exclusion_note(table.excluded))
+    figure = new_figure(
+        table.title, sum(heights) + FOOT_IN + LEGEND_IN, marks=table.marks, notes=exclusion_note(table.excluded)
+    )
     legend_row(figure, [_patch(name) for name in bars["class"].unique()])
     grid = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
     for (axes,), case in zip(grid, cases, strict=True):

@@ -51,8 +51,13 @@ def _ratios(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame) -> None:
         axes.fill_between(x, at, at - 0.7 * density, color=look.colour, alpha=0.3, linewidth=0)
         axes.plot([np.median(values)] * 2, [at, at - 0.7], color=look.colour, linewidth=1.2)
         if arm in known.index and np.isfinite(known.loc[arm, ["low", "high"]].to_numpy(float)).all():
-            axes.plot(known.loc[arm, ["low", "high"]].to_numpy(float), [at + 0.08] * 2, color=INK, linewidth=1.6,
-                      solid_capstyle="butt")
+            axes.plot(
+                known.loc[arm, ["low", "high"]].to_numpy(float),
+                [at + 0.08] * 2,
+                color=INK,
+                linewidth=1.6,
+                solid_capstyle="butt",
+            )
         axes.text(np.median(values), at + 0.16, f"{np.median(values):.3f}", ha="center", va="top", size=SMALL_PT)
     axes.set(yticks=range(len(arms)), ylim=(len(arms) - 0.45, -0.85), xlabel="ratio to the bare loop's step of the round")
     axes.set_yticklabels([clean(arm, 12) for arm in arms])

@@ -42,8 +42,11 @@ LOOKS: dict[str, Look] = {
     "amp_bf16_fused_adamw": Look("#008190", "#4fd0de", "8", LONG),
 }
 
-FAMILIES = {"bf16": Look("#2468b4", "#6cb0f5", "s", "-"), "fp16": Look("#cf3b34", "#ff8d82", "v", "-"),
-            "fp32": Look("#3a3f46", "#c9ced6", "o", "-")}
+FAMILIES = {
+    "bf16": Look("#2468b4", "#6cb0f5", "s", "-"),
+    "fp16": Look("#cf3b34", "#ff8d82", "v", "-"),
+    "fp32": Look("#3a3f46", "#c9ced6", "o", "-"),
+}
 OTHER = Look("#6b4fa0", "#b79df0", "o", "-")
 SPARE_MARKERS, SPARE_LINES = "oDs^vPX*", ("-", DASH, DOT, DASHDOT, LONG, DOUBLE)
 
@@ -58,8 +61,7 @@ def look(config: str) -> Look:
         return LOOKS[config]
     family = next((FAMILIES[dtype] for dtype in FAMILIES if dtype in config), OTHER)
     pick = zlib.crc32(config.encode("utf-8", "replace"))
-    return Look(family.colour, family.dark, SPARE_MARKERS[pick % len(SPARE_MARKERS)],
-                SPARE_LINES[pick // 8 % len(SPARE_LINES)])
+    return Look(family.colour, family.dark, SPARE_MARKERS[pick % len(SPARE_MARKERS)], SPARE_LINES[pick // 8 % len(SPARE_LINES)])
 
 
 def arch_markers(archs: list[str]) -> dict[str, str]:
@@ -70,13 +72,22 @@ def arch_markers(archs: list[str]) -> dict[str, str]:
 
 
 KERNEL_CLASSES = {
-    "matmul": ("#332288", "#9483ea"), "attention": ("#2f8f80", "#5cc7b5"), "elementwise": ("#a68a1e", "#e0cb6a"),
-    "reduction": ("#c25468", "#ee8b9b"), "optimizer": ("#7d1f4e", "#d0689c"), "copy": ("#80878f", "#9aa1a9"),
-    "ours": ("#117733", "#57bd77"), "other": ("#9a3f8b", "#d184c5")}
+    "matmul": ("#332288", "#9483ea"),
+    "attention": ("#2f8f80", "#5cc7b5"),
+    "elementwise": ("#a68a1e", "#e0cb6a"),
+    "reduction": ("#c25468", "#ee8b9b"),
+    "optimizer": ("#7d1f4e", "#d0689c"),
+    "copy": ("#80878f", "#9aa1a9"),
+    "ours": ("#117733", "#57bd77"),
+    "other": ("#9a3f8b", "#d184c5"),
+}
 """Class of kernel -> colour on paper and in the dark theme (after Paul Tol's muted set): none is a configuration's."""
 
-ARM_LOOKS = {"bare": Look("#3a3f46", "#c9ced6", "o", "-"), "light": Look("#0f7a6c", "#4fc3b2", "s", DASH),
-             "full": Look("#9a5a00", "#e6a84f", "^", DOT)}
+ARM_LOOKS = {
+    "bare": Look("#3a3f46", "#c9ced6", "o", "-"),
+    "light": Look("#0f7a6c", "#4fc3b2", "s", DASH),
+    "full": Look("#9a5a00", "#e6a84f", "^", DOT),
+}
 """Instruments off, light and full."""
 
 

@@ -23,9 +23,17 @@ from report.plots import (
 )
 
 DRAW: dict[str, Callable[..., Figure]] = {
-    "A": a_stability_matrix.draw, "B": b_efficiency_frontier.draw, "C": c_throughput.draw,
-    "D": d_grad_norm_heartbeat.draw, "E": e_logit_magnitude.draw, "F": f_padding_tax.draw,
-    "G": g_loss_scale_inversion.draw, "H": h_rank_correlation.draw,
-    "headroom": headroom.draw, "hardware": hardware.draw, "step_times": step_times.draw,
-    "kernel_time": kernel_time.draw, "overhead": overhead.draw,
+    "A": a_stability_matrix.draw,
+    "B": b_efficiency_frontier.draw,
+    "C": c_throughput.draw,
+    "D": d_grad_norm_heartbeat.draw,
+    "E": e_logit_magnitude.draw,
+    "F": f_padding_tax.draw,
+    "G": g_loss_scale_inversion.draw,
+    "H": h_rank_correlation.draw,
+    "headroom": headroom.draw,
+    "hardware": hardware.draw,
+    "step_times": step_times.draw,
+    "kernel_time": kernel_time.draw,
+    "overhead": overhead.draw,
 }

@@ -56,24 +56,60 @@ def theme(salt: str) -> Iterator[None]:
     register_fonts()
     base = seaborn.axes_style("ticks") | seaborn.plotting_context("paper")
     own = {
-        "font.family": [FAMILY, "DejaVu Sans"], "font.size": TEXT_PT, "axes.titlesize": TEXT_PT,
-        "axes.labelsize": TEXT_PT, "xtick.labelsize": SMALL_PT, "ytick.labelsize": SMALL_PT,
-        "legend.fontsize": SMALL_PT, "legend.title_fontsize": SMALL_PT, "legend.frameon": False,
-        "axes.titleweight": 600, "axes.titlelocation": "left", "axes.titlepad": 4.0,
+        "font.family": [FAMILY, "DejaVu Sans"],
+        "font.size": TEXT_PT,
+        "axes.titlesize": TEXT_PT,
+        "axes.labelsize": TEXT_PT,
+        "xtick.labelsize": SMALL_PT,
+        "ytick.labelsize": SMALL_PT,
+        "legend.fontsize": SMALL_PT,
+        "legend.title_fontsize": SMALL_PT,
+        "legend.frameon": False,
+        "axes.titleweight": 600,
+        "axes.titlelocation": "left",
+        "axes.titlepad": 4.0,
         "axes.titley": 1.0,  # nothing stands above a frame: looking whether something does costs a tenth of a figure
-        "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": MUTED,
-        "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-        "axes.linewidth": THIN_PT, "xtick.major.width": THIN_PT, "ytick.major.width": THIN_PT,
-        "xtick.minor.width": THIN_PT, "ytick.minor.width": THIN_PT, "grid.linewidth": THIN_PT,
-        "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5,
-        "xtick.major.pad": 2.0, "ytick.major.pad": 2.0, "axes.labelpad": 2.5,
-        "grid.color": GRID, "axes.grid": True, "axes.axisbelow": True, "axes.facecolor": PAPER,
-        "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "lines.linewidth": LINE_PT,
-        "lines.markersize": 3.5, "axes.spines.top": False, "axes.spines.right": False,
-        "hatch.linewidth": THIN_PT, "axes.unicode_minus": True, "path.simplify": True,
-        "text.parse_math": False, "text.hinting": "none", "svg.fonttype": "none",
-        "svg.hashsalt": salt, "pdf.fonttype": 42,
-        "ps.fonttype": 42, "pdf.compression": 6,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "axes.edgecolor": MUTED,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.linewidth": THIN_PT,
+        "xtick.major.width": THIN_PT,
+        "ytick.major.width": THIN_PT,
+        "xtick.minor.width": THIN_PT,
+        "ytick.minor.width": THIN_PT,
+        "grid.linewidth": THIN_PT,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
+        "xtick.minor.size": 1.5,
+        "ytick.minor.size": 1.5,
+        "xtick.major.pad": 2.0,
+        "ytick.major.pad": 2.0,
+        "axes.labelpad": 2.5,
+        "grid.color": GRID,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.facecolor": PAPER,
+        "figure.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "lines.linewidth": LINE_PT,
+        "lines.markersize": 3.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "hatch.linewidth": THIN_PT,
+        "axes.unicode_minus": True,
+        "path.simplify": True,
+        "text.parse_math": False,
+        "text.hinting": "none",
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "pdf.fonttype": 42,
+        "ps.fonttype": 42,
+        "pdf.compression": 6,
     }
     with warnings.catch_warnings(), matplotlib.rc_context(base | own):
         # A run's name may hold any script: the page's browser has more fonts than this process.
@@ -90,8 +126,9 @@ def wrap(text: str, width_in: float, size_pt: float, max_lines: int) -> list[str
     return textwrap.wrap(clean(text, 2_000), characters, max_lines=max_lines, placeholder=" …")
 
 
-def new_figure(title: str, height_in: float, *, marks: tuple[str, ...] = (), notes: tuple[str, ...] = (),
-               width_in: float = FULL_WIDTH_IN) -> Figure:
+def new_figure(
+    title: str, height_in: float, *, marks: tuple[str, ...] = (), notes: tuple[str, ...] = (), width_in: float = FULL_WIDTH_IN
+) -> Figure:
     """An empty figure ``width_in`` wide with its finding on top, its marks beneath it and notes at
     its foot; ``height_in`` is what the drawing itself gets between them."""
     heading = wrap(title, width_in - 0.1, TITLE_PT, 3)
@@ -100,17 +137,26 @@ def new_figure(title: str, height_in: float, *, marks: tuple[str, ...] = (), not
     foot_in = NOTE_LINE_IN * len(foot) + (0.1 if foot else 0.0)
     whole_in = height_in + top_in + foot_in
     figure = Figure(figsize=(width_in, whole_in), dpi=LAYOUT_DPI)
-    figure.set_layout_engine(ConstrainedLayoutEngine(
-        w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02,
-        rect=(0.0, foot_in / whole_in, 1.0, height_in / whole_in)))
+    figure.set_layout_engine(
+        ConstrainedLayoutEngine(
+            w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02, rect=(0.0, foot_in / whole_in, 1.0, height_in / whole_in)
+        )
+    )
     left = 0.05 / width_in
     for line, words in enumerate(heading):
         y_in = whole_in - 0.05 - TITLE_LINE_IN * (line + 0.78)
         figure.text(left, y_in / whole_in, words, size=TITLE_PT, weight=600, va="baseline")
     if marks:
-        figure.text(left + 0.03 / width_in, 1 - (top_in - 0.125) / whole_in,
-                    MARK_GAP.join(clean(mark) for mark in marks), size=SMALL_PT, weight=600, va="center",
-                    color=WARNING_INK, bbox={"facecolor": WARNING_PAPER, "edgecolor": "none", "pad": 1.8})
+        figure.text(
+            left + 0.03 / width_in,
+            1 - (top_in - 0.125) / whole_in,
+            MARK_GAP.join(clean(mark) for mark in marks),
+            size=SMALL_PT,
+            weight=600,
+            va="center",
+            color=WARNING_INK,
+            bbox={"facecolor": WARNING_PAPER, "edgecolor": "none", "pad": 1.8},
+        )
     for line, words in enumerate(reversed(foot)):
         figure.text(left, (0.05 + NOTE_LINE_IN * line) / whole_in, words, size=SMALL_PT, color=MUTED, va="baseline")
     return figure
@@ -122,8 +168,15 @@ def legend_row(figure: Figure, handles: list) -> None:
     left, bottom, width, height = engine.get()["rect"]
     row = LEGEND_IN / figure.get_figheight()
     engine.set(rect=(left, bottom + row, width, height - row))
-    legend = figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, bottom), ncols=len(handles),
-                           handlelength=1.4, columnspacing=1.2, borderaxespad=0.2)
+    legend = figure.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0.0, bottom),
+        ncols=len(handles),
+        handlelength=1.4,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
     legend.set_in_layout(False)
 
 
@@ -156,6 +209,5 @@ def empty_figure(title: str, why: str, marks: tuple[str, ...]) -> Figure:
     """A figure that says why there is nothing to see."""
     figure = new_figure(title, 0.7, marks=marks)
     figure.set_layout_engine("none")  # there is no frame to place
-    figure.text(0.5, 0.3 / figure.get_figheight(), "\n".join(wrap(why, 6.4, TEXT_PT, 3)), ha="center",
-                va="center", color=MUTED)
+    figure.text(0.5, 0.3 / figure.get_figheight(), "\n".join(wrap(why, 6.4, TEXT_PT, 3)), ha="center", va="center", color=MUTED)
     return figure

@@ -19,8 +19,12 @@ from matplotlib.text import Text
 from instrument.files import replace
 
 FORMATS = ("svg", "png", "pdf", "eps")
-NO_DATES = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None},
-            "pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "eps": {"Creator": "matplotlib"}}
+NO_DATES = {
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "eps": {"Creator": "matplotlib"},
+}
 PNG_COMPRESSION = 3
 OUTLINE = re.compile(r' d="[^"]*"')
 LONG_NUMBER = re.compile(r"(\d\.\d{2})\d+")

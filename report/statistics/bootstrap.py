@@ -12,8 +12,14 @@ DRAWS = 1_000
 FEWEST_BLOCKS = 5
 
 
-def block_bootstrap(values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, block: int | None = None,
-                    draws: int = DRAWS, confidence: float = CONFIDENCE) -> Interval:
+def block_bootstrap(
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    block: int | None = None,
+    draws: int = DRAWS,
+    confidence: float = CONFIDENCE,
+) -> Interval:
     """Percentile interval of a statistic of a series, from moving blocks of ``block`` steps.
 
     ``statistic`` maps an array [draws, n] to [draws] along its last axis. The default block is

@@ -61,8 +61,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     return Interval(mean, mean - half, mean + half, array.size)
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float],
-                   confidence: float = CONFIDENCE) -> Interval:
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Geometric mean of paired ratios with its t-interval, computed on logarithms.
 
     Pairs belong together (same case, same seed); all values must be above 0.

@@ -43,8 +43,9 @@ def rank_with_ties(scores: dict[str, Sequence[float]]) -> list[Ranked]:
     return [Ranked(name, rank, group) for rank, (name, group) in enumerate(zip(order, groups, strict=True), start=1)]
 
 
-def kendall_tau(first: Sequence[float], second: Sequence[float],
-                confidence: float = CONFIDENCE) -> tuple[float, float, float] | None:
+def kendall_tau(
+    first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float, float] | None:
     """Kendall's tau-b of two score lists with its interval, or None below five pairs.
 
     The interval is Fieller's, on atanh(tau), with tau at +-1 moved by half a pair so that it has

@@ -16,11 +16,20 @@ from report.tables.table import Table
 
 __all__ = ["TABLES", "TASK_COLUMNS", "Table", "all_tables", "series_order"]
 
-TABLES = {"A": a_stability, "B": b_efficiency, "C": c_throughput, "D": d_grad_norm, "E": e_logits, "F": f_padding,
-          "G": g_loss, "H": h_rank}
+TABLES = {
+    "A": a_stability,
+    "B": b_efficiency,
+    "C": c_throughput,
+    "D": d_grad_norm,
+    "E": e_logits,
+    "F": f_padding,
+    "G": g_loss,
+    "H": h_rank,
+}
 
 
 def all_tables(folder: Folder, heartbeat: tuple[str, ...] = ()) -> dict[str, Table]:
     """Every figure's table by its letter, in order. ``heartbeat``: configurations that D shows beside its own."""
-    return {letter: module.table(folder, heartbeat) if letter == "D" else module.table(folder)
-            for letter, module in TABLES.items()}
+    return {
+        letter: module.table(folder, heartbeat) if letter == "D" else module.table(folder) for letter, module in TABLES.items()
+    }

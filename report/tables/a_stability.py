@@ -16,12 +16,37 @@ from report.tables.judgement import Judged, Judgements, death_kind, gap_words, j
 from report.tables.table import Table, frame
 from report.words import count, sentence, shortened, signed
 
-COLUMNS = ("case", "column", "arch", "loss_reduction", "dtype_config", "state", "n_seeds", "n_bad", "step", "phase",
-           "sign", "line1", "line2", "run_ids")
-SIGNS = {"completed": "✓", "diverged": "✗", "poor": "!", "failed": "⚠", "unsupported": "–", "missing": "·",
-         "unjudged": "?", "unfinished": "…"}
-VERBS = {"diverged": ("diverges", "diverge"), "poor": ("trains worse", "train worse"),
-         "failed": ("fails to finish", "fail to finish")}
+COLUMNS = (
+    "case",
+    "column",
+    "arch",
+    "loss_reduction",
+    "dtype_config",
+    "state",
+    "n_seeds",
+    "n_bad",
+    "step",
+    "phase",
+    "sign",
+    "line1",
+    "line2",
+    "run_ids",
+)
+SIGNS = {
+    "completed": "✓",
+    "diverged": "✗",
+    "poor": "!",
+    "failed": "⚠",
+    "unsupported": "–",
+    "missing": "·",
+    "unjudged": "?",
+    "unfinished": "…",
+}
+VERBS = {
+    "diverged": ("diverges", "diverge"),
+    "poor": ("trains worse", "train worse"),
+    "failed": ("fails to finish", "fail to finish"),
+}
 RESOLVED = "*"
 """Behind a difference that the seeds tell from 0; a cell has room for a sign and not for the word."""
 SHORT_PHASES = {"optimizer": "optim", "backward": "backw."}
@@ -35,12 +60,20 @@ def table(folder: Folder) -> Table:
     runs = judgements.selection.runs
     cases = {run.case: run for run in reversed(runs)}
     order = sorted(case_order(cases), key=lambda case: TASK_COLUMNS.index(column_of(cases[case])))
-    configs = series_order({run.dtype_config for run in runs}
-                           | {config.id for config in DTYPE_CONFIGS.values() if config.in_default_matrix})
+    configs = series_order(
+        {run.dtype_config for run in runs} | {config.id for config in DTYPE_CONFIGS.values() if config.in_default_matrix}
+    )
     data = frame([_cell(judgements, cases[case], config) for case in order for config in configs], COLUMNS)
     absent = [column for column in TASK_COLUMNS if column not in set(data["column"])]
-    return Table("A", "a_stability_matrix", data, _title(data, judgements), _caption(folder, judgements, absent),
-                 excluded=judgements.selection.excluded, marks=folder.marks)
+    return Table(
+        "A",
+        "a_stability_matrix",
+        data,
+        _title(data, judgements),
+        _caption(folder, judgements, absent),
+        excluded=judgements.selection.excluded,
+        marks=folder.marks,
+    )
 
 
 def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
@@ -50,11 +83,22 @@ def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
     bad = [j for j in judged if j.state == state]
     line1, line2 = _lines(state, bad, len(judged), config, judgements)
     dead = bad if state == "diverged" else []
-    return {"case": case.case, "column": column_of(case), "arch": case.arch, "loss_reduction": case.loss_reduction,
-            "dtype_config": config, "state": state, "n_seeds": len(judged), "sign": SIGNS[state],
-            "n_bad": len(bad) if state in ("diverged", "poor", "failed") else 0,
-            "step": min((j.run.divergence_step for j in dead), default=None), "phase": _phase(dead),
-            "line1": line1, "line2": line2, "run_ids": " ".join(j.run.run_id for j in judged)}
+    return {
+        "case": case.case,
+        "column": column_of(case),
+        "arch": case.arch,
+        "loss_reduction": case.loss_reduction,
+        "dtype_config": config,
+        "state": state,
+        "n_seeds": len(judged),
+        "sign": SIGNS[state],
+        "n_bad": len(bad) if state in ("diverged", "poor", "failed") else 0,
+        "step": min((j.run.divergence_step for j in dead), default=None),
+        "phase": _phase(dead),
+        "line1": line1,
+        "line2": line2,
+        "run_ids": " ".join(j.run.run_id for j in judged),
+    }
 
 
 def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judgements) -> tuple[str, str]:
@@ -77,8 +121,7 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
         return "not judged", why
     if state == "poor":
         worst = max(bad, key=lambda j: j.gap if j.gap is not None else 0)
-        return (gap_words(worst.gap, worst.unit) if "loss" in worst.reason
-                else f"F1 {signed(100 * worst.f1_gap, 1)} pt"), seeds
+        return (gap_words(worst.gap, worst.unit) if "loss" in worst.reason else f"F1 {signed(100 * worst.f1_gap, 1)} pt"), seeds
     if config == REFERENCE:
         return "reference", f"healthy, n={n}"
     return _gap_line(bad), count(n, "seed")
@@ -132,11 +175,13 @@ def _title(data, judgements: Judgements) -> str:
 def _caption(folder: Folder, judgements: Judgements, absent: list[str]) -> str:
     unhealthy = " ".join(f"{case} is not judged: {reason}." for case, reason in sorted(judgements.unhealthy.items()))
     missing = f" Not run: {', '.join(absent)}." if absent else ""
-    return (f"{data_words(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
-            "applied gradient, a parameter or an optimizer state became non-finite, or the loss exploded. Poor: completed, "
-            "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
-            "(classification), or micro-F1 down by more than 2 points. loss↑: it exploded with finite "
-            "values. *: the 95 % t-interval over seeds of the "
-            "paired difference excludes 0. k/n: seeds. Healthy: the reference ends below its start. Not judged: without a "
-            "healthy reference. No result: out of memory, an error or hung. Unfinished: stopped or killed from outside."
-            f"{missing} {unhealthy}").strip()
+    return (
+        f"{data_words(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
+        "applied gradient, a parameter or an optimizer state became non-finite, or the loss exploded. Poor: completed, "
+        "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
+        "(classification), or micro-F1 down by more than 2 points. loss↑: it exploded with finite "
+        "values. *: the 95 % t-interval over seeds of the "
+        "paired difference excludes 0. k/n: seeds. Healthy: the reference ends below its start. Not judged: without a "
+        "healthy reference. No result: out of memory, an error or hung. Unfinished: stopped or killed from outside."
+        f"{missing} {unhealthy}"
+    ).strip()

@@ -17,8 +17,25 @@ from report.tables.table import Table, frame
 from report.tables.utilisation import FIELD, NOT_MEASURED, y_kind
 from report.words import count, sentence, shortened
 
-COLUMNS = ("case", "column", "arch", "dtype_config", "state", "n", "peak_bytes", "peak_least_bytes", "peak_most_bytes",
-           "peak_kind", "mfu_bf16_peak", "y_kind", "mfu_own", "low", "high", "on_frontier", "run_ids")
+COLUMNS = (
+    "case",
+    "column",
+    "arch",
+    "dtype_config",
+    "state",
+    "n",
+    "peak_bytes",
+    "peak_least_bytes",
+    "peak_most_bytes",
+    "peak_kind",
+    "mfu_bf16_peak",
+    "y_kind",
+    "mfu_own",
+    "low",
+    "high",
+    "on_frontier",
+    "run_ids",
+)
 MEMORY = {"allocated": "peak_allocated_bytes", "rss": "peak_rss_bytes"}
 
 
@@ -31,13 +48,28 @@ def table(folder: Folder) -> Table:
     rows = []
     for case in case_order({run.case for run in runs}):
         of_case = [run for run in runs if run.case == case]
-        rows += [_row(config, [run for run in of_case if run.dtype_config == config], kind, memory,
-                      [j.state for j in judgements.of(case, config)])
-                 for config in series_order({run.dtype_config for run in of_case})]
+        rows += [
+            _row(
+                config,
+                [run for run in of_case if run.dtype_config == config],
+                kind,
+                memory,
+                [j.state for j in judgements.of(case, config)],
+            )
+            for config in series_order({run.dtype_config for run in of_case})
+        ]
     data = _with_frontier(frame([row for row in rows if row is not None], COLUMNS))
     empty = None if not data.empty else NOT_MEASURED if kind is None and runs else "no completed run has enough timed steps"
-    return Table("B", "b_efficiency_frontier", data, _title(data, empty), _caption(folder, runs, kind, memory),
-                 excluded=excluded, marks=folder.marks, empty=empty)
+    return Table(
+        "B",
+        "b_efficiency_frontier",
+        data,
+        _title(data, empty),
+        _caption(folder, runs, kind, memory),
+        excluded=excluded,
+        marks=folder.marks,
+        empty=empty,
+    )
 
 
 def memory_kind(runs: list[RunRecord]) -> str | None:
@@ -66,12 +98,25 @@ def _row(config: str, runs: list[RunRecord], kind: str | None, memory: str | Non
     own = [run.mfu for run in runs if run.mfu is not None]
     shared = any(shares_process(run) for run in runs)
     first = runs[0]
-    return {"case": first.case, "column": column_of(first), "arch": first.arch, "dtype_config": config,
-            "state": next((s for s in ("poor", "unjudged") if s in states), "completed"), "n": len(runs),
-            "peak_bytes": peak_of(runs, memory), "peak_least_bytes": math.nan if shared else min(peaks),
-            "peak_most_bytes": math.nan if shared else max(peaks), "peak_kind": memory,
-            "mfu_bf16_peak": mfu.value, "y_kind": kind, "mfu_own": (mean_interval(own) if own else NOTHING).value,
-            "low": mfu.low, "high": mfu.high, "on_frontier": False, "run_ids": " ".join(run.run_id for run in runs)}
+    return {
+        "case": first.case,
+        "column": column_of(first),
+        "arch": first.arch,
+        "dtype_config": config,
+        "state": next((s for s in ("poor", "unjudged") if s in states), "completed"),
+        "n": len(runs),
+        "peak_bytes": peak_of(runs, memory),
+        "peak_least_bytes": math.nan if shared else min(peaks),
+        "peak_most_bytes": math.nan if shared else max(peaks),
+        "peak_kind": memory,
+        "mfu_bf16_peak": mfu.value,
+        "y_kind": kind,
+        "mfu_own": (mean_interval(own) if own else NOTHING).value,
+        "low": mfu.low,
+        "high": mfu.high,
+        "on_frontier": False,
+        "run_ids": " ".join(run.run_id for run in runs),
+    }
 
 
 def _with_frontier(data: pd.DataFrame) -> pd.DataFrame:
@@ -97,18 +142,32 @@ def _title(data: pd.DataFrame, empty: str | None) -> str:
     alone = frontier.groupby("case").filter(lambda rows: len(rows) == 1)["dtype_config"].value_counts()
     cases = frontier["case"].nunique()
     words = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
-    return sentence("; ".join([*(words or [f"every frontier trades speed for memory "
-                                          f"({shortened(series_order(frontier['dtype_config']))})"]), highest]))
+    return sentence(
+        "; ".join(
+            [
+                *(words or [f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"]),
+                highest,
+            ]
+        )
+    )
 
 
 def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: str | None) -> str:
-    measure = {"allocated": "peak memory that the allocator handed out, the largest of the seeds",
-               "rss": "peak resident memory of the process (there is no GPU)", None: "not measured"}[memory]
+    measure = {
+        "allocated": "peak memory that the allocator handed out, the largest of the seeds",
+        "rss": "peak resident memory of the process (there is no GPU)",
+        None: "not measured",
+    }[memory]
     if any(shares_process(run) for run in runs):
         measure += "; runs shared a process and left memory behind, so the smallest of the seeds is drawn, without interval"
-    against = {"bf16 peak": "against the card's dense bf16 peak", "measured peak": "against the matmul rate measured on this "
-               "machine (a CPU or an unknown card has no datasheet peak)", None: "not measured"}[kind]
-    return (f"{data_words(folder, runs)} Filled: MFU {against}, mean and 95 % t-interval over seeds. Hollow: against the peak "
-            "of the dtype that each FLOP ran in, which flatters fp32. Memory: "
-            f"{measure}. Frontier: no other configuration of the case is as fast with less memory; poor or unjudged "
-            "configurations are not on it.")
+    against = {
+        "bf16 peak": "against the card's dense bf16 peak",
+        "measured peak": "against the matmul rate measured on this machine (a CPU or an unknown card has no datasheet peak)",
+        None: "not measured",
+    }[kind]
+    return (
+        f"{data_words(folder, runs)} Filled: MFU {against}, mean and 95 % t-interval over seeds. Hollow: against the peak "
+        "of the dtype that each FLOP ran in, which flatters fp32. Memory: "
+        f"{measure}. Frontier: no other configuration of the case is as fast with less memory; poor or unjudged "
+        "configurations are not on it."
+    )

@@ -24,20 +24,44 @@ def table(folder: Folder) -> Table:
     runs, excluded = eligible(folder, selection)
     cases = {run.case: run for run in reversed(selection.runs)}
     order = sorted(case_order(cases), key=lambda case: TASK_COLUMNS.index(column_of(cases[case])))
-    rows = [_row(selection, runs, cases[case], config, dict(excluded)) for case in order
-            for config in series_order({run.dtype_config for run in selection.of_case(case)})]
+    rows = [
+        _row(selection, runs, cases[case], config, dict(excluded))
+        for case in order
+        for config in series_order({run.dtype_config for run in selection.of_case(case)})
+    ]
     data = frame(rows, COLUMNS)
-    empty = None if data["relative"].notna().any() or data["samples_per_s"].notna().any() else \
-        "no completed run has enough timed steps"
-    return Table("C", "c_throughput", data, _title(data), _caption(folder, selection.runs), excluded=excluded,
-                 marks=folder.marks, empty=empty)
+    empty = (
+        None
+        if data["relative"].notna().any() or data["samples_per_s"].notna().any()
+        else "no completed run has enough timed steps"
+    )
+    return Table(
+        "C",
+        "c_throughput",
+        data,
+        _title(data),
+        _caption(folder, selection.runs),
+        excluded=excluded,
+        marks=folder.marks,
+        empty=empty,
+    )
 
 
 def _row(selection: Selection, runs: list[RunRecord], case: RunRecord, config: str, reasons: dict[str, str]) -> dict:
     entered = [run for run in runs if (run.case, run.dtype_config) == (case.case, config)]
-    row = {"case": case.case, "column": column_of(case), "arch": case.arch, "dtype_config": config, "n": len(entered),
-           "relative": math.nan, "low": math.nan, "high": math.nan, "samples_per_s": math.nan, "word": None,
-           "run_ids": " ".join(run.run_id for run in entered)}
+    row = {
+        "case": case.case,
+        "column": column_of(case),
+        "arch": case.arch,
+        "dtype_config": config,
+        "n": len(entered),
+        "relative": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "samples_per_s": math.nan,
+        "word": None,
+        "run_ids": " ".join(run.run_id for run in entered),
+    }
     if not entered:
         absent = [run for run in selection.of_case(case.case) if run.dtype_config == config]
         return row | {"word": _word(absent, reasons)}
@@ -72,7 +96,9 @@ def _title(data) -> str:
 
 
 def _caption(folder: Folder, runs) -> str:
-    return (f"{data_words(folder, runs)} Bars: geometric mean over seeds of samples/s relative to fp32_true of the same case "
-            "and seed, total over total of the timed steps; lines: 95 % t-interval on the paired log-ratios; one seed has a "
-            "dot and no interval. A run enters when it completed with at least 50 (tiny preset: 10) timed, finite steps "
-            "after warm-up, and was neither throttled nor contended. A word stands where no run entered.")
+    return (
+        f"{data_words(folder, runs)} Bars: geometric mean over seeds of samples/s relative to fp32_true of the same case "
+        "and seed, total over total of the timed steps; lines: 95 % t-interval on the paired log-ratios; one seed has a "
+        "dot and no interval. A run enters when it completed with at least 50 (tiny preset: 10) timed, finite steps "
+        "after warm-up, and was neither throttled nor contended. A word stands where no run entered."
+    )

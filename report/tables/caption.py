@@ -14,8 +14,12 @@ def data_words(folder: Folder, runs: Sequence[RunRecord]) -> str:
     if not runs:
         return f"{folder.device}: no runs."
     seeds = sorted({run.seed for run in runs})
-    facts = [f"{shortened(sorted({run.preset for run in runs}))} preset",
-             f"data {shortened(sorted({run.data_source for run in runs}))}",
-             f"weights {shortened(sorted({run.weights_source for run in runs}))}"]
-    return (f"{folder.device}, {count(len(runs), 'run')}, {count(len(seeds), 'seed')} "
-            f"({shortened(map(str, seeds), 5)}), {', '.join(facts)}.")
+    facts = [
+        f"{shortened(sorted({run.preset for run in runs}))} preset",
+        f"data {shortened(sorted({run.data_source for run in runs}))}",
+        f"weights {shortened(sorted({run.weights_source for run in runs}))}",
+    ]
+    return (
+        f"{folder.device}, {count(len(runs), 'run')}, {count(len(seeds), 'seed')} "
+        f"({shortened(map(str, seeds), 5)}), {', '.join(facts)}."
+    )

@@ -20,8 +20,18 @@ from report.tables.table import Table, frame
 from report.words import count, joined, sentence, shortened
 
 COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
-SUMMARY = ("case", "dtype_config", "seed", "n_steps", "spikes", "spikes_per_1000", "relative_to_fp32", "skips", "died_at",
-           "run_id")
+SUMMARY = (
+    "case",
+    "dtype_config",
+    "seed",
+    "n_steps",
+    "spikes",
+    "spikes_per_1000",
+    "relative_to_fp32",
+    "skips",
+    "died_at",
+    "run_id",
+)
 STRESSED = "fp16_naive"
 SHOWN = (STRESSED, "amp_bf16", REFERENCE, *DTYPE_CONFIGS[STRESSED].controls)
 
@@ -34,13 +44,27 @@ def table(folder: Folder, more: tuple[str, ...] = ()) -> Table:
     if unknown := [config for config in more if config not in ran]:
         raise UsageError(f"no run of {shortened(unknown)} for the heartbeat; this folder has {joined(ran)}")
     configs = tuple(dict.fromkeys((*SHOWN, *more)))
-    runs = [run for case in case_order({run.case for run in selection.runs}) for config in series_order(configs)
-            for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
+    runs = [
+        run
+        for case in case_order({run.case for run in selection.runs})
+        for config in series_order(configs)
+        for run in sorted(selection.of_case(case), key=lambda run: run.seed)
+        if run.dtype_config == config
+    ]
     runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]
     data = long_frame(runs, COLUMNS, lambda run: _steps(folder, run))
     summary = _summary(folder, runs, selection)
-    return Table("D", "d_grad_norm_heartbeat", data, _title(summary), _caption(folder, runs), summary,
-                 selection.excluded, folder.marks, None if runs else f"none of {', '.join(configs)} was run")
+    return Table(
+        "D",
+        "d_grad_norm_heartbeat",
+        data,
+        _title(summary),
+        _caption(folder, runs),
+        summary,
+        selection.excluded,
+        folder.marks,
+        None if runs else f"none of {', '.join(configs)} was run",
+    )
 
 
 def _steps(folder: Folder, run: RunRecord) -> dict:
@@ -49,8 +73,13 @@ def _steps(folder: Folder, run: RunRecord) -> dict:
     last = np.zeros(len(norm), dtype=bool)
     if run.status == "diverged" and np.isfinite(norm).any():
         last[np.flatnonzero(np.isfinite(norm))[-1]] = True
-    return {"step": columns["step"], "grad_norm": norm, "skipped": columns["step_skipped"],
-            "spike": spikes(norm) & ~columns["step_skipped"], "last_finite": last}
+    return {
+        "step": columns["step"],
+        "grad_norm": norm,
+        "skipped": columns["step_skipped"],
+        "spike": spikes(norm) & ~columns["step_skipped"],
+        "last_finite": last,
+    }
 
 
 def _summary(folder: Folder, runs: list[RunRecord], selection: Selection) -> pd.DataFrame:
@@ -60,9 +89,20 @@ def _summary(folder: Folder, runs: list[RunRecord], selection: Selection) -> pd.
         n, found, rate = rates[run.run_id]
         reference = selection.reference(run)
         base = rates[reference.run_id][2] if reference and reference.run_id in rates else math.nan
-        rows.append({"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "n_steps": n, "spikes": found,
-                     "spikes_per_1000": rate, "relative_to_fp32": rate / base if base else math.nan,
-                     "skips": run.scaler_skips, "died_at": run.divergence_step, "run_id": run.run_id})
+        rows.append(
+            {
+                "case": run.case,
+                "dtype_config": run.dtype_config,
+                "seed": run.seed,
+                "n_steps": n,
+                "spikes": found,
+                "spikes_per_1000": rate,
+                "relative_to_fp32": rate / base if base else math.nan,
+                "skips": run.scaler_skips,
+                "died_at": run.divergence_step,
+                "run_id": run.run_id,
+            }
+        )
     return frame(rows, SUMMARY)
 
 
@@ -89,8 +129,10 @@ def _title(summary: pd.DataFrame) -> str:
 
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
-    return (f"{data_words(folder, runs)} Global L2 norm of the gradient before clipping, after unscaling. Cross: the last "
-            "finite step of a run that diverged. Marks above the frame: steps that the loss scaler skipped, which is no "
-            f"divergence. Spike: above {SPIKE_FACTOR:g} times the median of the {WINDOW_STEPS} steps before it; a norm that "
-            "spikes as often under fp32_true is not a matter of precision. The controls change one thing in fp16_naive "
-            "each: epsilon 1e-4, or fp32 AdamW states.")
+    return (
+        f"{data_words(folder, runs)} Global L2 norm of the gradient before clipping, after unscaling. Cross: the last "
+        "finite step of a run that diverged. Marks above the frame: steps that the loss scaler skipped, which is no "
+        f"divergence. Spike: above {SPIKE_FACTOR:g} times the median of the {WINDOW_STEPS} steps before it; a norm that "
+        "spikes as often under fp32_true is not a matter of precision. The controls change one thing in fp16_naive "
+        "each: epsilon 1e-4, or fp32 AdamW states."
+    )

@@ -20,24 +20,57 @@ from report.words import count, sentence
 FP16_MAX = 65_504.0
 FORWARD = ("forward", "loss")
 COLUMNS = ("case", "dtype_config", "seed", "step", "logit_absmax", "nonfinite")
-SUMMARY = ("case", "dtype_config", "seed", "max", "median", "over_fp16_steps", "nonfinite_steps", "overflow_steps",
-           "logits_per_step", "n_steps", "run_id")
+SUMMARY = (
+    "case",
+    "dtype_config",
+    "seed",
+    "max",
+    "median",
+    "over_fp16_steps",
+    "nonfinite_steps",
+    "overflow_steps",
+    "logits_per_step",
+    "n_steps",
+    "run_id",
+)
 
 
 def table(folder: Folder) -> Table:
     """All steps of all runs; the summary has one row a violin."""
     selection = select(folder)
-    runs = [run for case in case_order({run.case for run in selection.runs})
-            for config in series_order({run.dtype_config for run in selection.of_case(case)})
-            for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
-    runs = [run for run in runs if np.isfinite(folder.steps(run.run_id)["logit_absmax"]).any()
-            or nonfinite_logits(folder, run).any()]
-    data = long_frame(runs, COLUMNS, lambda run: {
-        "step": folder.steps(run.run_id)["step"], "logit_absmax": folder.steps(run.run_id)["logit_absmax"],
-        "nonfinite": nonfinite_logits(folder, run)})
+    runs = [
+        run
+        for case in case_order({run.case for run in selection.runs})
+        for config in series_order({run.dtype_config for run in selection.of_case(case)})
+        for run in sorted(selection.of_case(case), key=lambda run: run.seed)
+        if run.dtype_config == config
+    ]
+    runs = [
+        run
+        for run in runs
+        if np.isfinite(folder.steps(run.run_id)["logit_absmax"]).any() or nonfinite_logits(folder, run).any()
+    ]
+    data = long_frame(
+        runs,
+        COLUMNS,
+        lambda run: {
+            "step": folder.steps(run.run_id)["step"],
+            "logit_absmax": folder.steps(run.run_id)["logit_absmax"],
+            "nonfinite": nonfinite_logits(folder, run),
+        },
+    )
     summary = frame([_row(folder, run) for run in runs], SUMMARY)
-    return Table("E", "e_logit_magnitude", data, _title(summary), _caption(folder, runs, summary), summary,
-                 selection.excluded, folder.marks, None if runs else "no run logged its logits")
+    return Table(
+        "E",
+        "e_logit_magnitude",
+        data,
+        _title(summary),
+        _caption(folder, runs, summary),
+        summary,
+        selection.excluded,
+        folder.marks,
+        None if runs else "no run logged its logits",
+    )
 
 
 def nonfinite_logits(folder: Folder, run: RunRecord) -> np.ndarray:
@@ -79,13 +112,19 @@ def logits_per_step(folder: Folder, run: RunRecord) -> float:
 def _row(folder: Folder, run: RunRecord) -> dict:
     absmax = folder.steps(run.run_id)["logit_absmax"]
     finite = absmax[np.isfinite(absmax)]
-    return {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed,
-            "max": float(finite.max()) if len(finite) else math.nan,
-            "median": float(np.median(finite)) if len(finite) else math.nan,
-            "over_fp16_steps": int(over_fp16(folder, run).sum()),
-            "nonfinite_steps": int(nonfinite_logits(folder, run).sum()),
-            "overflow_steps": int(overflows(folder, run).sum()), "logits_per_step": logits_per_step(folder, run),
-            "n_steps": len(absmax), "run_id": run.run_id}
+    return {
+        "case": run.case,
+        "dtype_config": run.dtype_config,
+        "seed": run.seed,
+        "max": float(finite.max()) if len(finite) else math.nan,
+        "median": float(np.median(finite)) if len(finite) else math.nan,
+        "over_fp16_steps": int(over_fp16(folder, run).sum()),
+        "nonfinite_steps": int(nonfinite_logits(folder, run).sum()),
+        "overflow_steps": int(overflows(folder, run).sum()),
+        "logits_per_step": logits_per_step(folder, run),
+        "n_steps": len(absmax),
+        "run_id": run.run_id,
+    }
 
 
 def _title(summary: pd.DataFrame) -> str:
@@ -105,9 +144,14 @@ def _title(summary: pd.DataFrame) -> str:
 
 def _caption(folder: Folder, runs: list[RunRecord], summary: pd.DataFrame) -> str:
     numbers = summary["logits_per_step"].dropna() if len(summary) else pd.Series(dtype=float)
-    per_step = (f"{numbers.min():,.0f} to {numbers.max():,.0f} logits a step" if len(numbers)
-                else "the number of logits a step is not recorded")
-    return (f"{data_words(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
-            f"({per_step}; pad columns and ignored targets left out). Line: 65,504, the largest fp16 number. What lies "
-            "beyond it would overflow in fp16; in bf16 and fp32 it did not. Steps with non-finite logits are marks on top; "
-            "from a run's death on they follow from dead parameters and are no overflow of the logits.")
+    per_step = (
+        f"{numbers.min():,.0f} to {numbers.max():,.0f} logits a step"
+        if len(numbers)
+        else "the number of logits a step is not recorded"
+    )
+    return (
+        f"{data_words(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
+        f"({per_step}; pad columns and ignored targets left out). Line: 65,504, the largest fp16 number. What lies "
+        "beyond it would overflow in fp16; in bf16 and fp32 it did not. Steps with non-finite logits are marks on top; "
+        "from a run's death on they follow from dead parameters and are no overflow of the logits."
+    )

@@ -19,10 +19,40 @@ from report.tables.table import Table, frame
 from report.tables.utilisation import FIELD, TOKENS, y_kind
 from report.words import sentence
 
-COLUMNS = ("case", "kind", "arch", "dtype_config", "seed", "order", "real_tokens", "tokens", "mfu_real", "mfu_all",
-           "real_tokens_per_s", "tokens_per_s", "y_kind", "bucketed")
-SUMMARY = ("case", "kind", "arch", "dtype_config", "seed", "tax", "cv_real", "cv_real_low", "cv_real_high", "cv_all",
-           "rate_real", "rate_all", "y_kind", "bucketed", "n_steps", "run_id")
+COLUMNS = (
+    "case",
+    "kind",
+    "arch",
+    "dtype_config",
+    "seed",
+    "order",
+    "real_tokens",
+    "tokens",
+    "mfu_real",
+    "mfu_all",
+    "real_tokens_per_s",
+    "tokens_per_s",
+    "y_kind",
+    "bucketed",
+)
+SUMMARY = (
+    "case",
+    "kind",
+    "arch",
+    "dtype_config",
+    "seed",
+    "tax",
+    "cv_real",
+    "cv_real_low",
+    "cv_real_high",
+    "cv_all",
+    "rate_real",
+    "rate_all",
+    "y_kind",
+    "bucketed",
+    "n_steps",
+    "run_id",
+)
 FAVOURITE = "amp_bf16"
 NO_REAL_TOKENS = "its log does not tell real tokens from padding"
 KINDS = {"classification": "classification", "LM": "language modelling"}
@@ -38,14 +68,26 @@ def table(folder: Folder, config: str | None = None) -> Table:
     reasons = [pair for _, pairs in chosen for pair in pairs]
     reasons += [(run.run_id, NO_REAL_TOKENS) for runs, _ in chosen for run in runs if not real_tokens_known(run)]
     config = config or favourite(entered)
-    runs = [run for case in case_order({run.case for run in entered}) for run in entered
-            if run.case == case and run.dtype_config == config]
+    runs = [
+        run
+        for case in case_order({run.case for run in entered})
+        for run in entered
+        if run.case == case and run.dtype_config == config
+    ]
     kind = y_kind(runs) or TOKENS
     data = long_frame(runs, COLUMNS, lambda run: _by_length(folder, run, kind))
     summary = frame([padding_of(folder, run, kind) for run in runs], SUMMARY)
-    return Table("F", "f_padding_tax", data, _title(summary), _caption(folder, runs, config, kind), summary,
-                 tuple(pair for pair in reasons if folder.by_id[pair[0]].dtype_config == config), folder.marks,
-                 None if runs else "no completed run has enough timed steps and known real tokens")
+    return Table(
+        "F",
+        "f_padding_tax",
+        data,
+        _title(summary),
+        _caption(folder, runs, config, kind),
+        summary,
+        tuple(pair for pair in reasons if folder.by_id[pair[0]].dtype_config == config),
+        folder.marks,
+        None if runs else "no completed run has enough timed steps and known real tokens",
+    )
 
 
 def real_tokens_known(run: RunRecord) -> bool:
@@ -61,21 +103,38 @@ def padding_of(folder: Folder, run: RunRecord, kind: str) -> dict:
     time_s = steps["step_time_s"][known]
     work_real, work_all = (float((rate[known] * time_s).sum()) for rate in (real, both))
     variation = block_bootstrap(real, coefficient_of_variation)  # in order of time: neighbours are alike
-    return {"case": run.case, "kind": _kind(run), "arch": run.arch, "dtype_config": run.dtype_config, "seed": run.seed,
-            "tax": 1 - work_real / work_all if known.any() else math.nan,
-            "cv_real": variation.value, "cv_real_low": variation.low, "cv_real_high": variation.high,
-            "cv_all": float(coefficient_of_variation(both[known])) if known.sum() > 1 else math.nan,
-            "rate_real": work_real / time_s.sum() if known.any() else math.nan,
-            "rate_all": work_all / time_s.sum() if known.any() else math.nan,
-            "y_kind": kind, "bucketed": is_bucketed(run), "n_steps": int(known.sum()), "run_id": run.run_id}
+    return {
+        "case": run.case,
+        "kind": _kind(run),
+        "arch": run.arch,
+        "dtype_config": run.dtype_config,
+        "seed": run.seed,
+        "tax": 1 - work_real / work_all if known.any() else math.nan,
+        "cv_real": variation.value,
+        "cv_real_low": variation.low,
+        "cv_real_high": variation.high,
+        "cv_all": float(coefficient_of_variation(both[known])) if known.sum() > 1 else math.nan,
+        "rate_real": work_real / time_s.sum() if known.any() else math.nan,
+        "rate_all": work_all / time_s.sum() if known.any() else math.nan,
+        "y_kind": kind,
+        "bucketed": is_bucketed(run),
+        "n_steps": int(known.sum()),
+        "run_id": run.run_id,
+    }
 
 
 def _by_length(folder: Folder, run: RunRecord, kind: str) -> dict:
     """The run's timed steps in order of real tokens."""
     steps = _timed(folder, run, kind)
     order = np.argsort(steps["real_tokens"], kind="stable")
-    return {"kind": _kind(run), "arch": run.arch, "order": np.arange(len(order)), "y_kind": kind,
-            "bucketed": is_bucketed(run), **{name: column[order] for name, column in steps.items() if name in COLUMNS}}
+    return {
+        "kind": _kind(run),
+        "arch": run.arch,
+        "order": np.arange(len(order)),
+        "y_kind": kind,
+        "bucketed": is_bucketed(run),
+        **{name: column[order] for name, column in steps.items() if name in COLUMNS},
+    }
 
 
 def _timed(folder: Folder, run: RunRecord, kind: str) -> dict[str, np.ndarray]:
@@ -84,10 +143,13 @@ def _timed(folder: Folder, run: RunRecord, kind: str) -> dict[str, np.ndarray]:
     picked = {name: columns[name][keep] for name in ("real_tokens", "tokens", "step_time_s")}
     unknown = np.full(int(keep.sum()), np.nan)
     field = FIELD.get(kind)
-    return {**picked, "mfu_real": columns[f"{field}_real_tokens"][keep] if field else unknown,
-            "mfu_all": columns[field][keep] if field else unknown,
-            "real_tokens_per_s": picked["real_tokens"] / picked["step_time_s"],
-            "tokens_per_s": picked["tokens"] / picked["step_time_s"]}
+    return {
+        **picked,
+        "mfu_real": columns[f"{field}_real_tokens"][keep] if field else unknown,
+        "mfu_all": columns[field][keep] if field else unknown,
+        "real_tokens_per_s": picked["real_tokens"] / picked["step_time_s"],
+        "tokens_per_s": picked["tokens"] / picked["step_time_s"],
+    }
 
 
 def _kind(run: RunRecord) -> str:
@@ -96,8 +158,9 @@ def _kind(run: RunRecord) -> str:
 
 def favourite(runs: list[RunRecord]) -> str:
     """The configuration that entered with most cases; amp_bf16, then fp32_true, then registry order."""
-    cases = {config: len({run.case for run in runs if run.dtype_config == config}) for config in
-             {run.dtype_config for run in runs}}
+    cases = {
+        config: len({run.case for run in runs if run.dtype_config == config}) for config in {run.dtype_config for run in runs}
+    }
     order = series_order(cases)
     preferred = [config for config in (FAVOURITE, REFERENCE) if config in cases] + order
     return min(preferred, key=lambda config: (-cases[config], preferred.index(config)), default=FAVOURITE)
@@ -107,8 +170,11 @@ def _title(summary: pd.DataFrame) -> str:
     plain = summary[~summary["bucketed"].astype(bool)] if len(summary) else summary
     if plain.empty or plain["tax"].isna().all():
         return "Not decided: no timed batches."
-    found = [(name, rows["tax"].mean(), rows["cv_real"].mean()) for kind, name in KINDS.items()
-             if len(rows := plain[plain["kind"] == kind])]
+    found = [
+        (name, rows["tax"].mean(), rows["cv_real"].mean())
+        for kind, name in KINDS.items()
+        if len(rows := plain[plain["kind"] == kind])
+    ]
     (name, tax, variation), *others = found
     words = f"padding is {100 * tax:.0f} % of {name}'s work (coefficient of variation {variation:.2f})"
     for name, tax, variation in others:
@@ -117,9 +183,14 @@ def _title(summary: pd.DataFrame) -> str:
 
 
 def _caption(folder: Folder, runs: list[RunRecord], config: str, kind: str) -> str:
-    what = {"bf16 peak": "MFU against the card's bf16 peak", "measured peak": "MFU against this machine's measured matmul rate",
-            TOKENS: "Tokens per second (no MFU was measured)"}[kind]
-    return (f"{data_words(folder, runs)} {config}. {what}, of real tokens (dots) and of all tokens (line above), over batches "
-            "sorted by their real tokens; the gap is what padding costs. Tax: one minus the share of real work in all work, "
-            "total over total. Coefficient of variation of the real-token rate over steps, with a moving-block bootstrap "
-            "interval within the run. LM documents are packed without padding.")
+    what = {
+        "bf16 peak": "MFU against the card's bf16 peak",
+        "measured peak": "MFU against this machine's measured matmul rate",
+        TOKENS: "Tokens per second (no MFU was measured)",
+    }[kind]
+    return (
+        f"{data_words(folder, runs)} {config}. {what}, of real tokens (dots) and of all tokens (line above), over batches "
+        "sorted by their real tokens; the gap is what padding costs. Tax: one minus the share of real work in all work, "
+        "total over total. Coefficient of variation of the real-token rate over steps, with a moving-block bootstrap "
+        "interval within the run. LM documents are packed without padding."
+    )

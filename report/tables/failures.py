@@ -17,13 +17,20 @@ CAUSES = {
     "from_input": "a value that was non-finite before this run's first operation",
 }
 DEATHS = {
-    "cuda_oom": "the GPU's memory ran out", "host_oom": "the machine's memory ran out",
-    "host_oom_kill": "the kernel killed the process for want of memory", "killed": "the process was killed from outside",
+    "cuda_oom": "the GPU's memory ran out",
+    "host_oom": "the machine's memory ran out",
+    "host_oom_kill": "the kernel killed the process for want of memory",
+    "killed": "the process was killed from outside",
     "illegal_access": "an illegal memory access on the GPU",
     "poisoned_context": "an error that the CUDA context does not outlive",
-    "device_error": "an error of the device", "segfault": "the process crashed", "exit": "the process ended by itself",
-    "import_failure": "a library could not be loaded", "bad_data": "the data", "exception": "an exception in Python",
-    "hung": "no sign of life", "node_lost": "its node went away",
+    "device_error": "an error of the device",
+    "segfault": "the process crashed",
+    "exit": "the process ended by itself",
+    "import_failure": "a library could not be loaded",
+    "bad_data": "the data",
+    "exception": "an exception in Python",
+    "hung": "no sign of life",
+    "node_lost": "its node went away",
 }
 """``flags["death"]["cause"]`` of a run that ended without a result, in words."""
 ENDS = {"oom": "ran out of memory", "hung": "hung", "error": "failed"}
@@ -55,9 +62,14 @@ def _card(folder: Folder, run: RunRecord) -> Failure:
     told = forensics.get("sentence")
     trace = forensics.get("trace_file")
     return Failure(
-        run.run_id, told if isinstance(told, str) and told else failure_sentence(run), _cause(run),
+        run.run_id,
+        told if isinstance(told, str) and told else failure_sentence(run),
+        _cause(run),
         *(_rows(forensics, key) for key in ("remedies", "chain", "kernels")),
-        trace if isinstance(trace, str) else None, _rows(forensics, "history"), run.status)
+        trace if isinstance(trace, str) else None,
+        _rows(forensics, "history"),
+        run.status,
+    )
 
 
 def failure_sentence(run: RunRecord) -> str:

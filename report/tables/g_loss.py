@@ -19,8 +19,18 @@ from report.tables.table import Table, frame
 from report.words import count, joined, sentence, shortened
 
 COLUMNS = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "step", "loss", "minus_reference")
-SUMMARY = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "died_at", "death", "final_minus_reference",
-           "run_id")
+SUMMARY = (
+    "case",
+    "kind",
+    "loss_reduction",
+    "arch",
+    "dtype_config",
+    "seed",
+    "died_at",
+    "death",
+    "final_minus_reference",
+    "run_id",
+)
 KINDS = {"Cls-Single": "Single-label", "Cls-Multi": "Multi-label"}
 
 
@@ -28,13 +38,27 @@ def table(folder: Folder) -> Table:
     """All steps of all classification runs."""
     selection = select(folder)
     cases = case_order({run.case for run in selection.runs if not is_lm(run)})
-    runs = [run for case in cases for config in series_order({run.dtype_config for run in selection.of_case(case)})
-            for run in sorted(selection.of_case(case), key=lambda run: run.seed) if run.dtype_config == config]
+    runs = [
+        run
+        for case in cases
+        for config in series_order({run.dtype_config for run in selection.of_case(case)})
+        for run in sorted(selection.of_case(case), key=lambda run: run.seed)
+        if run.dtype_config == config
+    ]
     runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]
     data = long_frame(runs, COLUMNS, lambda run: _steps(folder, run, selection))
     summary = frame([_row(folder, run, selection) for run in runs], SUMMARY)
-    return Table("G", "g_loss_scale_inversion", data, _title(summary), _caption(folder, runs), summary, selection.excluded,
-                 folder.marks, None if runs else "no classification run")
+    return Table(
+        "G",
+        "g_loss_scale_inversion",
+        data,
+        _title(summary),
+        _caption(folder, runs),
+        summary,
+        selection.excluded,
+        folder.marks,
+        None if runs else "no classification run",
+    )
 
 
 def minus_reference(folder: Folder, run: RunRecord, selection: Selection) -> np.ndarray:
@@ -52,19 +76,33 @@ def minus_reference(folder: Folder, run: RunRecord, selection: Selection) -> np.
 
 def _steps(folder: Folder, run: RunRecord, selection: Selection) -> dict:
     columns = folder.steps(run.run_id)
-    return {"kind": KINDS[column_of(run)], "loss_reduction": run.loss_reduction, "arch": run.arch, "step": columns["step"],
-            "loss": columns["loss"], "minus_reference": minus_reference(folder, run, selection)}
+    return {
+        "kind": KINDS[column_of(run)],
+        "loss_reduction": run.loss_reduction,
+        "arch": run.arch,
+        "step": columns["step"],
+        "loss": columns["loss"],
+        "minus_reference": minus_reference(folder, run, selection),
+    }
 
 
 def _row(folder: Folder, run: RunRecord, selection: Selection) -> dict:
     difference = minus_reference(folder, run, selection)
-    tail = difference[-max(1, len(difference) // 10):]
+    tail = difference[-max(1, len(difference) // 10) :]
     tail = tail[np.isfinite(tail)]
     dead = run.status == "diverged"
-    return {"case": run.case, "kind": KINDS[column_of(run)], "loss_reduction": run.loss_reduction, "arch": run.arch,
-            "dtype_config": run.dtype_config, "seed": run.seed, "died_at": run.divergence_step,
-            "death": death_words(run) if dead else None, "run_id": run.run_id,
-            "final_minus_reference": float(tail.mean()) if len(tail) and not dead else math.nan}
+    return {
+        "case": run.case,
+        "kind": KINDS[column_of(run)],
+        "loss_reduction": run.loss_reduction,
+        "arch": run.arch,
+        "dtype_config": run.dtype_config,
+        "seed": run.seed,
+        "died_at": run.divergence_step,
+        "death": death_words(run) if dead else None,
+        "run_id": run.run_id,
+        "final_minus_reference": float(tail.mean()) if len(tail) and not dead else math.nan,
+    }
 
 
 def _title(summary: pd.DataFrame) -> str:
@@ -87,8 +125,11 @@ def _title(summary: pd.DataFrame) -> str:
 
 def _deaths(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
     """Kind -> (runs that died, runs), of the kinds that ran."""
-    return {kind: (int(of_kind["died_at"].notna().sum()), len(of_kind)) for kind in KINDS.values()
-            if len(of_kind := rows[rows["kind"] == kind])}
+    return {
+        kind: (int(of_kind["died_at"].notna().sum()), len(of_kind))
+        for kind in KINDS.values()
+        if len(of_kind := rows[rows["kind"] == kind])
+    }
 
 
 def _death_words(config: str, of_kind: dict[str, tuple[int, int]], *, first: bool) -> str:
@@ -101,7 +142,9 @@ def _death_words(config: str, of_kind: dict[str, tuple[int, int]], *, first: boo
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
     reductions = shortened(sorted({run.loss_reduction for run in runs}))
-    return (f"{data_words(folder, runs)} Training loss before each update; single-label is softmax cross-entropy, multi-label "
-            f"binary cross-entropy with logits, so the units differ and each facet has its own axis (reduction: {reductions}). "
-            "Below: the loss minus fp32_true's at the same step, that is on the same batch from the same initial weights. "
-            "Crosses: divergence.")
+    return (
+        f"{data_words(folder, runs)} Training loss before each update; single-label is softmax cross-entropy, multi-label "
+        f"binary cross-entropy with logits, so the units differ and each facet has its own axis (reduction: {reductions}). "
+        "Below: the loss minus fp32_true's at the same step, that is on the same batch from the same initial weights. "
+        "Crosses: divergence."
+    )

@@ -26,8 +26,10 @@ def group_scores(runs: Iterable[RunRecord], group_of: Callable[[RunRecord], str]
         if run.dtype_config == REFERENCE:
             cells[group_of(run)].add((run.case, run.seed))
     configs = [config for config in series_order({run.dtype_config for run in runs}) if not is_control(config)]
-    return {group: {config: values for config in configs
-                    if (values := _by_seed(by_key, sorted(cells[group]), config)) is not None} for group in cells}
+    return {
+        group: {config: values for config in configs if (values := _by_seed(by_key, sorted(cells[group]), config)) is not None}
+        for group in cells
+    }
 
 
 def _by_seed(by_key: dict, cells: list[tuple[str, int]], config: str) -> list[float] | None:

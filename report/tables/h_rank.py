@@ -33,18 +33,40 @@ def table(folder: Folder) -> Table:
     both = set.intersection(*(set(scores[side]) for side in SIDES))
     rows = [row for side in SIDES for row in _rows(side, {c: v for c, v in scores[side].items() if c in both})]
     data, summary = frame(rows, COLUMNS), _summary(scores, both)
-    empty = None if len(both) > 1 else "fewer than two configurations finished every case of both language modelling and " \
-                                       "classification beside fp32_true"
-    return Table("H", "h_rank_correlation", data, _title(data, summary, empty), _caption(folder, runs), summary, excluded,
-                 folder.marks, empty)
+    empty = (
+        None
+        if len(both) > 1
+        else "fewer than two configurations finished every case of both language modelling and classification beside fp32_true"
+    )
+    return Table(
+        "H",
+        "h_rank_correlation",
+        data,
+        _title(data, summary, empty),
+        _caption(folder, runs),
+        summary,
+        excluded,
+        folder.marks,
+        empty,
+    )
 
 
 def _rows(side: str, scores: dict[str, list[float]]) -> list[dict]:
     rows = []
     for ranked in rank_with_ties(scores):
         speed = exponential(mean_interval(scores[ranked.name]))
-        rows.append({"dtype_config": ranked.name, "side": side, "relative": speed.value, "low": speed.low, "high": speed.high,
-                     "n": speed.n, "rank": ranked.rank, "tie_group": ranked.tie_group})
+        rows.append(
+            {
+                "dtype_config": ranked.name,
+                "side": side,
+                "relative": speed.value,
+                "low": speed.low,
+                "high": speed.high,
+                "n": speed.n,
+                "rank": ranked.rank,
+                "tie_group": ranked.tie_group,
+            }
+        )
     return rows
 
 
@@ -52,8 +74,11 @@ def _summary(scores: Scores, both: set[str]) -> pd.DataFrame:
     configs = series_order(both)
     first, second = ([float(np.mean(scores[side][config])) for config in configs] for side in SIDES)
     tau = kendall_tau(first, second)
-    note = (f"Kendall's tau needs {FEWEST_FOR_TAU} configurations, and {len(configs)} finished both sides" if tau is None
-            else "interval: Fieller's, over configurations")
+    note = (
+        f"Kendall's tau needs {FEWEST_FOR_TAU} configurations, and {len(configs)} finished both sides"
+        if tau is None
+        else "interval: Fieller's, over configurations"
+    )
     values = tau or (math.nan, math.nan, math.nan)
     return frame([dict(zip(SUMMARY, (*values, len(configs), note), strict=True))], SUMMARY)
 
@@ -70,12 +95,16 @@ def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
         shared = series_order(set(first["LM"]) & set(first["classification"]))
         verb = "is" if len(shared) == 1 else "are"
         return sentence(f"{shortened(shared)} {verb} first, or tied for it, on both sides{words}")
-    return sentence(f"the fastest changes with the task: {joined(first['LM'])} for language models, "
-                    f"{joined(first['classification'])} for classification{words}")
+    return sentence(
+        f"the fastest changes with the task: {joined(first['LM'])} for language models, "
+        f"{joined(first['classification'])} for classification{words}"
+    )
 
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
-    return (f"{data_words(folder, runs)} Rank by samples/s relative to fp32_true of the same case and seed, geometric mean "
-            "over the side's cases; only configurations that finished every case and seed of both sides, controls left out. "
-            "Brackets: neighbours whose paired difference the seeds do not separate (95 % t-interval). Second panel: "
-            "relative speed with its interval. Kendall's tau-b with Fieller's interval from five configurations up.")
+    return (
+        f"{data_words(folder, runs)} Rank by samples/s relative to fp32_true of the same case and seed, geometric mean "
+        "over the side's cases; only configurations that finished every case and seed of both sides, controls left out. "
+        "Brackets: neighbours whose paired difference the seeds do not separate (95 % t-interval). Second panel: "
+        "relative speed with its interval. Kendall's tau-b with Fieller's interval from five configurations up."
+    )

@@ -13,8 +13,12 @@ from report.tables.table import Table
 from report.words import gigabytes
 
 LETTER, NAME = "hardware", "hardware"
-READINGS = {"gpu_memory_bytes": "gpu_memory_used_bytes", "rss_bytes": "process_rss_bytes",
-            "gpu_percent": "gpu_utilization_percent", "cpu_percent": "system_cpu_percent"}
+READINGS = {
+    "gpu_memory_bytes": "gpu_memory_used_bytes",
+    "rss_bytes": "process_rss_bytes",
+    "gpu_percent": "gpu_utilization_percent",
+    "cpu_percent": "system_cpu_percent",
+}
 COLUMNS = ("case", "dtype_config", "seed", "time_s", *READINGS, "disk_growth_bytes")
 
 
@@ -24,19 +28,33 @@ def table(folder: Folder) -> Table:
     for run in sorted(folder.runs, key=lambda run: run.seed):
         if folder.hardware(run.run_id) is not None:
             chosen.setdefault((run.case, run.dtype_config), run)
-    runs = [chosen[case, config] for case in case_order(case for case, _ in chosen)
-            for config in series_order(c for at, c in chosen if at == case)]
+    runs = [
+        chosen[case, config]
+        for case in case_order(case for case, _ in chosen)
+        for config in series_order(c for at, c in chosen if at == case)
+    ]
     if not runs:
-        return Table(LETTER, NAME, pd.DataFrame(columns=list(COLUMNS)), "Memory, utilisation and disk", "",
-                     marks=folder.marks, empty="not measured: no run holds a hardware.jsonl.")
+        return Table(
+            LETTER,
+            NAME,
+            pd.DataFrame(columns=list(COLUMNS)),
+            "Memory, utilisation and disk",
+            "",
+            marks=folder.marks,
+            empty="not measured: no run holds a hardware.jsonl.",
+        )
     data = long_frame(runs, COLUMNS, lambda run: _readings(folder.hardware(run.run_id)))
     measure = "gpu_memory_bytes" if data["gpu_memory_bytes"].notna().any() else "rss_bytes"
     peaks = data.groupby("dtype_config", observed=True)[measure].max()
     what = "GPU memory" if measure == "gpu_memory_bytes" else "resident memory"
-    title = (f"Highest {what}: {gigabytes(peaks.max())} ({peaks.idxmax()}); lowest peak of a configuration: "
-             f"{gigabytes(peaks.min())} ({peaks.idxmin()}).")
-    caption = (f"{data_words(folder, runs)} One seed a case and configuration. GPU memory is that of all processes and the "
-               "driver; utilisation of the processor is that of all cores. Dashed: median. Disk: growth since the start.")
+    title = (
+        f"Highest {what}: {gigabytes(peaks.max())} ({peaks.idxmax()}); lowest peak of a configuration: "
+        f"{gigabytes(peaks.min())} ({peaks.idxmin()})."
+    )
+    caption = (
+        f"{data_words(folder, runs)} One seed a case and configuration. GPU memory is that of all processes and the "
+        "driver; utilisation of the processor is that of all cores. Dashed: median. Disk: growth since the start."
+    )
     return Table(LETTER, NAME, data, title, caption, marks=folder.marks)
 
 
@@ -45,5 +63,8 @@ def _readings(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     absent = np.full(len(time_s), np.nan)
     disk = columns.get("disk_used_bytes", absent)
     known = disk[np.isfinite(disk)]
-    return {"time_s": time_s, **{name: columns.get(field, absent) for name, field in READINGS.items()},
-            "disk_growth_bytes": disk - (known[0] if len(known) else np.nan)}
+    return {
+        "time_s": time_s,
+        **{name: columns.get(field, absent) for name, field in READINGS.items()},
+        "disk_growth_bytes": disk - (known[0] if len(known) else np.nan),
+    }

@@ -11,8 +11,14 @@ import pandas as pd
 from report.load import Folder
 
 COLUMNS = ("step", "module", "order", "direction", "dtype", "absmax", "headroom_bits", "underflow_frac")
-LARGEST = {"fp16": 65_504.0, "float16": 65_504.0, "bf16": 3.3895313892515355e38, "bfloat16": 3.3895313892515355e38,
-           "fp32": 3.4028234663852886e38, "float32": 3.4028234663852886e38}
+LARGEST = {
+    "fp16": 65_504.0,
+    "float16": 65_504.0,
+    "bf16": 3.3895313892515355e38,
+    "bfloat16": 3.3895313892515355e38,
+    "fp32": 3.4028234663852886e38,
+    "float32": 3.4028234663852886e38,
+}
 
 
 def headroom(folder: Folder, run_id: str) -> pd.DataFrame | None:
@@ -33,9 +39,16 @@ def headroom_row(row: dict[str, Any]) -> dict[str, Any] | None:
     try:
         absmax = row.get("absmax")
         absmax = math.nan if absmax is None else float(absmax)
-        return {"step": int(row["step"]), "module": str(row["module"]), "order": int(row["order"]),
-                "direction": str(row["direction"]), "dtype": row.get("dtype"), "absmax": absmax,
-                "headroom_bits": _bits(row.get("dtype"), absmax), "underflow_frac": row.get("flush_frac")}
+        return {
+            "step": int(row["step"]),
+            "module": str(row["module"]),
+            "order": int(row["order"]),
+            "direction": str(row["direction"]),
+            "dtype": row.get("dtype"),
+            "absmax": absmax,
+            "headroom_bits": _bits(row.get("dtype"), absmax),
+            "underflow_frac": row.get("flush_frac"),
+        }
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 

@@ -23,13 +23,22 @@ def table(folder: Folder) -> Table:
     overflowed in the forward pass come first, then runs in fp16 by how little headroom they had."""
     pieces = _chosen(folder)
     if not pieces:
-        return Table(LETTER, NAME, pd.DataFrame(columns=list(COLUMNS)), "Headroom by layer over steps", "",
-                     marks=folder.marks, empty=_why_empty(folder))
+        return Table(
+            LETTER,
+            NAME,
+            pd.DataFrame(columns=list(COLUMNS)),
+            "Headroom by layer over steps",
+            "",
+            marks=folder.marks,
+            empty=_why_empty(folder),
+        )
     data = pd.concat(pieces, ignore_index=True)[list(COLUMNS)]
-    caption = (f"Headroom in bits (doublings) between a module's largest output and the largest number of its dtype, up to "
-               f"the {MOST_MODULES} tightest modules of a run, in the order of the forward pass; a column a step at which "
-               f"magnitudes were read. Shown: runs that overflowed in the forward pass, else runs in fp16 with at least "
-               f"{FEWEST_WINDOWS} columns, the tightest first.")
+    caption = (
+        f"Headroom in bits (doublings) between a module's largest output and the largest number of its dtype, up to "
+        f"the {MOST_MODULES} tightest modules of a run, in the order of the forward pass; a column a step at which "
+        f"magnitudes were read. Shown: runs that overflowed in the forward pass, else runs in fp16 with at least "
+        f"{FEWEST_WINDOWS} columns, the tightest first."
+    )
     return Table(LETTER, NAME, data, _title(folder, data), caption, marks=folder.marks)
 
 
@@ -66,8 +75,11 @@ def _with_history(folder: Folder, run: RunRecord, rows: pd.DataFrame) -> pd.Data
     told = folder.forensics(run.run_id).get("history")
     told = [row for row in (told if isinstance(told, list) else []) if isinstance(row, dict)]
     given = {"module": first.module, "order": int(place.iloc[0]), "direction": "fwd", "dtype": first.dtype}
-    found = [headroom_row({"step": row.get("step"), "absmax": row.get("absmax_fwd"), **given})
-             for row in told if row.get("module") == first.module]
+    found = [
+        headroom_row({"step": row.get("step"), "absmax": row.get("absmax_fwd"), **given})
+        for row in told
+        if row.get("module") == first.module
+    ]
     more = [row for row in found if row is not None and (row["step"], row["module"]) not in read]
     return pd.concat([rows, pd.DataFrame(more)], ignore_index=True) if more else rows
 
@@ -99,8 +111,10 @@ def _title(folder: Folder, data: pd.DataFrame) -> str:
     came = f", down from {before['headroom_bits']:.1f} at step {before['step']:.0f}" if before["step"] < least["step"] else ""
     run = folder.by_id[least["run_id"]]
     died = f"; the run overflows at step {run.divergence_step}" if _overflowed(run) else ""
-    return (f"Least headroom: {least['module']} of {least['dtype_config']} on {least['case']}, "
-            f"{least['headroom_bits']:.1f} bits at step {least['step']:.0f}{came}{died}.")
+    return (
+        f"Least headroom: {least['module']} of {least['dtype_config']} on {least['case']}, "
+        f"{least['headroom_bits']:.1f} bits at step {least['step']:.0f}{came}{died}."
+    )
 
 
 def _tightest(rows: pd.DataFrame) -> pd.DataFrame:

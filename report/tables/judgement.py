@@ -61,10 +61,10 @@ class Judgements:
 def judge_runs(folder: Folder, selection: Selection | None = None) -> Judgements:
     """Every selected run's state."""
     selection = selection or select(folder)
-    unhealthy = {run.case: reason for run in selection.runs if run.dtype_config == REFERENCE
-                 and (reason := ill(folder, run)) is not None}
-    return Judgements(selection, {run.run_id: _judge(folder, run, selection, unhealthy) for run in selection.runs},
-                      unhealthy)
+    unhealthy = {
+        run.case: reason for run in selection.runs if run.dtype_config == REFERENCE and (reason := ill(folder, run)) is not None
+    }
+    return Judgements(selection, {run.run_id: _judge(folder, run, selection, unhealthy) for run in selection.runs}, unhealthy)
 
 
 def start_and_end(folder: Folder, run: RunRecord) -> tuple[float, float, str] | None:

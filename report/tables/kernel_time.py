@@ -34,16 +34,29 @@ def table(folder: Folder) -> Table:
     runs = _profiled(folder)
     rows = [row for run in runs for row in _seconds(run)]
     if not rows:
-        return Table(LETTER, NAME, frame([], COLUMNS), "Time by class of kernel", "", frame([], TOP), marks=folder.marks,
-                     empty="not measured: no run holds a profile; python -m harness case CASE CONFIG --trace makes one.")
+        return Table(
+            LETTER,
+            NAME,
+            frame([], COLUMNS),
+            "Time by class of kernel",
+            "",
+            frame([], TOP),
+            marks=folder.marks,
+            empty="not measured: no run holds a profile; python -m harness case CASE CONFIG --trace makes one.",
+        )
     data = frame(rows, COLUMNS)
-    sources = {SOURCES.get(source, "of an unknown source") for run in runs
-               if isinstance(source := run.flags["time_by_kernel"].get("source"), str)}
+    sources = {
+        SOURCES.get(source, "of an unknown source")
+        for run in runs
+        if isinstance(source := run.flags["time_by_kernel"].get("source"), str)
+    }
     steps = sorted({_steps(run) for run in runs})
-    caption = (f"{data_words(folder, runs)} Mean of {' or '.join(map(str, steps))} profiled steps; "
-               f"{', '.join(sorted(sources))}. The profiler lengthens short ops: shares are worth more than seconds. Idle: "
-               "wall time of the step during which no kernel ran. Normalisations and softmax are reductions; ours: this "
-               "project's kernels.")
+    caption = (
+        f"{data_words(folder, runs)} Mean of {' or '.join(map(str, steps))} profiled steps; "
+        f"{', '.join(sorted(sources))}. The profiler lengthens short ops: shares are worth more than seconds. Idle: "
+        "wall time of the step during which no kernel ran. Normalisations and softmax are reductions; ours: this "
+        "project's kernels."
+    )
     top = frame([row for run in runs[:MOST_PROFILES] for row in _top(run)], TOP)
     return Table(LETTER, NAME, data, _title(data), caption, top, marks=folder.marks)
 
@@ -54,8 +67,11 @@ def _profiled(folder: Folder) -> list[RunRecord]:
     for run in sorted(folder.runs, key=lambda run: (run.seed, run.run_id)):
         if isinstance(run.flags.get("time_by_kernel"), dict) and _steps(run):
             chosen.setdefault((run.case, run.dtype_config), run)
-    return [chosen[case, config] for case in case_order(case for case, _ in chosen)
-            for config in series_order(config for at, config in chosen if at == case)]
+    return [
+        chosen[case, config]
+        for case in case_order(case for case, _ in chosen)
+        for config in series_order(config for at, config in chosen if at == case)
+    ]
 
 
 def _steps(run: RunRecord) -> int:
@@ -71,9 +87,13 @@ def _seconds(run: RunRecord) -> list[dict[str, Any]]:
     by_class = profile.get("seconds")
     by_class = by_class if isinstance(by_class, dict) else {}
     classes = [*(name for name in CLASSES if name in by_class), *sorted(name for name in by_class if name not in CLASSES)]
-    rows = [who | {"class": name, "phase": str(phase), "seconds_per_step": seconds / steps}
-            for name in classes if isinstance(by_class[name], dict)
-            for phase, value in by_class[name].items() if (seconds := _number(value)) is not None]
+    rows = [
+        who | {"class": name, "phase": str(phase), "seconds_per_step": seconds / steps}
+        for name in classes
+        if isinstance(by_class[name], dict)
+        for phase, value in by_class[name].items()
+        if (seconds := _number(value)) is not None
+    ]
     idle = _number(profile.get("idle_s"))
     if rows and idle is not None:
         rows.append(who | {"class": IDLE, "phase": "", "seconds_per_step": idle / steps})
@@ -83,10 +103,20 @@ def _seconds(run: RunRecord) -> list[dict[str, Any]]:
 def _top(run: RunRecord) -> list[dict[str, Any]]:
     steps, found = _steps(run), run.flags["time_by_kernel"].get("top")
     rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
-    return [{"case": run.case, "dtype_config": run.dtype_config, "name": row.get("name"), "class": row.get("class"),
-             "phase": row.get("phase"), "seconds_per_step": total / steps, "input_shapes": row.get("input_shapes"),
-             "calls_per_step": None if (calls := _number(row.get("count"))) is None else calls / steps}
-            for row in rows[:MOST_TOP] if (total := _number(row.get("total_s"))) is not None]
+    return [
+        {
+            "case": run.case,
+            "dtype_config": run.dtype_config,
+            "name": row.get("name"),
+            "class": row.get("class"),
+            "phase": row.get("phase"),
+            "seconds_per_step": total / steps,
+            "input_shapes": row.get("input_shapes"),
+            "calls_per_step": None if (calls := _number(row.get("count"))) is None else calls / steps,
+        }
+        for row in rows[:MOST_TOP]
+        if (total := _number(row.get("total_s"))) is not None
+    ]
 
 
 def _number(value: object) -> float | None:
@@ -103,5 +133,7 @@ def _title(data: pd.DataFrame) -> str:
     name = wins.index[0]
     own = shares.xs(name, level="class")
     span = f"{100 * own.min():.0f} %" if own.max() - own.min() < 0.005 else f"{100 * own.min():.0f} to {100 * own.max():.0f} %"
-    return (f"Most kernel time goes to {name} in {wins.iloc[0]} of {count(len(largest), 'profile')}; its share of a step's "
-            f"kernel time is {span}.")
+    return (
+        f"Most kernel time goes to {name} in {wins.iloc[0]} of {count(len(largest), 'profile')}; its share of a step's "
+        f"kernel time is {span}."
+    )

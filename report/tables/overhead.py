@@ -32,24 +32,42 @@ def table(folder: Folder) -> Table:
     data = _rounds(document)
     if data.empty and summary.empty:
         return Table(LETTER, NAME, data, "Instrumentation on beside off", "", summary, marks=marks, empty=EMPTY)
-    return Table(LETTER, NAME, data, _title(summary), _caption(document, data), summary, marks=marks,
-                 empty=None if len(data) else "overhead.json holds ratios and no step times of single rounds.")
+    return Table(
+        LETTER,
+        NAME,
+        data,
+        _title(summary),
+        _caption(document, data),
+        summary,
+        marks=marks,
+        empty=None if len(data) else "overhead.json holds ratios and no step times of single rounds.",
+    )
 
 
 def ratios(document: dict[str, Any]) -> pd.DataFrame:
     """The rows in unit ``ratio``, wall clock and processor time of an arm side by side; nan where there is none."""
     rows = document.get("rows")
-    rows = [row for row in rows if isinstance(row, dict) and row.get("unit") == "ratio" and isinstance(row.get("name"), str)] \
-        if isinstance(rows, list) else []
+    rows = (
+        [row for row in rows if isinstance(row, dict) and row.get("unit") == "ratio" and isinstance(row.get("name"), str)]
+        if isinstance(rows, list)
+        else []
+    )
     by_name = {row["name"]: row for row in rows}
     found = []
     for name, row in by_name.items():
         if name.endswith(CPU_SUFFIX) and name.removesuffix(CPU_SUFFIX) in by_name:
             continue
         cpu = by_name.get(name + CPU_SUFFIX, {})
-        found.append({"arm": name, **{key: _number(row.get(field)) for key, field in FIELDS.items()},
-                      **{f"cpu_{key}": _number(cpu.get(field)) for key, field in FIELDS.items()},
-                      "at_most": _number(row.get("at_most")), "n": _number(row.get("n")), "note": row.get("note")})
+        found.append(
+            {
+                "arm": name,
+                **{key: _number(row.get(field)) for key, field in FIELDS.items()},
+                **{f"cpu_{key}": _number(cpu.get(field)) for key, field in FIELDS.items()},
+                "at_most": _number(row.get("at_most")),
+                "n": _number(row.get("n")),
+                "note": row.get("note"),
+            }
+        )
     return frame(found, SUMMARY)
 
 
@@ -63,8 +81,10 @@ def _rounds(document: dict[str, Any]) -> pd.DataFrame:
     for at in range(min(map(len, lists.values()))):
         seconds = {arm: _number(values[at]) for arm, values in lists.items()}
         if all(value > 0 for value in seconds.values()):
-            rows += [{"arm": arm, "round": at + 1, "step_time_s": value, "ratio": value / seconds[BARE]}
-                     for arm, value in seconds.items()]
+            rows += [
+                {"arm": arm, "round": at + 1, "step_time_s": value, "ratio": value / seconds[BARE]}
+                for arm, value in seconds.items()
+            ]
     return frame(rows, COLUMNS)
 
 
@@ -82,9 +102,11 @@ def _caption(document: dict[str, Any], data: pd.DataFrame) -> str:
     what = printable(document.get("what") or "model not recorded")
     n = data["round"].nunique() if len(data) else 0
     device = printable(document.get("device") or "device not recorded")
-    return (f"{device}, {count(n, 'round')}; {what}. Every arm has its own copy of the model and takes its step in turn, in an "
-            "order reversed from round to round. Left: the step's time. Right: its ratio to the bare loop's step of the same "
-            "round; line at the median, bar: its 95 % interval where recorded.")
+    return (
+        f"{device}, {count(n, 'round')}; {what}. Every arm has its own copy of the model and takes its step in turn, in an "
+        "order reversed from round to round. Left: the step's time. Right: its ratio to the bare loop's step of the same "
+        "round; line at the median, bar: its 95 % interval where recorded."
+    )
 
 
 def _marks(folder: Folder, document: dict[str, Any]) -> tuple[str, ...]:

@@ -17,16 +17,38 @@ from report.load import Folder
 from report.tables.columns import REFERENCE, case_order
 from report.tables.table import frame
 
-VERDICTS = ("predicted and happened", "predicted and did not happen", "happened and was not predicted",
-            "predicted and not reached", "neither predicted nor happened")
+VERDICTS = (
+    "predicted and happened",
+    "predicted and did not happen",
+    "happened and was not predicted",
+    "predicted and not reached",
+    "neither predicted nor happened",
+)
 HIT, FALSE_ALARM, MISSED, NOT_REACHED, NEITHER = VERDICTS
-KINDS = {"overflow_forward": "forward overflow", "overflow_backward": "backward overflow", "norm_overflow": "norm overflow",
-         "division_by_zero": "division by zero", "scaler_skip": "scaler skip", "states_flush": "states flushed",
-         "gradient_flush": "gradients flushed", "other": "something else"}
+KINDS = {
+    "overflow_forward": "forward overflow",
+    "overflow_backward": "backward overflow",
+    "norm_overflow": "norm overflow",
+    "division_by_zero": "division by zero",
+    "scaler_skip": "scaler skip",
+    "states_flush": "states flushed",
+    "gradient_flush": "gradients flushed",
+    "other": "something else",
+}
 """Kind of hazard, as `instrument.prediction` names it -> words."""
 OUTCOMES = ("case", "dtype_config", "seed", "run_id", "kind", "verdict", "step")
-ENDS = ("case", "dtype_config", "seed", "run_id", "predicted", "predicted_step", "predicted_module", "happened",
-        "happened_step", "happened_module")
+ENDS = (
+    "case",
+    "dtype_config",
+    "seed",
+    "run_id",
+    "predicted",
+    "predicted_step",
+    "predicted_module",
+    "happened",
+    "happened_step",
+    "happened_module",
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +106,11 @@ def _outcomes(config: dict[str, Any]) -> list[dict[str, Any]]:
     for hazard in _objects(config.get("hazards")):
         if isinstance(hazard.get("kind"), str) and (step := _step(hazard.get("step"))) is not None:
             steps[hazard["kind"]] = min(step, steps.get(hazard["kind"], step))
-    return [{"kind": row["kind"], "verdict": row["verdict"], "step": steps.get(row["kind"])}
-            for row in _objects(config.get("outcomes"))
-            if row.get("verdict") in VERDICTS and isinstance(row.get("kind"), str)]
+    return [
+        {"kind": row["kind"], "verdict": row["verdict"], "step": steps.get(row["kind"])}
+        for row in _objects(config.get("outcomes"))
+        if row.get("verdict") in VERDICTS and isinstance(row.get("kind"), str)
+    ]
 
 
 def _end(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -95,8 +119,14 @@ def _end(config: dict[str, Any]) -> dict[str, Any] | None:
     happened = config.get("happened") if isinstance(config.get("happened"), str) else None
     if not config.get("outcomes") or not (told.get("kind") or happened):
         return None
-    return {"predicted": told.get("kind"), "predicted_step": _step(told.get("step")), "predicted_module": told.get("module"),
-            "happened": happened, "happened_step": _step(config.get("ended_at")), "happened_module": config.get("happened_in")}
+    return {
+        "predicted": told.get("kind"),
+        "predicted_step": _step(told.get("step")),
+        "predicted_module": told.get("module"),
+        "happened": happened,
+        "happened_step": _step(config.get("ended_at")),
+        "happened_module": config.get("happened_in"),
+    }
 
 
 def _objects(rows: object) -> list[dict[str, Any]]:

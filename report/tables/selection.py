@@ -19,8 +19,17 @@ from instrument.records import RunRecord
 from report.load import Folder
 from report.tables.columns import REFERENCE, column_of
 
-ROW_SETTINGS = ("preset", "data_source", "weights_source", "loss", "loss_reduction", "batch_size", "micro_batch",
-                "seq_len", "max_steps")
+ROW_SETTINGS = (
+    "preset",
+    "data_source",
+    "weights_source",
+    "loss",
+    "loss_reduction",
+    "batch_size",
+    "micro_batch",
+    "seq_len",
+    "max_steps",
+)
 """Settings that stand in the row itself; the others stand in its ``config``."""
 
 
@@ -60,8 +69,13 @@ def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True)
         seen: dict[tuple[str, int], str] = {}
         for run in runs:
             if _key(run) != main:
-                excluded.append((run.run_id, f"other settings than the {count(variants[main], 'run')} shown of its case: "
-                                             f"{_difference(_key(run), main)}"))
+                excluded.append(
+                    (
+                        run.run_id,
+                        f"other settings than the {count(variants[main], 'run')} shown of its case: "
+                        f"{_difference(_key(run), main)}",
+                    )
+                )
             elif (run.dtype_config, run.seed) in seen:
                 excluded.append((run.run_id, f"a second run of what {seen[run.dtype_config, run.seed]} did"))
             else:

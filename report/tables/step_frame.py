@@ -12,8 +12,9 @@ from instrument.records import RunRecord
 IDENTITY = ("case", "dtype_config", "seed")
 
 
-def long_frame(runs: Iterable[RunRecord], columns: tuple[str, ...],
-               of_run: Callable[[RunRecord], dict[str, np.ndarray | str | bool | int]]) -> pd.DataFrame:
+def long_frame(
+    runs: Iterable[RunRecord], columns: tuple[str, ...], of_run: Callable[[RunRecord], dict[str, np.ndarray | str | bool | int]]
+) -> pd.DataFrame:
     """One row a step: the run's identity and what ``of_run`` gives (arrays of one length, or constants).
 
     Words are categories: a hundred thousand rows repeat some tens of them.

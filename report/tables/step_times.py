@@ -26,19 +26,34 @@ def table(folder: Folder) -> Table:
             chosen.setdefault((run.case, run.dtype_config), run)
         else:
             excluded.append((run.run_id, f"{run.timed_steps} timed steps of at least {FEWEST_STEPS}"))
-    runs = [chosen[key] for case in case_order(case for case, _ in chosen)
-            for key in [(case, config) for config in series_order(c for at, c in chosen if at == case)]]
+    runs = [
+        chosen[key]
+        for case in case_order(case for case, _ in chosen)
+        for key in [(case, config) for config in series_order(c for at, c in chosen if at == case)]
+    ]
     data = long_frame(runs, COLUMNS, lambda run: _timed(folder.steps(run.run_id), run.timed_steps))
     summary = pd.DataFrame([_summary(run, data) for run in runs])
     if data.empty:
-        return Table(LETTER, NAME, data, "Step times", "", excluded=tuple(excluded), marks=folder.marks,
-                     empty=f"not measured: no run has {FEWEST_STEPS} timed steps.")
+        return Table(
+            LETTER,
+            NAME,
+            data,
+            "Step times",
+            "",
+            excluded=tuple(excluded),
+            marks=folder.marks,
+            empty=f"not measured: no run has {FEWEST_STEPS} timed steps.",
+        )
     slowest_tail = summary.loc[(summary["p95_s"] / summary["median_s"]).idxmax()]
-    title = (f"The longest tail of step times: {slowest_tail['dtype_config']} on {slowest_tail['case']}, "
-             f"P95 {slowest_tail['p95_s'] / slowest_tail['median_s']:.2f} times the median.")
-    caption = (f"{data_words(folder, runs)} Left: rolling median over {WINDOW_STEPS} steps. Right: box from the first to "
-               "the third quartile, line at the median, diamond at the mean, tick at the 95th percentile. One seed a "
-               "configuration; steps of warm-up left out.")
+    title = (
+        f"The longest tail of step times: {slowest_tail['dtype_config']} on {slowest_tail['case']}, "
+        f"P95 {slowest_tail['p95_s'] / slowest_tail['median_s']:.2f} times the median."
+    )
+    caption = (
+        f"{data_words(folder, runs)} Left: rolling median over {WINDOW_STEPS} steps. Right: box from the first to "
+        "the third quartile, line at the median, diamond at the mean, tick at the 95th percentile. One seed a "
+        "configuration; steps of warm-up left out."
+    )
     return Table(LETTER, NAME, data, title, caption, summary, tuple(excluded), folder.marks)
 
 
@@ -52,5 +67,14 @@ def _summary(run, data: pd.DataFrame) -> dict:
     own = data[(data["case"] == run.case) & (data["dtype_config"] == run.dtype_config)]["step_time_s"].to_numpy()
     own = own[np.isfinite(own)]
     low, middle, high, p95 = np.percentile(own, [25, 50, 75, 95]) if len(own) else [np.nan] * 4
-    return {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "n": len(own), "q1_s": low,
-            "median_s": middle, "q3_s": high, "p95_s": p95, "mean_s": own.mean() if len(own) else np.nan}
+    return {
+        "case": run.case,
+        "dtype_config": run.dtype_config,
+        "seed": run.seed,
+        "n": len(own),
+        "q1_s": low,
+        "median_s": middle,
+        "q3_s": high,
+        "p95_s": p95,
+        "mean_s": own.mean() if len(own) else np.nan,
+    }

@@ -30,31 +30,54 @@ class Check:
 def trust(folder: Folder) -> tuple[Check, ...]:
     """The five checks, one of the kernels when they were compared with float64 here, and one when the files had defects."""
     selection = select(folder)
-    checks = (_fairness(selection), _health(folder), _seeds(selection), _exclusions(folder, selection), _overhead(folder),
-              *_kernels(folder))
+    checks = (
+        _fairness(selection),
+        _health(folder),
+        _seeds(selection),
+        _exclusions(folder, selection),
+        _overhead(folder),
+        *_kernels(folder),
+    )
     defects = folder.defects
     if not defects:
         return checks
-    return (*checks, Check("files", False, f"{count(len(defects), 'defect')} in the files, listed at the end; the first: "
-                                           f"{defects[0]}."))
+    return (
+        *checks,
+        Check("files", False, f"{count(len(defects), 'defect')} in the files, listed at the end; the first: {defects[0]}."),
+    )
 
 
 def _fairness(selection: Selection) -> Check:
-    pairs = [(run, reference) for run in selection.runs if run.dtype_config != REFERENCE
-             and (reference := selection.reference(run)) is not None]
+    pairs = [
+        (run, reference)
+        for run in selection.runs
+        if run.dtype_config != REFERENCE and (reference := selection.reference(run)) is not None
+    ]
     wrong = [(run, reason) for run, reference in pairs if (reason := unfair(run, reference)) is not None]
     unknown = [run for run, _ in pairs if run.init_sha256 is None or run.data_sha256 is None]
     if not pairs:
         return Check("fairness", None, "No run stands beside an fp32_true run of its case and seed.")
     if wrong:
-        return Check("fairness", False, f"{len(wrong)} of {count(len(pairs), 'pair')} are not compared; the first: "
-                                        f"{wrong[0][0].run_id}: {wrong[0][1]}.", tuple(run.run_id for run, _ in wrong))
+        return Check(
+            "fairness",
+            False,
+            f"{len(wrong)} of {count(len(pairs), 'pair')} are not compared; the first: {wrong[0][0].run_id}: {wrong[0][1]}.",
+            tuple(run.run_id for run, _ in wrong),
+        )
     if unknown:
-        return Check("fairness", None, f"{len(unknown)} of {count(len(pairs), 'pair')} have no hashes of weights and batches: "
-                                       f"that they are the same is the word of their source.",
-                     tuple(run.run_id for run in unknown))
-    return Check("fairness", True, f"{_all(len(pairs))} initial weights, batches, switches and attention backend with "
-                                   f"fp32_true of {'its' if len(pairs) == 1 else 'their'} case and seed (hashes in every row).")
+        return Check(
+            "fairness",
+            None,
+            f"{len(unknown)} of {count(len(pairs), 'pair')} have no hashes of weights and batches: "
+            f"that they are the same is the word of their source.",
+            tuple(run.run_id for run in unknown),
+        )
+    return Check(
+        "fairness",
+        True,
+        f"{_all(len(pairs))} initial weights, batches, switches and attention backend with "
+        f"fp32_true of {'its' if len(pairs) == 1 else 'their'} case and seed (hashes in every row).",
+    )
 
 
 def _all(pairs: int) -> str:
@@ -69,13 +92,20 @@ def _health(folder: Folder) -> Check:
         return Check("reference", None, "There is no fp32_true run: nothing can be judged.")
     if judgements.unhealthy:
         case, reason = next(iter(sorted(judgements.unhealthy.items())))
-        return Check("reference", False, f"The reference of {shortened(sorted(judgements.unhealthy))} is unhealthy and not "
-                                         f"judged by; {case}: {reason}.", ids)
+        return Check(
+            "reference",
+            False,
+            f"The reference of {shortened(sorted(judgements.unhealthy))} is unhealthy and not judged by; {case}: {reason}.",
+            ids,
+        )
     ended = [run for run in references if run.status == "completed"]
     if not ended:
         return Check("reference", None, "No fp32_true run has completed: nothing can be judged.")
-    words = "The one fp32_true run that completed ends below its start." if len(ended) == 1 else \
-        f"All {len(ended)} fp32_true runs that completed end below their start."
+    words = (
+        "The one fp32_true run that completed ends below its start."
+        if len(ended) == 1
+        else f"All {len(ended)} fp32_true runs that completed end below their start."
+    )
     return Check("reference", True, words)
 
 
@@ -87,8 +117,12 @@ def _seeds(selection: Selection) -> Check:
     span = count(low, "seed") if low == high else f"{low} to {high} seeds"
     if low >= FEWEST_SEEDS:
         return Check("seeds", True, f"{span} a cell; intervals are 95 % t-intervals over paired seeds.")
-    return Check("seeds", False, f"{span} a cell: {'one seed has no interval' if low == 1 else 'intervals are wide'}, and no "
-                                 f"hypothesis is decided below {FEWEST_SEEDS}.")
+    return Check(
+        "seeds",
+        False,
+        f"{span} a cell: {'one seed has no interval' if low == 1 else 'intervals are wide'}, and no "
+        f"hypothesis is decided below {FEWEST_SEEDS}.",
+    )
 
 
 def _exclusions(folder: Folder, selection: Selection) -> Check:
@@ -100,22 +134,36 @@ def _exclusions(folder: Folder, selection: Selection) -> Check:
     reasons = shortened([f"{run_id} ({reason})" for run_id, reason in disturbed or excluded], 2)
     what = f"{len(disturbed)} throttled or contended" if disturbed else "none throttled or contended"
     verb = "is" if len(excluded) == 1 else "are"
-    return Check("exclusions", not disturbed, f"{count(len(excluded), 'run')} {verb} left out of the figures of speed and "
-                                              f"memory, {what}: {reasons}.", ids)
+    return Check(
+        "exclusions",
+        not disturbed,
+        f"{count(len(excluded), 'run')} {verb} left out of the figures of speed and memory, {what}: {reasons}.",
+        ids,
+    )
 
 
 def _overhead(folder: Folder) -> Check:
     """The benchmark's own rows with an aim; the one that is furthest beyond it speaks."""
-    rows = [row for row in (folder.overhead or {}).get("rows", []) if isinstance(row, dict) and row.get("unit") == "ratio"
-            and _number(row, "median") is not None and _number(row, "at_most") is not None]
+    rows = [
+        row
+        for row in (folder.overhead or {}).get("rows", [])
+        if isinstance(row, dict)
+        and row.get("unit") == "ratio"
+        and _number(row, "median") is not None
+        and _number(row, "at_most") is not None
+    ]
     if not rows:
         return Check("overhead", None, "The instruments' own cost on this machine was not measured (no overhead.json).")
     worst = max(rows, key=lambda row: row["median"] / row["at_most"])
     low, high = _number(worst, "low95"), _number(worst, "high95")
     span = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
     missed = [row for row in rows if row["median"] > row["at_most"]]
-    return Check("overhead", not missed, f"The instruments cost {worst['median']:.3f}{span} times a step without them "
-                                         f"({worst.get('name')}; aim: at most {worst['at_most']:g}).")
+    return Check(
+        "overhead",
+        not missed,
+        f"The instruments cost {worst['median']:.3f}{span} times a step without them "
+        f"({worst.get('name')}; aim: at most {worst['at_most']:g}).",
+    )
 
 
 def _kernels(folder: Folder) -> tuple[Check, ...]:
@@ -129,12 +177,20 @@ def _kernels(folder: Folder) -> tuple[Check, ...]:
     where = str(rows[0].get("device"))
     if not wrong:
         judged = f"{count(len(rows), 'quantity', 'quantities')} of {count(len(ops), 'kernel')}"
-        return (Check("kernels", True, f"All {judged} agree with float64 on this device ({where}), within eager torch's own "
-                                       "error."),)
+        return (
+            Check(
+                "kernels", True, f"All {judged} agree with float64 on this device ({where}), within eager torch's own error."
+            ),
+        )
     first = wrong[0]
     what = f"{first.get('op')} {first.get('dtype')}, {first.get('case') or 'all'}: {first.get('note') or first.get('quantity')}"
-    return (Check("kernels", False, f"{len(wrong)} of {len(rows)} quantities do not agree with float64 on this device "
-                                    f"({where}); the first: {what}."),)
+    return (
+        Check(
+            "kernels",
+            False,
+            f"{len(wrong)} of {len(rows)} quantities do not agree with float64 on this device ({where}); the first: {what}.",
+        ),
+    )
 
 
 def _number(row: dict[str, Any], key: str) -> float | None:

@@ -8,8 +8,10 @@ from instrument.records import RunRecord
 
 BF16, MEASURED, TOKENS = "bf16 peak", "measured peak", "tokens/s"
 FIELD = {BF16: "mfu_bf16_peak", MEASURED: "mfu_measured_peak"}
-NOT_MEASURED = ("not measured: no run of this folder has an MFU (a GPU that is not in the table of peaks, or a machine "
-                "without measured ceilings; see `python -m harness doctor --measure`)")
+NOT_MEASURED = (
+    "not measured: no run of this folder has an MFU (a GPU that is not in the table of peaks, or a machine "
+    "without measured ceilings; see `python -m harness doctor --measure`)"
+)
 
 
 def y_kind(runs: Iterable[RunRecord]) -> str | None:

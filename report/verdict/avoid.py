@@ -14,8 +14,11 @@ from report.words import times
 
 def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
     """``config: reason``, worst reason first a configuration; controls are not mentioned."""
-    configs = [config for config in series_order({run.dtype_config for run in base.selection.runs if run.case in cases})
-               if config != REFERENCE and not is_control(config)]
+    configs = [
+        config
+        for config in series_order({run.dtype_config for run in base.selection.runs if run.case in cases})
+        if config != REFERENCE and not is_control(config)
+    ]
     return tuple(f"{config}: {reason}" for config in configs if (reason := _reason(base, cases, config)) is not None)
 
 
@@ -33,8 +36,9 @@ def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | No
 
 def _is_an_accident(base: EvidenceBase, failed: Judged) -> bool:
     """Nothing that the configuration did: the reference of its case ended alike."""
-    return any(j.state == "failed" and j.run.status == failed.run.status
-               for j in base.judgements.of(failed.run.case, REFERENCE))
+    return any(
+        j.state == "failed" and j.run.status == failed.run.status for j in base.judgements.of(failed.run.case, REFERENCE)
+    )
 
 
 def _words(judged: Judged, state: str) -> str:

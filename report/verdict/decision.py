@@ -76,20 +76,31 @@ def verdict(folder: Folder, price: Price | None = None) -> Verdict:
     """The decision, computed from the rows alone; ``price`` turns hours into money."""
     base = EvidenceBase.of(folder)
     findings = judge(folder)
-    good = [run for run in base.selection.runs if base.state(run) == "completed"
-            and run.seed in base.timed(run.case, run.dtype_config)]
+    good = [
+        run
+        for run in base.selection.runs
+        if base.state(run) == "completed" and run.seed in base.timed(run.case, run.dtype_config)
+    ]
     scores = group_scores(good, column_of)
     columns = [column for column in TASK_COLUMNS if any(column_of(run) == column for run in base.selection.runs)]
     return Verdict(
-        folder.device, folder.marks, len(folder.runs), len({run.seed for run in folder.runs}), len(folder.defects),
+        folder.device,
+        folder.marks,
+        len(folder.runs),
+        len({run.seed for run in folder.runs}),
+        len(folder.defects),
         tuple(_task(base, column, scores.get(column, {}), good, price) for column in columns),
         tuple((f.id, f.verdict) for f in findings),
         tuple(f"{f.id}: {f.claim} Not decided; it needs {f.would_decide}." for f in findings if f.verdict == NOT_DECIDED),
-        next_command(folder, base), price.per_hour if price else None, price.currency if price else "")
+        next_command(folder, base),
+        price.per_hour if price else None,
+        price.currency if price else "",
+    )
 
 
-def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good: list[RunRecord],
-          price: Price | None) -> TaskVerdict:
+def _task(
+    base: EvidenceBase, column: str, scores: dict[str, list[float]], good: list[RunRecord], price: Price | None
+) -> TaskVerdict:
     cases = tuple(case for case, run in base.cases.items() if column_of(run) == column)
     avoid = to_avoid(base, cases)
     healthy = [case for case in cases if case not in base.judgements.unhealthy]
@@ -104,23 +115,50 @@ def _task(base: EvidenceBase, column: str, scores: dict[str, list[float]], good:
     confidence, ties = _confidence(base, scores, best)
     left_out = [case for case in cases if case not in healthy]
     alone = len(scores) == 1
-    waiting = series_order({run.dtype_config for run in base.selection.runs if run.case in healthy and is_unfinished(run)
-                            and run.dtype_config not in scores and not is_control(run.dtype_config)})
+    waiting = series_order(
+        {
+            run.dtype_config
+            for run in base.selection.runs
+            if run.case in healthy
+            and is_unfinished(run)
+            and run.dtype_config not in scores
+            and not is_control(run.dtype_config)
+        }
+    )
     confidence = "medium" if waiting and confidence == "high" else confidence
-    reason = "; ".join([*(["no other configuration completed every run"] if alone else []),
-                        *([f"tied with {shortened(ties)}"] if ties else []),
-                        *([f"{shortened(waiting)} unfinished, so not judged"] if waiting else []),
-                        *([f"{shortened(left_out)} left out: reference unhealthy"] if left_out else [])])
+    reason = "; ".join(
+        [
+            *(["no other configuration completed every run"] if alone else []),
+            *([f"tied with {shortened(ties)}"] if ties else []),
+            *([f"{shortened(waiting)} unfinished, so not judged"] if waiting else []),
+            *([f"{shortened(left_out)} left out: reference unhealthy"] if left_out else []),
+        ]
+    )
     return TaskVerdict(
-        column, best, avoid, speed.value, *(_or_none(v) for v in (speed.low, speed.high)),
-        peak_of(runs, memory) if memory else None, memory, quality_words(base, runs, best), reason, confidence, speed.n,
-        1 / speed.value, hours, token_hours, cost_words(1 / speed.value, hours, token_hours, price), cases,
-        tuple(run.run_id for run in runs))
+        column,
+        best,
+        avoid,
+        speed.value,
+        *(_or_none(v) for v in (speed.low, speed.high)),
+        peak_of(runs, memory) if memory else None,
+        memory,
+        quality_words(base, runs, best),
+        reason,
+        confidence,
+        speed.n,
+        1 / speed.value,
+        hours,
+        token_hours,
+        cost_words(1 / speed.value, hours, token_hours, price),
+        cases,
+        tuple(run.run_id for run in runs),
+    )
 
 
 def _nothing(column: str, cases: tuple[str, ...], avoid: tuple[str, ...], reason: str) -> TaskVerdict:
-    return TaskVerdict(column, None, avoid, None, None, None, None, None, None, reason, None, 0, None, None, None, None, cases,
-                       ())
+    return TaskVerdict(
+        column, None, avoid, None, None, None, None, None, None, reason, None, 0, None, None, None, None, cases, ()
+    )
 
 
 def _token_hours(runs: list[RunRecord]) -> float | None:
@@ -141,8 +179,11 @@ def _confidence(base: EvidenceBase, scores: dict[str, list[float]], best: str) -
     n = len(scores[best])
     if n < FEWEST_SEEDS:
         return "low", []
-    ties = [rival for rival in series_order(scores) if rival != best
-            and not mean_interval(np.subtract(scores[best], scores[rival])).above(0.0)]
+    ties = [
+        rival
+        for rival in series_order(scores)
+        if rival != best and not mean_interval(np.subtract(scores[best], scores[rival])).above(0.0)
+    ]
     if "TINY PRESET" in base.folder.marks:
         return "low", ties
     return ("medium" if ties else "high"), ties

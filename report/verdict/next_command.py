@@ -46,8 +46,9 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     return f"python -m report build {shlex.quote(str(folder.path))}"
 
 
-def _told(base: EvidenceBase, cases: Sequence[str], more: str = "",
-          settings: Sequence[str] = ("lr", *ALL_BUT_LR)) -> str | None:
+def _told(
+    base: EvidenceBase, cases: Sequence[str], more: str = "", settings: Sequence[str] = ("lr", *ALL_BUT_LR)
+) -> str | None:
     """The options that name the first of ``cases`` that the command line knows and those that share its settings, ``more``,
     and these settings; None where there is none."""
     options = {case: f" --preset {runs[0].preset}{unusual(runs, settings)}" for case in cases if (runs := _of(base, case))}

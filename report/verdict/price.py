@@ -17,8 +17,9 @@ class Price:
         return f"{plain(self.per_hour * hours)} {self.currency}".rstrip()
 
 
-def cost_words(relative_cost: float, hours_per_million_samples: float, hours_per_billion_real_tokens: float | None,
-               price: Price | None) -> str:
+def cost_words(
+    relative_cost: float, hours_per_million_samples: float, hours_per_billion_real_tokens: float | None, price: Price | None
+) -> str:
     """Cost against fp32_true's, and per million samples and 10^9 real tokens: in money where a price is known,
     else in hours."""
     words = f"{relative_cost:.2f} of fp32_true's"

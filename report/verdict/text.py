@@ -25,9 +25,19 @@ def verdict_text(folder: Folder, price: Price | None = None) -> str:
 
 def lines(decision: Verdict, price: Price | None = None) -> list[str]:
     """Header, tasks, claims and the next command. Tasks share what room is left between them."""
-    head = _fitted(" · ".join([decision.device, count(decision.n_runs, "run"), count(decision.n_seeds, "seed"), *decision.marks,
-                               *([count(decision.n_defects, "defect in the files", "defects in the files")]
-                                 if decision.n_defects else [])]), "", 2)
+    head = _fitted(
+        " · ".join(
+            [
+                decision.device,
+                count(decision.n_runs, "run"),
+                count(decision.n_seeds, "seed"),
+                *decision.marks,
+                *([count(decision.n_defects, "defect in the files", "defects in the files")] if decision.n_defects else []),
+            ]
+        ),
+        "",
+        2,
+    )
     tail = [*_fitted(_claims(decision), "", 2), *command_lines(decision.next_command)]
     room = max(1, (HEIGHT - len(head) - len(tail)) // max(1, len(decision.tasks)))
     body = [line for task in decision.tasks for line in _task(task, room, price)]
@@ -48,13 +58,19 @@ def use_words(task: TaskVerdict, price: Price | None = None) -> str:
     cost = f"cost x{task.relative_cost:.2f}"
     if price is not None:
         tokens = task.hours_per_billion_real_tokens
-        cost = f"{price.of(task.hours_per_million_samples)} per million samples" + \
-            (f", {price.of(tokens)} per 10^9 real tokens" if tokens else "")
-    against = "nothing faster holds its quality" if task.use == REFERENCE else \
-        f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
-    parts = [f"use {task.use}: {against}",
-             f"{gigabytes(task.peak_bytes)}{MEMORY_WORDS[task.peak_kind]}",
-             *([task.quality] if task.quality and task.use != REFERENCE else []), cost, f"confidence {task.confidence}"]
+        cost = f"{price.of(task.hours_per_million_samples)} per million samples" + (
+            f", {price.of(tokens)} per 10^9 real tokens" if tokens else ""
+        )
+    against = (
+        "nothing faster holds its quality" if task.use == REFERENCE else f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
+    )
+    parts = [
+        f"use {task.use}: {against}",
+        f"{gigabytes(task.peak_bytes)}{MEMORY_WORDS[task.peak_kind]}",
+        *([task.quality] if task.quality and task.use != REFERENCE else []),
+        cost,
+        f"confidence {task.confidence}",
+    ]
     return ", ".join(parts) + (f" ({task.reason})" if task.reason else "")
 
 
@@ -63,8 +79,11 @@ def _claims(decision: Verdict) -> str:
     by_verdict: dict[str, list[str]] = {}
     for name, outcome in decision.claims:
         by_verdict.setdefault(outcome, []).append(name)
-    words = [f"{outcome}: {' '.join(by_verdict[outcome])}" for outcome in ("supported", "refuted", "not decided")
-             if outcome in by_verdict]
+    words = [
+        f"{outcome}: {' '.join(by_verdict[outcome])}"
+        for outcome in ("supported", "refuted", "not decided")
+        if outcome in by_verdict
+    ]
     return "claims      " + "; ".join(words)
 
 
@@ -94,5 +113,12 @@ def _options(words: list[str]) -> list[list[str]]:
 
 def _fitted(text: str, start: str, most: int) -> list[str]:
     """Wrapped to the width with a hanging indent, cut after ``most`` lines with an ellipsis."""
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * INDENT, max_lines=most, placeholder=" ...",
-                         break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * INDENT,
+        max_lines=most,
+        placeholder=" ...",
+        break_on_hyphens=False,
+    )

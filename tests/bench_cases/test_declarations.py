@@ -13,8 +13,14 @@ from bench_cases.tasks import MLM
 
 def test_the_six_cases_and_the_label_sum_twins():
     default = [case.id for case in CASES.values() if case.in_default_matrix]
-    assert default == ["gpt2_clm", "roberta_mlm", "gpt2_multi_cls", "roberta_multi_cls",
-                       "gpt2_single_cls", "roberta_single_cls"]
+    assert default == [
+        "gpt2_clm",
+        "roberta_mlm",
+        "gpt2_multi_cls",
+        "roberta_multi_cls",
+        "gpt2_single_cls",
+        "roberta_single_cls",
+    ]
     assert [CASES[name].scenario for name in default] == list("ABCDEF")
     twins = {name: case for name, case in CASES.items() if case.loss_reduction == "label_sum"}
     assert set(twins) == {"gpt2_multi_cls_labelsum", "roberta_multi_cls_labelsum"}
@@ -25,8 +31,7 @@ def test_the_six_cases_and_the_label_sum_twins():
 
 def test_the_seven_configurations_read_as_designed():
     default = [config.id for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
-    assert default == ["fp32_true", "amp_fp16", "amp_bf16", "fp16_naive", "bf16_pure", "amp_bf16_8bit",
-                       "amp_bf16_fp32_head"]
+    assert default == ["fp32_true", "amp_fp16", "amp_bf16", "fp16_naive", "bf16_pure", "amp_bf16_8bit", "amp_bf16_fp32_head"]
     rows = {c.id: (c.weights, c.autocast, c.head, c.loss, c.optimizer, c.scaler) for c in DTYPE_CONFIGS.values()}
     assert rows["fp32_true"] == ("fp32", None, "fp32", "fp32", "foreach", False)
     assert rows["amp_fp16"] == ("fp32", "fp16", "fp16", "fp32", "foreach", True)
@@ -40,8 +45,11 @@ def test_every_control_exists_and_differs_in_one_field():
     naive = DTYPE_CONFIGS["fp16_naive"]
     for name in naive.controls:
         control = DTYPE_CONFIGS[name]
-        changed = [field for field in ("weights", "compute", "head", "loss", "optimizer", "eps", "scaler", "clip", "tf32")
-                   if getattr(control, field) != getattr(naive, field)]
+        changed = [
+            field
+            for field in ("weights", "compute", "head", "loss", "optimizer", "eps", "scaler", "clip", "tf32")
+            if getattr(control, field) != getattr(naive, field)
+        ]
         assert len(changed) == 1, (name, changed)
 
 
@@ -56,29 +64,35 @@ def test_an_id_near_to_nothing_lists_what_is_allowed():
         lookup("preset", "zzzz", PRESETS)
 
 
-@pytest.mark.parametrize(("config", "changes", "reason"), [
-    ("amp_bf16", {"head": "fp16"}, "head runs in bf16 or in fp32"),
-    ("fp16_naive", {"scaler": True}, "loss scaler refuses 16-bit gradients"),
-    ("fp16_naive", {"head": "fp32"}, "fp32 head needs fp32 weights"),
-    ("fp32_true", {"loss": "bf16"}, "bf16 loss needs bf16 logits"),
-    ("amp_bf16", {"tf32": True}, "tf32 concerns fp32"),
-    ("fp32_true", {"weights": "fp64"}, "'fp64' is none of"),
-    ("fp32_true", {"optimizer": "lion"}, "'lion' is none of"),
-    ("fp32_true", {"optimizer": "stochastic_rounding"}, "defined for bf16 weights"),
-    ("bf16_pure", {"compute": "fp16"}, "autocast needs fp32 weights"),
-    ("fp32_true", {"eps": 0.0}, "not positive"),
-    ("fp32_true", {"id": "../x"}, "letters, digits"),
-])
+@pytest.mark.parametrize(
+    ("config", "changes", "reason"),
+    [
+        ("amp_bf16", {"head": "fp16"}, "head runs in bf16 or in fp32"),
+        ("fp16_naive", {"scaler": True}, "loss scaler refuses 16-bit gradients"),
+        ("fp16_naive", {"head": "fp32"}, "fp32 head needs fp32 weights"),
+        ("fp32_true", {"loss": "bf16"}, "bf16 loss needs bf16 logits"),
+        ("amp_bf16", {"tf32": True}, "tf32 concerns fp32"),
+        ("fp32_true", {"weights": "fp64"}, "'fp64' is none of"),
+        ("fp32_true", {"optimizer": "lion"}, "'lion' is none of"),
+        ("fp32_true", {"optimizer": "stochastic_rounding"}, "defined for bf16 weights"),
+        ("bf16_pure", {"compute": "fp16"}, "autocast needs fp32 weights"),
+        ("fp32_true", {"eps": 0.0}, "not positive"),
+        ("fp32_true", {"id": "../x"}, "letters, digits"),
+    ],
+)
 def test_a_contradicting_configuration_is_refused_when_made(config, changes, reason):
     with pytest.raises(BadDeclaration, match=reason):
         replace(DTYPE_CONFIGS[config], **changes)
 
 
-@pytest.mark.parametrize(("case", "changes", "reason"), [
-    ("gpt2_clm", {"loss_reduction": "label_sum"}, "needs the loss bce_with_logits"),
-    ("gpt2_clm", {"id": "other"}, "must begin with 'gpt2_clm'"),
-    ("gpt2_clm", {"task": MLM, "id": "gpt2_mlm"}, "needs a bidirectional architecture"),
-])
+@pytest.mark.parametrize(
+    ("case", "changes", "reason"),
+    [
+        ("gpt2_clm", {"loss_reduction": "label_sum"}, "needs the loss bce_with_logits"),
+        ("gpt2_clm", {"id": "other"}, "must begin with 'gpt2_clm'"),
+        ("gpt2_clm", {"task": MLM, "id": "gpt2_mlm"}, "needs a bidirectional architecture"),
+    ],
+)
 def test_a_contradicting_case_is_refused_when_made(case, changes, reason):
     with pytest.raises(BadDeclaration, match=reason):
         replace(CASES[case], **changes)

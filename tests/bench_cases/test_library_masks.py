@@ -16,8 +16,21 @@ CASES = [("gpt2", "clm"), ("gpt2", "multi_cls"), ("roberta", "mlm"), ("roberta",
 
 def built(arch, task):
     outputs = 7 if task.endswith("cls") else None
-    return build_model(ModelRequest(ARCHITECTURES[arch], TASKS[task], "tiny", VOCABULARY, pad_id=1, bos_id=0, eos_id=2,
-                                    outputs=outputs, weights="scratch", dropout=0.0, seed=0))
+    return build_model(
+        ModelRequest(
+            ARCHITECTURES[arch],
+            TASKS[task],
+            "tiny",
+            VOCABULARY,
+            pad_id=1,
+            bos_id=0,
+            eos_id=2,
+            outputs=outputs,
+            weights="scratch",
+            dropout=0.0,
+            seed=0,
+        )
+    )
 
 
 def batch():
@@ -69,8 +82,15 @@ def test_a_compiled_model_attends_without_a_mask(arch, task):
 
 def test_a_window_that_hides_something_is_kept(tmp_path):
     """Mistral's sliding window: the last token of one layer sees the last four and no more."""
-    MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                  max_position_embeddings=64, sliding_window=4).save_pretrained(tmp_path)
+    MistralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        sliding_window=4,
+    ).save_pretrained(tmp_path)
     case = case_for_model(str(tmp_path), "clm")
     model = build_model(ModelRequest(case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2, None, "scratch", 0.0, 0))
     ids = torch.randint(5, VOCABULARY, (1, LENGTH))

@@ -31,14 +31,31 @@ VOCABULARY = 1_000
 
 def request(arch="gpt2", task="clm", **changes) -> ModelRequest:
     outputs = 7 if task.endswith("cls") else None
-    plain = ModelRequest(ARCHITECTURES[arch], TASKS[task], "tiny", VOCABULARY, pad_id=1, bos_id=0, eos_id=2,
-                         outputs=outputs, weights="scratch", dropout=0.0, seed=0)
+    plain = ModelRequest(
+        ARCHITECTURES[arch],
+        TASKS[task],
+        "tiny",
+        VOCABULARY,
+        pad_id=1,
+        bos_id=0,
+        eos_id=2,
+        outputs=outputs,
+        weights="scratch",
+        dropout=0.0,
+        seed=0,
+    )
     return replace(plain, **changes)
 
 
-@pytest.mark.parametrize(("arch", "task", "width"), [
-    ("gpt2", "clm", padded_vocabulary(VOCABULARY)), ("roberta", "mlm", padded_vocabulary(VOCABULARY)),
-    ("gpt2", "multi_cls", 7), ("roberta", "single_cls", 7)])
+@pytest.mark.parametrize(
+    ("arch", "task", "width"),
+    [
+        ("gpt2", "clm", padded_vocabulary(VOCABULARY)),
+        ("roberta", "mlm", padded_vocabulary(VOCABULARY)),
+        ("gpt2", "multi_cls", 7),
+        ("roberta", "single_cls", 7),
+    ],
+)
 def test_shapes_and_padded_vocabulary(arch, task, width):
     model = build_model(request(arch, task))
     logits = model(torch.full((2, 9), 5), last_token=torch.tensor([3, 8]))
@@ -82,8 +99,9 @@ def test_gpt2_pools_the_last_real_token_whatever_the_padding_holds(task):
     model = build_model(request(task=task))
     ids = torch.randint(3, VOCABULARY, (3, 10))
     lengths = torch.tensor([4, 10, 1])
-    alone = torch.cat([model(ids[row:row + 1, :n], last_token=torch.tensor([n - 1]))
-                       for row, n in enumerate(lengths.tolist())])
+    alone = torch.cat(
+        [model(ids[row : row + 1, :n], last_token=torch.tensor([n - 1])) for row, n in enumerate(lengths.tolist())]
+    )
     for filler in (1, 2, 777):
         padded = ids.clone()
         for row, n in enumerate(lengths.tolist()):
@@ -118,19 +136,41 @@ def test_the_head_runs_in_its_own_dtype_under_autocast():
         assert model(ids).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("config", "task"), [
-    (LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64), "clm"),
-    (OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
-               word_embed_proj_dim=16), "clm"),
-    (DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4), "mlm")], ids=["llama", "opt", "distilbert"])
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        (
+            LlamaConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+            ),
+            "clm",
+        ),
+        (
+            OPTConfig(
+                hidden_size=32,
+                ffn_dim=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                word_embed_proj_dim=16,
+            ),
+            "clm",
+        ),
+        (DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4), "mlm"),
+    ],
+    ids=["llama", "opt", "distilbert"],
+)
 def test_any_transformers_architecture_can_be_a_case(tmp_path, config, task):
     config.save_pretrained(tmp_path)
     for task_id, outputs in ((task, None), ("multi_cls", 5), ("single_cls", 5)):
         case = case_for_model(str(tmp_path), task_id)
         assert case.architecture.causal == (task == "clm")
-        model = build_model(ModelRequest(case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2, outputs,
-                                         "scratch", 0.0, 0))
+        model = build_model(ModelRequest(case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2, outputs, "scratch", 0.0, 0))
         ids = torch.randint(5, VOCABULARY, (2, 8))
         logits = model(ids, last_token=torch.tensor([3, 7]))
         assert logits.shape[0] == 2 and logits.isfinite().all()
@@ -144,7 +184,7 @@ def test_weights_from_a_folder_keep_their_values_and_get_a_padded_embedding(tmp_
     model = build_model(request(weights=str(tmp_path)))
     embedding = model.transformer.wte.weight
     assert embedding.shape == (1_024, 16)
-    assert torch.equal(embedding[:VOCABULARY - 1], saved.transformer.wte.weight)
+    assert torch.equal(embedding[: VOCABULARY - 1], saved.transformer.wte.weight)
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, saved.transformer.h[0].mlp.c_fc.weight)
 
 
@@ -169,8 +209,11 @@ def test_weights_that_are_not_there_say_what_to_do(tmp_path, monkeypatch):
 def case_of(tmp_path, config, task):
     config.save_pretrained(tmp_path)
     case = case_for_model(str(tmp_path), task)
-    return build_model(ModelRequest(case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2,
-                                    5 if task.endswith("cls") else None, "scratch", 0.0, 0))
+    return build_model(
+        ModelRequest(
+            case.architecture, case.task, "tiny", VOCABULARY, 1, 0, 2, 5 if task.endswith("cls") else None, "scratch", 0.0, 0
+        )
+    )
 
 
 def test_a_bidirectional_model_becomes_causal_for_a_causal_lm(tmp_path):

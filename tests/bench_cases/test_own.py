@@ -33,8 +33,10 @@ def test_how_a_case_was_named_is_kept_and_changes_no_run_id(own_file, tmp_path):
     assert case.spelled == (f"{own_file}:CASE",) and CASES["gpt2_clm"].spelled == ()
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 256}')
     assert case_for_model(str(tmp_path), "clm").spelled == ("--model", str(tmp_path), "--task", "clm")
-    run, again = (resolve(c, DTYPE_CONFIGS["amp_fp16"], 0, Request(), device="cpu", data_fingerprint="")
-                  for c in (case, replace(case, spelled=("elsewhere.py:CASE",))))
+    run, again = (
+        resolve(c, DTYPE_CONFIGS["amp_fp16"], 0, Request(), device="cpu", data_fingerprint="")
+        for c in (case, replace(case, spelled=("elsewhere.py:CASE",)))
+    )
     assert run.run_id == again.run_id and "spelled" not in run.as_config()["case"]
 
 

@@ -14,11 +14,42 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = ROOT / "cloud" / "skypilot.yaml"
-FIELDS = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "file_mounts", "volumes", "setup", "run", "config",
-          "service"}
-RESOURCES = {"infra", "cloud", "region", "zone", "accelerators", "accelerator_args", "cpus", "memory", "instance_type",
-             "use_spot", "disk_size", "disk_tier", "network_tier", "image_id", "ports", "labels", "any_of", "ordered",
-             "job_recovery", "autostop"}
+FIELDS = {
+    "name",
+    "workdir",
+    "num_nodes",
+    "resources",
+    "envs",
+    "secrets",
+    "file_mounts",
+    "volumes",
+    "setup",
+    "run",
+    "config",
+    "service",
+}
+RESOURCES = {
+    "infra",
+    "cloud",
+    "region",
+    "zone",
+    "accelerators",
+    "accelerator_args",
+    "cpus",
+    "memory",
+    "instance_type",
+    "use_spot",
+    "disk_size",
+    "disk_tier",
+    "network_tier",
+    "image_id",
+    "ports",
+    "labels",
+    "any_of",
+    "ordered",
+    "job_recovery",
+    "autostop",
+}
 """The fields of https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
 
 
@@ -57,9 +88,15 @@ def node(task, tmp_path):
         python = work / "python"
         python.write_text(f'#!/bin/bash\necho "$@" > {work}/asked\nout=$7\n{body}\n')
         python.chmod(0o755)
-        told = {**os.environ, "SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NUM_NODES": str(nodes), "PYTHON": str(python),
-                "DDB_BUCKET_FOLDER": str(tmp_path / "bucket"), "MATRIX": "--preset full --mtbf 7200",
-                "SYNC_EVERY_S": sync_every_s}
+        told = {
+            **os.environ,
+            "SKYPILOT_NODE_RANK": str(rank),
+            "SKYPILOT_NUM_NODES": str(nodes),
+            "PYTHON": str(python),
+            "DDB_BUCKET_FOLDER": str(tmp_path / "bucket"),
+            "MATRIX": "--preset full --mtbf 7200",
+            "SYNC_EVERY_S": sync_every_s,
+        }
         (tmp_path / "bucket").mkdir(exist_ok=True)
         started.append(subprocess.Popen(["bash", "-c", task["run"]], cwd=work, env=told, text=True, start_new_session=True))
         return started[-1], work
@@ -71,15 +108,16 @@ def node(task, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-WRITE = 'mkdir -p $out/runs/a; echo row > $out/runs/a/run.json; touch $out/runs/a/.claim; ls $out/runs > seen'
+WRITE = "mkdir -p $out/runs/a; echo row > $out/runs/a/run.json; touch $out/runs/a/.claim; ls $out/runs > seen"
 
 
 @pytest.mark.parametrize("code, ends", [(0, 0), (3, 0), (4, 4), (5, 5), (75, 75)])
 def test_a_node_runs_its_shard_and_brings_its_results_to_the_bucket(node, tmp_path, code, ends):
     process, work = node(f"{WRITE}; exit {code}", rank=1, nodes=4)
     assert process.wait(timeout=60) == ends
-    assert (work / "asked").read_text() == \
-        "-m harness matrix --shard 2/4 --out results/shard-2-of-4 --preset full --mtbf 7200\n"
+    assert (
+        work / "asked"
+    ).read_text() == "-m harness matrix --shard 2/4 --out results/shard-2-of-4 --preset full --mtbf 7200\n"
     bucket = tmp_path / "bucket" / "shard-2-of-4"
     assert (bucket / "runs" / "a" / "run.json").read_text() == "row\n" and not (bucket / "runs" / "a" / ".claim").exists()
 
@@ -93,8 +131,9 @@ def test_a_new_machine_goes_on_with_what_the_bucket_has(node, tmp_path):
 
 
 def test_results_reach_the_bucket_while_the_matrix_runs_and_when_it_is_stopped(node, tmp_path):
-    process, _ = node(f'trap "touch $out/runs/a/checkpoint; exit 75" TERM; {WRITE}; while :; do sleep 0.05; done',
-                      sync_every_s="0.2")
+    process, _ = node(
+        f'trap "touch $out/runs/a/checkpoint; exit 75" TERM; {WRITE}; while :; do sleep 0.05; done', sync_every_s="0.2"
+    )
     row = tmp_path / "bucket" / "shard-1-of-2" / "runs" / "a" / "run.json"
     deadline_s = time.monotonic() + 60
     while not row.exists() and time.monotonic() < deadline_s:

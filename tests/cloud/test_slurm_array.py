@@ -13,8 +13,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "cloud" / "slurm_array.sh"
-PLAN = ["--preset", "tiny", "--data", "embedded", "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "bf16_pure",
-        "--dry-run", "--json"]
+PLAN = [
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--cases",
+    "gpt2_clm",
+    "--configs",
+    "fp32_true",
+    "amp_bf16",
+    "bf16_pure",
+    "--dry-run",
+    "--json",
+]
 
 
 def directives():
@@ -49,9 +61,16 @@ def slurm(tmp_path):
     (tmp_path / "bin" / "scontrol").chmod(0o755)
 
     def submit(*words, task=1, count=2, python=sys.executable, **environment):
-        task_of = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": str(count),
-                   "SLURM_ARRAY_TASK_COUNT": str(count), "SLURM_ARRAY_JOB_ID": "77", "SLURM_JOB_ID": str(77 + task),
-                   "PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
+        task_of = {
+            "SLURM_ARRAY_TASK_ID": str(task),
+            "SLURM_ARRAY_TASK_MIN": "1",
+            "SLURM_ARRAY_TASK_MAX": str(count),
+            "SLURM_ARRAY_TASK_COUNT": str(count),
+            "SLURM_ARRAY_JOB_ID": "77",
+            "SLURM_JOB_ID": str(77 + task),
+            "PYTHON": str(python),
+            "RESULTS": str(tmp_path / "results"),
+        }
         told = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | task_of | environment
         told["PATH"] = f"{tmp_path / 'bin'}:{told['PATH']}"
         return subprocess.Popen(["bash", str(SCRIPT), *words], cwd=ROOT, env=told, text=True, stdout=-1, stderr=-1)
@@ -84,7 +103,16 @@ def test_the_exit_code_is_the_matrix_s_and_a_spent_budget_is_not_requeued(slurm,
     task.communicate(timeout=60)
     assert task.returncode == code and not (tmp_path / "requeued").exists()
     assert (tmp_path / "asked").read_text().split() == [
-        "-m", "harness", "matrix", "--shard", "2/8", "--out", str(tmp_path / "results" / "shard-2-of-8"), "--preset", "full"]
+        "-m",
+        "harness",
+        "matrix",
+        "--shard",
+        "2/8",
+        "--out",
+        str(tmp_path / "results" / "shard-2-of-8"),
+        "--preset",
+        "full",
+    ]
 
 
 def stopped(slurm, tmp_path, body, signals=1):
@@ -114,10 +142,15 @@ def test_a_task_that_ended_just_before_it_was_stopped_is_not_queued_again(slurm,
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize("environment, says", [
-    ({"SLURM_ARRAY_TASK_ID": ""}, "no array task"),
-    ({"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "1"}, "SHARDS=N"),
-    ({"SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_COUNT": "2"}, "SHARDS=N"), ({"PYTHON": "no/such/python"}, "install.sh")])
+@pytest.mark.parametrize(
+    "environment, says",
+    [
+        ({"SLURM_ARRAY_TASK_ID": ""}, "no array task"),
+        ({"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "1"}, "SHARDS=N"),
+        ({"SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_COUNT": "2"}, "SHARDS=N"),
+        ({"PYTHON": "no/such/python"}, "install.sh"),
+    ],
+)
 def test_what_would_run_the_wrong_shards_is_refused(slurm, environment, says):
     task = slurm(**environment)
     _, err = task.communicate(timeout=60)

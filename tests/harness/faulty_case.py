@@ -56,8 +56,11 @@ def build(request):
 
 def of(case):
     """A registered case with the fault."""
-    return replace(CASES[case], id=f"{case}_faulty",
-                   architecture=replace(CASES[case].architecture, build=f"{os.path.abspath(__file__)}:build"))
+    return replace(
+        CASES[case],
+        id=f"{case}_faulty",
+        architecture=replace(CASES[case].architecture, build=f"{os.path.abspath(__file__)}:build"),
+    )
 
 
 CASE = of("gpt2_clm")

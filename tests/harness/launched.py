@@ -22,8 +22,16 @@ from instrument.records import EvaluationRecord, RunRecord, StepRecord, decode
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FAULTY = f"{HERE / 'faulty_case.py'}:CASE"
-SIZES = {"preset": "tiny", "data": "embedded", "batch_size": 8, "micro_batch": 2, "seq_len": 32, "max_steps": 5,
-         "documents": 400, "validation_documents": 12}
+SIZES = {
+    "preset": "tiny",
+    "data": "embedded",
+    "batch_size": 8,
+    "micro_batch": 2,
+    "seq_len": 32,
+    "max_steps": 5,
+    "documents": 400,
+    "validation_documents": 12,
+}
 SMALL = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 LONGEST_S = 240
 
@@ -44,8 +52,9 @@ def torchrun(program, environment, *, processes=2, **more):
     temporary = tempfile.mkdtemp(prefix="ddb-torchrun-")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *program]
     environment = {**environment, **more, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": temporary}
-    process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.temporary = temporary
     return process
 

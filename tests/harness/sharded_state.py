@@ -23,8 +23,9 @@ from harness.parallel.team import RanksDiffer
 from harness.parallel.whole_state import taken_apart
 
 CPU = torch.device("cpu")
-NOTHING = Progress(init_sha256="", data_sha256="", environment={}, instrument="off", log_bytes={}, timings_s={},
-                   resumed_behind=[], taps=None)
+NOTHING = Progress(
+    init_sha256="", data_sha256="", environment={}, instrument="off", log_bytes={}, timings_s={}, resumed_behind=[], taps=None
+)
 
 
 class Small(nn.Module):
@@ -47,8 +48,11 @@ def sharded(team, implementation, dtype, seed):
     model = Small(seed).to(dtype)
     precision = SimpleNamespace(config=SimpleNamespace(optimizer=implementation, clip="fp32"), device=CPU, scaler=None)
     share = fsdp_share(team, model, precision)
-    return model, share, adamw_for(implementation, precision.parameters, lr=1e-2, eps=1e-8, weight_decay=0.1,
-                                   seed=share.seed(seed))
+    return (
+        model,
+        share,
+        adamw_for(implementation, precision.parameters, lr=1e-2, eps=1e-8, weight_decay=0.1, seed=share.seed(seed)),
+    )
 
 
 def train(model, share, optimizer, steps):
@@ -93,7 +97,8 @@ def stored_and_put_back(team, folder, implementation, dtype):
     expected |= {name: value for name, value in before.items() if value.ndim == 0} | {"model/shift": model.shift}
     assert same(expected, {n: t for n, t in stored.tensors.items() if not n.startswith("random/")})
     assert [name for name in stored.tensors if name.startswith("random/rank1/")] and stored.devices.keys() == {
-        name for name in expected if name.startswith("optimizer/")}
+        name for name in expected if name.startswith("optimizer/")
+    }
     generators = [name for name in stored.tensors if "optimizer/0" in name]
     assert len(generators) == (2 if implementation == "stochastic_rounding" else 0)
     if generators:
@@ -140,8 +145,12 @@ def what_does_not_fit(team, stored, share):
 if __name__ == "__main__":
     ranks = Ranks.from_environment()
     with joined(ranks, CPU, 60.0) as team:
-        for implementation, dtype in (("stochastic_rounding", torch.bfloat16), ("fp32_states", torch.float16),
-                                      ("fused", torch.float32), ("foreach", torch.float32)):
+        for implementation, dtype in (
+            ("stochastic_rounding", torch.bfloat16),
+            ("fp32_states", torch.float16),
+            ("fused", torch.float32),
+            ("foreach", torch.float32),
+        ):
             folder = Path(sys.argv[1]) / implementation
             if team.ranks.is_first:
                 folder.mkdir()

@@ -17,6 +17,7 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 def raising(error, on_call=1):
     """A function that raises at its n-th call and does what ``real`` did before."""
+
     def wrap(real):
         calls = 0
 
@@ -33,14 +34,17 @@ def raising(error, on_call=1):
     return wrap
 
 
-@pytest.mark.parametrize(("place", "name", "call", "phase", "step"), [
-    (loop, "training_loss", 3, "loss", 2),  # two micro-batches a step
-    (torch.Tensor, "backward", 4, "backward", 2),
-    (precision.Precision, "measure_gradients", 3, "unscale", 3),
-    (precision.Precision, "clip", 1, "clip", 1),
-    (precision.Precision, "update", 2, "optimizer", 2),
-    (Share, "weights_sha256", 1, None, None),  # at the end: no phase of a step
-])
+@pytest.mark.parametrize(
+    ("place", "name", "call", "phase", "step"),
+    [
+        (loop, "training_loss", 3, "loss", 2),  # two micro-batches a step
+        (torch.Tensor, "backward", 4, "backward", 2),
+        (precision.Precision, "measure_gradients", 3, "unscale", 3),
+        (precision.Precision, "clip", 1, "clip", 1),
+        (precision.Precision, "update", 2, "optimizer", 2),
+        (Share, "weights_sha256", 1, None, None),  # at the end: no phase of a step
+    ],
+)
 def test_an_out_of_memory_error_has_its_phase_and_step(plan, tmp_path, monkeypatch, place, name, call, phase, step):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has ...")
     monkeypatch.setattr(place, name, raising(error, call)(getattr(place, name)))
@@ -57,8 +61,15 @@ def test_a_poisoned_context_leaves_the_first_error_in_the_row(plan, tmp_path, mo
     def poison(*_, **__):
         for place, name in ((ModuleTaps, "read"), (ModuleTaps, "left"), (precision.Precision, "close")):
             monkeypatch.setattr(place, name, lambda *_, **__: fail())
-        for name in ("max_memory_allocated", "max_memory_reserved", "memory_stats", "mem_get_info", "get_device_properties",
-                     "get_device_name", "synchronize"):
+        for name in (
+            "max_memory_allocated",
+            "max_memory_reserved",
+            "memory_stats",
+            "mem_get_info",
+            "get_device_properties",
+            "get_device_name",
+            "synchronize",
+        ):
             monkeypatch.setattr(torch.cuda, name, fail)
         monkeypatch.setattr("harness.summary.capture", fail)
         monkeypatch.setattr("harness.summary.device_slug", fail)

@@ -66,8 +66,11 @@ def test_run_and_matrix_read_what_their_commands_left(monkeypatch):
 
 
 def test_a_run_that_did_not_complete_is_no_measurement(monkeypatch):
-    monkeypatch.setattr(run, "run_python", lambda *_, **__: child.Finished(
-        1.0, 1.0, 1, json.dumps({"status": "diverged", "error": "loss is nan"})))
+    monkeypatch.setattr(
+        run,
+        "run_python",
+        lambda *_, **__: child.Finished(1.0, 1.0, 1, json.dumps({"status": "diverged", "error": "loss is nan"})),
+    )
     with pytest.raises(child.ChildFailed, match="diverged: loss is nan"):
         run.measure(1)
 
@@ -82,8 +85,13 @@ def arms(one_thread):
         from harness.planning import plan_run
         from harness.settings import Request
 
-        settings = plan_run(CASES["gpt2_multi_cls"], DTYPE_CONFIGS["fp32_true"], 0,
-                            Request(preset="tiny", data="embedded", device="cpu", **SMALL), torch.device("cpu"))
+        settings = plan_run(
+            CASES["gpt2_multi_cls"],
+            DTYPE_CONFIGS["fp32_true"],
+            0,
+            Request(preset="tiny", data="embedded", device="cpu", **SMALL),
+            torch.device("cpu"),
+        )
         arms.done = run_both(work_for(settings))
     return copy.deepcopy(arms.done)
 
@@ -161,4 +169,3 @@ def test_units_are_converted_only_where_they_are_shown():
     rows = terminal.cells(figure.summarize("run", "peak", [1.25e9, 1.25e9], "bytes", at_most=1.5e9, note="a [b]"))
     assert rows[1] == "1.250 GB" and rows[5] == "<= 1.500 GB" and rows[6] == r"[green]met[/]  a \[b]"
     assert terminal.spelled(0.5, "ratio") == "0.500" and terminal.spelled(42, "count") == "42"
-

@@ -31,15 +31,24 @@ def test_healthy_runs_are_left_alone_with_infinities_inside():
 
 
 def test_the_absorbed_infinity_of_gelu_new_is_among_the_healthy():
-    trial = trials.Trial(seed=1, model="gpt2", dtype="float16", attention="eager", micro_batches=1, plant=None, module=None,
-                         step=1)
+    trial = trials.Trial(
+        seed=1, model="gpt2", dtype="float16", attention="eager", micro_batches=1, plant=None, module=None, step=1
+    )
     result = trials.run_trial(trial)
     assert result is not None and result.why_wrong == "" and result.infinities > 0
 
 
 def test_wrong_answers_are_found_out():
-    trial = trials.Trial(seed=1, model="branches", dtype="float32", attention="sdpa", micro_batches=1, plant="forward_nan",
-                         module="twice", step=2)
+    trial = trials.Trial(
+        seed=1,
+        model="branches",
+        dtype="float32",
+        attention="sdpa",
+        micro_batches=1,
+        plant="forward_nan",
+        module="twice",
+        step=2,
+    )
     right = replace_replay(surfaced(2, "forward", "output", "nan", module="twice"))
     expected = (2, "forward", "twice")
     judge = trials._judge
@@ -61,8 +70,16 @@ def replace_replay(found):
 
 def test_the_twin_knows_a_fault_that_does_no_harm():
     """A NaN in a module's output that nothing reads: `pooler`-like dead ends must not be named."""
-    trial = trials.Trial(seed=5, model="branches", dtype="float32", attention="sdpa", micro_batches=1, plant="forward_inf",
-                         module="deep.1", step=2)
+    trial = trials.Trial(
+        seed=5,
+        model="branches",
+        dtype="float32",
+        attention="sdpa",
+        micro_batches=1,
+        plant="forward_inf",
+        module="deep.1",
+        step=2,
+    )
     result = trials.run_trial(trial)
     assert result.expected == (2, "forward", "deep.1") and result.why_wrong == ""
 

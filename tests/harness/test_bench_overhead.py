@@ -11,8 +11,10 @@ from harness.settings import Request
 
 
 def test_ratios_are_to_the_bare_step_of_the_same_round():
-    seconds = {name: [1.0, 2.0, 4.0] for name in overhead.ARMS} | {"light": [1.02, 2.04, 4.08],
-                                                                   "debug_underflow_overflow": [2.0, 4.0, 8.0]}
+    seconds = {name: [1.0, 2.0, 4.0] for name in overhead.ARMS} | {
+        "light": [1.02, 2.04, 4.08],
+        "debug_underflow_overflow": [2.0, 4.0, 8.0],
+    }
     figures = {f.name: f for f in overhead._figures(seconds, "", {"what": "x", "notes": {"light": "holds"}}, 1.03)}
     assert figures["light"].median == pytest.approx(1.02) and figures["light"].met and figures["light"].note == "holds"
     assert figures["debug_underflow_overflow"].median == 2.0 and figures["debug_underflow_overflow"].met is None
@@ -57,8 +59,9 @@ def test_the_arms_do_the_same_work(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(overhead_arms, "_settings", lambda device: small)
     trained = {}
     prepare = overhead_arms.Precision.prepare
-    monkeypatch.setattr(overhead_arms.Precision, "prepare",
-                        lambda self, model: trained.setdefault(len(trained), prepare(self, model)))
+    monkeypatch.setattr(
+        overhead_arms.Precision, "prepare", lambda self, model: trained.setdefault(len(trained), prepare(self, model))
+    )
     arms, facts, close = overhead_arms.make_arms(torch.device("cpu"), tmp_path)
     assert set(arms) == set(overhead.ARMS) and facts["steps_a_turn"] == 1
     for _ in range(3):
@@ -73,8 +76,15 @@ def test_the_arms_do_the_same_work(plan, tmp_path, monkeypatch):
 
 
 def test_the_figures_are_written_for_the_dossier(tmp_path, monkeypatch):
-    monkeypatch.setattr(overhead_arms, "make_arms", lambda device, folder: (
-        {name: iter(lambda: None, 1) for name in overhead.ARMS}, {"what": "x", "notes": {}, "steps_a_turn": 1}, lambda: None))
+    monkeypatch.setattr(
+        overhead_arms,
+        "make_arms",
+        lambda device, folder: (
+            {name: iter(lambda: None, 1) for name in overhead.ARMS},
+            {"what": "x", "notes": {}, "steps_a_turn": 1},
+            lambda: None,
+        ),
+    )
     overhead.measure(3, tmp_path)
     stored = json.loads((tmp_path / "overhead.json").read_text())
     assert stored["pairs"] == 3 and len(stored["wall_s"]["light"]) == 3

@@ -20,9 +20,22 @@ from harness.bench.reliability.trial import Tally, Trial, tally
 from harness.exit_codes import OK, RUN_FAILED, USAGE
 from harness.resume import log_paths
 
-SAMPLES = {"crash": 0.01, "crash-again": 0.01, "crash-twice": 0.01, "crash-repair": 0.2, "crash-index": 0.2, "kill": 0.02,
-           "signal": 0.1, "full-disk": 0.1, "read-only": 0.3, "gone": 0.2, "cut": 0.2, "bit": 0.05, "claims": 0.05,
-           "writers": 0.05}
+SAMPLES = {
+    "crash": 0.01,
+    "crash-again": 0.01,
+    "crash-twice": 0.01,
+    "crash-repair": 0.2,
+    "crash-index": 0.2,
+    "kill": 0.02,
+    "signal": 0.1,
+    "full-disk": 0.1,
+    "read-only": 0.3,
+    "gone": 0.2,
+    "cut": 0.2,
+    "bit": 0.05,
+    "claims": 0.05,
+    "writers": 0.05,
+}
 ELSEWHERE = {"secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
 """A sample of them is made in `test_hostile`, `test_faults`, `engines/test_ray_pool` and `test_parallel`."""
 
@@ -39,9 +52,13 @@ def test_ranks_that_go_another_way_are_a_loss():
 
     alone = steps(*[2.0] * ranks.STEPS)
     assert ranks._differences(alone, steps(*[2.0 + 1e-5] * ranks.STEPS)) == []
-    for others, says in ((steps(*[2.0] * 5, 2.0 + 3e-5), "step 6: loss"), (steps(*[2.0] * 5, None), "step 6: loss is None"),
-                         (steps(*[2.0] * 5, float("nan")), "step 6: loss is nan"), (steps(2.0), "1 and 6 of 6 steps"),
-                         ([], "0 and 6 of 6 steps")):
+    for others, says in (
+        (steps(*[2.0] * 5, 2.0 + 3e-5), "step 6: loss"),
+        (steps(*[2.0] * 5, None), "step 6: loss is None"),
+        (steps(*[2.0] * 5, float("nan")), "step 6: loss is nan"),
+        (steps(2.0), "1 and 6 of 6 steps"),
+        ([], "0 and 6 of 6 steps"),
+    ):
         (loss,) = ranks._differences(alone, others)
         assert loss.startswith(says)
 
@@ -126,11 +143,18 @@ def a_checkpoint_left(out, settings):
     (out / "runs" / settings.run_id / "checkpoint-2").mkdir()
 
 
-DEFECTS = {a_row_dropped: "acknowledged and lost: steps, step 3", a_row_changed: "they part at row 3",
-           a_row_twice: "steps: 5 rows, and 4 of the whole run", a_torn_end: "a log cannot be read",
-           other_weights: "final_weights_sha256 is 000", no_index: "the index has 0 rows of the run",
-           the_index_twice: "the index has 2 rows of the run", another_index: "the index has another row than run.json",
-           no_row: "run.json is missing", a_checkpoint_left: "left over: runs/"}
+DEFECTS = {
+    a_row_dropped: "acknowledged and lost: steps, step 3",
+    a_row_changed: "they part at row 3",
+    a_row_twice: "steps: 5 rows, and 4 of the whole run",
+    a_torn_end: "a log cannot be read",
+    other_weights: "final_weights_sha256 is 000",
+    no_index: "the index has 0 rows of the run",
+    the_index_twice: "the index has 2 rows of the run",
+    another_index: "the index has another row than run.json",
+    no_row: "run.json is missing",
+    a_checkpoint_left: "left over: runs/",
+}
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
@@ -177,8 +201,9 @@ def test_a_run_that_hangs_is_ended(whole, tmp_path, monkeypatch):
 
 
 def options(**changed):
-    return argparse.Namespace(**{"what": ["reliability"], "repeats": 5, "json": True, "only": [], "trials_share": 1.0,
-                                 "out": None} | changed)
+    return argparse.Namespace(
+        **{"what": ["reliability"], "repeats": 5, "json": True, "only": [], "trials_share": 1.0, "out": None} | changed
+    )
 
 
 def planted(share, folder):
@@ -200,11 +225,15 @@ def test_losses_are_counted_told_and_exit_3(tmp_path, monkeypatch, capsys, share
     assert (stored["trials"], stored["losses"], stored["share"]) == (40, 2 * len(lost), share) and stored["kinds"] == rows
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["reliability", "--only", "nonsense"], "no kind of trial 'nonsense'; allowed: crash, crash-again"),
-    (["help", "--only", "crash"], "--only goes with `bench reliability`"),
-    (["reliability", "--trials-share", "0"], "'0'; allowed: above 0, up to 1"),
-    (["reliability", "--trials-share", "nan"], "'nan'; allowed: above 0, up to 1")])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["reliability", "--only", "nonsense"], "no kind of trial 'nonsense'; allowed: crash, crash-again"),
+        (["help", "--only", "crash"], "--only goes with `bench reliability`"),
+        (["reliability", "--trials-share", "0"], "'0'; allowed: above 0, up to 1"),
+        (["reliability", "--trials-share", "nan"], "'nan'; allowed: above 0, up to 1"),
+    ],
+)
 def test_what_makes_no_sense_is_refused_in_a_sentence(words, sentence, capsys):
     try:
         code = cli.main(["bench", *words])

@@ -17,8 +17,24 @@ from harness.settings import SettingsError
 from harness.signals import Stop
 from harness.spending import LOOK_EVERY_S, WHO, BudgetSpent, Spending
 
-SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
-         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+]
 
 
 def a_run(case: str, config: str = "fp32_true", max_steps: int = 10):
@@ -42,8 +58,11 @@ class Machine:
         while self.queue and len(self.running) < self.jobs and not self.stop.requested:
             run = self.queue.pop(0)
             self.begun.append(run.case.id)
-            self.running.append(SimpleNamespace(settings=run, started_s=self.now_s, last_step=None,
-                                                ends_s=self.now_s + self.true_s[run.case.id]))
+            self.running.append(
+                SimpleNamespace(
+                    settings=run, started_s=self.now_s, last_step=None, ends_s=self.now_s + self.true_s[run.case.id]
+                )
+            )
 
     def over(self):
         """The runs that have ended, whole or behind a checkpoint."""
@@ -92,8 +111,14 @@ matrices = st.lists(st.tuples(st.one_of(st.none(), seconds), seconds), min_size=
 
 
 @settings(max_examples=150, deadline=None)
-@given(kind=st.sampled_from([Machine, Cluster]), durations=matrices, limit_s=st.floats(1, 2000), jobs=st.integers(1, 4),
-       checkpoint_s=st.floats(0, 30), tick_s=st.floats(0.3, 1))
+@given(
+    kind=st.sampled_from([Machine, Cluster]),
+    durations=matrices,
+    limit_s=st.floats(1, 2000),
+    jobs=st.integers(1, 4),
+    checkpoint_s=st.floats(0, 30),
+    tick_s=st.floats(0.3, 1),
+)
 @example(kind=Machine, durations=[(1.0, 500.0)] * 5, limit_s=100.0, jobs=2, checkpoint_s=30.0, tick_s=1.0)
 @example(kind=Cluster, durations=[(None, 500.0)] * 5, limit_s=400.0, jobs=4, checkpoint_s=30.0, tick_s=1.0)
 def test_no_more_is_spent_than_was_given_whatever_runs_really_take(kind, durations, limit_s, jobs, checkpoint_s, tick_s):
@@ -113,8 +138,7 @@ def test_with_right_forecasts_nothing_is_stopped_and_room_is_used(true_s, jobs):
     assert not killed and spent_s <= limit_s
     if jobs == 1:
         assert not pool.stop.requested
-        fit, _ = fitting(Budget(limit_s, "GPU", None, 5.0), 0.0, true_s, jobs=1, shared=True,
-                          until_next_look_s=LOOK_EVERY_S)
+        fit, _ = fitting(Budget(limit_s, "GPU", None, 5.0), 0.0, true_s, jobs=1, shared=True, until_next_look_s=LOOK_EVERY_S)
         assert fit - 1 <= len(pool.begun) <= fit, "what was forecast to fit did, but for ticks"
 
 
@@ -159,11 +183,17 @@ def asked(hours, usd, price, device="cpu", preset="tiny"):
     return asked_budget(options, device=device, preset=preset)
 
 
-@pytest.mark.parametrize("given, says", [
-    ((None, 5.0, None), "--budget-usd and --price-per-hour go together; given: --budget-usd alone"),
-    ((None, None, 2.0), "given: --price-per-hour alone"), ((0.0, None, None), "--max-gpu-hours is 0; it must be a positive"),
-    ((float("nan"), None, None), "must be a positive"), ((None, -1.0, 2.0), "--budget-usd is -1"),
-    ((1.0, None, None), "counts GPUs, and this runs on a CPU; allowed here: --budget-usd")])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ((None, 5.0, None), "--budget-usd and --price-per-hour go together; given: --budget-usd alone"),
+        ((None, None, 2.0), "given: --price-per-hour alone"),
+        ((0.0, None, None), "--max-gpu-hours is 0; it must be a positive"),
+        ((float("nan"), None, None), "must be a positive"),
+        ((None, -1.0, 2.0), "--budget-usd is -1"),
+        ((1.0, None, None), "counts GPUs, and this runs on a CPU; allowed here: --budget-usd"),
+    ],
+)
 def test_budgets_that_make_no_sense_are_refused(given, says):
     with pytest.raises(SettingsError, match=says):
         asked(*given)
@@ -192,10 +222,31 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
     monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
     monkeypatch.setattr("harness.matrix.estimated", lambda todo, out: {})
     monkeypatch.setattr("harness.spending.process_age_s", lambda: 0.0)
-    monkeypatch.setattr("harness.matrix.Spending", partial(Spending, clock=lambda: float(sum(
-        path.read_bytes().count(b"\n") for path in logs.glob("*.jsonl")))))
-    words = ["matrix", *SMALL, "--max-steps", "60", "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--jobs", "1",
-             "--no-follow-up", "--log-every", "1", "--out", str(tmp_path / "out"), "--price-per-hour", "2", "--budget-usd"]
+    monkeypatch.setattr(
+        "harness.matrix.Spending",
+        partial(Spending, clock=lambda: float(sum(path.read_bytes().count(b"\n") for path in logs.glob("*.jsonl")))),
+    )
+    words = [
+        "matrix",
+        *SMALL,
+        "--max-steps",
+        "60",
+        "--cases",
+        "gpt2_clm",
+        "--configs",
+        "fp32_true",
+        "amp_bf16",
+        "--jobs",
+        "1",
+        "--no-follow-up",
+        "--log-every",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        "--price-per-hour",
+        "2",
+        "--budget-usd",
+    ]
     assert cli.main([*words, "0.012"]) == INTERRUPTED  # 21.6 s
     said = capsys.readouterr().err
     assert "budget of this call: 22 machine-seconds (0.012 USD)" in said and "2 runs left" in said and "To go on" in said

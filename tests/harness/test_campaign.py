@@ -12,17 +12,55 @@ import pytest
 from instrument.log import read
 from instrument.records import RunRecord
 
-SMALL = ("--preset", "tiny", "--data", "embedded", "--cases", "gpt2_clm", "--configs", "bf16_pure", "--seeds", "0",
-         "--max-steps", "100", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--documents", "300",
-         "--validation-documents", "2", "--ops", "exponent_histogram", "--pairs", "2", "--minutes", "20")
+SMALL = (
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--cases",
+    "gpt2_clm",
+    "--configs",
+    "bf16_pure",
+    "--seeds",
+    "0",
+    "--max-steps",
+    "100",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--documents",
+    "300",
+    "--validation-documents",
+    "2",
+    "--ops",
+    "exponent_histogram",
+    "--pairs",
+    "2",
+    "--minutes",
+    "20",
+)
 QUICK = ("--skip", "doctor", "check", "bench", "overhead", "overflow", "fit")
 
 
 def start(folder, *more):
-    command = [sys.executable, "-m", "harness", "campaign", *SMALL, "--results", str(folder / "results"), "--out",
-               str(folder / "out"), *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "TRITON_INTERPRET": "0"})
+    command = [
+        sys.executable,
+        "-m",
+        "harness",
+        "campaign",
+        *SMALL,
+        "--results",
+        str(folder / "results"),
+        "--out",
+        str(folder / "out"),
+        *more,
+    ]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
 
 
 def wait_for_steps(folder, config, at_least, campaign, timeout_s=180):
@@ -74,14 +112,18 @@ def test_cut_in_the_middle_it_is_one_campaign(tmp_path, plan, cut):
     # What is to be committed: a dossier, small, from which it can be built again.
     packed = tmp_path / "out"
     assert (packed / "dossier" / "index.html").is_file() and rows(packed).keys() == found.keys()
-    subprocess.run([sys.executable, "-m", "report", "build", str(packed), "--no-pdf", "--format", "svg", "--out",
-                    str(tmp_path / "again")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "report", "build", str(packed), "--no-pdf", "--format", "svg", "--out", str(tmp_path / "again")],
+        check=True,
+        capture_output=True,
+    )
     ours = json.loads((packed / "summary.json").read_text())
     again = json.loads((tmp_path / "again" / "summary.json").read_text())
     changed = [key for key in ours if again[key] != ours[key]]
     assert changed in ([], ["verdict"]) and again["defects"] == [], changed
-    assert {k: v for k, v in again["verdict"].items() if k != "next_command"} == \
-        {k: v for k, v in ours["verdict"].items() if k != "next_command"}, "the next command names the folder"
+    assert {k: v for k, v in again["verdict"].items() if k != "next_command"} == {
+        k: v for k, v in ours["verdict"].items() if k != "next_command"
+    }, "the next command names the folder"
 
 
 @pytest.fixture
@@ -89,9 +131,19 @@ def quick_machine(monkeypatch):
     """A machine that was found out already."""
     from harness.campaign import command
 
-    machine = {"device": "cpu", "slug": "cpu-x", "preset": "tiny", "preset_steps": 60, "preset_seeds": [0, 1, 2],
-               "labels": ["gpt2_clm"], "configs": ["fp32_true"], "data": "embedded", "weights": "scratch",
-               "environment": {"cpu": "x", "torch_version": "2"}, "missing": {"weasyprint": "no PDF, HTML only"}}
+    machine = {
+        "device": "cpu",
+        "slug": "cpu-x",
+        "preset": "tiny",
+        "preset_steps": 60,
+        "preset_seeds": [0, 1, 2],
+        "labels": ["gpt2_clm"],
+        "configs": ["fp32_true"],
+        "data": "embedded",
+        "weights": "scratch",
+        "environment": {"cpu": "x", "torch_version": "2"},
+        "missing": {"weasyprint": "no PDF, HTML only"},
+    }
     monkeypatch.setattr(command, "find_machine", lambda asked, estimates: (machine, 0))
     return machine
 
@@ -143,8 +195,14 @@ def test_two_dossiers_and_what_grows_between_them_stay_within_the_minutes(tmp_pa
 def test_a_stage_that_fails_costs_only_itself(tmp_path, quick_machine, monkeypatch, capsys):
     ran = planted(monkeypatch, {"check-unscale": (-11, None), "overhead": (0, "limit")})
     assert campaign(tmp_path, "--ops", "unscale", "--skip", "fit") == 3
-    assert [name for name in ran if name != "dossier"] == ["doctor", "check-unscale", "bench-unscale", "overhead", "calibrate",
-                                                           *[f"run-gpt2_clm-s{s}" for s in (0,)]]
+    assert [name for name in ran if name != "dossier"] == [
+        "doctor",
+        "check-unscale",
+        "bench-unscale",
+        "overhead",
+        "calibrate",
+        *[f"run-gpt2_clm-s{s}" for s in (0,)],
+    ]
     stages = json.loads((tmp_path / "results" / "campaign.json").read_text())["stages"]
     assert stages["check-unscale"]["state"] == "failed" and "signal 11: last words" in stages["check-unscale"]["note"]
     assert stages["overhead"]["state"] == "cut" and stages["bench-unscale"]["state"] == "done"
@@ -186,9 +244,16 @@ def test_a_small_call_keeps_nothing_free_for_a_dossier_that_cannot_be(tmp_path, 
         assert 100 < call_s + grace_s + dossier_s <= 120, name
 
 
-@pytest.mark.parametrize("asked, words", [
-    ({"data": "nowhere"}, "no such folder or file"), ({"cases": ["gpt3_clm"]}, "gpt3_clm"), ({"configs": ["fp4"]}, "fp4"),
-    ({"cases": ["gpt2_clm@9999"]}, "longer than the"), ({"device": "cuda"}, "torch sees no GPU here")])
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ({"data": "nowhere"}, "no such folder or file"),
+        ({"cases": ["gpt3_clm"]}, "gpt3_clm"),
+        ({"configs": ["fp4"]}, "fp4"),
+        ({"cases": ["gpt2_clm@9999"]}, "longer than the"),
+        ({"device": "cuda"}, "torch sees no GPU here"),
+    ],
+)
 def test_bad_options_are_one_sentence_before_anything_is_written(asked, words, capsys):
     from harness.campaign import probe
     from harness.campaign.command import ASKED

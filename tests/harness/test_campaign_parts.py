@@ -33,8 +33,16 @@ def python(tmp_path, code, *, limit_s=60.0, call_s=60.0, grace_s=20.0, stop=None
     beats = []
     os.environ["PYTHONPATH"] = str(tmp_path)
     try:
-        ended = process.run(["stage_of_a_test"], tmp_path / "logs" / "x", limit_s=limit_s, call_s=call_s, grace_s=grace_s,
-                            stop=stop or Stop(), beat=lambda pid, s: beats.append(pid), echo=echo)
+        ended = process.run(
+            ["stage_of_a_test"],
+            tmp_path / "logs" / "x",
+            limit_s=limit_s,
+            call_s=call_s,
+            grace_s=grace_s,
+            stop=stop or Stop(),
+            beat=lambda pid, s: beats.append(pid),
+            echo=echo,
+        )
     finally:
         del os.environ["PYTHONPATH"]
     return ended, beats[0]
@@ -50,16 +58,20 @@ def test_a_stage_that_ends_by_itself(tmp_path):
 
 @pytest.mark.parametrize("limits, why", [({"limit_s": 0.5}, "limit"), ({"call_s": 0.5}, "call")])
 def test_a_stage_out_of_time_is_asked_and_given_time(tmp_path, limits, why):
-    code = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), "
-            "print('saved', file=sys.stderr), sys.exit(75)))\ntime.sleep(600)")
+    code = (
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), "
+        "print('saved', file=sys.stderr), sys.exit(75)))\ntime.sleep(600)"
+    )
     ended, _ = python(tmp_path, code, **limits)
     assert ended.cut == why and (ended.exit_code, ended.last_words) in ((75, "saved"), (-15, "it said nothing"))
 
 
 def test_a_stage_that_does_not_listen_is_killed_with_what_it_started(tmp_path):
-    code = ("import signal, subprocess, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-            "print(child.pid, file=sys.stderr, flush=True)\nchild.wait()")
+    code = (
+        "import signal, subprocess, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, file=sys.stderr, flush=True)\nchild.wait()"
+    )
     ended, pid = python(tmp_path, code, limit_s=2.0, grace_s=0.3)
     assert ended.exit_code == -signal.SIGKILL
     child = int(ended.last_words)
@@ -78,13 +90,20 @@ def test_a_signal_to_the_campaign_reaches_the_stage(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is a signal on Linux only")
 def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
-    (tmp_path / "stage_of_a_test.py").write_text("import signal, sys, time\nprint('up', file=sys.stderr, flush=True)\n"
-                                                 "try:\n    time.sleep(600)\nfinally:\n    pass")
-    parent = ("import sys; from pathlib import Path; from harness.campaign import process; from harness.signals import Stop\n"
-              "process.run(['stage_of_a_test'], Path(sys.argv[1]) / 'x', limit_s=600, call_s=600, grace_s=1, stop=Stop(), "
-              "beat=lambda pid, s: print(pid, flush=True))")
-    campaign = subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.getcwd()))})
+    (tmp_path / "stage_of_a_test.py").write_text(
+        "import signal, sys, time\nprint('up', file=sys.stderr, flush=True)\ntry:\n    time.sleep(600)\nfinally:\n    pass"
+    )
+    parent = (
+        "import sys; from pathlib import Path; from harness.campaign import process; from harness.signals import Stop\n"
+        "process.run(['stage_of_a_test'], Path(sys.argv[1]) / 'x', limit_s=600, call_s=600, grace_s=1, stop=Stop(), "
+        "beat=lambda pid, s: print(pid, flush=True))"
+    )
+    campaign = subprocess.Popen(
+        [sys.executable, "-c", parent, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.getcwd()))},
+    )
     pid = int(campaign.stdout.readline())
     campaign.kill()
     campaign.wait()
@@ -96,8 +115,9 @@ def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
 
 def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone(monkeypatch):
     monkeypatch.setattr(process, "ROOMS", ("timeit",))
-    orphan = subprocess.Popen([sys.executable, "-m", "timeit", "-n", "1", "import time; time.sleep(600)"],
-                              start_new_session=True)
+    orphan = subprocess.Popen(
+        [sys.executable, "-m", "timeit", "-n", "1", "import time; time.sleep(600)"], start_new_session=True
+    )
     time.sleep(0.3)
     assert process.end_orphan(orphan.pid, 5.0) and not psutil.pid_exists(orphan.pid)
     orphan.wait(20)
@@ -109,10 +129,22 @@ def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone(mon
     assert not process.end_orphan(other.pid, 1.0)
 
 
-@pytest.mark.parametrize("exit_code, cut, goes_on, state", [
-    (0, None, False, "done"), (0, "call", True, "done"), (75, "call", True, "pending"), (-15, "call", False, "pending"),
-    (-15, "limit", False, "cut"), (3, None, True, "done"), (3, None, False, "failed"), (75, None, True, "pending"),
-    (-11, None, True, "failed"), (5, None, False, "failed"), (130, "signal", False, "pending")])
+@pytest.mark.parametrize(
+    "exit_code, cut, goes_on, state",
+    [
+        (0, None, False, "done"),
+        (0, "call", True, "done"),
+        (75, "call", True, "pending"),
+        (-15, "call", False, "pending"),
+        (-15, "limit", False, "cut"),
+        (3, None, True, "done"),
+        (3, None, False, "failed"),
+        (75, None, True, "pending"),
+        (-11, None, True, "failed"),
+        (5, None, False, "failed"),
+        (130, "signal", False, "pending"),
+    ],
+)
 def test_how_a_stage_is_counted(exit_code, cut, goes_on, state):
     stage = Stage("x", "run", ("harness",), goes_on=goes_on)
     found, note = outcome(stage, process.Ended(exit_code, 1.0, cut, "last words"))
@@ -177,8 +209,14 @@ def test_the_runs_rotate_and_the_first_block_is_alone(tmp_path):
     plan = make_plan(costs, labels, configs, budget_s=1e9, preset_steps=10, preset_seeds=(0, 1), max_steps=5, seeds=[0, 1])
     found = runs({**NOTHING, "data": "embedded"}, tmp_path, plan)
     assert [s.name for s in found] == [
-        "run-gpt2_multi_cls-s0", "run-gpt2_clm-s0", "run-gpt2_clm@512-s0", "run-gpt2_single_cls-s0",
-        "run-gpt2_multi_cls-s1", "run-gpt2_clm@512-s1", "run-gpt2_single_cls-s1"]
+        "run-gpt2_multi_cls-s0",
+        "run-gpt2_clm-s0",
+        "run-gpt2_clm@512-s0",
+        "run-gpt2_single_cls-s0",
+        "run-gpt2_multi_cls-s1",
+        "run-gpt2_clm@512-s1",
+        "run-gpt2_single_cls-s1",
+    ]
     second = found[1].command
     assert second[second.index("--cases") + 1 : second.index("--configs")] == ("gpt2_clm", "roberta_mlm")
     assert second[second.index("--configs") + 1] == "amp_bf16" and second[second.index("--max-steps") + 1] == "5"
@@ -237,8 +275,10 @@ def test_a_campaign_goes_on_from_its_pack(tmp_path):
     assert not packing.unpack(tmp_path / "out", tmp_path / "elsewhere")
     packing.pack(tmp_path / "elsewhere", tmp_path / "again")
     assert (tmp_path / "elsewhere" / "training_logs" / "run_gpt2_clm-fp16_naive-s0-00000000.jsonl").is_file()
-    tree = [{str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-            for root in (tmp_path / "out", tmp_path / "again")]
+    tree = [
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "out", tmp_path / "again")
+    ]
     assert tree[0] == tree[1]
 
 

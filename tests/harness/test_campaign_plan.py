@@ -21,8 +21,11 @@ def planned(costs, budget_s, labels=("gpt2_multi_cls", "gpt2_clm"), configs=("fp
 
 
 def flat(step_s, fixed_s=0.0, **more):
-    return {(label, config): Cost(fixed_s, step_s, "measured", **more)
-            for label in ("gpt2_multi_cls", "gpt2_clm") for config in ("fp32_true", "amp_fp16")}
+    return {
+        (label, config): Cost(fixed_s, step_s, "measured", **more)
+        for label in ("gpt2_multi_cls", "gpt2_clm")
+        for config in ("fp32_true", "amp_fp16")
+    }
 
 
 @given(st.lists(COST, min_size=4, max_size=4), st.floats(0, 1e5), st.floats(1, 10))
@@ -32,7 +35,7 @@ def test_what_is_said_to_fit_fits_and_more_time_never_plans_less(costs, budget_s
     assert plan.fits == (plan.estimated_s <= budget_s)
     rungs = [(round(share * 1000), (0, 1, 2)[:n]) for share, n in LADDER]
     assert rungs.index((more.max_steps, more.seeds)) >= rungs.index((plan.max_steps, plan.seeds))
-    following = rungs[rungs.index((plan.max_steps, plan.seeds)) + 1:]
+    following = rungs[rungs.index((plan.max_steps, plan.seeds)) + 1 :]
     dearer = [planned(table, 0, max_steps=s, seeds=list(seeds)).estimated_s for s, seeds in following]
     if plan.fits:
         assert all(seconds > budget_s for seconds in dearer[-1:])
@@ -100,12 +103,30 @@ def test_one_configuration_of_each_kind_is_calibrated():
 
 
 def row(config, status="completed", total_s=10.0, step_s=0.5, steps=8):
-    return RunRecord(run_id=f"gpt2_clm-{config}-s0-00000000", case="gpt2_clm", scenario="A", arch="gpt2", task="clm",
-                     loss="softmax_ce", loss_reduction="mean", dtype_config=config, seed=0, preset="full", device="x",
-                     data_source="embedded", weights_source="scratch", status=status, steps_done=steps,
-                     divergence_step=1 if status == "diverged" else None, max_steps=8,
-                     batch_size=32, micro_batch=16, seq_len=512, step_time_p50_s=step_s,
-                     flags={"timings_s": {"total": total_s, "steps": 6.0}})
+    return RunRecord(
+        run_id=f"gpt2_clm-{config}-s0-00000000",
+        case="gpt2_clm",
+        scenario="A",
+        arch="gpt2",
+        task="clm",
+        loss="softmax_ce",
+        loss_reduction="mean",
+        dtype_config=config,
+        seed=0,
+        preset="full",
+        device="x",
+        data_source="embedded",
+        weights_source="scratch",
+        status=status,
+        steps_done=steps,
+        divergence_step=1 if status == "diverged" else None,
+        max_steps=8,
+        batch_size=32,
+        micro_batch=16,
+        seq_len=512,
+        step_time_p50_s=step_s,
+        flags={"timings_s": {"total": total_s, "steps": 6.0}},
+    )
 
 
 def test_a_rows_total_without_its_steps_is_what_every_run_costs():
@@ -118,8 +139,11 @@ def test_a_rows_total_without_its_steps_is_what_every_run_costs():
 
 
 def test_what_was_not_calibrated_costs_what_its_kind_does():
-    known = {("gpt2_clm", "fp32_true"): Cost(4, 1.0, "measured"), ("gpt2_clm", "amp_bf16"): Cost(4, 0.2, "measured"),
-             ("gpt2_clm", "fp16_naive"): Cost(4, 0.1, "measured", died=True, controls=2)}
+    known = {
+        ("gpt2_clm", "fp32_true"): Cost(4, 1.0, "measured"),
+        ("gpt2_clm", "amp_bf16"): Cost(4, 0.2, "measured"),
+        ("gpt2_clm", "fp16_naive"): Cost(4, 0.1, "measured", died=True, controls=2),
+    }
     found = {config: cost for (_, config), cost in spread(known, ["gpt2_clm"], SEVEN).items()}
     assert found["amp_fp16"].step_s == 0.2 and found["amp_fp16"].source == "as amp_bf16"
     assert found["bf16_pure"].step_s == 0.1 and not found["bf16_pure"].died and found["bf16_pure"].controls == 0
@@ -143,8 +167,11 @@ def test_the_control_has_the_classifiers_length():
 def test_the_plan_is_readable_on_a_small_terminal(capsys, monkeypatch):
     """Every case and every configuration, within 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-    costs = {(case, config): Cost(1.0, 1.234, "measured" if config == "fp32_true" else "estimated", died=config == "fp16_naive")
-             for case in CASES for config in DTYPE_CONFIGS}
+    costs = {
+        (case, config): Cost(1.0, 1.234, "measured" if config == "fp32_true" else "estimated", died=config == "fp16_naive")
+        for case in CASES
+        for config in DTYPE_CONFIGS
+    }
     blocks = tuple(Block(case, 0, tuple(DTYPE_CONFIGS), 60_000.0) for case in CASES)
     plan = Plan(1_000, (0,), blocks, 1e5, 1e5, True, "it fits")
     show_plan(plan, costs, {"configs": list(DTYPE_CONFIGS), "labels": list(CASES)})

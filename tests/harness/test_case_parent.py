@@ -13,8 +13,23 @@ import pytest
 from harness.run_folder import finished_runs
 from harness.supervise.case_parent import is_wanted
 
-SMALL = ["fp32_true", "--preset", "tiny", "--data", "embedded", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16",
-         "--validation-documents", "2", "--documents", "400"]
+SMALL = [
+    "fp32_true",
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+]
 OWN = """from harness.bench.reliability.faults import case_with
 from harness.bench.reliability.plants import Plant
 """
@@ -27,9 +42,14 @@ def case(tmp_path, command_environment):
     def start(plant: str, *words: str, **environment: str) -> subprocess.Popen:
         own = tmp_path / "own.py"
         own.write_text(f"{OWN}CASE = case_with({plant})\n")
-        return subprocess.Popen([sys.executable, "-m", "harness", "case", f"{own}:CASE", *SMALL, "--out", str(tmp_path / "out"),
-                                 *words], env=command_environment | {"OMP_NUM_THREADS": "1"} | environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "harness", "case", f"{own}:CASE", *SMALL, "--out", str(tmp_path / "out"), *words],
+            env=command_environment | {"OMP_NUM_THREADS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     return start
 
@@ -93,8 +113,11 @@ def test_who_has_a_parent():
 
 def test_what_is_refused_costs_no_process_and_keeps_its_exit_code(command_environment):
     command = [sys.executable, "-m", "harness", "case"]
-    asked = [(["gpt2_clm", "fp32_true", "--hang-after", "-3"], 2, "'-3'; allowed: seconds from 0"),
-             (["nonsense", "fp32_true"], 2, "nonsense"), (["--help"], 0, "")]
+    asked = [
+        (["gpt2_clm", "fp32_true", "--hang-after", "-3"], 2, "'-3'; allowed: seconds from 0"),
+        (["nonsense", "fp32_true"], 2, "nonsense"),
+        (["--help"], 0, ""),
+    ]
     for words, code, said in asked:
         done = subprocess.run([*command, *words], capture_output=True, text=True, env=command_environment)
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr

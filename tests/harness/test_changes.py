@@ -11,30 +11,56 @@ from instrument.records import FirstNonfinite
 
 
 def first(cause, phase, module=None):
-    return FirstNonfinite(step=1, microbatch=None, phase=phase, phase_surfaced=phase, module=module, op=None, tensor="output",
-                          source_tensor=None, kind="inf", dtype=None, cause=cause, input_absmax=None, headroom_bits=None)
+    return FirstNonfinite(
+        step=1,
+        microbatch=None,
+        phase=phase,
+        phase_surfaced=phase,
+        module=module,
+        op=None,
+        tensor="output",
+        source_tensor=None,
+        kind="inf",
+        dtype=None,
+        cause=cause,
+        input_absmax=None,
+        headroom_bits=None,
+    )
 
 
-@pytest.mark.parametrize(("change", "what", "confirmed"), [
-    ("eps", first("underflow_then_divide", "optimizer"), True),
-    ("fp32_states", first("underflow_then_divide", "optimizer"), True),
-    ("fp32_head", first("underflow_then_divide", "optimizer"), False),
-    ("eps", first("overflow", "optimizer"), False), ("fp32_states", first("overflow", "optimizer"), True),
-    ("scaler", first("overflow", "forward", "a"), False), ("scaler", first("overflow", "backward", "a.b"), True),
-    ("scaler", first("invalid", "backward", "a.b"), False), ("fp32:a.b", first("overflow", "forward", "a.b"), True),
-    ("fp32:a", first("overflow", "backward", "a.b"), True), ("fp32:a.b.c", first("overflow", "forward", "a.b"), False),
-    ("fp32:a", first("overflow", "forward", "ab"), False), ("fp32_head", first("overflow", "forward", "head.dense"), True),
-    ("fp32_head", first("overflow", "forward", "header"), False), ("fp32_head", first("overflow", "loss"), True),
-    ("fp32:a", first("from_input", "forward", "a"), False), ("fp32:a", first(None, "forward", "a"), False),
-    ("eps", first("overflow", "clip"), False)])
+@pytest.mark.parametrize(
+    ("change", "what", "confirmed"),
+    [
+        ("eps", first("underflow_then_divide", "optimizer"), True),
+        ("fp32_states", first("underflow_then_divide", "optimizer"), True),
+        ("fp32_head", first("underflow_then_divide", "optimizer"), False),
+        ("eps", first("overflow", "optimizer"), False),
+        ("fp32_states", first("overflow", "optimizer"), True),
+        ("scaler", first("overflow", "forward", "a"), False),
+        ("scaler", first("overflow", "backward", "a.b"), True),
+        ("scaler", first("invalid", "backward", "a.b"), False),
+        ("fp32:a.b", first("overflow", "forward", "a.b"), True),
+        ("fp32:a", first("overflow", "backward", "a.b"), True),
+        ("fp32:a.b.c", first("overflow", "forward", "a.b"), False),
+        ("fp32:a", first("overflow", "forward", "ab"), False),
+        ("fp32_head", first("overflow", "forward", "head.dense"), True),
+        ("fp32_head", first("overflow", "forward", "header"), False),
+        ("fp32_head", first("overflow", "loss"), True),
+        ("fp32:a", first("from_input", "forward", "a"), False),
+        ("fp32:a", first(None, "forward", "a"), False),
+        ("eps", first("overflow", "clip"), False),
+    ],
+)
 def test_which_remedy_confirms_which_cause(change, what, confirmed):
     assert confirms(change, what) == (what.cause if confirmed else None)
 
 
 def test_every_change_applies_or_says_why_not():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    able = {name: [c.name for c in changes_of(["all"], config, model, first("overflow", "optimizer")) if c.why_not is None]
-            for name, config in DTYPE_CONFIGS.items()}
+    able = {
+        name: [c.name for c in changes_of(["all"], config, model, first("overflow", "optimizer")) if c.why_not is None]
+        for name, config in DTYPE_CONFIGS.items()
+    }
     assert able["fp32_true"] == able["amp_bf16_fp32_head"] == able["fp32_tf32"] == []
     assert able["amp_fp16"] == able["amp_bf16"] == able["amp_bf16_fused_adamw"] == ["fp32_head"]
     assert able["amp_fp16_unscaled"] == ["fp32_head", "scaler"]

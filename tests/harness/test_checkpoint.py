@@ -97,8 +97,12 @@ def test_no_flipped_bit_passes(stopped):
         else:  # between two tokens of the JSON, say: then nothing else is read than was written
             path.write_bytes(whole)
             before = checkpoint.read(folder, settings.run_id, 5)
-            assert (progress, state.groups, state.states, state.scaler) == (before[1], before[0].groups, before[0].states,
-                                                                           before[0].scaler)
+            assert (progress, state.groups, state.states, state.scaler) == (
+                before[1],
+                before[0].groups,
+                before[0].states,
+                before[0].scaler,
+            )
         path.write_bytes(whole)
 
 
@@ -162,8 +166,14 @@ def test_mtbf_in_a_run(plan, tmp_path):
     assert record.flags["timings_s"]["checkpoints"] == pytest.approx(found["written"] * found["cost_s"], rel=0.05)
 
 
-@pytest.mark.parametrize(("asked", "words"), [({"mtbf_s": -1.0}, "mtbf is -1 s"), ({"checkpoint_every": -1}, "at least 0"),
-                                              ({"mtbf_s": 1.0, "checkpoint_every": 2}, "give one of them")])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"mtbf_s": -1.0}, "mtbf is -1 s"),
+        ({"checkpoint_every": -1}, "at least 0"),
+        ({"mtbf_s": 1.0, "checkpoint_every": 2}, "give one of them"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(plan, asked, words):
     with pytest.raises(SettingsError, match=words):
         plan("gpt2_clm", "fp32_true", **asked)
@@ -182,7 +192,7 @@ def disk_full_behind(monkeypatch, out, nbytes):
             return real(fd, data)
         if room[0] <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = real(fd, bytes(data)[:room[0]])
+        written = real(fd, bytes(data)[: room[0]])
         room[0] -= written
         return written
 
@@ -251,14 +261,42 @@ def test_an_error_about_something_else_is_not_the_folders(tmp_path):
 @pytest.mark.parametrize("command", ["case", "matrix"])
 def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command_environment, command):
     """A real limit: no file of the process may grow beyond 100 KB, and a checkpoint is larger."""
-    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-               "sys.argv[0] = 'harness'; runpy.run_module('harness', run_name='__main__')")
-    words = ["case", "gpt2_single_cls", "fp32_true"] if command == "case" else \
-        ["matrix", "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "--jobs", "2"]
-    words += ["--preset", "tiny", "--data", "embedded", "--max-steps", "40", "--batch-size", "2", "--micro-batch", "2",
-              "--seq-len", "16", "--documents", "400", "--validation-documents", "4", "--checkpoint-every", "2"]
-    finished = subprocess.run([sys.executable, "-c", limited, *words, "--out", str(tmp_path)], capture_output=True, text=True,
-                              env=command_environment, check=False)
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "sys.argv[0] = 'harness'; runpy.run_module('harness', run_name='__main__')"
+    )
+    words = (
+        ["case", "gpt2_single_cls", "fp32_true"]
+        if command == "case"
+        else ["matrix", "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "--jobs", "2"]
+    )
+    words += [
+        "--preset",
+        "tiny",
+        "--data",
+        "embedded",
+        "--max-steps",
+        "40",
+        "--batch-size",
+        "2",
+        "--micro-batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--documents",
+        "400",
+        "--validation-documents",
+        "4",
+        "--checkpoint-every",
+        "2",
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-c", limited, *words, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=command_environment,
+        check=False,
+    )
     assert finished.returncode == 5, finished.stderr
     (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("harness: ")]
     assert "File too large" in sentence and "what was written before is intact" in sentence

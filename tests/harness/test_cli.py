@@ -11,8 +11,24 @@ from harness import arguments
 from harness.case import asked_case, asked_config
 from harness.cli import main
 
-SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "1", "--batch-size", "2", "--micro-batch", "2",
-         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--max-steps",
+    "1",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+]
 
 
 def parse(*words):
@@ -28,41 +44,47 @@ def refused(capsys, *words) -> tuple[int, str]:
 
 
 def test_help_imports_neither_torch_nor_numpy():
-    code = ("import sys; from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-            "print([m for m in ('torch', 'numpy', 'rich', 'transformers') if m in sys.modules], file=sys.stderr)")
+    code = (
+        "import sys; from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'rich', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]" and "exit codes: 0 ok" in done.stdout
 
 
 def test_the_old_flags_mean_the_same():
     new = parse("gpt2_multi_cls", "amp_bf16", "--batch-size", "32", "--max-steps", "1000")
-    old = parse("--model_arch", "gpt2", "--task", "multi_cls", "--dtype_config", "amp_bf16", "--batch_size", "32",
-                "--max_steps", "1000")
+    old = parse(
+        "--model_arch", "gpt2", "--task", "multi_cls", "--dtype_config", "amp_bf16", "--batch_size", "32", "--max_steps", "1000"
+    )
     assert asked_case(new) == asked_case(old) and asked_config(new) == asked_config(old)
     assert arguments.request(new) == arguments.request(old)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["case", "gpt2_mult", "amp_fp16"], "unknown case 'gpt2_mult' (nearest: gpt2_multi_cls"),
-    (["case", "gpt2_clm", "amp_fp61"], "unknown dtype configuration 'amp_fp61' (nearest: amp_fp16"),
-    (["case", "gpt2_clm"], "one dtype configuration is needed; given: none; allowed: fp32_true"),
-    (["case", "gpt2_clm", "amp_fp16", "amp_bf16"], "given: amp_fp16, amp_bf16"),
-    (["case"], "no case: give CASE CONFIG"),
-    (["case", "--model_arch", "gpt2", "amp_fp16"], "--model_arch needs --task"),
-    (["case", "--model", "x", "amp_fp16"], "--model needs --task"),
-    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
-    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--max-steps", "-1"], "max_steps is -1"),
-    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--seq-len", "9999"], "seq_len 9999 is longer than the 512"),
-    (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--lr", "nan"], "lr is nan"),
-    (["case", "no_such.py:CASE", "amp_fp16"], "no file 'no_such.py'"),
-    (["matrix", "--cases", "gpt2_clmm", "--dry-run"], "unknown case 'gpt2_clmm'"),
-    (["matrix", "--preset", "tiny", "--jobs", "0", "--dry-run"], "jobs is 0"),
-    (["case", "gpt2_clm", "amp_fp16", "--task", "mlm"], "--task goes with --model"),
-    (["case", "--model", "x", "--model_arch", "gpt2", "--task", "clm", "amp_fp16"], "both name the model"),
-    (["matrix", "--cases", "gpt2_clm", "--task", "mlm"], "--task goes with --model"),
-    (["case", "mycase.py", "amp_fp16"], "the form is path/to/file.py:NAME"),
-    (["matrix", "--model", "x"], "--model goes with --task"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["case", "gpt2_mult", "amp_fp16"], "unknown case 'gpt2_mult' (nearest: gpt2_multi_cls"),
+        (["case", "gpt2_clm", "amp_fp61"], "unknown dtype configuration 'amp_fp61' (nearest: amp_fp16"),
+        (["case", "gpt2_clm"], "one dtype configuration is needed; given: none; allowed: fp32_true"),
+        (["case", "gpt2_clm", "amp_fp16", "amp_bf16"], "given: amp_fp16, amp_bf16"),
+        (["case"], "no case: give CASE CONFIG"),
+        (["case", "--model_arch", "gpt2", "amp_fp16"], "--model_arch needs --task"),
+        (["case", "--model", "x", "amp_fp16"], "--model needs --task"),
+        (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--max-steps", "-1"], "max_steps is -1"),
+        (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--seq-len", "9999"], "seq_len 9999 is longer than the 512"),
+        (["case", "gpt2_clm", "amp_fp16", "--preset", "tiny", "--lr", "nan"], "lr is nan"),
+        (["case", "no_such.py:CASE", "amp_fp16"], "no file 'no_such.py'"),
+        (["matrix", "--cases", "gpt2_clmm", "--dry-run"], "unknown case 'gpt2_clmm'"),
+        (["matrix", "--preset", "tiny", "--jobs", "0", "--dry-run"], "jobs is 0"),
+        (["case", "gpt2_clm", "amp_fp16", "--task", "mlm"], "--task goes with --model"),
+        (["case", "--model", "x", "--model_arch", "gpt2", "--task", "clm", "amp_fp16"], "both name the model"),
+        (["matrix", "--cases", "gpt2_clm", "--task", "mlm"], "--task goes with --model"),
+        (["case", "mycase.py", "amp_fp16"], "the form is path/to/file.py:NAME"),
+        (["matrix", "--model", "x"], "--model goes with --task"),
+    ],
+)
 def test_usage_errors_are_one_line_and_exit_2(capsys, words, message):
     code, line = refused(capsys, *words)
     assert code == 2 and message in line, line
@@ -74,8 +96,9 @@ def test_bad_data_exit_4_and_write_nothing(capsys, tmp_path):
     out = tmp_path / "out"
     code, line = refused(capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(broken), "--out", str(out))
     assert code == 4 and "mine.jsonl:2" in line and not out.exists()
-    code, line = refused(capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(tmp_path / "nothing"),
-                         "--out", str(out))
+    code, line = refused(
+        capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(tmp_path / "nothing"), "--out", str(out)
+    )
     assert code == 4 and "nothing" in line and not out.exists()
 
 
@@ -87,8 +110,9 @@ def test_an_unwritable_folder_exits_5(capsys, tmp_path):
 
 def test_an_unreachable_model_exits_5(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, line = refused(capsys, "case", "gpt2_clm", "fp32_true", *SMALL, "--weights", str(tmp_path / "none"),
-                         "--out", str(tmp_path / "out"))
+    code, line = refused(
+        capsys, "case", "gpt2_clm", "fp32_true", *SMALL, "--weights", str(tmp_path / "none"), "--out", str(tmp_path / "out")
+    )
     assert code == 5 and "--weights scratch" in line
 
 
@@ -111,8 +135,10 @@ def test_list_prints_every_id_and_json(capsys):
 
 def test_a_case_of_ones_own_runs_unchanged(capsys, tmp_path):
     own = tmp_path / "mycase.py"
-    own.write_text("from dataclasses import replace\nfrom bench_cases import CASES\n"
-                   "CASE = replace(CASES['gpt2_clm'], id='gpt2_clm_mine')\n")
+    own.write_text(
+        "from dataclasses import replace\nfrom bench_cases import CASES\n"
+        "CASE = replace(CASES['gpt2_clm'], id='gpt2_clm_mine')\n"
+    )
     assert main(["case", f"{own}:CASE", "fp32_true", *SMALL, "--json", "--out", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["case"] == "gpt2_clm_mine"
 
@@ -121,38 +147,103 @@ def test_a_case_of_ones_own_runs_unchanged(capsys, tmp_path):
 def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
     from transformers import DistilBertConfig, LlamaConfig, OPTConfig
 
-    {"llama": LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                          max_position_embeddings=32),
-     "opt": OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16,
-                      max_position_embeddings=32),
-     "distilbert": DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=32),
-     }[kind].save_pretrained(tmp_path / "model")
-    rows = [{"body": f"document {n} about {thing} and more words", "tags": [tag]}
-            for n in range(60) for thing, tag in [("ships", "sea") if n % 2 else ("trains", "land")]]
+    {
+        "llama": LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+        ),
+        "opt": OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            max_position_embeddings=32,
+        ),
+        "distilbert": DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=32),
+    }[kind].save_pretrained(tmp_path / "model")
+    rows = [
+        {"body": f"document {n} about {thing} and more words", "tags": [tag]}
+        for n in range(60)
+        for thing, tag in [("ships", "sea") if n % 2 else ("trains", "land")]
+    ]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for task in ("multi_cls", "single_cls", "mlm" if kind == "distilbert" else "clm"):
-        words = ["case", "--model", str(tmp_path / "model"), "--task", task, "--text-field", "body", "--label-field", "tags",
-                 "amp_bf16", *SMALL, "--data", str(mine), "--json", "--out", str(tmp_path / "out")]
+        words = [
+            "case",
+            "--model",
+            str(tmp_path / "model"),
+            "--task",
+            task,
+            "--text-field",
+            "body",
+            "--label-field",
+            "tags",
+            "amp_bf16",
+            *SMALL,
+            "--data",
+            str(mine),
+            "--json",
+            "--out",
+            str(tmp_path / "out"),
+        ]
         assert main(words) == 0, capsys.readouterr().err
         row = json.loads(capsys.readouterr().out)
         assert (row["case"], row["status"]) == (f"{kind}_{task}", "completed")
-    words = ["matrix", "--model", str(tmp_path / "model"), "--task", "single_cls", "--text-field", "body", "--label-field",
-             "tags", "--configs", "amp_bf16", *SMALL, "--data", str(mine), "--json", "--out", str(tmp_path / "out")]
+    words = [
+        "matrix",
+        "--model",
+        str(tmp_path / "model"),
+        "--task",
+        "single_cls",
+        "--text-field",
+        "body",
+        "--label-field",
+        "tags",
+        "--configs",
+        "amp_bf16",
+        *SMALL,
+        "--data",
+        str(mine),
+        "--json",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--rerun"]) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["status"] == "completed"
 
 
-@pytest.mark.parametrize("command", [["case", "gpt2_clm", "fp32_true"],
-                                     ["matrix", "--cases", "gpt2_clm", "--configs", "fp32_true"]])
+@pytest.mark.parametrize(
+    "command", [["case", "gpt2_clm", "fp32_true"], ["matrix", "--cases", "gpt2_clm", "--configs", "fp32_true"]]
+)
 def test_a_run_outlives_whoever_read_its_words(tmp_path, command):
     """`| head` ends neither a run nor a matrix: the row is that of a run to its end, and so is the exit status."""
     end, pipe = os.pipe()
     os.close(end)
-    sizes = ["--max-steps", "2", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--documents", "200",
-             "--validation-documents", "4", "--preset", "tiny", "--device", "cpu", "--json", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "harness", *command, *sizes], stdout=pipe, stderr=pipe, timeout=300,
-                          check=False)
+    sizes = [
+        "--max-steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--micro-batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--documents",
+        "200",
+        "--validation-documents",
+        "4",
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", *command, *sizes], stdout=pipe, stderr=pipe, timeout=300, check=False
+    )
     os.close(pipe)
     (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert (done.returncode, row["status"], row["steps_done"]) == (0, "completed", 2)
@@ -165,7 +256,8 @@ def test_the_lists_tables_fit_a_small_terminal(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     assert [line.split()[1:] for line in lines if line.startswith("gpt2_multi_cls ")] == [
-        ["C", "GPT-2", "multi-label", "BCE", "2e-3", "1e-4", "5e-5"]]
+        ["C", "GPT-2", "multi-label", "BCE", "2e-3", "1e-4", "5e-5"]
+    ]
     assert sum(line.endswith("5e-5") or line.endswith("3e-5") or line.endswith("1e-4") for line in lines) >= 8
 
 
@@ -185,7 +277,19 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monk
     """Behind the runs, which are kept."""
     monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
     (tmp_path / "file").write_text("mine")
-    code = main(["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "--out", str(tmp_path / "out"),
-                 "--svg", str(tmp_path / "file" / "x.svg")])
+    code = main(
+        [
+            "matrix",
+            *SMALL,
+            "--cases",
+            "gpt2_clm",
+            "--configs",
+            "fp32_true",
+            "--out",
+            str(tmp_path / "out"),
+            "--svg",
+            str(tmp_path / "file" / "x.svg"),
+        ]
+    )
     assert code == 5 and f"harness: cannot use {tmp_path / 'file'}" in capsys.readouterr().err.splitlines()[-1]
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1

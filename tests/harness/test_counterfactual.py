@@ -23,8 +23,17 @@ from instrument.log import read
 from instrument.records import RunRecord, StepRecord, decode, encode
 from instrument.replay.snapshot import Snapshot
 
-SMALL = {"preset": "tiny", "data": "embedded", "max_steps": 8, "batch_size": 4, "micro_batch": 2, "seq_len": 32,
-         "validation_documents": 4, "documents": 400, "threads": 1}
+SMALL = {
+    "preset": "tiny",
+    "data": "embedded",
+    "max_steps": 8,
+    "batch_size": 4,
+    "micro_batch": 2,
+    "seq_len": 32,
+    "validation_documents": 4,
+    "documents": 400,
+    "threads": 1,
+}
 
 
 def failed_run(out, case, config, **asked):
@@ -60,8 +69,12 @@ def test_an_epsilon_that_is_lost_is_confirmed_by_what_removes_it_and_by_nothing_
     trial = try_changes(run, ["all"])
     tried = {r.change: r for r in trial.remedies}
     assert trial.reproduced and trial.last_step == 8  # 20 steps, but the run has 8
-    assert {name: r.survives for name, r in tried.items()} == {"fp32_head": False, "eps": True, "fp32_states": True,
-                                                              "scaler": None}
+    assert {name: r.survives for name, r in tried.items()} == {
+        "fp32_head": False,
+        "eps": True,
+        "fp32_states": True,
+        "scaler": None,
+    }
     assert trial.confirmed_by == ["eps", "fp32_states"] and tried["eps"].confirms == "underflow_then_divide"
     assert tried["fp32_head"].failed_at == 1 and "underflow then divide in optimizer" in tried["fp32_head"].why
     assert "pytorch#74739" in tried["scaler"].why and tried["scaler"].steps == 0
@@ -143,10 +156,16 @@ def test_on_the_command_line(optimizer_failure, copied, capsys, monkeypatch):
     assert row["confirmed_by"] == ["eps"] and row["reproduced"] and row["remedies"][0]["survives"]
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["--try", "epss"], 2, "'epss' is no change"), (["--try", "fp32:transformer.h.9"], 2, "near: transformer.h."),
-    (["--steps", "2"], 2, "--steps goes with --try"), (["--try", "eps", "--steps", "0"], 2, "at least 1"),
-    (["--try", "eps", "--repro", "x.py"], 2, "give one of them")])
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--try", "epss"], 2, "'epss' is no change"),
+        (["--try", "fp32:transformer.h.9"], 2, "near: transformer.h."),
+        (["--steps", "2"], 2, "--steps goes with --try"),
+        (["--try", "eps", "--steps", "0"], 2, "at least 1"),
+        (["--try", "eps", "--repro", "x.py"], 2, "give one of them"),
+    ],
+)
 def test_wrong_commands_say_what_is_allowed(optimizer_failure, capsys, arguments, code, words):
     assert main(["inspect", optimizer_failure.name, "--out", str(optimizer_failure.parent.parent), *arguments]) == code
     error = capsys.readouterr().err

@@ -33,32 +33,42 @@ def behind(outer: Exception, inner: Exception) -> Exception:
         return error
 
 
-@pytest.mark.parametrize(("error", "status", "cause"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "oom", "cuda_oom"),
-    (torch.AcceleratorError("CUDA error: out of memory"), "oom", "cuda_oom"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", "cuda_oom"),
-    (MemoryError(), "oom", "host_oom"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "oom", "host_oom"),
-    (OSError(12, "Cannot allocate memory"), "oom", "host_oom"),
-    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "error", "illegal_access"),
-    (RuntimeError("CUDA error: misaligned address"), "error", "illegal_access"),
-    (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error", "poisoned_context"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "error", "poisoned_context"),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "error", "poisoned_context"),
-    (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), "error", "device_error"),
-    (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), "error", "device_error"),
-    (ModuleNotFoundError("No module named 'x'"), "error", "import_failure"),
-    (OSError("libcudart.so.13: cannot open shared object file: No such file or directory"), "error", "import_failure"),
-    (DataError("x.jsonl:3: not JSON"), "error", "bad_data"),
-    (DataUnavailable("no network"), "error", "bad_data"),
-    (SystemExit(4), "error", "exit"),
-    (ZeroDivisionError("division by zero"), "error", "exception"),
-    (ValueError("the file says: CUDA out of memory"), "error", "exception"),  # quoted, not met
-    (behind(ModelError("cannot be trained"), MemoryError("x")), "oom", "host_oom"),
-    (behind(RuntimeError("clean-up failed"), torch.AcceleratorError("CUDA error: an illegal memory access")), "error",
-     "illegal_access"),
-    (behind(KeyError("instead"), MemoryError()), "error", "exception"),  # raised "from None": the first is disowned
-])
+@pytest.mark.parametrize(
+    ("error", "status", "cause"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "oom", "cuda_oom"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "oom", "cuda_oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", "cuda_oom"),
+        (MemoryError(), "oom", "host_oom"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "oom", "host_oom"),
+        (OSError(12, "Cannot allocate memory"), "oom", "host_oom"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "error", "illegal_access"),
+        (RuntimeError("CUDA error: misaligned address"), "error", "illegal_access"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error", "poisoned_context"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "error", "poisoned_context"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "error", "poisoned_context"),
+        (
+            torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+            "error",
+            "device_error",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), "error", "device_error"),
+        (ModuleNotFoundError("No module named 'x'"), "error", "import_failure"),
+        (OSError("libcudart.so.13: cannot open shared object file: No such file or directory"), "error", "import_failure"),
+        (DataError("x.jsonl:3: not JSON"), "error", "bad_data"),
+        (DataUnavailable("no network"), "error", "bad_data"),
+        (SystemExit(4), "error", "exit"),
+        (ZeroDivisionError("division by zero"), "error", "exception"),
+        (ValueError("the file says: CUDA out of memory"), "error", "exception"),  # quoted, not met
+        (behind(ModelError("cannot be trained"), MemoryError("x")), "oom", "host_oom"),
+        (
+            behind(RuntimeError("clean-up failed"), torch.AcceleratorError("CUDA error: an illegal memory access")),
+            "error",
+            "illegal_access",
+        ),
+        (behind(KeyError("instead"), MemoryError()), "error", "exception"),  # raised "from None": the first is disowned
+    ],
+)
 def test_an_exception_has_the_cause_of_the_first_that_has_one(error, status, cause):
     death = of_exception(error, step=3)
     assert (death.status, death.cause, death.flags["death"]["step"]) == (status, cause, 3)
@@ -91,13 +101,19 @@ def test_a_crash_says_where_python_was(name):
     assert death.stack == STACK
 
 
-@pytest.mark.parametrize(("words", "cause"), [
-    ("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n", "host_oom"),
-    ("terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: an illegal memory access "
-     "was encountered\n", "illegal_access"),
-    ("terminate called after throwing an instance of 'std::logic_error'\n  what():  a bug\n", "segfault"),
-    ("earlier a library wrote: illegal memory access\n", "segfault"),
-])
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        ("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n", "host_oom"),
+        (
+            "terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: an illegal memory access "
+            "was encountered\n",
+            "illegal_access",
+        ),
+        ("terminate called after throwing an instance of 'std::logic_error'\n  what():  a bug\n", "segfault"),
+        ("earlier a library wrote: illegal memory access\n", "segfault"),
+    ],
+)
 def test_an_abort_has_the_cause_that_cpp_named(words, cause):
     assert of_exit(-signal.SIGABRT, Evidence(output="a warning\n" + words)).cause == cause
 

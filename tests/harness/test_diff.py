@@ -24,8 +24,16 @@ from harness.settings import Request
 from instrument.records import RunRecord, StepRecord, decode, encode
 from instrument.watch.module_log import ModuleRecord
 
-SMALL = {"preset": "tiny", "data": "embedded", "batch_size": 4, "micro_batch": 2, "seq_len": 32, "validation_documents": 4,
-         "documents": 400, "max_steps": 12}
+SMALL = {
+    "preset": "tiny",
+    "data": "embedded",
+    "batch_size": 4,
+    "micro_batch": 2,
+    "seq_len": 32,
+    "validation_documents": 4,
+    "documents": 400,
+    "max_steps": 12,
+}
 
 
 def ran(out, config, seed=0, case="gpt2_clm", **asked):
@@ -37,8 +45,12 @@ def ran(out, config, seed=0, case="gpt2_clm", **asked):
 def results(tmp_path_factory):
     """Runs of one case; name -> path of the run's folder."""
     out, again = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("again")
-    return {"fp32": out / "runs" / ran(out, "fp32_true"), "bf16": out / "runs" / ran(out, "amp_bf16"),
-            "seed 1": out / "runs" / ran(out, "fp32_true", seed=1), "again": again / "runs" / ran(again, "fp32_true")}
+    return {
+        "fp32": out / "runs" / ran(out, "fp32_true"),
+        "bf16": out / "runs" / ran(out, "amp_bf16"),
+        "seed 1": out / "runs" / ran(out, "fp32_true", seed=1),
+        "again": again / "runs" / ran(again, "fp32_true"),
+    }
 
 
 def compared(a, b):
@@ -55,12 +67,16 @@ def lines_of(found, width=80):
 def spoiled(results, tmp_path):
     """``spoiled(steps=..., modules=..., record=...)``: a copy of the fp32 run with every record of a kind passed
     through a function."""
+
     def make(steps=None, modules=None, record=None):
         folder = results["fp32"]
         out = shutil.copytree(folder.parent.parent, tmp_path / "spoiled", dirs_exist_ok=True)
         copy = out / "runs" / folder.name
-        for path, kind, change in ((out / "training_logs" / f"run_{folder.name}.jsonl", StepRecord, steps),
-                                   (copy / "activations.jsonl", ModuleRecord, modules), (copy / "run.json", RunRecord, record)):
+        for path, kind, change in (
+            (out / "training_logs" / f"run_{folder.name}.jsonl", StepRecord, steps),
+            (copy / "activations.jsonl", ModuleRecord, modules),
+            (copy / "run.json", RunRecord, record),
+        ):
             if change is not None:
                 lines = path.read_bytes().splitlines()
                 path.write_bytes(b"".join(encode(change(decode(line, kind))) + b"\n" for line in lines))
@@ -71,6 +87,7 @@ def spoiled(results, tmp_path):
 
 def replaced(when, **changes):
     """A function that changes the records for which ``when`` holds; a change is a value or a function of the old one."""
+
     def change(record):
         if not when(record):
             return record
@@ -135,9 +152,16 @@ def test_the_first_module_is_the_first_of_the_model(results, spoiled):
 
 def test_windows_of_unequal_length_are_compared_where_they_can_be(results, spoiled):
     """A run that failed early has short windows."""
+
     def cut(factor):
-        return spoiled(modules=replaced(lambda m: m.first_step == 1 and m.step > 6 and m.direction == "fwd",
-                                        step=6, absmax_step=lambda s: min(s, 6), absmax=lambda x: x * factor))
+        return spoiled(
+            modules=replaced(
+                lambda m: m.first_step == 1 and m.step > 6 and m.direction == "fwd",
+                step=6,
+                absmax_step=lambda s: min(s, 6),
+                absmax=lambda x: x * factor,
+            )
+        )
 
     surpassed = compared(results["fp32"], cut(2.0))["first_module_beyond_rounding"]
     assert surpassed["relative"] == pytest.approx(0.5) and (surpassed["first_step"], surpassed["step"]) == (1, 6)
@@ -161,10 +185,23 @@ def test_two_dtypes_part_and_the_coarser_sets_the_rule(results):
     assert {row["name"] for row in found["settings"]} >= {"dtype_config", "config.compute", "config.head"}
 
 
-@pytest.mark.parametrize(("x", "y", "apart"), [
-    (1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (1.0, 2.0, 0.5), (2.0, 1.0, 0.5), (-1.0, 1.0, 2.0), (0.0, 5e-324, 1.0), (None, None, 0.0),
-    (None, 1.0, math.inf), (math.nan, math.nan, 0.0), (math.inf, math.inf, 0.0), (math.inf, -math.inf, math.inf),
-    (math.nan, 1.0, math.inf)])
+@pytest.mark.parametrize(
+    ("x", "y", "apart"),
+    [
+        (1.0, 1.0, 0.0),
+        (0.0, 0.0, 0.0),
+        (1.0, 2.0, 0.5),
+        (2.0, 1.0, 0.5),
+        (-1.0, 1.0, 2.0),
+        (0.0, 5e-324, 1.0),
+        (None, None, 0.0),
+        (None, 1.0, math.inf),
+        (math.nan, math.nan, 0.0),
+        (math.inf, math.inf, 0.0),
+        (math.inf, -math.inf, math.inf),
+        (math.nan, 1.0, math.inf),
+    ],
+)
 def test_relative_difference(x, y, apart):
     assert relative(x, y) == relative(y, x) == apart
 
@@ -304,5 +341,16 @@ def test_json_is_strict_and_whole(results, spoiled, capsys):
 
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert found["first_beyond_rounding"]["fields"][0]["b"] == "inf"
-    assert {"settings", "environment", "first_difference", "first_module_beyond_rounding", "loss", "speed", "time_by_kernel",
-            "memory", "outcome", "paired", "no_difference"} <= set(found)
+    assert {
+        "settings",
+        "environment",
+        "first_difference",
+        "first_module_beyond_rounding",
+        "loss",
+        "speed",
+        "time_by_kernel",
+        "memory",
+        "outcome",
+        "paired",
+        "no_difference",
+    } <= set(found)

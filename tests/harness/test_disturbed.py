@@ -24,12 +24,20 @@ class Nvml:
     def __init__(self, reasons: int, others: int) -> None:
         here = [SimpleNamespace(pid=pid, usedGpuMemory=1 << 30) for pid in (os.getpid(), *range(1, others + 1))]
         self.answers = {
-            "nvmlDeviceGetHandleByUUID": "handle", "nvmlDeviceGetPowerUsage": 200_000, "nvmlDeviceGetTemperature": 93,
-            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40), "nvmlDeviceGetClockInfo": 1980,
+            "nvmlDeviceGetHandleByUUID": "handle",
+            "nvmlDeviceGetPowerUsage": 200_000,
+            "nvmlDeviceGetTemperature": 93,
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
+            "nvmlDeviceGetClockInfo": 1980,
             "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=90, memory=30),
-            "nvmlDeviceGetTotalEnergyConsumption": 200_000, "nvmlDeviceIsMigDeviceHandle": 0,
-            "nvmlDeviceGetCurrentClocksEventReasons": reasons, "nvmlDeviceGetGraphicsRunningProcesses": [],
-            "nvmlDeviceGetComputeRunningProcesses": here, "nvmlInit": None, "nvmlShutdown": None}
+            "nvmlDeviceGetTotalEnergyConsumption": 200_000,
+            "nvmlDeviceIsMigDeviceHandle": 0,
+            "nvmlDeviceGetCurrentClocksEventReasons": reasons,
+            "nvmlDeviceGetGraphicsRunningProcesses": [],
+            "nvmlDeviceGetComputeRunningProcesses": here,
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+        }
 
     def __getattr__(self, name):
         if name in self.answers:
@@ -37,9 +45,15 @@ class Nvml:
         raise AttributeError(name)
 
 
-@pytest.mark.parametrize(("reasons", "others", "throttled", "contended"), [
-    (SW_POWER_CAP, 0, False, False), (SW_THERMAL | HW_THERMAL, 0, True, False), (SW_POWER_CAP, 2, False, True),
-    (HW_THERMAL, 1, True, True)])
+@pytest.mark.parametrize(
+    ("reasons", "others", "throttled", "contended"),
+    [
+        (SW_POWER_CAP, 0, False, False),
+        (SW_THERMAL | HW_THERMAL, 0, True, False),
+        (SW_POWER_CAP, 2, False, True),
+        (HW_THERMAL, 1, True, True),
+    ],
+)
 def test_a_row_has_one_flag_for_heat_and_one_for_company(plan, tmp_path, monkeypatch, reasons, others, throttled, contended):
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(reasons, others))
     monkeypatch.setattr(instruments, "_gpu_uuid", lambda device: "GPU-a")

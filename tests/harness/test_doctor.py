@@ -35,14 +35,23 @@ class FakeNvml:
     def __getattr__(self, name):
         if not name.startswith("nvml"):
             raise AttributeError(name)
-        answers = {"nvmlInit": None, "nvmlShutdown": None, "nvmlSystemGetDriverVersion": b"580.1",
-                   "nvmlSystemGetCudaDriverVersion_v2": 13000, "nvmlDeviceGetCount": 1,
-                   "nvmlDeviceGetHandleByUUID": "handle",
-                   "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
-                   "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=7, usedGpuMemory=30),
-                                                            SimpleNamespace(pid=9, usedGpuMemory=None)],
-                   "nvmlDeviceGetGraphicsRunningProcesses": [], "nvmlDeviceGetPowerManagementLimit": 700_000,
-                   "nvmlDeviceGetMigMode": (0, 0), "nvmlDeviceGetComputeMode": 3}
+        answers = {
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+            "nvmlSystemGetDriverVersion": b"580.1",
+            "nvmlSystemGetCudaDriverVersion_v2": 13000,
+            "nvmlDeviceGetCount": 1,
+            "nvmlDeviceGetHandleByUUID": "handle",
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
+            "nvmlDeviceGetComputeRunningProcesses": [
+                SimpleNamespace(pid=7, usedGpuMemory=30),
+                SimpleNamespace(pid=9, usedGpuMemory=None),
+            ],
+            "nvmlDeviceGetGraphicsRunningProcesses": [],
+            "nvmlDeviceGetPowerManagementLimit": 700_000,
+            "nvmlDeviceGetMigMode": (0, 0),
+            "nvmlDeviceGetComputeMode": 3,
+        }
 
         def call(*_):
             if name in self.missing:
@@ -57,8 +66,11 @@ def pretend_h200(monkeypatch, nvml):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=100, uuid="abc"))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=100, uuid="abc"),
+    )
 
 
 def test_a_cpu_machine_is_described_with_reasons(findings):
@@ -103,7 +115,7 @@ def test_products_of_a_broken_device_are_reasons_not_crashes(monkeypatch):
 def test_a_gpu_is_described_by_name_and_by_nvml(monkeypatch, findings):
     pretend_h200(monkeypatch, FakeNvml())
     with Nvml() as nvml:
-        gpu, = doctor_device.gpus(nvml)
+        (gpu,) = doctor_device.gpus(nvml)
         driver = nvml.driver()
     assert driver == {"version": "580.1", "cuda": "13.0", "gpu_count": 1, "unknown": {}}
     assert (gpu["card"], gpu["reference_card"], gpu["has_code"]) == ("H200 SXM", False, True)
@@ -123,8 +135,9 @@ def test_an_nvml_call_that_fails_is_null_with_its_reason(monkeypatch):
     assert facts["unknown"]["processes"] == "NVML: Not Supported"
 
 
-@pytest.mark.parametrize(("nvml", "reason"), [(FakeNvml(missing=["nvmlInit"]), "NVML: Not Supported"),
-                                              (None, "nvidia-ml-py is not installed")])
+@pytest.mark.parametrize(
+    ("nvml", "reason"), [(FakeNvml(missing=["nvmlInit"]), "NVML: Not Supported"), (None, "nvidia-ml-py is not installed")]
+)
 def test_without_nvml_everything_is_null_with_the_same_reason(monkeypatch, nvml, reason):
     monkeypatch.setitem(sys.modules, "pynvml", nvml)  # None makes the import fail
     with Nvml() as opened:
@@ -156,9 +169,18 @@ def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path):
     assert not doctor_host.disk(tmp_path / "file")["writable"]
 
 
-@pytest.mark.parametrize(("capability", "built_for", "runs"), [
-    ((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False), ((9, 0), ["sm_80"], False), ((12, 0), ["compute_90"], True),
-    ((9, 0), ["sm_90a"], True), ((10, 0), ["sm_90a", "compute_90a"], False), ((8, 9), [], False)])
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((8, 6), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((12, 0), ["compute_90"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a", "compute_90a"], False),
+        ((8, 9), [], False),
+    ],
+)
 def test_which_cards_a_build_has_code_for(capability, built_for, runs):
     assert doctor_device.has_code_for(capability, built_for) is runs
 
@@ -169,9 +191,15 @@ def test_the_projects_own_constraints_are_found():
 
 
 HERE = {"cpu": "AMD EPYC", "gpu": None, "python": "3.11"}
-RATES = {"date": "2026-01-01T00:00:00+00:00", "matmul": [
-    {"dtype": "fp32", "threads": 1, "flops_per_s": 100.0}, {"dtype": "bf16", "threads": 1, "flops_per_s": 400.0},
-    {"dtype": "fp32", "threads": 8, "flops_per_s": 700.0}], "copy": []}
+RATES = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "matmul": [
+        {"dtype": "fp32", "threads": 1, "flops_per_s": 100.0},
+        {"dtype": "bf16", "threads": 1, "flops_per_s": 400.0},
+        {"dtype": "fp32", "threads": 8, "flops_per_s": 700.0},
+    ],
+    "copy": [],
+}
 
 
 def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatch):
@@ -182,7 +210,8 @@ def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatc
     found = doctor_measure.measure(torch.device("cpu"))
     assert torch.get_num_threads() == before and 0 <= found["cpu_busy_before_frac"] <= 1
     assert {(row["dtype"], row["threads"]) for row in found["matmul"]} == {
-        (dtype, threads) for dtype in ("fp32", "bf16", "fp16") for threads in {1, before}}
+        (dtype, threads) for dtype in ("fp32", "bf16", "fp16") for threads in {1, before}
+    }
     for row in found["matmul"]:
         assert row["samples"] >= doctor_measure.AT_LEAST and row["size"] in (64, 128)
         assert 1e6 < row["p10_flops_per_s"] <= row["flops_per_s"] <= row["p90_flops_per_s"] < 1e15
@@ -237,8 +266,10 @@ def test_rates_measured_beside_other_work_say_that_they_are_too_low(tmp_path):
 def test_rates_that_do_not_hold_here_are_refused_with_the_reason(tmp_path):
     assert "doctor --measure" in rates_measured_here(tmp_path, HERE, 1)[1]
     merge_measured(tmp_path, HERE, RATES)
-    assert rates_measured_here(tmp_path, HERE, 4) == \
-        (None, "rates were measured on 1 and 8 CPU threads, and this run uses 4 CPU threads")
+    assert rates_measured_here(tmp_path, HERE, 4) == (
+        None,
+        "rates were measured on 1 and 8 CPU threads, and this run uses 4 CPU threads",
+    )
     assert "this run uses the GPU" in rates_measured_here(tmp_path, HERE, None)[1]
     other = HERE | {"gpu": "NVIDIA H200"}
     assert "gpu none, and this one has NVIDIA H200" in rates_measured_here(tmp_path, other, None)[1]
@@ -251,12 +282,21 @@ def test_rates_that_do_not_hold_here_are_refused_with_the_reason(tmp_path):
 
 
 def test_doctor_measure_writes_the_file_and_says_so(findings, monkeypatch, tmp_path, capsys):
-    row = {"dtype": "fp16", "threads": 1, "flops_per_s": 1.5e11, "p10_flops_per_s": 1.4e11, "p90_flops_per_s": 1.6e11,
-           "samples": 9, "size": 512, "how": "fp32, rounded once to fp16"}
+    row = {
+        "dtype": "fp16",
+        "threads": 1,
+        "flops_per_s": 1.5e11,
+        "p10_flops_per_s": 1.4e11,
+        "p90_flops_per_s": 1.6e11,
+        "samples": 9,
+        "size": 512,
+        "how": "fp32, rounded once to fp16",
+    }
     copy = {"threads": 1, "bytes_per_s": 3e10, "p10_bytes_per_s": 2e10, "p90_bytes_per_s": 4e10, "samples": 9}
     monkeypatch.setattr(doctor, "examine", lambda out: dict(findings))
-    monkeypatch.setattr(doctor_measure, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row],
-                                                                    "copy": [copy]})
+    monkeypatch.setattr(
+        doctor_measure, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row], "copy": [copy]}
+    )
     assert doctor.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["measured"]["matmul"] == [row]

@@ -140,5 +140,9 @@ def test_hub_data_are_not_downloaded_and_said_to_be_assumed(plan):
 
     settings = replace(plan("roberta_multi_cls", "fp32_true"), data="hub")
     facts = data_facts(settings)
-    assert facts.as_row() == {"vocabulary": 50_265, "padded_vocabulary": 50_304, "outputs": 100,
-                              "shape_source": "assumed: a dry run downloads nothing"}
+    assert facts.as_row() == {
+        "vocabulary": 50_265,
+        "padded_vocabulary": 50_304,
+        "outputs": 100,
+        "shape_source": "assumed: a dry run downloads nothing",
+    }

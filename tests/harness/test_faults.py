@@ -36,8 +36,10 @@ def test_every_way_to_hang_is_noticed_and_ended_and_the_next_run_is_bit_for_bit_
     template = planned("exception", 0, tmp_path)[1]
     runs = [replace(template, case=case_with(plant)) for plant in plants]
     rules = Rules(**{**HANG_RULES, "starting_factor": 30.0})  # nothing hangs before its third step
-    rows = {ended.settings.case.id: ended.record
-            for ended in Pool([*runs, healthy], tmp_path, jobs=4, rules=rules).run(lambda: None, 0.1)}
+    rows = {
+        ended.settings.case.id: ended.record
+        for ended in Pool([*runs, healthy], tmp_path, jobs=4, rules=rules).run(lambda: None, 0.1)
+    }
     assert rows["gpt2_clm"].final_weights_sha256 == alone.final_weights_sha256 is not None
     for kind in kinds:
         row = rows[f"gpt2_clm_{kind}"]

@@ -130,8 +130,16 @@ class PlantedTrials:
             return Trial(settings.batch_size, "crashed", "killed by SIGSEGV")
         if settings.batch_size > self.rows[settings.config.id]:
             return Trial(settings.batch_size, "oom", "OutOfMemoryError: CUDA out of memory")
-        rate = {"tokens_per_s": 2000.0 * settings.batch_size, "real_tokens_per_s": 1000.0 * settings.batch_size, "step_s": 0.1,
-                "timed_steps": 5} if timed else {}
+        rate = (
+            {
+                "tokens_per_s": 2000.0 * settings.batch_size,
+                "real_tokens_per_s": 1000.0 * settings.batch_size,
+                "step_s": 0.1,
+                "timed_steps": 5,
+            }
+            if timed
+            else {}
+        )
         return Trial(settings.batch_size, "fits", peak_bytes=GB * settings.batch_size, **rate)
 
 
@@ -146,8 +154,9 @@ def trials(monkeypatch):
 
 
 def fit(tmp_path, *more):
-    return main(["fit", "gpt2_clm", "--preset", "tiny", "--data", "embedded", "--memory-limit", "140", "--out", str(tmp_path),
-                 *more])
+    return main(
+        ["fit", "gpt2_clm", "--preset", "tiny", "--data", "embedded", "--memory-limit", "140", "--out", str(tmp_path), *more]
+    )
 
 
 def test_the_command(tmp_path, trials, capsys):
@@ -182,18 +191,46 @@ def test_the_command(tmp_path, trials, capsys):
 
 def wide_row(config, **found):
     """A row of the table, of a card with room for very much."""
-    return {"config": config, "status": "found", "largest_batch": 1_760, "within_rows": 160, "peak_bytes": 133 * GB,
-            "tokens_per_s": 1_234_567.0, "real_tokens_per_s": 912_345.0, "at_32": {"real_tokens_per_s": 801_234.0},
-            "limited_by": None, "cost_per_1e9_real_tokens": 12.34, "cost_per_1e9_real_tokens_at_32": 14.05} | found
+    return {
+        "config": config,
+        "status": "found",
+        "largest_batch": 1_760,
+        "within_rows": 160,
+        "peak_bytes": 133 * GB,
+        "tokens_per_s": 1_234_567.0,
+        "real_tokens_per_s": 912_345.0,
+        "at_32": {"real_tokens_per_s": 801_234.0},
+        "limited_by": None,
+        "cost_per_1e9_real_tokens": 12.34,
+        "cost_per_1e9_real_tokens_at_32": 14.05,
+    } | found
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_is_whole_on_a_small_terminal(monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    nothing = dict.fromkeys(("largest_batch", "within_rows", "peak_bytes", "tokens_per_s", "real_tokens_per_s", "at_32",
-                             "cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32"))
-    table("gpt2_multi_cls", [wide_row("fp16_naive_fp32_states"), wide_row("bf16_pure", status="at_least"),
-                             wide_row("amp_fp16", within_rows=1), wide_row("fp32_true", status="none_fits", **nothing)], 3.5)
+    nothing = dict.fromkeys(
+        (
+            "largest_batch",
+            "within_rows",
+            "peak_bytes",
+            "tokens_per_s",
+            "real_tokens_per_s",
+            "at_32",
+            "cost_per_1e9_real_tokens",
+            "cost_per_1e9_real_tokens_at_32",
+        )
+    )
+    table(
+        "gpt2_multi_cls",
+        [
+            wide_row("fp16_naive_fp32_states"),
+            wide_row("bf16_pure", status="at_least"),
+            wide_row("amp_fp16", within_rows=1),
+            wide_row("fp32_true", status="none_fits", **nothing),
+        ],
+        3.5,
+    )
     lines = capsys.readouterr().err.splitlines()
     assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
     cells = {line.split()[0]: line.split()[1:] for line in lines if "_" in line}
@@ -219,13 +256,42 @@ def test_a_batch_that_does_not_fit_twice_is_none(tmp_path, trials, monkeypatch, 
 
 
 def test_on_a_cpu_it_is_unsupported_but_as_a_dry_run(tmp_path, capsys):
-    small = ("--preset", "tiny", "--data", "embedded", "--documents", "400", "--seq-len", "32", "--device", "cpu", "--json",
-             "--out", str(tmp_path))
+    small = (
+        "--preset",
+        "tiny",
+        "--data",
+        "embedded",
+        "--documents",
+        "400",
+        "--seq-len",
+        "32",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        str(tmp_path),
+    )
     assert main(["fit", "gpt2_clm", "--configs", "fp32_true", *small]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["status"] == "unsupported" and "a CPU has no memory of its own" in row["limited_by"]
-    assert main(["fit", "gpt2_clm", "--configs", "fp32_true", "bf16_pure", "--dry-run", "--memory-limit", "2", "--most", "2000",
-                 *small]) == 0
+    assert (
+        main(
+            [
+                "fit",
+                "gpt2_clm",
+                "--configs",
+                "fp32_true",
+                "bf16_pure",
+                "--dry-run",
+                "--memory-limit",
+                "2",
+                "--most",
+                "2000",
+                *small,
+            ]
+        )
+        == 0
+    )
     rows = {row["config"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert rows["fp32_true"]["largest_batch"] < rows["bf16_pure"]["largest_batch"] and rows["fp32_true"]["dry_run"]
     assert rows["fp32_true"]["peak_bytes"] <= 2 * GB and "the memory model" in rows["fp32_true"]["limited_by"]

@@ -31,8 +31,14 @@ CPU = torch.device("cpu")
 
 
 def sized(case, preset, config="fp32_true", **asked):
-    return resolve(CASES[case], DTYPE_CONFIGS[config], 0, Request(preset=preset, data="hub", weights="scratch", **asked),
-                   device="cpu", data_fingerprint="")
+    return resolve(
+        CASES[case],
+        DTYPE_CONFIGS[config],
+        0,
+        Request(preset=preset, data="hub", weights="scratch", **asked),
+        device="cpu",
+        data_fingerprint="",
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -111,8 +117,9 @@ def test_the_declared_dtypes_are_those_that_autocast_gives(plan, case, config):
     finally:
         precision.close()
     columns = meaningful_outputs(facts.request) if facts.request.outputs else facts.as_row()["padded_vocabulary"]
-    assert seen.flops == step_flops(model, settings.case, settings.config, attention=precision.attention, outputs=columns,
-                                    seq_len=32).of(4, 32)
+    assert seen.flops == step_flops(
+        model, settings.case, settings.config, attention=precision.attention, outputs=columns, seq_len=32
+    ).of(4, 32)
 
 
 def test_the_command_prints_a_table_and_its_numbers(capsys, monkeypatch):
@@ -141,15 +148,21 @@ def test_groups_hold_what_the_modules_hold():
         assert sum(group[name] for group in merged) == sum(row[name] for row in products)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["gpt2_clmm"], "unknown case 'gpt2_clmm'"), ([], "given: none"), (["gpt2_clm", "amp_bf16"], "goes with --config"),
-    (["gpt2_clm", "--config", "nope"], "unknown dtype configuration 'nope'"),
-    (["gpt2_clm", "--preset", "tiny", "--seq-len", "9999"], "seq_len 9999 is longer"),
-    (["gpt2_clm", "--preset", "tiny", "--batch-size", "0"], "batch_size is 0"),
-    (["gpt2_clm", "--model", "x", "--task", "clm"], "beside the model")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpt2_clmm"], "unknown case 'gpt2_clmm'"),
+        ([], "given: none"),
+        (["gpt2_clm", "amp_bf16"], "goes with --config"),
+        (["gpt2_clm", "--config", "nope"], "unknown dtype configuration 'nope'"),
+        (["gpt2_clm", "--preset", "tiny", "--seq-len", "9999"], "seq_len 9999 is longer"),
+        (["gpt2_clm", "--preset", "tiny", "--batch-size", "0"], "batch_size is 0"),
+        (["gpt2_clm", "--model", "x", "--task", "clm"], "beside the model"),
+    ],
+)
 def test_a_wrong_command_gets_one_clear_line(capsys, words, message):
     assert main(["flops", *words]) == 2
-    line, = capsys.readouterr().err.strip().splitlines()
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
 
 
@@ -161,10 +174,35 @@ def own_model(tmp_path, **config):
 
 
 def test_a_model_from_outside_is_counted(capsys, tmp_path):
-    folder = own_model(tmp_path, model_type="opt", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48,
-                       max_position_embeddings=64, vocab_size=500, word_embed_proj_dim=32)
-    code = main(["flops", "--model", folder, "--task", "multi_cls", "--preset", "tiny", "--data", "embedded",
-                 "--batch-size", "2", "--seq-len", "16", "--json"])
+    folder = own_model(
+        tmp_path,
+        model_type="opt",
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=48,
+        max_position_embeddings=64,
+        vocab_size=500,
+        word_embed_proj_dim=32,
+    )
+    code = main(
+        [
+            "flops",
+            "--model",
+            folder,
+            "--task",
+            "multi_cls",
+            "--preset",
+            "tiny",
+            "--data",
+            "embedded",
+            "--batch-size",
+            "2",
+            "--seq-len",
+            "16",
+            "--json",
+        ]
+    )
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert code == 0 and found["closed_form_flops"] is None and "no closed form" in printed.err
@@ -185,8 +223,14 @@ def test_a_runs_steps_get_their_figures(plan, tmp_path, case, config):
     model = precision.prepare(model)
     optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=0.0, seed=0)
     meter = StepMeter(model, optimizer, CPU, window=1, micro_batches=2, warmup_steps=1)
-    options = LoopOptions(max_steps=3, warmup_steps=1, micro_batch=2, peak_lr=1e-3, max_norm=1.0,
-                          valid_vocab=data.valid_vocab if case == "gpt2_clm" else None)
+    options = LoopOptions(
+        max_steps=3,
+        warmup_steps=1,
+        micro_batch=2,
+        peak_lr=1e-3,
+        max_norm=1.0,
+        valid_vocab=data.valid_vocab if case == "gpt2_clm" else None,
+    )
     readings = list(train(settings.case, model, optimizer, batches, precision, meter, options))
     filled = [run.fill(record, batches.step(record.step).lengths.tolist()) for reading in readings for record in reading.steps]
     precision.close()
@@ -198,7 +242,8 @@ def test_a_runs_steps_get_their_figures(plan, tmp_path, case, config):
     summary = run.summary(filled, untimed_steps=1)
     assert summary["flops_per_step"] == round(sum(record.flops for record in filled) / 3)
     assert summary["mfu_measured_peak"] == pytest.approx(
-        sum(r.flops for r in filled[1:]) / sum(r.step_time_s for r in filled[1:]) / 1e11)
+        sum(r.flops for r in filled[1:]) / sum(r.step_time_s for r in filled[1:]) / 1e11
+    )
     assert run.flags()["flops"]["source"] == "closed form" and "CPU" in run.flags()["flops"]["datasheet_unknown"]
 
 
@@ -208,6 +253,7 @@ def test_a_run_of_an_uncountable_model_has_null_and_the_reason(plan, tmp_path, m
 
     settings = plan("gpt2_clm", "fp32_true")
     monkeypatch.setattr("harness.flops.for_run.step_flops", refuse)
-    run = utilisation(settings, torch.nn.Linear(1, 1), data_facts(settings).request, capture(CPU), tmp_path,
-                      attention="math", threads=1)
+    run = utilisation(
+        settings, torch.nn.Linear(1, 1), data_facts(settings).request, capture(CPU), tmp_path, attention="math", threads=1
+    )
     assert run.step_flops is None and run.missing() == {"not_counted": "the op own.scan has no FLOP formula"}

@@ -26,7 +26,13 @@ def test_fp16_adamw_is_told_from_overflow(plan, tmp_path):
     first = record.first_nonfinite
     assert found.matched and found.first_nonfinite == first and record.error == found.sentence
     assert (first.step, first.phase, first.op, first.tensor, first.source_tensor, first.cause) == (
-        1, "optimizer", "aten._foreach_addcdiv_", "param", "exp_avg_sq", "underflow_then_divide")
+        1,
+        "optimizer",
+        "aten._foreach_addcdiv_",
+        "param",
+        "exp_avg_sq",
+        "underflow_then_divide",
+    )
     assert "its denominator from exp_avg_sq underflowed to 0" in found.sentence and "nothing overflowed" in found.sentence
     assert found.output.zero_denominators == found.output.nonfinite
     (here,) = [kernel for kernel in found.kernels if kernel.here]
@@ -92,7 +98,10 @@ def test_off_writes_neither_modules_nor_hardware_nor_a_replay(plan, tmp_path):
     record = execute(settings, tmp_path)
     assert record.status == "diverged" and record.first_nonfinite.replay is None and record.first_nonfinite.op is None
     assert sorted(p.name for p in (tmp_path / "runs" / settings.run_id).iterdir()) == [
-        "evaluations.jsonl", "events.jsonl", "run.json"]
+        "evaluations.jsonl",
+        "events.jsonl",
+        "run.json",
+    ]
 
 
 def test_the_sampler_is_told_where_timing_begins_and_ends_and_not_every_step(plan, tmp_path, monkeypatch):

@@ -17,9 +17,12 @@ def test_a_product_is_the_exact_one_within_fp32_accumulation_and_one_rounding(m,
     exact = left.double() @ right.double()
     bound = 2.0**-11 * exact.abs() + k * 2.0**-24 * (left.double().abs() @ right.double().abs()) + 2.0**-25
     with fp16_products.installed():
-        results = {"mm": left @ right, "bmm": torch.bmm(left[None], right[None])[0],
-                   "linear": torch.nn.functional.linear(left, right.T.contiguous()),
-                   "addmm": torch.addmm(torch.zeros(n).half(), left, right)}
+        results = {
+            "mm": left @ right,
+            "bmm": torch.bmm(left[None], right[None])[0],
+            "linear": torch.nn.functional.linear(left, right.T.contiguous()),
+            "addmm": torch.addmm(torch.zeros(n).half(), left, right),
+        }
     for name, result in results.items():
         assert result.dtype == torch.float16
         worst = ((result.double() - exact).abs() / bound).max().item()

@@ -28,9 +28,13 @@ def syncs(run_settings, steps, instrumented) -> list[str]:
     """Where the host waited for the device during ``steps`` steps between two log points."""
     device = torch.device("cuda")
     data = load_run_data(run_settings)
-    training = Training.prepare(run_settings, build_model(model_request(run_settings, data)), make_batches(run_settings, data),
-                                Precision(run_settings.config, device),
-                                data.valid_vocab if run_settings.case.task.head != "classification" else None)
+    training = Training.prepare(
+        run_settings,
+        build_model(model_request(run_settings, data)),
+        make_batches(run_settings, data),
+        Precision(run_settings.config, device),
+        data.valid_vocab if run_settings.case.task.head != "classification" else None,
+    )
 
     def loop(steps):
         taps = ModuleTaps(training.model, device, every=2, skip_output=True) if instrumented else None

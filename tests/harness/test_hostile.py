@@ -66,11 +66,35 @@ def test_a_model_folder_with_code_in_it_runs_none_of_it(tmp_path, capsys):
     model, ran = tmp_path / "model", tmp_path / "the code ran"
     model.mkdir()
     (model / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nfrom transformers import GPT2Config as Evil\n")
-    (model / "config.json").write_text(json.dumps({
-        "model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil",
-                                           "AutoTokenizer": ["evil.Evil", None]}, "vocab_size": 300}))
-    code = cli.main(["case", "--model", str(model), "--task", "clm", "fp32_true", "--preset", "tiny", "--data", "embedded",
-                     "--out", str(tmp_path / "out")])
+    (model / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "evil",
+                "auto_map": {
+                    "AutoConfig": "evil.Evil",
+                    "AutoModelForCausalLM": "evil.Evil",
+                    "AutoTokenizer": ["evil.Evil", None],
+                },
+                "vocab_size": 300,
+            }
+        )
+    )
+    code = cli.main(
+        [
+            "case",
+            "--model",
+            str(model),
+            "--task",
+            "clm",
+            "fp32_true",
+            "--preset",
+            "tiny",
+            "--data",
+            "embedded",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code != 0 and not ran.exists()
     assert len(capsys.readouterr().err) > 0
 
@@ -78,10 +102,21 @@ def test_a_model_folder_with_code_in_it_runs_none_of_it(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", ".hidden", "a b", "x" * 300])
 def test_a_case_whose_name_is_no_file_name_is_refused(tmp_path, capsys, name):
     (tmp_path / "own.py").write_text(
-        "from dataclasses import replace\nfrom bench_cases import CASES\n"
-        f"EVIL = replace(CASES['gpt2_clm'], id={name!r})\n")
-    code = cli.main(["case", f"{tmp_path / 'own.py'}:EVIL", "fp32_true", "--preset", "tiny", "--data", "embedded",
-                     "--out", str(tmp_path / "out")])
+        f"from dataclasses import replace\nfrom bench_cases import CASES\nEVIL = replace(CASES['gpt2_clm'], id={name!r})\n"
+    )
+    code = cli.main(
+        [
+            "case",
+            f"{tmp_path / 'own.py'}:EVIL",
+            "fp32_true",
+            "--preset",
+            "tiny",
+            "--data",
+            "embedded",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert code == USAGE
     assert "id must be 1 to 80 letters, digits and underscores" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["own.py"]
@@ -94,10 +129,27 @@ def test_a_model_type_cannot_name_files_either(tmp_path):
 
 
 def row(run_id: str = "a", **changed) -> bytes:
-    fields = {"schema": 1, "run_id": run_id, "case": "gpt2_clm", "scenario": "A", "arch": "gpt2", "task": "clm",
-              "loss": "cross_entropy", "loss_reduction": "mean", "dtype_config": "fp32_true", "seed": 0, "preset": "tiny",
-              "device": "cpu", "data_source": "embedded", "weights_source": "scratch", "status": "completed", "max_steps": 1,
-              "batch_size": 1, "micro_batch": 1, "seq_len": 8}
+    fields = {
+        "schema": 1,
+        "run_id": run_id,
+        "case": "gpt2_clm",
+        "scenario": "A",
+        "arch": "gpt2",
+        "task": "clm",
+        "loss": "cross_entropy",
+        "loss_reduction": "mean",
+        "dtype_config": "fp32_true",
+        "seed": 0,
+        "preset": "tiny",
+        "device": "cpu",
+        "data_source": "embedded",
+        "weights_source": "scratch",
+        "status": "completed",
+        "max_steps": 1,
+        "batch_size": 1,
+        "micro_batch": 1,
+        "seq_len": 8,
+    }
     return json.dumps(fields | changed).encode() + b"\n"
 
 
@@ -130,7 +182,8 @@ def linked(tmp_path) -> Path:
         (folder / "runs" / run_id / "run.json").write_bytes(row(run_id, status="completed"))
         (folder / "training_logs").mkdir()
     (outside / "runs" / "a" / "events.jsonl").write_bytes(
-        b'{"schema":1,"step":1,"kind":"warning","detail":{"secret":"outside"}}\n')
+        b'{"schema":1,"step":1,"kind":"warning","detail":{"secret":"outside"}}\n'
+    )
     (out / "runs" / "a").symlink_to(outside / "runs" / "a")
     (out / "runs" / "b").mkdir()
     (out / "runs" / "b" / "run.json").symlink_to(outside / "runs" / "a" / "run.json")
@@ -172,17 +225,51 @@ def test_a_file_name_in_a_log_leads_nowhere_else(tmp_path, name):
 def test_secrets_of_the_environment_are_in_no_artefact(tmp_path):
     """A real run that diverges, so that snapshot, forensics and trace are written too; every byte is looked at."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "harness", "case", "gpt2_multi_cls", "fp16_naive", "--preset", "tiny",
-               "--data", "embedded", "--max-steps", "3", "--batch-size", "4", "--micro-batch", "2", "--seq-len", "32",
-               "--documents", "400",
-               "--validation-documents", "4", "--trace", "1", "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "harness",
+        "case",
+        "gpt2_multi_cls",
+        "fp16_naive",
+        "--preset",
+        "tiny",
+        "--data",
+        "embedded",
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--micro-batch",
+        "2",
+        "--seq-len",
+        "32",
+        "--documents",
+        "400",
+        "--validation-documents",
+        "4",
+        "--trace",
+        "1",
+        "--out",
+        str(out),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT, env={**os.environ, **SECRETS})
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     run_id = json.loads(done.stdout)["run_id"]
     (tmp_path / "empty").mkdir()
     artefacts = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert {"run.json", "results.jsonl", "machine.json", f"run_{run_id}.jsonl", "hardware.jsonl", "forensics.json",
-            "tensors.safetensors", "culprit.safetensors", f"{run_id}-step1.json.gz"} <= {p.name for p in artefacts}
+    assert {
+        "run.json",
+        "results.jsonl",
+        "machine.json",
+        f"run_{run_id}.jsonl",
+        "hardware.jsonl",
+        "forensics.json",
+        "tensors.safetensors",
+        "culprit.safetensors",
+        f"{run_id}-step1.json.gz",
+    } <= {p.name for p in artefacts}
     for path, content in (artefacts | {Path("stdout"): done.stdout, Path("stderr"): done.stderr}).items():
         assert hits(content) == [], path
     steps = (out / "training_logs" / f"run_{run_id}.jsonl").read_bytes().splitlines()
@@ -200,8 +287,12 @@ def test_the_search_for_secrets_finds_them_packed_too():
 
 def test_no_result_reads_the_environment_as_a_whole():
     """The variables that are read are named ones; copies of all go to child processes only."""
-    allowed = {"harness/bench/child.py", "harness/bench/reliability/planted_secrets.py", "harness/bench/reliability/ranks.py",
-               "report/bench/process.py"}
+    allowed = {
+        "harness/bench/child.py",
+        "harness/bench/reliability/planted_secrets.py",
+        "harness/bench/reliability/ranks.py",
+        "report/bench/process.py",
+    }
     named = ("os.environ.get", "os.environ.setdefault", "os.environ.pop", "os.environ[")
     for path, tree in sources():
         for parent in ast.walk(tree) if path not in allowed else ():
@@ -213,8 +304,9 @@ def test_no_result_reads_the_environment_as_a_whole():
 def test_a_data_folder_with_a_tokenizer_s_code_runs_none_of_it(tmp_path):
     ran = tmp_path / "the code ran"
     (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {
-        "AutoTokenizer": ["evil.Evil", None]}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
     with pytest.raises(DataError):
         _from_library(TokenizerSpec(kind="folder", id=str(tmp_path), flavour="gpt2", identity={}))
     assert not ran.exists()

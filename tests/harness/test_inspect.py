@@ -26,8 +26,15 @@ from harness.settings import Request
 from instrument.forensics_record import ForensicsRecord, Link, Magnitude, Remedy
 from instrument.records import RunRecord, decode, encode
 
-SMALL = {"preset": "tiny", "data": "embedded", "batch_size": 4, "micro_batch": 2, "seq_len": 32, "validation_documents": 4,
-         "documents": 400}
+SMALL = {
+    "preset": "tiny",
+    "data": "embedded",
+    "batch_size": 4,
+    "micro_batch": 2,
+    "seq_len": 32,
+    "validation_documents": 4,
+    "documents": 400,
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +97,17 @@ def test_the_whole_id_wins_over_longer_ones(tmp_path):
     assert locate("case-a-s0-11111111", tmp_path).run_id == "case-a-s0-11111111"
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("gpt2", "begins 2 runs"), ("gpt2_multi_cls-fp61", "near: gpt2_multi_cls-fp16_naive"),
-    ("fp16_naive", "near: gpt2_multi_cls-fp16"), ("", "no run ''"),
-    ("nowhere/at/all", "is no folder"), ("/", "not a run's folder")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt2", "begins 2 runs"),
+        ("gpt2_multi_cls-fp61", "near: gpt2_multi_cls-fp16_naive"),
+        ("fp16_naive", "near: gpt2_multi_cls-fp16"),
+        ("", "no run ''"),
+        ("nowhere/at/all", "is no folder"),
+        ("/", "not a run's folder"),
+    ],
+)
 def test_a_name_that_is_no_run_is_one_line_and_exit_2(name, words, results, capsys):
     assert main(["inspect", name, "--out", str(results[0])]) == 2
     said = capsys.readouterr()
@@ -134,7 +148,8 @@ def test_the_smallest_headroom_is_that_of_the_log(results):
     rows = [json.loads(line) for line in (out / "runs" / healthy.run_id / "activations.jsonl").read_text().splitlines()]
     limits = {"float16": 65504.0, "float32": torch.finfo(torch.float32).max}
     assert found["own_dtype"]["headroom_bits"] == pytest.approx(
-        min(math.log2(limits[r["dtype"]] / r["absmax"]) for r in rows if r["absmax"]))
+        min(math.log2(limits[r["dtype"]] / r["absmax"]) for r in rows if r["absmax"])
+    )
     top = max(rows, key=lambda r: r["absmax"])
     assert (found["float16"]["module"], found["float16"]["absmax"]) == (top["module"], top["absmax"])
 
@@ -147,8 +162,10 @@ def test_a_healthy_run_says_so(results, capsys):
     assert "Healthy: 6 steps" in said and f"the loss scaler skipped {skipped}" in said and "bits (" in said
 
 
-@pytest.mark.parametrize(("status", "words"), [("oom", "oom after 2 steps: out of memory"), ("hung", "hung after 2 steps"),
-                                               ("unsupported", "unsupported after 2 steps")])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [("oom", "oom after 2 steps: out of memory"), ("hung", "hung after 2 steps"), ("unsupported", "unsupported after 2 steps")],
+)
 def test_other_ends_are_told(status, words, results, tmp_path):
     out, _, healthy = copied(results, tmp_path)
     path = out / "runs" / healthy.run_id / "run.json"
@@ -200,9 +217,23 @@ def test_the_screen_has_every_section_and_fits(width, results):
     found = gather(locate(failed.run_id, out))
     lines = screen(found, width)
     text = "\n".join(lines)
-    for words in ("The road of the value", "What aten._foreach_addcdiv_ read", "tensor2", "→ output", "divided by exactly 0",
-                  "Largest |x| of", "65,504", "Exponents of what it read", "fp16 normal", "2^-24", "Ops around the failure",
-                  "Remedies", "--try all", "ui.perfetto.dev", "--repro repro.py"):
+    for words in (
+        "The road of the value",
+        "What aten._foreach_addcdiv_ read",
+        "tensor2",
+        "→ output",
+        "divided by exactly 0",
+        "Largest |x| of",
+        "65,504",
+        "Exponents of what it read",
+        "fp16 normal",
+        "2^-24",
+        "Ops around the failure",
+        "Remedies",
+        "--try all",
+        "ui.perfetto.dev",
+        "--repro repro.py",
+    ):
         assert words in text
     to_copy = ("python -m harness inspect", str(out))
     assert all(len(line) <= width for line in lines if not any(part in line for part in to_copy))
@@ -211,14 +242,37 @@ def test_the_screen_has_every_section_and_fits(width, results):
 
 def test_a_long_chain_remedies_and_absorbed_ops_are_shown(results, tmp_path):
     out, failed, _ = copied(results, tmp_path)
-    link = Link(phase="forward", module="roberta.encoder.layer.10.attention.output.dense", op="aten.addmm", tensor=None,
-                kind="inf", dtype="float16", shape=[512, 768])
-    remedies = (Remedy(change="eps", survives=True, steps=20, failed_at=None, step_time_ratio=1.02, bytes_ratio=1.0,
-                       confirms="underflow_then_divide"),
-                Remedy(change="scaler", survives=None, steps=0, failed_at=None, step_time_ratio=None, bytes_ratio=None,
-                       confirms=None, why="GradScaler refuses [fp16] gradients"),
-                Remedy(change="fp32_head", survives=False, steps=3, failed_at=1, step_time_ratio=1.1, bytes_ratio=1.2,
-                       confirms=None))
+    link = Link(
+        phase="forward",
+        module="roberta.encoder.layer.10.attention.output.dense",
+        op="aten.addmm",
+        tensor=None,
+        kind="inf",
+        dtype="float16",
+        shape=[512, 768],
+    )
+    remedies = (
+        Remedy(
+            change="eps",
+            survives=True,
+            steps=20,
+            failed_at=None,
+            step_time_ratio=1.02,
+            bytes_ratio=1.0,
+            confirms="underflow_then_divide",
+        ),
+        Remedy(
+            change="scaler",
+            survives=None,
+            steps=0,
+            failed_at=None,
+            step_time_ratio=None,
+            bytes_ratio=None,
+            confirms=None,
+            why="GradScaler refuses [fp16] gradients",
+        ),
+        Remedy(change="fp32_head", survives=False, steps=3, failed_at=1, step_time_ratio=1.1, bytes_ratio=1.2, confirms=None),
+    )
     found = planted(out, failed, chain=(link,) * 30, absorbed=(link,), remedies=remedies)
     lines = screen(found, 80)
     text = " ".join(" ".join(lines).split())
@@ -311,8 +365,10 @@ def test_a_wide_histogram_is_folded_to_the_width():
     assert max(map(len, lines)) <= 60 and sum(char in BARS for char in lines[0]) >= 27
 
 
-@pytest.mark.parametrize(("value", "words"), [(None, "–"), (0.0, "0"), (65504.0, "65,504"), (1.9e4, "19,000"), (0.5, "0.5"),
-                                              (3.4e38, "3.40e+38"), (1e-7, "1.00e-07")])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "–"), (0.0, "0"), (65504.0, "65,504"), (1.9e4, "19,000"), (0.5, "0.5"), (3.4e38, "3.40e+38"), (1e-7, "1.00e-07")],
+)
 def test_numbers_in_few_characters(value, words):
     assert number(value) == words
     assert torch.finfo(torch.float16).max == FP16_MAX
@@ -320,7 +376,7 @@ def test_numbers_in_few_characters(value, words):
 
 # -- the stack of a crash ------------------------------------------------------------------------
 
-TRACEBACK = '''Traceback (most recent call last):
+TRACEBACK = """Traceback (most recent call last):
   File "{root}/harness/attempt.py", line 69, in run
     self._evaluate(0)
   File "/usr/lib/python3.11/site-packages/torch/nn/modules/module.py", line 1884, in _call_impl
@@ -339,18 +395,29 @@ Traceback (most recent call last):
   File "{root}/harness/run.py", line 87, in _execute_claimed
     Attempt(settings).run()
 KeyError: 'behind it'
-'''
-DUMP = ['File "/home/me/my model.py", line 7 in strike', 'File "/usr/lib/python3.11/site-packages/torch/x.py", line 3 in f',
-        'File "<frozen runpy>", line 88 in _run_code']
+"""
+DUMP = [
+    'File "/home/me/my model.py", line 7 in strike',
+    'File "/usr/lib/python3.11/site-packages/torch/x.py", line 3 in f',
+    'File "<frozen runpy>", line 88 in _run_code',
+]
 
 
 def crashed(results, tmp_path, **flags):
     """What is found of a run that ended in an error with these flags."""
     out, _, healthy = copied(results, tmp_path)
     path = out / "runs" / healthy.run_id / "run.json"
-    path.write_bytes(encode(msgspec.structs.replace(
-        decode(path.read_bytes(), RunRecord), status="error", steps_done=2, flags=flags,
-        error="RuntimeError: mat1 and mat2 shapes cannot be multiplied")))
+    path.write_bytes(
+        encode(
+            msgspec.structs.replace(
+                decode(path.read_bytes(), RunRecord),
+                status="error",
+                steps_done=2,
+                flags=flags,
+                error="RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+            )
+        )
+    )
     return gather(locate(healthy.run_id, out)), path.parent
 
 
@@ -359,8 +426,10 @@ def test_a_crash_shows_our_and_the_models_frames_and_where_it_struck(results, tm
     root = Path(__file__).resolve().parents[2]
     found, folder = crashed(results, tmp_path, traceback=TRACEBACK.replace("{root}", str(root)))
     assert [(f["file"].rpartition("/")[2], f["line"], f["function"], f["code"]) for f in found["stack"]["frames"]] == [
-        ("attempt.py", 69, "run", "self._evaluate(0)"), ("my model.py", 7, "strike", "torch.ones(2, 3) @ torch.ones(2, 3)"),
-        ("_tensor.py", 40, "wrapped", "return f(*args, **kwargs)")]
+        ("attempt.py", 69, "run", "self._evaluate(0)"),
+        ("my model.py", 7, "strike", "torch.ones(2, 3) @ torch.ones(2, 3)"),
+        ("_tensor.py", 40, "wrapped", "return f(*args, **kwargs)"),
+    ]
     lines = screen(found, 40)
     assert "  harness/attempt.py:69 in run" in lines and "  /home/me/my model.py:7 in strike" in lines
     assert f"  the whole stack: flags.traceback in {folder / 'run.json'}" in lines
@@ -373,8 +442,18 @@ def test_a_crash_below_python_shows_the_dumped_frames(results, tmp_path):
     assert f"  the whole stack: {folder / 'output.log'}" in screen(found, 80)
 
 
-@pytest.mark.parametrize("flags", [{}, {"traceback": "no frame"}, {"traceback": 3}, {"death": {"cause": "killed"}},
-                                   {"death": []}, {"death": {"stack": [3]}}, {"death": {"stack": []}}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"traceback": "no frame"},
+        {"traceback": 3},
+        {"death": {"cause": "killed"}},
+        {"death": []},
+        {"death": {"stack": [3]}},
+        {"death": {"stack": []}},
+    ],
+)
 def test_a_row_without_a_stack_has_no_such_section(results, tmp_path, flags):
     found, _ = crashed(results, tmp_path, **flags)
     assert "stack" not in found and "whole stack" not in "\n".join(screen(found, 80))

@@ -33,8 +33,14 @@ def step_gradients(settings, micro_batch, spoil_padding=False):
     for micro in batch.micro_batches(micro_batch):
         with precision.forward():
             logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
-        loss = training_loss(logits, micro.targets, loss=settings.case.task.loss, dtype=torch.float32,
-                             normalizer=batch.n_targets, valid_vocab=vocabulary)
+        loss = training_loss(
+            logits,
+            micro.targets,
+            loss=settings.case.task.loss,
+            dtype=torch.float32,
+            normalizer=batch.n_targets,
+            valid_vocab=vocabulary,
+        )
         loss.backward()
         total += loss.item()
     return batch, total, {name: p.grad for name, p in model.named_parameters()}
@@ -103,8 +109,9 @@ def test_the_loop_follows_a_plain_torch_loop(plan, one_thread):
     plain = build_model(model_request(settings, data))
     matrices = [p for p in plain.parameters() if p.ndim >= 2]
     vectors = [p for p in plain.parameters() if p.ndim < 2]
-    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-                              lr=settings.lr, foreach=True)
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], lr=settings.lr, foreach=True
+    )
     batches = make_batches(settings, data)
     losses = []
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -114,7 +121,7 @@ def test_the_loop_follows_a_plain_torch_loop(plan, one_thread):
                 group["lr"] = lr
             batch, total = batches.step(step), 0.0
             for micro in batch.micro_batches(settings.micro_batch):
-                logits = plain(micro.input_ids)[..., :data.valid_vocab].flatten(0, 1)
+                logits = plain(micro.input_ids)[..., : data.valid_vocab].flatten(0, 1)
                 loss = torch.nn.functional.cross_entropy(logits, micro.targets.flatten(), reduction="sum") / batch.n_targets
                 loss.backward()
                 total += loss.item()

@@ -28,7 +28,7 @@ def test_pad_columns_of_the_vocabulary_never_matter():
         filled = torch.cat([logits[:, :10], torch.full((6, 6), filler)], dim=1)
         losses.append(cross_entropy(filled, targets, normalizer=6, valid_vocab=10))
     assert len({loss.item() for loss in losses}) == 1
-    grad, = torch.autograd.grad(cross_entropy(logits, targets, normalizer=6, valid_vocab=10), logits)
+    (grad,) = torch.autograd.grad(cross_entropy(logits, targets, normalizer=6, valid_vocab=10), logits)
     assert grad[:, 10:].eq(0).all() and grad[:, :10].ne(0).any()
 
 
@@ -63,8 +63,9 @@ def test_a_16_bit_loss_is_rounded_where_declared():
 def test_autocast_logits_are_upcast_before_the_loss():
     torch.manual_seed(0)
     logits, targets = torch.randn(64, 10).bfloat16(), torch.randint(0, 10, (64,))
-    torch.testing.assert_close(cross_entropy(logits, targets, normalizer=64),
-                               F.cross_entropy(logits.float(), targets), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        cross_entropy(logits, targets, normalizer=64), F.cross_entropy(logits.float(), targets), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

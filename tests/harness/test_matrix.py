@@ -22,8 +22,24 @@ from harness.stability import cell_words, stability_cells, stability_table
 from instrument.records import FirstNonfinite, RunRecord
 
 CPU = torch.device("cpu")
-SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
-         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+]
 
 
 def options(*words):
@@ -37,7 +53,7 @@ def harness(*words, env):
 def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
     runs = plan(options(*SMALL), CPU)
     assert len({run.run_id for run in runs}) == 42
-    blocks = [runs[start:start + 7] for start in range(0, 42, 7)]
+    blocks = [runs[start : start + 7] for start in range(0, 42, 7)]
     assert all(len({run.case.id for run in block}) == 1 for block in blocks)  # a case's configurations side by side
     assert len({block[0].config.id for block in blocks}) == 6  # and none of them always first
     assert [block[0].case.id for block in blocks] == [c.id for c in CASES.values() if c.in_default_matrix]
@@ -66,8 +82,10 @@ def test_controls_change_the_configuration_only(plan):
     settings = plan("gpt2_clm", "fp16_naive", seed=4)
     controls = controls_of(settings)
     assert [c.config.id for c in controls] == ["fp16_naive_eps1e4", "fp16_naive_fp32_states"]
-    assert all((c.case, c.seed, c.lr, c.data_fingerprint) ==
-               (settings.case, 4, settings.lr, settings.data_fingerprint) for c in controls)
+    assert all(
+        (c.case, c.seed, c.lr, c.data_fingerprint) == (settings.case, 4, settings.lr, settings.data_fingerprint)
+        for c in controls
+    )
 
 
 def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environment):
@@ -76,8 +94,11 @@ def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environmen
     assert first.returncode == 0, first.stderr
     rows = [json.loads(line) for line in first.stdout.splitlines()]
     assert {row["dtype_config"]: row["status"] for row in rows} == {
-        "fp32_true": "completed", "fp16_naive": "diverged", "fp16_naive_eps1e4": "completed",
-        "fp16_naive_fp32_states": "completed"}
+        "fp32_true": "completed",
+        "fp16_naive": "diverged",
+        "fp16_naive_eps1e4": "completed",
+        "fp16_naive_fp32_states": "completed",
+    }
     assert "✗ inf @1 optim" in first.stderr and "Stability: 4 runs" in first.stderr
     assert len({row["init_sha256"] for row in rows}) == 1
     assert len(finished_runs(tmp_path)) == 4
@@ -95,8 +116,17 @@ def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environmen
 
 def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environment):
     common = [*SMALL, "--json"]
-    harness("matrix", *common, "--cases", "roberta_mlm", "--configs", "amp_bf16", "--out", str(tmp_path / "m"),
-            env=command_environment)
+    harness(
+        "matrix",
+        *common,
+        "--cases",
+        "roberta_mlm",
+        "--configs",
+        "amp_bf16",
+        "--out",
+        str(tmp_path / "m"),
+        env=command_environment,
+    )
     harness("case", "roberta_mlm", "amp_bf16", *common, "--out", str(tmp_path / "c"), env=command_environment)
     (one,), (other,) = finished_runs(tmp_path / "m"), finished_runs(tmp_path / "c")
     assert one.run_id == other.run_id and one.final_weights_sha256 == other.final_weights_sha256 is not None
@@ -121,9 +151,27 @@ def test_a_process_that_dies_is_a_row_and_the_next_run_is_unaffected(plan, tmp_p
 
 
 def a_row(**changes) -> RunRecord:
-    plain = dict(run_id="x", case="gpt2_clm", scenario="A", arch="gpt2", task="clm", loss="cross_entropy",
-                 loss_reduction="mean", dtype_config="fp32_true", seed=0, preset="tiny", device="cpu", data_source="e",
-                 weights_source="s", status="completed", max_steps=1, batch_size=1, micro_batch=1, seq_len=1, val_loss=3.0)
+    plain = dict(
+        run_id="x",
+        case="gpt2_clm",
+        scenario="A",
+        arch="gpt2",
+        task="clm",
+        loss="cross_entropy",
+        loss_reduction="mean",
+        dtype_config="fp32_true",
+        seed=0,
+        preset="tiny",
+        device="cpu",
+        data_source="e",
+        weights_source="s",
+        status="completed",
+        max_steps=1,
+        batch_size=1,
+        micro_batch=1,
+        seq_len=1,
+        val_loss=3.0,
+    )
     return RunRecord(**{**plain, **changes})
 
 
@@ -141,11 +189,33 @@ def test_a_cell_shows_the_worst_seed_and_how_many_share_it():
 
 
 def test_the_matrix_of_six_cases_fits_80_columns():
-    rows = [a_row(case=case, dtype_config=config, f1_micro=0.5, val_loss=0.0719)
-            for case in list(CASES)[:6] for config in ("fp32_true", "fp16_naive_fp32_states")]
-    rows.append(a_row(dtype_config="fp16_naive", status="diverged", divergence_step=1_000, first_nonfinite=FirstNonfinite(
-        step=1, microbatch=None, phase="optimizer", phase_surfaced="optimizer", module="m", op=None, tensor="param",
-        source_tensor=None, kind="inf", dtype="float16", cause=None, input_absmax=None, headroom_bits=None)))
+    rows = [
+        a_row(case=case, dtype_config=config, f1_micro=0.5, val_loss=0.0719)
+        for case in list(CASES)[:6]
+        for config in ("fp32_true", "fp16_naive_fp32_states")
+    ]
+    rows.append(
+        a_row(
+            dtype_config="fp16_naive",
+            status="diverged",
+            divergence_step=1_000,
+            first_nonfinite=FirstNonfinite(
+                step=1,
+                microbatch=None,
+                phase="optimizer",
+                phase_surfaced="optimizer",
+                module="m",
+                op=None,
+                tensor="param",
+                source_tensor=None,
+                kind="inf",
+                dtype="float16",
+                cause=None,
+                input_absmax=None,
+                headroom_bits=None,
+            ),
+        )
+    )
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(stability_table(rows, "Stability"))
     text = console.export_text()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-BLOCKER = '''
+BLOCKER = """
 import importlib.machinery, importlib.metadata, os
 BLOCKED = set(os.environ["BLOCKED"].split())
 find, distribution = importlib.machinery.PathFinder.find_spec, importlib.metadata.distribution
@@ -19,7 +19,7 @@ def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
     return distribution(name)
 importlib.machinery.PathFinder.find_spec, importlib.metadata.distribution = staticmethod(find_spec), absent
-'''
+"""
 OPTIONAL = "datasets bitsandbytes weasyprint adjustText tyro ray wandb tensorboard"
 
 
@@ -31,8 +31,12 @@ def without(tmp_path):
 
     def run(names, *arguments):
         path = os.pathsep.join((str(tmp_path / "site"), os.getcwd()))
-        return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": path, "BLOCKED": names})
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "BLOCKED": names},
+        )
 
     return run
 
@@ -53,8 +57,22 @@ def folder(tmp_path):
 def test_a_data_folder_needs_no_optional_library(without, folder, tmp_path):
     out = tmp_path / "out"
     sizes = ("--preset", "tiny", "--max-steps", "3", "--batch-size", "2", "--seq-len", "16", "--validation-documents", "2")
-    done = without(OPTIONAL, "harness", "matrix", "--cases", "gpt2_multi_cls", "--configs", "fp32_true", "amp_bf16_8bit",
-                   *sizes, "--data", str(folder), "--out", str(out), "--json")
+    done = without(
+        OPTIONAL,
+        "harness",
+        "matrix",
+        "--cases",
+        "gpt2_multi_cls",
+        "--configs",
+        "fp32_true",
+        "amp_bf16_8bit",
+        *sizes,
+        "--data",
+        str(folder),
+        "--out",
+        str(out),
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     rows = {row["dtype_config"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert rows["fp32_true"]["status"] == "completed" and rows["fp32_true"]["env"]["datasets_version"] is None

@@ -37,8 +37,8 @@ def reference(steps=5, dtype=torch.float32):
                 value *= 1 - OPTIONS["lr"] * OPTIONS["weight_decay"]
             means[k] = BETAS[0] * means[k] + (1 - BETAS[0]) * g
             squares[k] = BETAS[1] * squares[k] + (1 - BETAS[1]) * g * g
-            denominator = (squares[k] / (1 - BETAS[1]**step)).sqrt() + OPTIONS["eps"]
-            value -= OPTIONS["lr"] / (1 - BETAS[0]**step) * means[k] / denominator
+            denominator = (squares[k] / (1 - BETAS[1] ** step)).sqrt() + OPTIONS["eps"]
+            value -= OPTIONS["lr"] / (1 - BETAS[0] ** step) * means[k] / denominator
     return values
 
 

@@ -21,8 +21,9 @@ def test_8bit_moments_are_decoded_as_bitsandbytes_does():
     state = optimizer.state[model.weight]
     wide = with_fp32_moments(Snapshot(3, model, optimizer).named())
     for number, name in (("1", "exp_avg"), ("2", "exp_avg_sq")):
-        theirs = dequantize_blockwise(state[f"state{number}"], absmax=state[f"absmax{number}"], code=state[f"qmap{number}"],
-                                      blocksize=256)
+        theirs = dequantize_blockwise(
+            state[f"state{number}"], absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+        )
         assert torch.equal(wide.tensors[f"optimizer/weight/{name}"], theirs) and theirs.abs().max() > 0
         assert torch.equal(wide.tensors[f"optimizer/bias/{name}"], optimizer.state[model.bias][f"state{number}"])
     assert float(wide.tensors["optimizer/weight/step"]) == 3 and not wide.aliases

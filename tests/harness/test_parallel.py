@@ -24,13 +24,25 @@ def averaged_loss_of_step_1(settings):
     for half in batch.micro_batches(4):
         with torch.no_grad():
             logits = model(half.input_ids, half.attention_mask, half.last_token)
-        losses.append(training_loss(logits, half.targets, loss=settings.case.task.loss, dtype=torch.float32,
-                                    normalizer=half.n_targets, valid_vocab=data.valid_vocab).item())
+        losses.append(
+            training_loss(
+                logits,
+                half.targets,
+                loss=settings.case.task.loss,
+                dtype=torch.float32,
+                normalizer=half.n_targets,
+                valid_vocab=data.valid_vocab,
+            ).item()
+        )
     return sum(losses) / 2
 
 
-RUNS = [("gpt2_clm", "fp32_true"), ("roberta_mlm", "fp32_true"), ("gpt2_multi_cls", "fp32_true"),
-        ("roberta_single_cls", "amp_fp16")]
+RUNS = [
+    ("gpt2_clm", "fp32_true"),
+    ("roberta_mlm", "fp32_true"),
+    ("gpt2_multi_cls", "fp32_true"),
+    ("roberta_single_cls", "amp_fp16"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +69,13 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(healthy, case
     tolerance = 1e-5 if config == "fp32_true" else 2e-3
     for a, b in zip(expected, steps, strict=True):
         assert (b.step, b.lr, b.samples, b.tokens, b.real_tokens, b.loss_scale) == (
-            a.step, a.lr, a.samples, a.tokens, a.real_tokens, a.loss_scale)
+            a.step,
+            a.lr,
+            a.samples,
+            a.tokens,
+            a.real_tokens,
+            a.loss_scale,
+        )
         for name in ("loss", "grad_norm", "grad_absmax", "logit_absmax"):
             assert getattr(b, name) == pytest.approx(getattr(a, name), rel=tolerance), (a.step, name)
         assert b.flops == a.flops
@@ -162,8 +180,10 @@ def test_a_rank_that_hangs_is_found_where_it_is(tmp_path, command_environment):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("fault", "status", "words"), [
-    ("raise", "error", "rank 1: ValueError: a bad value"), ("oom", "oom", "rank 1: OutOfMemoryError: CUDA out of memory")])
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [("raise", "error", "rank 1: ValueError: a bad value"), ("oom", "oom", "rank 1: OutOfMemoryError: CUDA out of memory")],
+)
 def test_an_error_on_one_rank_is_the_runs(tmp_path, command_environment, fault, status, words):
     failed_launch(fault, ids_of(3, 3), tmp_path, command_environment)
     row, steps, _ = one_run(tmp_path)
@@ -231,19 +251,66 @@ def test_a_sharded_runs_failure_has_its_rank_and_module(tmp_path, command_enviro
     assert first.module == "transformer.h.1" and first.op is None and first.replay is None
 
 
-@pytest.mark.parametrize(("environment", "words", "message"), [
-    ({}, ["--parallel", "fsdp"], "this is one process: start it with `torchrun"),
-    ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE is 2, and RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"),
-    ({"WORLD_SIZE": "two"}, [], "WORLD_SIZE is 'two' in the environment"),
-    ({"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, [],
-     "8 rows in micro-batches of 2 make 4, which cannot be dealt equally to 3 ranks; give a --batch-size that 3 divides"),
-    ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, [],
-     "give a --micro-batch that divides 1"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
-     ["--parallel", "fsdp", "--trace", "2"], "--trace does not go with --parallel fsdp"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
-     ["--mtbf", "100"], "--mtbf is chosen by each process' own clock"),
-])
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({}, ["--parallel", "fsdp"], "this is one process: start it with `torchrun"),
+        (
+            {"WORLD_SIZE": "2"},
+            [],
+            "WORLD_SIZE is 2, and RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set",
+        ),
+        ({"WORLD_SIZE": "two"}, [], "WORLD_SIZE is 'two' in the environment"),
+        (
+            {
+                "WORLD_SIZE": "3",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "3",
+                "MASTER_ADDR": "x",
+                "MASTER_PORT": "1",
+            },
+            [],
+            "8 rows in micro-batches of 2 make 4, which cannot be dealt equally to 3 ranks; give a --batch-size that 3 divides",
+        ),
+        (
+            {
+                "WORLD_SIZE": "8",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "8",
+                "MASTER_ADDR": "x",
+                "MASTER_PORT": "1",
+            },
+            [],
+            "give a --micro-batch that divides 1",
+        ),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "x",
+                "MASTER_PORT": "1",
+            },
+            ["--parallel", "fsdp", "--trace", "2"],
+            "--trace does not go with --parallel fsdp",
+        ),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "x",
+                "MASTER_PORT": "1",
+            },
+            ["--mtbf", "100"],
+            "--mtbf is chosen by each process' own clock",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_one_sentence(capsys, monkeypatch, environment, words, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -253,8 +320,14 @@ def test_what_does_not_fit_is_one_sentence(capsys, monkeypatch, environment, wor
 
 
 def test_a_matrix_is_not_started_by_torchrun_and_one_process_says_so(capsys, monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x",
-                        "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     assert main(["matrix", "--dry-run"]) == 2
     assert "matrix was started as 2 processes of one job" in capsys.readouterr().err

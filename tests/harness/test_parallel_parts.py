@@ -47,14 +47,18 @@ def test_a_finding_gets_its_rank_and_its_place_in_the_whole_step():
     assert of_this_rank(mine, Share(), 4) is mine
 
 
-@pytest.mark.parametrize(("findings", "winner"), [
-    ([None, found("forward", 3)], 1),
-    ([found("backward", 0), found("forward", 3)], 1),  # one process asks for the loss' cause first
-    ([found("backward", 1), found("backward", 2)], 0),
-    ([found("backward", 1, SUM_OVER_RANKS), found("backward", 2)], 1),
-    ([found("backward", None, SUM_OVER_RANKS), found("optimizer", None)], 1),
-    ([found("forward", 4), found("loss", 2)], 1),
-    ([found("optimizer", None), found("optimizer", None)], 0)])
+@pytest.mark.parametrize(
+    ("findings", "winner"),
+    [
+        ([None, found("forward", 3)], 1),
+        ([found("backward", 0), found("forward", 3)], 1),  # one process asks for the loss' cause first
+        ([found("backward", 1), found("backward", 2)], 0),
+        ([found("backward", 1, SUM_OVER_RANKS), found("backward", 2)], 1),
+        ([found("backward", None, SUM_OVER_RANKS), found("optimizer", None)], 1),
+        ([found("forward", 4), found("loss", 2)], 1),
+        ([found("optimizer", None), found("optimizer", None)], 0),
+    ],
+)
 def test_the_earliest_producer_is_the_one_that_one_process_would_blame(findings, winner):
     rank, first = first_of_all(Share(Told(0, *findings[1:])), findings[0])
     assert rank == winner and first.op == findings[winner].op and winner in first.replay["ranks"]
@@ -122,7 +126,11 @@ def test_last_words_and_silent_deaths_are_told_apart():
         other.say("oom", "OutOfMemoryError: too much", "the trace", {"death": {"cause": "cuda_oom", "goes_on": False}})
         failed = mine.who_failed(RuntimeError("gloo: connection closed by peer"))
         assert (failed.rank, failed.status, str(failed), failed.traceback) == (
-            1, "oom", "rank 1: OutOfMemoryError: too much", "the trace")
+            1,
+            "oom",
+            "rank 1: OutOfMemoryError: too much",
+            "the trace",
+        )
         row = Outcome().failed(failed)
         assert row.flags["death"]["cause"] == "cuda_oom" and row.flags["failed_rank"] == 1
     finally:

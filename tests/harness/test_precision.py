@@ -77,8 +77,9 @@ def test_the_scaler_multiplies_before_rounding_and_divides_in_the_measuring_pass
         scale = precision.loss_scale()
         with precision.forward():
             logits = model(batch.input_ids)
-        loss = training_loss(logits, batch.targets, loss="cross_entropy", dtype=torch.float32, normalizer=batch.n_targets,
-                             loss_scale=scale)
+        loss = training_loss(
+            logits, batch.targets, loss="cross_entropy", dtype=torch.float32, normalizer=batch.n_targets, loss_scale=scale
+        )
         loss.backward()
         stats = precision.measure_gradients(optimizer)
         precision.close()
@@ -112,8 +113,7 @@ def test_the_measuring_scaler_skips_and_backs_off_like_the_stock_one():
             history.append((scaler.get_scale(), layer.weight.detach().clone()))
         return history
 
-    for (scale, weight), (stock_scale, stock_weight) in zip(
-            run(MeasuringGradScaler), run(torch.amp.GradScaler), strict=True):
+    for (scale, weight), (stock_scale, stock_weight) in zip(run(MeasuringGradScaler), run(torch.amp.GradScaler), strict=True):
         assert scale == stock_scale and torch.equal(weight, stock_weight)
 
 
@@ -171,8 +171,9 @@ def test_tf32_does_not_exist_on_a_cpu():
         refuse_what_the_device_lacks(DTYPE_CONFIGS["fp32_tf32"], CPU)
 
 
-@pytest.mark.parametrize(("capability", "refused"), [
-    ((7, 0), {"bf16", "tf32"}), ((7, 5), {"bf16", "tf32"}), ((8, 6), set()), ((9, 0), set())])
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((7, 0), {"bf16", "tf32"}), ((7, 5), {"bf16", "tf32"}), ((8, 6), set()), ((9, 0), set())]
+)
 def test_a_gpu_refuses_what_its_generation_lacks(monkeypatch, capability, refused):
     monkeypatch.setattr(precision_module.torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(precision_module.torch.cuda, "get_device_name", lambda device: "Some GPU")

@@ -15,8 +15,17 @@ from harness.run import execute
 from harness.settings import Request
 from instrument.prediction_outcome import FALSE_ALARM, HIT, MISSED
 
-SMALL = {"preset": "tiny", "data": "embedded", "max_steps": 8, "batch_size": 4, "micro_batch": 2, "seq_len": 32,
-         "validation_documents": 4, "documents": 400, "threads": 1}
+SMALL = {
+    "preset": "tiny",
+    "data": "embedded",
+    "max_steps": 8,
+    "batch_size": 4,
+    "micro_batch": 2,
+    "seq_len": 32,
+    "validation_documents": 4,
+    "documents": 400,
+    "threads": 1,
+}
 
 
 def run(out, case, config, **asked):
@@ -120,7 +129,8 @@ def test_on_the_command_line(results, capsys, monkeypatch):
     assert main(["predict", "gpt2_multi_cls", "--out", str(results), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["counts"][HIT] == 3 and len(row["references"][0]["configs"]) == len(
-        [c for c in DTYPE_CONFIGS.values() if c.compute != "fp32"])
+        [c for c in DTYPE_CONFIGS.values() if c.compute != "fp32"]
+    )
 
 
 def test_what_decides_of_a_configuration_is_read_from_its_declaration():

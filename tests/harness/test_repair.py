@@ -23,10 +23,28 @@ STEPS = 12
 
 
 def run_record(run_id: str, **changed) -> RunRecord:
-    fields = {"run_id": run_id, "case": "gpt2_clm", "scenario": "A", "arch": "gpt2", "task": "clm", "loss": "cross_entropy",
-              "loss_reduction": "mean", "dtype_config": "fp32_true", "seed": 0, "preset": "tiny", "device": "cpu-planted",
-              "data_source": "embedded", "weights_source": "scratch", "status": "completed", "steps_done": STEPS,
-              "max_steps": STEPS, "batch_size": 4, "micro_batch": 4, "seq_len": 32, "flags": {"simulated": True}}
+    fields = {
+        "run_id": run_id,
+        "case": "gpt2_clm",
+        "scenario": "A",
+        "arch": "gpt2",
+        "task": "clm",
+        "loss": "cross_entropy",
+        "loss_reduction": "mean",
+        "dtype_config": "fp32_true",
+        "seed": 0,
+        "preset": "tiny",
+        "device": "cpu-planted",
+        "data_source": "embedded",
+        "weights_source": "scratch",
+        "status": "completed",
+        "steps_done": STEPS,
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "micro_batch": 4,
+        "seq_len": 32,
+        "flags": {"simulated": True},
+    }
     return RunRecord(**fields | changed)
 
 
@@ -34,8 +52,19 @@ def plant(out: Path, *run_ids: str, **changed) -> None:
     """Runs as the harness writes them, and the index."""
     for run_id in run_ids:
         steps = b"".join(encode(step_record(step)) + b"\n" for step in range(1, STEPS + 1))
-        evaluation = EvaluationRecord(step=0, val_loss=3.0, perplexity=None, f1_micro=None, f1_macro=None, f1_micro_tuned=None,
-                                      tuned_threshold=None, labels_absent=None, samples=4, targets=4, duration_s=0.1)
+        evaluation = EvaluationRecord(
+            step=0,
+            val_loss=3.0,
+            perplexity=None,
+            f1_micro=None,
+            f1_macro=None,
+            f1_micro_tuned=None,
+            tuned_threshold=None,
+            labels_absent=None,
+            samples=4,
+            targets=4,
+            duration_s=0.1,
+        )
         files.replace(out / "training_logs" / f"run_{run_id}.jsonl", steps)
         files.replace(out / "runs" / run_id / "evaluations.jsonl", encode(evaluation) + b"\n")
         files.replace(out / "runs" / run_id / "run.json", encode(run_record(run_id, **changed)) + b"\n")
@@ -175,8 +204,13 @@ def test_the_index_comes_back_byte_for_byte(out, damage):
     index = out / "results.jsonl"
     whole = index.read_bytes()
     rows = whole.splitlines(keepends=True)
-    damaged = {"empty": b"", "torn": whole[:-20], "a row too few": rows[0], "a row twice": whole + rows[0],
-               "garbage": b"\xff\n"}
+    damaged = {
+        "empty": b"",
+        "torn": whole[:-20],
+        "a row too few": rows[0],
+        "a row twice": whole + rows[0],
+        "garbage": b"\xff\n",
+    }
     index.unlink() if damage == "missing" else index.write_bytes(damaged[damage])
     repaired(out)
     assert index.read_bytes() == whole
@@ -242,8 +276,9 @@ def test_shards_merge_into_what_one_folder_would_hold(tmp_path):
     code = cli.main(["repair", str(tmp_path / "one"), "--merge", str(tmp_path / "two"), str(tmp_path / "three")])
     assert code == OK
     ignored = {".index.lock"}
-    assert {k: v for k, v in bytes_of(tmp_path / "one").items() if k not in ignored} == \
-        {k: v for k, v in bytes_of(tmp_path / "whole").items() if k not in ignored}
+    assert {k: v for k, v in bytes_of(tmp_path / "one").items() if k not in ignored} == {
+        k: v for k, v in bytes_of(tmp_path / "whole").items() if k not in ignored
+    }
     before = bytes_of(tmp_path / "one")
     cli.main(["repair", str(tmp_path / "one"), "--merge", str(tmp_path / "two")])
     assert bytes_of(tmp_path / "one") == before
@@ -313,9 +348,18 @@ def test_a_folder_that_cannot_be_written_is_exit_5(out, capsys, monkeypatch):
 
 
 def test_hostile_lines_crash_nothing(out):
-    hostile = [b"[" * 100_000, b'{"a":' * 50_000, b"1e999999", b"\xff\xfe\n\x00", b'{"schema":1,"run_id":"../../../etc/cron"}',
-               b'{"schema":1,"nonfinite":[],"step":1}', b'{"schema":1,"nonfinite":{"a.b.c":"nan"}}', b"null",
-               b'"text"', b"9" * 5000]
+    hostile = [
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b"1e999999",
+        b"\xff\xfe\n\x00",
+        b'{"schema":1,"run_id":"../../../etc/cron"}',
+        b'{"schema":1,"nonfinite":[],"step":1}',
+        b'{"schema":1,"nonfinite":{"a.b.c":"nan"}}',
+        b"null",
+        b'"text"',
+        b"9" * 5000,
+    ]
     for name in ("training_logs/run_a.jsonl", "results.jsonl", "runs/a/run.json", "runs/a/evaluations.jsonl"):
         with (out / name).open("ab") as file:
             file.write(b"\n".join(hostile))

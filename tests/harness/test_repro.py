@@ -60,9 +60,21 @@ def kept(found, tmp_path, **options):
     """A run's folder with the operands of ``found``, and the record that the script quotes."""
     run = FoundRun(tmp_path, "case-config-s0-00000000")
     save_operands(run.path / "culprit.safetensors", found, **options)
-    first = FirstNonfinite(step=1, microbatch=0, phase=found.phase, phase_surfaced=found.phase, module=found.module,
-                           op=found.op, tensor=found.tensor, source_tensor=None, kind=found.kind, dtype="float16",
-                           cause=found.cause, input_absmax=None, headroom_bits=None)
+    first = FirstNonfinite(
+        step=1,
+        microbatch=0,
+        phase=found.phase,
+        phase_surfaced=found.phase,
+        module=found.module,
+        op=found.op,
+        tensor=found.tensor,
+        source_tensor=None,
+        kind=found.kind,
+        dtype="float16",
+        cause=found.cause,
+        input_absmax=None,
+        headroom_bits=None,
+    )
     return run, ForensicsRecord(run_id=run.run_id, sentence='step 1: "it" failed \\ here', matched=True, first_nonfinite=first)
 
 
@@ -110,7 +122,10 @@ def test_the_script_says_what_the_replay_found(name, tmp_path, capsys):
 
 def test_forward_backward_and_optimizer_are_among_them():
     assert {failure(FAILURES[name][0], **FAILURES[name][1]).phase for name in ("exp", "backward", "optimizer")} == {
-        "forward", "backward", "optimizer"}
+        "forward",
+        "backward",
+        "optimizer",
+    }
 
 
 def test_memory_layout_is_kept(tmp_path):
@@ -166,13 +181,23 @@ def test_every_op_of_ours_has_an_import():
     assert all((REPOSITORY / "kernels" / room / "op.py").is_file() for room in OURS.values())
 
 
-@pytest.mark.parametrize(("op", "device", "words"), [
-    ("aten::exp", "cuda", 'device = \'cuda\''), ("bitsandbytes::optimizer_update", "cpu", "import bitsandbytes"),
-    ("dtype_dynamics_cross_entropy::forward", "cuda", "import kernels.cross_entropy.op")])
+@pytest.mark.parametrize(
+    ("op", "device", "words"),
+    [
+        ("aten::exp", "cuda", "device = 'cuda'"),
+        ("bitsandbytes::optimizer_update", "cpu", "import bitsandbytes"),
+        ("dtype_dynamics_cross_entropy::forward", "cuda", "import kernels.cross_entropy.op"),
+    ],
+)
 def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, words, tmp_path):
     run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
-    switches = {"threads": 2, "fp32_precision": "ieee", "fp16_reduced_precision_reduction": False,
-                "bf16_reduced_precision_reduction": False, "fp16_accumulation": False}
+    switches = {
+        "threads": 2,
+        "fp32_precision": "ieee",
+        "fp16_reduced_precision_reduction": False,
+        "bf16_reduced_precision_reduction": False,
+        "fp16_accumulation": False,
+    }
     made = SimpleNamespace(flags={"switches": switches}, env={"torch_version": "9.9"})
     text = script_text(run.run_id, made, record, read_culprit(run) | {"op": op, "device": device})
     compile(text, "alone.py", "exec")
@@ -181,9 +206,13 @@ def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, words, 
     assert ("set_num_threads(2)" in text) == (device == "cpu")
 
 
-@pytest.mark.parametrize(("case", "config", "asked", "op"), [
-    ("gpt2_multi_cls", "fp16_naive", {}, "aten._foreach_addcdiv_"),
-    ("roberta_mlm", "amp_fp16_unscaled", {"lr": 300.0, "max_steps": 8}, None)])
+@pytest.mark.parametrize(
+    ("case", "config", "asked", "op"),
+    [
+        ("gpt2_multi_cls", "fp16_naive", {}, "aten._foreach_addcdiv_"),
+        ("roberta_mlm", "amp_fp16_unscaled", {"lr": 300.0, "max_steps": 8}, None),
+    ],
+)
 def test_a_run_fails_again_in_a_process_of_its_own(case, config, asked, op, plan, tmp_path, capsys):
     record = execute(plan(case, config, **asked), tmp_path)
     assert record.status == "diverged"

@@ -41,6 +41,7 @@ class Killed(BaseException):
 
 def killed_at(settings, out, step):
     """Run until the process dies behind ``step``; what a run's end still wrote is taken back to a torn line."""
+
     def dies(record):
         if isinstance(record, StepRecord) and record.step == step:
             raise Killed
@@ -74,8 +75,15 @@ def test_stopped_twice_a_run_equals_the_one_that_was_not(small, tmp_path, config
         assert whole.status in ("diverged", "unsupported")
 
 
-@pytest.mark.parametrize(("case", "config"), [("gpt2_clm", "amp_fp16"), ("roberta_mlm", "amp_bf16_8bit"),
-                                              ("roberta_multi_cls", "bf16_pure_sr"), ("gpt2_multi_cls", "amp_fp16_unscaled")])
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        ("gpt2_clm", "amp_fp16"),
+        ("roberta_mlm", "amp_bf16_8bit"),
+        ("roberta_multi_cls", "bf16_pure_sr"),
+        ("gpt2_multi_cls", "amp_fp16_unscaled"),
+    ],
+)
 @pytest.mark.parametrize("cuts", [(0, 3, 7), pytest.param((1, 2, 4, 5, 6), marks=pytest.mark.soak)])
 def test_every_cut_gives_the_same_run(small, tmp_path, monkeypatch, case, config, cuts):
     monkeypatch.setattr("harness.precision.FIRST_LOSS_SCALE", 2.0**36)  # skipped steps, the first of them explained
@@ -176,9 +184,32 @@ def test_a_finished_run_and_a_failed_one_start_over(small, tmp_path):
 
 
 def test_fresh_starts_over(small, tmp_path, capsys):
-    words = ["case", "gpt2_single_cls", "fp32_true", "--preset", "tiny", "--data", "embedded", "--max-steps", "7",
-             "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16", "--validation-documents", "4",
-             "--documents", "400", "--eval-every", "3", "--out", str(tmp_path), "--json"]
+    words = [
+        "case",
+        "gpt2_single_cls",
+        "fp32_true",
+        "--preset",
+        "tiny",
+        "--data",
+        "embedded",
+        "--max-steps",
+        "7",
+        "--batch-size",
+        "2",
+        "--micro-batch",
+        "2",
+        "--seq-len",
+        "16",
+        "--validation-documents",
+        "4",
+        "--documents",
+        "400",
+        "--eval-every",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
     settings = small("fp32_true")
     for more, behind in ((["--fresh"], None), ([], [3])):
         stopped_at(settings, tmp_path, 3)

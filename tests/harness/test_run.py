@@ -30,7 +30,7 @@ def test_a_run_leaves_its_logs_its_row_and_the_index(plan, tmp_path):
     assert row["loss_initial"] == steps[0].loss and row["val_loss"] == evaluations[-1].val_loss
     assert row["perplexity"] > 1 and row["f1_micro"] is None
     assert row["timed_steps"] == 4 - settings.untimed_steps
-    timed = steps[settings.untimed_steps:]
+    timed = steps[settings.untimed_steps :]
     assert row["tokens_per_s"] == pytest.approx(sum(s.tokens for s in timed) / sum(s.step_time_s for s in timed))
     assert row["attention_backend"] == "math" and row["autocast"] == "cpu" and row["mfu"] is None
     assert row["flags"]["switches"]["verified"] == ["fp32_products"]
@@ -41,16 +41,19 @@ def test_the_same_command_twice_is_the_same_run_bit_for_bit(plan, tmp_path):
     settings = plan("roberta_mlm", "amp_fp16", max_steps=3)
     first, second = (execute(settings, tmp_path / name) for name in "ab")
     assert first.final_weights_sha256 == second.final_weights_sha256
-    losses = [[s.loss for s in read(tmp_path / name / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)]
-              for name in "ab"]
+    losses = [
+        [s.loss for s in read(tmp_path / name / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)] for name in "ab"
+    ]
     assert losses[0] == losses[1] and first.val_loss == second.val_loss
     other = execute(replace(settings, seed=1), tmp_path / "c")
     assert other.final_weights_sha256 != first.final_weights_sha256 and other.init_sha256 != first.init_sha256
 
 
 def test_configurations_start_from_the_same_weights_and_see_the_same_batches(plan, tmp_path):
-    rows = [execute(plan("gpt2_multi_cls", config, max_steps=1), tmp_path)
-            for config in ("fp32_true", "bf16_pure", "amp_bf16_fp32_head", "fp16_naive")]
+    rows = [
+        execute(plan("gpt2_multi_cls", config, max_steps=1), tmp_path)
+        for config in ("fp32_true", "bf16_pure", "amp_bf16_fp32_head", "fp16_naive")
+    ]
     assert len({row.init_sha256 for row in rows}) == 1 and len({row.data_sha256 for row in rows}) == 1
     assert len(finished_runs(tmp_path)) == 4
     other = execute(plan("gpt2_multi_cls", "fp32_true", seed=1, max_steps=1), tmp_path)
@@ -185,5 +188,8 @@ def test_real_documents_end_to_end(plan, tmp_path, shared_data, case):
 def test_every_configuration_completes_or_says_why(plan, tmp_path):
     outcomes = {name: execute(plan("roberta_multi_cls", name, max_steps=2), tmp_path).status for name in DTYPE_CONFIGS}
     expected = {name: "completed" for name in DTYPE_CONFIGS} | {
-        "fp16_naive": "diverged", "fp16_naive_clip16": "diverged", "fp32_tf32": "unsupported"}
+        "fp16_naive": "diverged",
+        "fp16_naive_clip16": "diverged",
+        "fp32_tf32": "unsupported",
+    }
     assert outcomes == expected

@@ -33,17 +33,43 @@ def test_the_run_id_is_a_safe_name_of_case_config_seed_and_settings():
 
 def test_the_hash_changes_with_every_setting_but_seed_and_logging():
     plain = settle()
-    same = [replace(plain, seed=9), replace(plain, log_every=7), replace(plain, checkpoint_every=3), replace(plain, mtbf_s=9.0),
-            replace(plain, case=replace(CASE, scenario="Z")),
-            replace(plain, config=replace(CONFIG, note="other words"))]
+    same = [
+        replace(plain, seed=9),
+        replace(plain, log_every=7),
+        replace(plain, checkpoint_every=3),
+        replace(plain, mtbf_s=9.0),
+        replace(plain, case=replace(CASE, scenario="Z")),
+        replace(plain, config=replace(CONFIG, note="other words")),
+    ]
     assert {s.settings_hash for s in same} == {plain.settings_hash}
-    changed = {"case": CASES["gpt2_single_cls"], "config": DTYPE_CONFIGS["amp_bf16"], "preset": "full",
-               "device": "cuda", "data": "d", "data_fingerprint": "g", "sources_fingerprint": "h", "weights": "w",
-               "lr": 1.0, "dropout": 0.5,
-               "attention": "flash", "compile": True, "bucket_by_length": True, "text_field": "t", "label_field": "l"}
+    changed = {
+        "case": CASES["gpt2_single_cls"],
+        "config": DTYPE_CONFIGS["amp_bf16"],
+        "preset": "full",
+        "device": "cuda",
+        "data": "d",
+        "data_fingerprint": "g",
+        "sources_fingerprint": "h",
+        "weights": "w",
+        "lr": 1.0,
+        "dropout": 0.5,
+        "attention": "flash",
+        "compile": True,
+        "bucket_by_length": True,
+        "text_field": "t",
+        "label_field": "l",
+    }
     for field in fields(plain):
-        if field.name in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s",
-                          "parallel"):
+        if field.name in (
+            "seed",
+            "log_every",
+            "instrument",
+            "trace_steps",
+            "memory_snapshot",
+            "checkpoint_every",
+            "mtbf_s",
+            "parallel",
+        ):
             continue
         value = changed.get(field.name, getattr(plain, field.name))
         value = value + 1 if field.name not in changed else value
@@ -67,16 +93,22 @@ def test_files_from_outside_are_part_of_the_identity(tmp_path):
     assert before != sources_fingerprint.__wrapped__("scratch", str(tmp_path), "module:function") != ""
 
 
-@pytest.mark.parametrize(("asked", "words"), [
-    ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-    ({"max_steps": -3}, "max_steps is -3"),
-    ({"micro_batch": 3}, "micro_batch 3 does not divide batch_size 8"),
-    ({"seq_len": 4_096}, "longer than the 512 positions of GPT-2.*allowed: 4 to 512"),
-    ({"seq_len": 3}, "seq_len is 3; allowed: 4 to 512"),
-    ({"lr": float("nan")}, "lr is nan"), ({"lr": -1.0}, "lr is -1.0"),
-    ({"dropout": 1.0}, "dropout is 1.0"), ({"eval_every": -1}, "eval_every is -1"),
-    ({"attention": "efficient"}, "exists on CUDA only"), ({"seed": -1}, "seed is -1"),
-])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"max_steps": -3}, "max_steps is -3"),
+        ({"micro_batch": 3}, "micro_batch 3 does not divide batch_size 8"),
+        ({"seq_len": 4_096}, "longer than the 512 positions of GPT-2.*allowed: 4 to 512"),
+        ({"seq_len": 3}, "seq_len is 3; allowed: 4 to 512"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"eval_every": -1}, "eval_every is -1"),
+        ({"attention": "efficient"}, "exists on CUDA only"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
 def test_bad_settings_say_what_was_given_and_what_is_allowed(asked, words):
     with pytest.raises(SettingsError, match=words):
         settle(**asked)

@@ -15,8 +15,24 @@ from harness.run_folder import finished_runs, indexed_rows
 from harness.settings import SettingsError
 from harness.shards import Shard, tokens
 
-SMALL = ["--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
-         "--seq-len", "16", "--validation-documents", "2", "--documents", "400"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+]
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,19 @@ def test_a_shard_that_does_not_exist_is_refused(text, tmp_path, capsys):
 
 
 def test_a_shard_without_a_run_says_so_and_leaves_nothing(tmp_path, capsys):
-    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--shard", "9/9", "--out",
-             str(tmp_path / "out")]
+    words = [
+        "matrix",
+        *SMALL,
+        "--cases",
+        "gpt2_clm",
+        "--configs",
+        "fp32_true",
+        "amp_bf16",
+        "--shard",
+        "9/9",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(words) == OK
     assert capsys.readouterr() == ("", "shard 9/9: nothing to do here: 2 runs of the plan are in other shards\n")
     assert cli.main([*words, "--dry-run", "--json"]) == OK

@@ -13,14 +13,34 @@ from harness import checkpoint
 from harness.run_folder import finished_runs
 from harness.signals import Stop, Stopped
 
-SMALL = ["--preset", "tiny", "--data", "embedded", "--batch-size", "2", "--micro-batch", "2", "--seq-len", "16",
-         "--validation-documents", "2", "--documents", "400"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+]
 
 
 def started(words, environment):
     """``python -m harness`` in a process of its own, in a process group of its own."""
-    return subprocess.Popen([sys.executable, "-m", "harness", *words], env={**environment, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness", *words],
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_until(condition, process, timeout_s=120):
@@ -57,8 +77,22 @@ def test_a_case_ends_behind_a_checkpoint_and_the_same_command_goes_on(tmp_path, 
 
 
 def test_a_second_signal_leaves_at_once(tmp_path, command_environment):
-    words = ["case", "gpt2_clm", "fp32_true", *SMALL, "--batch-size", "512", "--micro-batch", "2", "--seq-len", "64",
-             "--max-steps", "50", "--out", str(tmp_path)]  # steps of some seconds
+    words = [
+        "case",
+        "gpt2_clm",
+        "fp32_true",
+        *SMALL,
+        "--batch-size",
+        "512",
+        "--micro-batch",
+        "2",
+        "--seq-len",
+        "64",
+        "--max-steps",
+        "50",
+        "--out",
+        str(tmp_path),
+    ]  # steps of some seconds
     process = started(words, command_environment)
     wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("runs/*/evaluations.jsonl")), process)
     time.sleep(1.0)
@@ -73,8 +107,22 @@ def test_a_second_signal_leaves_at_once(tmp_path, command_environment):
 
 @pytest.mark.parametrize("to_the_group", [False, True], ids=["to the matrix", "to every process"])
 def test_a_signal_reaches_every_run_of_a_matrix_and_it_goes_on(tmp_path, command_environment, to_the_group):
-    words = ["matrix", *SMALL, "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "bf16_pure", "--max-steps",
-             "100", "--jobs", "2", "--out", str(tmp_path)]
+    words = [
+        "matrix",
+        *SMALL,
+        "--cases",
+        "gpt2_single_cls",
+        "--configs",
+        "fp32_true",
+        "amp_bf16",
+        "bf16_pure",
+        "--max-steps",
+        "100",
+        "--jobs",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     process = started(words, command_environment)
     wait_until(lambda: len(lines(tmp_path)) == 2 and min(lines(tmp_path)) > 2, process)
     (os.killpg if to_the_group else os.kill)(process.pid, signal.SIGTERM)
@@ -95,8 +143,22 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_it_goes_on(tmp_path, command
 
 
 def test_a_second_signal_kills_the_runs_of_a_matrix(tmp_path, command_environment):
-    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "--batch-size", "512", "--seq-len", "64",
-             "--max-steps", "50", "--out", str(tmp_path)]
+    words = [
+        "matrix",
+        *SMALL,
+        "--cases",
+        "gpt2_clm",
+        "--configs",
+        "fp32_true",
+        "--batch-size",
+        "512",
+        "--seq-len",
+        "64",
+        "--max-steps",
+        "50",
+        "--out",
+        str(tmp_path),
+    ]
     process = started(words, command_environment)
     wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("runs/*/evaluations.jsonl")), process)
     time.sleep(1.0)
@@ -109,8 +171,18 @@ def test_a_second_signal_kills_the_runs_of_a_matrix(tmp_path, command_environmen
 
 
 def test_runs_whose_matrix_was_killed_leave_behind_a_checkpoint(tmp_path, command_environment):
-    words = ["matrix", *SMALL, "--cases", "gpt2_single_cls", "--configs", "fp32_true", "--max-steps", "2000", "--out",
-             str(tmp_path)]
+    words = [
+        "matrix",
+        *SMALL,
+        "--cases",
+        "gpt2_single_cls",
+        "--configs",
+        "fp32_true",
+        "--max-steps",
+        "2000",
+        "--out",
+        str(tmp_path),
+    ]
     process = started(words, command_environment)
     wait_until(lambda: sum(lines(tmp_path)) > 2, process)
     process.kill()

@@ -29,8 +29,9 @@ def fresh():
         precision = Precision(settings.config, torch.device("cpu"), threads=1)
         made.append(precision)
         vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
-        return Training.prepare(settings, build_model(model_request(settings, data)), make_batches(settings, data), precision,
-                                vocabulary)
+        return Training.prepare(
+            settings, build_model(model_request(settings, data)), make_batches(settings, data), precision, vocabulary
+        )
 
     yield make
     for precision in made:
@@ -42,9 +43,15 @@ def records(training, steps):
     return [msgspec.structs.replace(training.again(step).steps[-1], step_time_s=None) for step in steps]
 
 
-@pytest.mark.parametrize(("case", "config"), [
-    ("gpt2_clm", "amp_fp16"), ("roberta_mlm", "amp_bf16_8bit"), ("gpt2_multi_cls", "bf16_pure_sr"),
-    ("gpt2_single_cls", "fp16_naive_fp32_states")])
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        ("gpt2_clm", "amp_fp16"),
+        ("roberta_mlm", "amp_bf16_8bit"),
+        ("gpt2_multi_cls", "bf16_pure_sr"),
+        ("gpt2_single_cls", "fp16_naive_fp32_states"),
+    ],
+)
 def test_a_fresh_training_goes_on_from_the_file_bit_for_bit(plan, fresh, tmp_path, monkeypatch, case, config):
     settings = plan(case, config, max_steps=6, dropout=0.1)  # dropout: the random state counts, too
     with monkeypatch.context() as another_scale:
@@ -68,8 +75,11 @@ def test_tied_weights_and_shared_tables_are_stored_once(plan, fresh, tmp_path):
     records(training, (1,))
     stored.store(training.snapshot(1), tmp_path, settings.run_id)
     state = stored.read_state(tmp_path, settings.run_id)
-    rows = [name for name, t in state.tensors.items() if name.startswith("model/") and t.shape[0] == training.model.head.model.
-            lm_head.weight.shape[0]]
+    rows = [
+        name
+        for name, t in state.tensors.items()
+        if name.startswith("model/") and t.shape[0] == training.model.head.model.lm_head.weight.shape[0]
+    ]
     assert rows == ["model/transformer.wte.weight"]
     assert state.aliases and all(first in state.tensors for first in state.aliases.values())
 
@@ -107,8 +117,15 @@ def test_damage_is_noticed(plan, fresh, tmp_path):
     with pytest.raises(SnapshotError, match="the snapshot of"):
         stored.read_state(tmp_path, "another")
     with pytest.raises(SnapshotError, match="another model"):
-        stored.load(tmp_path, SimpleNamespace(settings=settings, model=torch.nn.Linear(2, 2), precision=training.precision,
-                                              optimizer=torch.optim.AdamW(torch.nn.Linear(2, 2).parameters())))
+        stored.load(
+            tmp_path,
+            SimpleNamespace(
+                settings=settings,
+                model=torch.nn.Linear(2, 2),
+                precision=training.precision,
+                optimizer=torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()),
+            ),
+        )
     tensors = tmp_path / "snapshot" / "tensors.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1

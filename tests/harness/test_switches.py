@@ -28,7 +28,7 @@ def test_the_accumulation_proof_tells_fp32_from_fp16_partial_sums(monkeypatch):
     assert switches.accumulates_in_fp32(CPU, torch.float32)
 
     def in_pieces(a, b):
-        parts = [torch.mm(a[:, s:s + 4_096].float(), b[s:s + 4_096].float()).half() for s in range(0, a.shape[1], 4_096)]
+        parts = [torch.mm(a[:, s : s + 4_096].float(), b[s : s + 4_096].float()).half() for s in range(0, a.shape[1], 4_096)]
         return torch.stack(parts).sum(0, dtype=torch.float16)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", in_pieces)
@@ -45,7 +45,6 @@ def test_the_accumulation_proof_allows_what_a_tensor_core_drops(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_switches_hold_on_the_gpu():
     gpu = torch.device("cuda")
-    assert set(switches.set_switches(gpu, tf32=False, threads=0)["verified"]) == {
-        "fp32_products", "fp16_accumulates_in_fp32"}
+    assert set(switches.set_switches(gpu, tf32=False, threads=0)["verified"]) == {"fp32_products", "fp16_accumulates_in_fp32"}
     switches.set_switches(gpu, tf32=True, threads=0)
     switches.set_switches(gpu, tf32=False, threads=0)

@@ -37,9 +37,11 @@ def sharded(tmp_path_factory):
     damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
     runs = [plan(folder / "died", "fp32_true", "none", *SHARDED, "--checkpoint-every", "1")]
     for config in CONFIGS:
-        runs += [plan(folder / f"whole-{config}", config, "none", *SHARDED),
-                 [*plan(folder / f"parts-{config}", config, "stop", *SHARDED), INTERRUPTED],
-                 plan(folder / f"parts-{config}", config, "none", *SHARDED)]
+        runs += [
+            plan(folder / f"whole-{config}", config, "none", *SHARDED),
+            [*plan(folder / f"parts-{config}", config, "stop", *SHARDED), INTERRUPTED],
+            plan(folder / f"parts-{config}", config, "none", *SHARDED),
+        ]
     for how in ("ddp", "fsdp"):
         runs.append([*plan(folder / f"left-{how}", "fp32_true", "stop", "--parallel", how), INTERRUPTED])
     code, _, err = ended(several(runs))
@@ -59,8 +61,9 @@ def test_stopped_and_continued_a_sharded_run_equals_the_one_that_was_not(sharded
 
 
 def test_a_sharded_runs_checkpoint_has_what_that_of_whole_tensors_has(sharded):
-    ddp, fsdp = (load_file(checkpoints(sharded[0] / f"left-{how}")["checkpoint-3"] / "tensors.safetensors")
-                 for how in ("ddp", "fsdp"))
+    ddp, fsdp = (
+        load_file(checkpoints(sharded[0] / f"left-{how}")["checkpoint-3"] / "tensors.safetensors") for how in ("ddp", "fsdp")
+    )
     more = {name for name in fsdp if name.startswith("random/rank1/")}
     assert fsdp.keys() == ddp.keys() | more and more
     held = {name for name in ddp if not name.startswith("random/")}

@@ -16,8 +16,9 @@ for name in ("is_available", "device_count", "_lazy_init", "current_device"):
 
 def asked(statement: str) -> list[str]:
     """The calls by which torch binds a process to a GPU's driver; asking how many there are is enough."""
-    found = subprocess.run([sys.executable, "-c", f"{COUNT}\n{statement}\nprint(*asked)"], capture_output=True, text=True,
-                           check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", f"{COUNT}\n{statement}\nprint(*asked)"], capture_output=True, text=True, check=True
+    )
     return found.stdout.split()
 
 

@@ -29,8 +29,14 @@ def unread(words, folder, **streams):
     os.close(end)
     try:
         streams = {"stdout": pipe, "stderr": pipe} | streams
-        done = subprocess.run([sys.executable, *words], cwd=folder, check=False, timeout=300, **streams,
-                              env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=folder,
+            check=False,
+            timeout=300,
+            **streams,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        )
     finally:
         os.close(pipe)
     return done.returncode, done.stderr
@@ -57,8 +63,17 @@ def test_without_a_stream_nothing_is_said(tmp_path):
     assert code == 3
 
 
-@pytest.mark.parametrize("words", [["harness", "list"], ["harness", "list", "--json"], ["harness", "--help"],
-                                   ["harness", "case", "--help"], ["report", "--help"], ["kernels", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["harness", "list"],
+        ["harness", "list", "--json"],
+        ["harness", "--help"],
+        ["harness", "case", "--help"],
+        ["report", "--help"],
+        ["kernels", "--help"],
+    ],
+)
 def test_commands_end_like_other_tools(tmp_path, words):
     code, said = unread(["-m", *words], tmp_path, stderr=subprocess.PIPE)
     assert code in (READER_GONE, -13) and said == b""
@@ -67,8 +82,12 @@ def test_commands_end_like_other_tools(tmp_path, words):
 @pytest.mark.parametrize(("needed", "code"), [(True, NO_ROOM), (False, 3)])
 def test_a_full_disk_under_the_words_is_no_one_else_s(tmp_path, needed, code):
     with open("/dev/full", "w") as full:
-        done, said = unread(["-c", TELLS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")], tmp_path,
-                            stdout=full, stderr=subprocess.PIPE)
+        done, said = unread(
+            ["-c", TELLS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")],
+            tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
     assert done == code and said == b"standard output cannot be written: No space left on device\n"
     assert (tmp_path / "made").exists() is not needed
 

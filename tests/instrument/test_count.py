@@ -12,9 +12,17 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "instrument", "kernels", "bench_cases", "report")
 
 
-@pytest.mark.parametrize(("n", "words", "told"), [
-    (0, ("run",), "0 runs"), (1, ("run",), "1 run"), (2, ("run",), "2 runs"), (12_000, ("row",), "12,000 rows"),
-    (1, ("process", "processes"), "1 process"), (3, ("process", "processes"), "3 processes")])
+@pytest.mark.parametrize(
+    ("n", "words", "told"),
+    [
+        (0, ("run",), "0 runs"),
+        (1, ("run",), "1 run"),
+        (2, ("run",), "2 runs"),
+        (12_000, ("row",), "12,000 rows"),
+        (1, ("process", "processes"), "1 process"),
+        (3, ("process", "processes"), "3 processes"),
+    ],
+)
 def test_one_is_singular_and_all_else_is_not(n, words, told):
     assert count(n, *words) == told
 

@@ -43,12 +43,17 @@ def write_from_another_thread(folder):
 
 
 CHANGES = {
-    "a write": (write, 4), "text": (lambda folder: (folder / "new").write_text("x"), 1),
+    "a write": (write, 4),
+    "text": (lambda folder: (folder / "new").write_text("x"), 1),
     "rename": (lambda folder: os.replace(folder / "old", folder / "new"), 1),
-    "delete": (lambda folder: (folder / "old").unlink(), 1), "cut": (lambda folder: os.truncate(folder / "old", 0), 1),
-    "link": (lambda folder: os.link(folder / "old", folder / "new"), 1), "folder": (lambda folder: (folder / "new").mkdir(), 1),
-    "mode": (lambda folder: (folder / "old").chmod(0o600), 1), "tree": (lambda folder: shutil.rmtree(folder / "tree"), 2),
-    "reading": (lambda folder: (folder / "old").read_bytes(), 0), "a pipe": (lambda folder: os.write(os.pipe()[1], b"x"), 0),
+    "delete": (lambda folder: (folder / "old").unlink(), 1),
+    "cut": (lambda folder: os.truncate(folder / "old", 0), 1),
+    "link": (lambda folder: os.link(folder / "old", folder / "new"), 1),
+    "folder": (lambda folder: (folder / "new").mkdir(), 1),
+    "mode": (lambda folder: (folder / "old").chmod(0o600), 1),
+    "tree": (lambda folder: shutil.rmtree(folder / "tree"), 2),
+    "reading": (lambda folder: (folder / "old").read_bytes(), 0),
+    "a pipe": (lambda folder: os.write(os.pipe()[1], b"x"), 0),
     "standard error": (lambda folder: print("words", file=sys.stderr), 0),
     "another thread": (write_from_another_thread, 0),
 }

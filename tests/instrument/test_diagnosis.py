@@ -31,19 +31,30 @@ def why(function, weight, x, dtype=torch.float16):
     return examine(1, step, Snapshot(0, model, None), model, None)
 
 
-@pytest.mark.parametrize(("name", "function", "weight", "x", "cause", "kind", "op"), [
-    ("product beyond fp16", lambda w, x: w * x, [300.0], [300.0], "overflow", "inf", "aten.mul"),
-    ("negative product beyond fp16", lambda w, x: w * x, [-300.0], [300.0], "overflow", "-inf", "aten.mul"),
-    ("exponential beyond fp16", lambda w, x: torch.exp(w * x), [3.0], [4.0], "overflow", "inf", "aten.exp"),
-    ("sum beyond fp16", lambda w, x: w + x, [60000.0], [60000.0], "overflow", "inf", "aten.add"),
-    ("cast beyond fp16", lambda w, x: (w.float() * x.float()).half(), [300.0], [300.0], "overflow", "inf", "aten._to_copy"),
-    ("logarithm of a negative number", lambda w, x: torch.log(w * x), [-1.0], [1.0], "invalid", "nan", "aten.log"),
-    ("zero by zero", lambda w, x: w / x, [0.0], [0.0], "invalid", "nan", "aten.div"),
-    ("one by zero", lambda w, x: w / x, [1.0], [0.0], "invalid", "inf", "aten.div"),
-    ("by a square that underflowed", lambda w, x: w / (x * x), [1.0], [1e-4], "underflow_then_divide", "inf", "aten.div"),
-    ("by an epsilon that underflowed", lambda w, x: w / (x + 1e-8), [1.0], [0.0], "underflow_then_divide", "inf", "aten.div"),
-    ("handed in", lambda w, x: w * x, [1.0], [float("nan")], "from_input", "nan", "aten.mul"),
-])
+@pytest.mark.parametrize(
+    ("name", "function", "weight", "x", "cause", "kind", "op"),
+    [
+        ("product beyond fp16", lambda w, x: w * x, [300.0], [300.0], "overflow", "inf", "aten.mul"),
+        ("negative product beyond fp16", lambda w, x: w * x, [-300.0], [300.0], "overflow", "-inf", "aten.mul"),
+        ("exponential beyond fp16", lambda w, x: torch.exp(w * x), [3.0], [4.0], "overflow", "inf", "aten.exp"),
+        ("sum beyond fp16", lambda w, x: w + x, [60000.0], [60000.0], "overflow", "inf", "aten.add"),
+        ("cast beyond fp16", lambda w, x: (w.float() * x.float()).half(), [300.0], [300.0], "overflow", "inf", "aten._to_copy"),
+        ("logarithm of a negative number", lambda w, x: torch.log(w * x), [-1.0], [1.0], "invalid", "nan", "aten.log"),
+        ("zero by zero", lambda w, x: w / x, [0.0], [0.0], "invalid", "nan", "aten.div"),
+        ("one by zero", lambda w, x: w / x, [1.0], [0.0], "invalid", "inf", "aten.div"),
+        ("by a square that underflowed", lambda w, x: w / (x * x), [1.0], [1e-4], "underflow_then_divide", "inf", "aten.div"),
+        (
+            "by an epsilon that underflowed",
+            lambda w, x: w / (x + 1e-8),
+            [1.0],
+            [0.0],
+            "underflow_then_divide",
+            "inf",
+            "aten.div",
+        ),
+        ("handed in", lambda w, x: w * x, [1.0], [float("nan")], "from_input", "nan", "aten.mul"),
+    ],
+)
 def test_causes(name, function, weight, x, cause, kind, op):
     found = why(function, weight, x)
     assert (found.cause, found.kind, found.op) == (cause, kind, op), name
@@ -74,6 +85,10 @@ def test_adamw_in_fp16_dies_of_its_epsilon():
 
     found = examine(1, step, Snapshot(0, model, optimizer), model, optimizer)
     assert (found.phase, found.op, found.tensor, found.source_tensor) == (
-        "optimizer", "aten._foreach_addcdiv_", "param", "exp_avg_sq")
+        "optimizer",
+        "aten._foreach_addcdiv_",
+        "param",
+        "exp_avg_sq",
+    )
     assert found.cause == "underflow_then_divide" and found.parameter == "0.weight" and found.module == "0"
     assert found.diagnosis.zero_denominators == found.diagnosis.nonfinite > 0

@@ -172,8 +172,9 @@ def test_a_sweep_passes_by_what_is_no_file_and_what_it_may_not_delete(tmp_path, 
     assert files.sweep(tmp_path) == [ours] and theirs.exists() and not ours.exists()
 
 
-@pytest.mark.parametrize("make", [make_a_temporary_folder, place_a_folder,
-                                  lambda place: files.replace(place / "run.json", b"content")])
+@pytest.mark.parametrize(
+    "make", [make_a_temporary_folder, place_a_folder, lambda place: files.replace(place / "run.json", b"content")]
+)
 def test_what_is_swept_while_it_is_made_is_there_for_its_maker(temporary, make):
     over = threading.Event()
 
@@ -227,8 +228,27 @@ def test_copying_refuses_links(tmp_path):
     assert (tmp_path / "copy").read_bytes() == b"s"
 
 
-@pytest.mark.parametrize("run_id", ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "a\nb", "-rf", ".claim", "a b",
-                                    "ä", "x" * (LONGEST + 1), None, 7])
+@pytest.mark.parametrize(
+    "run_id",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "-rf",
+        ".claim",
+        "a b",
+        "ä",
+        "x" * (LONGEST + 1),
+        None,
+        7,
+    ],
+)
 def test_unsafe_run_ids_are_refused_in_one_sentence(run_id):
     assert not is_safe(run_id)
     with pytest.raises(ValueError, match="no safe file name; allowed") as raised:
@@ -306,13 +326,40 @@ def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
 
 
 def test_the_environment_variable_does_the_same(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SEQUENCE, str(tmp_path)], capture_output=True, text=True, check=False,
-                          env={**os.environ, crash.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", SEQUENCE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, crash.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == crash.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr
 
 
-WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "to_csv", "touch", "rename", "replace", "unlink", "truncate",
-           "ftruncate", "symlink", "link", "copyfile", "copytree", "copy", "copy2", "move", "rmtree", "mkstemp", "save", "dump"}
+WRITERS = {
+    "write_text",
+    "write_bytes",
+    "savefig",
+    "save_file",
+    "to_csv",
+    "touch",
+    "rename",
+    "replace",
+    "unlink",
+    "truncate",
+    "ftruncate",
+    "symlink",
+    "link",
+    "copyfile",
+    "copytree",
+    "copy",
+    "copy2",
+    "move",
+    "rmtree",
+    "mkstemp",
+    "save",
+    "dump",
+}
 """Names of calls that write, move or delete files (where they belong to os, shutil, tempfile, json, numpy, torch or a path)."""
 MODULES = {"os", "shutil", "tempfile", "json", "np", "torch", "pickle"}
 ALLOWED = {
@@ -336,7 +383,8 @@ ALLOWED = {
     "report/bench/simulate.py": "makes a benchmark's input",
     "report/bench/plain_script.py": "is the naive script that the benchmark compares with",
     "bench_cases/data/cache.py": "the data cache, no result: a folder renamed whole",
-    "bench_cases/data/hub.py": "the data cache", "bench_cases/data/tokenized.py": "the data cache",
+    "bench_cases/data/hub.py": "the data cache",
+    "bench_cases/data/tokenized.py": "the data cache",
     "bench_cases/data/tokenizer.py": "the data cache",
     "kernels/__main__.py": "below this room: it replaces its file on its own",
 }
@@ -348,28 +396,71 @@ def direct_writes(source: str) -> list[int]:
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
-        called, words = node.func, [arg.value for arg in (*node.args, *(k.value for k in node.keywords))
-                                    if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        called, words = (
+            node.func,
+            [
+                arg.value
+                for arg in (*node.args, *(k.value for k in node.keywords))
+                if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            ],
+        )
         name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
         owner = called.value.id if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) else None
         if name == "open":
             flags = ast.unparse(node)
-            if any(set(word) <= set("rwxabt+U") and set(word) & set("wxa+") for word in words) or "O_WRONLY" in flags \
-                    or "O_RDWR" in flags or "O_CREAT" in flags:
+            if (
+                any(set(word) <= set("rwxabt+U") and set(word) & set("wxa+") for word in words)
+                or "O_WRONLY" in flags
+                or "O_RDWR" in flags
+                or "O_CREAT" in flags
+            ):
                 found.append(node.lineno)
-        elif name in WRITERS and (name in ("write_text", "write_bytes", "savefig", "save_file", "to_csv", "touch", "unlink",
-                                           "copyfile", "copytree", "rmtree", "mkstemp", "ftruncate") or owner in MODULES):
+        elif name in WRITERS and (
+            name
+            in (
+                "write_text",
+                "write_bytes",
+                "savefig",
+                "save_file",
+                "to_csv",
+                "touch",
+                "unlink",
+                "copyfile",
+                "copytree",
+                "rmtree",
+                "mkstemp",
+                "ftruncate",
+            )
+            or owner in MODULES
+        ):
             found.append(node.lineno)
     return found
 
 
 def test_the_scan_finds_what_it_is_for():
-    for planted in ("p.write_text('x')", "open(p, 'w')", "p.open('ab')", "os.open(p, os.O_CREAT)", "os.replace(a, b)",
-                    "shutil.copy(a, b)", "figure.savefig(p)", "save_file(t, p)", "gzip.open(p, 'wt')", "torch.save(x, p)",
-                    "gzip.open(p, mode='xb')"):
+    for planted in (
+        "p.write_text('x')",
+        "open(p, 'w')",
+        "p.open('ab')",
+        "os.open(p, os.O_CREAT)",
+        "os.replace(a, b)",
+        "shutil.copy(a, b)",
+        "figure.savefig(p)",
+        "save_file(t, p)",
+        "gzip.open(p, 'wt')",
+        "torch.save(x, p)",
+        "gzip.open(p, mode='xb')",
+    ):
         assert direct_writes(planted) == [1], planted
-    for harmless in ("p.read_text()", "open(p)", "p.open('rb')", "text.replace('a', 'b')", "replace(path, data)",
-                     "copy.copy(x)", "gzip.open(p, 'rt')"):
+    for harmless in (
+        "p.read_text()",
+        "open(p)",
+        "p.open('rb')",
+        "text.replace('a', 'b')",
+        "replace(path, data)",
+        "copy.copy(x)",
+        "gzip.open(p, 'rt')",
+    ):
         assert not direct_writes(harmless), harmless
 
 

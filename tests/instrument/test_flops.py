@@ -82,9 +82,13 @@ def test_every_product_belongs_to_the_module_that_ran_it():
     found = {(p.module, p.kind): p for p in ModelCounter(branches()).count(2, 4)}
     forward = {key: p.forward_flops for key, p in found.items()}
     assert forward == {
-        ("encoder.dropped", "projection"): 2 * 8 * 36, ("encoder.twice", "projection"): 2 * 2 * 8 * 36,
-        ("encoder.gate", "projection"): 2 * 8 * 36, ("encoder", "attention"): 2 * 2 * 2 * 4 * 4 * 6,
-        ("encoder.conv", "projection"): 2 * 3 * 8 * 36, ("head", "projection"): 2 * 8 * 6 * 5}
+        ("encoder.dropped", "projection"): 2 * 8 * 36,
+        ("encoder.twice", "projection"): 2 * 2 * 8 * 36,
+        ("encoder.gate", "projection"): 2 * 8 * 36,
+        ("encoder", "attention"): 2 * 2 * 2 * 4 * 4 * 6,
+        ("encoder.conv", "projection"): 2 * 3 * 8 * 36,
+        ("head", "projection"): 2 * 8 * 6 * 5,
+    }
     backward = {key: p.backward_flops for key, p in found.items()}
     assert backward.pop(("encoder.dropped", "projection")) == 0  # its output goes nowhere
     assert backward == {key: 2 * forward[key] for key in backward}
@@ -94,7 +98,7 @@ def test_frozen_weights_cost_what_they_run():
     model = branches()
     model.encoder.requires_grad_(False)
     assert [p.backward_flops for p in ModelCounter(model).count(1, 4) if p.part != "head"] == [0] * 5
-    head, = (p for p in ModelCounter(model).count(1, 4) if p.part == "head")
+    (head,) = (p for p in ModelCounter(model).count(1, 4) if p.part == "head")
     assert head.backward_flops == head.forward_flops  # the gradient of its weight only
 
 
@@ -117,16 +121,31 @@ def test_the_model_itself_is_left_alone():
 
 
 @settings(max_examples=15, deadline=None)
-@given(layers=FEW, heads=FEW, depth=st.integers(1, 9), inner=ODD, outputs=ODD, rows=FEW, length=st.integers(1, 16),
-       architecture=st.sampled_from(["gpt2", "roberta"]), pooled=st.booleans())
+@given(
+    layers=FEW,
+    heads=FEW,
+    depth=st.integers(1, 9),
+    inner=ODD,
+    outputs=ODD,
+    rows=FEW,
+    length=st.integers(1, 16),
+    architecture=st.sampled_from(["gpt2", "roberta"]),
+    pooled=st.booleans(),
+)
 def test_closed_form_equals_count_at_random_sizes(layers, heads, depth, inner, outputs, rows, length, architecture, pooled):
     width = heads * depth
     if architecture == "gpt2":
         config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_inner=inner, vocab_size=50, n_positions=16)
         encoder, head = GPT2Model(config), nn.Linear(width, outputs)
     else:
-        config = RobertaConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=inner,
-                               vocab_size=50, max_position_embeddings=18)
+        config = RobertaConfig(
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=inner,
+            vocab_size=50,
+            max_position_embeddings=18,
+        )
         encoder = RobertaModel(config, add_pooling_layer=False)
         head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, outputs))
     task = "single_cls" if pooled else {"gpt2": "clm", "roberta": "mlm"}[architecture]
@@ -157,8 +176,10 @@ def test_pad_columns_are_cut_and_a_head_that_hides_them_is_refused():
 def test_a_head_as_wide_as_its_padded_vocabulary_is_cut_at_its_last_layer():
     model = branches()
     model.head = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    assert {p.module: p.forward_flops for p in ModelCounter(model, valid_outputs=4).count(1, 1) if p.part == "head"} == \
-        {"head.0": 72, "head.1": 48}
+    assert {p.module: p.forward_flops for p in ModelCounter(model, valid_outputs=4).count(1, 1) if p.part == "head"} == {
+        "head.0": 72,
+        "head.1": 48,
+    }
 
 
 @torch.library.custom_op("ddb_test::shift", mutates_args=())
@@ -177,7 +198,7 @@ def test_an_op_without_a_formula_is_named_not_counted_as_nothing():
     with pytest.raises(Uncountable, match="ddb_test.shift has no FLOP formula"):
         ModelCounter(model).count(1, 4)
     register_flop_formula(torch.ops.ddb_test.shift)(lambda *_, **__: 7)
-    head, = (p for p in ModelCounter(model).count(1, 4) if p.part == "head")
+    (head,) = (p for p in ModelCounter(model).count(1, 4) if p.part == "head")
     assert head.forward_flops == 7
 
 
@@ -185,8 +206,9 @@ def test_a_grouped_product_without_a_formula_is_named_too():
     model = branches()
     weights = torch.ones(2, 16, 16, dtype=torch.bfloat16)
     ends = torch.tensor([2, 4], dtype=torch.int32)
-    model.head.forward = lambda x: torch._grouped_mm(F.pad(x[0], (0, 10)).bfloat16(), weights.to(x.device),
-                                                     offs=ends.to(x.device))
+    model.head.forward = lambda x: torch._grouped_mm(
+        F.pad(x[0], (0, 10)).bfloat16(), weights.to(x.device), offs=ends.to(x.device)
+    )
     with pytest.raises(Uncountable, match="mm has no FLOP formula"):
         ModelCounter(model).count(1, 4)
 
@@ -231,8 +253,12 @@ def test_three_lengths_prove_no_polynomial():
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8))
 def test_real_flops_are_the_sums_of_l_and_of_l_squared(lengths):
-    flops = StepFlops(RowFlops(LengthPolynomial(0, 7), LengthPolynomial(0, 0, 4), LengthPolynomial(5)),
-                      ProductDtypes("bf16", "bf16", "fp32"), True, "planted")
+    flops = StepFlops(
+        RowFlops(LengthPolynomial(0, 7), LengthPolynomial(0, 0, 4), LengthPolynomial(5)),
+        ProductDtypes("bf16", "bf16", "fp32"),
+        True,
+        "planted",
+    )
     assert flops.real(lengths) == {"bf16": 7 * sum(lengths) + 4 * sum(n * n for n in lengths), "fp32": 5 * len(lengths)}
     longest, rows = max(lengths), len(lengths)
     assert flops.real([longest] * rows) == flops.of(rows, longest)  # nothing padded

@@ -5,10 +5,22 @@ import pytest
 from instrument.gpus import CARDS, PRODUCT_DTYPES, capability_support, known_card
 
 
-@pytest.mark.parametrize(("name", "card"), [
-    ("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA A40", "A40"), ("NVIDIA H200", "H200 SXM"), ("Tesla T4", "T4"),
-    ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H200 NVL", None), ("NVIDIA L40", None), ("", None)])
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA A40", "A40"),
+        ("NVIDIA H200", "H200 SXM"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA L40", None),
+        ("", None),
+    ],
+)
 def test_a_card_is_known_by_its_whole_name_only(name, card):
     found = known_card(name)
     assert (found and found.name) == card
@@ -21,8 +33,16 @@ def test_reference_cards_and_peaks():
     assert v100.peak("bf16") is None and v100.peak("fp16") == 125e12
 
 
-@pytest.mark.parametrize(("capability", "able"), [((7, 0), {"fp16"}), ((7, 5), {"fp16"}), ((8, 6), {"fp16", "bf16", "tf32"}),
-                                                  ((8, 9), {"fp16", "bf16", "tf32", "fp8"}), ((6, 1), set())])
+@pytest.mark.parametrize(
+    ("capability", "able"),
+    [
+        ((7, 0), {"fp16"}),
+        ((7, 5), {"fp16"}),
+        ((8, 6), {"fp16", "bf16", "tf32"}),
+        ((8, 9), {"fp16", "bf16", "tf32", "fp8"}),
+        ((6, 1), set()),
+    ],
+)
 def test_what_a_capability_supports(capability, able):
     assert {name for name, yes in capability_support(*capability).items() if yes} == able
 

@@ -37,6 +37,7 @@ def test_a_writer_that_takes_part_of_a_line_at_a_time_mixes_nothing_under_the_lo
     """What O_APPEND alone does not give: the kernel may take a line in pieces."""
     whole_write, path = os.write, tmp_path / "events.jsonl"
     with JsonlLog(path) as other:
+
         def in_pieces(fd: int, data: bytes) -> int:
             if fd == mine._lines._fd:
                 assert not try_lock(other._lines._fd), "the lock is held while a line is in pieces"
@@ -51,7 +52,7 @@ def test_a_writer_that_takes_part_of_a_line_at_a_time_mixes_nothing_under_the_lo
     assert [record.step for record in read(path, EventRecord)] == [1, 2]
 
 
-@pytest.mark.parametrize("torn", [b'{"schema":1,"st', b"\0\0\0", "{\"é".encode()[:-1]])
+@pytest.mark.parametrize("torn", [b'{"schema":1,"st', b"\0\0\0", '{"é'.encode()[:-1]])
 def test_a_torn_last_line_is_ended_when_the_log_is_opened(tmp_path, torn):
     path = tmp_path / "events.jsonl"
     path.write_bytes(encode(event(1)) + b"\n" + torn)

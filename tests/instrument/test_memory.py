@@ -97,8 +97,13 @@ def test_8_bit_states_count_their_bytes_and_their_scales():
 
 
 def test_activations_are_what_the_peak_holds_beyond_the_rest():
-    split = {"weights_bytes": 100, "buffers_bytes": 10, "gradients_bytes": 0, "optimizer_bytes": 200,
-             "gradients_complete_bytes": 100}
+    split = {
+        "weights_bytes": 100,
+        "buffers_bytes": 10,
+        "gradients_bytes": 0,
+        "optimizer_bytes": 200,
+        "gradients_complete_bytes": 100,
+    }
     found = with_activations(split, 1000, instrument_bytes=40)
     assert (found["activations_bytes"], found["activations_at_most_bytes"]) == (550, 650)
     for peak_bytes, why in ((None, "on a CPU"), (300, "below what is stored")):
@@ -156,5 +161,6 @@ def test_a_snapshot_is_written_when_memory_runs_out_and_only_then(tmp_path, monk
 def test_a_snapshot_that_fails_says_why(tmp_path, monkeypatch):
     def fail(path):
         raise OSError("No space left on device")
+
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fail)
     assert write_snapshot(tmp_path / "s.pickle", CUDA).why == "OSError: No space left on device"

@@ -11,11 +11,15 @@ from instrument.memory_exhausted import ALLOCATOR, memory_when_it_ran_out, reque
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("message", "expected"), [
-    ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.65 GiB", 20 << 20),
-    ("CUDA out of memory. Tried to allocate 1.50 GiB.", 3 << 29),
-    ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000 bytes. Error code 12", 4_000_000_000),
-    ("MemoryError", None)])
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23.65 GiB", 20 << 20),
+        ("CUDA out of memory. Tried to allocate 1.50 GiB.", 3 << 29),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000 bytes. Error code 12", 4_000_000_000),
+        ("MemoryError", None),
+    ],
+)
 def test_the_request_is_read_from_the_message(message, expected):
     assert requested_bytes(message) == expected
 

@@ -19,10 +19,25 @@ ROW = RowFlops(*(LengthPolynomial(*terms).times(UNIT) for terms in ((0, 100), (0
 
 def step(number, *, samples=2, seq_len=8, time_s=1.0):
     tokens = samples * seq_len
-    return StepRecord(step=number, loss=1.0, lr=1e-3, grad_norm=1.0, grad_absmax=1.0, grad_nonfinite=0,
-                      grad_underflow_frac=0.0, logit_absmax=1.0, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None,
-                      step_skipped=False, step_time_s=time_s, samples=samples, tokens=tokens, real_tokens=tokens,
-                      seq_len=seq_len)
+    return StepRecord(
+        step=number,
+        loss=1.0,
+        lr=1e-3,
+        grad_norm=1.0,
+        grad_absmax=1.0,
+        grad_nonfinite=0,
+        grad_underflow_frac=0.0,
+        logit_absmax=1.0,
+        logit_nonfinite=0,
+        logit_over_fp16=0,
+        loss_scale=None,
+        step_skipped=False,
+        step_time_s=time_s,
+        samples=samples,
+        tokens=tokens,
+        real_tokens=tokens,
+        seq_len=seq_len,
+    )
 
 
 def run_of(dtypes=("bf16", "bf16", "bf16"), peaks=H200):

@@ -31,15 +31,21 @@ class Library:
             if arguments[0] not in handles:
                 raise OSError("Not Found")
             return handles[arguments[0]]
-        return {"nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": "board",
-                "nvmlDeviceGetTotalEnergyConsumption": 5_000, "nvmlDeviceGetPowerUsage": 250_500,
-                "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
-                "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=90, memory=30),
-                "nvmlDeviceGetTemperature": 61, "nvmlDeviceGetClockInfo": 1_980,
-                "nvmlDeviceGetCurrentClocksEventReasons": 0b1000100,
-                "nvmlDeviceGetCurrentClocksThrottleReasons": 0b100,
-                "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=7, usedGpuMemory=30)],
-                "nvmlDeviceGetGraphicsRunningProcesses": []}[name]
+        return {
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+            "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": "board",
+            "nvmlDeviceGetTotalEnergyConsumption": 5_000,
+            "nvmlDeviceGetPowerUsage": 250_500,
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
+            "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=90, memory=30),
+            "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetClockInfo": 1_980,
+            "nvmlDeviceGetCurrentClocksEventReasons": 0b1000100,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": 0b100,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=7, usedGpuMemory=30)],
+            "nvmlDeviceGetGraphicsRunningProcesses": [],
+        }[name]
 
 
 def sensors(monkeypatch, library, uuid="a"):
@@ -53,10 +59,18 @@ def test_sensors_answer_in_base_units(monkeypatch, uuid):
     for question in sensors(monkeypatch, Library(), uuid).values():
         found |= question()
     assert found == {
-        "gpu_energy_counter_j": 5.0, "gpu_power_w": 250.5, "gpu_memory_used_bytes": 40, "gpu_memory_total_bytes": 100,
-        "gpu_utilization_percent": 90, "gpu_memory_utilization_percent": 30, "gpu_temperature_c": 61,
-        "gpu_sm_clock_hz": 1_980_000_000, "gpu_memory_clock_hz": 1_980_000_000,
-        "gpu_clock_event_reasons": ["sw_power_cap", "hw_thermal_slowdown"], "gpu_is_mig": False}
+        "gpu_energy_counter_j": 5.0,
+        "gpu_power_w": 250.5,
+        "gpu_memory_used_bytes": 40,
+        "gpu_memory_total_bytes": 100,
+        "gpu_utilization_percent": 90,
+        "gpu_memory_utilization_percent": 30,
+        "gpu_temperature_c": 61,
+        "gpu_sm_clock_hz": 1_980_000_000,
+        "gpu_memory_clock_hz": 1_980_000_000,
+        "gpu_clock_event_reasons": ["sw_power_cap", "hw_thermal_slowdown"],
+        "gpu_is_mig": False,
+    }
 
 
 def test_a_mig_instance_has_its_own_memory_and_its_boards_power(monkeypatch):
@@ -93,7 +107,11 @@ def test_clock_event_reasons_are_those_of_nvml():
 
     assert clock_event_reasons(0) == []
     assert clock_event_reasons(1 << 40 | 1) == ["gpu_idle", "bit_40"]
-    spelled = {name.removeprefix(prefix).lower(): getattr(pynvml, name) for name in dir(pynvml)
-               for prefix in ("nvmlClocksEventReason", "nvmlClocksThrottleReason") if name.startswith(prefix)}
+    spelled = {
+        name.removeprefix(prefix).lower(): getattr(pynvml, name)
+        for name in dir(pynvml)
+        for prefix in ("nvmlClocksEventReason", "nvmlClocksThrottleReason")
+        if name.startswith(prefix)
+    }
     for bit, name in CLOCK_EVENT_REASONS.items():
         assert spelled[name.replace("_", "")] == 1 << bit, name

@@ -15,16 +15,42 @@ from instrument.prediction import FORMATS, Arithmetic, Hazard, Reference, end, h
 from instrument.prediction_outcome import FALSE_ALARM, HIT, MISSED, NEITHER, NOT_REACHED, Happened, compare
 from instrument.records import FirstNonfinite, StepRecord
 
-NAIVE = Arithmetic(compute="fp16", head="fp16", states="fp16", update="fp16", clip="fp32", mixed=False, eps=1e-8, beta2=0.999,
-                   max_norm=1.0, loss_scale=None)
+NAIVE = Arithmetic(
+    compute="fp16",
+    head="fp16",
+    states="fp16",
+    update="fp16",
+    clip="fp32",
+    mixed=False,
+    eps=1e-8,
+    beta2=0.999,
+    max_norm=1.0,
+    loss_scale=None,
+)
 AMP = replace(NAIVE, states="fp32", update="fp32", mixed=True, loss_scale=65536.0)
 BF16 = replace(NAIVE, compute="bf16", head="bf16", states="bf16", update="bf16")
 
 
 def step(number, norm=1.0, absmax=0.1, logits=1.0):
-    return StepRecord(step=number, loss=1.0, lr=0.1, grad_norm=norm, grad_absmax=absmax, grad_nonfinite=0,
-                      grad_underflow_frac=0.0, logit_absmax=logits, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None,
-                      step_skipped=False, step_time_s=0.1, samples=1, tokens=1, real_tokens=1, seq_len=1)
+    return StepRecord(
+        step=number,
+        loss=1.0,
+        lr=0.1,
+        grad_norm=norm,
+        grad_absmax=absmax,
+        grad_nonfinite=0,
+        grad_underflow_frac=0.0,
+        logit_absmax=logits,
+        logit_nonfinite=0,
+        logit_over_fp16=0,
+        loss_scale=None,
+        step_skipped=False,
+        step_time_s=0.1,
+        samples=1,
+        tokens=1,
+        real_tokens=1,
+        seq_len=1,
+    )
 
 
 def row(module, absmax, direction="fwd", at=1, flush=None, inf=0):
@@ -40,8 +66,21 @@ def kinds(found):
 
 
 def first(phase, cause, module="a"):
-    return FirstNonfinite(step=1, microbatch=None, phase=phase, phase_surfaced=phase, module=module, op=None, tensor="output",
-                          source_tensor=None, kind="inf", dtype=None, cause=cause, input_absmax=None, headroom_bits=None)
+    return FirstNonfinite(
+        step=1,
+        microbatch=None,
+        phase=phase,
+        phase_surfaced=phase,
+        module=module,
+        op=None,
+        tensor="output",
+        source_tensor=None,
+        kind="inf",
+        dtype=None,
+        cause=cause,
+        input_absmax=None,
+        headroom_bits=None,
+    )
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
@@ -116,8 +155,13 @@ def test_flushed_gradients_are_told_only_without_a_loss_scale():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 3000), exponent=st.floats(-6, 1), spread=st.floats(0, 3),
-       eps=st.sampled_from([1e-8, 2.0**-25, 1e-4]))
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 3000),
+    exponent=st.floats(-6, 1),
+    spread=st.floats(0, 3),
+    eps=st.sampled_from([1e-8, 2.0**-25, 1e-4]),
+)
 def test_what_is_predicted_of_the_optimizer_holds_for_torchs_adamw_in_fp16(seed, n, exponent, spread, eps):
     """The bound on lost second moments is never too high, and a predicted division by zero always happens."""
     generator = torch.Generator().manual_seed(seed)
@@ -151,8 +195,11 @@ def test_epsilon_and_the_states_format_decide_whether_it_ends():
 
 
 def test_the_first_fatal_hazard_ends_it():
-    found = [Hazard("division_by_zero", None, 1, 1.0, 1.0), Hazard("overflow_forward", "a", 9, 1.0, 1.0),
-             Hazard("scaler_skip", None, 1, 1.0, 1.0)]
+    found = [
+        Hazard("division_by_zero", None, 1, 1.0, 1.0),
+        Hazard("overflow_forward", "a", 9, 1.0, 1.0),
+        Hazard("scaler_skip", None, 1, 1.0, 1.0),
+    ]
     assert end(found).kind == "division_by_zero" and end(found[1:]).kind == "overflow_forward" and end(found[2:]) is None
     assert end([replace(found[0], step=9), found[1]]).kind == "overflow_forward"  # a step's forward pass comes first
 
@@ -171,8 +218,13 @@ def test_every_way_a_prediction_can_turn_out():
     assert verdicts(overflow, Happened(None, None, 0, 0.0))["overflow_forward"] == FALSE_ALARM
     assert verdicts([], died)["overflow_forward"] == MISSED
     assert verdicts(overflow, Happened(4, first("optimizer", "underflow_then_divide"), 0, 1.0)) == {
-        "overflow_forward": NOT_REACHED, "overflow_backward": NEITHER, "norm_overflow": NEITHER, "division_by_zero": MISSED,
-        "scaler_skip": NEITHER, "states_flush": MISSED}
+        "overflow_forward": NOT_REACHED,
+        "overflow_backward": NEITHER,
+        "norm_overflow": NEITHER,
+        "division_by_zero": MISSED,
+        "scaler_skip": NEITHER,
+        "states_flush": MISSED,
+    }
     assert set(verdicts([], Happened(None, None, 0, 0.0)).values()) == {NEITHER}
 
 
@@ -184,8 +236,12 @@ def test_a_hazard_of_the_step_that_ended_was_reached_if_its_phase_came_before():
 
 
 def test_an_end_that_no_hazard_stands_for_was_not_predicted():
-    for happened in (Happened(3, None, 0, None), Happened(3, first("forward", "invalid"), 0, None),
-                     Happened(3, first("optimizer", "overflow"), 0, None), Happened(3, first("backward", None), 0, None)):
+    for happened in (
+        Happened(3, None, 0, None),
+        Happened(3, first("forward", "invalid"), 0, None),
+        Happened(3, first("optimizer", "overflow"), 0, None),
+        Happened(3, first("backward", None), 0, None),
+    ):
         assert verdicts([], happened)["other"] == MISSED
     assert Happened(3, first("clip", "overflow"), 0, None).kind == "norm_overflow"
     assert Happened(3, first("unscale", "overflow"), 0, None).kind == "overflow_backward"

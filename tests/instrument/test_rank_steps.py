@@ -7,8 +7,13 @@ from instrument.step_meter import COLUMNS
 from instrument.watch.rank_readings import merged
 from instrument.watch.taps import TapReading
 
-HEALTHY = dict.fromkeys(COLUMNS, 0.0) | {"loss_microbatch": -1.0, "loss_scale": -1.0, "grad_tensor": -1.0,
-                                         "state_tensor": -1.0, "param_tensor": -1.0}
+HEALTHY = dict.fromkeys(COLUMNS, 0.0) | {
+    "loss_microbatch": -1.0,
+    "loss_scale": -1.0,
+    "grad_tensor": -1.0,
+    "state_tensor": -1.0,
+    "param_tensor": -1.0,
+}
 
 
 def step(time_s=1.0, slots=2, nbytes=None, **row):
@@ -21,8 +26,9 @@ def test_one_process_is_left_as_it_is():
 
 
 def test_losses_add_up_and_the_slowest_rank_is_the_steps_time():
-    both, _ = together([step(loss=2.0, time_s=1.0, nbytes=5, grad_norm=3.0),
-                        step(loss=0.5, time_s=2.0, nbytes=7, grad_norm=3.0)])
+    both, _ = together(
+        [step(loss=2.0, time_s=1.0, nbytes=5, grad_norm=3.0), step(loss=0.5, time_s=2.0, nbytes=7, grad_norm=3.0)]
+    )
     assert (both.row["loss"], both.step_time_s, both.allocated_bytes, both.row["grad_norm"]) == (2.5, 2.0, 7, 3.0)
     assert len(both.logits) == 4 and [both.rank_of(n) for n in range(4)] == [0, 0, 1, 1]
 
@@ -35,8 +41,12 @@ def test_the_first_bad_micro_batch_is_counted_through_the_step():
 
 
 def test_a_tensor_that_one_rank_shows_is_its_and_one_that_all_show_is_nobodys():
-    both, ranks = together([step(param_tensor=4.0, param_nan=1.0, grad_tensor=2.0, grad_nan=-3.0),
-                            step(state_tensor=7.0, param_tensor=3.0, param_nan=-2.0, grad_tensor=2.0, grad_nan=-3.0)])
+    both, ranks = together(
+        [
+            step(param_tensor=4.0, param_nan=1.0, grad_tensor=2.0, grad_nan=-3.0),
+            step(state_tensor=7.0, param_tensor=3.0, param_nan=-2.0, grad_tensor=2.0, grad_nan=-3.0),
+        ]
+    )
     assert ranks == {"grad": None, "state": 1, "param": 1}
     assert (both.row["param_tensor"], both.row["param_nan"], both.row["state_tensor"]) == (3, -2, 7)
 

@@ -22,8 +22,16 @@ def ops(recorder, phase):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
-@pytest.mark.parametrize(("values", "kinds"), [((1.0, -2.0), 0), ((float("nan"), 1.0), NAN), ((float("-inf"), 0.0), NEG_INF),
-                                               ((float("inf"), float("-inf"), float("nan")), 7), ((float("inf"),), POS_INF)])
+@pytest.mark.parametrize(
+    ("values", "kinds"),
+    [
+        ((1.0, -2.0), 0),
+        ((float("nan"), 1.0), NAN),
+        ((float("-inf"), 0.0), NEG_INF),
+        ((float("inf"), float("-inf"), float("nan")), 7),
+        ((float("inf"),), POS_INF),
+    ],
+)
 def test_the_kinds_of_a_tensor(dtype, values, kinds):
     assert kinds_of(torch.tensor(values).to(dtype)) == kinds
     assert kinds_of(torch.tensor([1, 2])) == 0 and kinds_of(torch.empty(0)) == 0
@@ -40,8 +48,9 @@ def test_forward_backward_and_optimizer_ops_have_their_phase_and_module():
         optimizer.step()
 
     recorder = record(model, step, optimizer)
-    assert ops(recorder, "forward")[:3] == [("aten.ones", None), ("aten.addmm", "0"), ("aten.tanh", "1")] \
-        or ops(recorder, "forward")[:3] == [("aten.addmm", "0"), ("aten.tanh", "1"), ("aten.addmm", "2")]
+    assert ops(recorder, "forward")[:3] == [("aten.ones", None), ("aten.addmm", "0"), ("aten.tanh", "1")] or ops(
+        recorder, "forward"
+    )[:3] == [("aten.addmm", "0"), ("aten.tanh", "1"), ("aten.addmm", "2")]
     assert ("aten.mean", None) in ops(recorder, "loss")
     backward = ops(recorder, "backward")
     assert backward.index(("aten.tanh_backward", "1")) > backward.index(("aten.mm", "2"))

@@ -27,25 +27,72 @@ maybe = st.none() | numbers
 counts = st.none() | st.integers(0, 2**60)
 words = st.text(max_size=20)
 
-steps = st.builds(StepRecord, step=st.integers(1, 10**6), loss=maybe, lr=numbers, grad_norm=maybe, grad_absmax=maybe,
-                  grad_nonfinite=counts, grad_underflow_frac=maybe, logit_absmax=maybe, logit_nonfinite=counts,
-                  logit_over_fp16=counts, loss_scale=maybe, step_skipped=st.booleans(), step_time_s=maybe,
-                  samples=st.integers(0, 9), tokens=st.integers(0, 9), real_tokens=st.integers(0, 9),
-                  seq_len=st.integers(1, 9))
-firsts = st.builds(FirstNonfinite, step=st.integers(1, 9), microbatch=st.none() | st.integers(0, 9),
-                   phase=st.sampled_from(PHASES), phase_surfaced=st.sampled_from(PHASES), module=st.none() | words,
-                   op=st.none() | words, tensor=words, source_tensor=st.none() | words,
-                   kind=st.sampled_from(["nan", "inf", "-inf"]), dtype=st.none() | words,
-                   cause=st.sampled_from([None, "overflow", "invalid"]), input_absmax=maybe, headroom_bits=maybe,
-                   absorbed=st.lists(words, max_size=2), replay=st.none())
+steps = st.builds(
+    StepRecord,
+    step=st.integers(1, 10**6),
+    loss=maybe,
+    lr=numbers,
+    grad_norm=maybe,
+    grad_absmax=maybe,
+    grad_nonfinite=counts,
+    grad_underflow_frac=maybe,
+    logit_absmax=maybe,
+    logit_nonfinite=counts,
+    logit_over_fp16=counts,
+    loss_scale=maybe,
+    step_skipped=st.booleans(),
+    step_time_s=maybe,
+    samples=st.integers(0, 9),
+    tokens=st.integers(0, 9),
+    real_tokens=st.integers(0, 9),
+    seq_len=st.integers(1, 9),
+)
+firsts = st.builds(
+    FirstNonfinite,
+    step=st.integers(1, 9),
+    microbatch=st.none() | st.integers(0, 9),
+    phase=st.sampled_from(PHASES),
+    phase_surfaced=st.sampled_from(PHASES),
+    module=st.none() | words,
+    op=st.none() | words,
+    tensor=words,
+    source_tensor=st.none() | words,
+    kind=st.sampled_from(["nan", "inf", "-inf"]),
+    dtype=st.none() | words,
+    cause=st.sampled_from([None, "overflow", "invalid"]),
+    input_absmax=maybe,
+    headroom_bits=maybe,
+    absorbed=st.lists(words, max_size=2),
+    replay=st.none(),
+)
 nested = st.dictionaries(st.text("abc", min_size=1, max_size=3), numbers | words | st.booleans(), max_size=3)
 run_ids = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,30}", fullmatch=True)
-runs = st.builds(RunRecord, run_id=run_ids, case=words, scenario=words, arch=words, task=words, loss=words,
-                 loss_reduction=words, dtype_config=words, seed=st.integers(0, 9), preset=words, device=words,
-                 data_source=words, weights_source=words, status=st.sampled_from(STATUSES),
-                 divergence_step=st.integers(1, 9), first_nonfinite=st.none() | firsts, max_steps=st.integers(1, 9),
-                 batch_size=st.integers(1, 9), micro_batch=st.integers(1, 9), seq_len=st.integers(1, 9),
-                 val_loss=maybe, perplexity=maybe, flags=st.dictionaries(st.text("xyz", min_size=1), nested, max_size=2))
+runs = st.builds(
+    RunRecord,
+    run_id=run_ids,
+    case=words,
+    scenario=words,
+    arch=words,
+    task=words,
+    loss=words,
+    loss_reduction=words,
+    dtype_config=words,
+    seed=st.integers(0, 9),
+    preset=words,
+    device=words,
+    data_source=words,
+    weights_source=words,
+    status=st.sampled_from(STATUSES),
+    divergence_step=st.integers(1, 9),
+    first_nonfinite=st.none() | firsts,
+    max_steps=st.integers(1, 9),
+    batch_size=st.integers(1, 9),
+    micro_batch=st.integers(1, 9),
+    seq_len=st.integers(1, 9),
+    val_loss=maybe,
+    perplexity=maybe,
+    flags=st.dictionaries(st.text("xyz", min_size=1), nested, max_size=2),
+)
 
 
 def strict(line: bytes) -> dict:
@@ -79,9 +126,25 @@ def test_round_trip_is_exact_and_strict(record):
 
 
 def a_step(**changes) -> StepRecord:
-    plain = dict(step=1, loss=1.0, lr=0.1, grad_norm=1.0, grad_absmax=1.0, grad_nonfinite=0, grad_underflow_frac=0.0,
-                 logit_absmax=1.0, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None, step_skipped=False,
-                 step_time_s=0.1, samples=1, tokens=4, real_tokens=3, seq_len=4)
+    plain = dict(
+        step=1,
+        loss=1.0,
+        lr=0.1,
+        grad_norm=1.0,
+        grad_absmax=1.0,
+        grad_nonfinite=0,
+        grad_underflow_frac=0.0,
+        logit_absmax=1.0,
+        logit_nonfinite=0,
+        logit_over_fp16=0,
+        loss_scale=None,
+        step_skipped=False,
+        step_time_s=0.1,
+        samples=1,
+        tokens=4,
+        real_tokens=3,
+        seq_len=4,
+    )
     return StepRecord(**{**plain, **changes})
 
 
@@ -114,17 +177,22 @@ class Broken:
     reason: str
 
 
-@pytest.mark.parametrize("broken", [
-    Broken(b"", "not JSON"), Broken(b"[1]", "a record is a JSON object, and this is a list"),
-    Broken(b'{"step": 1}', "schema None"), Broken(b'{"schema": 99, "step": 1}', "schema 99"),
-    Broken(b'{"schema": 1, "step": 1}', "missing required field"),
-    Broken(encode(a_step()).replace(b'"step":1', b'"step":"1"'), "Expected `int`"),
-    Broken(encode(a_step()).replace(b'"lr"', b'"learning_rate"'), "unknown field"),
-    Broken(encode(a_step()).replace(b'"nonfinite":{}', b'"nonfinite":{"loss":"nan"}'), "not there"),
-    Broken(encode(a_step()).replace(b'"nonfinite":{}', b'"nonfinite":{"nothing":"nan"}'), "not there"),
-    Broken(encode(a_step(loss=math.nan)).replace(b'"nan"', b'"huge"'), "not there"),
-    Broken(b'{"loss": NaN}', "not JSON"),
-])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Broken(b"", "not JSON"),
+        Broken(b"[1]", "a record is a JSON object, and this is a list"),
+        Broken(b'{"step": 1}', "schema None"),
+        Broken(b'{"schema": 99, "step": 1}', "schema 99"),
+        Broken(b'{"schema": 1, "step": 1}', "missing required field"),
+        Broken(encode(a_step()).replace(b'"step":1', b'"step":"1"'), "Expected `int`"),
+        Broken(encode(a_step()).replace(b'"lr"', b'"learning_rate"'), "unknown field"),
+        Broken(encode(a_step()).replace(b'"nonfinite":{}', b'"nonfinite":{"loss":"nan"}'), "not there"),
+        Broken(encode(a_step()).replace(b'"nonfinite":{}', b'"nonfinite":{"nothing":"nan"}'), "not there"),
+        Broken(encode(a_step(loss=math.nan)).replace(b'"nan"', b'"huge"'), "not there"),
+        Broken(b'{"loss": NaN}', "not JSON"),
+    ],
+)
 def test_a_broken_line_is_refused_with_the_reason(broken):
     with pytest.raises(RecordError, match=broken.reason):
         decode(broken.line, StepRecord)
@@ -132,12 +200,39 @@ def test_a_broken_line_is_refused_with_the_reason(broken):
 
 def test_values_outside_their_lists_are_refused():
     with pytest.raises(ValueError, match="status is 'fine'"):
-        RunRecord(run_id="x", case="c", scenario="A", arch="a", task="t", loss="l", loss_reduction="mean",
-                  dtype_config="d", seed=0, preset="tiny", device="cpu", data_source="e", weights_source="s",
-                  status="fine", max_steps=1, batch_size=1, micro_batch=1, seq_len=1)
+        RunRecord(
+            run_id="x",
+            case="c",
+            scenario="A",
+            arch="a",
+            task="t",
+            loss="l",
+            loss_reduction="mean",
+            dtype_config="d",
+            seed=0,
+            preset="tiny",
+            device="cpu",
+            data_source="e",
+            weights_source="s",
+            status="fine",
+            max_steps=1,
+            batch_size=1,
+            micro_batch=1,
+            seq_len=1,
+        )
     line = encode(EventRecord(step=1, kind="scaler_skip", detail={"loss_scale": 1.0}))
     assert decode(line, EventRecord).detail == {"loss_scale": 1.0}
-    evaluation = EvaluationRecord(step=0, val_loss=1.0, perplexity=math.inf, f1_micro=None, f1_macro=None,
-                                  f1_micro_tuned=None, tuned_threshold=None, labels_absent=None, samples=1, targets=1,
-                                  duration_s=0.1)
+    evaluation = EvaluationRecord(
+        step=0,
+        val_loss=1.0,
+        perplexity=math.inf,
+        f1_micro=None,
+        f1_macro=None,
+        f1_micro_tuned=None,
+        tuned_threshold=None,
+        labels_absent=None,
+        samples=1,
+        targets=1,
+        duration_s=0.1,
+    )
     assert decode(encode(evaluation), EvaluationRecord).perplexity == math.inf

@@ -13,8 +13,21 @@ class Builder:
 
     def op(self, name, reads=(), kinds=0, phase="forward", module=None, constant=False):
         index = len(self.graph.nodes)
-        self.graph.add(Node(index=index, op=name, phase=phase, module=module or name, microbatch=0, inputs=tuple(reads),
-                            storage=100 + index, kinds=kinds, dtype="float16", shape=(2,), constant=constant))
+        self.graph.add(
+            Node(
+                index=index,
+                op=name,
+                phase=phase,
+                module=module or name,
+                microbatch=0,
+                inputs=tuple(reads),
+                storage=100 + index,
+                kinds=kinds,
+                dtype="float16",
+                shape=(2,),
+                constant=constant,
+            )
+        )
         return Edge(index, 100 + index, kinds)
 
 

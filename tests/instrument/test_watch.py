@@ -80,8 +80,15 @@ def named(watch):
 
 
 @pytest.mark.parametrize("log_every", [1, 3, 20])
-@pytest.mark.parametrize(("fault", "place"), [("forward", (4, "forward", "head")), ("loss", (4, "loss", None)),
-                                              ("clip", (4, "unscale_or_clip", "head")), ("scale", (4, "forward", "layers.1"))])
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [
+        ("forward", (4, "forward", "head")),
+        ("loss", (4, "loss", None)),
+        ("clip", (4, "unscale_or_clip", "head")),
+        ("scale", (4, "forward", "layers.1")),
+    ],
+)
 def test_counters_alone_name_the_exact_step_at_any_cadence(fault, place, log_every):
     watch = Loop(at_4=fault).run(every=1, log_every=log_every)
     assert named(watch) == place
@@ -89,9 +96,15 @@ def test_counters_alone_name_the_exact_step_at_any_cadence(fault, place, log_eve
 
 
 @pytest.mark.parametrize("snapshot_every", [1, 2, 50])
-@pytest.mark.parametrize(("fault", "place", "op", "cause"), [
-    ("forward", (4, "forward", ""), "aten.div", "invalid"), ("loss", (4, "loss", None), "aten.mul", "invalid"),
-    ("clip", (4, "clip", "head"), "aten.mul_", "invalid"), ("scale", (4, "forward", "layers.1"), "aten.addmm", "overflow")])
+@pytest.mark.parametrize(
+    ("fault", "place", "op", "cause"),
+    [
+        ("forward", (4, "forward", ""), "aten.div", "invalid"),
+        ("loss", (4, "loss", None), "aten.mul", "invalid"),
+        ("clip", (4, "clip", "head"), "aten.mul_", "invalid"),
+        ("scale", (4, "forward", "layers.1"), "aten.addmm", "overflow"),
+    ],
+)
 def test_a_step_function_brings_op_and_cause_and_the_exact_place(fault, place, op, cause, snapshot_every):
     loop = Loop(at_4=fault)
     watch = loop.run(replay=loop.step, snapshot_every=snapshot_every, every=0)
@@ -186,9 +199,15 @@ def test_it_raises_where_it_is_asked_to():
     assert caught.value.record.step == 2
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"granularity": "op"}, "granularity is 'op'; allowed: off, block, module"), ({"every": -1}, "every is -1"),
-    ({"log_every": 0}, "log_every is 0"), ({"snapshot_every": 0}, "snapshot_every is 0")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"granularity": "op"}, "granularity is 'op'; allowed: off, block, module"),
+        ({"every": -1}, "every is -1"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"snapshot_every": 0}, "snapshot_every is 0"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Loop().run(**options)

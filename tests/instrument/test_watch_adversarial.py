@@ -85,6 +85,7 @@ class Checkpointed(nn.Module):
             if self.fault == "forward":
                 return x * math.inf
             return x + (x * 0).sum().abs().sqrt() if self.fault == "backward" else x
+
         return self.last(checkpoint(body, self.first(x), use_reentrant=self.reentrant))
 
 
@@ -175,8 +176,9 @@ def test_functional_calls_under_vmap_still_work():
     watch = Watch(model, every=1)
     parameters = dict(model.named_parameters())
     with watch.step(1):
-        gradient = torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).sum()),
-                                   (None, 0))(parameters, batch(1))
+        gradient = torch.func.vmap(
+            torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).sum()), (None, 0)
+        )(parameters, batch(1))
     assert gradient["head.bias"].shape == (3, 2) and watch.first_nonfinite is None
 
 

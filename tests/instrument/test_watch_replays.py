@@ -94,8 +94,10 @@ def test_closing_in_any_order_leaves_nothing_behind():
 # -- replays are honest -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"log_every": 20, "snapshot_every": 2}, {"log_every": 3, "snapshot_every": 2},
-                                     {"log_every": 7, "snapshot_every": 50}])
+@pytest.mark.parametrize(
+    "options",
+    [{"log_every": 20, "snapshot_every": 2}, {"log_every": 3, "snapshot_every": 2}, {"log_every": 7, "snapshot_every": 50}],
+)
 @pytest.mark.parametrize("numbers", [range(1, 21), range(0, 200, 10), [0, 1, 2, 3, 7, 0, 1, 2, 3, 4]])
 def test_a_failure_is_replayed_from_before_it_whatever_the_cadences_and_the_numbers(options, numbers):
     model = Net()

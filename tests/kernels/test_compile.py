@@ -59,7 +59,8 @@ def test_the_losses_on_hopper():
 def test_scaling_on_ampere_and_hopper():
     rows = compiled("--arch", "sm_80", "sm_90", "--op", "scale")
     assert {(row["dtype"], row["arch"]) for row in rows} == {
-        (dtype, arch) for dtype in ("fp32", "bf16", "fp16", "mixed") for arch in ("sm_80", "sm_90")}
+        (dtype, arch) for dtype in ("fp32", "bf16", "fp16", "mixed") for arch in ("sm_80", "sm_90")
+    }
     hold(rows)
 
 

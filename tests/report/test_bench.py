@@ -24,8 +24,10 @@ def test_simulating_twice_gives_the_same_files(tmp_path):
 
 def test_a_process_is_measured_with_its_children():
     size = 60_000_000
-    code = ("import subprocess, sys, time; x = bytearray(60_000_000); "
-            "subprocess.run([sys.executable, '-c', 'import time; y = bytearray(60_000_000); time.sleep(.5)'])")
+    code = (
+        "import subprocess, sys, time; x = bytearray(60_000_000); "
+        "subprocess.run([sys.executable, '-c', 'import time; y = bytearray(60_000_000); time.sleep(.5)'])"
+    )
     spent = spend("-c", code)
     assert spent.wall_s >= 0.5 and 2 * size < spent.peak_bytes < 4 * size
 

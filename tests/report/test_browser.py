@@ -54,8 +54,9 @@ def view(browser, url):
     contexts = []
 
     def open_page(width=1100, scheme="light", scripts=True):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme,
-                                            java_script_enabled=scripts))
+        contexts.append(
+            browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=scripts)
+        )
         page = contexts[-1].new_page()
         page.said, page.asked = [], []
         page.on("console", lambda message: page.said.append(message.text))

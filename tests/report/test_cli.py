@@ -86,12 +86,20 @@ def test_an_importer_without_logs_is_refused(capsys, tmp_path):
     assert code == 2 and "no run of dtype-bench" in err and not (tmp_path.parent / "never").exists()
 
 
-@pytest.mark.parametrize(("argv", "says"), [
-    (["build", "x", "--format", "bmp"], "none of svg, png, pdf, eps"), (["build", "x", "--dpi", "0"], "above 0"),
-    (["verdict", "x", "--price-per-hour", "-1"], "no price above 0"),
-    (["build", "x", "--price-per-hour", "nan"], "no price above 0"),
-    (["build", "x", "--currency", "1 EUR"], "no currency's word"), (["export", "x"], "--to"),
-    (["export", "x", "--to", "xml"], "invalid choice"), ([], "command"), (["import", "x"], "invalid choice")])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["build", "x", "--format", "bmp"], "none of svg, png, pdf, eps"),
+        (["build", "x", "--dpi", "0"], "above 0"),
+        (["verdict", "x", "--price-per-hour", "-1"], "no price above 0"),
+        (["build", "x", "--price-per-hour", "nan"], "no price above 0"),
+        (["build", "x", "--currency", "1 EUR"], "no currency's word"),
+        (["export", "x"], "--to"),
+        (["export", "x", "--to", "xml"], "invalid choice"),
+        ([], "command"),
+        (["import", "x"], "invalid choice"),
+    ],
+)
 def test_wrong_options_say_what_is_allowed(capsys, argv, says):
     with pytest.raises(SystemExit) as exit:
         main(argv)
@@ -106,8 +114,10 @@ def test_every_command_has_help(capsys, command):
 
 
 def test_help_loads_neither_pandas_nor_matplotlib():
-    code = ("import sys; from report.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-            "sys.exit(any(m in sys.modules for m in ('pandas', 'matplotlib', 'numpy', 'torch', 'rich')))")
+    code = (
+        "import sys; from report.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(any(m in sys.modules for m in ('pandas', 'matplotlib', 'numpy', 'torch', 'rich')))"
+    )
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -120,17 +130,36 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch, small):
         main(["verdict", str(small.path)])
 
 
-@pytest.mark.parametrize(("argv", "says"), [
-    (["verdict", "--currency", "EUR"], "--currency EUR says nothing without --price-per-hour"),
-    (["build", "--heartbeat", "fp8"], "no run of fp8 for the heartbeat; this folder has fp32_true")])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["verdict", "--currency", "EUR"], "--currency EUR says nothing without --price-per-hour"),
+        (["build", "--heartbeat", "fp8"], "no run of fp8 for the heartbeat; this folder has fp32_true"),
+    ],
+)
 def test_options_that_contradict_the_folder_or_each_other_are_refused_before_anything_is_written(capsys, small, argv, says):
     code, _, err = run(capsys, argv[0], small.path, *argv[1:])
     assert code == 2 and says in err and len(err.splitlines()) == 1 and not (small.path / "plots").exists()
 
 
 def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
-    assert run(capsys, "build", small.path, "--no-pdf", "--format", "svg", "--price-per-hour", "2.5", "--currency", "EUR",
-               "--heartbeat", "bf16_pure")[0] == 0
+    assert (
+        run(
+            capsys,
+            "build",
+            small.path,
+            "--no-pdf",
+            "--format",
+            "svg",
+            "--price-per-hour",
+            "2.5",
+            "--currency",
+            "EUR",
+            "--heartbeat",
+            "bf16_pure",
+        )[0]
+        == 0
+    )
     assert "EUR per million samples" in (small.path / "dossier" / "index.html").read_text()
     told = json.loads((small.path / "summary.json").read_text())["verdict"]
     assert (told["price_per_hour"], told["currency"]) == (2.5, "EUR")

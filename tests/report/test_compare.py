@@ -13,8 +13,14 @@ CONFIGS = ("fp32_true", "amp_bf16", "bf16_pure")
 
 
 def device(plant, name, factor=1.0, **row):
-    return plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed:
-                 {"speed": factor * {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0), "device": name} | row, name=name)
+    return plant(
+        ("gpt2_clm",),
+        CONFIGS,
+        change=lambda case, config, seed: (
+            {"speed": factor * {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0), "device": name} | row
+        ),
+        name=name,
+    )
 
 
 @pytest.fixture
@@ -47,14 +53,20 @@ def test_unlike_settings_are_not_compared_and_said(plant):
 
 
 def test_stability_that_differs_between_devices_is_named(plant):
-    fragile = plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed:
-                    {"device": "second"} | ({"dies_at": 9} if config == "bf16_pure" else {}), name="second")
+    fragile = plant(
+        ("gpt2_clm",),
+        CONFIGS,
+        change=lambda case, config, seed: {"device": "second"} | ({"dies_at": 9} if config == "bf16_pure" else {}),
+        name="second",
+    )
     comparison = compare([device(plant, "first"), fragile])
     assert comparison.differences == ("gpt2_clm, bf16_pure: first completed, second diverged (NaN @ 9)",)
 
 
-@pytest.mark.parametrize(("count", "prices", "says"), [(1, None, "two results folders or more"), (2, [1.0], "1 price for 2"),
-                                                       (3, None, "two folders hold runs of first")])
+@pytest.mark.parametrize(
+    ("count", "prices", "says"),
+    [(1, None, "two results folders or more"), (2, [1.0], "1 price for 2"), (3, None, "two folders hold runs of first")],
+)
 def test_wrong_use_is_refused_in_one_sentence(pair, count, prices, says):
     with pytest.raises(UsageError, match=says):
         compare((*pair, pair[0])[:count], prices)

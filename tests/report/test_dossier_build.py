@@ -17,8 +17,19 @@ from report.load import load
 from report.pdf import PdfUnavailable
 
 SECTIONS = ["decision", "trust", "summary", "hypotheses", "failures", "time", "hardware", "runs", "methods", "reproduce"]
-NASTY = ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "javascript:alert(1)", "$\\frac{$", "a\x00b",
-         "\u202eevil", "{{ 7*7 }}{% raw %}", "file:///etc/passwd", "x" * 1_000_000, "'\"><svg onload=alert(1)>", "=1+1")
+NASTY = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "javascript:alert(1)",
+    "$\\frac{$",
+    "a\x00b",
+    "\u202eevil",
+    "{{ 7*7 }}{% raw %}",
+    "file:///etc/passwd",
+    "x" * 1_000_000,
+    "'\"><svg onload=alert(1)>",
+    "=1+1",
+)
 
 
 class Page(HTMLParser):
@@ -62,7 +73,7 @@ def page(built):
 def test_sections_come_in_order(page):
     assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == SECTIONS
     contents = [attrs["href"] for tag, attrs in page.elements if tag == "a" and attrs.get("href", "")[1:] in SECTIONS]
-    assert contents[:len(SECTIONS) + 1] == ["#decision", *(f"#{name}" for name in SECTIONS)]
+    assert contents[: len(SECTIONS) + 1] == ["#decision", *(f"#{name}" for name in SECTIONS)]
 
 
 def test_ids_are_unique_and_every_link_inside_leads_somewhere(page):
@@ -105,8 +116,13 @@ def test_figures_carry_the_mark_and_all_eight_are_inline(page, built):
 
 def test_what_is_not_measured_says_so_in_a_line(page):
     words = " ".join("".join(page.words).split())
-    for missing in ("no run holds a profile", "kernels.json is not in this folder", "no run holds a hardware.jsonl",
-                    "no run holds an activations.jsonl", "overhead.json is not in this folder"):
+    for missing in (
+        "no run holds a profile",
+        "kernels.json is not in this folder",
+        "no run holds a hardware.jsonl",
+        "no run holds an activations.jsonl",
+        "overhead.json is not in this folder",
+    ):
         assert missing in words, missing
 
 
@@ -136,28 +152,73 @@ def plant_hostile_rows(place) -> None:
     for number, path in enumerate(sorted((place / "runs").glob("*/run.json"))):
         nasty = NASTY[number % len(NASTY)]
         row = decode(path.read_bytes(), RunRecord)
-        row = msgspec.structs.replace(row, error=nasty, device=NASTY[0], data_source=nasty[:9_000],
-                                      weights_source=nasty[:9_000], env={"gpu": nasty, nasty[:200]: nasty},
-                                      flags=row.flags | {"trace": {"steps": 1}, "time_by_kernel": {
-                                          "source": nasty, "idle_s": nasty, "seconds": {nasty: {nasty: 1.0}, "copy": nasty},
-                                          "top": [{"name": nasty, "total_s": 1.0, "phase": nasty, "input_shapes": [nasty]}]}},
-                                      peak_flops_source=nasty, config={**row.config, "preset": nasty, "lr": nasty})
+        row = msgspec.structs.replace(
+            row,
+            error=nasty,
+            device=NASTY[0],
+            data_source=nasty[:9_000],
+            weights_source=nasty[:9_000],
+            env={"gpu": nasty, nasty[:200]: nasty},
+            flags=row.flags
+            | {
+                "trace": {"steps": 1},
+                "time_by_kernel": {
+                    "source": nasty,
+                    "idle_s": nasty,
+                    "seconds": {nasty: {nasty: 1.0}, "copy": nasty},
+                    "top": [{"name": nasty, "total_s": 1.0, "phase": nasty, "input_shapes": [nasty]}],
+                },
+            },
+            peak_flops_source=nasty,
+            config={**row.config, "preset": nasty, "lr": nasty},
+        )
         if row.dtype_config == "amp_fp16":
             row = msgspec.structs.replace(row, dtype_config=f"amp_fp16{nasty}")
         path.write_bytes(encode(row) + b"\n")
         lines.append(encode(row) + b"\n")
     (place / "results.jsonl").write_bytes(b"".join(lines) + b'{"torn')
     dead = next(path for path in sorted((place / "runs").iterdir()) if "gpt2_clm-fp16_naive" in path.name)
-    (dead / "forensics.json").write_text(json.dumps({"sentence": NASTY[0], "trace_file": NASTY[2], "remedies": [
-        {"change": NASTY[1], "survives": True, "step_time_ratio": "x"}], "chain": [{"module": NASTY[0], "phase": NASTY[3]}],
-        "kernels": [{"name": NASTY[9], "duration_s": 1e-6}, "text"]}))
+    (dead / "forensics.json").write_text(
+        json.dumps(
+            {
+                "sentence": NASTY[0],
+                "trace_file": NASTY[2],
+                "remedies": [{"change": NASTY[1], "survives": True, "step_time_ratio": "x"}],
+                "chain": [{"module": NASTY[0], "phase": NASTY[3]}],
+                "kernels": [{"name": NASTY[9], "duration_s": 1e-6}, "text"],
+            }
+        )
+    )
     (place / "predictions").mkdir()
-    (place / "predictions" / "gpt2_clm.json").write_text(json.dumps({"references": [{"configs": [
-        {"run_id": dead.name, "ends": {"kind": NASTY[0], "module": NASTY[1], "step": 1}, "happened": NASTY[9],
-         "outcomes": [{"kind": nasty, "verdict": "predicted and happened"} for nasty in NASTY]}]}]}))
-    (place / "overhead.json").write_text(json.dumps({"device": NASTY[0], "what": NASTY[3], "simulated": True, "rows": [
-        {"name": nasty, "unit": "ratio", "median": 1.0, "note": nasty} for nasty in NASTY],
-        "wall_s": {"bare": [1.0, 2.0], "light": [1.0, 2.0]}}))
+    (place / "predictions" / "gpt2_clm.json").write_text(
+        json.dumps(
+            {
+                "references": [
+                    {
+                        "configs": [
+                            {
+                                "run_id": dead.name,
+                                "ends": {"kind": NASTY[0], "module": NASTY[1], "step": 1},
+                                "happened": NASTY[9],
+                                "outcomes": [{"kind": nasty, "verdict": "predicted and happened"} for nasty in NASTY],
+                            }
+                        ]
+                    }
+                ]
+            }
+        )
+    )
+    (place / "overhead.json").write_text(
+        json.dumps(
+            {
+                "device": NASTY[0],
+                "what": NASTY[3],
+                "simulated": True,
+                "rows": [{"name": nasty, "unit": "ratio", "median": 1.0, "note": nasty} for nasty in NASTY],
+                "wall_s": {"bare": [1.0, 2.0], "light": [1.0, 2.0]},
+            }
+        )
+    )
     (place / "kernels.json").write_text(json.dumps({"rows": [{"op": NASTY[0], "case": NASTY[1], "time_s": 1e-6}, 3]}))
 
 
@@ -181,8 +242,13 @@ def test_hostile_content_stays_text(hostile):
 
 
 def test_hostile_cells_are_neutralised_and_defects_counted(hostile):
-    cells = [cell for path in hostile.paths if path.suffix == ".csv" for line in path.read_text().splitlines()
-             for cell in line.split(",")]
+    cells = [
+        cell
+        for path in hostile.paths
+        if path.suffix == ".csv"
+        for line in path.read_text().splitlines()
+        for cell in line.split(",")
+    ]
     assert not [cell for cell in cells if re.match(r'"?[=@]', cell) or re.match(r'"?[+-][^\d.i]', cell)]
     assert any("results.jsonl" in str(defect) for defect in hostile.defects)
 
@@ -204,8 +270,10 @@ def test_a_folder_with_one_dead_run_gives_a_smaller_dossier_that_says_what_is_mi
 
 
 def test_the_report_draws_without_torch():
-    code = ("import sys, report.dossier, report.bench, report.pdf; "
-            "print([name for name in ('torch', 'triton', 'transformers', 'weasyprint') if name in sys.modules])")
+    code = (
+        "import sys, report.dossier, report.bench, report.pdf; "
+        "print([name for name in ('torch', 'triton', 'transformers', 'weasyprint') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -217,9 +285,10 @@ def test_without_weasyprint_nothing_is_written_and_the_way_out_is_named(folder, 
 
 
 def test_speeds_of_runs_that_no_figure_counts_stand_in_no_table(plant, tmp_path):
-    folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), (0,),
-                   lambda case, config, seed: {"steps": 8} if config == "amp_bf16" else {})
+    folder = plant(
+        ("gpt2_clm",), ("fp32_true", "amp_bf16"), (0,), lambda case, config, seed: {"steps": 8} if config == "amp_bf16" else {}
+    )
     build(folder, tmp_path / "out", pdf=False, formats=("svg",))
     page = (tmp_path / "out" / "dossier" / "index.html").read_text()
-    utilisation = page[page.index("Model FLOPs utilisation"):page.index("What fits")]
+    utilisation = page[page.index("Model FLOPs utilisation") : page.index("What fits")]
     assert "fp32_true" in utilisation and "amp_bf16" not in utilisation

@@ -47,8 +47,15 @@ def test_the_file_carries_its_font(svg):
     assert "font-weight:600" in style and "data:font/ttf;base64," in style
 
 
-@pytest.mark.parametrize("given,left", [
-    ("<g><path/></g>", "<path/>"), ('<g style="a"><g><path/></g></g>', '<g style="a"><path/></g>'), ("<g/>", ""),
-    ('<g><g id="x"/><g class="y"><path/></g></g>', '<g class="y"><path/></g>'), ("<!-- <g> --><g></g>", "")])
+@pytest.mark.parametrize(
+    "given,left",
+    [
+        ("<g><path/></g>", "<path/>"),
+        ('<g style="a"><g><path/></g></g>', '<g style="a"><path/></g>'),
+        ("<g/>", ""),
+        ('<g><g id="x"/><g class="y"><path/></g></g>', '<g class="y"><path/></g>'),
+        ("<!-- <g> --><g></g>", ""),
+    ],
+)
 def test_bare_groups_go_and_others_stay(given, left):
     assert without_bare_groups(given) == left

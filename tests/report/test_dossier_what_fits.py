@@ -7,9 +7,19 @@ from report.dossier.measurements import ABSENT
 from report.dossier.what_fits import HEADS, fit_rows
 from report.load import load
 
-FOUND = {"case": "gpt2_clm", "config": "amp_bf16", "seq_len": 1024, "status": "found", "largest_batch": 96, "within_rows": 4,
-         "peak_bytes": 131_000_000_000, "tokens_per_s": 400_000.0, "real_tokens_per_s": 360_000.0,
-         "limited_by": "oom: OutOfMemoryError", "at_32": {"real_tokens_per_s": 300_000.0}}
+FOUND = {
+    "case": "gpt2_clm",
+    "config": "amp_bf16",
+    "seq_len": 1024,
+    "status": "found",
+    "largest_batch": 96,
+    "within_rows": 4,
+    "peak_bytes": 131_000_000_000,
+    "tokens_per_s": 400_000.0,
+    "real_tokens_per_s": 360_000.0,
+    "limited_by": "oom: OutOfMemoryError",
+    "at_32": {"real_tokens_per_s": 300_000.0},
+}
 
 
 def cells(row, price=None):
@@ -41,4 +51,4 @@ def test_it_stands_in_the_dossier(plant, tmp_path):
             (folder.path / "fit.json").write_text(json.dumps(content))
         build(load(folder.path), tmp_path / "out", pdf=False, formats=("svg",))
         page = (tmp_path / "out" / "dossier" / "index.html").read_text()
-        assert "What fits" in page and says in page[page.index("What fits"):]
+        assert "What fits" in page and says in page[page.index("What fits") :]

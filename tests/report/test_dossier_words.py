@@ -41,25 +41,52 @@ def test_neighbours_are_cited_as_ranges_and_strangers_not_at_all(runs):
 
 
 def test_a_command_spells_out_every_setting_and_is_safe_to_paste(runs):
-    made = msgspec.structs.replace(runs[0], flags={}, config={
-        "preset": "tiny", "lr": 0.004, "data": "my dir; rm -rf x", "compile": True, "bucket_by_length": False,
-        "attention": "auto"})
-    assert command(made) == ("python -m harness case gpt2_clm fp32_true --seed 0 --preset tiny --data 'my dir; rm -rf x' "
-                             "--lr 0.004 --sdpa auto --compile")
+    made = msgspec.structs.replace(
+        runs[0],
+        flags={},
+        config={
+            "preset": "tiny",
+            "lr": 0.004,
+            "data": "my dir; rm -rf x",
+            "compile": True,
+            "bucket_by_length": False,
+            "attention": "auto",
+        },
+    )
+    assert command(made) == (
+        "python -m harness case gpt2_clm fp32_true --seed 0 --preset tiny --data 'my dir; rm -rf x' "
+        "--lr 0.004 --sdpa auto --compile"
+    )
     several = msgspec.structs.replace(made, config={"preset": "tiny", "world": 8, "parallel": "fsdp"})
-    assert command(several) == ("torchrun --nproc-per-node 8 -m harness case gpt2_clm fp32_true --seed 0 --preset tiny "
-                                "--parallel fsdp")
+    assert command(several) == (
+        "torchrun --nproc-per-node 8 -m harness case gpt2_clm fp32_true --seed 0 --preset tiny --parallel fsdp"
+    )
 
 
 def test_options_of_a_command_are_options_of_the_harness():
     from harness.arguments import parser
     from report.dossier.reproduce import OPTIONS
 
-    parsed = parser().parse_args(["case", "gpt2_clm", "fp32_true", "--seed", "0", "--compile", "--bucket-by-length",
-                                  *(word for option, value in zip(OPTIONS.values(), (
-                                      "tiny", "embedded", "scratch", "0.1", "8", "4", "64", "9", "0.0", "auto",
-                                      "ddp"), strict=True)
-                                    for word in (option, value))])
+    parsed = parser().parse_args(
+        [
+            "case",
+            "gpt2_clm",
+            "fp32_true",
+            "--seed",
+            "0",
+            "--compile",
+            "--bucket-by-length",
+            *(
+                word
+                for option, value in zip(
+                    OPTIONS.values(),
+                    ("tiny", "embedded", "scratch", "0.1", "8", "4", "64", "9", "0.0", "auto", "ddp"),
+                    strict=True,
+                )
+                for word in (option, value)
+            ),
+        ]
+    )
     assert parsed.lr == 0.1 and parsed.max_steps == 9
 
 
@@ -86,16 +113,47 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("asked", [
-    ["gpt2_clm"], ["my cases/mine.py:CASE"], ["--model", "modèle", "--task", "multi_cls"],
-    ["my cases/mine.py:CASE", "--documents", "70", "--validation-documents", "8", "--threads", "2", "--batch-size", "6",
-     "--eval-every", "3", "--lr", "1e-4", "--max-steps", "9", "--compile", "--text-field", "my text"]])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["gpt2_clm"],
+        ["my cases/mine.py:CASE"],
+        ["--model", "modèle", "--task", "multi_cls"],
+        [
+            "my cases/mine.py:CASE",
+            "--documents",
+            "70",
+            "--validation-documents",
+            "8",
+            "--threads",
+            "2",
+            "--batch-size",
+            "6",
+            "--eval-every",
+            "3",
+            "--lr",
+            "1e-4",
+            "--max-steps",
+            "9",
+            "--compile",
+            "--text-field",
+            "my text",
+        ],
+    ],
+)
 def test_a_command_pasted_makes_the_same_run(runs, elsewhere, asked):
     """Whatever a case is called, and whatever was asked for: the row's own command resolves to the row's run id."""
     settings = resolved(["python", "-m", "harness", "case", *asked, "--dtype-config", "amp_fp16", "--seed", "7"])
-    row = msgspec.structs.replace(runs[0], case=settings.case.id, dtype_config="amp_fp16", seed=7, preset="tiny",
-                                  batch_size=settings.batch_size, config=settings.as_config(),
-                                  flags={"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {})
+    row = msgspec.structs.replace(
+        runs[0],
+        case=settings.case.id,
+        dtype_config="amp_fp16",
+        seed=7,
+        preset="tiny",
+        batch_size=settings.batch_size,
+        config=settings.as_config(),
+        flags={"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {},
+    )
     assert resolved(shlex.split(command(row))).run_id == settings.run_id
 
 
@@ -113,8 +171,9 @@ def resolved(words):
 
 @pytest.mark.parametrize("said", [None, [], ["a", 3], "x.py:C", ["x.py:C\nrm"], ["y" * 500]])
 def test_an_own_case_whose_name_is_not_known_has_no_command(runs, said):
-    row = msgspec.structs.replace(runs[0], case="mine", flags={} if said is None else {"case_spelled": said},
-                                  config={"preset": "tiny"})
+    row = msgspec.structs.replace(
+        runs[0], case="mine", flags={} if said is None else {"case_spelled": said}, config={"preset": "tiny"}
+    )
     assert command(row) is None
     assert commands([row], RowNumbers([row])) == {"rows": [], "foreign": [], "unnamed": [("1", "row-1")]}
 
@@ -126,8 +185,10 @@ def test_a_row_with_broken_settings_still_has_its_command(runs, value):
 
 
 def test_versions_that_differ_are_all_told(runs):
-    rows = [msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "memory_bytes": 25e9, "secret": "x"})
-            for i, run in enumerate(runs[:3])]
+    rows = [
+        msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "memory_bytes": 25e9, "secret": "x"})
+        for i, run in enumerate(runs[:3])
+    ]
     assert versions(rows, {}) == [("torch", "2.10 (2 rows); 2.11 (1 row)"), ("memory", "25.0 GB")]
     assert versions([], {"python": "3.11"}) == [("python", "3.11")]
 
@@ -150,17 +211,41 @@ def test_a_value_that_begins_with_a_dash_is_no_option():
 
 
 def test_mfu_is_the_median_over_seeds_in_per_cent(runs):
-    rows = [msgspec.structs.replace(run, mfu=value, mfu_measured_peak=None) for run, value in
-            zip([runs[0], runs[1]], (0.2, 0.4), strict=True)]
+    rows = [
+        msgspec.structs.replace(run, mfu=value, mfu_measured_peak=None)
+        for run, value in zip([runs[0], runs[1]], (0.2, 0.4), strict=True)
+    ]
     (row,) = measurements.mfu_rows(rows)
     assert row[:3] == ["gpt2_clm", "fp32_true", "30.0"] and row[6:] == ["–", "–"]
-    assert measurements.mfu_rows([msgspec.structs.replace(runs[0], **dict.fromkeys(
-        [name for name in RunRecord.__struct_fields__ if name.startswith("mfu")]))]) == []
+    assert (
+        measurements.mfu_rows(
+            [
+                msgspec.structs.replace(
+                    runs[0], **dict.fromkeys([name for name in RunRecord.__struct_fields__ if name.startswith("mfu")])
+                )
+            ]
+        )
+        == []
+    )
 
 
-PROFILE = {"source": "cpu_self_time", "wall_s": 5.0, "sum_s": 4.0, "idle_s": 1.0, "seconds": {
-    "optimizer": {"optimizer": 1.0}, "matmul": {"forward": 1.0, "backward": 2.0}}, "top": [
-    {"name": "aten::mm", "class": "matmul", "phase": "backward", "count": 6, "total_s": 0.5, "input_shapes": [[4, 8], [8, 2]]}]}
+PROFILE = {
+    "source": "cpu_self_time",
+    "wall_s": 5.0,
+    "sum_s": 4.0,
+    "idle_s": 1.0,
+    "seconds": {"optimizer": {"optimizer": 1.0}, "matmul": {"forward": 1.0, "backward": 2.0}},
+    "top": [
+        {
+            "name": "aten::mm",
+            "class": "matmul",
+            "phase": "backward",
+            "count": 6,
+            "total_s": 0.5,
+            "input_shapes": [[4, 8], [8, 2]],
+        }
+    ],
+}
 
 
 def test_kernel_classes_are_milliseconds_a_step_and_shares_of_kernel_time(runs):
@@ -170,14 +255,22 @@ def test_kernel_classes_are_milliseconds_a_step_and_shares_of_kernel_time(runs):
     assert heads == ["matmul", "optimizer", "idle"]  # in the order of the classes, whatever that of the file
     assert rows == [["gpt2_clm", "fp32_true", "1,500 (75 %)", "500 (25 %)", "500"]]
     assert measurements.top_kernels(table.summary) == [
-        ["gpt2_clm", "fp32_true", "aten::mm", "matmul", "backward", "3", "250", "[4, 8], [8, 2]"]]
+        ["gpt2_clm", "fp32_true", "aten::mm", "matmul", "backward", "3", "250", "[4, 8], [8, 2]"]
+    ]
     assert "matmul in 1 of 1 profile" in table.title and "75 %" in table.title
 
 
-@pytest.mark.parametrize("flags", [
-    {}, {"time_by_kernel": PROFILE}, {"time_by_kernel": PROFILE, "trace": {"steps": 0}},
-    {"time_by_kernel": PROFILE, "trace": {"steps": "3"}}, {"time_by_kernel": "text", "trace": {"steps": 2}},
-    {"time_by_kernel": {"seconds": {"matmul": 3.0}}, "trace": {"steps": 2}}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"time_by_kernel": PROFILE},
+        {"time_by_kernel": PROFILE, "trace": {"steps": 0}},
+        {"time_by_kernel": PROFILE, "trace": {"steps": "3"}},
+        {"time_by_kernel": "text", "trace": {"steps": 2}},
+        {"time_by_kernel": {"seconds": {"matmul": 3.0}}, "trace": {"steps": 2}},
+    ],
+)
 def test_a_profile_without_steps_or_seconds_is_not_measured(runs, flags):
     run = msgspec.structs.replace(runs[0], flags=flags)
     table = kernel_time.table(SimpleNamespace(runs=[run], device="x", marks=()))
@@ -190,27 +283,50 @@ def test_a_benchmark_that_is_none_is_no_table(document):
 
 
 def test_a_benchmark_is_printed_in_its_units():
-    rows = measurements.bench_table({"rows": [{"op": "ce", "time_s": 2.5e-6, "bytes_per_s": 1.5e12, "met": True}]},
-                                    (("op", ""), ("time_s", "us"), ("bytes_per_s", "GB/s"), ("met", ""), ("pairs", "")))
+    rows = measurements.bench_table(
+        {"rows": [{"op": "ce", "time_s": 2.5e-6, "bytes_per_s": 1.5e12, "met": True}]},
+        (("op", ""), ("time_s", "us"), ("bytes_per_s", "GB/s"), ("met", ""), ("pairs", "")),
+    )
     assert rows == [["ce", "2.5", "1,500", "yes", "–"]]
 
 
 def card_of(runs, **fields):
-    empty = {"run_id": runs[0].run_id, "sentence": "died", "cause": None, "remedies": (), "chain": (), "kernels": (),
-             "history": (), "trace_file": None}
+    empty = {
+        "run_id": runs[0].run_id,
+        "sentence": "died",
+        "cause": None,
+        "remedies": (),
+        "chain": (),
+        "kernels": (),
+        "history": (),
+        "trace_file": None,
+    }
     folder = SimpleNamespace(by_id={run.run_id: run for run in runs})
     return failure_cards([SimpleNamespace(**empty | fields)], folder, RowNumbers(runs))["cards"][0]
 
 
 def test_a_card_tells_remedies_in_columns(runs):
-    card = card_of(runs, remedies=(
-        {"change": "eps 1e-4", "survives": True, "steps": 20, "step_time_ratio": 1.04, "bytes_ratio": 1.0,
-         "confirms": "underflow_then_divide"},
-        {"change": "clip", "survives": None, "why": "no GPU"},
-        {"change": "scaler", "survives": False, "failed_at": 6, "why": "2 of 5 skipped", "step_time_ratio": True}, "text"))
-    assert card["remedies"] == [["eps 1e-4", "yes, 20 steps", "1.04x", "1.00x", "confirms underflow then divide"],
-                                ["clip", "not tried", "–", "–", "no GPU"],
-                                ["scaler", "no, dies at step 6", "–", "–", "2 of 5 skipped"]]
+    card = card_of(
+        runs,
+        remedies=(
+            {
+                "change": "eps 1e-4",
+                "survives": True,
+                "steps": 20,
+                "step_time_ratio": 1.04,
+                "bytes_ratio": 1.0,
+                "confirms": "underflow_then_divide",
+            },
+            {"change": "clip", "survives": None, "why": "no GPU"},
+            {"change": "scaler", "survives": False, "failed_at": 6, "why": "2 of 5 skipped", "step_time_ratio": True},
+            "text",
+        ),
+    )
+    assert card["remedies"] == [
+        ["eps 1e-4", "yes, 20 steps", "1.04x", "1.00x", "confirms underflow then divide"],
+        ["clip", "not tried", "–", "–", "no GPU"],
+        ["scaler", "no, dies at step 6", "–", "–", "2 of 5 skipped"],
+    ]
 
 
 def test_a_chain_is_numbered_and_its_rest_counted(runs):
@@ -221,11 +337,25 @@ def test_a_chain_is_numbered_and_its_rest_counted(runs):
     assert len(card["chain"]) == MOST_LINKS and card["chain_further"] == 11 - MOST_LINKS
 
 
-@pytest.mark.parametrize(("here", "n", "shown"), [(5, 20, range(2, 9)), (0, 20, range(0, 4)), (19, 20, range(16, 20)),
-                                                  (None, 20, range(13, 20)), (1, 2, range(0, 2)), (None, 0, range(0))])
+@pytest.mark.parametrize(
+    ("here", "n", "shown"),
+    [
+        (5, 20, range(2, 9)),
+        (0, 20, range(0, 4)),
+        (19, 20, range(16, 20)),
+        (None, 20, range(13, 20)),
+        (1, 2, range(0, 2)),
+        (None, 0, range(0)),
+    ],
+)
 def test_the_culprit_stands_marked_between_its_neighbours(runs, here, n, shown):
-    card = card_of(runs, kernels=tuple({"name": f"k{at}", "here": at == here, "nonfinite": at == 7, "duration_s": 2e-6,
-                                        "shapes": [[2, 3]] * 3} for at in range(n)))
+    card = card_of(
+        runs,
+        kernels=tuple(
+            {"name": f"k{at}", "here": at == here, "nonfinite": at == 7, "duration_s": 2e-6, "shapes": [[2, 3]] * 3}
+            for at in range(n)
+        ),
+    )
     assert [kernel["cells"][1] for kernel in card["kernels"]] == [f"k{at}" for at in shown]
     assert [kernel["cells"][1] for kernel in card["kernels"] if kernel["here"]] == ([] if here is None else [f"k{here}"])
     assert all(kernel["cells"][4:6] == ["2", "[2, 3], [2, 3] and 1 more"] for kernel in card["kernels"])
@@ -249,7 +379,11 @@ def test_a_sparkline_rises_with_the_logarithm_and_puts_zero_on_the_ground():
 
 
 def test_many_failures_are_counted_and_not_all_printed(runs):
-    many = [SimpleNamespace(run_id=run.run_id, sentence="died", cause="", remedies=None, chain=None, kernels=None,
-                            history=None, trace_file=None) for run in runs[:MOST_CARDS + 3]]
+    many = [
+        SimpleNamespace(
+            run_id=run.run_id, sentence="died", cause="", remedies=None, chain=None, kernels=None, history=None, trace_file=None
+        )
+        for run in runs[: MOST_CARDS + 3]
+    ]
     cards = failure_cards(many, SimpleNamespace(by_id={}), RowNumbers(runs))
     assert len(cards["cards"]) == MOST_CARDS and cards["further"] == 3

@@ -17,7 +17,7 @@ from report.export.replay import points
 from report.export.tex import escape, identifier
 from report.tables import c_throughput
 
-HOSTILE = "=HYPERLINK(\"http://x\")"
+HOSTILE = '=HYPERLINK("http://x")'
 
 
 def test_csv_holds_every_table_the_rows_and_the_findings(small, tmp_path):
@@ -43,8 +43,10 @@ def test_cells_that_a_spreadsheet_would_run_are_neutralised(plant, tmp_path, sta
 
 def test_tex_escapes_whatever_comes_from_files():
     text = escape("a_b & 50% $\\frac{$ #1 {x} ~^ <tag> \u202e ✓ –\n")
-    assert text == (r"a\_b \& 50\% \$\textbackslash{}frac\{\$ \#1 \{x\} \textasciitilde{}\textasciicircum{} "
-                    r"\textless{}tag\textgreater{} ? ? --")
+    assert text == (
+        r"a\_b \& 50\% \$\textbackslash{}frac\{\$ \#1 \{x\} \textasciitilde{}\textasciicircum{} "
+        r"\textless{}tag\textgreater{} ? ? --"
+    )
     assert text.isascii() and identifier("a_b") == r"\texttt{a\_\allowbreak{}b}"
     assert len(escape("x" * 1_000_000)) == 2_000
 
@@ -80,8 +82,12 @@ def test_the_appendix_names_only_figures_and_tables_that_are_there(plant, tmp_pa
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
 def test_the_appendix_compiles(plant, tmp_path):
-    folder = plant(("gpt2_clm", "gpt2_multi_cls"), ("fp32_true", "amp_bf16", "fp16_naive"), (0, 1), lambda case, config, seed:
-                   {"dies_at": 3} if config == "fp16_naive" else {"weights_source": "$\\frac{$_&%#"})
+    folder = plant(
+        ("gpt2_clm", "gpt2_multi_cls"),
+        ("fp32_true", "amp_bf16", "fp16_naive"),
+        (0, 1),
+        lambda case, config, seed: {"dies_at": 3} if config == "fp16_naive" else {"weights_source": "$\\frac{$_&%#"},
+    )
     exporter("appendix")(folder, tmp_path / "out")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "appendix.tex"]
     done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, errors="replace")

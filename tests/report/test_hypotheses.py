@@ -27,23 +27,47 @@ def of(folder, name):
 
 
 def first(phase):
-    return FirstNonfinite(step=1, microbatch=None, phase=phase, phase_surfaced=phase, module="h.0", op=None, tensor="param",
-                          source_tensor=None, kind="nan", dtype="float16", cause=None, input_absmax=None, headroom_bits=None)
+    return FirstNonfinite(
+        step=1,
+        microbatch=None,
+        phase=phase,
+        phase_surfaced=phase,
+        module="h.0",
+        op=None,
+        tensor="param",
+        source_tensor=None,
+        kind="nan",
+        dtype="float16",
+        cause=None,
+        input_absmax=None,
+        headroom_bits=None,
+    )
 
 
 # The rules of deciding.
 
 
-@pytest.mark.parametrize(("low", "high", "n", "verdict"), [
-    (0.1, 0.3, 3, SUPPORTED), (0.01, 0.03, 3, SUPPORTED), (-0.3, -0.1, 3, REFUTED), (-0.01, 0.01, 3, REFUTED),
-    (0.001, 0.01, 3, REFUTED), (-0.2, 0.2, 3, NOT_DECIDED),
-    (0.1, 0.3, 2, NOT_DECIDED), (math.nan, math.nan, 1, NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("low", "high", "n", "verdict"),
+    [
+        (0.1, 0.3, 3, SUPPORTED),
+        (0.01, 0.03, 3, SUPPORTED),
+        (-0.3, -0.1, 3, REFUTED),
+        (-0.01, 0.01, 3, REFUTED),
+        (0.001, 0.01, 3, REFUTED),
+        (-0.2, 0.2, 3, NOT_DECIDED),
+        (0.1, 0.3, 2, NOT_DECIDED),
+        (math.nan, math.nan, 1, NOT_DECIDED),
+    ],
+)
 def test_an_interval_decides_when_it_excludes_nothing_or_every_effect_worth_the_name(low, high, n, verdict):
     assert decide(Interval((low + high) / 2, low, high, n), smallest=0.02) == verdict
 
 
-@pytest.mark.parametrize(("hits", "n", "verdict"), [
-    (3, 3, SUPPORTED), (0, 3, REFUTED), (2, 3, NOT_DECIDED), (2, 2, NOT_DECIDED), (0, 0, NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("hits", "n", "verdict"),
+    [(3, 3, SUPPORTED), (0, 3, REFUTED), (2, 3, NOT_DECIDED), (2, 2, NOT_DECIDED), (0, 0, NOT_DECIDED)],
+)
 def test_all_or_none_of_three_seeds_decide(hits, n, verdict):
     assert decide_count(hits, n) == verdict
 
@@ -71,8 +95,12 @@ def test_nothing_is_decided_without_data_and_what_would_decide_is_said(plant):
 
 def fp16(plant, dead, phase="forward", seeds=(0, 1, 2), cases=(SINGLE, MULTI)):
     """``dead(case, config, seed)`` says which runs die, in ``phase``."""
-    return plant(cases, ("fp32_true", "fp16_naive", "fp16_naive_fp32_states"), seeds, lambda case, config, seed:
-                 {"dies_at": 4, "first": first(phase)} if dead(case, config, seed) else {})
+    return plant(
+        cases,
+        ("fp32_true", "fp16_naive", "fp16_naive_fp32_states"),
+        seeds,
+        lambda case, config, seed: {"dies_at": 4, "first": first(phase)} if dead(case, config, seed) else {},
+    )
 
 
 def test_h1_is_supported_when_only_multi_label_dies(plant):
@@ -118,14 +146,17 @@ def test_h1_is_judged_under_both_reductions_and_a_split_decides_nothing(plant):
 def architectures(plant, roberta_gain, gpt2_gain, seeds=(0, 1, 2), **roberta):
     def change(case, config, seed):
         gain = roberta_gain if "roberta" in case else gpt2_gain
-        return ({"speed": gain(seed) if callable(gain) else gain} if config == "bf16_pure" else {}) | \
-            (roberta if "roberta" in case else {})
+        return ({"speed": gain(seed) if callable(gain) else gain} if config == "bf16_pure" else {}) | (
+            roberta if "roberta" in case else {}
+        )
 
     return plant((MULTI, "roberta_multi_cls"), ("fp32_true", "bf16_pure"), seeds, change)
 
 
-@pytest.mark.parametrize(("roberta", "gpt2", "verdict"), [
-    (3.0, 2.0, SUPPORTED), (2.0, 3.0, REFUTED), (2.0, 2.0, REFUTED), (lambda seed: 1.5 + seed, 2.0, NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("roberta", "gpt2", "verdict"),
+    [(3.0, 2.0, SUPPORTED), (2.0, 3.0, REFUTED), (2.0, 2.0, REFUTED), (lambda seed: 1.5 + seed, 2.0, NOT_DECIDED)],
+)
 def test_h2_compares_the_gains(plant, roberta, gpt2, verdict):
     finding = of(architectures(plant, roberta, gpt2), "H2")
     assert finding.verdict == verdict and "attention: math" in finding.sentence and "length 64" in finding.sentence
@@ -133,9 +164,14 @@ def test_h2_compares_the_gains(plant, roberta, gpt2, verdict):
         assert finding.effect == pytest.approx(1.5, rel=0.01) and finding.low < finding.effect < finding.high
 
 
-@pytest.mark.parametrize(("change", "says"), [({"seq_len": 128}, "sequence length 64 against 128"),
-                                              ({"weights_source": "pretrained"}, "weights scratch against pretrained"),
-                                              ({"attention_backend": "flash"}, "attention backend")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seq_len": 128}, "sequence length 64 against 128"),
+        ({"weights_source": "pretrained"}, "weights scratch against pretrained"),
+        ({"attention_backend": "flash"}, "attention backend"),
+    ],
+)
 def test_h2_refuses_pairs_that_differ_in_more_than_the_architecture(plant, change, says):
     finding = of(architectures(plant, 3.0, 2.0, **change), "H2")
     assert finding.verdict == NOT_DECIDED and any(says in line for line in finding.details)
@@ -149,8 +185,16 @@ def test_h2_takes_the_control_variant_of_equal_length_where_there_is_one(plant):
     configs = ("fp32_true", "bf16_pure", "amp_bf16")
     alone = of(plant((LM, "roberta_mlm"), configs, change=language_models), "H2")
     assert alone.verdict == NOT_DECIDED and any("1024 against 512" in line for line in alone.details)
-    matched = of(plant((LM,), configs[:2], change=lambda case, config, seed: language_models(case, config, seed) | {
-        "seq_len": 512, "run_id": f"{case}-{config}-s{seed}-00000512"}), "H2")
+    matched = of(
+        plant(
+            (LM,),
+            configs[:2],
+            change=lambda case, config, seed: (
+                language_models(case, config, seed) | {"seq_len": 512, "run_id": f"{case}-{config}-s{seed}-00000512"}
+            ),
+        ),
+        "H2",
+    )
     assert matched.verdict == SUPPORTED and "length 512" in matched.sentence
     assert all("00000512" in run_id for run_id in matched.run_ids if LM in run_id)
 
@@ -158,32 +202,65 @@ def test_h2_takes_the_control_variant_of_equal_length_where_there_is_one(plant):
 # H3: GPT-2 classification needs more precision.
 
 
-@pytest.mark.parametrize(("gpt2", "roberta", "verdict"), [
-    (lambda s: True, lambda s: False, SUPPORTED), (lambda s: False, lambda s: True, REFUTED),
-    (lambda s: False, lambda s: False, REFUTED), (lambda s: s == 0, lambda s: False, NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("gpt2", "roberta", "verdict"),
+    [
+        (lambda s: True, lambda s: False, SUPPORTED),
+        (lambda s: False, lambda s: True, REFUTED),
+        (lambda s: False, lambda s: False, REFUTED),
+        (lambda s: s == 0, lambda s: False, NOT_DECIDED),
+    ],
+)
 def test_h3_counts_failures_seed_by_seed(plant, gpt2, roberta, verdict):
-    finding = of(plant((SINGLE, "roberta_single_cls"), ("fp32_true", "bf16_pure", "amp_bf16"), change=lambda case, config, seed:
-                       {"gap": 5.0} if config == "bf16_pure" and (gpt2 if "gpt2" in case else roberta)(seed) else {}), "H3")
+    finding = of(
+        plant(
+            (SINGLE, "roberta_single_cls"),
+            ("fp32_true", "bf16_pure", "amp_bf16"),
+            change=lambda case, config, seed: (
+                {"gap": 5.0} if config == "bf16_pure" and (gpt2 if "gpt2" in case else roberta)(seed) else {}
+            ),
+        ),
+        "H3",
+    )
     assert finding.verdict == verdict
     if verdict == SUPPORTED:
         assert finding.effect == pytest.approx(0.5) and "only on GPT-2: bf16_pure" in finding.sentence
 
 
 def test_h3_does_not_judge_by_an_unhealthy_reference(plant):
-    finding = of(plant((SINGLE, "roberta_single_cls"), ("fp32_true", "bf16_pure"), change=lambda case, config, seed:
-                       {"end": 9.9} if "roberta" in case else {"gap": 5.0 * (config == "bf16_pure")}), "H3")
+    finding = of(
+        plant(
+            (SINGLE, "roberta_single_cls"),
+            ("fp32_true", "bf16_pure"),
+            change=lambda case, config, seed: {"end": 9.9} if "roberta" in case else {"gap": 5.0 * (config == "bf16_pure")},
+        ),
+        "H3",
+    )
     assert finding.verdict == NOT_DECIDED and any("unhealthy" in line for line in finding.details)
 
 
 # P1: classification heads overflow fp16.
 
 
-@pytest.mark.parametrize(("logit", "seeds", "verdict"), [
-    (lambda s: 70_000.0, (0, 1, 2), SUPPORTED), (lambda s: 30.0 + s, (0, 1, 2), REFUTED),
-    (lambda s: 70_000.0 if s else 30.0, (0, 1, 2), NOT_DECIDED), (lambda s: 70_000.0, (0, 1), NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("logit", "seeds", "verdict"),
+    [
+        (lambda s: 70_000.0, (0, 1, 2), SUPPORTED),
+        (lambda s: 30.0 + s, (0, 1, 2), REFUTED),
+        (lambda s: 70_000.0 if s else 30.0, (0, 1, 2), NOT_DECIDED),
+        (lambda s: 70_000.0, (0, 1), NOT_DECIDED),
+    ],
+)
 def test_p1_counts_seeds_whose_logits_left_fp16(plant, logit, seeds, verdict):
-    finding = of(plant((SINGLE, MULTI), ("fp32_true", "amp_bf16"), seeds, lambda case, config, seed:
-                       {"logit": logit(seed)} if case == MULTI else {}), "P1")
+    finding = of(
+        plant(
+            (SINGLE, MULTI),
+            ("fp32_true", "amp_bf16"),
+            seeds,
+            lambda case, config, seed: {"logit": logit(seed)} if case == MULTI else {},
+        ),
+        "P1",
+    )
     assert finding.verdict == verdict and finding.unit == "share of 65,504"
 
 
@@ -196,22 +273,43 @@ def test_p1_says_nothing_about_language_models(plant):
 
 
 def top_left(plant, speed=3.0, peak=10**10, **rest):
-    return plant((LM,), ("fp32_true", "amp_bf16", "bf16_pure"), change=lambda case, config, seed:
-                 ({"speed": speed(seed) if callable(speed) else speed, "peak_allocated_bytes": peak} if config == "bf16_pure"
-                  else {"speed": 2.0 if config == "amp_bf16" else 1.0}) | rest)
+    return plant(
+        (LM,),
+        ("fp32_true", "amp_bf16", "bf16_pure"),
+        change=lambda case, config, seed: (
+            (
+                {"speed": speed(seed) if callable(speed) else speed, "peak_allocated_bytes": peak}
+                if config == "bf16_pure"
+                else {"speed": 2.0 if config == "amp_bf16" else 1.0}
+            )
+            | rest
+        ),
+    )
 
 
-@pytest.mark.parametrize(("given", "verdict"), [
-    ({}, SUPPORTED), ({"speed": 1.5}, REFUTED), ({"peak": 10**11}, REFUTED), ({"speed": lambda seed: 1.0 + seed}, NOT_DECIDED),
-    ({"peak": None}, NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        ({}, SUPPORTED),
+        ({"speed": 1.5}, REFUTED),
+        ({"peak": 10**11}, REFUTED),
+        ({"speed": lambda seed: 1.0 + seed}, NOT_DECIDED),
+        ({"peak": None}, NOT_DECIDED),
+    ],
+)
 def test_p2_needs_speed_and_memory(plant, given, verdict):
     finding = of(top_left(plant, **given), "P2")
     assert finding.verdict == verdict and "amp_bf16" in finding.sentence
 
 
 def test_p2_is_refuted_by_one_case_of_two(plant):
-    folder = plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=lambda case, config, seed: {
-        "speed": {"amp_bf16": 2.0, "bf16_pure": 3.0 if case == LM else 1.5}.get(config, 1.0)})
+    folder = plant(
+        (LM, MULTI),
+        ("fp32_true", "amp_bf16", "bf16_pure"),
+        change=lambda case, config, seed: {
+            "speed": {"amp_bf16": 2.0, "bf16_pure": 3.0 if case == LM else 1.5}.get(config, 1.0)
+        },
+    )
     finding = of(folder, "P2")
     assert finding.verdict == REFUTED and finding.sentence.startswith(MULTI)
 
@@ -219,12 +317,24 @@ def test_p2_is_refuted_by_one_case_of_two(plant):
 # P3: classification's MFU is lower and noisier.
 
 
-@pytest.mark.parametrize(("real", "mfu", "verdict"), [
-    (lambda s: 0.6, 0.2, SUPPORTED), (lambda s: 1.0, 0.2, REFUTED), (lambda s: 0.6, None, NOT_DECIDED),
-    (lambda s: (0.5, 0.999, 1.0)[s], 0.2, NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("real", "mfu", "verdict"),
+    [
+        (lambda s: 0.6, 0.2, SUPPORTED),
+        (lambda s: 1.0, 0.2, REFUTED),
+        (lambda s: 0.6, None, NOT_DECIDED),
+        (lambda s: (0.5, 0.999, 1.0)[s], 0.2, NOT_DECIDED),
+    ],
+)
 def test_p3_needs_both_parts(plant, real, mfu, verdict):
-    finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16"), change=lambda case, config, seed:
-                       {"mfu": mfu, "real": real(seed) if case == MULTI else 1.0}), "P3")
+    finding = of(
+        plant(
+            (LM, MULTI),
+            ("fp32_true", "amp_bf16"),
+            change=lambda case, config, seed: {"mfu": mfu, "real": real(seed) if case == MULTI else 1.0},
+        ),
+        "P3",
+    )
     assert finding.verdict == verdict
     if verdict == SUPPORTED:
         assert finding.effect == pytest.approx(0.6, rel=0.02)
@@ -233,20 +343,41 @@ def test_p3_needs_both_parts(plant, real, mfu, verdict):
 # P4: the best configuration changes with the task.
 
 
-@pytest.mark.parametrize(("classification", "seeds", "verdict"), [
-    ({"amp_bf16": 3.0, "bf16_pure": 2.0}, (0, 1, 2), SUPPORTED), ({"amp_bf16": 2.0, "bf16_pure": 3.0}, (0, 1, 2), REFUTED),
-    ({"amp_bf16": 3.01, "bf16_pure": 3.0}, (0, 1, 2), REFUTED), ({"amp_bf16": 3.0, "bf16_pure": 2.0}, (0, 1), NOT_DECIDED)])
+@pytest.mark.parametrize(
+    ("classification", "seeds", "verdict"),
+    [
+        ({"amp_bf16": 3.0, "bf16_pure": 2.0}, (0, 1, 2), SUPPORTED),
+        ({"amp_bf16": 2.0, "bf16_pure": 3.0}, (0, 1, 2), REFUTED),
+        ({"amp_bf16": 3.01, "bf16_pure": 3.0}, (0, 1, 2), REFUTED),
+        ({"amp_bf16": 3.0, "bf16_pure": 2.0}, (0, 1), NOT_DECIDED),
+    ],
+)
 def test_p4_asks_whether_one_configuration_serves_both(plant, classification, seeds, verdict):
     language = {"amp_bf16": 2.0, "bf16_pure": 3.0}
-    finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), seeds, lambda case, config, seed:
-                       {"speed": (language if case == LM else classification).get(config, 1.0)}), "P4")
+    finding = of(
+        plant(
+            (LM, MULTI),
+            ("fp32_true", "amp_bf16", "bf16_pure"),
+            seeds,
+            lambda case, config, seed: {"speed": (language if case == LM else classification).get(config, 1.0)},
+        ),
+        "P4",
+    )
     assert finding.verdict == verdict
 
 
 def test_p4_does_not_crown_a_configuration_that_trains_worse(plant):
-    finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=lambda case, config, seed: {
-        "speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0), "gap": 5.0 * (config == "bf16_pure" and case == MULTI)}),
-        "P4")
+    finding = of(
+        plant(
+            (LM, MULTI),
+            ("fp32_true", "amp_bf16", "bf16_pure"),
+            change=lambda case, config, seed: {
+                "speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0),
+                "gap": 5.0 * (config == "bf16_pure" and case == MULTI),
+            },
+        ),
+        "P4",
+    )
     assert "bf16_pure" not in finding.sentence.split("on Cls-Multi")[-1]
     assert not any("bf16_pure" in run_id and MULTI in run_id for run_id in finding.run_ids)
 

@@ -115,11 +115,15 @@ def test_fp32_looks_as_efficient_as_bf16_against_its_own_peak_and_is_several_tim
 
 def test_8_bit_adams_logits_are_many_times_larger(folder):
     """20 to 100 times on GPT-2; on RoBERTa one seed in the range and one at 6 (both 1,000-step runs)."""
+
     def largest(case, config, seed):
         return np.nanmax(folder.steps(run(folder, case, config, seed).run_id)["logit_absmax"])
 
-    ratios = {(case, seed): largest(case, "amp_bf16_8bit", seed) / largest(case, "amp_bf16", seed)
-              for case in ("gpt2_clm", "roberta_mlm") for seed in SEEDS}
+    ratios = {
+        (case, seed): largest(case, "amp_bf16_8bit", seed) / largest(case, "amp_bf16", seed)
+        for case in ("gpt2_clm", "roberta_mlm")
+        for seed in SEEDS
+    }
     assert all(20 < ratios["gpt2_clm", seed] < 100 for seed in SEEDS)
     assert 20 < ratios["roberta_mlm", 0] < 100 and ratios["roberta_mlm", 1] > 5
     summary = e_logits.table(folder).summary
@@ -176,8 +180,10 @@ def test_speeds_stand_beside_fp32(folder):
 def test_importing_twice_gives_the_same_bytes_and_leaves_the_originals(folder, logs, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in logs.rglob("*")}
     import_dtype_bench(logs, tmp_path / "again")
-    first, second = ({file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-                     for path in (folder.path, tmp_path / "again"))
+    first, second = (
+        {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for path in (folder.path, tmp_path / "again")
+    )
     assert first == second and before == {file: file.stat().st_mtime_ns for file in logs.rglob("*")}
 
 
@@ -186,11 +192,31 @@ def test_importing_twice_gives_the_same_bytes_and_leaves_the_originals(folder, l
 
 def source(path, **changes):
     """A folder with one run of twelve steps, in the source's own format."""
-    row = {"run_id": "gpt2_clm_amp_bf16_0", "model_arch": "gpt2", "task": "clm", "dtype_config": "amp_bf16", "seed": 0,
-           "completed": True, "nan_step": None, "peak_memory_gb": 1.0, "samples_per_sec": 24 / 0.5,
-           "tokens_per_sec": 24 * 1024 / 0.5} | changes
-    steps = [{"step": i, "loss": 5.0 - i / 10, "grad_norm_l2": 1.0, "grad_norm_max": 0.1, "loss_scale": 1.0, "max_logit": 9.0,
-              "memory_gb": 0.5, "step_time_ms": 500.0} for i in range(12)]
+    row = {
+        "run_id": "gpt2_clm_amp_bf16_0",
+        "model_arch": "gpt2",
+        "task": "clm",
+        "dtype_config": "amp_bf16",
+        "seed": 0,
+        "completed": True,
+        "nan_step": None,
+        "peak_memory_gb": 1.0,
+        "samples_per_sec": 24 / 0.5,
+        "tokens_per_sec": 24 * 1024 / 0.5,
+    } | changes
+    steps = [
+        {
+            "step": i,
+            "loss": 5.0 - i / 10,
+            "grad_norm_l2": 1.0,
+            "grad_norm_max": 0.1,
+            "loss_scale": 1.0,
+            "max_logit": 9.0,
+            "memory_gb": 0.5,
+            "step_time_ms": 500.0,
+        }
+        for i in range(12)
+    ]
     (path / "training_logs").mkdir(parents=True)
     (path / "results.jsonl").write_text(json.dumps(row) + "\n")
     (path / "training_logs" / f"{row['run_id']}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
@@ -200,8 +226,9 @@ def source(path, **changes):
 def test_bare_nan_and_infinity_are_read(tmp_path):
     path = source(tmp_path / "logs")
     log = path / "training_logs" / "gpt2_clm_amp_bf16_0.jsonl"
-    log.write_text(log.read_text().replace('"grad_norm_l2": 1.0', '"grad_norm_l2": Infinity', 1)
-                   .replace('"loss": 4.9', '"loss": NaN', 1))
+    log.write_text(
+        log.read_text().replace('"grad_norm_l2": 1.0', '"grad_norm_l2": Infinity', 1).replace('"loss": 4.9', '"loss": NaN', 1)
+    )
     (record,), defects = import_dtype_bench(path, tmp_path / "out")
     columns = load(tmp_path / "out").steps(record.run_id)
     assert defects == [] and columns["grad_norm"][0] == math.inf and math.isnan(columns["loss"][1])
@@ -220,9 +247,14 @@ def test_damaged_sources_are_listed_and_the_rest_is_imported(tmp_path):
         assert expected in words
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"dtype_config": "amp_bf16_fp32_head"}, "amp_bf16_fp32_head"), ({"task": "multi_cls"}, "no case"),
-    ({"samples_per_sec": 47.3}, "no whole number")])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dtype_config": "amp_bf16_fp32_head"}, "amp_bf16_fp32_head"),
+        ({"task": "multi_cls"}, "no case"),
+        ({"samples_per_sec": 47.3}, "no whole number"),
+    ],
+)
 def test_what_cannot_be_believed_is_refused_with_its_reason(tmp_path, changes, says):
     path = source(tmp_path / "logs", **changes)
     with pytest.raises(ImportRefused, match=says):

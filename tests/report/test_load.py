@@ -58,21 +58,24 @@ def test_columns_are_read_only_and_an_unmeasured_one_takes_no_memory(small):
     assert columns["mfu_measured_peak"].base is not None and columns["mfu_measured_peak"].strides == (0,)
 
 
-@pytest.mark.parametrize(("damage", "line", "says"), [
-    (lambda b: b[:-20], 60, "torn last line"),
-    (lambda b: b.replace(b'"step":7,', b'"step":\xff,', 1), 7, "not JSON"),
-    (lambda b: b.replace(b'"lr":0.001', b'"lr":"fast"', 1), 1, "lr"),
-    (lambda b: b.replace(b'"schema":1', b'"schema":99', 1), 1, "schema 99"),
-    (lambda b: b.replace(b'"loss":', b'"gain":', 1), 1, "StepRecord"),
-    (lambda b: b.replace(b'"nonfinite":{}', b'"nonfinite":{"loss":"nan"}', 1), 1, "nonfinite map"),
-    (lambda b: b.replace(b'"nonfinite":{}', b'"nonfinite":{"nothing":"nan"}', 1), 1, "nonfinite map"),
-    (lambda b: b.replace(b"\n", b"\n[]\n", 1), 2, "object"),
-    (lambda b: b.replace(b'"lr":0.001', b'"lr":"\\ud800"', 1), 1, ""),
-    (lambda b: b.replace(b'"step":7,', b'"step":' + b"9" * 30 + b",", 1), 7, "step is too large"),
-    (lambda b: b.replace(b'"grad_nonfinite":0', b'"grad_nonfinite":' + b"9" * 400, 1), 1, "too large"),
-    (lambda b: b.replace(b'"nonfinite":{}', b'"nonfinite":' + b"[" * 100_000, 1), 1, "recursion"),
-    (lambda b: b.replace(b'"loss":', b'"loss":1e999,"more":', 1), 1, "out of range"),
-])
+@pytest.mark.parametrize(
+    ("damage", "line", "says"),
+    [
+        (lambda b: b[:-20], 60, "torn last line"),
+        (lambda b: b.replace(b'"step":7,', b'"step":\xff,', 1), 7, "not JSON"),
+        (lambda b: b.replace(b'"lr":0.001', b'"lr":"fast"', 1), 1, "lr"),
+        (lambda b: b.replace(b'"schema":1', b'"schema":99', 1), 1, "schema 99"),
+        (lambda b: b.replace(b'"loss":', b'"gain":', 1), 1, "StepRecord"),
+        (lambda b: b.replace(b'"nonfinite":{}', b'"nonfinite":{"loss":"nan"}', 1), 1, "nonfinite map"),
+        (lambda b: b.replace(b'"nonfinite":{}', b'"nonfinite":{"nothing":"nan"}', 1), 1, "nonfinite map"),
+        (lambda b: b.replace(b"\n", b"\n[]\n", 1), 2, "object"),
+        (lambda b: b.replace(b'"lr":0.001', b'"lr":"\\ud800"', 1), 1, ""),
+        (lambda b: b.replace(b'"step":7,', b'"step":' + b"9" * 30 + b",", 1), 7, "step is too large"),
+        (lambda b: b.replace(b'"grad_nonfinite":0', b'"grad_nonfinite":' + b"9" * 400, 1), 1, "too large"),
+        (lambda b: b.replace(b'"nonfinite":{}', b'"nonfinite":' + b"[" * 100_000, 1), 1, "recursion"),
+        (lambda b: b.replace(b'"loss":', b'"loss":1e999,"more":', 1), 1, "out of range"),
+    ],
+)
 def test_a_damaged_line_is_listed_with_its_number_and_the_others_stay(small, damage, line, says):
     log = small.path / "training_logs" / f"run_{RUN}.jsonl"
     log.write_bytes(damage(log.read_bytes()))
@@ -173,8 +176,11 @@ def test_side_files_that_are_no_objects_are_defects(small):
 
 def test_hardware_readings_become_columns(small):
     file = small.path / "runs" / RUN / "hardware.jsonl"
-    rows = [{"schema": SCHEMA, "time_s": 0.5, "unix_s": 1e9, "gpu_power_w": None, "gpu_clock_event_reasons": ["sw_power_cap"]},
-            {"schema": SCHEMA, "time_s": 1.0, "unix_s": 1e9, "gpu_power_w": 300}, {"schema": 99, "time_s": 2, "unix_s": 1e9}]
+    rows = [
+        {"schema": SCHEMA, "time_s": 0.5, "unix_s": 1e9, "gpu_power_w": None, "gpu_clock_event_reasons": ["sw_power_cap"]},
+        {"schema": SCHEMA, "time_s": 1.0, "unix_s": 1e9, "gpu_power_w": 300},
+        {"schema": 99, "time_s": 2, "unix_s": 1e9},
+    ]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n{")
     folder = load(small.path)
     columns = folder.hardware(RUN)
@@ -190,7 +196,7 @@ def test_the_fast_reader_agrees_with_the_careful_one_on_random_damage(small, tmp
     text = b"".join(lines)
     random = np.random.default_rng(0)
     for at in random.integers(0, len(text), 150):
-        damaged = text[:at] + bytes([text[at] ^ int(random.integers(1, 256))]) + text[at + 1:]
+        damaged = text[:at] + bytes([text[at] ^ int(random.integers(1, 256))]) + text[at + 1 :]
         file = tmp_path / "log.jsonl"
         file.write_bytes(damaged)
         good = []
@@ -204,10 +210,16 @@ def test_the_fast_reader_agrees_with_the_careful_one_on_random_damage(small, tmp
         assert len(defects) == sum(1 for _ in file.open("rb")) - len(good)
 
 
-@pytest.mark.parametrize(("row", "marks"), [
-    ({"preset": "tiny", "data_source": "embedded"}, ("TINY PRESET", "EMBEDDED DATA", "SIMULATED")),
-    ({"flags": {"imported": {"source": "x"}}}, ("IMPORTED",)), ({"config": {"device": "cpu"}}, ("CPU", "SIMULATED")),
-    ({"device": "cpu-amd-epyc", "config": {}, "flags": {}}, ("CPU",)), ({"flags": {}}, ())])
+@pytest.mark.parametrize(
+    ("row", "marks"),
+    [
+        ({"preset": "tiny", "data_source": "embedded"}, ("TINY PRESET", "EMBEDDED DATA", "SIMULATED")),
+        ({"flags": {"imported": {"source": "x"}}}, ("IMPORTED",)),
+        ({"config": {"device": "cpu"}}, ("CPU", "SIMULATED")),
+        ({"device": "cpu-amd-epyc", "config": {}, "flags": {}}, ("CPU",)),
+        ({"flags": {}}, ()),
+    ],
+)
 def test_marks_say_what_a_reader_must_know(plant, row, marks):
     assert plant(("gpt2_clm",), ("fp32_true",), (0,), lambda *_: row).marks == marks
 

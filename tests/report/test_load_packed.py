@@ -42,9 +42,15 @@ def test_the_plain_log_counts_where_both_are(small):
     assert load(small.path).defects == ()
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda b: b[:-30], "not a whole gzip file"), (lambda b: b[:60] + bytes([b[60] ^ 0xFF]) + b[61:], "not a whole gzip file"),
-    (lambda b: b"{}\n", "not a whole gzip file"), (lambda b: b"", "holds 0 steps")])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda b: b[:-30], "not a whole gzip file"),
+        (lambda b: b[:60] + bytes([b[60] ^ 0xFF]) + b[61:], "not a whole gzip file"),
+        (lambda b: b"{}\n", "not a whole gzip file"),
+        (lambda b: b"", "holds 0 steps"),
+    ],
+)
 def test_a_damaged_gzip_file_is_a_defect_of_its_run_alone(small, damage, says):
     zip_all(small.path)
     log = small.path / "training_logs" / f"run_{RUN}.jsonl.gz"

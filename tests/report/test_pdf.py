@@ -26,8 +26,11 @@ def pages(dossier):
 
 def first_page_with(pages, heading: str) -> int:
     """Number from 1 of the first page behind the contents whose lines hold the heading alone."""
-    return next(number for number, page in enumerate(pages, start=1)
-                if heading in [line.strip() for line in page.extract_text().splitlines()])
+    return next(
+        number
+        for number, page in enumerate(pages, start=1)
+        if heading in [line.strip() for line in page.extract_text().splitlines()]
+    )
 
 
 def test_sections_one_to_three_are_within_four_pages(pages):
@@ -64,9 +67,17 @@ def test_the_same_page_gives_the_same_bytes_and_no_date(dossier, tmp_path):
     assert "/CreationDate" not in pypdf.PdfReader(tmp_path / "again.pdf").metadata
 
 
-@pytest.mark.parametrize("element", ['<img src="file://{path}">', '<link rel="stylesheet" href="file://{path}">',
-                                     '<object data="file://{path}"></object>', '<style>@import url("file://{path}")</style>',
-                                     '<img src="{path}">', '<a rel="attachment" href="file://{path}">x</a>'])
+@pytest.mark.parametrize(
+    "element",
+    [
+        '<img src="file://{path}">',
+        '<link rel="stylesheet" href="file://{path}">',
+        '<object data="file://{path}"></object>',
+        '<style>@import url("file://{path}")</style>',
+        '<img src="{path}">',
+        '<a rel="attachment" href="file://{path}">x</a>',
+    ],
+)
 def test_no_local_file_is_read(element, tmp_path, monkeypatch):
     secret = tmp_path / "secret.svg"
     secret.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><text>TOPSECRET</text></svg>')
@@ -80,4 +91,4 @@ def test_no_local_file_is_read(element, tmp_path, monkeypatch):
 def test_figures_become_images_of_themselves():
     html = figures_as_images('<p>a</p><svg viewBox="0 0 1 1" aria-label="A: &lt;b&gt;"><path d="M0 0"/></svg><p>b</p>')
     assert html.startswith('<p>a</p><img class="figure" alt="A: &lt;b&gt;" src="data:image/svg+xml;base64,')
-    assert html.endswith('<p>b</p>') and "<svg" not in html
+    assert html.endswith("<p>b</p>") and "<svg" not in html

@@ -7,8 +7,14 @@ from scipy.stats import gaussian_kde
 from report.plots.density import outline
 
 
-@pytest.mark.parametrize("make", [lambda r: r.normal(3, 0.4, 900), lambda r: r.exponential(1, 400),
-                                  lambda r: np.r_[r.normal(0, 1, 300), r.normal(9, 0.5, 300)]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: r.normal(3, 0.4, 900),
+        lambda r: r.exponential(1, 400),
+        lambda r: np.r_[r.normal(0, 1, 300), r.normal(9, 0.5, 300)],
+    ],
+)
 def test_it_agrees_with_scipy(make):
     values = make(np.random.default_rng(0))
     positions, density = outline(values)

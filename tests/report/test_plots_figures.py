@@ -34,8 +34,12 @@ def texts(figure) -> list[Text]:
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            beyond |= {label for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high or not axes.axison
-                       for label in (tick.label1, tick.label2)}
+            beyond |= {
+                label
+                for tick in axis.get_major_ticks()
+                if not low <= tick.get_loc() <= high or not axes.axison
+                for label in (tick.label1, tick.label2)
+            }
     return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in beyond]
 
 
@@ -91,9 +95,14 @@ def test_hostile_names_are_drawn_as_text(letter):
     for frame in (data, summary):
         if "dtype_config" in frame:
             frame["dtype_config"] = frame["dtype_config"].replace(words)
-    table = made(letter, data=data, summary=summary, title=" ".join(HOSTILE[:4]) + "\ud800",
-                 marks=(*HOSTILE[:4], "lone \ud800"),
-                 excluded=tuple((bad, bad) for bad in HOSTILE))
+    table = made(
+        letter,
+        data=data,
+        summary=summary,
+        title=" ".join(HOSTILE[:4]) + "\ud800",
+        marks=(*HOSTILE[:4], "lone \ud800"),
+        excluded=tuple((bad, bad) for bad in HOSTILE),
+    )
     with theme(table.name):
         svg = picture(DRAW[letter](table), "svg", 72)
     tree = ET.fromstring(svg)
@@ -106,6 +115,7 @@ def test_the_same_table_gives_the_same_bytes(kind):
         table = made("H")
         with theme(table.name):
             return picture(DRAW["H"](table), kind, 100)
+
     one, other = bytes_of(), bytes_of()
     assert one == other and len(one) > 5_000
 

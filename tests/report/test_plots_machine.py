@@ -49,8 +49,17 @@ def test_nothing_sampled_says_so(place):
 
 def test_hardware_growth_starts_at_zero_and_absent_readings_say_not_measured(place):
     run_id = next(run.run_id for run in load(place).runs if run.dtype_config == "amp_bf16")
-    rows = [{"schema": 1, "time_s": i * 0.1, "unix_s": 1e9 + i, "process_rss_bytes": 10**9 + i,
-             "system_cpu_percent": 50.0 + i % 7, "disk_used_bytes": 5 * 10**10 + i * 10**6} for i in range(40)]
+    rows = [
+        {
+            "schema": 1,
+            "time_s": i * 0.1,
+            "unix_s": 1e9 + i,
+            "process_rss_bytes": 10**9 + i,
+            "system_cpu_percent": 50.0 + i % 7,
+            "disk_used_bytes": 5 * 10**10 + i * 10**6,
+        }
+        for i in range(40)
+    ]
     (place / "runs" / run_id / "hardware.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = hardware.table(load(place))
     assert table.data["disk_growth_bytes"].iloc[[0, -1]].tolist() == [0, 39 * 10**6]
@@ -64,9 +73,22 @@ def test_headroom_names_the_tightest_module_of_the_diverged_run(place):
     runs = load(place).runs
     for config, top in (("fp16_naive", 60_000.0), ("amp_bf16", 2.0)):
         run_id = next(run.run_id for run in runs if run.dtype_config == config)
-        rows = [{"step": step, "module": module, "order": order, "direction": "fwd", "dtype": "fp16", "schema": 1,
-                 "absmax": top if module == "lm_head" and step == 5 else 1.0, "nan": 0, "inf": 0, "flush_frac": None}
-                for step in range(1, 7) for order, module in enumerate(("wte", "h.0", "lm_head"))]
+        rows = [
+            {
+                "step": step,
+                "module": module,
+                "order": order,
+                "direction": "fwd",
+                "dtype": "fp16",
+                "schema": 1,
+                "absmax": top if module == "lm_head" and step == 5 else 1.0,
+                "nan": 0,
+                "inf": 0,
+                "flush_frac": None,
+            }
+            for step in range(1, 7)
+            for order, module in enumerate(("wte", "h.0", "lm_head"))
+        ]
         (place / "runs" / run_id / "activations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = headroom_map.table(load(place))
     assert table.title.startswith("Least headroom: lm_head of fp16_naive") and "at step 5" in table.title
@@ -75,39 +97,78 @@ def test_headroom_names_the_tightest_module_of_the_diverged_run(place):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["wte", "h.0", "lm_head"]
 
 
-FORWARD = FirstNonfinite(step=4, microbatch=0, phase="forward", phase_surfaced="forward", module="lm_head", op="addmm",
-                         tensor="output", source_tensor=None, kind="inf", dtype="float16", cause="overflow", input_absmax=1.0,
-                         headroom_bits=0.0)
+FORWARD = FirstNonfinite(
+    step=4,
+    microbatch=0,
+    phase="forward",
+    phase_surfaced="forward",
+    module="lm_head",
+    op="addmm",
+    tensor="output",
+    source_tensor=None,
+    kind="inf",
+    dtype="float16",
+    cause="overflow",
+    input_absmax=1.0,
+    headroom_bits=0.0,
+)
 
 
 def activations(folder, run_id, tops, module="lm_head"):
     """One module read at steps 1, 2, ..., with these largest values."""
-    rows = [{"step": at, "module": module, "order": 0, "direction": "fwd", "dtype": "float16", "schema": 1, "absmax": top,
-             "nan": 0, "inf": 0, "flush_frac": None} for at, top in enumerate(tops, start=1)]
+    rows = [
+        {
+            "step": at,
+            "module": module,
+            "order": 0,
+            "direction": "fwd",
+            "dtype": "float16",
+            "schema": 1,
+            "absmax": top,
+            "nan": 0,
+            "inf": 0,
+            "flush_frac": None,
+        }
+        for at, top in enumerate(tops, start=1)
+    ]
     (folder.path / "runs" / run_id / "activations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_headroom_map_prefers_what_overflowed_and_leaves_one_column_out(plant):
     configs = ("fp16_naive", "amp_fp16", "amp_fp16_unscaled", "amp_bf16")
-    folder = plant(("gpt2_clm",), configs, (0,), lambda case, config, seed:
-                   {"fp16_naive": {"dies_at": 1}, "amp_fp16_unscaled": {"dies_at": 4, "first": FORWARD}}.get(config, {}))
+    folder = plant(
+        ("gpt2_clm",),
+        configs,
+        (0,),
+        lambda case, config, seed: {"fp16_naive": {"dies_at": 1}, "amp_fp16_unscaled": {"dies_at": 4, "first": FORWARD}}.get(
+            config, {}
+        ),
+    )
     ids = {config: f"gpt2_clm-{config}-s0-0badcafe" for config in configs}
     activations(folder, ids["fp16_naive"], [60_000.0])  # dead at step 1: one column says nothing
     activations(folder, ids["amp_fp16"], [1.0, 2.0, 4.0])
     activations(folder, ids["amp_bf16"], [1.0] * 5)
     activations(folder, ids["amp_fp16_unscaled"], [1.0, 64.0])
-    history = [{"step": step, "module": "lm_head", "absmax_fwd": top, "absmax_bwd": None}
-               for step, top in ((2, 64.0), (3, 32_752.0), (4, None))]
+    history = [
+        {"step": step, "module": "lm_head", "absmax_fwd": top, "absmax_bwd": None}
+        for step, top in ((2, 64.0), (3, 32_752.0), (4, None))
+    ]
     (folder.path / "runs" / ids["amp_fp16_unscaled"] / "forensics.json").write_text(json.dumps({"history": history}))
     table = headroom_map.table(load(folder.path))
     assert list(table.data["run_id"].unique()) == [ids["amp_fp16_unscaled"], ids["amp_fp16"]]
-    assert table.title == ("Least headroom: lm_head of amp_fp16_unscaled on gpt2_clm, 1.0 bits at step 3, down from 16.0 at "
-                           "step 1; the run overflows at step 4.")
+    assert table.title == (
+        "Least headroom: lm_head of amp_fp16_unscaled on gpt2_clm, 1.0 bits at step 3, down from 16.0 at "
+        "step 1; the run overflows at step 4."
+    )
 
 
 def test_a_range_that_is_wide_enough_is_shown_when_there_is_nothing_else(plant):
-    folder = plant(("gpt2_clm",), ("fp16_naive", "amp_bf16"), (0,), lambda case, config, seed:
-                   {"dies_at": 1} if config == "fp16_naive" else {})
+    folder = plant(
+        ("gpt2_clm",),
+        ("fp16_naive", "amp_bf16"),
+        (0,),
+        lambda case, config, seed: {"dies_at": 1} if config == "fp16_naive" else {},
+    )
     activations(folder, "gpt2_clm-fp16_naive-s0-0badcafe", [60_000.0])
     assert "at 3 steps or more" in headroom_map.table(load(folder.path)).empty
     activations(folder, "gpt2_clm-amp_bf16-s0-0badcafe", [1.0] * 3)
@@ -115,10 +176,18 @@ def test_a_range_that_is_wide_enough_is_shown_when_there_is_nothing_else(plant):
 
 
 def test_a_step_s_time_is_stacked_by_class_and_idle_is_hollow(plant):
-    profile = {"source": "cpu_self_time", "idle_s": 0.2, "seconds": {"matmul": {"forward": 1.0, "backward": 2.0},
-                                                                     "<b>": {"x": 0.5}, "copy": "text"}, "top": [3]}
-    folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), (0,), lambda *_: {
-        "flags": {"simulated": True, "time_by_kernel": profile, "trace": {"steps": 2}}})
+    profile = {
+        "source": "cpu_self_time",
+        "idle_s": 0.2,
+        "seconds": {"matmul": {"forward": 1.0, "backward": 2.0}, "<b>": {"x": 0.5}, "copy": "text"},
+        "top": [3],
+    }
+    folder = plant(
+        ("gpt2_clm",),
+        ("fp32_true", "amp_bf16"),
+        (0,),
+        lambda *_: {"flags": {"simulated": True, "time_by_kernel": profile, "trace": {"steps": 2}}},
+    )
     table = kernel_time.table(folder)
     figure = drawn(table)
     widths = [round(patch.get_width(), 6) for patch in figure.axes[0].patches]

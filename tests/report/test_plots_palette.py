@@ -14,7 +14,7 @@ DEFAULT = [config.id for config in DTYPE_CONFIGS.values() if config.in_default_m
 
 def luminance(colour: str) -> float:
     """WCAG 2 relative luminance."""
-    parts = (int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
@@ -50,9 +50,15 @@ def test_the_four_blues_differ_in_lightness_or_line_and_always_in_marker(one, ot
     assert abs(lightness(a.colour) - lightness(b.colour)) >= 3
 
 
-@pytest.mark.parametrize("paper,words", [
-    (style.PAPER, style.INK), (style.PAPER, style.MUTED), (style.WARNING_PAPER, style.WARNING_INK),
-    *((look.fill, look.ink) for look in palette.STATES.values())])
+@pytest.mark.parametrize(
+    "paper,words",
+    [
+        (style.PAPER, style.INK),
+        (style.PAPER, style.MUTED),
+        (style.WARNING_PAPER, style.WARNING_INK),
+        *((look.fill, look.ink) for look in palette.STATES.values()),
+    ],
+)
 def test_text_has_aa_contrast_light_and_dark(paper, words):
     assert contrast(paper, words) >= 4.5
     dark = dark_colours()

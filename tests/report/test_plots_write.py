@@ -13,8 +13,9 @@ from tests.report.hand_made_tables import made
 
 
 def test_formulas_are_neutralised_and_numbers_are_not(tmp_path):
-    frame = pd.DataFrame({"name": ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tx", "plain"],
-                          "value": [-1.5, 2, np.nan, np.inf, 0, 1]})
+    frame = pd.DataFrame(
+        {"name": ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tx", "plain"], "value": [-1.5, 2, np.nan, np.inf, 0, 1]}
+    )
     write_csv(frame, tmp_path / "x.csv")
     back = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)
     assert list(back["name"]) == ["'=cmd|' /C calc'!A0", "'+1", "'-1", "'@x", "'\tx", "plain"]
@@ -39,8 +40,13 @@ def test_shortening_outlines_leaves_text_alone():
     with theme(table.name):
         svg = picture(DRAW["H"](table), "svg", 72).decode()
     assert "0.12345678" in svg and "0.98765432" in svg and "<dc:date>" not in svg
-    assert not any(len(part.split(".")[-1]) > 4 for line in svg.splitlines() if line.lstrip().startswith("<path d=")
-                   for part in line.split('"')[1].split() if "." in part)
+    assert not any(
+        len(part.split(".")[-1]) > 4
+        for line in svg.splitlines()
+        if line.lstrip().startswith("<path d=")
+        for part in line.split('"')[1].split()
+        if "." in part
+    )
 
 
 @pytest.mark.parametrize("kind,magic", [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF"), ("eps", b"%!PS")])
@@ -62,6 +68,12 @@ def test_eps_has_no_transparency_and_keeps_its_shades_pale(letter, caplog):
         figure = DRAW[letter](table)
         content = picture(figure, "eps", 72)
     assert content.startswith(b"%!PS") and not [record for record in caplog.records if "transparency" in record.message]
-    faces = np.concatenate([collection.get_facecolor() for axes in figure.axes for collection in axes.collections
-                            if len(collection.get_facecolor())])
+    faces = np.concatenate(
+        [
+            collection.get_facecolor()
+            for axes in figure.axes
+            for collection in axes.collections
+            if len(collection.get_facecolor())
+        ]
+    )
     assert set(faces[:, 3]) <= {0.0, 1.0} and (faces[:, :3].min(axis=1) > 0.6).any()

@@ -104,7 +104,7 @@ def test_the_coefficient_of_variation_is_scipys():
 def test_the_rolling_median_is_numpys_window_by_window():
     values = np.random.default_rng(4).normal(size=120)
     values[30] = math.nan
-    expected = [np.nanmedian(values[max(0, i - 49): i + 1]) for i in range(120)]
+    expected = [np.nanmedian(values[max(0, i - 49) : i + 1]) for i in range(120)]
     assert rolling_median(values).tolist() == pytest.approx(expected)
 
 

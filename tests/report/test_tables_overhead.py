@@ -18,12 +18,31 @@ def document(**changes):
     """The shape of ``harness bench overhead``: light costs 2 %, full 10 %."""
     bare = 0.1 + 0.001 * np.sin(np.arange(ROUNDS))
     arms = {"bare": bare, "bare_again": bare, "light": 1.02 * bare, "full": 1.1 * bare}
-    rows = [{"bench": "overhead", "name": name + kind, "unit": "ratio", "n": ROUNDS, "median": ratio, "low95": ratio - 0.01,
-             "high95": ratio + 0.01, "at_most": 1.03 if name + kind == "light" else None, "note": ""}
-            for kind in ("", "_cpu") for name, ratio in (("bare_again", 1.0), ("light", 1.02), ("full", 1.1))]
+    rows = [
+        {
+            "bench": "overhead",
+            "name": name + kind,
+            "unit": "ratio",
+            "n": ROUNDS,
+            "median": ratio,
+            "low95": ratio - 0.01,
+            "high95": ratio + 0.01,
+            "at_most": 1.03 if name + kind == "light" else None,
+            "note": "",
+        }
+        for kind in ("", "_cpu")
+        for name, ratio in (("bare_again", 1.0), ("light", 1.02), ("full", 1.1))
+    ]
     rows.insert(0, {"name": "bare_step_s", "unit": "s", "median": 0.1})
-    return {"device": "cpu", "pairs": ROUNDS, "what": "hand-made", "simulated": True, "rows": rows,
-            "wall_s": {name: list(values) for name, values in arms.items()}, "cpu_s": {}} | changes
+    return {
+        "device": "cpu",
+        "pairs": ROUNDS,
+        "what": "hand-made",
+        "simulated": True,
+        "rows": rows,
+        "wall_s": {name: list(values) for name, values in arms.items()},
+        "cpu_s": {},
+    } | changes
 
 
 @pytest.fixture
@@ -74,9 +93,15 @@ def test_without_the_file_it_is_not_measured(place):
     assert "not measured: overhead.json" in table.empty and overhead_rows(table.summary) == []
 
 
-@pytest.mark.parametrize("changes", [
-    {"rows": None, "wall_s": None}, {"rows": "x", "wall_s": {"bare": "x", "light": [1]}}, {"rows": [3, {"unit": "ratio"}]},
-    {"rows": [{"unit": "ratio", "name": "light", "median": "1"}], "wall_s": {"bare": [0.1, None], "light": [0, "x"]}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": None, "wall_s": None},
+        {"rows": "x", "wall_s": {"bare": "x", "light": [1]}},
+        {"rows": [3, {"unit": "ratio"}]},
+        {"rows": [{"unit": "ratio", "name": "light", "median": "1"}], "wall_s": {"bare": [0.1, None], "light": [0, "x"]}},
+    ],
+)
 def test_what_is_no_figure_is_left_out(place, changes):
     table = table_of(place, document(**changes))
     overhead_rows(table.summary)

@@ -23,6 +23,8 @@ print(hashlib.sha256(repr((said, judge(folder), trust(folder), verdict_text(fold
 @pytest.mark.soak
 def test_the_order_of_sets_changes_nothing(small):
     command = [sys.executable, "-c", CODE, str(small.path)]
-    said = {subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True,
-                           text=True).stdout for seed in "012"}
+    said = {
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True).stdout
+        for seed in "012"
+    }
     assert len(said) == 1 and len(said.pop()) > 60

@@ -51,19 +51,26 @@ def test_the_reference_is_one_without_interval(plant):
 
 
 def test_a_dead_run_is_a_word_and_no_bar(plant):
-    table = c_throughput.table(plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed:
-                                     {"dies_at": 55} if config == "bf16_pure" else {}))
+    table = c_throughput.table(
+        plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed: {"dies_at": 55} if config == "bf16_pure" else {})
+    )
     row = rows(table).loc[("gpt2_clm", "bf16_pure")]
     assert row["word"] == "NaN @ 55" and math.isnan(row["relative"]) and row["n"] == 0
     assert {reason for _, reason in table.excluded} == {"NaN @ 55"} and len(table.excluded) == 3
 
 
-@pytest.mark.parametrize(("row", "enters"), [
-    ({"steps": 55}, True), ({"steps": 54}, False),
-    ({"steps": 15, "preset": "tiny"}, True), ({"steps": 14, "preset": "tiny"}, False),
-    ({"flags": {"simulated": True, "hardware": {"throttled": True, "throttle_reasons": ["hw_slowdown"]}}}, False),
-    ({"flags": {"simulated": True, "hardware": {"throttled": False}}}, True),
-    ({"flags": {"simulated": True, "hardware": {"contended": True}}}, False)])
+@pytest.mark.parametrize(
+    ("row", "enters"),
+    [
+        ({"steps": 55}, True),
+        ({"steps": 54}, False),
+        ({"steps": 15, "preset": "tiny"}, True),
+        ({"steps": 14, "preset": "tiny"}, False),
+        ({"flags": {"simulated": True, "hardware": {"throttled": True, "throttle_reasons": ["hw_slowdown"]}}}, False),
+        ({"flags": {"simulated": True, "hardware": {"throttled": False}}}, True),
+        ({"flags": {"simulated": True, "hardware": {"contended": True}}}, False),
+    ],
+)
 def test_a_run_enters_with_fifty_timed_steps_undisturbed(plant, row, enters):
     folder = plant(("gpt2_clm",), ("fp32_true",), (0,), lambda *_: dict(row))
     runs, excluded = eligible(folder, select(folder))
@@ -84,8 +91,7 @@ def test_the_frontier_keeps_ties_and_drops_the_dominated(plant):
 
     def change(case, config, seed):
         mfu = {"fp32_true": 0.1, "amp_bf16": 0.3, "bf16_pure": 0.3, "amp_fp16": 0.2, "amp_bf16_8bit": 0.2}[config]
-        return {"peak_allocated_bytes": memory[config] * 10**9, "mfu": mfu, "speed": 1.0,
-                "mfu_bf16_peak": mfu}
+        return {"peak_allocated_bytes": memory[config] * 10**9, "mfu": mfu, "speed": 1.0, "mfu_bf16_peak": mfu}
 
     table = b_efficiency.table(plant(("gpt2_clm",), tuple(memory), change=change))
     on = table.data[table.data["on_frontier"]]["dtype_config"].tolist()
@@ -94,8 +100,11 @@ def test_the_frontier_keeps_ties_and_drops_the_dominated(plant):
 
 
 def test_a_poor_configuration_is_never_on_the_frontier(plant):
-    folder = plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed:
-                   {"speed": SPEEDS.get(config, 1.0), "gap": 4.0 * (config == "bf16_pure")})
+    folder = plant(
+        ("gpt2_clm",),
+        CONFIGS,
+        change=lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0), "gap": 4.0 * (config == "bf16_pure")},
+    )
     data = rows(b_efficiency.table(folder))
     assert not data.loc[("gpt2_clm", "bf16_pure"), "on_frontier"] and data.loc[("gpt2_clm", "amp_bf16"), "on_frontier"]
 
@@ -106,8 +115,11 @@ def test_without_mfu_there_is_no_efficiency_and_the_reason_is_said(plant):
 
 
 def test_the_padding_tax_is_the_share_of_work_that_was_padding(plant):
-    folder = plant(("gpt2_clm", "gpt2_multi_cls"), ("fp32_true", "amp_bf16"), change=lambda case, config, seed:
-                   {"real": 0.6 if "cls" in case else 1.0})
+    folder = plant(
+        ("gpt2_clm", "gpt2_multi_cls"),
+        ("fp32_true", "amp_bf16"),
+        change=lambda case, config, seed: {"real": 0.6 if "cls" in case else 1.0},
+    )
     table = f_padding.table(folder)
     summary = table.summary.set_index(["case", "seed"])
     columns = folder.steps("gpt2_multi_cls-amp_bf16-s0-0badcafe")
@@ -136,8 +148,9 @@ def test_bucketed_runs_are_told_apart(plant, add_row):
     folder = plant(("gpt2_multi_cls",), ("fp32_true",), change=lambda *_: {"real": 0.5})
     other = plant(("gpt2_multi_cls",), ("fp32_true",), (0,), lambda *_: {"real": 0.9}, name="bucketed")
     record = other.runs[0]
-    renamed = msgspec.structs.replace(record, run_id=record.run_id[:-8] + "deadbeef",
-                                      config=record.config | {"bucket_by_length": True})
+    renamed = msgspec.structs.replace(
+        record, run_id=record.run_id[:-8] + "deadbeef", config=record.config | {"bucket_by_length": True}
+    )
     log = (other.path / "training_logs" / f"run_{record.run_id}.jsonl").read_bytes()
     add_row(folder, renamed)
     (folder.path / "training_logs" / f"run_{renamed.run_id}.jsonl").write_bytes(log)
@@ -150,8 +163,13 @@ BOTH = ("gpt2_clm", "gpt2_multi_cls")
 
 
 def test_ranks_compare_both_sides_and_leave_controls_out(plant):
-    folder = plant(BOTH, ("fp32_true", "amp_bf16", "bf16_pure", "fp16_naive_eps1e4"), change=lambda case, config, seed: {
-        "speed": {"amp_bf16": 3.0, "bf16_pure": 2.0}.get(config, 1.0) if case == "gpt2_clm" else SPEEDS.get(config, 1.0)})
+    folder = plant(
+        BOTH,
+        ("fp32_true", "amp_bf16", "bf16_pure", "fp16_naive_eps1e4"),
+        change=lambda case, config, seed: {
+            "speed": {"amp_bf16": 3.0, "bf16_pure": 2.0}.get(config, 1.0) if case == "gpt2_clm" else SPEEDS.get(config, 1.0)
+        },
+    )
     table = h_rank.table(folder)
     ranks = table.data.set_index(["side", "dtype_config"])["rank"]
     assert ranks["LM", "amp_bf16"] == 1 and ranks["classification", "bf16_pure"] == 1

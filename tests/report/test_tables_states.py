@@ -24,15 +24,25 @@ def only(**given):
     return lambda case, config, seed: dict(given) if config == "amp_bf16" else {}
 
 
-@pytest.mark.parametrize(("case", "given", "state"), [
-    (LM, {"gap": 0.19}, "completed"), (LM, {"gap": 0.21}, "poor"), (LM, {"gap": -3.0}, "completed"),
-    (CLS, {"gap": 0.09 * 3}, "completed"), (CLS, {"gap": 0.11 * 3}, "poor"), (LM, {"gap": 4.0}, "poor")])
+@pytest.mark.parametrize(
+    ("case", "given", "state"),
+    [
+        (LM, {"gap": 0.19}, "completed"),
+        (LM, {"gap": 0.21}, "poor"),
+        (LM, {"gap": -3.0}, "completed"),
+        (CLS, {"gap": 0.09 * 3}, "completed"),
+        (CLS, {"gap": 0.11 * 3}, "poor"),
+        (LM, {"gap": 4.0}, "poor"),
+    ],
+)
 def test_poor_is_above_0_2_nats_or_ten_percent(plant, case, given, state):
     assert cell(plant((case,), CONFIGS, change=only(**given)), case)["state"] == state
 
 
-@pytest.mark.parametrize(("reference", "ours", "state"), [
-    (0.50, 0.49, "completed"), (0.50, 0.47, "poor"), (0.04, 0.0, "completed"), (0.05, 0.02, "poor")])
+@pytest.mark.parametrize(
+    ("reference", "ours", "state"),
+    [(0.50, 0.49, "completed"), (0.50, 0.47, "poor"), (0.04, 0.0, "completed"), (0.05, 0.02, "poor")],
+)
 def test_f1_two_points_down_is_poor_unless_the_reference_has_learned_nothing(plant, reference, ours, state):
     folder = plant((CLS,), CONFIGS, change=lambda case, config, seed: {"f1": ours if config == "amp_bf16" else reference})
     assert cell(folder, CLS)["state"] == state
@@ -45,8 +55,9 @@ def test_a_cell_says_how_many_seeds_are_bad(plant):
 
 
 def test_a_death_names_kind_step_phase_and_seeds(plant):
-    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 50 + seed} if config == "amp_bf16" and seed < 2
-                   else {})
+    folder = plant(
+        (LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 50 + seed} if config == "amp_bf16" and seed < 2 else {}
+    )
     row = cell(folder)
     assert (row["state"], row["step"], row["line1"], row["line2"]) == ("diverged", 50, "NaN @ 50–51", "optim, 2/3")
     assert a_stability.table(folder).title == "amp_bf16 diverges in 1 of 1 case."
@@ -59,8 +70,14 @@ def test_an_explosion_with_finite_values_is_called_that(plant):
 def test_smaller_differences_that_the_seeds_resolve_stay_green_and_are_annotated(plant):
     resolved = cell(plant((LM,), CONFIGS, change=only(gap=0.1), name="a"))
     assert resolved["state"] == "completed" and resolved["line1"] == "+0.10 nats*"
-    noisy = cell(plant((LM,), CONFIGS, name="b", change=lambda case, config, seed:
-                       {"gap": 0.1 * (seed - 1)} if config == "amp_bf16" else {}))
+    noisy = cell(
+        plant(
+            (LM,),
+            CONFIGS,
+            name="b",
+            change=lambda case, config, seed: {"gap": 0.1 * (seed - 1)} if config == "amp_bf16" else {},
+        )
+    )
     assert noisy["state"] == "completed" and noisy["line1"] == "0.00 nats"
 
 
@@ -83,11 +100,16 @@ def test_without_a_reference_nothing_is_judged(plant):
     assert a_stability.table(folder).title.startswith("Not decided")
 
 
-@pytest.mark.parametrize(("row", "says"), [
-    ({"init_sha256": "other"}, "initial weights"), ({"data_sha256": None}, "batches"),
-    ({"attention_backend": "flash"}, "flash"),
-    ({"flags": {"simulated": True, "switches": {"fp16_accumulation": True}}}, "fp16_accumulation"),
-    ({"env": {"gpu": "another"}}, "GPU")])
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"init_sha256": "other"}, "initial weights"),
+        ({"data_sha256": None}, "batches"),
+        ({"attention_backend": "flash"}, "flash"),
+        ({"flags": {"simulated": True, "switches": {"fp16_accumulation": True}}}, "fp16_accumulation"),
+        ({"env": {"gpu": "another"}}, "GPU"),
+    ],
+)
 def test_rows_that_differ_in_more_than_the_configuration_are_not_compared(plant, row, says):
     folder = plant((LM,), CONFIGS, change=only(**row))
     judged = judge_runs(folder).by_id["gpt2_clm-amp_bf16-s0-0badcafe"]
@@ -96,8 +118,10 @@ def test_rows_that_differ_in_more_than_the_configuration_are_not_compared(plant,
     assert check.ok is False and len(check.run_ids) == 3
 
 
-@pytest.mark.parametrize(("status", "state"), [("oom", "failed"), ("hung", "failed"), ("error", "failed"),
-                                               ("preempted", "unfinished"), ("unsupported", "unsupported")])
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [("oom", "failed"), ("hung", "failed"), ("error", "failed"), ("preempted", "unfinished"), ("unsupported", "unsupported")],
+)
 def test_other_ends_have_their_own_state(plant, status, state):
     folder = plant((LM,), CONFIGS, change=only(status=status, val_loss=None))
     assert cell(folder)["state"] == state
@@ -105,8 +129,12 @@ def test_other_ends_have_their_own_state(plant, status, state):
 
 def test_what_was_ended_from_outside_says_nothing_of_the_configuration(plant):
     def ended(*seeds, **given):
-        return plant((LM,), CONFIGS, name="x".join(map(str, seeds)) + "".join(given), change=lambda case, config, seed: {
-            "val_loss": None, **given} if config == "amp_bf16" and seed in seeds else {})
+        return plant(
+            (LM,),
+            CONFIGS,
+            name="x".join(map(str, seeds)) + "".join(given),
+            change=lambda case, config, seed: {"val_loss": None, **given} if config == "amp_bf16" and seed in seeds else {},
+        )
 
     killed = {"status": "error", "flags": {"death": {"cause": "killed", "goes_on": True}}}
     for given in ({"status": "preempted"}, killed):
@@ -118,8 +146,11 @@ def test_what_was_ended_from_outside_says_nothing_of_the_configuration(plant):
 
 
 def test_a_reference_that_was_stopped_is_none(plant):
-    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"status": "preempted", "val_loss": None}
-                   if config == "fp32_true" else {})
+    folder = plant(
+        (LM,),
+        CONFIGS,
+        change=lambda case, config, seed: {"status": "preempted", "val_loss": None} if config == "fp32_true" else {},
+    )
     assert cell(folder)["line2"] == "no reference"
     (health,) = [check for check in trust(folder) if check.name == "reference"]
     assert health.ok is None and "No fp32_true run has completed" in health.sentence
@@ -137,20 +168,40 @@ def test_every_cell_differs_from_every_other_state_by_its_sign():
 def test_other_settings_of_a_case_are_named_and_not_averaged(plant, add_row):
     folder = plant((LM,), CONFIGS)
     record = folder.by_id["gpt2_clm-amp_bf16-s0-0badcafe"]
-    selection = select(add_row(folder, msgspec.structs.replace(
-        record, run_id="gpt2_clm-amp_bf16-s0-feedbeef", config=record.config | {"lr": 0.5}, steps_done=0)))
+    selection = select(
+        add_row(
+            folder,
+            msgspec.structs.replace(
+                record, run_id="gpt2_clm-amp_bf16-s0-feedbeef", config=record.config | {"lr": 0.5}, steps_done=0
+            ),
+        )
+    )
     assert len(selection.runs) == 6
-    assert selection.excluded == (("gpt2_clm-amp_bf16-s0-feedbeef", "other settings than the 6 runs shown of its case: "
-                                   "lr 0.5 instead of 0.001"),)
+    assert selection.excluded == (
+        ("gpt2_clm-amp_bf16-s0-feedbeef", "other settings than the 6 runs shown of its case: lr 0.5 instead of 0.001"),
+    )
 
 
-@pytest.mark.parametrize("change", [
-    {"dies_at": 50, "first": msgspec.structs.replace(ADAMW, phase="backward")}, {"dies_at": 50, "first": None}, {"gap": 4.0},
-    {"gap": 0.1}, {"gap": -0.001}, {"status": "unsupported"}, {"status": "oom", "val_loss": None}, {"init_sha256": "other"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dies_at": 50, "first": msgspec.structs.replace(ADAMW, phase="backward")},
+        {"dies_at": 50, "first": None},
+        {"gap": 4.0},
+        {"gap": 0.1},
+        {"gap": -0.001},
+        {"status": "unsupported"},
+        {"status": "oom", "val_loss": None},
+        {"init_sha256": "other"},
+    ],
+)
 def test_no_cell_is_wider_than_a_column_of_eight_cases(plant, change):
     """13 characters with the sign, so that nothing ends in an ellipsis; what rounds to 0 has no sign."""
-    folder = plant((LM, CLS), CONFIGS, change=lambda case, config, seed:
-                   ({"end": 9.5} if case == CLS else {}) if config == "fp32_true" else dict(change))
+    folder = plant(
+        (LM, CLS),
+        CONFIGS,
+        change=lambda case, config, seed: ({"end": 9.5} if case == CLS else {}) if config == "fp32_true" else dict(change),
+    )
     for row in a_stability.table(folder).data.to_dict("records"):
         assert len(f"{row['sign']} {row['line1']}") <= 13 and len(row["line2"]) <= 13, row
         assert "-0.00" not in row["line1"]

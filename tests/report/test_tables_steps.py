@@ -43,8 +43,9 @@ def test_spikes_are_counted_relative_to_fp32_on_the_same_seed(plant):
 
 def test_a_skipped_step_is_a_skip_and_no_spike(plant):
     folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), (0,))
-    folder = edit_log(folder, run_id("gpt2_clm", "amp_bf16"),
-                      lambda r: {"step_skipped": True, "grad_norm": 99.0} if r.step == 30 else {})
+    folder = edit_log(
+        folder, run_id("gpt2_clm", "amp_bf16"), lambda r: {"step_skipped": True, "grad_norm": 99.0} if r.step == 30 else {}
+    )
     data = d_grad_norm.table(folder).data
     row = data[(data["dtype_config"] == "amp_bf16") & (data["step"] == 30)].iloc[0]
     assert row["skipped"] and not row["spike"]
@@ -59,8 +60,12 @@ def test_the_last_finite_step_of_a_death_is_marked_also_at_step_two(plant):
 
 
 def test_logits_beyond_fp16_are_counted_and_said(plant):
-    folder = plant(("gpt2_multi_cls",), ("fp32_true", "amp_bf16"), (0,), lambda case, config, seed:
-                   {"logit": 70_000.0} if config == "amp_bf16" else {})
+    folder = plant(
+        ("gpt2_multi_cls",),
+        ("fp32_true", "amp_bf16"),
+        (0,),
+        lambda case, config, seed: {"logit": 70_000.0} if config == "amp_bf16" else {},
+    )
     table = e_logits.table(folder)
     summary = table.summary.set_index("dtype_config")
     assert summary.loc["amp_bf16", "over_fp16_steps"] == 60 and summary.loc["fp32_true", "over_fp16_steps"] == 0
@@ -69,10 +74,27 @@ def test_logits_beyond_fp16_are_counted_and_said(plant):
 
 @pytest.mark.parametrize(("phase", "steps"), [("optimizer", 0), ("forward", 1)])
 def test_logits_that_are_dead_because_a_parameter_is_are_no_overflow(plant, phase, steps):
-    first = FirstNonfinite(step=1, microbatch=None, phase=phase, phase_surfaced=phase, module=None, op=None, tensor="param",
-                           source_tensor=None, kind="inf", dtype=None, cause=None, input_absmax=None, headroom_bits=None)
-    folder = plant(("gpt2_multi_cls",), ("fp32_true", "fp16_naive"), (0,), lambda case, config, seed:
-                   {"dies_at": 20, "first": first} if config == "fp16_naive" else {})
+    first = FirstNonfinite(
+        step=1,
+        microbatch=None,
+        phase=phase,
+        phase_surfaced=phase,
+        module=None,
+        op=None,
+        tensor="param",
+        source_tensor=None,
+        kind="inf",
+        dtype=None,
+        cause=None,
+        input_absmax=None,
+        headroom_bits=None,
+    )
+    folder = plant(
+        ("gpt2_multi_cls",),
+        ("fp32_true", "fp16_naive"),
+        (0,),
+        lambda case, config, seed: {"dies_at": 20, "first": first} if config == "fp16_naive" else {},
+    )
     folder = edit_log(folder, run_id("gpt2_multi_cls", "fp16_naive"), lambda r: {"logit_nonfinite": 5} if r.step == 20 else {})
     table = e_logits.table(folder)
     row = table.summary.set_index("dtype_config").loc["fp16_naive"]
@@ -100,8 +122,12 @@ def test_loss_minus_reference_is_taken_on_the_same_batch_only(plant):
 
 
 def test_where_each_kind_dies_is_the_title(plant):
-    folder = plant(("gpt2_single_cls", "gpt2_multi_cls"), ("fp32_true", "fp16_naive"), (0,), lambda case, config, seed:
-                   {"dies_at": 9} if config == "fp16_naive" and "multi" in case else {})
+    folder = plant(
+        ("gpt2_single_cls", "gpt2_multi_cls"),
+        ("fp32_true", "fp16_naive"),
+        (0,),
+        lambda case, config, seed: {"dies_at": 9} if config == "fp16_naive" and "multi" in case else {},
+    )
     table = g_loss.table(folder)
     assert table.title == "fp16_naive dies in 0 of 1 single-label run and 1 of 1 multi-label run."
     assert table.summary.set_index(["case", "dtype_config"]).loc[("gpt2_multi_cls", "fp16_naive"), "death"] == "NaN @ 9"
@@ -110,11 +136,17 @@ def test_where_each_kind_dies_is_the_title(plant):
 def test_the_title_of_g_names_each_configuration_once_and_fits_two_lines(plant):
     dead = {"fp16_naive": 2, "fp16_naive_eps1e4": 1}
     configs = ("fp32_true", *dead, "fp16_naive_fp32_states")
-    folder = plant(("gpt2_single_cls", "gpt2_multi_cls"), configs, (0, 1), lambda case, config, seed:
-                   {"dies_at": 9} if seed < dead.get(config, 0) else {})
+    folder = plant(
+        ("gpt2_single_cls", "gpt2_multi_cls"),
+        configs,
+        (0, 1),
+        lambda case, config, seed: {"dies_at": 9} if seed < dead.get(config, 0) else {},
+    )
     title = g_loss.table(folder).title
-    assert title == ("fp16_naive dies in 2 of 2 single-label runs and 2 of 2 multi-label runs; fp16_naive_eps1e4 in 1 of 2 and "
-                     "1 of 2; fp16_naive_fp32_states does not die (4 runs).")
+    assert title == (
+        "fp16_naive dies in 2 of 2 single-label runs and 2 of 2 multi-label runs; fp16_naive_eps1e4 in 1 of 2 and "
+        "1 of 2; fp16_naive_fp32_states does not die (4 runs)."
+    )
     assert len(wrap(title, 6.9, TITLE_PT, 9)) <= 2
 
 
@@ -136,15 +168,23 @@ def test_every_table_stands_on_a_folder_with_a_single_dead_run(plant):
 
 def test_every_table_stands_on_hostile_names(plant):
     hostile = "<script>alert(1)</script>$\\frac{$\u202e=cmd"
-    folder = plant(("gpt2_clm",), ("fp32_true",), (0,), lambda *_: {
-        "error": hostile, "status": "error", "data_source": hostile, "weights_source": "javascript:1" * 1_000})
+    folder = plant(
+        ("gpt2_clm",),
+        ("fp32_true",),
+        (0,),
+        lambda *_: {"error": hostile, "status": "error", "data_source": hostile, "weights_source": "javascript:1" * 1_000},
+    )
     assert all(table.title for table in all_tables(folder).values()) and failures(folder)[0].status == "error"
     assert [check.name for check in trust(folder)][:5] == ["fairness", "reference", "seeds", "exclusions", "overhead"]
 
 
 def test_a_failure_is_told_from_its_row_and_from_its_forensics(plant):
-    folder = plant(("gpt2_clm",), ("fp32_true", "fp16_naive"), (0,), lambda case, config, seed:
-                   {"dies_at": 3} if config == "fp16_naive" else {})
+    folder = plant(
+        ("gpt2_clm",),
+        ("fp32_true", "fp16_naive"),
+        (0,),
+        lambda case, config, seed: {"dies_at": 3} if config == "fp16_naive" else {},
+    )
     (card,) = failures(folder)
     assert card.sentence == "NaN @ 3: h.0.param became nan (float16) in the optimizer, from exp_avg_sq."
     assert "division" in card.cause and card.chain == () and card.trace_file is None
@@ -161,9 +201,11 @@ def test_headroom_is_in_bits_of_the_dtype_it_ran_in(plant):
     folder = plant(("gpt2_clm",), ("fp32_true",), (0,))
     name = folder.runs[0].run_id
     assert headroom(folder, name) is None
-    rows = [{"step": 2, "module": "b", "order": 1, "direction": "fwd", "dtype": "fp16", "absmax": 65_504 / 8},
-            {"step": 1, "module": "a", "order": 0, "direction": "bwd", "dtype": "torch.float16", "absmax": 65_504.0},
-            {"step": 1, "module": "z", "order": 2, "direction": "fwd", "dtype": "int4", "absmax": 1.0}]
+    rows = [
+        {"step": 2, "module": "b", "order": 1, "direction": "fwd", "dtype": "fp16", "absmax": 65_504 / 8},
+        {"step": 1, "module": "a", "order": 0, "direction": "bwd", "dtype": "torch.float16", "absmax": 65_504.0},
+        {"step": 1, "module": "z", "order": 2, "direction": "fwd", "dtype": "int4", "absmax": 1.0},
+    ]
     (folder.path / "runs" / name / "activations.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{torn\n[]\n{}")
     folder = load(folder.path)
     found = headroom(folder, name)
@@ -175,8 +217,13 @@ def test_headroom_is_in_bits_of_the_dtype_it_ran_in(plant):
 def test_trust_tells_health_seeds_and_exclusions(plant):
     good = {check.name: check for check in trust(plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), name="good"))}
     assert [good[name].ok for name in ("fairness", "reference", "seeds", "exclusions", "overhead")] == [True] * 4 + [None]
-    folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), (0, 1), lambda case, config, seed: {
-        "end": 9.5, "flags": {"simulated": True, "hardware": {"throttled": config == "amp_bf16"}}}, name="ill")
+    folder = plant(
+        ("gpt2_clm",),
+        ("fp32_true", "amp_bf16"),
+        (0, 1),
+        lambda case, config, seed: {"end": 9.5, "flags": {"simulated": True, "hardware": {"throttled": config == "amp_bf16"}}},
+        name="ill",
+    )
     ill = {check.name: check for check in trust(folder)}
     assert [ill[name].ok for name in ("reference", "seeds", "exclusions")] == [False] * 3
     assert "throttled" in ill["exclusions"].sentence and len(ill["exclusions"].run_ids) == 2
@@ -185,19 +232,46 @@ def test_trust_tells_health_seeds_and_exclusions(plant):
 @pytest.mark.parametrize(("median", "ok"), [(1.005, True), (1.2, False)])
 def test_own_overhead_is_held_against_its_aim(plant, median, ok):
     folder = plant(("gpt2_clm",), ("fp32_true",))
-    (folder.path / "overhead.json").write_text(json.dumps({"rows": [
-        {"bench": "overhead", "name": "everything on", "unit": "ratio", "median": median, "low95": 1.0, "high95": 1.3,
-         "at_most": 1.01, "met": ok}]}))
+    (folder.path / "overhead.json").write_text(
+        json.dumps(
+            {
+                "rows": [
+                    {
+                        "bench": "overhead",
+                        "name": "everything on",
+                        "unit": "ratio",
+                        "median": median,
+                        "low95": 1.0,
+                        "high95": 1.3,
+                        "at_most": 1.01,
+                        "met": ok,
+                    }
+                ]
+            }
+        )
+    )
     check = trust(load(folder.path))[4]
     assert check.ok is ok and f"{median:.3f}" in check.sentence
 
 
-@pytest.mark.parametrize("content, ok, says", [
-    ('{"rows": 5}', None, None), ('{"rows": [7]}', None, None), ("[]", None, None),
-    ('{"rows": [{"op": "a", "status": "right", "device": "cuda"}, {"op": "a", "status": "right", "device": "cuda"}]}',
-     True, "All 2 quantities of 1 kernel agree with float64 on this device (cuda)"),
-    ('{"rows": [{"op": "a", "status": "right"}, {"op": "b", "dtype": "bf16", "status": "failed", "note": "no code"}]}',
-     False, "1 of 2 quantities do not agree with float64 on this device (None); the first: b bf16, all: no code.")])
+@pytest.mark.parametrize(
+    "content, ok, says",
+    [
+        ('{"rows": 5}', None, None),
+        ('{"rows": [7]}', None, None),
+        ("[]", None, None),
+        (
+            '{"rows": [{"op": "a", "status": "right", "device": "cuda"}, {"op": "a", "status": "right", "device": "cuda"}]}',
+            True,
+            "All 2 quantities of 1 kernel agree with float64 on this device (cuda)",
+        ),
+        (
+            '{"rows": [{"op": "a", "status": "right"}, {"op": "b", "dtype": "bf16", "status": "failed", "note": "no code"}]}',
+            False,
+            "1 of 2 quantities do not agree with float64 on this device (None); the first: b bf16, all: no code.",
+        ),
+    ],
+)
 def test_the_kernels_speak_where_they_were_checked(plant, content, ok, says):
     folder = plant(("gpt2_clm",), ("fp32_true",), (0,))
     (folder.path / "kernel_check.json").write_text(content)
@@ -205,14 +279,28 @@ def test_the_kernels_speak_where_they_were_checked(plant, content, ok, says):
     assert (check and check.ok) is ok and (says is None or says in check.sentence)
 
 
-@pytest.mark.parametrize(("status", "death", "says", "cause"), [
-    ("oom", {"cause": "cuda_oom"}, "ran out of memory after 1 step: CUDA", "the GPU's memory ran out"),
-    ("hung", {"cause": "hung"}, "hung after 1 step: CUDA", "no sign of life"),
-    ("error", {"cause": "killed"}, "stopped from outside after 1 step: CUDA", "the process was killed from outside"),
-    ("error", None, "failed after 1 step: CUDA", None)])
+@pytest.mark.parametrize(
+    ("status", "death", "says", "cause"),
+    [
+        ("oom", {"cause": "cuda_oom"}, "ran out of memory after 1 step: CUDA", "the GPU's memory ran out"),
+        ("hung", {"cause": "hung"}, "hung after 1 step: CUDA", "no sign of life"),
+        ("error", {"cause": "killed"}, "stopped from outside after 1 step: CUDA", "the process was killed from outside"),
+        ("error", None, "failed after 1 step: CUDA", None),
+    ],
+)
 def test_a_run_without_a_result_says_what_ended_it(plant, status, death, says, cause):
-    folder = plant(("gpt2_clm",), ("amp_fp16",), (0,), lambda *_: {
-        "status": status, "val_loss": None, "steps_done": 1, "error": "CUDA", "flags": {"death": death} if death else {}})
+    folder = plant(
+        ("gpt2_clm",),
+        ("amp_fp16",),
+        (0,),
+        lambda *_: {
+            "status": status,
+            "val_loss": None,
+            "steps_done": 1,
+            "error": "CUDA",
+            "flags": {"death": death} if death else {},
+        },
+    )
     (card,) = failures(folder)
     assert card.sentence.startswith(says) and card.cause == cause
 

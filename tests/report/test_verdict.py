@@ -22,8 +22,9 @@ def task(folder, column="LM-Decoder"):
 
 
 def planted(plant, cases=(LM,), configs=CONFIGS, seeds=(0, 1, 2), **of_config):
-    return plant(cases, configs, seeds, lambda case, config, seed:
-                 {"speed": SPEEDS.get(config, 1.0)} | of_config.get(config, {}))
+    return plant(
+        cases, configs, seeds, lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0)} | of_config.get(config, {})
+    )
 
 
 def test_the_fastest_good_configuration_is_recommended_with_its_numbers(plant):
@@ -35,8 +36,10 @@ def test_the_fastest_good_configuration_is_recommended_with_its_numbers(plant):
     assert (found.peak_bytes, found.peak_kind) == (10**10, "allocated") and len(found.run_ids) == 3
 
 
-@pytest.mark.parametrize(("bad", "says"), [({"gap": 4.0}, "+4.00 nats"), ({"dies_at": 55}, "NaN @ 55, optimizer"),
-                                           ({"status": "oom", "val_loss": None}, "oom")])
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({"gap": 4.0}, "+4.00 nats"), ({"dies_at": 55}, "NaN @ 55, optimizer"), ({"status": "oom", "val_loss": None}, "oom")],
+)
 def test_a_configuration_that_fails_is_avoided_with_its_reason_however_fast(plant, bad, says):
     found = task(planted(plant, bf16_pure=bad))
     assert found.use == "amp_bf16"
@@ -51,14 +54,25 @@ def test_what_ended_a_run_from_outside_or_the_reference_too_is_no_reason_to_avoi
     assert task(planted(plant, bf16_pure=dead("error", "killed"))).avoid == ()
     assert task(planted(plant, bf16_pure={"status": "preempted", "val_loss": None})).avoid == ()
     assert task(planted(plant, fp32_true=dead("error", "segfault"), bf16_pure=dead("error", "segfault"))).avoid == ()
-    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {} if config != "bf16_pure" or seed == 0 else
-                   dead(*[("hung", "hung"), ("oom", "cuda_oom")][seed - 1]))
+    folder = plant(
+        (LM,),
+        CONFIGS,
+        change=lambda case, config, seed: (
+            {} if config != "bf16_pure" or seed == 0 else dead(*[("hung", "hung"), ("oom", "cuda_oom")][seed - 1])
+        ),
+    )
     assert task(folder).avoid == ("bf16_pure: hung (1 of 3 runs), oom (1 of 3 runs)",)
 
 
 def test_one_bad_seed_is_enough_not_to_recommend(plant):
-    folder = plant((LM,), CONFIGS, change=lambda case, config, seed:
-                   {"speed": SPEEDS.get(config, 1.0), "gap": 4.0 * (config == "bf16_pure" and seed == 2)})
+    folder = plant(
+        (LM,),
+        CONFIGS,
+        change=lambda case, config, seed: {
+            "speed": SPEEDS.get(config, 1.0),
+            "gap": 4.0 * (config == "bf16_pure" and seed == 2),
+        },
+    )
     assert task(folder).use == "amp_bf16" and "1 of 3 runs" in task(folder).avoid[0]
 
 
@@ -74,8 +88,9 @@ def test_fp32_itself_is_recommended_when_nothing_beats_it(plant):
 
 
 def test_a_reference_that_stands_alone_is_not_praised(plant):
-    folder = plant((LM,), ("fp32_true", "fp16_naive"), change=lambda case, config, seed:
-                   {"dies_at": 3} if config == "fp16_naive" else {})
+    folder = plant(
+        (LM,), ("fp32_true", "fp16_naive"), change=lambda case, config, seed: {"dies_at": 3} if config == "fp16_naive" else {}
+    )
     assert "no other configuration completed" in task(folder).reason and "1.00x" not in verdict_text(folder)
 
 
@@ -85,8 +100,13 @@ def test_controls_are_never_recommended_nor_warned_of(plant):
 
 
 def test_ties_and_few_seeds_lower_the_confidence(plant):
-    tied = task(plant((LM,), CONFIGS, change=lambda case, config, seed:
-                      {"speed": {"amp_bf16": 2.9 + 0.1 * seed, "bf16_pure": 3.0}.get(config, 1.0)}))
+    tied = task(
+        plant(
+            (LM,),
+            CONFIGS,
+            change=lambda case, config, seed: {"speed": {"amp_bf16": 2.9 + 0.1 * seed, "bf16_pure": 3.0}.get(config, 1.0)},
+        )
+    )
     assert tied.confidence == "medium" and "tied with" in tied.reason
     assert task(plant((LM,), CONFIGS, (0, 1), name="two")).confidence == "low"
 
@@ -98,8 +118,13 @@ def test_an_unhealthy_case_is_left_out_of_recommendations_and_its_deaths_are_not
 
 
 def test_a_configuration_must_do_every_case_of_a_task(plant):
-    folder = plant((MULTI, "roberta_multi_cls"), CONFIGS, change=lambda case, config, seed:
-                   {"speed": SPEEDS.get(config, 1.0)} | ({"dies_at": 9} if config == "bf16_pure" and "roberta" in case else {}))
+    folder = plant(
+        (MULTI, "roberta_multi_cls"),
+        CONFIGS,
+        change=lambda case, config, seed: (
+            {"speed": SPEEDS.get(config, 1.0)} | ({"dies_at": 9} if config == "bf16_pure" and "roberta" in case else {})
+        ),
+    )
     assert task(folder, "Cls-Multi").use == "amp_bf16"
 
 
@@ -113,16 +138,25 @@ def test_open_questions_are_the_claims_not_decided(plant):
 REAL = {"flags": {}}
 
 
-@pytest.mark.parametrize(("cases", "configs", "seeds", "given", "command"), [
-    ((LM,), ("amp_bf16",), (0, 1, 2), REAL, "--cases gpt2_clm --preset full"),
-    ((LM,), ("fp32_true",), (0,), REAL | {"status": "preempted", "val_loss": None}, "--cases gpt2_clm --preset full"),
-    ((LM,), CONFIGS, (0, 1, 2), REAL | {"end": 9.9}, "--cases gpt2_clm --lr 0.00033 --preset full"),
-    ((LM,), CONFIGS, (0,), REAL, "--cases gpt2_clm --seeds 0 1 2 --preset full"),
-    ((LM,), CONFIGS, (0, 1, 2), REAL, "--cases roberta_mlm gpt2_multi_cls"),
-    (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL, "python -m report build"),
-    (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL | {"preset": "tiny"},
-     "python -m harness matrix --preset full"),
-    ((LM,), CONFIGS, (0,), {}, "python -m harness matrix --seeds 0 1 2")])
+@pytest.mark.parametrize(
+    ("cases", "configs", "seeds", "given", "command"),
+    [
+        ((LM,), ("amp_bf16",), (0, 1, 2), REAL, "--cases gpt2_clm --preset full"),
+        ((LM,), ("fp32_true",), (0,), REAL | {"status": "preempted", "val_loss": None}, "--cases gpt2_clm --preset full"),
+        ((LM,), CONFIGS, (0, 1, 2), REAL | {"end": 9.9}, "--cases gpt2_clm --lr 0.00033 --preset full"),
+        ((LM,), CONFIGS, (0,), REAL, "--cases gpt2_clm --seeds 0 1 2 --preset full"),
+        ((LM,), CONFIGS, (0, 1, 2), REAL, "--cases roberta_mlm gpt2_multi_cls"),
+        (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL, "python -m report build"),
+        (
+            tuple(c.id for c in CASES.values() if c.in_default_matrix),
+            CONFIGS,
+            (0, 1, 2),
+            REAL | {"preset": "tiny"},
+            "python -m harness matrix --preset full",
+        ),
+        ((LM,), CONFIGS, (0,), {}, "python -m harness matrix --seeds 0 1 2"),
+    ],
+)
 def test_the_next_command_fills_the_largest_gap(plant, cases, configs, seeds, given, command):
     assert command in verdict(plant(cases, configs, seeds, lambda *_: dict(given))).next_command
 
@@ -131,8 +165,13 @@ STOPPED = {"status": "preempted", "val_loss": None}
 
 
 def test_a_rival_that_was_stopped_is_named_and_makes_less_sure(plant):
-    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0)} | (
-        STOPPED if config == "bf16_pure" and seed == 1 else {}))
+    folder = plant(
+        (LM,),
+        CONFIGS,
+        change=lambda case, config, seed: (
+            {"speed": SPEEDS.get(config, 1.0)} | (STOPPED if config == "bf16_pure" and seed == 1 else {})
+        ),
+    )
     found = task(folder)
     assert (found.use, found.confidence) == ("amp_bf16", "medium") and "bf16_pure unfinished" in found.reason
 
@@ -159,29 +198,58 @@ MINE = {"case": "gpt2_clm_mine", "flags": {"case_spelled": ["my dir/mine.py:CASE
 MODEL = {"case": "gpt_neo_clm", "flags": {"case_spelled": ["--model", "my model", "--task", "clm"]}}
 
 
-@pytest.mark.parametrize(("given", "words"), [
-    (MINE, ["--cases", "my dir/mine.py:CASE", "--seeds"]), (MODEL, ["--model", "my model", "--task", "clm", "--seeds"]),
-    (MINE | {"flags": {}}, ["--cases", "gpt2_clm", "roberta_mlm"])])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (MINE, ["--cases", "my dir/mine.py:CASE", "--seeds"]),
+        (MODEL, ["--model", "my model", "--task", "clm", "--seeds"]),
+        (MINE | {"flags": {}}, ["--cases", "gpt2_clm", "roberta_mlm"]),
+    ],
+)
 def test_the_next_command_names_a_case_of_ones_own_as_the_command_line_knows_it(plant, given, words):
     """A case that nobody can name is passed over."""
     command = shlex.split(verdict(plant((LM,), CONFIGS, (0,), lambda *_: dict(given))).next_command)
-    assert command[4:4 + len(words)] == words
+    assert command[4 : 4 + len(words)] == words
 
 
 def test_the_next_command_makes_runs_that_compare_with_those_there_are(plant):
     """Settings that the command line would not choose are said again; of cases that differ in them one is named."""
+
     def config(lr, data="my data"):
-        return REAL | {"config": {"lr": lr, "data": data, "text_field": "body", "max_steps": 60, "attention": "math",
-                                  "compile": True, "untimed_steps": 5, "device": "cuda"}}
+        return REAL | {
+            "config": {
+                "lr": lr,
+                "data": data,
+                "text_field": "body",
+                "max_steps": 60,
+                "attention": "math",
+                "compile": True,
+                "untimed_steps": 5,
+                "device": "cuda",
+            }
+        }
+
     folder = plant((LM, MULTI), CONFIGS, (0,), lambda case, *_: config(0.5 if case == LM else 0.25))
-    assert "--cases gpt2_clm --seeds 0 1 2 --preset full --lr 0.5 --data 'my data' --max-steps 60 --text-field body --sdpa " \
+    assert (
+        "--cases gpt2_clm --seeds 0 1 2 --preset full --lr 0.5 --data 'my data' --max-steps 60 --text-field body --sdpa "
         "math --compile --out" in verdict(folder).next_command
+    )
     assert "--lr 0.5 " in verdict(plant((LM,), CONFIGS, (0,), lambda *_: config(0.5), "same rate")).next_command
 
 
 def test_a_long_command_is_broken_where_it_stays_one():
-    command = shlex.join(["python", "-m", "harness", "matrix", "--cases", *(f"folder {i}/my case.py:CASE" for i in range(5)),
-                          "--out", "results of -- mine" * 4])
+    command = shlex.join(
+        [
+            "python",
+            "-m",
+            "harness",
+            "matrix",
+            "--cases",
+            *(f"folder {i}/my case.py:CASE" for i in range(5)),
+            "--out",
+            "results of -- mine" * 4,
+        ]
+    )
     text = "\n".join(command_lines(command))
     assert " \\\n" in text and shlex.split(text.replace("\\\n", ""))[1:] == shlex.split(command)
 
@@ -194,8 +262,12 @@ def fits(text):
 def test_the_whole_matrix_with_everything_wrong_fits_a_terminal(plant):
     """All cases and configurations, every fourth cell dead or poor, long names, six tasks' worth of reasons."""
     wrong = itertools.cycle([{}, {"dies_at": 7}, {"gap": 9.0}, {}, {"status": "error", "error": "x" * 500, "val_loss": None}])
-    folder = plant(tuple(CASES), tuple(DTYPE_CONFIGS), (0, 1), lambda case, config, seed:
-                   {} if config == "fp32_true" else dict(next(wrong)))
+    folder = plant(
+        tuple(CASES),
+        tuple(DTYPE_CONFIGS),
+        (0, 1),
+        lambda case, config, seed: {} if config == "fp32_true" else dict(next(wrong)),
+    )
     text = verdict_text(folder)
     assert fits(text), text
     assert all(column in text for column in ("LM-Decoder", "LM-Encoder", "Cls-Multi", "Cls-Single", "avoid", "claims", "next"))
@@ -229,8 +301,14 @@ def test_a_long_command_can_be_copied_as_it_is():
 
 
 def test_escape_sequences_in_the_files_do_not_reach_the_terminal(plant):
-    folder = plant((LM,), ("fp32_true", "amp_bf16"), (0,), lambda case, config, seed: {
-        "device": "\x1b[2J\x07\u202egpu"} | ({"status": "error", "error": "\x1b]0;x", "val_loss": None} if seed else {}))
+    folder = plant(
+        (LM,),
+        ("fp32_true", "amp_bf16"),
+        (0,),
+        lambda case, config, seed: (
+            {"device": "\x1b[2J\x07\u202egpu"} | ({"status": "error", "error": "\x1b]0;x", "val_loss": None} if seed else {})
+        ),
+    )
     (folder.path / "runs" / "x").mkdir()
     (folder.path / "runs" / "x" / "run.json").write_text('{"schema":1,"\x1b[31m":2}')
     folder = load(folder.path)

@@ -14,8 +14,10 @@ def test_counts_and_lists_read_as_people_write_them():
     assert shortened("abc") == "a, b and c" and shortened("abcde") == "a, b, c and 2 more"
 
 
-@pytest.mark.parametrize(("size", "words"), [(9_994_000_000, "9.99 GB"), (26_463_808_000, "26.5 GB"), (None, "not measured"),
-                                             (math.nan, "not measured")])
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(9_994_000_000, "9.99 GB"), (26_463_808_000, "26.5 GB"), (None, "not measured"), (math.nan, "not measured")],
+)
 def test_memory_is_decimal_gigabytes(size, words):
     assert gigabytes(size) == words
 

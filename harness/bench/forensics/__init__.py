@@ -26,16 +26,28 @@ def measure(trials: int) -> list[Figure]:
         figures.append(_share(f"right_{plant}", [r for r in injected if r.trial.plant == plant]))
     wrong = [r for r in (*injected, *healthy) if r.why_wrong]
     figures.append(_share("right", injected, at_least=1.0, note=_words(injected)))
-    figures.append(_share("healthy_left_alone", healthy, at_least=1.0, note=(
-        f"{sum(r.infinities > 0 for r in healthy)} of {len(healthy)} held infinities that died out or a mask's")))
+    figures.append(
+        _share(
+            "healthy_left_alone",
+            healthy,
+            at_least=1.0,
+            note=(f"{sum(r.infinities > 0 for r in healthy)} of {len(healthy)} held infinities that died out or a mask's"),
+        )
+    )
     figures += [summarize("forensics", f"wrong: {r.why_wrong}", [1.0], "count", note=str(r.as_row())) for r in wrong[:20]]
     return figures
 
 
 def _share(name: str, results: list, *, at_least: float | None = None, note: str = "") -> Figure:
     right = [0.0 if r.why_wrong else 1.0 for r in results]
-    return summarize("forensics", name, [sum(right) / len(right)], "ratio", at_least=at_least,
-                     note=note or f"{int(sum(right))} of {len(right)}")
+    return summarize(
+        "forensics",
+        name,
+        [sum(right) / len(right)],
+        "ratio",
+        at_least=at_least,
+        note=note or f"{int(sum(right))} of {len(right)}",
+    )
 
 
 def _words(injected: list) -> str:
@@ -43,4 +55,5 @@ def _words(injected: list) -> str:
     right = sum(not r.why_wrong for r in injected)
     harmless = sum(r.expected is None for r in injected)
     return f"{right} of {len(injected)}; {harmless} did no harm and were left alone; " + ", ".join(
-        f"{name} {count}" for name, count in sorted(models.items()))
+        f"{name} {count}" for name, count in sorted(models.items())
+    )

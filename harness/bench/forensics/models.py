@@ -63,7 +63,7 @@ def build(kind: str, dtype: torch.dtype, attention: str, seed: int, device: str 
             logits = model(ids, gate=gate)["logits"]
         else:
             mask = torch.ones(ROWS, LENGTH, dtype=torch.int64, device=device)
-            mask[0, LENGTH - 3:] = 0  # padding: the library's masks hold -inf or the dtype's minimum
+            mask[0, LENGTH - 3 :] = 0  # padding: the library's masks hold -inf or the dtype's minimum
             logits = model(input_ids=ids, attention_mask=mask).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
 
@@ -84,15 +84,37 @@ def _library(kind: str, attention: str) -> nn.Module:
     import transformers as t
 
     common = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "use_cache": False}
-    bert = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * WIDTH,
-            "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * WIDTH,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     if kind == "gpt2":
-        config, auto = t.GPT2Config(n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
-                                    attn_pdrop=0.0, **common), t.AutoModelForCausalLM
+        config, auto = (
+            t.GPT2Config(
+                n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common
+            ),
+            t.AutoModelForCausalLM,
+        )
     elif kind == "opt":
-        config, auto = t.OPTConfig(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, ffn_dim=2 * WIDTH,
-                                   word_embed_proj_dim=WIDTH, max_position_embeddings=32, dropout=0.0, layerdrop=0.0,
-                                   **common), t.AutoModelForCausalLM
+        config, auto = (
+            t.OPTConfig(
+                hidden_size=WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                ffn_dim=2 * WIDTH,
+                word_embed_proj_dim=WIDTH,
+                max_position_embeddings=32,
+                dropout=0.0,
+                layerdrop=0.0,
+                **common,
+            ),
+            t.AutoModelForCausalLM,
+        )
     else:
         config, auto = (t.RobertaConfig if kind == "roberta" else t.BertConfig)(**bert, **common), t.AutoModelForMaskedLM
     return auto.from_config(config, attn_implementation=attention)

@@ -9,8 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-PLANTS = ("forward_nan", "forward_inf", "overflow_weight", "backward_nan", "backward_inf", "state_nan", "state_inf",
-          "underflow_then_divide", "unscale")
+PLANTS = (
+    "forward_nan",
+    "forward_inf",
+    "overflow_weight",
+    "backward_nan",
+    "backward_inf",
+    "state_nan",
+    "state_inf",
+    "underflow_then_divide",
+    "unscale",
+)
 
 
 @dataclass

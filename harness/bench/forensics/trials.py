@@ -55,8 +55,14 @@ class Result:
     infinities: int = 0
 
     def as_row(self) -> dict[str, object]:
-        return {**asdict(self.trial), "expected": self.expected, "named": self.named, "cause": self.cause, "op": self.op,
-                "why_wrong": self.why_wrong}
+        return {
+            **asdict(self.trial),
+            "expected": self.expected,
+            "named": self.named,
+            "cause": self.cause,
+            "op": self.op,
+            "why_wrong": self.why_wrong,
+        }
 
 
 def injection_trials(n: int, seed: int = 0, device: str = "cpu") -> Iterator[Result]:
@@ -98,8 +104,11 @@ def candidates(kind: str, model: nn.Module) -> list[str]:
     """The modules that a fault can be planted in."""
     called = [(name, m) for name, m in model.named_modules() if name and not isinstance(m, nn.ModuleList)]
     if kind == "overflow_weight":
-        return [name for name, m in called if getattr(m, "weight", None) is not None and m.weight.ndim == 2
-                and not isinstance(m, nn.Embedding)]
+        return [
+            name
+            for name, m in called
+            if getattr(m, "weight", None) is not None and m.weight.ndim == 2 and not isinstance(m, nn.Embedding)
+        ]
     if kind in ("forward_nan", "forward_inf", "backward_nan", "backward_inf"):
         return [name for name, _ in called]
     owners = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}  # tied weights: the first
@@ -153,8 +162,11 @@ class _Run:
         parameters = [p for p in self.subject.model.parameters() if p.requires_grad]
         eps = 1e-3 if trial.dtype == "float16" else 1e-8  # anything smaller is zero in fp16, and a fault of its own
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-3, eps=eps, foreach=True)
-        self.planted: Planted = Planted("", None) if trial.plant is None else plant(
-            trial.plant, self.subject.model, self.optimizer, trial.module, trial.step)
+        self.planted: Planted = (
+            Planted("", None)
+            if trial.plant is None
+            else plant(trial.plant, self.subject.model, self.optimizer, trial.module, trial.step)
+        )
         self.watch: Watch | None = None
 
     def step(self, step: int) -> bool:
@@ -222,11 +234,13 @@ def _expected(trial: Trial) -> tuple | str | None:
 
 def _note_first_bad_module(model: nn.Module, seen: list[str]) -> None:
     """Collect the modules with a non-finite output, in the order in which they return."""
+
     def note(name: str):
         def hook(module, args, output):
             tensors = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else [output]
             if any(isinstance(t, torch.Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
                 seen.append(name)
+
         return hook
 
     for name, module in model.named_modules():

@@ -34,28 +34,31 @@ class Kind:
         return getattr(import_module(f"{__name__}.{self.module}"), self.trials)
 
 
-KINDS = {kind.name: kind for kind in (
-    Kind("crash", "death at every file operation of a run with checkpoints", "crashes", "sweep"),
-    Kind("crash-again", "death at every file operation of a continuation", "crashes", "sweep_continued"),
-    Kind("crash-twice", "two deaths, each at a random file operation", "crashes", "twice"),
-    Kind("crash-repair", "death at every file operation of repair", "crashed_mending", "in_repair"),
-    Kind("crash-index", "death at every file operation of a terminal row and the index", "crashed_mending", "in_index"),
-    Kind("kill", "SIGKILL at random moments", "kills", "kills"),
-    Kind("signal", "SIGTERM and SIGINT at random moments", "interruptions", "signals"),
-    Kind("death", "17 kinds of faults in a run: a row each, with its cause", "deaths", "deaths"),
-    Kind("full-disk", "a disk that fills up, at a random byte", "bad_disks", "full"),
-    Kind("read-only", "a results folder that cannot be written", "bad_disks", "read_only"),
-    Kind("gone", "a results folder or a log that disappears behind a random step", "bad_disks", "disappearing"),
-    Kind("cut", "a log cut at every byte", "damage", "truncations"),
-    Kind("bit", "random bits flipped in a log", "damage", "flipped_bits"),
-    Kind("claims", "16 processes want the same 500 runs, free and of dead owners", "contention", "claims"),
-    Kind("writers", "8 processes add 2,000 lines each to one log", "contention", "writers"),
-    Kind("nodes", "runs on a Ray cluster of two nodes, against one after the other", "ray_nodes", "alike"),
-    Kind("lost-node", "the same, and one node is killed in the middle", "ray_nodes", "one_killed"),
-    Kind("ranks", "one run on two and four processes under torchrun, DDP and FSDP, against one process", "ranks", "alike"),
-    Kind("lost-rank", "one run on two processes, and one is killed, fails or hangs", "ranks", "one_fails"),
-    Kind("secrets", "artefacts searched for tokens planted in the environment", "planted_secrets", "secrets"),
-)}
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("crash", "death at every file operation of a run with checkpoints", "crashes", "sweep"),
+        Kind("crash-again", "death at every file operation of a continuation", "crashes", "sweep_continued"),
+        Kind("crash-twice", "two deaths, each at a random file operation", "crashes", "twice"),
+        Kind("crash-repair", "death at every file operation of repair", "crashed_mending", "in_repair"),
+        Kind("crash-index", "death at every file operation of a terminal row and the index", "crashed_mending", "in_index"),
+        Kind("kill", "SIGKILL at random moments", "kills", "kills"),
+        Kind("signal", "SIGTERM and SIGINT at random moments", "interruptions", "signals"),
+        Kind("death", "17 kinds of faults in a run: a row each, with its cause", "deaths", "deaths"),
+        Kind("full-disk", "a disk that fills up, at a random byte", "bad_disks", "full"),
+        Kind("read-only", "a results folder that cannot be written", "bad_disks", "read_only"),
+        Kind("gone", "a results folder or a log that disappears behind a random step", "bad_disks", "disappearing"),
+        Kind("cut", "a log cut at every byte", "damage", "truncations"),
+        Kind("bit", "random bits flipped in a log", "damage", "flipped_bits"),
+        Kind("claims", "16 processes want the same 500 runs, free and of dead owners", "contention", "claims"),
+        Kind("writers", "8 processes add 2,000 lines each to one log", "contention", "writers"),
+        Kind("nodes", "runs on a Ray cluster of two nodes, against one after the other", "ray_nodes", "alike"),
+        Kind("lost-node", "the same, and one node is killed in the middle", "ray_nodes", "one_killed"),
+        Kind("ranks", "one run on two and four processes under torchrun, DDP and FSDP, against one process", "ranks", "alike"),
+        Kind("lost-rank", "one run on two processes, and one is killed, fails or hangs", "ranks", "one_fails"),
+        Kind("secrets", "artefacts searched for tokens planted in the environment", "planted_secrets", "secrets"),
+    )
+}
 """In the order in which they run."""
 
 
@@ -89,5 +92,11 @@ def as_json(share: float, done: list[Tally]) -> dict[str, Any]:
     """Plain data."""
     from harness.bench import machine
 
-    return {"schema": 1, "share": share, "machine": machine(), "trials": sum(tally.trials for tally in done),
-            "losses": sum(len(tally.losses) for tally in done), "kinds": [tally.as_row() for tally in done]}
+    return {
+        "schema": 1,
+        "share": share,
+        "machine": machine(),
+        "trials": sum(tally.trials for tally in done),
+        "losses": sum(len(tally.losses) for tally in done),
+        "kinds": [tally.as_row() for tally in done],
+    }

@@ -48,8 +48,11 @@ def repaired(out: Path, *, only_sweeps: bool = False) -> list[str]:
     """Repair a folder, twice; what is wrong: something lost, a second repair that finds work, and with ``only_sweeps`` a
     first one that does more than remove what dead writers left."""
     first, losses = repaired_twice(out)
-    losses += [f"repair: {state.file} lost {state.lost}, foreign {state.foreign}" for state in first.files
-               if state.lost or state.foreign]
+    losses += [
+        f"repair: {state.file} lost {state.lost}, foreign {state.foreign}"
+        for state in first.files
+        if state.lost or state.foreign
+    ]
     more = [name for name in first.changed if not name.endswith(TEMPORARY)]
     return losses + ([f"left something to mend: {more}"] if only_sweeps and more else [])
 

@@ -41,12 +41,18 @@ def full(share: float, folder: Path) -> Iterator[Trial]:
         if mounts and number % 2:
             size_bytes = PAGE_BYTES * (_up_to(sum(sizes), rng) // PAGE_BYTES + 1)
             with disk(folder / "disk", size_bytes) as (place, resize):
-                yield _full(f"a disk of {size_bytes:,} bytes, {words}", settings, place / "out", whole,
-                            room=partial(resize, 1 << 28))
+                yield _full(
+                    f"a disk of {size_bytes:,} bytes, {words}", settings, place / "out", whole, room=partial(resize, 1 << 28)
+                )
         else:
             size_bytes = _up_to(max(sizes), rng)
-            yield _full(f"files of {size_bytes:,} bytes at most, {words}", settings, out, whole,
-                        prepare=partial(limit_files, size_bytes))
+            yield _full(
+                f"files of {size_bytes:,} bytes at most, {words}",
+                settings,
+                out,
+                whole,
+                prepare=partial(limit_files, size_bytes),
+            )
             shutil.rmtree(out)
 
 
@@ -60,7 +66,7 @@ def read_only(share: float, folder: Path) -> Iterator[Trial]:
     missing, and with a run that was stopped."""
     settings = _settings()
     whole = left_alone(settings, folder)
-    for state in ("empty", "missing", "with a run that was stopped")[:share_of(3, share)]:
+    for state in ("empty", "missing", "with a run that was stopped")[: share_of(3, share)]:
         with _protected(folder / "disk") as (place, protect, allow):
             out, before = place / "out", []
             if state == "empty":
@@ -82,8 +88,11 @@ def disappearing(share: float, folder: Path) -> Iterator[Trial]:
     settings, out, away, rng = _settings(), folder / "out", folder / "away", random.Random(9)
     whole = left_alone(settings, folder)
 
-    goes = {"renamed": partial(out.rename, away), "removed": partial(out.rename, away),
-            "its log removed": (out / log_paths(settings.run_id)["steps"]).unlink}
+    goes = {
+        "renamed": partial(out.rename, away),
+        "removed": partial(out.rename, away),
+        "its log removed": (out / log_paths(settings.run_id)["steps"]).unlink,
+    }
     for number in range(share_of(GONE, share)):
         what, behind = list(goes)[number % 3], rng.randint(1, settings.max_steps)
         part = run(settings, out, then=(behind, goes[what]))
@@ -103,8 +112,14 @@ def _settings() -> RunSettings:
     return small("amp_bf16", max_steps=40, eval_every=10, checkpoint_every=4)
 
 
-def _full(name: str, settings: RunSettings, out: Path, whole: Path, room: Callable[[], object] = lambda: None,
-          prepare: Callable[[], None] | None = None) -> Trial:
+def _full(
+    name: str,
+    settings: RunSettings,
+    out: Path,
+    whole: Path,
+    room: Callable[[], object] = lambda: None,
+    prepare: Callable[[], None] | None = None,
+) -> Trial:
     part = run(settings, out, prepare=prepare)
     counts = {"acknowledged rows": len(part.acknowledged), "had room enough": part.exit_code == OK}
     if part.exit_code == OK:
@@ -144,6 +159,7 @@ def can_mount(folder: Path) -> bool:
 def disk(place: Path, size_bytes: int) -> Iterator[tuple[Path, Callable[[int], None]]]:
     """A file system of its own in memory; and what gives it another size. Raises CalledProcessError where mounting is not
     allowed."""
+
     def options(words: str) -> None:
         subprocess.run(["mount", "-o", words, "-t", "tmpfs", "tmpfs", str(place)], check=True, capture_output=True)
 
@@ -165,6 +181,7 @@ def _protected(place: Path) -> Iterator[tuple[Path, Callable[[], object], Callab
         shutil.rmtree(place)
         return
     with disk(place, 1 << 28):
+
         def mount(how: str) -> None:
             subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True, capture_output=True)
 

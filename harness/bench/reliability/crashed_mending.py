@@ -34,10 +34,16 @@ def in_repair(share: float, folder: Path) -> Iterator[Trial]:
     for nth, out in _deaths(share, damaged, folder, _repair):
         losses = repaired_twice(out)[1]  # what was planted is lost, and told
         found = _contents(out)
-        losses += [f"{name} is not what an undisturbed repair makes of it" for name, content in expected.items()
-                   if not name.endswith(TORN) and found.get(name) != content]
-        losses += [f"{name} is not beside {where}" for where, name in cut
-                   if name.encode() not in found.get(where + TORN, b"").splitlines()]
+        losses += [
+            f"{name} is not what an undisturbed repair makes of it"
+            for name, content in expected.items()
+            if not name.endswith(TORN) and found.get(name) != content
+        ]
+        losses += [
+            f"{name} is not beside {where}"
+            for where, name in cut
+            if name.encode() not in found.get(where + TORN, b"").splitlines()
+        ]
         yield Trial(f"operation {nth} of repair", losses)
 
 

@@ -58,8 +58,9 @@ def _count(settings: RunSettings, begun: Path, out: Path) -> int:
     return completed(run(settings, out, crash_at=sys.maxsize)).operations
 
 
-def _trial(name: str, settings: RunSettings, out: Path, whole: Path, begun: Path, before: list[Ended],
-           deaths: list[int]) -> Trial:
+def _trial(
+    name: str, settings: RunSettings, out: Path, whole: Path, begun: Path, before: list[Ended], deaths: list[int]
+) -> Trial:
     """Die at each of ``deaths``, then go on; once as it is and once behind a repair."""
     shutil.copytree(begun, out)
     parts, losses, counts = list(before), [], {"torn lines": 0, "deaths": 0}

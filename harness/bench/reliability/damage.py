@@ -19,8 +19,10 @@ LINES = 20
 def truncations(share: float, folder: Path) -> Iterator[Trial]:
     """A log of steps and an event, cut at every byte or at a random share of them: sorted by `repair`'s rules, which keep every
     whole line and set the piece aside, and opened by a writer that goes on behind it."""
-    rows = [*(step(n, loss) for n, loss in enumerate([2.5, -1e-7, math.nan, 0.0], start=1)),
-            EventRecord(step=1, kind="warning", detail={"text": 'naïve "quotes" \\ 数', "list": [True, None, -3]})]
+    rows = [
+        *(step(n, loss) for n, loss in enumerate([2.5, -1e-7, math.nan, 0.0], start=1)),
+        EventRecord(step=1, kind="warning", detail={"text": 'naïve "quotes" \\ 数', "list": [True, None, -3]}),
+    ]
     lines = [encode(row) for row in rows]
     content = b"".join(line + b"\n" for line in lines)
     for length in sorted(random.Random(3).sample(range(len(content) + 1), share_of(len(content) + 1, share))):
@@ -63,9 +65,25 @@ def flipped(content: bytes, *bits: int) -> bytes:
 
 def step(number: int, loss: float = 2.5) -> StepRecord:
     """A step's row."""
-    return StepRecord(step=number, loss=loss, lr=1e-3, grad_norm=1.25, grad_absmax=0.1, grad_nonfinite=0,
-                      grad_underflow_frac=0.0, logit_absmax=10.0, logit_nonfinite=0, logit_over_fp16=0, loss_scale=None,
-                      step_skipped=False, step_time_s=0.01, samples=4, tokens=128, real_tokens=128, seq_len=32)
+    return StepRecord(
+        step=number,
+        loss=loss,
+        lr=1e-3,
+        grad_norm=1.25,
+        grad_absmax=0.1,
+        grad_nonfinite=0,
+        grad_underflow_frac=0.0,
+        logit_absmax=10.0,
+        logit_nonfinite=0,
+        logit_over_fp16=0,
+        loss_scale=None,
+        step_skipped=False,
+        step_time_s=0.01,
+        samples=4,
+        tokens=128,
+        real_tokens=128,
+        seq_len=32,
+    )
 
 
 def _goes_on_behind(content: bytes, whole: list[bytes], path: Path) -> list[str]:
@@ -76,8 +94,11 @@ def _goes_on_behind(content: bytes, whole: list[bytes], path: Path) -> list[str]
     lines = path.read_bytes().split(b"\n")
     torn = [line for line in lines[:-1] if not (_is(line, StepRecord) or _is(line, EventRecord))]
     kept = [line for line in lines[:-1] if line not in torn]
-    return [] if kept == [*whole, encode(step(99))] and len(torn) <= 1 and not lines[-1] else \
-        [f"behind the cut a writer left {len(kept)} lines, {len(torn)} torn"]
+    return (
+        []
+        if kept == [*whole, encode(step(99))] and len(torn) <= 1 and not lines[-1]
+        else [f"behind the cut a writer left {len(kept)} lines, {len(torn)} torn"]
+    )
 
 
 def _is(line: bytes, kind: type[Record]) -> bool:

@@ -23,12 +23,22 @@ from harness.supervise.vigil import Rules
 from instrument.records import RunRecord
 
 EXPECTED = {
-    "segfault": ("error", "segfault"), "abort": ("error", "segfault"), "os_exit": ("error", "exit"),
-    "sys_exit": ("error", "exit"), "exception": ("error", "exception"), "import_failure": ("error", "import_failure"),
+    "segfault": ("error", "segfault"),
+    "abort": ("error", "segfault"),
+    "os_exit": ("error", "exit"),
+    "sys_exit": ("error", "exit"),
+    "exception": ("error", "exception"),
+    "import_failure": ("error", "import_failure"),
     "bad_data": ("error", "bad_data"),
-    "device_oom": ("oom", "cuda_oom"), "host_oom": ("oom", "host_oom"), "kernel_kill": ("oom", "host_oom_kill"),
-    "sigkill": ("error", "killed"), "hang_asleep": ("hung", "hung"), "hang_with_the_lock": ("hung", "hung"),
-    "hang_deaf": ("hung", "hung"), "hang_stopped": ("hung", "hung"), "illegal_access": ("error", "illegal_access"),
+    "device_oom": ("oom", "cuda_oom"),
+    "host_oom": ("oom", "host_oom"),
+    "kernel_kill": ("oom", "host_oom_kill"),
+    "sigkill": ("error", "killed"),
+    "hang_asleep": ("hung", "hung"),
+    "hang_with_the_lock": ("hung", "hung"),
+    "hang_deaf": ("hung", "hung"),
+    "hang_stopped": ("hung", "hung"),
+    "illegal_access": ("error", "illegal_access"),
     "device_assert": ("error", "poisoned_context"),
 }
 """By kind of fault: the status and ``flags["death"]["cause"]`` of the row that it should leave."""
@@ -38,8 +48,17 @@ HANGS_AT_A_TIME = 6
 """A hanging run waits, so several can wait together."""
 HANG_RULES = {"hang_after_s": 6.0, "starting_factor": 4.0, "patience_factor": 1.5, "grace_s": 0.7, "for_stacks_s": 0.3}
 """A busy machine keeps a tiny run's evaluation waiting for seconds: that is no hang yet."""
-SIZES = Request(preset="tiny", device="cpu", data="embedded", max_steps=MAX_STEPS, batch_size=2, micro_batch=2, seq_len=16,
-                documents=400, validation_documents=2)
+SIZES = Request(
+    preset="tiny",
+    device="cpu",
+    data="embedded",
+    max_steps=MAX_STEPS,
+    batch_size=2,
+    micro_batch=2,
+    seq_len=16,
+    documents=400,
+    validation_documents=2,
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +81,10 @@ class Trial:
         return (self.status, self.cause) == EXPECTED[self.kind] and self.steps_expected in (None, self.steps_done)
 
     def __str__(self) -> str:
-        return (f"{self.kind} in {self.phase} of step {self.step}: {self.status}/{self.cause} behind {self.steps_done} steps, "
-                f"expected {'/'.join(EXPECTED[self.kind])} behind {self.steps_expected} ({self.error})")
+        return (
+            f"{self.kind} in {self.phase} of step {self.step}: {self.status}/{self.cause} behind {self.steps_done} steps, "
+            f"expected {'/'.join(EXPECTED[self.kind])} behind {self.steps_expected} ({self.error})"
+        )
 
 
 def run_faults(kind: str, trials: int, out: Path, *, first: int = 0) -> list[Trial]:
@@ -81,8 +102,12 @@ def planned(kind: str, number: int, out: Path) -> tuple[Plant, RunSettings]:
     """The ``number``-th fault of a kind, and the run that it is planted in."""
     draw = random.Random(f"{kind}-{number}")
     phase = "data" if kind == "bad_data" else draw.choice(PHASES)
-    plant = Plant("none" if kind == "bad_data" else kind, phase, draw.randint(1, MAX_STEPS),
-                  str(_counter(out, number)) if kind == "kernel_kill" else "")
+    plant = Plant(
+        "none" if kind == "bad_data" else kind,
+        phase,
+        draw.randint(1, MAX_STEPS),
+        str(_counter(out, number)) if kind == "kernel_kill" else "",
+    )
     sizes = replace(SIZES, data=str(_bad_data(out))) if kind == "bad_data" else SIZES
     return plant, plan_run(case_with(plant), DTYPE_CONFIGS["fp32_true"], number, sizes, torch.device("cpu"))
 
@@ -108,9 +133,16 @@ def _supervised(runs: list[RunSettings], out: Path, rules: Rules, jobs: int) -> 
 def _trial(kind: str, plant: Plant, ended: Ended) -> Trial:
     row: RunRecord | None = ended.record
     in_a_step = plant.phase in ("forward", "backward")
-    return Trial(kind=kind, phase=plant.phase, step=plant.step, status=row and row.status,
-                 cause=row and row.flags.get("death", {}).get("cause"), steps_done=row and row.steps_done,
-                 steps_expected=plant.step - 1 if in_a_step else 0, error=str(row.error if row else ended.failure))
+    return Trial(
+        kind=kind,
+        phase=plant.phase,
+        step=plant.step,
+        status=row and row.status,
+        cause=row and row.flags.get("death", {}).get("cause"),
+        steps_done=row and row.steps_done,
+        steps_expected=plant.step - 1 if in_a_step else 0,
+        error=str(row.error if row else ended.failure),
+    )
 
 
 def _counter(out: Path, number: int) -> Path:

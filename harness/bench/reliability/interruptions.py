@@ -29,13 +29,18 @@ def signals(share: float, folder: Path) -> Iterator[Trial]:
     whole = left_alone(settings, folder)
     for number in range(share_of(TIMES, share)):
         behind = 0 if number % 5 == 4 else rng.randint(1, STEPS * 3 // 4)
-        kind, delay_s = (signal.SIGTERM, signal.SIGINT)[number % 2], rng.random() * (
-            BEHIND_A_STEP_S if behind else BEFORE_A_STEP_S)
+        kind, delay_s = (
+            (signal.SIGTERM, signal.SIGINT)[number % 2],
+            rng.random() * (BEHIND_A_STEP_S if behind else BEFORE_A_STEP_S),
+        )
         part = run(settings, out, blow=signalled(kind, behind, delay_s))
         losses = _stopped_well(settings, out, part) + goes_on(settings, out, whole, [part])
         shutil.rmtree(out)
-        yield Trial(f"{kind.name} {1000 * delay_s:.0f} ms behind step {behind}", losses,
-                    {"acknowledged rows": len(part.acknowledged), "behind a checkpoint": part.steps > 0})
+        yield Trial(
+            f"{kind.name} {1000 * delay_s:.0f} ms behind step {behind}",
+            losses,
+            {"acknowledged rows": len(part.acknowledged), "behind a checkpoint": part.steps > 0},
+        )
 
 
 def _stopped_well(settings: RunSettings, out: Path, part: Ended) -> list[str]:

@@ -35,8 +35,12 @@ def kills(share: float, folder: Path) -> Iterator[Trial]:
         losses += (finished_well if ended else goes_on)(settings, out, whole, parts)
         shutil.rmtree(out)
         killed, number = killed + deaths, number + 1
-        yield Trial(f"run {number}, {settings.config.id}", losses, {"SIGKILLs": deaths, "acknowledged rows": sum(
-            len(part.acknowledged) for part in parts)}, stands_for=deaths)
+        yield Trial(
+            f"run {number}, {settings.config.id}",
+            losses,
+            {"SIGKILLs": deaths, "acknowledged rows": sum(len(part.acknowledged) for part in parts)},
+            stands_for=deaths,
+        )
 
 
 def _killed(settings: RunSettings, out: Path, times: int, rng: random.Random) -> tuple[list[Ended], list[str]]:

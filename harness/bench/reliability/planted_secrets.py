@@ -16,14 +16,56 @@ from pathlib import Path
 from harness.bench.child import ROOT
 from harness.bench.reliability.trial import Trial
 
-SECRETS = {"HF_TOKEN": "hf_PlantedSecretOfTheHub00", "WANDB_API_KEY": "plantedsecretofwandb0123456789abcdef01234",
-           "AWS_SECRET_ACCESS_KEY": "PlantedSecret/OfTheCloud", "PLANTED_NAME_ITSELF": "planted-value-77"}
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedSecretOfTheHub00",
+    "WANDB_API_KEY": "plantedsecretofwandb0123456789abcdef01234",
+    "AWS_SECRET_ACCESS_KEY": "PlantedSecret/OfTheCloud",
+    "PLANTED_NAME_ITSELF": "planted-value-77",
+}
 """Neither a name nor a value may turn up."""
-MATRIX = ("matrix", "--preset", "tiny", "--data", "embedded", "--device", "cpu", "--jobs", "1", "--cases", "gpt2_multi_cls",
-          "--configs", "amp_bf16", "fp16_naive", "--no-follow-up", "--max-steps", "6", "--batch-size", "4",
-          "--micro-batch", "2", "--seq-len", "32", "--documents", "400", "--validation-documents", "4", "--trace", "1")
-EXPECTED = {"results.jsonl", "machine.json", "run.json", "output.log", "hardware.jsonl", "events.jsonl", "forensics.json",
-            "tensors.safetensors", "culprit.safetensors", "index.html"}
+MATRIX = (
+    "matrix",
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--device",
+    "cpu",
+    "--jobs",
+    "1",
+    "--cases",
+    "gpt2_multi_cls",
+    "--configs",
+    "amp_bf16",
+    "fp16_naive",
+    "--no-follow-up",
+    "--max-steps",
+    "6",
+    "--batch-size",
+    "4",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "32",
+    "--documents",
+    "400",
+    "--validation-documents",
+    "4",
+    "--trace",
+    "1",
+)
+EXPECTED = {
+    "results.jsonl",
+    "machine.json",
+    "run.json",
+    "output.log",
+    "hardware.jsonl",
+    "events.jsonl",
+    "forensics.json",
+    "tensors.safetensors",
+    "culprit.safetensors",
+    "index.html",
+}
 """Without one of these the search has not seen what it is for."""
 
 
@@ -64,9 +106,16 @@ def unpacked(content: bytes) -> Iterator[bytes]:
 def _command(*words: str) -> bytes:
     """A command of this program with the secrets in its environment; all it said. RuntimeError where it fails."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False, cwd=ROOT,
-                          env={**os.environ, **SECRETS, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **SECRETS, "PYTHONPATH": path},
+    )
     if done.returncode:
-        raise RuntimeError(f"python -m {words[0]} {words[1]} ended with exit code {done.returncode}: "
-                           f"{done.stderr[-2000:].decode(errors='replace')}")
+        raise RuntimeError(
+            f"python -m {words[0]} {words[1]} ended with exit code {done.returncode}: "
+            f"{done.stderr[-2000:].decode(errors='replace')}"
+        )
     return done.stdout + done.stderr

@@ -23,8 +23,9 @@ from bench_cases.transformers_models import build_transformers
 PHASES = ("build", "evaluation", "forward", "backward")
 SEPARATOR = "|"
 FOR_EVER_S = 10**6
-OUT_OF_MEMORY = ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.72 GiB of which 3.12 MiB "
-                 "is free.")
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.72 GiB of which 3.12 MiB is free."
+)
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,17 @@ def _poison(message: str) -> Callable[[Plant], None]:
         def fails(*_: object, **__: object) -> None:
             raise torch.AcceleratorError("CUDA error: the context is poisoned")
 
-        for name in ("synchronize", "memory_stats", "max_memory_allocated", "max_memory_reserved", "mem_get_info",
-                     "get_device_properties", "get_device_name", "empty_cache", "current_stream"):
+        for name in (
+            "synchronize",
+            "memory_stats",
+            "max_memory_allocated",
+            "max_memory_reserved",
+            "mem_get_info",
+            "get_device_properties",
+            "get_device_name",
+            "empty_cache",
+            "current_stream",
+        ):
             setattr(torch.cuda, name, fails)
         raise torch.AcceleratorError(message)
 

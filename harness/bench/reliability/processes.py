@@ -26,8 +26,16 @@ from instrument.records import Record, StepRecord
 HUNG_S = 180.0
 """A run of some steps that takes this long hangs."""
 MOST_HEARD_BYTES = 1 << 20
-SMALL = {"preset": "tiny", "device": "cpu", "data": "embedded", "batch_size": 2, "micro_batch": 2, "seq_len": 16,
-         "documents": 400, "validation_documents": 2}
+SMALL = {
+    "preset": "tiny",
+    "device": "cpu",
+    "data": "embedded",
+    "batch_size": 2,
+    "micro_batch": 2,
+    "seq_len": 16,
+    "documents": 400,
+    "validation_documents": 2,
+}
 WORDS = (*SMALL, "max_steps", "eval_every", "checkpoint_every")
 
 
@@ -88,8 +96,15 @@ def asked_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(settings: RunSettings, out: Path, *, crash_at: int = 0, then: tuple[int, Callable[[], object]] | None = None,
-        blow: Blow | None = None, prepare: Callable[[], None] | None = None) -> Ended:
+def run(
+    settings: RunSettings,
+    out: Path,
+    *,
+    crash_at: int = 0,
+    then: tuple[int, Callable[[], object]] | None = None,
+    blow: Blow | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Ended:
     """Give the command and wait for its end: it dies before its file operation number ``crash_at``, does something when it
     has shown a step (``then``: which, and what), or suffers a blow. ``prepare`` is called first, in its process."""
     words = ["case", settings.case.id, settings.config.id, "--out", str(out)]
@@ -130,8 +145,14 @@ def _listen(process: multiprocessing.process.BaseProcess, reports: Connection, b
     return ended
 
 
-def _case(reports: Connection, words: list[str], heard: str, crash_at: int,
-          then: tuple[int, Callable[[], object]] | None, prepare: Callable[[], None] | None) -> None:
+def _case(
+    reports: Connection,
+    words: list[str],
+    heard: str,
+    crash_at: int,
+    then: tuple[int, Callable[[], object]] | None,
+    prepare: Callable[[], None] | None,
+) -> None:
     """In the process: the command, and every row that the screen shows is sent as well."""
     from harness.terminal import CaseScreen
 

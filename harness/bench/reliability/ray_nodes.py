@@ -29,8 +29,19 @@ SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq
 RUNS = 42
 STEPS, LONGER_STEPS = 3, 60
 """The longer: for a node to be killed while it executes a run."""
-TIMES = {"samples_per_s", "tokens_per_s", "real_tokens_per_s", "step_time_p50_s", "step_time_p95_s", "peak_rss_bytes",
-         "step_time_s", "timings_s", "hardware", "mfu_measured_peak", "mfu_measured_peak_real_tokens"}
+TIMES = {
+    "samples_per_s",
+    "tokens_per_s",
+    "real_tokens_per_s",
+    "step_time_p50_s",
+    "step_time_p95_s",
+    "peak_rss_bytes",
+    "step_time_s",
+    "timings_s",
+    "hardware",
+    "mfu_measured_peak",
+    "mfu_measured_peak_real_tokens",
+}
 """What two executions of one run may differ in, in rows and in their flags."""
 QUICK_TO_NOTICE = {"health_check_period_ms": 1000, "health_check_timeout_ms": 30_000, "health_check_failure_threshold": 4}
 """A dead node refuses connections at once; one on a busy machine is only slow to answer."""
@@ -65,8 +76,11 @@ def trial(out: Path, n_runs: int, *, kill: bool) -> dict[str, Any]:
         for one in pool.run(look, seconds_between_ticks=0.05):
             ended.append(one.settings.run_id)
     lost = [run.run_id for run in runs if ended.count(run.run_id) != 1 or not _one_row(out / "nodes", run.run_id)]
-    differing = [run.run_id for run in runs if run.run_id not in lost
-                 and comparable(out / "nodes", run.run_id) != comparable(out / "sequential", run.run_id)]
+    differing = [
+        run.run_id
+        for run in runs
+        if run.run_id not in lost and comparable(out / "nodes", run.run_id) != comparable(out / "sequential", run.run_id)
+    ]
     return {"trials": n_runs, "lost": lost, "differing": differing, "run_again": len(run_again), "nodes_killed": len(killed)}
 
 
@@ -84,8 +98,12 @@ def one_killed(share: float, folder: Path) -> Iterator[Trial]:
 
 def _tried(found: dict[str, Any], losses: Sequence[str] = ()) -> Trial:
     lost = [f"{run_id} is lost" for run_id in found["lost"]] + [f"{run_id} differs" for run_id in found["differing"]]
-    return Trial("two nodes", [*losses, *lost], {"run again": found["run_again"], "nodes killed": found["nodes_killed"]},
-                 stands_for=found["trials"])
+    return Trial(
+        "two nodes",
+        [*losses, *lost],
+        {"run again": found["run_again"], "nodes killed": found["nodes_killed"]},
+        stands_for=found["trials"],
+    )
 
 
 def tiny_runs(count: int, max_steps: int) -> list[RunSettings]:
@@ -137,5 +155,9 @@ def _without_times(record: RunRecord | StepRecord) -> dict[str, Any]:
 def _one_row(out: Path, run_id: str) -> bool:
     row = finished_run(out, run_id)
     ids = [msgspec.json.decode(line)["run_id"] for line in (out / INDEX).read_bytes().splitlines()]
-    return row is not None and row.status in ("completed", "diverged") and ids.count(run_id) == 1 and \
-        indexed_rows(out)[run_id] == row
+    return (
+        row is not None
+        and row.status in ("completed", "diverged")
+        and ids.count(run_id) == 1
+        and indexed_rows(out)[run_id] == row
+    )

@@ -17,22 +17,52 @@ from instrument.log import read
 from instrument.records import EvaluationRecord, EventRecord, Record, RecordError, RunRecord, StepRecord, decode, encode
 from instrument.watch.module_log import ModuleRecord
 
-TIMES = {"step_time_s", "mfu", "mfu_bf16_peak", "mfu_measured_peak", "mfu_real_tokens", "mfu_bf16_peak_real_tokens",
-         "mfu_measured_peak_real_tokens", "duration_s"}
-KINDS: dict[str, type[Record]] = {"steps": StepRecord, "evaluations": EvaluationRecord, "events": EventRecord,
-                                  "activations": ModuleRecord}
+TIMES = {
+    "step_time_s",
+    "mfu",
+    "mfu_bf16_peak",
+    "mfu_measured_peak",
+    "mfu_real_tokens",
+    "mfu_bf16_peak_real_tokens",
+    "mfu_measured_peak_real_tokens",
+    "duration_s",
+}
+KINDS: dict[str, type[Record]] = {
+    "steps": StepRecord,
+    "evaluations": EvaluationRecord,
+    "events": EventRecord,
+    "activations": ModuleRecord,
+}
 LOGGED = {name: KINDS[name] for name in ("steps", "evaluations", "events")}
 """What a run reports when it has written it."""
-OF_THE_RUN = ("status", "steps_done", "final_weights_sha256", "init_sha256", "data_sha256", "loss_initial", "train_loss_final",
-              "val_loss", "f1_micro", "perplexity", "scaler_skips", "divergence_step", "first_nonfinite", "flops_per_step")
+OF_THE_RUN = (
+    "status",
+    "steps_done",
+    "final_weights_sha256",
+    "init_sha256",
+    "data_sha256",
+    "loss_initial",
+    "train_loss_final",
+    "val_loss",
+    "f1_micro",
+    "perplexity",
+    "scaler_skips",
+    "divergence_step",
+    "first_nonfinite",
+    "flops_per_step",
+)
 """Fields of a run's row that do not depend on time."""
 
 
 def written(run_id: str, out: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """Everything a finished run wrote that does not depend on time, and its row's results. Raises `RecordError`."""
-    logs = {name: [{k: v for k, v in msgspec.to_builtins(record).items() if k not in TIMES}
-                   for record in read(out / path, KINDS[name])]
-            for name, path in log_paths(run_id).items() if (out / path).exists()}
+    logs = {
+        name: [
+            {k: v for k, v in msgspec.to_builtins(record).items() if k not in TIMES} for record in read(out / path, KINDS[name])
+        ]
+        for name, path in log_paths(run_id).items()
+        if (out / path).exists()
+    }
     row = finished_run(out, run_id)
     return logs, {name: getattr(row, name) for name in OF_THE_RUN} if row is not None else {}
 
@@ -67,9 +97,14 @@ def lost_rows(parts: Sequence[Ended], run_id: str, out: Path) -> list[str]:
         path = out / log_paths(run_id)[name]
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         there = {_key(row, times) for line in lines if (row := _decoded(line, kind)) is not None}
-        promised = {_key(row, times): row for part in parts for row in part.acknowledged if isinstance(row, kind)
-                    and getattr(row, "kind", "") != "resumed"  # which is told, and kept in the row's flags
-                    and (everything or part is parts[-1] or row.step <= newest)}
+        promised = {
+            _key(row, times): row
+            for part in parts
+            for row in part.acknowledged
+            if isinstance(row, kind)
+            and getattr(row, "kind", "") != "resumed"  # which is told, and kept in the row's flags
+            and (everything or part is parts[-1] or row.step <= newest)
+        }
         told += [f"acknowledged and lost: {name}, step {row.step}" for key, row in promised.items() if key not in there]
     return told
 
@@ -99,8 +134,11 @@ def terminal_records(run_id: str, out: Path) -> list[str]:
 def left_over(out: Path) -> list[str]:
     """Files that a finished run should not leave: half-written ones, checkpoints, claims."""
     names = [path.relative_to(out) for path in out.rglob("*")]
-    return [f"left over: {name}" for name in names
-            if name.name.endswith(TEMPORARY) or name.name.startswith(("checkpoint-", ".claim"))]
+    return [
+        f"left over: {name}"
+        for name in names
+        if name.name.endswith(TEMPORARY) or name.name.startswith(("checkpoint-", ".claim"))
+    ]
 
 
 def _key(row: Record, times: bool) -> bytes:

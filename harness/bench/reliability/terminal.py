@@ -46,8 +46,11 @@ class Screen:
 
     def done(self, tally: Tally) -> None:
         """A kind is over: its row, and what was lost."""
-        CONSOLE.print(_row(tally.name, f"{tally.trials:,}", f"{len(tally.losses):,}", f"{tally.seconds_s:.0f}"),
-                      style="red" if tally.losses else None, markup=False)
+        CONSOLE.print(
+            _row(tally.name, f"{tally.trials:,}", f"{len(tally.losses):,}", f"{tally.seconds_s:.0f}"),
+            style="red" if tally.losses else None,
+            markup=False,
+        )
         _below(tally.what)
         if tally.counts:
             _below(", ".join(f"{n:,} {name}" for name, n in tally.counts.items()))

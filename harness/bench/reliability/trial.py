@@ -33,8 +33,15 @@ class Tally:
 
     def as_row(self) -> dict[str, Any]:
         """Plain data for ``--json`` and ``reliability.json``."""
-        return {"name": self.name, "what": self.what, "trials": self.trials, "losses": len(self.losses),
-                "lost": self.losses, "counts": dict(self.counts), "duration_s": round(self.seconds_s, 1)}
+        return {
+            "name": self.name,
+            "what": self.what,
+            "trials": self.trials,
+            "losses": len(self.losses),
+            "lost": self.losses,
+            "counts": dict(self.counts),
+            "duration_s": round(self.seconds_s, 1),
+        }
 
 
 def tally(name: str, what: str, trials: Iterable[Trial], tell: Callable[[Tally], None] = lambda so_far: None) -> Tally:

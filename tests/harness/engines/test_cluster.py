@@ -13,20 +13,51 @@ from harness.engines.errors import EngineError
 from harness.exit_codes import ENVIRONMENT, USAGE
 from harness.settings import SettingsError
 
-SMALL = ["matrix", "--preset", "tiny", "--data", "embedded", "--max-steps", "2", "--batch-size", "2", "--micro-batch", "2",
-         "--seq-len", "16", "--validation-documents", "2", "--documents", "400", "--cases", "gpt2_clm",
-         "--configs", "fp32_true"]
+SMALL = [
+    "matrix",
+    "--preset",
+    "tiny",
+    "--data",
+    "embedded",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--micro-batch",
+    "2",
+    "--seq-len",
+    "16",
+    "--validation-documents",
+    "2",
+    "--documents",
+    "400",
+    "--cases",
+    "gpt2_clm",
+    "--configs",
+    "fp32_true",
+]
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8:6379", "1.1.1.1:1", "[2606:4700:4700::1111]:6379", "0.0.0.0:6379",
-                                     "224.0.0.1:6379", "[::]:6379", "[::ffff:8.8.8.8]:6379"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "8.8.8.8:6379",
+        "1.1.1.1:1",
+        "[2606:4700:4700::1111]:6379",
+        "0.0.0.0:6379",
+        "224.0.0.1:6379",
+        "[::]:6379",
+        "[::ffff:8.8.8.8]:6379",
+    ],
+)
 def test_a_public_address_is_refused(address):
     with pytest.raises(SettingsError, match="not a private address.*allowed: loopback"):
         require_private(address)
 
 
-@pytest.mark.parametrize("address", ["auto", "ray://10.0.0.1:10001", "10.0.0.1", "10.0.0.1:", ":6379", "10.0.0.1:x",
-                                     "h:99999", "", "local"])
+@pytest.mark.parametrize(
+    "address", ["auto", "ray://10.0.0.1:10001", "10.0.0.1", "10.0.0.1:", ":6379", "10.0.0.1:x", "h:99999", "", "local"]
+)
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(SettingsError, match="allowed: HOST:PORT"):
         require_private(address)
@@ -51,10 +82,12 @@ def test_loopback_is_allowed_where_something_answers(family, host):
 
 
 def test_usage_errors_are_one_sentence_and_touch_nothing(tmp_path, capsys):
-    for words, code, says in ((["--address", "127.0.0.1:1"], USAGE, "--address goes with --engine ray"),
-                              (["--engine", "ray", "--address", "8.8.8.8:6379"], USAGE, "not a private address"),
-                              (["--engine", "ray", "--jobs", "0"], USAGE, "jobs is 0"),
-                              (["--engine", "ray", "--address", "127.0.0.1:1"], ENVIRONMENT, "no Ray cluster answers there")):
+    for words, code, says in (
+        (["--address", "127.0.0.1:1"], USAGE, "--address goes with --engine ray"),
+        (["--engine", "ray", "--address", "8.8.8.8:6379"], USAGE, "not a private address"),
+        (["--engine", "ray", "--jobs", "0"], USAGE, "jobs is 0"),
+        (["--engine", "ray", "--address", "127.0.0.1:1"], ENVIRONMENT, "no Ray cluster answers there"),
+    ):
         assert cli.main([*SMALL, *words, "--out", str(tmp_path / "out")]) == code
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1, said
@@ -63,8 +96,11 @@ def test_usage_errors_are_one_sentence_and_touch_nothing(tmp_path, capsys):
 def test_a_dry_run_looks_at_the_address_and_says_that_nobody_was_asked(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a dry run asked for a name"))
     dry = [*SMALL, "--dry-run", "--out", str(tmp_path / "out"), "--engine", "ray"]
-    for address, says in (("nonsense", "allowed: HOST:PORT"), ("8.8.8.8:6379", "not a private address"),
-                          ("[2606:4700:4700::1111]:1", "not a private address")):
+    for address, says in (
+        ("nonsense", "allowed: HOST:PORT"),
+        ("8.8.8.8:6379", "not a private address"),
+        ("[2606:4700:4700::1111]:1", "not a private address"),
+    ):
         assert cli.main([*dry, "--address", address]) == USAGE
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1, said
@@ -84,10 +120,12 @@ def test_without_ray_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
 
 def test_our_own_cluster_listens_on_loopback_alone_and_has_no_dashboard(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (pip install '.[ray]')")
-    code = ("from harness.engines.cluster import Cluster; import sys\n"
-            "with Cluster(None, device='cpu', threads=1) as own:\n"
-            "    print(own.slots(), *[n['NodeManagerAddress'] for n in own.nodes()], file=sys.stderr, flush=True)\n"
-            "    sys.stdin.read()\n")
+    code = (
+        "from harness.engines.cluster import Cluster; import sys\n"
+        "with Cluster(None, device='cpu', threads=1) as own:\n"
+        "    print(own.slots(), *[n['NodeManagerAddress'] for n in own.nodes()], file=sys.stderr, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
     child = psutil.Popen([sys.executable, "-c", code], stdin=-1, stderr=-1)
     try:
         said = child.stderr.readline().decode()

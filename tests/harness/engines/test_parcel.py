@@ -16,11 +16,19 @@ RUN = "gpt2_clm-fp32_true-s0-01234567"
 def node(tmp_path):
     """A results folder with a run in it, a bigger file, an empty one, a hidden one, and another run."""
     out = tmp_path / "node"
-    for path, content in {"machine.json": b"{}", f"training_logs/run_{RUN}.jsonl": b"a\nb\n", f"runs/{RUN}/run.json": b"row\n",
-                          f"runs/{RUN}/checkpoint-3/tensors.safetensors": bytes(range(256)) * 50_000,
-                          f"runs/{RUN}/events.jsonl": b"", f"runs/{RUN}/.claim": b"theirs", f"traces/{RUN}.json.gz": b"t",
-                          f"traces/{RUN}-step4.json.gz": b"u", "runs/other/run.json": b"other", "results.jsonl": b"row\n",
-                          f"training_logs/run_{RUN}0.jsonl": b"another's"}.items():
+    for path, content in {
+        "machine.json": b"{}",
+        f"training_logs/run_{RUN}.jsonl": b"a\nb\n",
+        f"runs/{RUN}/run.json": b"row\n",
+        f"runs/{RUN}/checkpoint-3/tensors.safetensors": bytes(range(256)) * 50_000,
+        f"runs/{RUN}/events.jsonl": b"",
+        f"runs/{RUN}/.claim": b"theirs",
+        f"traces/{RUN}.json.gz": b"t",
+        f"traces/{RUN}-step4.json.gz": b"u",
+        "runs/other/run.json": b"other",
+        "results.jsonl": b"row\n",
+        f"training_logs/run_{RUN}0.jsonl": b"another's",
+    }.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_bytes(content)
     return out
@@ -49,8 +57,11 @@ def files_in(out):
 def test_a_run_arrives_as_it_is_in_chunks_and_its_row_comes_last(node, tmp_path):
     items = parcel.contents(node, RUN)
     asked = carry(node, items, tmp_path / "here")
-    sent = {path: content for path, content in files_in(node).items() if RUN in path.split("/") or path == "machine.json"
-            or path.startswith(("traces/", f"training_logs/run_{RUN}."))}
+    sent = {
+        path: content
+        for path, content in files_in(node).items()
+        if RUN in path.split("/") or path == "machine.json" or path.startswith(("traces/", f"training_logs/run_{RUN}."))
+    }
     del sent[f"runs/{RUN}/.claim"]
     assert files_in(tmp_path / "here") == sent and len(sent) == 7
     assert asked[-1] == (f"runs/{RUN}/run.json", 0)
@@ -59,8 +70,14 @@ def test_a_run_arrives_as_it_is_in_chunks_and_its_row_comes_last(node, tmp_path)
 
 def test_what_the_run_had_before_goes_and_the_rest_stays(node, tmp_path):
     here = tmp_path / "here"
-    for path in (f"runs/{RUN}/checkpoint-1/tensors.safetensors", f"runs/{RUN}/forensics.json", f"runs/{RUN}/.claim",
-                 "runs/other/run.json", "machine.json", f"traces/{RUN}-step2.json.gz"):
+    for path in (
+        f"runs/{RUN}/checkpoint-1/tensors.safetensors",
+        f"runs/{RUN}/forensics.json",
+        f"runs/{RUN}/.claim",
+        "runs/other/run.json",
+        "machine.json",
+        f"traces/{RUN}-step2.json.gz",
+    ):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
         (here / path).write_bytes(b"old")
     carry(node, parcel.contents(node, RUN), here)
@@ -84,18 +101,39 @@ def test_a_parcel_that_breaks_off_leaves_no_row_and_no_half_file(node, tmp_path)
         assert (here / "runs" / RUN / "run.json").read_bytes() == b"row\n"
 
 
-@pytest.mark.parametrize("spoil", [lambda w, data: data[:-1] + b"?", lambda w, data: data + b"more", lambda w, data: b""],
-                         ids=["changed", "longer", "nothing"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda w, data: data[:-1] + b"?", lambda w, data: data + b"more", lambda w, data: b""],
+    ids=["changed", "longer", "nothing"],
+)
 def test_what_is_not_what_was_listed_is_refused(node, tmp_path, spoil):
     with pytest.raises(ParcelError, match="differs|bytes came"):
         carry(node, parcel.contents(node, RUN), tmp_path / "here", spoil)
     assert not (tmp_path / "here" / "runs" / RUN / "run.json").exists()
 
 
-@pytest.mark.parametrize("path", [
-    "../evil", "/etc/passwd", "runs/other/run.json", f"runs/{RUN}", f"runs/{RUN}/../other/x", f"runs/{RUN}/./x",
-    f"runs/{RUN}/.claim", f"runs/{RUN}/.x/y", f"runs//{RUN}/x", f"training_logs/run_{RUN}0.jsonl", "results.jsonl",
-    f"traces/{RUN}-step1x.json.gz", f"runs/{RUN}/a\nb", f"runs/{RUN}/a\\b", f"runs/{RUN}/x/", "", "."])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../evil",
+        "/etc/passwd",
+        "runs/other/run.json",
+        f"runs/{RUN}",
+        f"runs/{RUN}/../other/x",
+        f"runs/{RUN}/./x",
+        f"runs/{RUN}/.claim",
+        f"runs/{RUN}/.x/y",
+        f"runs//{RUN}/x",
+        f"training_logs/run_{RUN}0.jsonl",
+        "results.jsonl",
+        f"traces/{RUN}-step1x.json.gz",
+        f"runs/{RUN}/a\nb",
+        f"runs/{RUN}/a\\b",
+        f"runs/{RUN}/x/",
+        "",
+        ".",
+    ],
+)
 def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched(tmp_path, path):
     here = tmp_path / "here"
     (here / "runs" / RUN).mkdir(parents=True)

@@ -60,8 +60,9 @@ class Actor:
         if self.dead:
             raise ActorDiedError()
         if self.cluster.fail == name:
-            raise RayTaskError(name, "Traceback\nOSError: [Errno 28] No space left on device",
-                               OSError(28, "No space left on device"))
+            raise RayTaskError(
+                name, "Traceback\nOSError: [Errno 28] No space left on device", OSError(28, "No space left on device")
+            )
         return getattr(self.node, name)(*given)
 
 
@@ -190,8 +191,10 @@ def test_other_data_on_a_node_are_refused_there(instant, runs):
     assert ended.record.status == "error" and "is not here what it is on the machine that planned the run" in ended.record.error
 
 
-@pytest.mark.parametrize("attribute, value, says", [
-    ("project_sha256", "0", "another version of this program"), ("device", "nvidia-h200", "one device a folder")])
+@pytest.mark.parametrize(
+    "attribute, value, says",
+    [("project_sha256", "0", "another version of this program"), ("device", "nvidia-h200", "one device a folder")],
+)
 def test_a_node_that_would_do_something_else_gets_no_run(instant, runs, monkeypatch, attribute, value, says):
     facts = Node("cpu").facts()
     monkeypatch.setattr(Node, "facts", lambda self: dataclasses.replace(facts, **{attribute: value}))
@@ -265,8 +268,10 @@ def test_a_killed_slot_s_folder_is_swept_by_the_next_one(instant):
     import subprocess
     import sys
 
-    code = ("from instrument.files import temporary_folder\nimport os\n"
-            "with temporary_folder('ddb-run') as folder: print(folder, flush=True), os.kill(os.getpid(), 9)")
+    code = (
+        "from instrument.files import temporary_folder\nimport os\n"
+        "with temporary_folder('ddb-run') as folder: print(folder, flush=True), os.kill(os.getpid(), 9)"
+    )
     left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
     assert left.is_dir()
     with temporary_folder("ddb-run") as mine:
