@@ -3,12 +3,10 @@
 Importing this package imports neither torch nor numpy: declarations only.
 """
 
-from bench_cases.architectures import ARCHITECTURES, Architecture
+from bench_cases.architectures import ARCHITECTURES, PRESETS, TASKS, Architecture, Preset, Task
 from bench_cases.cases import CASES, Case, LearningRates
 from bench_cases.dtype_configs import DTYPE_CONFIGS, DtypeConfig
 from bench_cases.lookup import BadDeclaration, UnknownId, lookup
-from bench_cases.presets import PRESETS, Preset
-from bench_cases.tasks import TASKS, Task
 
 __all__ = [
     "ARCHITECTURES",

@@ -1,4 +1,9 @@
-"""Architectures: what model is built, torch-free. The builders live in `bench_cases.models`."""
+"""Architectures: what model is built, torch-free. The builders live in `bench_cases.models`.
+
+Tasks: what is predicted, from which data, under which loss. Torch-free.
+
+Presets: how large a run is. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -73,3 +78,105 @@ ROBERTA = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = index([GPT2, ROBERTA])
+
+
+LOSSES = ("cross_entropy", "bce_with_logits")
+HEADS = ("causal_lm", "masked_lm", "classification")
+METRICS = ("perplexity", "f1")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. ``collate`` names an entry of `bench_cases.collate`'s table, ``head`` one of
+    `bench_cases.models`; ``text`` is the data set (``openwebtext`` or ``eurlex``)."""
+
+    id: str
+    name: str
+    text: str
+    collate: str
+    head: str
+    loss: str
+    metric: str
+
+    def __post_init__(self) -> None:
+        owner = f"task {self.id!r}"
+        check_id(self.id, owner)
+        check(self.loss in LOSSES, owner, f"loss {self.loss!r} is none of {LOSSES}")
+        check(self.head in HEADS, owner, f"head {self.head!r} is none of {HEADS}")
+        check(self.metric in METRICS, owner, f"metric {self.metric!r} is none of {METRICS}")
+
+
+CLM = Task("clm", "causal LM", "openwebtext", "clm", "causal_lm", "cross_entropy", "perplexity")
+MLM = Task("mlm", "masked LM", "openwebtext", "mlm", "masked_lm", "cross_entropy", "perplexity")
+MULTI_CLS = Task("multi_cls", "multi-label", "eurlex", "multi_cls", "classification", "bce_with_logits", "f1")
+SINGLE_CLS = Task("single_cls", "single-label", "eurlex", "single_cls", "classification", "cross_entropy", "f1")
+
+TASKS: dict[str, Task] = index([CLM, MLM, MULTI_CLS, SINGLE_CLS])
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a run; each can be changed on the command line.
+
+    ``seq_len_of`` overrides ``seq_len`` for a case id. ``untimed_steps`` are left out of every
+    throughput and step-time figure (allocator, kernel selection, compile). ``threads`` is the
+    number of CPU threads, or 0 for all cores: fixed where results must be the same bit for bit
+    on machines with different core counts. ``validation_documents`` bounds the evaluation set.
+    """
+
+    id: str
+    batch_size: int
+    micro_batch: int
+    seq_len: int
+    max_steps: int
+    warmup_steps: int
+    untimed_steps: int
+    documents: int
+    validation_documents: int
+    threads: int
+    seeds: tuple[int, ...]
+    seq_len_of: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        owner = f"preset {self.id!r}"
+        for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "documents", "validation_documents"):
+            check(getattr(self, name) > 0, owner, f"{name} is not positive")
+        check(self.batch_size % self.micro_batch == 0, owner, "micro_batch must divide batch_size")
+        check(0 <= self.untimed_steps < self.max_steps, owner, "untimed_steps must be below max_steps")
+
+    def sequence_length(self, case_id: str) -> int:
+        """Tokens per sequence of a case."""
+        return self.seq_len_of.get(case_id, self.seq_len)
+
+
+PRESETS: dict[str, Preset] = index(
+    [
+        Preset(
+            "tiny",
+            batch_size=8,
+            micro_batch=4,
+            seq_len=128,
+            max_steps=60,
+            warmup_steps=6,
+            untimed_steps=3,
+            documents=2_400,
+            validation_documents=64,
+            threads=1,
+            seeds=(0,),
+        ),
+        Preset(
+            "full",
+            batch_size=32,
+            micro_batch=16,
+            seq_len=512,
+            max_steps=1_000,
+            warmup_steps=100,
+            untimed_steps=20,
+            documents=100_000,
+            validation_documents=512,
+            threads=0,
+            seeds=(0, 1, 2),
+            seq_len_of={"gpt2_clm": 1_024},
+        ),
+    ]
+)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench_cases.architectures import GPT2, ROBERTA, Architecture
+from bench_cases.architectures import CLM, GPT2, MLM, MULTI_CLS, ROBERTA, SINGLE_CLS, Architecture, Task
 from bench_cases.lookup import check, check_id, index
-from bench_cases.tasks import CLM, MLM, MULTI_CLS, SINGLE_CLS, Task
 
 REDUCTIONS = ("mean", "label_sum")
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from bench_cases.architectures import Architecture
+from bench_cases.architectures import Architecture, Task
 from bench_cases.reach import WeightsUnavailable, first_line
-from bench_cases.tasks import Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +121,7 @@ def weights_sha256(model: nn.Module) -> str:
 def _builder(name: str):
     """The builder named ``module:function`` or ``path/to/file.py:function``."""
     if ".py:" in name:
-        from bench_cases.own_file import load_object
+        from bench_cases.own import load_object
 
         return load_object(name)
     module, _, function = name.partition(":")

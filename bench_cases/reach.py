@@ -18,14 +18,14 @@ def reach(load: Callable[[], Any], source: str, ways_out: str = WAYS_OUT) -> Any
 
     The hub is asked one quick question first: the library itself would retry for minutes.
     """
-    from bench_cases.data import hub_reach
-    from bench_cases.data.errors import DataError, DataUnavailable
+    from bench_cases.data import hub
+    from bench_cases.data.documents import DataError, DataUnavailable
 
     if not Path(source).is_dir():
         if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
             raise WeightsUnavailable(f"no folder {source!r} with a model; {ways_out}")
         try:
-            hub_reach.commit("model", source, "main")
+            hub.commit_of("model", source, "main")
         except (DataError, DataUnavailable) as error:
             cause = first_line(error.__cause__ or error)
             raise WeightsUnavailable(

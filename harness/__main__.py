@@ -4,7 +4,7 @@ import os
 import sys
 
 if sys.argv[1:2] == ["case"] and not {"-h", "--help"} & set(sys.argv):
-    from harness.supervise.case_parent import is_wanted, run_supervised
+    from harness.supervisor.case_parent import is_wanted, run_supervised
 
     if is_wanted(sys.argv[1:], os.environ.get):
         sys.exit(run_supervised(sys.argv[1:]))

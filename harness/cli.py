@@ -9,21 +9,21 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench_cases.packages import missing_package
-from harness import arguments
+from bench_cases.lookup import missing_package
+from harness import options as arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, USAGE
 from harness.parallel.ranks import is_spokesman
 from instrument.closed_pipe import reader_may_leave
-from instrument.refused_by_the_disk import sentence_of
+from instrument.words import sentence_of
 
 if TYPE_CHECKING:
-    from harness.supervise.pulse import Pulse
+    from harness.supervisor.heartbeat import HeartbeatSender
 
 MAKING = ("case", "matrix", "campaign", "fit", "bench", "repair", "predict")
 """Commands that go on when nobody reads their words any more: what they make goes into files."""
 
 
-def main(argv: Sequence[str] | None = None, pulse: Pulse | None = None) -> int:
+def main(argv: Sequence[str] | None = None, pulse: HeartbeatSender | None = None) -> int:
     """Run one command; returns its exit code. Errors are one line on standard error. ``pulse``: to the supervisor of
     this process, which a single run has."""
     with reader_may_leave() as reader:
@@ -66,33 +66,33 @@ def sentence(error: Exception) -> str:
 def _command(name: str):
     """The function behind a subcommand; imported late, since most of them need torch."""
     if name == "list":
-        from harness.listing import list_command
+        from harness.commands.list import list_command
 
         return list_command
     if name == "case":
-        from harness.case import case_command
+        from harness.commands.case import case_command
 
         return case_command
     if name == "matrix":
-        from harness.matrix import matrix_command
+        from harness.matrix.command import matrix_command
 
         return matrix_command
     if name == "flops":
-        from harness.flops import flops_command
+        from harness.commands.flops import flops_command
 
         return flops_command
     if name == "inspect":
         return _inspect
     if name == "diff":
-        from harness.diff import diff_command
+        from harness.diff.command import diff_command
 
         return diff_command
     if name == "predict":
-        from harness.predict import predict_command
+        from harness.predict.command import predict_command
 
         return predict_command
     if name == "doctor":
-        from harness.doctor import doctor_command
+        from harness.doctor.command import doctor_command
 
         return doctor_command
     if name == "campaign":
@@ -104,10 +104,10 @@ def _command(name: str):
 
         return fit_command
     if name == "repair":
-        from harness.repair import repair_command
+        from harness.commands.repair import repair_command
 
         return repair_command
-    from harness.bench import bench_command
+    from benchmarks.command import bench_command
 
     return bench_command
 
@@ -119,10 +119,10 @@ def _inspect(options) -> int:
     if options.steps is not None and not options.changes:
         raise SettingsError("--steps goes with --try")
     if options.changes:
-        from harness.forensics.try_command import try_command
+        from harness.forensics.counterfactual import try_command
 
         return try_command(options)
-    from harness.inspect import inspect_command
+    from harness.inspect.command import inspect_command
 
     return inspect_command(options)
 
@@ -131,16 +131,16 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
     if missing_package(error) or sentence_of(error):
         return ENVIRONMENT
-    from bench_cases.data.errors import DataError, DataUnavailable
+    from bench_cases.data.documents import DataError, DataUnavailable
     from bench_cases.lookup import BadDeclaration, UnknownId
     from bench_cases.models import ModelError
     from bench_cases.reach import WeightsUnavailable
-    from harness.claims import RunClaimed
-    from harness.engines.errors import EngineError
-    from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
-    from harness.inspect.locate import RunNotFound, RunUnreadable
-    from harness.run_folder import OutputError
+    from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError
+    from harness.matrix.ray_cluster import EngineError
     from harness.settings import SettingsError
+    from instrument.results.claims import RunClaimed
+    from instrument.results.folder import OutputError
+    from instrument.results.read import RunNotFound, RunUnreadable
 
     codes = {
         UnknownId: USAGE,

@@ -11,9 +11,9 @@ import torch
 
 from bench_cases import Case
 from harness.loss import training_loss
-from harness.parallel.team import ALONE, Team
+from harness.parallel.context import SINGLE_PROCESS, DistributedContext
 from harness.precision import Precision
-from instrument.records import EvaluationRecord
+from instrument.results.schemas import EvaluationRecord
 
 THRESHOLD = 0.5
 
@@ -27,7 +27,7 @@ def evaluate(
     *,
     valid_vocab: int | None,
     step: int,
-    team: Team = ALONE,
+    team: DistributedContext = SINGLE_PROCESS,
 ) -> EvaluationRecord:
     """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training. Ranks are dealt batches and
     put together what each made of its own: the record is every rank's, and that of one process."""

@@ -10,9 +10,9 @@ import torch
 
 from bench_cases import Case
 from harness.loss import training_loss
-from harness.parallel.share import WHOLE, Share
+from harness.optimizer import learning_rate
+from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy
 from harness.precision import Precision
-from harness.schedule import learning_rate
 from instrument.step_meter import Reading, StepMeter
 
 
@@ -39,7 +39,7 @@ def train(
     options: LoopOptions,
     steps: Iterable[int] | None = None,
     cut: Callable[[int], bool] = lambda step: False,
-    share: Share = WHOLE,
+    share: ParallelStrategy = NO_PARALLELISM,
 ) -> Iterator[Reading]:
     """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and wherever
     ``cut(step)`` asks for one, and ends after a divergence. ``share``: this process' part of each step."""

@@ -6,14 +6,18 @@ same gradients. Where a configuration's loss math is fp32, the fused losses of `
 loss, gradient and logit statistics together. A configuration that keeps its loss in 16 bits
 rounds the loss of every row to that dtype, sums in fp32, and rounds the quotient once; its
 statistics are a pass of their own.
+
+PyTorch's dynamic loss scaler, measuring the gradients in the pass that unscales them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from kernels import LogitStats, bce_with_logits, cross_entropy, logit_stats
+from kernels import LogitStats, TensorStats, bce_with_logits, cross_entropy, logit_stats, unscale_and_stats_
 
 IGNORE_INDEX = -100
 
@@ -66,3 +70,36 @@ def _counted(logits: torch.Tensor, targets: torch.Tensor, valid_vocab: int | Non
     if targets.dtype != torch.int64 or targets.ndim != 1:
         return values
     return values.masked_fill((targets == IGNORE_INDEX).unsqueeze(1), 0)
+
+
+class MeasuringGradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler` whose `unscale_` leaves `gradient_stats` behind.
+
+    Everything else is the stock scaler's: its schedule, its skipped steps, its one check of the
+    device a step. ``_unscale_grads_`` is the method that subclasses override (FSDP's scaler does).
+    """
+
+    gradient_stats: TensorStats
+    """Of the last unscaled gradients, in the order of ``measured``; underflow counted before unscaling."""
+
+    def __init__(self, device: str, *, init_scale: float) -> None:
+        super().__init__(device, init_scale=init_scale)
+        self.measured: list[torch.nn.Parameter] = []
+        self.over_ranks: Callable[[TensorStats], TensorStats] = lambda mine: mine
+        """Puts together the statistics of slices, where the ranks of a run have a slice of each gradient."""
+
+    def scale_now(self, device: torch.device) -> torch.Tensor:
+        """The loss scale as a device scalar, without a sync."""
+        return self.scale(torch.ones((), device=device))
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        self.gradient_stats = self.over_ranks(unscale_and_stats_(gradients_of(self.measured), inv_scale))
+        found_inf.copy_(self.gradient_stats.found_inf)
+        return {found_inf.device: found_inf}
+
+
+def gradients_of(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients, an empty tensor for a parameter that took no part, so that indices stay the parameters'."""
+    return [p.new_empty(0) if p.grad is None else p.grad for p in parameters]

@@ -7,9 +7,13 @@ All of them compute the same update (Loshchilov & Hutter, https://arxiv.org/abs/
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
 and differ in where it is rounded: that decides whether 16-bit training lives.
+
+The learning-rate schedule: linear warm-up, then a cosine to a tenth of the peak.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.optim.adamw import adamw
@@ -177,3 +181,15 @@ def round_stochastically(value: torch.Tensor, generator: torch.Generator) -> tor
     rounded = ((bits + noise) & ~0xFFFF).view(torch.float32)
     near_limit = value.abs() >= torch.finfo(torch.bfloat16).max  # true for inf; nan is caught below
     return torch.where(near_limit | value.isnan(), value, rounded).bfloat16()
+
+
+FLOOR = 0.1
+"""Where the cosine ends, as a share of the peak."""
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """The rate of update ``step`` (1 to ``max_steps``). The first warm-up step is not 0."""
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -9,9 +9,9 @@ import torch
 
 from bench_cases.data.batches import Batches
 from harness.loop import LoopOptions, train
-from harness.parallel.share import WHOLE, Share, SummedShare
-from harness.parallel.share_of import share_of
-from harness.parallel.team import ALONE, Team
+from harness.parallel.choice import strategy_for
+from harness.parallel.context import SINGLE_PROCESS, DistributedContext
+from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy, SummedGradients
 from harness.precision import Precision
 from harness.settings import MAX_NORM, RunSettings
 from instrument.replay.recorder import OpRecorder
@@ -35,9 +35,9 @@ class Training:
     batches: Batches
     precision: Precision
     valid_vocab: int | None
-    team: Team = ALONE
-    share: Share = WHOLE
-    replayed: Share = WHOLE
+    team: DistributedContext = SINGLE_PROCESS
+    share: ParallelStrategy = NO_PARALLELISM
+    replayed: ParallelStrategy = NO_PARALLELISM
 
     @classmethod
     def prepare(
@@ -47,12 +47,12 @@ class Training:
         batches: Batches,
         precision: Precision,
         valid_vocab: int | None,
-        team: Team = ALONE,
+        team: DistributedContext = SINGLE_PROCESS,
     ) -> Training:
         """Put a freshly built model and its optimizer under the configuration."""
         model = precision.prepare(model)
         forward = torch.compile(model) if settings.compile else model
-        share = share_of(settings, team, model, forward, batches, precision)
+        share = strategy_for(settings, team, model, forward, batches, precision)
         optimizer = precision.make_optimizer(
             lr=settings.lr, weight_decay=settings.case.weight_decay, seed=share.seed(settings.seed)
         )
@@ -66,7 +66,7 @@ class Training:
             valid_vocab,
             team,
             share,
-            WHOLE if team.ranks.world == 1 else SummedShare(team, precision.parameters),
+            NO_PARALLELISM if team.ranks.world == 1 else SummedGradients(team, precision.parameters),
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from instrument.records import FirstNonfinite
+from instrument.results.schemas import FirstNonfinite
 from kernels import TensorStats, multi_tensor_stats
 
 SPELLED = {"state1": "exp_avg", "state2": "exp_avg_sq", "absmax1": "exp_avg", "absmax2": "exp_avg_sq"}

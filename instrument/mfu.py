@@ -18,9 +18,9 @@ from typing import Any
 
 import msgspec
 
-from instrument.flops.step_flops import StepFlops
+from instrument.flops.formula import StepFlops
 from instrument.gpus import known_card
-from instrument.records import StepRecord
+from instrument.results.schemas import StepRecord
 
 DENOMINATORS = ("mfu", "mfu_bf16_peak", "mfu_measured_peak")
 

@@ -4,23 +4,127 @@ The loop hands over tensors as it makes them (`forward`, `gradients`, `updated`)
 leaves device scalars, and `end_step` stacks them into one row of a ring buffer. The host reads
 the ring at the log points only, so nothing here waits for the GPU in between. The step of the
 first non-finite value is exact whatever the window, because every step has its own row.
+
+The duration of one step, measured without waiting for the device.
+
+When a finite loss counts as a divergence. Torch-free.
+
+One step as several processes measured it, each its own micro-batches, put together. Torch-free.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
 
 import torch
 
-from instrument.explosion import ExplosionDetector
 from instrument.finite import first_bad, first_of, float_states, prevailing, surfaced
-from instrument.rank_steps import MeasuredStep, together
-from instrument.records import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
-from instrument.step_clock import StepClock
+from instrument.results.schemas import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
 from instrument.watch.taps import ModuleTaps, TapReading
 from kernels import LogitStats, TensorStats
+
+
+class StepClock:
+    """Seconds of one step: CUDA events, read after the sync of the log point, or the host clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._start.record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._cuda:
+            self._stop.record()
+        else:
+            self._stop = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._start.elapsed_time(self._stop) / 1e3 if self._cuda else self._stop - self._start
+
+
+MEDIAN_STEPS, EXPLOSION_FACTOR, EXPLOSION_STEPS = 50, 1.5, 100
+
+
+class ExplosionDetector:
+    """The loss explodes when its rolling median over 50 steps stays above 1.5 times the first loss
+    for 100 steps after warm-up."""
+
+    def __init__(self, warmup_steps: int) -> None:
+        self._warmup_steps = warmup_steps
+        self._recent: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._first: float | None = None
+        self._above = 0
+
+    def exploded(self, step: int, loss: float) -> bool:
+        """Take one finite or non-finite loss; True at the step that completes the condition."""
+        self._first = loss if self._first is None else self._first
+        self._recent.append(loss)
+        if step <= self._warmup_steps or len(self._recent) < MEDIAN_STEPS:
+            return False
+        self._median = median(self._recent)
+        self._above = self._above + 1 if self._median > EXPLOSION_FACTOR * self._first else 0
+        return self._above >= EXPLOSION_STEPS
+
+    def describe(self) -> str:
+        """The condition in words."""
+        return (
+            f"rolling median loss {self._median:.4g} above {EXPLOSION_FACTOR} times the first loss "
+            f"{self._first:.4g} for {EXPLOSION_STEPS} steps"
+        )
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A step's ring row (`instrument.step_meter.COLUMNS`), its logit statistics by micro-batch, and what the host
+    knows. ``world``: how many processes it is of."""
+
+    row: dict[str, float]
+    logits: list[dict[str, Any]]
+    step_time_s: float
+    allocated_bytes: int | None
+    world: int = 1
+
+    def rank_of(self, microbatch: int | None) -> int | None:
+        """The process that ran a micro-batch; None for a single one."""
+        return microbatch // (len(self.logits) // self.world) if self.world > 1 and microbatch is not None else None
+
+
+def together(measured: Sequence[MeasuredStep]) -> tuple[MeasuredStep, dict[str, int | None]]:
+    """The step of all ranks from that of each, and which rank shows a non-finite gradient, state or parameter
+    (``grad``, ``state``, ``param``): None where all do, as behind a sum over ranks. Micro-batches were dealt in
+    equal blocks."""
+    if len(measured) == 1:
+        return measured[0], dict.fromkeys(("grad", "state", "param"))
+    rows, per_rank = [m.row for m in measured], len(measured[0].logits)
+    row = dict(rows[0])  # what comes behind the sum of gradients is everybody's
+    row["loss"] = sum(r["loss"] for r in rows)
+    row["loss_microbatch"] = min(
+        (rank * per_rank + r["loss_microbatch"] for rank, r in enumerate(rows) if r["loss_microbatch"] >= 0), default=-1.0
+    )
+    found = {}
+    for kind in ("grad", "state", "param"):
+        index = min((r[f"{kind}_tensor"] for r in rows if r[f"{kind}_tensor"] >= 0), default=-1.0)
+        showing = [rank for rank, r in enumerate(rows) if r[f"{kind}_tensor"] == index >= 0]
+        row[f"{kind}_tensor"] = index
+        row[f"{kind}_nan"] = sum(rows[rank][f"{kind}_nan"] for rank in showing)
+        found[kind] = showing[0] if showing and len(showing) < len(rows) else None
+    return MeasuredStep(
+        row,
+        [slot for m in measured for slot in m.logits],
+        max(m.step_time_s for m in measured),
+        max((m.allocated_bytes for m in measured if m.allocated_bytes is not None), default=None),
+        len(measured),
+    ), found
+
 
 COLUMNS = (
     "loss",

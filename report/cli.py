@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instrument.closed_pipe import reader_may_leave
-from instrument.count import count
-from instrument.refused_by_the_disk import sentence_of
+from instrument.words import count, sentence_of
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
@@ -36,7 +35,7 @@ def _main(options: argparse.Namespace) -> int:
         print("interrupted: give the same command again", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from bench_cases.packages import missing_package
+        from bench_cases.lookup import missing_package
         from report.words import printable
 
         code = _exit_code(error)
@@ -205,7 +204,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from report.bench import bench_command
+    from benchmarks.report.command import bench_command
 
     return bench_command(options)
 
@@ -242,7 +241,7 @@ def _common(paths: list[Path]) -> Path:
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a person can mend; None for a defect of ours."""
-    from bench_cases.packages import missing_package
+    from bench_cases.lookup import missing_package
 
     if missing_package(error):
         return ENVIRONMENT

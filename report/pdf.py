@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from instrument.files import replace
+from instrument.results.files import replace
 
 
 class PdfUnavailable(RuntimeError):

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable
 
 from bench_cases import CASES
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.plots.text import clean
 
 LONGEST_WORD = 400

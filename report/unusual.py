@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench_cases import PRESETS
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.plots.text import clean
 
 SIZES = ("batch_size", "micro_batch", "seq_len", "max_steps", "documents", "validation_documents", "threads")

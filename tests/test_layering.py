@@ -14,10 +14,10 @@ def modules_after(statement: str, *watched: str) -> list[str]:
 @pytest.mark.parametrize(
     "statement",
     [
-        "import instrument.records, instrument.log, instrument.explosion",
+        "import instrument.results.schemas, instrument.results.log",
         "import harness.cli, harness.settings",
         "import bench_cases.own, bench_cases.models, bench_cases.collate",
-        "import harness.stability, harness.listing",
+        "import harness.matrix.stability, harness.commands.list",
         "import kernels",
         "import bench_cases.data",
     ],

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import DataError, DataUnavailable
+from bench_cases.data.documents import DataError, DataUnavailable
 
 if TYPE_CHECKING:
-    from .tokenized import TokenizedData
+    from bench_cases.data.tokenized import TokenizedData
 
 __all__ = ["DataError", "DataUnavailable", "fingerprint", "load_data"]
 
@@ -42,7 +42,7 @@ def load_data(
 
     Raises DataError (bad content or arguments) and DataUnavailable (the hub cannot be reached).
     """
-    from .loading import Request, load
+    from bench_cases.data.loading import Request, load
 
     return load(
         Request(source, arch, task, text, tokenizer, flavour, max_documents, validation_documents, text_field, label_field),
@@ -56,7 +56,7 @@ def fingerprint(source: str, *, arch: str, task: str, **options: object) -> str:
     Of the file contents for folders and files, of the generator's version for ``embedded``, of
     repository, revision and number of documents for ``hub``. Same arguments as `load_data`.
     """
-    from .loading import Request, identity
+    from bench_cases.data.loading import Request, identity
 
     options.pop("cache_dir", None)
     return identity(Request(source, arch, task, **options))  # type: ignore[arg-type]

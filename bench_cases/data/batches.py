@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from bench_cases.collate import COLLATORS, Batch, Rows
-
-from .errors import DataError
-from .tokenized import TokenizedData
+from bench_cases.data.documents import DataError
+from bench_cases.data.tokenized import TokenizedData
 
 LOSS_REDUCTIONS = ("mean", "label_sum")
 # Streams of random numbers that must not meet: keys of the generators.

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import DataError
+from bench_cases.data.documents import DataError
 
 FORMAT = 1
 _STALE_S = 24 * 3600

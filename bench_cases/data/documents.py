@@ -1,4 +1,7 @@
-"""What every source hands over: documents with a split, in a corpus that knows its content hash."""
+"""What every source hands over: documents with a split, in a corpus that knows its content hash.
+
+The two ways in which data can fail; the command line maps each to its exit code.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +72,11 @@ def limit(documents: Sequence[Document], max_documents: int | None, validation_d
             taken[document.split] += 1
             kept.append(document)
     return kept
+
+
+class DataError(Exception):
+    """Bad content: the message names what was given, what is allowed and where (``file:line``)."""
+
+
+class DataUnavailable(Exception):
+    """The data exist somewhere else and cannot be reached; the message names the ways out."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import embedded_words as words
-from .documents import Corpus, Document, content_sha256
+from bench_cases.data import embedded_words as words
+from bench_cases.data.documents import Corpus, Document, content_sha256
 
 # Raise with any change of the output (a test holds the content hashes). Cached data are keyed by it,
 # so that a run that finds its data in the cache need not generate them again.

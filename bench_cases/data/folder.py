@@ -1,12 +1,175 @@
-"""A user's folder (``eurlex.jsonl[.gz]``, ``openwebtext.jsonl[.gz]``, tokenizer folders) or single file."""
+"""A user's folder (``eurlex.jsonl[.gz]``, ``openwebtext.jsonl[.gz]``, tokenizer folders) or single file.
+
+JSON Lines with an error for every way a line can be wrong, naming the file and the line.
+"""
 
 from __future__ import annotations
 
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, jsonl
-from .documents import Corpus
-from .errors import DataError
+from bench_cases.data import cache
+from bench_cases.data.documents import SPLITS, Corpus, DataError, Document, split_by_hash
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+_SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields of a line, and what it must have. ``labels`` None: text only."""
+
+    text: str = "text"
+    labels: str | None = None
+    id_required: bool = False
+
+
+def lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", object) for every line that is not blank."""
+    where = str(path)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if raw.strip():
+                    yield where, _object(raw, where, first=number == 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{where}: not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _object(raw: bytes, where: str, *, first: bool) -> dict:
+    try:
+        text = raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; only UTF-8 text is allowed"
+        ) from error
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a JSON {_kind(value)}; every line must be one JSON object")
+    return value
+
+
+def read(path: Path, fields: Fields) -> list[Document]:
+    """All documents of a file.
+
+    A file gives a split on every line or on none; without one, a tenth of the documents (by rank of
+    the hash of their ids, or of their texts where they have none) is the validation split.
+    """
+    documents: list[Document] = []
+    first_split: tuple[str, bool] | None = None
+    seen: dict[str, str] = {}
+    for where, line in lines(path):
+        text = _text(line, fields.text, where)
+        labels = () if fields.labels is None else _labels(line, fields.labels, where)
+        identifier = _identifier(line, fields, where)
+        if identifier in seen:
+            raise DataError(f"{where}: id {identifier!r} stands in {seen[identifier]} already; ids must differ")
+        if identifier:
+            seen[identifier] = where
+        split = _split(line, where)
+        if first_split is None:
+            first_split = (where, bool(split))
+        elif first_split[1] != bool(split):
+            raise DataError(
+                f"{where}: {'a' if split else 'no'} 'split', unlike {first_split[0]}; give it on every line or on none"
+            )
+        documents.append(Document(identifier, text, labels, split))
+    if not documents:
+        raise DataError(f"{path}: holds no documents; one JSON object a line is needed")
+    if not first_split[1]:
+        names = split_by_hash([d.id or d.text for d in documents], validation=0.1)
+        documents = [Document(d.id, d.text, d.labels, name) for d, name in zip(documents, names, strict=True)]
+    return documents
+
+
+def _field(line: dict, name: str, where: str) -> object:
+    if name not in line:
+        raise DataError(f"{where}: lacks the field {name!r}; it has {', '.join(map(repr, line)) or 'none'}")
+    return line[name]
+
+
+def _text(line: dict, name: str, where: str) -> str:
+    text = _field(line, name, where)
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {name!r} is a JSON {_kind(text)}; a string is needed")
+    if not text.strip():
+        raise DataError(f"{where}: empty document ({name!r} holds no text)")
+    return _encodable(text, name, where)
+
+
+def _labels(line: dict, name: str, where: str) -> tuple[str, ...]:
+    value = _field(line, name, where)
+    labels = [value] if isinstance(value, str) else value
+    if isinstance(labels, (int, float)) and not isinstance(labels, bool):
+        labels = [labels]
+    if not isinstance(labels, list):
+        raise DataError(f"{where}: {name!r} is a JSON {_kind(value)}; a list of strings or one string is needed")
+    for label in labels:
+        if not isinstance(label, str):
+            raise DataError(
+                f"{where}: label {json.dumps(label)} in {name!r} is a JSON {_kind(label)}; "
+                f'label ids are strings (write "{label}")'
+            )
+        if not label.strip():
+            raise DataError(f"{where}: empty label id in {name!r}")
+        _encodable(label, name, where)
+    if not labels:
+        raise DataError(f"{where}: document without labels ({name!r} is empty); at least one is needed")
+    return tuple(sorted(set(labels)))
+
+
+def _encodable(text: str, name: str, where: str) -> str:
+    r"""JSON can spell half a surrogate pair ("\ud800"), which no UTF-8 text holds."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {name!r} holds half a surrogate pair at character {error.start + 1}; only UTF-8 text is allowed"
+        ) from error
+    return text
+
+
+def _identifier(line: dict, fields: Fields, where: str) -> str:
+    value = _field(line, "id", where) if fields.id_required else line.get("id", "")
+    if isinstance(value, str) and (value or not fields.id_required):
+        return _encodable(value, "id", where)
+    if isinstance(value, int) and not isinstance(value, bool) and not fields.id_required:
+        return str(value)
+    raise DataError(f"{where}: 'id' is {json.dumps(value)}; a string is needed")
+
+
+def _split(line: dict, where: str) -> str:
+    value = line.get("split")
+    if value is None:
+        return ""
+    if not isinstance(value, str) or value not in _SPLIT_NAMES:
+        raise DataError(f"{where}: split {json.dumps(value)} is none of {', '.join(SPLITS)}")
+    return _SPLIT_NAMES[value]
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return kinds[type(value)]
+
 
 TEXTS = ("eurlex", "openwebtext")
 
@@ -15,18 +178,18 @@ def find(source: str, text: str) -> Path:
     """The file that holds ``text`` (``eurlex`` or ``openwebtext``) at ``source``."""
     path = Path(source).expanduser()
     if path.is_file():
-        if not path.name.endswith(jsonl.SUFFIXES):
-            raise DataError(f"--data {source}: a data file must end in {' or '.join(jsonl.SUFFIXES)}")
+        if not path.name.endswith(SUFFIXES):
+            raise DataError(f"--data {source}: a data file must end in {' or '.join(SUFFIXES)}")
         return path
     if not path.is_dir():
         raise DataError(
             f"--data {source}: no such folder or file; allowed are embedded, hub, hub:REPO, a folder, "
-            f"or a {' or '.join(jsonl.SUFFIXES)} file"
+            f"or a {' or '.join(SUFFIXES)} file"
         )
-    names = [text + suffix for suffix in jsonl.SUFFIXES]
+    names = [text + suffix for suffix in SUFFIXES]
     found = [path / name for name in names if (path / name).is_file()]
     if not found:
-        other = [t for t in TEXTS if t != text and any((path / (t + s)).is_file() for s in jsonl.SUFFIXES)]
+        other = [t for t in TEXTS if t != text and any((path / (t + s)).is_file() for s in SUFFIXES)]
         has = f"; it has {other[0]}, which serves other tasks" if other else ""
         raise DataError(f"--data {source}: the folder lacks {' or '.join(names)}{has}")
     if len(found) > 1:
@@ -56,8 +219,8 @@ def identity(path: Path, text: str, text_field: str, label_field: str) -> dict[s
 
 def corpus(path: Path, text: str, text_field: str, label_field: str, *, own_file: bool, file_sha256: str) -> Corpus:
     """``own_file``: a single file of the user, whose lines need no id."""
-    fields = jsonl.Fields(text_field, label_field if text == "eurlex" else None, id_required=text == "eurlex" and not own_file)
-    documents = jsonl.read(path, fields)
+    fields = Fields(text_field, label_field if text == "eurlex" else None, id_required=text == "eurlex" and not own_file)
+    documents = read(path, fields)
     if cache.file_sha256(path) != file_sha256:
         raise DataError(f"{path}: changed while it was read; try again when nothing writes to it")
     return Corpus(text, path.name, documents, file_sha256)

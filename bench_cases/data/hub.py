@@ -3,20 +3,58 @@
 Never a silent fallback: a hub that cannot be reached is an error that names the other sources. ``datasets``
 refuses repositories with loading scripts since version 4; the hub keeps a parquet copy of most of them on a
 branch of its own, which is tried second (same rows, same order).
+
+One quick question to the hub before a library that would retry for minutes starts.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from . import cache, hub_reach
-from .documents import SPLITS, Corpus, Document
-from .errors import DataError, DataUnavailable
+from bench_cases.data import cache
+from bench_cases.data.documents import SPLITS, Corpus, DataError, DataUnavailable, Document
+
+WAYS_OUT = "--data embedded needs no network, --data DIR takes a folder with eurlex.jsonl[.gz] and openwebtext.jsonl[.gz]"
+_TIMEOUT_S = 10.0
+
+
+def offline() -> bool:
+    """Whether the user told the hub's libraries to stay off the network (they may still have their own cache)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def commit_of(kind: str, name: str, revision: str) -> str | None:
+    """The commit that ``revision`` of a ``dataset`` or ``model`` repository names; None when offline by choice.
+
+    Raises DataError when the hub knows no such repository, DataUnavailable when it does not answer.
+    """
+    if offline():
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi()
+    try:
+        ask = api.dataset_info if kind == "dataset" else api.model_info
+        return ask(name, revision=revision, timeout=_TIMEOUT_S).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise DataError(f"the hub has no {kind} {name!r} with revision {revision!r}, or it is not public") from error
+    except Exception as error:  # httpx, OS and library errors alike mean: no answer
+        raise unavailable(name, error) from error
+
+
+def unavailable(name: str, error: Exception) -> DataUnavailable:
+    """The error for ``name``, with the first line of what went wrong and the ways out."""
+    lines = str(error).strip().splitlines()
+    why = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return DataUnavailable(f"{name!r} cannot be loaded from the hub ({why}); {WAYS_OUT}")
+
 
 PARQUET_BRANCH = "refs/convert/parquet"
 SHUFFLE_SEED, SHUFFLE_BUFFER = 20_240_517, 10_000
@@ -101,7 +139,7 @@ def corpus(wanted: Wanted, cache_dir: Path | None) -> Corpus:
 
 
 def _download(wanted: Wanted, work: Path) -> dict:
-    commit = None if wanted.local else hub_reach.commit("dataset", wanted.repository.name, wanted.revision)
+    commit = None if wanted.local else commit_of("dataset", wanted.repository.name, wanted.revision)
     read = _eurlex if wanted.text == "eurlex" else _openwebtext
     counts = dict.fromkeys(SPLITS, 0)
     excluded = 0
@@ -129,7 +167,7 @@ def _guarded(wanted: Wanted, documents: Iterable[Document]) -> Iterator[Document
     except (DataError, DataUnavailable, GeneratorExit):
         raise
     except Exception as error:
-        raise hub_reach.unavailable(wanted.repository.name, error) from error
+        raise unavailable(wanted.repository.name, error) from error
 
 
 def _first_that_loads(wanted: Wanted, load: Callable[..., object]) -> object:

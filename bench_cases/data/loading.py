@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from . import cache, folder, tokenized, tokenizer
-from .documents import Corpus, limit
-from .errors import DataError
-from .tokenizer import TokenizerSpec
+from bench_cases.data import cache, folder, tokenized, tokenizer
+from bench_cases.data.documents import Corpus, DataError, limit
+from bench_cases.data.tokenizer import TokenizerSpec
 
 EMBEDDED_VERSION = 2  # equal to embedded.VERSION (a test says so); the generator is imported only to build
 _TEXT_OF_TASK = {"clm": "openwebtext", "mlm": "openwebtext", "multi_cls": "eurlex", "single_cls": "eurlex"}
@@ -125,12 +124,12 @@ def _embedded(request: Request) -> Plan:
     corpus_identity = {"source": "embedded", "version": EMBEDDED_VERSION, "corpus": name, "numpy": version("numpy")}
 
     def corpus() -> Corpus:
-        from . import embedded
+        from bench_cases.data import embedded
 
         return embedded.corpus(name)
 
     def texts(built: Corpus) -> list[str]:
-        from . import embedded
+        from bench_cases.data import embedded
 
         # One vocabulary for both corpora, from a part of each: law and web models are the same size.
         law = built if name == "law" else embedded.corpus("law")
@@ -166,7 +165,7 @@ def _folder(request: Request) -> Plan:
 
 
 def _hub(request: Request, cache_dir: Path | None) -> Plan:
-    from . import hub
+    from bench_cases.data import hub
 
     wanted = hub.Wanted.parse(request.source, request.kind, request.max_documents, request.validation_documents)
     corpus_identity = wanted.identity()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .documents import SPLITS, Corpus
-from .errors import DataError
-from .tokenizer import SpecialTokens, Tokenizer
+from bench_cases.data.documents import SPLITS, Corpus, DataError
+from bench_cases.data.tokenizer import SpecialTokens, Tokenizer
 
 ARRAYS = ("tokens", "offsets", "labels", "label_offsets", "split", "classes")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import hub_reach
-from .errors import DataError
+from bench_cases.data import hub
+from bench_cases.data.documents import DataError
 
 # Special tokens of a trained BPE, in id order (RoBERTa's pad id is 1).
 FLAVOURS = {"gpt2": ("<|endoftext|>", "<|pad|>"), "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
@@ -191,13 +191,13 @@ def _from_library(spec: TokenizerSpec):
         if spec.kind == "folder":
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(f"tokenizer folder {spec.id} cannot be loaded: {line}") from error
-        if hub_reach.offline():
-            raise hub_reach.unavailable(spec.id, error) from error
-    hub_reach.commit("model", spec.id, "main")
+        if hub.offline():
+            raise hub.unavailable(spec.id, error) from error
+    hub.commit_of("model", spec.id, "main")
     try:
         return AutoTokenizer.from_pretrained(spec.id, trust_remote_code=False)
     except Exception as error:
-        raise hub_reach.unavailable(spec.id, error) from error
+        raise hub.unavailable(spec.id, error) from error
 
 
 def keep(tokenizer: Tokenizer, folder: Path) -> None:

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.run_folder import OutputError
 from harness.settings import SettingsError
-from instrument.files import replace
+from instrument.results.files import replace
+from instrument.results.folder import OutputError
 
 NAME, SCHEMA = "campaign.json", 1
 CHANGEABLE = ("skip", "price_per_hour")

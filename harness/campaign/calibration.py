@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench_cases import DTYPE_CONFIGS
 from harness.campaign.plan import Cost, Variant
-from harness.run_folder import finished_runs
-from instrument.records import RunRecord
+from instrument.results.folder import finished_runs
+from instrument.results.schemas import RunRecord
 
 STEPS = 8
 FOLDER = Path("campaign") / "calibration"

@@ -16,9 +16,9 @@ from harness.campaign.calibration import calibrated, spread
 from harness.campaign.plan import Block, Plan, make_plan
 from harness.campaign.stages import FOLDER, LEAST_S, SHARES, Stage
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
-from harness.run_folder import finished_runs
-from harness.signals import Stop
-from instrument.files import replace
+from harness.run.signals import Stop
+from instrument.results.files import replace
+from instrument.results.folder import finished_runs
 
 GRACE_S = {"cpu": 20.0, "cuda": 45.0}
 """For a run that was asked to stop to write its checkpoint."""

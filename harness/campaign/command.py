@@ -18,8 +18,8 @@ from harness.campaign.call import Campaign
 from harness.campaign.plan import Cost, make_plan
 from harness.campaign.stages import SHARES, kept_for_fit_s
 from harness.exit_codes import OK
-from harness.run_folder import OutputError, require_writable
-from harness.signals import Stop
+from harness.run.signals import Stop
+from instrument.results.folder import OutputError, require_writable
 
 ASKED = (
     "preset",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from harness.campaign.book import NAME
 from harness.campaign.stages import FOLDER
-from instrument.count import count
-from instrument.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
+from instrument.results.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
+from instrument.words import count
 
 LIMIT_BYTES = 15_000_000
 LARGEST_TRACE_BYTES = 6_000_000

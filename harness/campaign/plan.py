@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from harness.settings import SettingsError
-from instrument.count import count
+from instrument.words import count
 
 CASE_ORDER = (
     "gpt2_multi_cls",

@@ -95,7 +95,7 @@ def _fetch(settings) -> None:
     """What comes from the hub is fetched before anything else: a hub that does not answer ends the campaign in its first
     minute, with the ways out. Files are read by the runs."""
     from bench_cases.models import build_model
-    from harness.run import load_run_data, model_request
+    from harness.run.execute import load_run_data, model_request
 
     if settings.data.startswith("hub"):
         data = load_run_data(settings)
@@ -105,8 +105,8 @@ def _fetch(settings) -> None:
 
 def _require_datasets(data: str) -> None:
     """Raise `DataUnavailable` where the hub is asked for without its library: now, and not in the calibration."""
-    from bench_cases.data.errors import DataUnavailable
-    from bench_cases.data.hub_reach import WAYS_OUT
+    from bench_cases.data.documents import DataUnavailable
+    from bench_cases.data.hub import WAYS_OUT
 
     if data.startswith("hub") and find_spec("datasets") is None:
         raise DataUnavailable(f"--data {data} needs the package datasets, which is not installed; {WAYS_OUT}")
@@ -138,7 +138,7 @@ def _estimate(label: str, config: str, settings) -> dict[str, Any]:
     """As `case --dry-run` estimates it; null seconds where it cannot."""
     from pathlib import Path
 
-    from harness.estimate import estimate
+    from harness.estimate.command import estimate
 
     found = estimate(settings, Path("results"))
     time, memory = found["time"] or {}, found["memory"] or {}

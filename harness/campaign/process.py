@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from harness.signals import Stop
-from instrument.files import make_folder
+from harness.run.signals import Stop
+from instrument.results.files import make_folder
 
 POLL_S, BEAT_S = 0.1, 5.0
 PR_SET_PDEATHSIG = 1

@@ -8,10 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness.campaign.arguments import OPS
 from harness.campaign.calibration import FOLDER as CALIBRATION
 from harness.campaign.calibration import STEPS, representatives
 from harness.campaign.plan import Plan, Variant
+from harness.options import OPS
 
 FOLDER = "campaign"
 """In the results folder: logs of the stages, parts of their output, the calibration's own results folder."""

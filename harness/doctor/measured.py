@@ -1,5 +1,6 @@
 """The measured rates in ``machine.json``: put there by ``doctor --measure``, read by every run for its
-``mfu_measured_peak``. They hold for the machine that they were measured on, and for no other."""
+``mfu_measured_peak``. They hold for the machine that they were measured on, and for no other.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.run_folder import OutputError, require_writable
-from instrument.count import count
-from instrument.files import replace
+from instrument.results.files import replace
+from instrument.results.folder import OutputError, require_writable
+from instrument.words import count
 
 IDENTITY = ("cpu", "gpu")
 BUSY_FRAC = 0.1

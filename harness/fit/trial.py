@@ -1,5 +1,6 @@
 """A few steps at one batch size, in a process that does nothing else. Preloaded by the fork server: importing this imports
-torch and the models, and initialises nothing."""
+torch and the models, and initialises nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import transformers.models.roberta.modeling_roberta  # noqa: F401  (paid here, o
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model
 from harness.precision import Precision, Unsupported
-from harness.run import load_run_data, make_batches, model_request
+from harness.run.execute import load_run_data, make_batches, model_request
 from harness.settings import RunSettings
 from harness.training import Training
 

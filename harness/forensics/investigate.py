@@ -3,12 +3,17 @@
 Three passes. The first runs from the snapshot to the failure with every module measured at every
 step: it gives the history, and whether the same failure comes again. The second records the failed
 step's ops and names the culprit (`instrument.replay`). The third profiles it.
+
+The phases of a step as slices of a profiler trace, by listening to the loop's own calls.
+
+A failure in one sentence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +25,120 @@ from harness.forensics.evidence import (
     kernel_rows,
     operand_records,
     output_record,
+    save_operands,
 )
-from harness.forensics.phase_trace import PhaseTrace
-from harness.forensics.repro import save_operands
-from harness.forensics.words import sentence
-from harness.parallel.first_producer import first_of_all, of_this_rank
+from harness.parallel.failure_location import first_of_all, of_this_rank
 from harness.training import Training
-from instrument.files import replace
-from instrument.forensics_record import ForensicsRecord
-from instrument.records import FirstNonfinite, StepRecord
+from instrument.replay.diagnosis import SUM_OVER_RANKS
 from instrument.replay.examine import Examination, completed, examine
 from instrument.replay.snapshot import Snapshot
+from instrument.results.files import replace
+from instrument.results.forensics import ForensicsRecord
+from instrument.results.schemas import FirstNonfinite, StepRecord
 from instrument.step_meter import Divergence, Reading
-from instrument.trace.magnitudes import ModuleMagnitudes, flows_from
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
-from instrument.trace.window import TraceWindow
+from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 from instrument.watch.taps import ModuleTaps, TapReading
+
+
+class PhaseTrace:
+    """Wraps a training's precision and meter for one traced step: the loop itself knows nothing of it."""
+
+    def __init__(self, trace: TraceWindow, step: int) -> None:
+        self._trace, self._step = trace, step
+
+    def enter(self, phase: str | None) -> None:
+        """End the phase that is open and begin another (None: none)."""
+        self._trace.enter(phase, self._step)
+
+    @contextmanager
+    def of(self, training: Training) -> Iterator[None]:
+        """Trace the phases of what ``training`` runs inside."""
+        precision = training.precision
+        marks = {"forward": "forward", "measure_gradients": "unscale", "clip": "clip", "update": "optimizer"}
+        for name, phase in marks.items():
+            setattr(precision, name, self._entering(phase, getattr(precision, name)))
+        make_meter = training.meter
+
+        def meter(*args, **kwargs):
+            made = make_meter(*args, **kwargs)
+            made.next_logits = self._entering("loss", made.next_logits)
+            made.add_loss = self._then("backward", made.add_loss)
+            made.updated = self._entering(None, made.updated)
+            return made
+
+        training.meter = meter
+        try:
+            yield
+        finally:
+            self.enter(None)
+            del training.meter
+            for name in marks:
+                delattr(precision, name)
+
+    def _entering(self, phase: str | None, call):
+        def wrapped(*args, **kwargs):
+            self.enter(phase)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    def _then(self, phase: str, call):
+        def wrapped(*args, **kwargs):
+            out = call(*args, **kwargs)
+            self.enter(phase)
+            return out
+
+        return wrapped
+
+
+KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+
+
+def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: int | None, spread: int) -> str:
+    """Step, micro-batch, phase, module, op, what happened, and what led to it."""
+    where = [f"step {first.step}"]
+    ranks = (first.replay or {}).get("ranks", [first.rank] if first.rank is not None else [])
+    if ranks:
+        where.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}")
+    if first.microbatch is not None:
+        where.append(f"micro-batch {first.microbatch}")
+    where.append(first.phase)
+    parameter = found.parameter if found else None
+    if parameter and first.tensor not in ("output",):
+        where.append(f"{first.tensor} of {parameter}")
+    elif first.module is not None:
+        where.append(first.module or "the model's own forward")
+    if first.op:
+        where.append(first.op)
+    what = {"output": "output", "grad": "gradient"}.get(first.tensor, first.tensor)
+    words = f"{', '.join(where)}: {what} is {KIND_WORDS[first.kind]}" + (f" in {first.dtype}" if first.dtype else "")
+    if found is None:
+        return words + "; a replay from the snapshot did not fail the same way, so the op is not known"
+    n = found.culprit.alike
+    alike = f"; {n:,} more {'fails' if n == 1 else 'fail'} likewise" if n else ""
+    spread_words = f", first of {spread} modules it spread to" if spread > 1 else ""
+    return words + _why(first, found, headroom_since) + spread_words + alike
+
+
+def _why(first: FirstNonfinite, found: Examination, headroom_since: int | None) -> str:
+    diagnosis = found.diagnosis
+    if first.op == SUM_OVER_RANKS:
+        return ": finite on every rank, and not in their sum"
+    if first.cause == "underflow_then_divide":
+        source = f" from {first.source_tensor}" if first.source_tensor else ""
+        zeros = f" in {diagnosis.zero_denominators:,} of {diagnosis.numel:,} elements" if diagnosis else ""
+        return f", its denominator{source} underflowed to 0{zeros}; nothing overflowed"
+    if first.cause == "from_input":
+        return ", it came in from outside the step"
+    largest = f", largest input {first.input_absmax:.3g}" if first.input_absmax is not None else ""
+    if first.cause == "overflow":
+        exact = f" (float64: {diagnosis.exact_absmax:.3g})" if diagnosis and diagnosis.exact_absmax else ""
+        bits = f", {first.headroom_bits:.1f} bits of headroom left" if first.headroom_bits is not None else ""
+        since = f" since step {headroom_since}" if headroom_since is not None and bits else ""
+        return f": overflow{exact}{largest}{bits}{since}"
+    return f": an invalid operation{largest}"
+
 
 CUDA_TOLERANCE = 1e-3
 """Relative difference of loss and gradient norm that still counts as the same failure on CUDA, where sums in

@@ -13,14 +13,14 @@ from bench_cases import Case, DtypeConfig
 from bench_cases.data import fingerprint
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model, weights_sha256
-from harness.forensics.failures import RebuildError
+from harness.forensics.stored import RebuildError
 from harness.planning import choose_device, data_options, sources_fingerprint
 from harness.precision import Precision
-from harness.run import load_run_data, make_batches, model_request
+from harness.run.execute import load_run_data, make_batches, model_request
 from harness.settings import RunSettings
 from harness.training import Training
 from instrument.environment import capture
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 SAME_ENVIRONMENT = ("torch_version", "gpu", "cpu", "cpu_capability")
 """What of a record's ``env`` decides whether the same settings give the same bits."""

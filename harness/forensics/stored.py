@@ -2,6 +2,8 @@
 
 ``tensors.safetensors`` holds weights (tied ones once), buffers, optimizer states and random states;
 ``snapshot.json`` the rest and a checksum. Never a pickle: reading a result must not run code.
+
+Why a finished run cannot be taken up again. Torch-free, so that the command line can name them.
 """
 
 from __future__ import annotations
@@ -15,10 +17,22 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from harness.forensics.failures import NothingToReplay, SnapshotError
 from harness.training import Training
-from instrument.files import placing_folder, remove_folder
 from instrument.replay.snapshot import NamedState, Snapshot
+from instrument.results.files import placing_folder, remove_folder
+
+
+class NothingToReplay(Exception):
+    """A run that did not fail, or that kept nothing to replay its failure from."""
+
+
+class SnapshotError(Exception):
+    """A stored snapshot that is damaged or of another run."""
+
+
+class RebuildError(Exception):
+    """A run that cannot be made again here; says what differs."""
+
 
 SCHEMA = 2
 """2: the facts have a checksum of their own."""
@@ -95,7 +109,7 @@ def load(run_folder: Path, training: Training) -> Snapshot:
 
 
 def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, Any] | None = None) -> None:
-    """Write a state, and ``more`` plain facts with it, into an empty folder that `instrument.files` places."""
+    """Write a state, and ``more`` plain facts with it, into an empty folder that `instrument.results.files` places."""
     save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / TENSORS)
     (folder / TENSORS).chmod(0o644)  # as every other result file; safetensors lets the owner alone read
     with (folder / TENSORS).open("rb") as file:

@@ -11,18 +11,16 @@ from typing import NoReturn
 
 import torch
 
-from harness.budget import Budget
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
-from harness.parallel.joined import joined
+from harness.matrix.budget import Budget, ending_in_time, refuse_too_little
+from harness.parallel.context import RankFailed
+from harness.parallel.process_group import StopTogether, joined
 from harness.parallel.ranks import Ranks
 from harness.parallel.scratch import folder_of
-from harness.parallel.stop_together import StopTogether
-from harness.parallel.team import RankFailed
-from harness.run import execute
+from harness.run.execute import execute
+from harness.run.terminal import CaseScreen
 from harness.settings import RunSettings
-from harness.spending import ending_in_time, refuse_too_little
-from harness.terminal import CaseScreen
-from instrument.records import encode
+from instrument.results.schemas import encode
 
 
 def run_rank(

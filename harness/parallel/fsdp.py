@@ -3,36 +3,156 @@
 The optimizer sees the slices as plain tensors, so that every implementation that works element by element is the
 same as on whole tensors; statistics of gradients are put together over the ranks before anything is decided by them.
 What needs a whole tensor is refused, with the reason; a checkpoint has whole ones (`whole_state`).
+
+Statistics of tensors of which every rank has a slice: one exchange, no host sync.
+
+The state of a sharded run as one process would have it: put together for a checkpoint, and taken apart again.
+
+A tensor at a time goes through a rank's device, and only rank 0 keeps what it gets. Random states are every rank's own:
+rank 0's have the names that one process uses, the others' begin with ``random/rank<n>/``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from harness.parallel.share import Micro, Share
-from harness.parallel.stats_of_slices import over_ranks
-from harness.parallel.team import Team
-from harness.parallel.whole_state import SlicedModel, put_together, taken_apart
+from harness.parallel.context import DistributedContext
+from harness.parallel.strategy import Micro, ParallelStrategy
 from harness.precision import Precision, Unsupported
 from instrument.replay.snapshot import NamedState, Snapshot
+from kernels import TensorStats
+from kernels.multi_tensor_stats.stats import ABSMAX, FIRST_NONFINITE, FOUND_INF_F32, NAN, NORM, NOT_COUNTED, NUMEL, SUMSQ
+
+NOBODY = torch.iinfo(torch.int64).max
+
+
+def over_ranks(mine: TensorStats) -> TensorStats:
+    """The statistics of the whole tensors from those of this rank's slices, the same on every rank."""
+    world = dist.get_world_size()
+    gathered = torch.empty((world, *mine.words.shape), dtype=torch.int64, device=mine.words.device)
+    dist.all_gather(list(gathered.unbind()), mine.words.contiguous())
+    words = gathered[0].clone()
+    floats, all_floats = words.view(torch.float64), gathered.view(torch.float64)
+    floats[:, SUMSQ] = all_floats[..., SUMSQ].sum(0)
+    floats[:, NORM] = floats[:, SUMSQ].sqrt()
+    floats[:, ABSMAX] = all_floats[..., ABSMAX].amax(0)
+    counts = slice(NAN, NUMEL + 1)  # NaN, infinities, zeros, what fp16 would flush, elements
+    words[:, counts] = torch.where(words[:, counts] == NOT_COUNTED, NOT_COUNTED, gathered[..., counts].sum(0))
+    firsts = gathered[:, -1, FIRST_NONFINITE]
+    first = torch.where(firsts < 0, NOBODY, firsts).amin()
+    words[-1, FIRST_NONFINITE] = torch.where(first == NOBODY, -1, first)
+    found = gathered.view(torch.float32)[:, -1, FOUND_INF_F32]
+    words.view(torch.float32)[-1, FOUND_INF_F32] = found.amax()
+    return TensorStats(words)
+
+
+RANDOM = "random/"
+
+
+class SlicedModel(nn.Module):
+    """``model`` with this rank's ``slices`` in place of its parameters, by their names: what a `Snapshot` looks at."""
+
+    def __init__(self, model: nn.Module, slices: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.model, self._slices = model, slices
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._slices.items()
+
+    def named_buffers(self, *args, **kwargs) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_buffers(*args, **kwargs)
+
+
+@torch.no_grad()
+def gather_full_state(mine: NamedState, sharded: Mapping[str, DTensor], team: DistributedContext) -> NamedState | None:
+    """The whole state, on rank 0, from the slices that each rank has of it; None on the others. ``sharded``: the model's
+    parameters. All ranks call it; raises `RanksDiffer` where they have other states or other single numbers, `ValueError`
+    for a state that is neither a slice like its parameter's nor a single number."""
+    parts = {name: part for name, part in mine.tensors.items() if not name.startswith(RANDOM)}
+    alike = [(name, None if part.ndim else part.item()) for name, part in parts.items()], mine.scaler
+    team.same("names and counters of the states", hashlib.sha256(repr(alike).encode()).hexdigest())
+    tensors = {}
+    for name, part in parts.items():
+        team.moved()
+        like = _parameter_of(name, sharded)
+        if like is not None and _is_slice(name, part, like.to_local().shape):
+            part = _whole(part, like)
+        if team.ranks.is_first:
+            tensors[name] = part.cpu()
+    told = team.gather({name: state for name, state in mine.tensors.items() if name.startswith(RANDOM)})
+    for rank, theirs in enumerate(told):
+        tensors |= {f"{_random_of(rank)}{name.removeprefix(RANDOM)}": state for name, state in theirs.items()}
+    return replace(mine, tensors=tensors) if team.ranks.is_first else None
+
+
+@torch.no_grad()
+def shard_state(state: NamedState, sharded: Mapping[str, DTensor], rank: int) -> NamedState:
+    """This rank's slices of a whole state, in host memory, and its random states; raises `ValueError` when it is not
+    one of this model on so many ranks."""
+    tensors = {}
+    for name, value in state.tensors.items():
+        if not name.startswith(RANDOM):
+            like = _parameter_of(name, sharded)
+            cut = like is not None and _is_slice(name, value, like.shape)
+            tensors[name] = _slice(value, like) if cut else value
+    own = {
+        name.removeprefix(_random_of(rank)): value
+        for name, value in state.tensors.items()
+        if name.startswith(_random_of(rank)) and (rank or not name.startswith(f"{RANDOM}rank"))
+    }
+    if not own:
+        raise ValueError(f"the stored state has no random states of rank {rank}")
+    return replace(state, tensors=tensors | {RANDOM + name: value for name, value in own.items()})
+
+
+def _whole(part: torch.Tensor, like: DTensor) -> torch.Tensor:
+    return DTensor.from_local(
+        part.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def _slice(value: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """Without talking to another rank."""
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local().cpu()
+
+
+def _parameter_of(name: str, sharded: Mapping[str, DTensor]) -> DTensor | None:
+    """The parameter that ``model/NAME`` or ``optimizer/NAME/KEY`` belongs to; None for a buffer."""
+    kind, _, rest = name.partition("/")
+    return sharded.get(rest if kind == "model" else rest.rpartition("/")[0])
+
+
+def _is_slice(name: str, value: torch.Tensor, expected: torch.Size) -> bool:
+    """Whether it has an element for each of its parameter's, or else is one number, the same on all ranks."""
+    if value.ndim and value.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(value.shape)} where its parameter has {tuple(expected)}")
+    return value.ndim > 0
+
+
+def _random_of(rank: int) -> str:
+    return f"{RANDOM}rank{rank}/" if rank else RANDOM
+
 
 NEEDS_WHOLE = {"8bit": "8-bit states are quantised in blocks of a whole tensor, and slices would have other blocks"}
 
 
-class FsdpShare(Share):
+class FsdpStrategy(ParallelStrategy):
     """Trained through a sharded model: snapshots in memory and replays, which need whole states, are not made."""
 
     keeps_state = False
     deals_evaluations = False
     """Every forward pass gathers weights from all ranks: all run all batches."""
 
-    def __init__(self, team: Team, model: nn.Module, slices: Sequence[nn.Parameter]) -> None:
+    def __init__(self, team: DistributedContext, model: nn.Module, slices: Sequence[nn.Parameter]) -> None:
         super().__init__(team)
         self._model = model
         self._sharded = dict(model.named_parameters())
@@ -73,13 +193,13 @@ class FsdpShare(Share):
     def state(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
     ) -> NamedState | None:
-        return put_together(Snapshot(step, self._sliced, optimizer, scaler).named(), self._sharded, self.team)
+        return gather_full_state(Snapshot(step, self._sliced, optimizer, scaler).named(), self._sharded, self.team)
 
     def restore(
         self, state: NamedState, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
     ) -> None:
         """This rank's slices of it."""
-        mine = taken_apart(state, self._sharded, self.team.ranks.rank)
+        mine = shard_state(state, self._sharded, self.team.ranks.rank)
         Snapshot.from_named(mine, self._sliced, optimizer, scaler).restore()
 
     def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
@@ -93,7 +213,7 @@ class FsdpShare(Share):
         return {"optimizer_states": dtypes, "exp_avg_sq_zero_frac": zeros / total if total else None}
 
 
-def fsdp_share(team: Team, model: nn.Module, precision: Precision) -> FsdpShare:
+def fsdp_strategy(team: DistributedContext, model: nn.Module, precision: Precision) -> FsdpStrategy:
     """Shard a prepared model in place, its layers one by one, and give ``precision`` the slices to measure, clip and
     update. Raises `Unsupported` for a configuration that needs whole tensors."""
     config = precision.config
@@ -116,7 +236,7 @@ def fsdp_share(team: Team, model: nn.Module, precision: Precision) -> FsdpShare:
     precision.parameters, precision.over_ranks = slices, over_ranks
     if precision.scaler is not None:
         precision.scaler.measured, precision.scaler.over_ranks = slices, over_ranks
-    return FsdpShare(team, model, slices)
+    return FsdpStrategy(team, model, slices)
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:

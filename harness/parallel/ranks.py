@@ -1,11 +1,14 @@
-"""Which process of a run this one is, from what ``torchrun`` puts in the environment. Torch-free."""
+"""Which process of a run this one is, from what ``torchrun`` puts in the environment. Torch-free.
+
+A run's settings on several ranks: what fits together and what does not. Torch-free.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from harness.settings import SettingsError
+from harness.settings import RunSettings, SettingsError
 
 HOW = "torchrun --nproc-per-node N -m harness case ..."
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -61,3 +64,37 @@ def _number(name: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise SettingsError(f"{name} is {text!r} in the environment; it must be a whole number from {least}")
     return int(text)
+
+
+def on_ranks(settings: RunSettings, ranks: Ranks, asked: str | None) -> RunSettings:
+    """The settings of a run on ``ranks``; raises `SettingsError`. ``asked`` is ``--parallel``."""
+    if ranks.world == 1:
+        if asked is not None:
+            raise SettingsError(
+                f"--parallel {asked} is for a run on several GPUs, and this is one process: start it with `{HOW}`"
+            )
+        return settings
+    if settings.mtbf_s is not None:
+        raise SettingsError(
+            "--mtbf is chosen by each process' own clock, and a run on several GPUs writes its checkpoints "
+            "together: give --checkpoint-every N"
+        )
+    if asked == "fsdp":
+        for flag, given in (("--compile", settings.compile), ("--trace", settings.trace_steps)):
+            if given:
+                raise SettingsError(
+                    f"{flag} does not go with --parallel fsdp, where no rank has the whole state; use --parallel ddp"
+                )
+    micro_batches = settings.batch_size // settings.micro_batch
+    if micro_batches % ranks.world:
+        largest = settings.batch_size // ranks.world
+        how = (
+            f"give a --micro-batch that divides {largest}"
+            if settings.batch_size % ranks.world == 0
+            else f"give a --batch-size that {ranks.world} divides"
+        )
+        raise SettingsError(
+            f"{settings.batch_size} rows in micro-batches of {settings.micro_batch} make {micro_batches}, "
+            f"which cannot be dealt equally to {ranks.world} ranks; {how}"
+        )
+    return replace(settings, world=ranks.world, parallel=asked or "ddp")

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from harness import checkpoint
+from harness.parallel.context import DistributedContext
 from harness.parallel.ranks import Ranks
-from harness.parallel.team import Team
-from harness.resume import Resumption
-from instrument import files
+from harness.run import checkpoint_files
+from harness.run.resume import ResumeState
+from instrument.results import files
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
 
 
 def resumed_by_all(
-    team: Team, out: Path, run_id: str, find: Callable[[], tuple[Resumption | None, list[str]]]
-) -> tuple[Resumption | None, list[str]]:
-    """What rank 0 found to go on from (`harness.resume.find`), for every rank: its records as rank 0 read them, the
+    team: DistributedContext, out: Path, run_id: str, find: Callable[[], tuple[ResumeState | None, list[str]]]
+) -> tuple[ResumeState | None, list[str]]:
+    """What rank 0 found to go on from (`harness.run.resume.find`), for every rank: its records as rank 0 read them, the
     state from the checkpoint's own files, which all ranks must be able to read. Its tensors are mapped and not loaded: who
     needs a slice of each pays for that."""
     if team.ranks.world == 1:
@@ -40,5 +40,5 @@ def resumed_by_all(
     if told is None or team.ranks.is_first:
         return found, skipped
     folder, resumption, step = told
-    state, _ = checkpoint.read(folder / "runs" / run_id, run_id, step)
+    state, _ = checkpoint_files.read(folder / "runs" / run_id, run_id, step)
     return replace(resumption, state=state), skipped

@@ -1,27 +1,30 @@
-"""The fp32 runs of a case, what they predict for every narrower configuration, and what the runs beside them did."""
+"""The fp32 runs of a case, what they predict for every narrower configuration, and what the runs beside them did.
+
+``predictions/<case>.json``: what `predict` found, kept for the dossier.
+"""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from bench_cases import DtypeConfig
 from bench_cases.dtype_configs import DTYPE_CONFIGS
-from harness.inspect.locate import RunNotFound, RunUnreadable
 from harness.optimizer import BETAS
 from harness.precision import FIRST_LOSS_SCALE
-from harness.run_folder import finished_runs
 from harness.settings import MAX_NORM
-from instrument.log import read
-from instrument.prediction import FORMATS, Arithmetic, Hazard, Reference, end, hazards
-from instrument.prediction_outcome import Happened, Outcome, compare
-from instrument.records import RecordError, RunRecord, StepRecord
-from instrument.watch.headroom import HeadroomTable
-from instrument.watch.module_log import ModuleRecord
+from instrument.prediction import FORMATS, Arithmetic, Happened, Hazard, Outcome, Reference, compare, end, hazards
+from instrument.results.files import replace
+from instrument.results.folder import finished_runs
+from instrument.results.log import read
+from instrument.results.ranges import ModuleRecord
+from instrument.results.read import RunNotFound, RunUnreadable
+from instrument.results.schemas import RecordError, RunRecord, StepRecord
+from instrument.watch.modules import HeadroomTable
 
 REFERENCE = "fp32_true"
 
@@ -207,3 +210,17 @@ def _records(path: Path, kind: type) -> list:
         raise RunUnreadable(f"{path} is missing") from error
     except RecordError as error:
         raise RunUnreadable(str(error)) from error
+
+
+def store(found: Predictions, out: Path) -> None:
+    """Write one case's predictions."""
+    replace(out / "predictions" / f"{found.case}.json", msgspec.json.encode(found) + b"\n")
+
+
+def store_all(cases: Iterable[str], out: Path) -> None:
+    """Predict for every case that has an fp32 run; others have nothing to predict from."""
+    for case in cases:
+        try:
+            store(predictions(case, case, out), out)
+        except (RunNotFound, RunUnreadable):
+            continue

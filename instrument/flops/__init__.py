@@ -10,9 +10,17 @@ Causal attention counts in full, as PaLM's appendix B, nanoGPT, torchtitan and t
 figures mean. llm.c and FlashAttention count half; `StepFlops.causal_half` gives that figure.
 """
 
-from instrument.flops.closed_form import CLOSED_FORMS, Sizes, sizes_of
-from instrument.flops.length_polynomial import LengthPolynomial, RowFlops, fit
-from instrument.flops.step_flops import ProductDtypes, StepFlops, product_dtypes
+from instrument.flops.formula import (
+    CLOSED_FORMS,
+    LengthPolynomial,
+    ProductDtypes,
+    RowFlops,
+    Sizes,
+    StepFlops,
+    fit,
+    product_dtypes,
+    sizes_of,
+)
 
 __all__ = [
     "CLOSED_FORMS",

@@ -13,12 +13,11 @@ import msgspec
 import torch
 
 from instrument.finite import surfaced
-from instrument.records import FirstNonfinite
-from instrument.replay.diagnosis import Diagnosis, diagnose, divides, underflowed
+from instrument.replay.diagnosis import SUM_OVER_RANKS, Diagnosis, diagnose, divides, underflowed
 from instrument.replay.graph import Culprit, Node, StepGraph
-from instrument.replay.op_schema import SUM_OVER_RANKS
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
+from instrument.results.schemas import FirstNonfinite
 
 StepFunction = Callable[[int, OpRecorder | None], None]
 """Runs one whole step of training; the recorder, when there is one, is already recording."""

@@ -17,8 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from instrument.replay.graph import AFTER, Edge, Node, StepGraph
-from instrument.replay.op_schema import (
+from instrument.replay.diagnosis import (
     OVERWRITES,
     SUM_OVER_RANKS,
     UNINITIALISED,
@@ -31,8 +30,9 @@ from instrument.replay.op_schema import (
     pick_element,
     values_of,
 )
+from instrument.replay.graph import AFTER, Edge, Node, StepGraph
 from instrument.watch.modules import call_with_hooks
-from instrument.watch.scaler import wrap_unscale
+from instrument.watch.step_counters import wrap_unscale
 
 
 class OpRecorder(TorchDispatchMode):

@@ -13,12 +13,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from instrument.files import remove
-from instrument.log import JsonlLog, read
-from instrument.records import RecordError
+from instrument.results.files import remove
+from instrument.results.hardware import HardwareRecord, Mark
+from instrument.results.log import JsonlLog, read
+from instrument.results.schemas import RecordError
 from instrument.sampler.gpu import FIELDS, GpuSensors, company_unknown
 from instrument.sampler.host import HostSensors
-from instrument.sampler.record import HardwareRecord, Mark
 from instrument.sampler.summary import NO_GPU, summarize
 
 PERIOD_S = 0.5

@@ -1,8 +1,15 @@
-"""A model's modules: their names, their calls, and which of them are blocks and leaves."""
+"""A model's modules: their names, their calls, and which of them are blocks and leaves.
+
+Hooks that stay behind when what carries them is copied or pickled.
+
+How far every module's values stay from fp16's limits. Torch-free but for what it reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -60,3 +67,72 @@ def tensors_in(output: object) -> Iterator[torch.Tensor]:
     elif hasattr(output, "__dataclass_fields__"):
         for name in output.__dataclass_fields__:
             yield from tensors_in(getattr(output, name))
+
+
+class Hook:
+    """Calls ``call``; its copy does nothing: ``copy.deepcopy(model)`` (an average of weights) and
+    ``torch.save(model)`` take a module's hooks along, and with a plain method the whole watch."""
+
+    def __init__(self, call: Callable) -> None:
+        self._call = call
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return _left_behind, ()
+
+
+def _left_behind() -> Callable:
+    return _nothing
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """What a copied hook does."""
+
+
+FP16_MAX = 65_504.0
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """One module and direction over all steps read. ``bits``: log2(65,504 / absmax), negative beyond fp16's
+    range, null when all values were zero; ``flush_frac``: the largest share of nonzero values that fp16
+    would flush to zero, null where only the range was taken; ``step``: of the largest value."""
+
+    module: str
+    direction: str
+    absmax: float
+    bits: float | None
+    flush_frac: float | None
+    nonfinite: int
+    step: int
+
+
+class HeadroomTable:
+    """The running table behind `Watch.headroom`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, str, str], Headroom] = {}
+
+    def add(self, readings: Iterable) -> None:
+        """Take in `taps.TapReading`s."""
+        for r in readings:
+            key = (r.order, r.module, r.direction)
+            old = self._rows.get(key)
+            larger = old is None or r.absmax > old.absmax
+            absmax = r.absmax if larger else old.absmax
+            shares = [share for share in (r.flush_frac, old and old.flush_frac) if share is not None]
+            self._rows[key] = Headroom(
+                r.module,
+                r.direction,
+                absmax,
+                math.log2(FP16_MAX / absmax) if absmax else None,
+                max(shares, default=None),
+                r.nan + r.inf + (old.nonfinite if old else 0),
+                r.step if larger else old.step,
+            )
+
+    def rows(self) -> list[Headroom]:
+        """In the model's order, forward before backward."""
+        return [self._rows[key] for key in sorted(self._rows, key=lambda k: (k[0], k[2] == "bwd"))]

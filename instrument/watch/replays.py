@@ -12,8 +12,7 @@ import torch
 from instrument.replay.examine import Examination, examine
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
-from instrument.watch.step_row import StepRow
-from instrument.watch.surface import COLUMNS
+from instrument.watch.step_counters import COLUMNS, StepRow
 
 CUDA_TOLERANCE = 1e-3
 """Relative difference of a counter that still counts as the same on CUDA; on a CPU they must be equal."""

@@ -4,6 +4,8 @@ Blocks are measured at every step (largest value, non-finite counts), every leaf
 cadence (zeros and what fp16 would flush as well). Gradients are taken by tensor hooks on the
 outputs: full backward hooks never fire for modules that return a model output, and break on
 in-place residuals. Nothing waits for the device; reading is the caller's, at its log points.
+
+Module readings of several processes as one: each saw its own micro-batches. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,17 +13,42 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from instrument.replay.op_schema import is_dense
-from instrument.watch.hook import Hook
-from instrument.watch.modules import blocks, leaves, tensors_in
-from instrument.watch.rank_readings import merged
+from instrument.replay.diagnosis import is_dense
+from instrument.watch.modules import Hook, blocks, leaves, tensors_in
 from kernels import ActivationRing, activation_stats
+
+if TYPE_CHECKING:
+    pass
+
+
+def merged(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
+    """The largest ``absmax`` and ``flush_frac``, the sums of ``nan`` and ``inf``, by step, module and direction in
+    the first rank's order."""
+    if len(ranks) == 1:
+        return ranks[0]
+    together: dict[tuple[int, str, str], TapReading] = {}
+    for reading in (reading for readings in ranks for reading in readings):
+        key = reading.step, reading.module, reading.direction
+        earlier = together.get(key)
+        together[key] = (
+            reading
+            if earlier is None
+            else replace(
+                earlier,
+                absmax=max(earlier.absmax, reading.absmax),
+                nan=earlier.nan + reading.nan,
+                inf=earlier.inf + reading.inf,
+                flush_frac=max((r.flush_frac for r in (earlier, reading) if r.flush_frac is not None), default=None),
+            )
+        )
+    return list(together.values())
+
 
 GRANULARITIES = ("off", "block", "module")
 MEASURED = (torch.float32, torch.bfloat16, torch.float16)

@@ -21,15 +21,11 @@ import msgspec
 import torch
 
 from instrument.finite import surfaced
-from instrument.records import PHASES, EventRecord, FirstNonfinite
 from instrument.replay.examine import Examination, completed
-from instrument.watch.headroom import Headroom, HeadroomTable
-from instrument.watch.hook import Hook
-from instrument.watch.modules import tensors_in
+from instrument.results.schemas import PHASES, EventRecord, FirstNonfinite
+from instrument.watch.modules import Headroom, HeadroomTable, Hook, tensors_in
 from instrument.watch.replays import Replayed, Replays
-from instrument.watch.scaler import wrap_unscale
-from instrument.watch.step_row import StepRow
-from instrument.watch.surface import COLUMNS, Surface
+from instrument.watch.step_counters import COLUMNS, StepRow, Surface, wrap_unscale
 from instrument.watch.taps import ModuleTaps
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from instrument.count import count
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
+from instrument.words import count
 from report.errors import UsageError
 from report.load import Folder
 from report.tables import a_stability, b_efficiency, c_throughput

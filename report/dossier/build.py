@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from instrument.files import replace
+from instrument.results.files import replace
 from report.dossier.context import context
 from report.dossier.figures import draw_all
 from report.dossier.progress import Progress

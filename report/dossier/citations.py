@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.tables.columns import case_order, series_order
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from instrument.files import make_folder, replace
+from instrument.results.files import make_folder, replace
 from report.dossier.inline_svg import inline, standalone
 from report.plots.registry import DRAW
 from report.plots.style import theme

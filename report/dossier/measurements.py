@@ -8,7 +8,7 @@ from statistics import median
 
 import pandas as pd
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.dossier.citations import in_order
 from report.plots.text import clean, short
 from report.tables.kernel_time import IDLE

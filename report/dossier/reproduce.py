@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from instrument.count import count
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
+from instrument.words import count
 from report.dossier.citations import RowNumbers, in_order
 from report.plots.text import clean
 from report.spelled import spelled

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.dossier.citations import RowNumbers, in_order
 from report.plots.text import clean, short
 

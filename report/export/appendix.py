@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from instrument.files import make_folder, replace
+from instrument.results.files import make_folder, replace
 from report.export.latex import export as export_tables
 from report.export.tex import escape, identifier
 from report.load import Folder

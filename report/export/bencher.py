@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from instrument.files import replace
+from instrument.results.files import replace
 from report.load import Folder
 from report.tables import b_efficiency, c_throughput
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from instrument.files import replace
+from instrument.results.files import replace
 from report.export.tex import escape, identifier, tabular
 from report.hypotheses import judge
 from report.load import Folder

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 
 SCALARS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.hypotheses import judge
 from report.load import Folder
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.statistics.interval import NOTHING, Interval, mean_interval
 from report.tables.columns import case_order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.hypotheses.evidence_base import EvidenceBase, difference, ids, log_ratios
 from report.hypotheses.finding import Evidence, Finding, decide, finding, unanimous
 from report.load import Folder

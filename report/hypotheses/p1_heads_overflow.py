@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from instrument.count import count
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
+from instrument.words import count
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import Evidence, Finding, decide_count, finding, somewhere
 from report.statistics.interval import exponential, mean_interval

@@ -12,7 +12,7 @@ import numpy as np
 
 from bench_cases import Case, DtypeConfig
 from instrument.mfu import Peaks, figures
-from instrument.records import RunRecord, StepRecord
+from instrument.results.schemas import RunRecord, StepRecord
 
 SOURCE = "dtype-bench"
 UNTIMED_STEPS = 1

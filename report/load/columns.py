@@ -14,7 +14,7 @@ from typing import get_type_hints
 import msgspec
 import numpy as np
 
-from instrument.records import KINDS, SCHEMA, AnyRecord, Record, RecordError, decode
+from instrument.results.schemas import KINDS, SCHEMA, AnyRecord, Record, RecordError, decode
 from report.load.defect import Defect, defect
 from report.load.inside import link_on_the_way
 from report.load.packed import lines, stored

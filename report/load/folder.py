@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from instrument.count import count
-from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord
-from instrument.run_id import is_safe
-from instrument.sampler.record import HardwareRecord
+from instrument.results.hardware import HardwareRecord
+from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, is_safe
+from instrument.words import count
 from report.load.columns import read_columns, read_records
 from report.load.defect import Defect, NoResults, defect
 from report.load.marks import marks_of

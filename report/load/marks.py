@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 
 def marks_of(runs: Sequence[RunRecord]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from instrument.records import RunRecord, decode, encode
+from instrument.results.schemas import RunRecord, decode, encode
 from report.load.columns import UNREADABLE, checked, read_records
 from report.load.defect import Defect, defect
 from report.load.inside import link_on_the_way

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 
-from instrument.files import replace
+from instrument.results.files import replace
 
 FORMATS = ("svg", "png", "pdf", "eps")
 NO_DATES = {

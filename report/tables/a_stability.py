@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 from bench_cases import DTYPE_CONFIGS
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.statistics.interval import mean_interval
 from report.tables.caption import data_words

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.statistics.interval import NOTHING, mean_interval
 from report.tables.caption import data_words

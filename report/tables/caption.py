@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.words import count, shortened
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench_cases import CASES, DTYPE_CONFIGS, TASKS
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 TASK_COLUMNS = ("LM-Decoder", "LM-Encoder", "Cls-Multi", "Cls-Single")
 REFERENCE = "fp32_true"

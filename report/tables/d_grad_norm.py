@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from bench_cases import DTYPE_CONFIGS
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.errors import UsageError
 from report.load import Folder
 from report.statistics.rolling import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes

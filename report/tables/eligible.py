@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.tables.judgement import death_words
 from report.tables.selection import Selection

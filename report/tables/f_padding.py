@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.statistics.bootstrap import block_bootstrap, coefficient_of_variation
 from report.tables.caption import data_words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench_cases import DTYPE_CONFIGS
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 HASHES = {"init_sha256": "initial weights", "data_sha256": "batches"}
 MACHINE = {"gpu": "GPU", "torch_version": "torch", "cuda_version": "CUDA"}

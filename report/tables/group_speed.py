@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.tables.columns import REFERENCE, is_control, series_order
 from report.tables.fairness import unfair
 

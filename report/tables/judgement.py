@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.load import Folder
 from report.tables.columns import REFERENCE, is_lm
 from report.tables.fairness import unfair

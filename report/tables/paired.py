@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.statistics.interval import NOTHING, Interval, ratio_interval
 from report.tables.fairness import unfair
 

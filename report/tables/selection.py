@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from instrument.count import count
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
+from instrument.words import count
 from report.load import Folder
 from report.tables.columns import REFERENCE, column_of
 

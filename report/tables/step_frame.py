@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 IDENTITY = ("case", "dtype_config", "seed")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 BF16, MEASURED, TOKENS = "bf16 peak", "measured peak", "tokens/s"
 FIELD = {BF16: "mfu_bf16_peak", MEASURED: "mfu_measured_peak"}

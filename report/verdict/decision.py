@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.hypotheses import judge
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import NOT_DECIDED

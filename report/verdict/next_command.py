@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from bench_cases import CASES
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 from report.hypotheses.evidence_base import EvidenceBase
 from report.load import Folder
 from report.spelled import cases_option

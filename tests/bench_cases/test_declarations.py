@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, BadDeclaration, UnknownId, lookup
+from bench_cases.architectures import MLM
 from bench_cases.lookup import index
-from bench_cases.tasks import MLM
 
 
 def test_the_six_cases_and_the_label_sum_twins():

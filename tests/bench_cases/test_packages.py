@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench_cases.packages import missing_package
+from bench_cases.lookup import missing_package
 
 
 @pytest.mark.parametrize(

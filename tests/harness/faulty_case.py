@@ -12,7 +12,7 @@ import torch
 
 from bench_cases import CASES
 from bench_cases.transformers_models import build_transformers
-from harness.parallel import whole_state
+from harness.parallel import fsdp
 
 
 def build(request):
@@ -45,7 +45,7 @@ def build(request):
         return whole(part, like)
 
     if what == "kill in a checkpoint":
-        whole, whole_state._whole = whole_state._whole, gather
+        whole, fsdp._whole = fsdp._whole, gather
     encoder.register_forward_pre_hook(before, with_kwargs=True)
     if what == "overflow":
         encoder.h[1].mlp.register_forward_hook(behind_mlp)

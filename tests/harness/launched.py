@@ -14,10 +14,10 @@ import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.planning import plan_run
-from harness.run import load_run_data, make_batches
+from harness.run.execute import load_run_data, make_batches
 from harness.settings import Request
-from instrument.log import read
-from instrument.records import EvaluationRecord, RunRecord, StepRecord, decode
+from instrument.results.log import read
+from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord, decode
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

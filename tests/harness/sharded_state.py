@@ -13,14 +13,13 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from harness import checkpoint
-from harness.checkpoint import Progress
 from harness.optimizer import adamw_for
-from harness.parallel.fsdp import fsdp_share
-from harness.parallel.joined import joined
+from harness.parallel.context import RanksDiffer
+from harness.parallel.fsdp import fsdp_strategy, shard_state
+from harness.parallel.process_group import joined
 from harness.parallel.ranks import Ranks
-from harness.parallel.team import RanksDiffer
-from harness.parallel.whole_state import taken_apart
+from harness.run import checkpoint_files
+from harness.run.checkpoint_files import Progress
 
 CPU = torch.device("cpu")
 NOTHING = Progress(
@@ -47,7 +46,7 @@ def sharded(team, implementation, dtype, seed):
     """A sharded model, its share and its optimizer."""
     model = Small(seed).to(dtype)
     precision = SimpleNamespace(config=SimpleNamespace(optimizer=implementation, clip="fp32"), device=CPU, scaler=None)
-    share = fsdp_share(team, model, precision)
+    share = fsdp_strategy(team, model, precision)
     return (
         model,
         share,
@@ -85,10 +84,10 @@ def stored_and_put_back(team, folder, implementation, dtype):
     state, before = share.state(3, model, optimizer, None), mine(share, optimizer)
     assert (state is not None) == team.ranks.is_first
     if state is not None:
-        checkpoint.write(folder, implementation, state, NOTHING)
+        checkpoint_files.write(folder, implementation, state, NOTHING)
     told = team.gather({name: value for name, value in before.items() if value.ndim and name != "random"})
     assert [rank for rank, parts in enumerate(told) if not parts["model/layers.1.weight"].numel()] == [1]
-    stored, _ = checkpoint.read(folder, implementation, 3)
+    stored, _ = checkpoint_files.read(folder, implementation, 3)
     expected = {name: torch.cat([parts[name] for parts in told]) for name in before if name in told[0]}
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -128,9 +127,9 @@ def what_does_not_fit(team, stored, share):
     parts, rank = dict(share._sharded), team.ranks.rank
     other = copy.copy(stored)
     other.tensors["model/layers.0.bias"] = torch.zeros(4)
-    refused("model/layers.0.bias has shape (4,) where its parameter has (5,)", taken_apart, other, parts, rank)
+    refused("model/layers.0.bias has shape (4,) where its parameter has (5,)", shard_state, other, parts, rank)
     other.tensors.pop("model/layers.0.bias")
-    refused("no random states of rank 2", taken_apart, other, parts, 2)
+    refused("no random states of rank 2", shard_state, other, parts, 2)
     model, fresh, optimizer = sharded(team, "foreach", torch.float32, seed=3)
     refused("the stored state is of another model: layers.0.bias differs", fresh.restore, other, model, optimizer, None)
     train(model, fresh, optimizer, range(1, 2))

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from harness import attempt as attempt_module
-from harness import instruments, loop, precision
-from harness.parallel.share import Share
-from harness.run import execute
-from harness.supervise.behind import NAME, behind
+from harness import loop, precision
+from harness.parallel.strategy import ParallelStrategy
+from harness.run import instruments
+from harness.run import trainer as attempt_module
+from harness.run.execute import execute
+from harness.supervisor.crash_record import NAME, cleanup
 from instrument.watch.taps import ModuleTaps
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
@@ -42,7 +43,7 @@ def raising(error, on_call=1):
         (precision.Precision, "measure_gradients", 3, "unscale", 3),
         (precision.Precision, "clip", 1, "clip", 1),
         (precision.Precision, "update", 2, "optimizer", 2),
-        (Share, "weights_sha256", 1, None, None),  # at the end: no phase of a step
+        (ParallelStrategy, "weights_sha256", 1, None, None),  # at the end: no phase of a step
     ],
 )
 def test_an_out_of_memory_error_has_its_phase_and_step(plan, tmp_path, monkeypatch, place, name, call, phase, step):
@@ -71,21 +72,21 @@ def test_a_poisoned_context_leaves_the_first_error_in_the_row(plan, tmp_path, mo
             "synchronize",
         ):
             monkeypatch.setattr(torch.cuda, name, fail)
-        monkeypatch.setattr("harness.summary.capture", fail)
-        monkeypatch.setattr("harness.summary.device_slug", fail)
+        monkeypatch.setattr("harness.run.outcome.capture", fail)
+        monkeypatch.setattr("harness.run.outcome.device_slug", fail)
         raise torch.AcceleratorError(ILLEGAL)
 
     def fail(*_, **__):
         broken.append(1)
         raise torch.AcceleratorError("CUDA error: the context is poisoned")
 
-    real_words = attempt_module.Attempt._memory_and_speed
+    real_words = attempt_module.Trainer._memory_and_speed
 
     def on_a_gpu(self, struck):
         self.device = torch.device("cuda")  # so that its figures are asked for
         real_words(self, struck)
 
-    monkeypatch.setattr(attempt_module.Attempt, "_memory_and_speed", on_a_gpu)
+    monkeypatch.setattr(attempt_module.Trainer, "_memory_and_speed", on_a_gpu)
     monkeypatch.setattr(precision.Precision, "update", raising_second(poison))
     row = execute(plan("gpt2_clm", "fp32_true", max_steps=4), tmp_path)
     assert broken
@@ -112,8 +113,8 @@ def test_without_a_first_error_the_second_is_one(plan, tmp_path, monkeypatch):
     row = execute(plan("gpt2_clm", "fp32_true", max_steps=2), tmp_path)
     assert row.status == "error" and row.error.startswith("ZeroDivisionError")
     flags = {}
-    with pytest.raises(ZeroDivisionError), behind(None, flags, "it"):
+    with pytest.raises(ZeroDivisionError), cleanup(None, flags, "it"):
         raise ZeroDivisionError("division by zero")
-    with behind(ValueError("first"), flags, "it"):
+    with cleanup(ValueError("first"), flags, "it"):
         raise ZeroDivisionError("division by zero")
     assert flags == {NAME: ["it: ZeroDivisionError: division by zero"]}

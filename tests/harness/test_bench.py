@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import bench
-from harness.bench import child, figure, help, matrix, run, terminal, trainer
+from benchmarks import command, process, trainer, whole_runs
+from harness.overhead import figure
+from harness.overhead import figure as terminal
 from harness.settings import SettingsError
 
 SMALL = {"max_steps": 3, "batch_size": 4, "micro_batch": 2, "seq_len": 16, "documents": 400, "validation_documents": 4}
@@ -31,19 +32,19 @@ def test_a_figure_knows_its_interval_and_its_target():
 
 
 def test_help_is_light():
-    assert help.heavy_imports() == []
+    assert whole_runs.heavy_imports() == []
 
 
 def test_a_child_reports_its_time_memory_and_failure():
-    done = child.run_python("-c", "x = b'1' * 100_000_000; print(len(x))")
+    done = process.run_python("-c", "x = b'1' * 100_000_000; print(len(x))")
     assert done.stdout == "100000000\n" and done.wall_s > 0 and done.cpu_s > 0
     assert 1e8 < done.peak_rss_bytes < 1.5e8  # and not this process's own, which holds torch
-    with pytest.raises(child.ChildFailed, match=r"(?s)exit code 3.*because"):
-        child.run_python("-c", "import sys; sys.stderr.write('because'); sys.exit(3)")
+    with pytest.raises(process.ChildFailed, match=r"(?s)exit code 3.*because"):
+        process.run_python("-c", "import sys; sys.stderr.write('because'); sys.exit(3)")
 
 
 def test_the_parts_of_a_run_add_up_to_its_wall_time():
-    parts = run.break_down({"data": 1.0, "model": 2.0, "steps": 3.0, "evaluation": 0.5, "total": 6.6}, 8.0)
+    parts = whole_runs.break_down({"data": 1.0, "model": 2.0, "steps": 3.0, "evaluation": 0.5, "total": 6.6}, 8.0)
     assert parts == {"startup_s": 1.5, "data_s": 1.0, "model_s": 2.0, "steps_s": 3.0, "evaluation_s": 0.5, "wall_s": 8.0}
 
 
@@ -54,25 +55,25 @@ def test_run_and_matrix_read_what_their_commands_left(monkeypatch):
             with open(f"{out}/results.jsonl", "w") as rows:
                 rows.writelines(json.dumps({"status": s}) + "\n" for s in ["completed"] * 36 + ["diverged"] * 6)
         record = {"status": "completed", "flags": {"timings_s": {"data": 1, "model": 1, "steps": 1, "evaluation": 1}}}
-        return child.Finished(5.0, 4.0, 10**9, json.dumps(record))
+        return process.Finished(5.0, 4.0, 10**9, json.dumps(record))
 
-    monkeypatch.setattr(run, "run_python", run_python)
-    monkeypatch.setattr(matrix, "run_python", run_python)
-    figures = {f.name: f for f in run.measure(2)}
+    monkeypatch.setattr(whole_runs, "run_python", run_python)
+    monkeypatch.setattr(whole_runs, "run_python", run_python)
+    figures = {f.name: f for f in whole_runs.measure_run(2)}
     assert figures["startup_s"].median == 1 and figures["cpu_s"].median == 4
     assert figures["wall_s"].met and figures["peak_rss_bytes"].met
-    figures = {f.name: f for f in matrix.measure(1)}
+    figures = {f.name: f for f in whole_runs.measure_matrix(1)}
     assert figures["rows"].met and figures["rows"].note == "36 completed, 6 diverged" and figures["wall_s"].met
 
 
 def test_a_run_that_did_not_complete_is_no_measurement(monkeypatch):
     monkeypatch.setattr(
-        run,
+        whole_runs,
         "run_python",
-        lambda *_, **__: child.Finished(1.0, 1.0, 1, json.dumps({"status": "diverged", "error": "loss is nan"})),
+        lambda *_, **__: process.Finished(1.0, 1.0, 1, json.dumps({"status": "diverged", "error": "loss is nan"})),
     )
-    with pytest.raises(child.ChildFailed, match="diverged: loss is nan"):
-        run.measure(1)
+    with pytest.raises(process.ChildFailed, match="diverged: loss is nan"):
+        whole_runs.measure_run(1)
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def arms(one_thread):
     if not hasattr(arms, "done"):
         pytest.importorskip("accelerate")
         from bench_cases import CASES, DTYPE_CONFIGS
-        from harness.bench.trainer_arms import run_both, work_for
+        from benchmarks.trainer_arms import run_both, work_for
         from harness.planning import plan_run
         from harness.settings import Request
 
@@ -121,7 +122,7 @@ def test_the_fairness_check_fails_loudly(arms):
 
 def test_a_different_rate_in_one_arm_is_noticed(one_thread, monkeypatch):
     pytest.importorskip("accelerate")
-    from harness.bench import trainer_arms
+    from benchmarks import trainer_arms
 
     monkeypatch.setattr(trainer_arms, "learning_rate", lambda *_, **__: 0.5)
     with pytest.raises(trainer.UnfairComparison):
@@ -138,7 +139,7 @@ def test_the_trainer_benchmark_gives_its_rows(one_thread):
 
 def test_without_accelerate_the_command_says_so_and_ends_with_5(monkeypatch, capsys):
     monkeypatch.setattr(trainer.util, "find_spec", lambda name: None)
-    assert bench.bench_command(options("trainer")) == 5
+    assert command.bench_command(options("trainer")) == 5
     printed = capsys.readouterr()
     assert "pip install accelerate" in printed.err and json.loads(printed.out)["rows"] == []
 
@@ -148,8 +149,10 @@ def test_an_unfair_comparison_ends_with_3_and_the_others_still_run(monkeypatch, 
         raise trainer.UnfairComparison("the arms' losses differ")
 
     monkeypatch.setattr(trainer, "measure", unfair)
-    monkeypatch.setattr(help, "measure", lambda repeats: [figure.summarize("help", "a", [0.1], "ratio", at_most=0.15)])
-    assert bench.bench_command(options("trainer", "help")) == 3
+    monkeypatch.setattr(
+        whole_runs, "measure_help", lambda repeats: [figure.summarize("help", "a", [0.1], "ratio", at_most=0.15)]
+    )
+    assert command.bench_command(options("trainer", "help")) == 3
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert [row["met"] for row in document["rows"]] == [True] and document["machine"]["usable_cores"] >= 1
@@ -157,12 +160,12 @@ def test_an_unfair_comparison_ends_with_3_and_the_others_still_run(monkeypatch, 
 
 
 def test_what_can_be_asked_for():
-    assert bench.asked([], 1) == [name for name in bench.NAMES if name != "reliability"]
-    assert bench.asked(["trainer", "help"], 1) == ["help", "trainer"]
+    assert command.asked([], 1) == [name for name in command.NAMES if name != "reliability"]
+    assert command.asked(["trainer", "help"], 1) == ["help", "trainer"]
     with pytest.raises(SettingsError, match="allowed: help, run, matrix, trainer"):
-        bench.asked(["speed"], 1)
+        command.asked(["speed"], 1)
     with pytest.raises(SettingsError, match="at least 1"):
-        bench.asked([], 0)
+        command.asked([], 0)
 
 
 def test_units_are_converted_only_where_they_are_shown():

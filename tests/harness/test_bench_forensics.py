@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.bench.forensics import measure, trials
-from harness.bench.forensics.models import KINDS, build
-from harness.bench.forensics.plants import PLANTS
 from instrument.finite import surfaced
+from tests.soak.forensics import trials
+from tests.soak.forensics.command import measure
+from tests.soak.forensics.models import KINDS, build
+from tests.soak.forensics.plants import PLANTS
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,14 @@ import psutil
 import pytest
 from rich.console import Console
 
-from harness import bench, cli
-from harness.bench import reliability
-from harness.bench.reliability import KINDS, Kind, aftermath, processes, ranks, same_run, terminal
-from harness.bench.reliability.trial import Tally, Trial, tally
+from benchmarks import command
+from harness import cli
 from harness.exit_codes import OK, RUN_FAILED, USAGE
-from harness.resume import log_paths
+from harness.run.resume import log_paths
+from tests.soak.reliability import aftermath, processes, ranks, same_run, terminal
+from tests.soak.reliability import command as reliability
+from tests.soak.reliability.command import KINDS, Kind
+from tests.soak.reliability.trial import Tally, Trial, tally
 
 SAMPLES = {
     "crash": 0.01,
@@ -215,7 +217,7 @@ def planted(share, folder):
 @pytest.mark.parametrize(("share", "code", "lost"), [(1.0, RUN_FAILED, ["second: a line", "second: another"]), (0.5, OK, [])])
 def test_losses_are_counted_told_and_exit_3(tmp_path, monkeypatch, capsys, share, code, lost):
     monkeypatch.setattr(Kind, "load", lambda kind: planted)
-    assert bench.bench_command(options(trials_share=share, only=["cut", "crash"], out=tmp_path)) == code
+    assert command.bench_command(options(trials_share=share, only=["cut", "crash"], out=tmp_path)) == code
     printed = capsys.readouterr()
     rows = json.loads(printed.out)["rows"]
     assert [row["name"] for row in rows] == ["crash", "cut"]
@@ -246,7 +248,7 @@ def test_every_kind_is_there_and_needs_no_torch_to_be_listed():
     assert [kind.name for kind in reliability.asked(["kill", "crash"])] == ["crash", "kill"]
     assert len(reliability.asked([])) == len(KINDS) and all(callable(kind.load()) for kind in KINDS.values())
     assert set(SAMPLES) | ELSEWHERE == set(KINDS)
-    assert "reliability" not in bench.asked([], 1) and bench.asked(["reliability"], 1) == ["reliability"]
+    assert "reliability" not in command.asked([], 1) and command.asked(["reliability"], 1) == ["reliability"]
 
 
 def test_a_kind_s_row_fits_a_small_terminal(monkeypatch):

@@ -9,13 +9,27 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harness import cli
-from harness.budget import MARGIN_S, Budget, Forecast, InFlight, Meter, admits, asked_budget, fitting, must_kill, must_stop
 from harness.exit_codes import INTERRUPTED, OK, USAGE
+from harness.matrix.budget import (
+    LOOK_EVERY_S,
+    MARGIN_S,
+    WHO,
+    Budget,
+    BudgetSpent,
+    Forecast,
+    InFlight,
+    Meter,
+    Spending,
+    admits,
+    asked_budget,
+    fitting,
+    must_kill,
+    must_stop,
+)
 from harness.parallel.ranks import Ranks
-from harness.run_folder import finished_runs
+from harness.run.signals import Stop
 from harness.settings import SettingsError
-from harness.signals import Stop
-from harness.spending import LOOK_EVERY_S, WHO, BudgetSpent, Spending
+from instrument.results.folder import finished_runs
 
 SMALL = [
     "--preset",
@@ -219,11 +233,11 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
     """By a clock on which a step takes a second: the first run is stopped behind a checkpoint at step 15 or so of 60, and
     goes on with the budget of the next call, which ends in the second run."""
     logs = tmp_path / "out" / "training_logs"
-    monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
-    monkeypatch.setattr("harness.matrix.estimated", lambda todo, out: {})
-    monkeypatch.setattr("harness.spending.process_age_s", lambda: 0.0)
+    monkeypatch.setattr("harness.matrix.command.last_words", lambda out: None)
+    monkeypatch.setattr("harness.matrix.command.estimated", lambda todo, out: {})
+    monkeypatch.setattr("harness.matrix.budget.process_age_s", lambda: 0.0)
     monkeypatch.setattr(
-        "harness.matrix.Spending",
+        "harness.matrix.command.Spending",
         partial(Spending, clock=lambda: float(sum(path.read_bytes().count(b"\n") for path in logs.glob("*.jsonl")))),
     )
     words = [
@@ -279,8 +293,8 @@ def test_usage_and_dry_run(tmp_path, capsys):
 
 
 def test_a_single_run_stops_before_its_budget_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("harness.spending.process_age_s", lambda: 0.0)
-    monkeypatch.setattr("harness.spending.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("harness.matrix.budget.process_age_s", lambda: 0.0)
+    monkeypatch.setattr("harness.matrix.budget.LOOK_EVERY_S", 0.1)
     monkeypatch.setitem(MARGIN_S, "tiny", 60.0)
     words = ["case", "gpt2_clm", "fp32_true", *SMALL, "--max-steps", "100000", "--out", str(tmp_path), "--price-per-hour", "2"]
     assert cli.main([*words, "--budget-usd", "0.0373"]) == INTERRUPTED  # 67 s, so 7 without the margin

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from instrument.log import read
-from instrument.records import RunRecord
+from instrument.results.log import read
+from instrument.results.schemas import RunRecord
 
 SMALL = (
     "--preset",
@@ -100,7 +100,7 @@ def test_cut_in_the_middle_it_is_one_campaign(tmp_path, plan, cut):
     assert book["stages"]["run-gpt2_clm-s0"]["exit_code"] == 0 and len(book["calls"]) == 2
 
     # Together what one matrix would have given, bit for bit, and nothing was run twice.
-    from harness.run import execute
+    from harness.run.execute import execute
 
     found = rows(tmp_path / "results")
     assert set(found) == {"bf16_pure"} and found["bf16_pure"].status == "completed"
@@ -264,14 +264,14 @@ def test_bad_options_are_one_sentence_before_anything_is_written(asked, words, c
 
 
 def test_a_hub_that_does_not_answer_ends_it_before_anything_is_written(monkeypatch, capsys):
-    from bench_cases.data import hub_reach
+    from bench_cases.data import hub
     from harness.campaign import probe
     from harness.campaign.command import ASKED
 
     def silence(kind, name, revision):
-        raise hub_reach.unavailable(name, ConnectionError("no route"))
+        raise hub.unavailable(name, ConnectionError("no route"))
 
-    monkeypatch.setattr(hub_reach, "commit", silence)
+    monkeypatch.setattr(hub, "commit_of", silence)
     code = probe.main([json.dumps({**dict.fromkeys(ASKED), "preset": "tiny", "data": "hub", "cases": ["gpt2_multi_cls"]})])
     said = capsys.readouterr()
     assert code == 5 and said.out == "" and "no route" in said.err and "--data DIR" in said.err

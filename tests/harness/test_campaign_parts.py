@@ -13,15 +13,15 @@ import pytest
 
 from harness.campaign import pack as packing
 from harness.campaign import process
-from harness.campaign.arguments import OPS
 from harness.campaign.book import Book, only_call
 from harness.campaign.call import outcome
 from harness.campaign.command import ASKED, require_ours
 from harness.campaign.plan import Cost, make_plan
 from harness.campaign.stages import LEAST_S, SHARES, Stage, before_the_plan, behind_the_runs, runs
-from harness.run_folder import OutputError
+from harness.options import OPS
+from harness.run.signals import Stop
 from harness.settings import SettingsError
-from harness.signals import Stop
+from instrument.results.folder import OutputError
 from kernels.bench import MODULES
 from kernels.check import MODULES as CHECKED
 
@@ -94,7 +94,7 @@ def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
         "import signal, sys, time\nprint('up', file=sys.stderr, flush=True)\ntry:\n    time.sleep(600)\nfinally:\n    pass"
     )
     parent = (
-        "import sys; from pathlib import Path; from harness.campaign import process; from harness.signals import Stop\n"
+        "import sys; from pathlib import Path; from harness.campaign import process; from harness.run.signals import Stop\n"
         "process.run(['stage_of_a_test'], Path(sys.argv[1]) / 'x', limit_s=600, call_s=600, grace_s=1, stop=Stop(), "
         "beat=lambda pid, s: print(pid, flush=True))"
     )

@@ -9,7 +9,7 @@ from harness.campaign.calibration import cost_of, kind, representatives, spread
 from harness.campaign.plan import CASE_ORDER, LADDER, Block, Cost, Plan, Variant, make_plan, order
 from harness.campaign.terminal import CASES_ABREAST, show_plan
 from harness.settings import SettingsError
-from instrument.records import RunRecord
+from instrument.results.schemas import RunRecord
 
 SEVEN = [c.id for c in DTYPE_CONFIGS.values() if c.in_default_matrix]
 COST = st.builds(Cost, st.floats(0, 60), st.floats(1e-3, 2), st.just("measured"), st.booleans(), st.integers(0, 2))

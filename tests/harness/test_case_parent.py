@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from harness.run_folder import finished_runs
-from harness.supervise.case_parent import is_wanted
+from harness.supervisor.case_parent import is_wanted
+from instrument.results.folder import finished_runs
 
 SMALL = [
     "fp32_true",
@@ -30,8 +30,8 @@ SMALL = [
     "--documents",
     "400",
 ]
-OWN = """from harness.bench.reliability.faults import case_with
-from harness.bench.reliability.plants import Plant
+OWN = """from tests.soak.reliability.faults import case_with
+from tests.soak.reliability.plants import Plant
 """
 
 
@@ -124,5 +124,5 @@ def test_what_is_refused_costs_no_process_and_keeps_its_exit_code(command_enviro
 
 
 def test_the_parent_imports_no_torch(command_environment):
-    code = "import sys, harness.supervise.case_parent; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, harness.supervisor.case_parent; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=command_environment).returncode == 0

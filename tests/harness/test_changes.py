@@ -7,7 +7,7 @@ from bench_cases import DTYPE_CONFIGS
 from bench_cases.lookup import UnknownId
 from harness.forensics.changes import change_of, changes_of, confirms, enclosing_modules
 from harness.settings import SettingsError
-from instrument.records import FirstNonfinite
+from instrument.results.schemas import FirstNonfinite
 
 
 def first(cause, phase, module=None):

@@ -12,18 +12,18 @@ from dataclasses import replace
 
 import pytest
 
-from harness import checkpoint
-from harness.checkpoint import CheckpointError
-from harness.checkpoint_interval import CheckpointInterval, young_daly_s
-from harness.output_failure import output_error
-from harness.resume import log_paths
-from harness.run import execute
-from harness.run_folder import OutputError, finished_run
+from harness.run import checkpoint_files
+from harness.run.checkpoint_files import CheckpointError
+from harness.run.checkpoints import CheckpointInterval, young_daly_s
+from harness.run.execute import execute
+from harness.run.output_errors import output_error
+from harness.run.resume import log_paths
+from harness.run.signals import Stop
 from harness.settings import SettingsError
-from harness.signals import Stop
-from instrument.files import TEMPORARY
-from instrument.log import read
-from instrument.records import StepRecord
+from instrument.results.files import TEMPORARY
+from instrument.results.folder import OutputError, finished_run
+from instrument.results.log import read
+from instrument.results.schemas import StepRecord
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def goes_on(settings, out):
 
 def test_two_are_kept_without_a_pickle(stopped):
     settings, _, folder = stopped
-    assert checkpoint.steps(folder) == [5, 4]
+    assert checkpoint_files.steps(folder) == [5, 4]
     assert sorted(p.name for p in (folder / "checkpoint-5").iterdir()) == ["snapshot.json", "tensors.safetensors"]
-    state, progress = checkpoint.read(folder, settings.run_id, 5)
+    state, progress = checkpoint_files.read(folder, settings.run_id, 5)
     assert state.step == 5 and state.scaler["scale"] > 0 and progress.taps["steps"] == 5
     with pytest.raises(CheckpointError, match="not of another"):
-        checkpoint.read(folder, "another", 5)
+        checkpoint_files.read(folder, "another", 5)
 
 
 def flip_a_bit(path, rng):
@@ -91,12 +91,12 @@ def test_no_flipped_bit_passes(stopped):
         whole = path.read_bytes()
         flip_a_bit(path, rng)
         try:
-            state, progress = checkpoint.read(folder, settings.run_id, 5)
+            state, progress = checkpoint_files.read(folder, settings.run_id, 5)
         except CheckpointError:
             pass
         else:  # between two tokens of the JSON, say: then nothing else is read than was written
             path.write_bytes(whole)
-            before = checkpoint.read(folder, settings.run_id, 5)
+            before = checkpoint_files.read(folder, settings.run_id, 5)
             assert (progress, state.groups, state.states, state.scaler) == (
                 before[1],
                 before[0].groups,
@@ -125,7 +125,9 @@ def test_a_log_that_lost_lines_is_not_gone_on_from(stopped, log, used):
 
 def test_another_torch_or_processor_starts_over(stopped, monkeypatch):
     settings, out, _ = stopped
-    monkeypatch.setattr("harness.resume.capture", lambda device: {"torch_version": "1.0", "cpu": "x", "cpu_capability": "y"})
+    monkeypatch.setattr(
+        "harness.run.resume.capture", lambda device: {"torch_version": "1.0", "cpu": "x", "cpu_capability": "y"}
+    )
     step, skipped, _ = goes_on(settings, out)
     assert step is None and "torch_version was" in skipped[0] and "and is 1.0" in skipped[0]
 
@@ -226,7 +228,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(stopped, monkeypat
     monkeypatch.setattr("harness.forensics.stored.save_file", full)
     with pytest.raises(OutputError, match="No space left on device"):
         execute(settings, out)
-    assert checkpoint.steps(folder) == [5, 4] and not list(folder.glob(".checkpoint*"))
+    assert checkpoint_files.steps(folder) == [5, 4] and not list(folder.glob(".checkpoint*"))
     monkeypatch.undo()
     assert goes_on(settings, out)[0] == 5
 
@@ -311,6 +313,6 @@ def test_an_unwritable_folder_is_refused_in_one_sentence(stopped, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out / "runs"))
 
-    monkeypatch.setattr("harness.resume.truncate", denied)
+    monkeypatch.setattr("harness.run.resume.truncate", denied)
     with pytest.raises(OutputError, match="Permission denied"):
         execute(replace(settings, log_every=2), out)

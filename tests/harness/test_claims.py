@@ -13,11 +13,10 @@ import time
 
 import pytest
 
-from harness import claims
-from harness.bench.reliability.contention import leave_dead_claim
-from harness.claims import FILE, RunClaimed, claim, owner_of
-from instrument import crash, files
-from instrument.files import TEMPORARY
+from instrument.results import claims, crash_hook, files
+from instrument.results.claims import FILE, RunClaimed, claim, owner_of
+from instrument.results.files import TEMPORARY
+from tests.soak.reliability.contention import leave_dead_claim
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -155,7 +154,7 @@ def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, pl
             leave_dead_claim(out, "a")
         pid = os.fork()
         if pid == 0:
-            crash.crash_at(nth)
+            crash_hook.crash_at(nth)
             claim(out, "a")
             os._exit(0)
         exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -164,7 +163,7 @@ def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, pl
         assert left == set(), nth
         if exit_code == 0:
             break
-        assert exit_code == crash.CRASHED
+        assert exit_code == crash_hook.CRASHED
     assert nth > 5
 
 
@@ -205,7 +204,7 @@ def test_an_unsafe_id_is_refused(tmp_path):
 
 
 def test_a_run_that_another_process_executes_is_left_to_it(plan, tmp_path):
-    from harness.run import execute
+    from harness.run.execute import execute
 
     settings = plan("gpt2_clm", "fp32_true")
     theirs = tmp_path / "runs" / settings.run_id / "checkpoint-1"

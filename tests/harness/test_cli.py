@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from harness import arguments
-from harness.case import asked_case, asked_config
+from harness import options as arguments
 from harness.cli import main
+from harness.commands.case import asked_case, asked_config
 
 SMALL = [
     "--preset",
@@ -275,7 +275,7 @@ def test_names_may_stand_behind_options(capsys):
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
     """Behind the runs, which are kept."""
-    monkeypatch.setattr("harness.matrix.last_words", lambda out: None)
+    monkeypatch.setattr("harness.matrix.command.last_words", lambda out: None)
     (tmp_path / "file").write_text("mine")
     code = main(
         [

@@ -9,19 +9,18 @@ import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
-from harness.forensics.changes import change_of
+from harness.forensics.changes import change_of, without_options
 from harness.forensics.counterfactual import last_step, try_changes
-from harness.forensics.other_states import without_options
 from harness.forensics.rebuild import rebuild
 from harness.forensics.stored import read_state
 from harness.planning import plan_run
-from harness.run import execute
+from harness.run.execute import execute
 from harness.settings import Request, SettingsError
-from instrument.files import replace as replace_file
-from instrument.forensics_record import ForensicsRecord
-from instrument.log import read
-from instrument.records import RunRecord, StepRecord, decode, encode
 from instrument.replay.snapshot import Snapshot
+from instrument.results.files import replace as replace_file
+from instrument.results.forensics import ForensicsRecord
+from instrument.results.log import read
+from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 
 SMALL = {
     "preset": "tiny",

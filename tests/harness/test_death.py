@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench_cases.data.errors import DataError, DataUnavailable
+from bench_cases.data.documents import DataError, DataUnavailable
 from bench_cases.models import ModelError
-from harness.supervise.death import CAUSES, GOES_ON, Death, Evidence, of_exception, of_exit, of_hang
+from harness.supervisor.failure import CAUSES, GOES_ON, Evidence, Failure, of_exception, of_exit, of_hang
 
 STACK = """Fatal Python error: Segmentation fault
 
@@ -106,8 +106,8 @@ def test_a_crash_says_where_python_was(name):
     [
         ("terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n", "host_oom"),
         (
-            "terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: an illegal memory access "
-            "was encountered\n",
+            "terminate called after throwing an instance of 'c10::AcceleratorError'\n  what():  CUDA error: an illegal memory "
+            "access was encountered\n",
             "illegal_access",
         ),
         ("terminate called after throwing an instance of 'std::logic_error'\n  what():  a bug\n", "segfault"),
@@ -141,4 +141,4 @@ def test_every_end_has_a_cause_and_only_those_from_outside_go_on(exit_code, oom_
 
 def test_a_cause_that_is_not_declared_is_refused():
     with pytest.raises(ValueError, match="cause is 'bad luck'; allowed: cuda_oom"):
-        Death("bad luck", "x")
+        Failure("bad luck", "x")

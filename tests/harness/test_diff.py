@@ -13,16 +13,14 @@ from rich.console import Console
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
-from harness.diff.compare import compare
-from harness.diff.paired import FEWEST_STEPS, mean_with_interval
-from harness.diff.parting import EPSILONS_APART, relative
-from harness.diff.terminal import show
-from harness.diff.two_runs import EPSILONS, load
+from harness.diff.command import show
+from harness.diff.compare import EPSILONS_APART, FEWEST_STEPS, compare, mean_with_interval, relative
 from harness.planning import plan_run
-from harness.run import execute
+from harness.run.execute import execute
 from harness.settings import Request
-from instrument.records import RunRecord, StepRecord, decode, encode
-from instrument.watch.module_log import ModuleRecord
+from instrument.results.ranges import ModuleRecord
+from instrument.results.read import EPSILONS, load
+from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 
 SMALL = {
     "preset": "tiny",

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from bench_cases import DTYPE_CONFIGS
-from harness import doctor
-from harness.doctor import device as doctor_device
-from harness.doctor import host as doctor_host
-from harness.doctor import measure as doctor_measure
-from harness.doctor import terminal as doctor_terminal
+from harness.doctor import command
+from harness.doctor import command as doctor_terminal
+from harness.doctor import machine_checks as doctor_device
+from harness.doctor import machine_checks as doctor_host
+from harness.doctor import matmul_rates as doctor_measure
 from harness.doctor.measured import merge_measured, rates_measured_here
-from harness.run_folder import OutputError
 from instrument.nvml import Nvml
+from instrument.results.folder import OutputError
 
 
 @pytest.fixture(scope="module")
 def findings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        return doctor.examine(None)
+        return command.examine(None)
 
 
 class FakeNvml:
@@ -100,9 +100,9 @@ def test_without_bitsandbytes_the_8_bit_configuration_is_refused(findings):
 
 def test_a_device_that_cannot_multiply_ends_with_the_environments_code(findings, monkeypatch, capsys):
     broken = findings | {"products": {"fp32": "RuntimeError: no kernel image"}}
-    broken["will_not_work"] = doctor.will_not_work(broken)
-    monkeypatch.setattr(doctor, "examine", lambda out: broken)
-    assert doctor.doctor_command(argparse.Namespace(out=None, json=True, measure=False)) == 5
+    broken["will_not_work"] = command.will_not_work(broken)
+    monkeypatch.setattr(command, "examine", lambda out: broken)
+    assert command.doctor_command(argparse.Namespace(out=None, json=True, measure=False)) == 5
     printed = capsys.readouterr()
     assert json.loads(printed.out)["products"]["fp32"].startswith("RuntimeError") and "no kernel" in printed.err
 
@@ -122,7 +122,7 @@ def test_a_gpu_is_described_by_name_and_by_nvml(monkeypatch, findings):
     assert gpu["supports"] == {"fp16": True, "bf16": True, "tf32": True, "fp8": True}
     assert gpu["nvml"]["processes"] == [{"pid": 7, "used_bytes": 30}, {"pid": 9, "used_bytes": None}]
     assert gpu["nvml"]["power_limit_w"] == 700 and gpu["nvml"]["unknown"] == {}
-    whats = [row["what"] for row in doctor.will_not_work(findings | {"gpus": [gpu], "why_no_gpu": None})]
+    whats = [row["what"] for row in command.will_not_work(findings | {"gpus": [gpu], "why_no_gpu": None})]
     assert any("two runs at a time" in what for what in whats) and any("fair timing" in what for what in whats)
     assert any("not a reference card" in text for _, text in doctor_terminal.gpu_lines(gpu))
 
@@ -293,11 +293,11 @@ def test_doctor_measure_writes_the_file_and_says_so(findings, monkeypatch, tmp_p
         "how": "fp32, rounded once to fp16",
     }
     copy = {"threads": 1, "bytes_per_s": 3e10, "p10_bytes_per_s": 2e10, "p90_bytes_per_s": 4e10, "samples": 9}
-    monkeypatch.setattr(doctor, "examine", lambda out: dict(findings))
+    monkeypatch.setattr(command, "examine", lambda out: dict(findings))
     monkeypatch.setattr(
         doctor_measure, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row], "copy": [copy]}
     )
-    assert doctor.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
+    assert command.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["measured"]["matmul"] == [row]
     assert "150.0 GFLOP/s" in printed.err and "30.0 GB/s" in printed.err and "rounded once" in printed.err

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from harness.estimate import estimate, print_estimate
-from harness.estimate import memory as estimate_memory
-from harness.estimate import time as estimate_time
-from harness.estimate.model import data_facts, trace
+from harness.estimate import command as estimate_memory
+from harness.estimate import fake_model as estimate_time
+from harness.estimate.command import estimate, print_estimate
+from harness.estimate.fake_model import data_facts, trace
 from harness.precision import Precision
-from harness.run import execute, load_run_data, model_request
+from harness.run.execute import execute, load_run_data, model_request
 from instrument.flops import ProductDtypes, StepFlops
 
 
@@ -45,7 +45,7 @@ def test_the_traced_model_is_the_model_that_runs(plan, case):
 
 
 def test_flops_are_those_of_the_flops_command(plan, tmp_path):
-    from harness.flops import count
+    from harness.commands.flops import count
 
     settings = plan("gpt2_clm", "fp32_true")
     counted = count(settings.case, settings.config, settings)["flops_per_step"]
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_traced_still_has_its_run_resolved(plan, tmp_path
     def trace(*_):
         raise RuntimeError("asks for a value\nand more")
 
-    monkeypatch.setattr("harness.estimate.model.trace", trace)
+    monkeypatch.setattr("harness.estimate.fake_model.trace", trace)
     print_estimate(plan("gpt2_clm", "fp32_true"), tmp_path, as_json=True)
     printed = capsys.readouterr()
     found = json.loads(printed.out)

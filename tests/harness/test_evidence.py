@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from harness.supervise.evidence import (
+from harness.supervisor.process_monitor import (
     OomKills,
     is_stopped,
     memory_groups,

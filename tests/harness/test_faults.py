@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from harness.bench.reliability.faults import HANG_RULES, KINDS, Trial, case_with, planned, run_faults
-from harness.bench.reliability.plants import Plant
-from harness.pool import Pool, _is_dying, supervise
-from harness.run import execute
-from harness.run_folder import finished_runs
-from harness.signals import Stop
-from harness.supervise.vigil import Rules
-from instrument.log import read
-from instrument.records import StepRecord
+from harness.run.execute import execute
+from harness.run.signals import Stop
+from harness.supervisor.pool import Pool, _is_dying, supervise
+from harness.supervisor.process_monitor import Rules
+from instrument.results.folder import finished_runs
+from instrument.results.log import read
+from instrument.results.schemas import StepRecord
+from tests.soak.reliability.faults import HANG_RULES, KINDS, Trial, case_with, planned, run_faults
+from tests.soak.reliability.plants import Plant
 
 QUICK = [kind for kind in KINDS if not kind.startswith("hang")]
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from harness.cli import main
 from harness.fit import command
+from harness.fit.command import table
 from harness.fit.processes import Processes
 from harness.fit.search import Tried, granularity, search
-from harness.fit.terminal import table
 from harness.fit.trial import Trial, measure
 
 GB = 10**9
@@ -94,7 +94,7 @@ def test_a_real_trial_fits_or_runs_out_of_memory(processes, plan, data_cache):
 
 def test_the_longest_rows_come_first_and_the_batches_of_a_run_behind(plan):
     from harness.fit.trial import LongestFirst
-    from harness.run import load_run_data, make_batches
+    from harness.run.execute import load_run_data, make_batches
 
     settings = plan("gpt2_multi_cls", "fp32_true", batch_size=4)
     batches = make_batches(settings, load_run_data(settings))

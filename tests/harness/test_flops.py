@@ -11,16 +11,20 @@ from torch.utils.flop_counter import flop_registry
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 from bench_cases.models import build_model
 from harness.cli import main
+from harness.commands.flops import count, groups
 from harness.doctor.measured import merge_measured
-from harness.estimate.model import conversions_left_out, converted, data_facts, shape_only
-from harness.flops import count
-from harness.flops.for_run import utilisation
-from harness.flops.model import closed_row_flops, counted_row_flops, meaningful_outputs, probe_lengths, step_flops
-from harness.flops.shapes import shapes_of
-from harness.flops.terminal import groups
+from harness.estimate.fake_model import conversions_left_out, converted, data_facts, shape_only, shapes_of
 from harness.loop import LoopOptions, train
 from harness.precision import Precision
-from harness.run import load_run_data, make_batches, model_request
+from harness.run.execute import load_run_data, make_batches, model_request
+from harness.run.step_flops import (
+    closed_row_flops,
+    counted_row_flops,
+    meaningful_outputs,
+    probe_lengths,
+    step_flops,
+    utilisation,
+)
 from harness.settings import Request, resolve
 from instrument.environment import capture
 from instrument.flops import CLOSED_FORMS
@@ -252,7 +256,7 @@ def test_a_run_of_an_uncountable_model_has_null_and_the_reason(plan, tmp_path, m
         raise Uncountable("the op own.scan has no FLOP formula")
 
     settings = plan("gpt2_clm", "fp32_true")
-    monkeypatch.setattr("harness.flops.for_run.step_flops", refuse)
+    monkeypatch.setattr("harness.run.step_flops.step_flops", refuse)
     run = utilisation(
         settings, torch.nn.Linear(1, 1), data_facts(settings).request, capture(CPU), tmp_path, attention="math", threads=1
     )

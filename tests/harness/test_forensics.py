@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from harness.run import execute
-from instrument.forensics_record import ForensicsRecord
-from instrument.log import read
-from instrument.records import EventRecord, StepRecord, decode
-from instrument.trace.chrome_format import violations
-from instrument.watch.module_log import ModuleRecord
+from harness.run.execute import execute
+from instrument.results.forensics import ForensicsRecord
+from instrument.results.log import read
+from instrument.results.ranges import ModuleRecord
+from instrument.results.schemas import EventRecord, StepRecord, decode
+from tests.instrument.chrome_format import violations
 
 
 def forensics(out, settings):

@@ -8,13 +8,13 @@ import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from bench_cases.models import build_model
-from harness.bench.forensics.trials import healthy_trials, injection_trials
 from harness.planning import plan_run
 from harness.precision import Precision
-from harness.run import execute, load_run_data, make_batches, model_request
+from harness.run.execute import execute, load_run_data, make_batches, model_request
 from harness.settings import Request
 from harness.training import Training
 from instrument.watch.taps import ModuleTaps
+from tests.soak.forensics.trials import healthy_trials, injection_trials
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SMALL = {"preset": "tiny", "data": "embedded", "max_steps": 12}

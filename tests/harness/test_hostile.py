@@ -12,19 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from bench_cases.data.errors import DataError
+from bench_cases.data.documents import DataError
 from bench_cases.data.tokenizer import TokenizerSpec, _from_library
 from bench_cases.lookup import BadDeclaration
 from bench_cases.own import case_for_model
 from harness import cli
-from harness.bench.reliability.planted_secrets import SECRETS, hits
 from harness.exit_codes import USAGE
 from harness.inspect.findings import _trace
-from harness.inspect.locate import FoundRun, RunNotFound, locate
-from harness.inspect.run_files import RunUnreadable, run_record
-from harness.run_folder import OutputError, RunFolder, finished_run, finished_runs
-from instrument.records import RecordError, RunRecord, StepRecord, decode
+from instrument.results.folder import OutputError, RunFolder, finished_run, finished_runs
+from instrument.results.read import FoundRun, RunNotFound, RunUnreadable, locate, run_record
+from instrument.results.schemas import RecordError, RunRecord, StepRecord, decode
 from report.load import NoResults, load
+from tests.soak.reliability.planted_secrets import SECRETS, hits
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "instrument", "report", "bench_cases", "kernels")
@@ -288,10 +287,10 @@ def test_the_search_for_secrets_finds_them_packed_too():
 def test_no_result_reads_the_environment_as_a_whole():
     """The variables that are read are named ones; copies of all go to child processes only."""
     allowed = {
-        "harness/bench/child.py",
-        "harness/bench/reliability/planted_secrets.py",
-        "harness/bench/reliability/ranks.py",
-        "report/bench/process.py",
+        "benchmarks/process.py",
+        "tests/soak/reliability/planted_secrets.py",
+        "tests/soak/reliability/ranks.py",
+        "benchmarks/report/command.py",
     }
     named = ("os.environ.get", "os.environ.setdefault", "os.environ.pop", "os.environ[")
     for path, tree in sources():

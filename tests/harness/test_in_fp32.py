@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.forensics.in_fp32 import in_fp32
+from harness.forensics.changed_run import in_fp32
 
 
 class TwoProducts(torch.nn.Module):

@@ -13,18 +13,17 @@ import torch
 from rich.console import Console
 
 from bench_cases import CASES, DTYPE_CONFIGS
-from harness.arguments import parser
 from harness.cli import main
-from harness.inspect.chart import BACKWARD, BARS, FORWARD, FP16_MAX, LIMIT, histogram_lines, history_chart, number
-from harness.inspect.findings import gather
-from harness.inspect.locate import RunNotFound, locate
-from harness.inspect.strict_json import strict_json
-from harness.inspect.terminal import InspectScreen
+from harness.inspect.command import InspectScreen
+from harness.inspect.findings import gather, strict_json
+from harness.inspect.tables import BACKWARD, BARS, FORWARD, FP16_MAX, LIMIT, histogram_lines, history_chart, number
+from harness.options import parser
 from harness.planning import plan_run
-from harness.run import execute
+from harness.run.execute import execute
 from harness.settings import Request
-from instrument.forensics_record import ForensicsRecord, Link, Magnitude, Remedy
-from instrument.records import RunRecord, decode, encode
+from instrument.results.forensics import ForensicsRecord, Link, Magnitude, Remedy
+from instrument.results.read import RunNotFound, locate
+from instrument.results.schemas import RunRecord, decode, encode
 
 SMALL = {
     "preset": "tiny",
@@ -431,7 +430,7 @@ def test_a_crash_shows_our_and_the_models_frames_and_where_it_struck(results, tm
         ("_tensor.py", 40, "wrapped", "return f(*args, **kwargs)"),
     ]
     lines = screen(found, 40)
-    assert "  harness/attempt.py:69 in run" in lines and "  /home/me/my model.py:7 in strike" in lines
+    assert "  harness/run/trainer.py:69 in run" in lines and "  /home/me/my model.py:7 in strike" in lines
     assert f"  the whole stack: flags.traceback in {folder / 'run.json'}" in lines
 
 

@@ -10,7 +10,7 @@ from bench_cases.models import build_model
 from harness.loop import LoopOptions, train
 from harness.loss import training_loss
 from harness.precision import Precision
-from harness.run import load_run_data, make_batches, model_request
+from harness.run.execute import load_run_data, make_batches, model_request
 from instrument.step_meter import StepMeter
 
 CPU = torch.device("cpu")

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 
 from bench_cases import CASES
-from harness import arguments
-from harness.engines.choice import LocalEngine
-from harness.matrix import controls_of, plan
-from harness.pool import Pool
-from harness.run_folder import finished_runs
+from harness import options as arguments
+from harness.matrix.command import controls_of, plan
+from harness.matrix.ray_cluster import LocalEngine
+from harness.matrix.stability import cell_words, stability_cells, stability_table
 from harness.settings import SettingsError
-from harness.stability import cell_words, stability_cells, stability_table
-from instrument.records import FirstNonfinite, RunRecord
+from harness.supervisor.pool import Pool
+from instrument.results.folder import finished_runs
+from instrument.results.schemas import FirstNonfinite, RunRecord
 
 CPU = torch.device("cpu")
 SMALL = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from harness.forensics.other_states import with_fp32_moments
+from harness.forensics.changes import with_fp32_moments
 from instrument.replay.snapshot import Snapshot
 
 

@@ -9,10 +9,10 @@ import torch
 
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.models import build_model
-from harness.claims import owner_of
 from harness.cli import main
 from harness.loss import training_loss
-from harness.run import load_run_data, make_batches, model_request
+from harness.run.execute import load_run_data, make_batches, model_request
+from instrument.results.claims import owner_of
 from tests.harness.launched import FAULTY, LONGEST_S, SMALL, ended, ids_of, launched, one_run, settled, several, torchrun
 
 

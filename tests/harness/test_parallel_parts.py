@@ -7,21 +7,19 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from harness.parallel.ddp import takes_part
-from harness.parallel.facts import facts_of_all, largest_peaks
-from harness.parallel.first_producer import first_of_all, of_this_rank
+from harness.parallel.context import DistributedContext, RanksDiffer, facts_of_all, largest_peaks
+from harness.parallel.failure_location import first_of_all, of_this_rank
+from harness.parallel.process_group import StopTogether
+from harness.parallel.rank_monitor import RankMonitor, place_of
 from harness.parallel.ranks import Ranks
-from harness.parallel.share import Share
-from harness.parallel.stop_together import StopTogether
-from harness.parallel.team import RanksDiffer, Team
-from harness.parallel.watchman import Watchman, place_of
-from harness.signals import Stopped
-from harness.summary import Outcome
+from harness.parallel.strategy import ParallelStrategy, takes_part
+from harness.run.outcome import Outcome
+from harness.run.signals import Stopped
 from instrument.finite import surfaced
-from instrument.replay.op_schema import SUM_OVER_RANKS
+from instrument.replay.diagnosis import SUM_OVER_RANKS
 
 
-class Told(Team):
+class Told(DistributedContext):
     """A rank whose others say what the test makes them say."""
 
     def __init__(self, rank, *others):
@@ -39,12 +37,12 @@ def found(phase, microbatch, op="aten.mul"):
 
 
 def test_a_finding_gets_its_rank_and_its_place_in_the_whole_step():
-    mine = of_this_rank(found("forward", 1), Share(Told(2, None, None, None)), 8)
+    mine = of_this_rank(found("forward", 1), ParallelStrategy(Told(2, None, None, None)), 8)
     assert (mine.rank, mine.microbatch) == (2, 5)
-    assert of_this_rank(found("optimizer", None), Share(Told(1, None)), 4).microbatch is None
-    summed = of_this_rank(found("backward", 1, SUM_OVER_RANKS), Share(Told(1, None)), 4)
+    assert of_this_rank(found("optimizer", None), ParallelStrategy(Told(1, None)), 4).microbatch is None
+    summed = of_this_rank(found("backward", 1, SUM_OVER_RANKS), ParallelStrategy(Told(1, None)), 4)
     assert (summed.rank, summed.microbatch) == (None, None)
-    assert of_this_rank(mine, Share(), 4) is mine
+    assert of_this_rank(mine, ParallelStrategy(), 4) is mine
 
 
 @pytest.mark.parametrize(
@@ -60,12 +58,12 @@ def test_a_finding_gets_its_rank_and_its_place_in_the_whole_step():
     ],
 )
 def test_the_earliest_producer_is_the_one_that_one_process_would_blame(findings, winner):
-    rank, first = first_of_all(Share(Told(0, *findings[1:])), findings[0])
+    rank, first = first_of_all(ParallelStrategy(Told(0, *findings[1:])), findings[0])
     assert rank == winner and first.op == findings[winner].op and winner in first.replay["ranks"]
 
 
 def test_nothing_found_anywhere_is_nothing():
-    assert first_of_all(Share(Told(0, None)), None) is None
+    assert first_of_all(ParallelStrategy(Told(0, None)), None) is None
 
 
 def test_ranks_that_must_be_alike_and_are_not_are_named():
@@ -82,7 +80,7 @@ def test_what_was_dealt_comes_back_in_order():
 
 
 def test_micro_batches_are_dealt_in_blocks():
-    assert [list(Share(Told(rank, None)).of(range(6))) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert [list(ParallelStrategy(Told(rank, None)).of(range(6))) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_wish_to_stop_on_any_rank_stops_all():
@@ -114,7 +112,7 @@ def test_a_parameter_that_takes_no_part_is_found():
 
 def test_last_words_and_silent_deaths_are_told_apart():
     store = HashStore()
-    mine, other = Watchman(Ranks(0, 2, 0, 2), store, 60.0), Watchman(Ranks(1, 2, 1, 2), store, 60.0)
+    mine, other = RankMonitor(Ranks(0, 2, 0, 2), store, 60.0), RankMonitor(Ranks(1, 2, 1, 2), store, 60.0)
     try:
         assert mine._failed() is None
         other.stop()
@@ -148,8 +146,8 @@ def test_a_watchman_is_waited_for_when_its_store_is_slow(monkeypatch):
         def check(self, keys):
             return self.store.check(keys)
 
-    monkeypatch.setattr("harness.parallel.watchman.PERIOD_S", 0.01)
-    watchman = Watchman(Ranks(), Slow(), 60.0)
+    monkeypatch.setattr("harness.parallel.rank_monitor.PERIOD_S", 0.01)
+    watchman = RankMonitor(Ranks(), Slow(), 60.0)
     time.sleep(0.2)  # now it is in the store
     watchman.stop()
     assert not watchman._thread.is_alive()

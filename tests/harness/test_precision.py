@@ -9,11 +9,9 @@ from bench_cases import DTYPE_CONFIGS
 from bench_cases.models import build_model
 from harness import fp16_products
 from harness import precision as precision_module
-from harness.loss import training_loss
-from harness.loss_scaler import MeasuringGradScaler
-from harness.precision import DTYPES, Precision, Unsupported, refuse_what_the_device_lacks
-from harness.run import load_run_data, make_batches, model_request
-from harness.switches import SwitchError
+from harness.loss import MeasuringGradScaler, training_loss
+from harness.precision import DTYPES, Precision, SwitchError, Unsupported, refuse_what_the_device_lacks
+from harness.run.execute import load_run_data, make_batches, model_request
 from kernels import scale_
 
 CPU = torch.device("cpu")

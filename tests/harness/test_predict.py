@@ -11,9 +11,9 @@ from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
 from harness.planning import plan_run
 from harness.predict.gather import arithmetic_of, predictions
-from harness.run import execute
+from harness.run.execute import execute
 from harness.settings import Request
-from instrument.prediction_outcome import FALSE_ALARM, HIT, MISSED
+from instrument.prediction import FALSE_ALARM, HIT, MISSED
 
 SMALL = {
     "preset": "tiny",

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from harness import cli
-from harness.bench.reliability.damage import flipped
-from harness.bench.reliability.damage import step as step_record
-from harness.claims import claim
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, OK, USAGE
-from harness.repair.folder import repair_folder
-from harness.run_folder import write_index
-from instrument import files
-from instrument.records import EvaluationRecord, RunRecord, encode
+from instrument.results import files
+from instrument.results.claims import claim
+from instrument.results.folder import write_index
+from instrument.results.repair import repair_folder
+from instrument.results.schemas import EvaluationRecord, RunRecord, encode
 from report.load import NoResults, load
+from tests.soak.reliability.damage import flipped
+from tests.soak.reliability.damage import step as step_record
 
 STEPS = 12
 

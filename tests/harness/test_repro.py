@@ -13,15 +13,15 @@ import torch
 from safetensors import safe_open
 
 from harness.cli import main
-from harness.forensics.repro import METADATA_KEY, save_operands
-from harness.inspect.locate import FoundRun, RunUnreadable, locate
+from harness.forensics.evidence import METADATA_KEY, save_operands
 from harness.inspect.repro_script import OURS, read_culprit, script_text, write_repro
-from harness.run import execute
+from harness.run.execute import execute
 from harness.settings import SettingsError
-from instrument.forensics_record import ForensicsRecord
-from instrument.records import FirstNonfinite
 from instrument.replay.examine import examine
 from instrument.replay.snapshot import Snapshot
+from instrument.results.forensics import ForensicsRecord
+from instrument.results.read import FoundRun, RunUnreadable, locate
+from instrument.results.schemas import FirstNonfinite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

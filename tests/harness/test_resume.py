@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 
 from bench_cases import DTYPE_CONFIGS
-from harness import checkpoint
-from harness.bench.reliability import same_run
-from harness.checkpointing import Checkpointing
 from harness.cli import main
-from harness.resume import log_paths
-from harness.run import execute
-from harness.run_folder import finished_run
-from harness.signals import Stop
-from instrument.records import EvaluationRecord, StepRecord
+from harness.run import checkpoint_files
+from harness.run.checkpoints import Checkpointing
+from harness.run.execute import execute
+from harness.run.resume import log_paths
+from harness.run.signals import Stop
+from instrument.results.folder import finished_run
+from instrument.results.schemas import EvaluationRecord, StepRecord
+from tests.soak.reliability import same_run
 
 
 def written(settings, out):
@@ -70,7 +70,9 @@ def test_stopped_twice_a_run_equals_the_one_that_was_not(small, tmp_path, config
     if whole.status == "completed":
         assert [part.status for part in parts] == ["preempted"] * 2 and [part.steps_done for part in parts] == [2, 6]
         assert last.flags["resumed"]["behind_steps"] == [2, 6]
-        assert whole.final_weights_sha256 is not None and not checkpoint.steps(tmp_path / "parts" / "runs" / settings.run_id)
+        assert whole.final_weights_sha256 is not None and not checkpoint_files.steps(
+            tmp_path / "parts" / "runs" / settings.run_id
+        )
     else:
         assert whole.status in ("diverged", "unsupported")
 
@@ -98,7 +100,7 @@ def test_every_cut_gives_the_same_run(small, tmp_path, monkeypatch, case, config
 
 
 def test_the_modules_windows_are_those_of_the_whole_run(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.instruments.KEPT_STEPS", 6)  # summed up over three steps
+    monkeypatch.setattr("harness.run.instruments.KEPT_STEPS", 6)  # summed up over three steps
     settings = small("amp_bf16", max_steps=8, instrument="full")
     execute(settings, tmp_path / "whole")
     lines = written(settings, tmp_path / "whole")[0]["activations"]
@@ -122,9 +124,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(small, tmp_path):
 
 
 def test_an_exploding_loss_is_noticed_at_the_same_step(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("instrument.explosion.EXPLOSION_STEPS", 3)
-    monkeypatch.setattr("instrument.explosion.MEDIAN_STEPS", 4)
-    monkeypatch.setattr("instrument.explosion.deque", lambda maxlen: deque(maxlen=4))
+    monkeypatch.setattr("instrument.step_meter.EXPLOSION_STEPS", 3)
+    monkeypatch.setattr("instrument.step_meter.MEDIAN_STEPS", 4)
+    monkeypatch.setattr("instrument.step_meter.deque", lambda maxlen: deque(maxlen=4))
     settings = small("fp32_true", "gpt2_clm", max_steps=30, lr=3.0)
     whole = execute(settings, tmp_path / "whole")
     assert whole.status == "diverged" and whole.first_nonfinite is None
@@ -180,7 +182,7 @@ def test_a_finished_run_and_a_failed_one_start_over(small, tmp_path):
     row = json.loads((folder / "run.json").read_bytes())
     (folder / "run.json").write_text(json.dumps(row | {"status": "error", "error": "x"}))
     record = execute(settings, tmp_path)
-    assert "resumed" not in record.flags and record.steps_done == 7 and checkpoint.steps(folder) == []
+    assert "resumed" not in record.flags and record.steps_done == 7 and checkpoint_files.steps(folder) == []
 
 
 def test_fresh_starts_over(small, tmp_path, capsys):

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from bench_cases import DTYPE_CONFIGS
-from bench_cases.data.errors import DataError
-from harness import run as run_module
+from bench_cases.data.documents import DataError
 from harness import training
-from harness.run import execute
-from harness.run_folder import OutputError, RunFolder, finished_runs, write_index
-from harness.terminal import CaseScreen
-from instrument.log import read
-from instrument.records import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
+from harness.run import execute as run_module
+from harness.run.execute import execute
+from harness.run.terminal import CaseScreen
+from instrument.results.folder import OutputError, RunFolder, finished_runs, write_index
+from instrument.results.log import read
+from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
 
 
 def test_a_run_leaves_its_logs_its_row_and_the_index(plan, tmp_path):

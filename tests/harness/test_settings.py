@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
-from harness.schedule import learning_rate
+from harness.optimizer import learning_rate
 from harness.settings import Request, SettingsError, resolve
 
 CASE, CONFIG = CASES["gpt2_multi_cls"], DTYPE_CONFIGS["amp_fp16"]

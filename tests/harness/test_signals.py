@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from harness import checkpoint
-from harness.run_folder import finished_runs
-from harness.signals import Stop, Stopped
+from harness.run import checkpoint_files
+from harness.run.signals import Stop, Stopped
+from instrument.results.folder import finished_runs
 
 SMALL = [
     "--preset",
@@ -132,7 +132,7 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_it_goes_on(tmp_path, command
     rows = finished_runs(tmp_path)
     assert [row.status for row in rows] == ["preempted"] * 2
     for row in rows:
-        assert checkpoint.steps(tmp_path / "runs" / row.run_id) == [row.steps_done]
+        assert checkpoint_files.steps(tmp_path / "runs" / row.run_id) == [row.steps_done]
     assert not_running(process.pid)
     again = started([*words, "--json"], command_environment)
     told, heard = again.communicate(timeout=240)

@@ -10,13 +10,13 @@ import torch
 
 from bench_cases.models import build_model, weights_sha256
 from harness.forensics import stored
-from harness.forensics.failures import NothingToReplay, RebuildError, SnapshotError
 from harness.forensics.rebuild import rebuild, settings_of
+from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError
 from harness.precision import Precision
-from harness.run import execute, load_run_data, make_batches, model_request
+from harness.run.execute import execute, load_run_data, make_batches, model_request
 from harness.training import Training
-from instrument.forensics_record import ForensicsRecord
-from instrument.records import decode
+from instrument.results.forensics import ForensicsRecord
+from instrument.results.schemas import decode
 
 
 @pytest.fixture

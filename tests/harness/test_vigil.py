@@ -4,12 +4,11 @@ import signal
 
 import pytest
 
-from harness.supervise.pulse import Beat
-from harness.supervise.stack_file import ASK
-from harness.supervise.vigil import UNKILLABLE_AFTER_S, Rules, Vigil
+from harness.supervisor.heartbeat import ASK, Heartbeat
+from harness.supervisor.process_monitor import UNKILLABLE_AFTER_S, ProcessMonitor, Rules
 
 
-class Watched(Vigil):
+class Watched(ProcessMonitor):
     """Over no process: what would be sent is noted."""
 
     def __init__(self, rules: Rules) -> None:
@@ -41,7 +40,7 @@ def watched(tmp_path):
 
 
 def training(step):
-    return Beat("training", step)
+    return Heartbeat("training", step)
 
 
 def test_silence_brings_stacks_then_term_then_kill(watched):
@@ -67,7 +66,7 @@ def test_every_beat_starts_the_clock_again(watched):
 
 def test_until_the_first_step_is_done_there_is_more_time(watched):
     vigil = watched(hang_after_s=10)
-    for beat in (Beat("data", 0), Beat("build", 0), Beat("opening", 0), Beat("evaluation", 0), training(0)):
+    for beat in (Heartbeat("data", 0), Heartbeat("build", 0), Heartbeat("opening", 0), Heartbeat("evaluation", 0), training(0)):
         vigil.hear(beat)
         assert vigil.limit_s == 10 * vigil.rules.starting_factor
     vigil.hear(training(1))
@@ -76,7 +75,7 @@ def test_until_the_first_step_is_done_there_is_more_time(watched):
 
 def test_a_run_that_goes_on_has_not_made_a_step_of_its_own_yet(watched):
     vigil = watched(hang_after_s=10)
-    for beat in (Beat("opening", 50), training(50)):
+    for beat in (Heartbeat("opening", 50), training(50)):
         vigil.hear(beat)
     assert vigil.limit_s == 10 * vigil.rules.starting_factor and vigil.opened
     vigil.hear(training(51))
@@ -85,7 +84,7 @@ def test_a_run_that_goes_on_has_not_made_a_step_of_its_own_yet(watched):
 
 def test_a_step_whose_end_is_told_with_its_checkpoint_counts(watched):
     vigil = watched(hang_after_s=10)
-    for beat in (Beat("opening", 0), training(0), Beat("checkpoint", 1), training(1)):
+    for beat in (Heartbeat("opening", 0), training(0), Heartbeat("checkpoint", 1), training(1)):
         vigil.hear(beat)
     assert vigil.limit_s == 10
 
@@ -131,5 +130,5 @@ def test_a_process_that_outlives_sigkill_is_not_waited_for(watched):
 def test_files_count_as_the_runs_own_from_their_opening_on(watched):
     vigil = watched()
     for phase, opened in (("data", False), ("build", False), ("opening", True), ("closing", True)):
-        vigil.hear(Beat(phase, 0))
+        vigil.hear(Heartbeat(phase, 0))
         assert vigil.opened is opened

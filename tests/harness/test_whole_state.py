@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from bench_cases import DTYPE_CONFIGS
-from harness.bench.reliability import same_run
-from harness.claims import owner_of
+from instrument.results.claims import owner_of
 from tests.harness.launched import FAULTY, HERE, LONGEST_S, SMALL, ended, ids_of, one_run, several, torchrun
+from tests.soak.reliability import same_run
 
 CONFIGS = ("fp32_true", "amp_fp16", "bf16_pure_sr")
 SHARDED = ["--parallel", "fsdp", "--dropout", "0.1", "--eval-every", "2"]

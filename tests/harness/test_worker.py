@@ -23,7 +23,7 @@ def asked(statement: str) -> list[str]:
 
 
 def test_the_worker_imports_without_asking_for_a_gpu():
-    assert asked("import harness.worker") == []
+    assert asked("import harness.supervisor.worker") == []
 
 
 def test_the_counter_sees_who_asks():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from instrument.count import count
+from instrument.words import count
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "instrument", "kernels", "bench_cases", "report")

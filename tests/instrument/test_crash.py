@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from instrument import crash
+from instrument.results import crash_hook
 
 
 def dies(nth, change):
@@ -17,9 +17,9 @@ def dies(nth, change):
     if pid == 0:
         code = 1
         try:
-            crash.crash_at(nth)
+            crash_hook.crash_at(nth)
             change()
-            os.write(writing, b"%d" % crash.operations())
+            os.write(writing, b"%d" % crash_hook.operations())
             code = 0
         finally:
             os._exit(code)
@@ -76,15 +76,15 @@ def test_what_changes_a_disk_is_counted_and_nothing_else(folder, name):
 @pytest.mark.parametrize("name", [name for name, (_, operations) in CHANGES.items() if operations])
 def test_death_comes_before_the_operation(folder, name):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert dies(1, lambda: CHANGES[name][0](folder)) == (crash.CRASHED, None)
+    assert dies(1, lambda: CHANGES[name][0](folder)) == (crash_hook.CRASHED, None)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(("nth", "left"), [(1, None), (2, b""), (3, b"01234"), (4, b"0123456789")])
 def test_a_write_has_a_middle(folder, nth, left):
-    assert dies(nth, lambda: write(folder)) == (crash.CRASHED, None)
+    assert dies(nth, lambda: write(folder)) == (crash_hook.CRASHED, None)
     assert ((folder / "new").read_bytes() if (folder / "new").exists() else None) == left
 
 
 def test_0_is_never(folder):
-    assert dies(0, lambda: write(folder)) == (0, 0) and crash.operations() == 0
+    assert dies(0, lambda: write(folder)) == (0, 0) and crash_hook.operations() == 0

@@ -2,7 +2,7 @@
 
 import math
 
-from instrument.explosion import EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector
+from instrument.step_meter import EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector
 
 
 def first_explosion(losses, warmup_steps=0):

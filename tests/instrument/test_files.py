@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from instrument import crash, files
-from instrument.log import JsonlLog
-from instrument.records import EventRecord, RecordError, decode
-from instrument.run_id import LONGEST, is_safe, require_safe
+from instrument.results import crash_hook, files
+from instrument.results.log import JsonlLog
+from instrument.results.schemas import LONGEST, EventRecord, RecordError, decode, is_safe, require_safe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +86,7 @@ def test_killed_at_any_operation_a_folder_is_whole_or_absent_and_the_rest_is_swe
         for content in (b"old", b"new"):
             pid = os.fork()
             if pid == 0:
-                crash.crash_at(nth if content == b"new" else 0)
+                crash_hook.crash_at(nth if content == b"new" else 0)
                 with files.placing_folder(out / "state") as writing:
                     for name in ("a", "b"):
                         (writing / name).write_bytes(content)
@@ -264,9 +263,9 @@ SEQUENCE = """
 import sys
 from functools import partial
 from pathlib import Path
-from instrument.files import replace
-from instrument.log import JsonlLog
-from instrument.records import EventRecord
+from instrument.results.files import replace
+from instrument.results.log import JsonlLog
+from instrument.results.schemas import EventRecord
 out = Path(sys.argv[1])
 with JsonlLog(out / "events.jsonl") as log:
     for step in range(1, 7):
@@ -297,7 +296,7 @@ def test_killed_at_any_file_operation_nothing_acknowledged_is_lost(tmp_path):
         if exit_code == 0:
             survived = nth
             break
-        assert exit_code == crash.CRASHED
+        assert exit_code == crash_hook.CRASHED
         with JsonlLog(out / "events.jsonl") as log:  # the next process goes on
             log.write(EventRecord(step=99, kind="warning", detail={}))
         last = (out / "events.jsonl").read_bytes().split(b"\n")
@@ -314,7 +313,7 @@ def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
         try:
             os.dup2(writing, 1)
             sys.stdout, sys.argv = os.fdopen(1, "w"), ["-", str(out)]
-            crash.crash_at(nth)
+            crash_hook.crash_at(nth)
             exec(SEQUENCE, {"__name__": "sequence"})
             code = 0
         finally:
@@ -331,9 +330,9 @@ def test_the_environment_variable_does_the_same(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, crash.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, crash_hook.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == crash.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr
+    assert done.returncode == crash_hook.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr
 
 
 WRITERS = {
@@ -363,25 +362,25 @@ WRITERS = {
 """Names of calls that write, move or delete files (where they belong to os, shutil, tempfile, json, numpy, torch or a path)."""
 MODULES = {"os", "shutil", "tempfile", "json", "np", "torch", "pickle"}
 ALLOWED = {
-    "instrument/files.py": "is the module",
-    "instrument/log.py": "is the module's other half",
-    "harness/claims.py": "a claim appears by a hard link with its lock held, not by replacing",
-    "harness/run_folder.py": "deletes an earlier run's snapshot; probes whether the folder can be written",
+    "instrument/results/files.py": "is the module",
+    "instrument/results/log.py": "is the module's other half",
+    "instrument/results/claims.py": "a claim appears by a hard link with its lock held, not by replacing",
+    "instrument/results/folder.py": "deletes an earlier run's snapshot; probes whether the folder can be written",
     "instrument/closed_pipe.py": "/dev/null, for the words that nobody reads",
-    "harness/worker.py": "a process's standard output and error, which libraries write",
+    "harness/supervisor/worker.py": "a process's standard output and error, which libraries write",
     "harness/forensics/stored.py": "writes a folder under a temporary name and renames it whole",
     "harness/bench/reliability": "plants damage, in folders of its own",
     "harness/campaign/book.py": "a campaign's lock, with the number of the process that holds it",
     "harness/campaign/pack.py": "fills a temporary folder that is placed whole, and temporary files of the module",
     "harness/campaign/process.py": "a stage's standard output and error",
     "harness/engines": "a node's own temporary folder; temporary files of the module",
-    "harness/supervise/stack_file.py": "a temporary file that a process' stacks go through",
-    "harness/listing.py": "JSON to standard output",
-    "harness/repair/__init__.py": "JSON to standard output",
+    "harness/supervisor/heartbeat.py": "a temporary file that a process' stacks go through",
+    "harness/commands/list.py": "JSON to standard output",
+    "harness/commands/repair.py": "JSON to standard output",
     "report/plots/write.py": "draws into memory",
-    "report/bench/command.py": "JSON to standard output",
-    "report/bench/simulate.py": "makes a benchmark's input",
-    "report/bench/plain_script.py": "is the naive script that the benchmark compares with",
+    "benchmarks/report/command.py": "JSON to standard output",
+    "benchmarks/report/simulate.py": "makes a benchmark's input",
+    "benchmarks/report/plain_script.py": "is the naive script that the benchmark compares with",
     "bench_cases/data/cache.py": "the data cache, no result: a folder renamed whole",
     "bench_cases/data/hub.py": "the data cache",
     "bench_cases/data/tokenized.py": "the data cache",
@@ -473,5 +472,5 @@ def test_nothing_writes_files_past_this_module():
                 used |= allowed
             else:
                 offenders += [f"{name}:{line}" for line in lines]
-    assert not offenders, "write through instrument.files, or allow it here with a reason"
+    assert not offenders, "write through instrument.results.files, or allow it here with a reason"
     assert used == set(ALLOWED), "the list of exceptions names a file that writes nothing"

@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from instrument import background, log
-from instrument.files import try_lock
-from instrument.log import Appender, JsonlLog, read
-from instrument.records import EventRecord, RecordError, encode
+from instrument import background
+from instrument.results import log
+from instrument.results.files import try_lock
+from instrument.results.log import Appender, JsonlLog, read
+from instrument.results.schemas import EventRecord, RecordError, encode
 
 
 def event(step: int, text: str = "x" * 500) -> EventRecord:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from instrument.memory_exhausted import ALLOCATOR, memory_when_it_ran_out, requested_bytes
+from instrument.memory import ALLOCATOR, memory_when_it_ran_out, requested_bytes
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_what_cannot_be_read_is_a_reason_and_no_number(monkeypatch):
 def test_the_hosts_figures_under_a_limit():
     code = """
 import resource, torch
-from instrument.memory_exhausted import memory_when_it_ran_out
+from instrument.memory import memory_when_it_ran_out
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.RLIM_INFINITY))
 try:
     torch.empty(8 << 30, dtype=torch.uint8)

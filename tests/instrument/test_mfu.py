@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from instrument.flops import LengthPolynomial, ProductDtypes, RowFlops, StepFlops
 from instrument.mfu import DENOMINATORS, Peaks, Utilisation, datasheet_peaks, figures, weighted_peak
-from instrument.records import StepRecord
+from instrument.results.schemas import StepRecord
 
 FIELDS = [name + suffix for suffix in ("", "_real_tokens") for name in DENOMINATORS]
 H200 = Peaks(**datasheet_peaks("NVIDIA H200"), measured={"bf16": 700e12, "fp32": 50e12})

@@ -11,9 +11,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrument.prediction import FORMATS, Arithmetic, Hazard, Reference, end, hazards, smallest_gradient
-from instrument.prediction_outcome import FALSE_ALARM, HIT, MISSED, NEITHER, NOT_REACHED, Happened, compare
-from instrument.records import FirstNonfinite, StepRecord
+from instrument.prediction import (
+    FALSE_ALARM,
+    FORMATS,
+    HIT,
+    MISSED,
+    NEITHER,
+    NOT_REACHED,
+    Arithmetic,
+    Happened,
+    Hazard,
+    Reference,
+    compare,
+    end,
+    hazards,
+    smallest_gradient,
+)
+from instrument.results.schemas import FirstNonfinite, StepRecord
 
 NAIVE = Arithmetic(
     compute="fp16",
@@ -259,5 +273,5 @@ def test_skipped_steps_are_compared():
 
 
 def test_it_needs_no_torch():
-    code = "import sys, instrument.prediction_outcome; sys.exit('torch' in sys.modules)"
+    code = "import sys, instrument.prediction; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

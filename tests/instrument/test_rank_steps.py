@@ -2,10 +2,8 @@
 
 import math
 
-from instrument.rank_steps import MeasuredStep, together
-from instrument.step_meter import COLUMNS
-from instrument.watch.rank_readings import merged
-from instrument.watch.taps import TapReading
+from instrument.step_meter import COLUMNS, MeasuredStep, together
+from instrument.watch.taps import TapReading, merged
 
 HEALTHY = dict.fromkeys(COLUMNS, 0.0) | {
     "loss_microbatch": -1.0,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instrument.records import (
+from instrument.results.schemas import (
     PHASES,
     SCHEMA,
     STATUSES,

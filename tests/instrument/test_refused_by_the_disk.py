@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from instrument.refused_by_the_disk import sentence_of
+from instrument.words import sentence_of
 
 
 def test_a_file_where_a_folder_should_be_is_named(tmp_path):

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from instrument.log import read
-from instrument.sampler.gpu import FIELDS, GpuSensors, company_of
+from instrument.results.hardware import HardwareRecord
+from instrument.results.log import read
+from instrument.sampler.gpu import FIELDS, GpuSensors, Patience, company_of
 from instrument.sampler.host import HostSensors
-from instrument.sampler.patience import Patience
-from instrument.sampler.record import HardwareRecord
 from instrument.sampler.sampler import Sampler
 
 CALLS = (
@@ -265,5 +264,5 @@ def test_company_is_told_no_further_than_the_listing_goes():
 
 
 def test_records_can_be_read_without_torch():
-    code = "import sys, instrument.sampler.record, instrument.sampler.summary; assert 'torch' not in sys.modules"
+    code = "import sys, instrument.results.hardware, instrument.sampler.summary; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from instrument.sampler.patience import Patience
+from instrument.sampler.gpu import Patience
 
 
 def test_a_call_that_answers_late_is_dropped_and_its_late_answer_is_not_used():

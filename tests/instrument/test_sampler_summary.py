@@ -2,9 +2,8 @@
 
 import pytest
 
-from instrument.sampler.energy import energy_of, energy_per
-from instrument.sampler.record import HardwareRecord, Mark
-from instrument.sampler.summary import NO_GPU, summarize
+from instrument.results.hardware import HardwareRecord, Mark
+from instrument.sampler.summary import NO_GPU, energy_of, energy_per, summarize
 
 
 def record(time_s, **fields):

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from instrument.explosion import EXPLOSION_STEPS, MEDIAN_STEPS
-from instrument.step_meter import StepMeter
+from instrument.step_meter import EXPLOSION_STEPS, MEDIAN_STEPS, StepMeter
 from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")

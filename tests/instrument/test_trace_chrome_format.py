@@ -2,7 +2,7 @@
 
 import pytest
 
-from instrument.trace.chrome_format import violations
+from tests.instrument.chrome_format import violations
 
 
 def slice_(name, ts, dur, tid=1):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from instrument.trace.magnitudes import ModuleMagnitudes, flows_from
 from instrument.trace.tracks import CounterSample
-from instrument.trace.window import TraceWindow
+from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 
 CPU = torch.device("cpu")
 

@@ -164,7 +164,7 @@ def test_no_events_give_an_empty_table():
 
 def test_tables_can_be_made_without_torch():
     code = (
-        "import sys, instrument.trace.time_table, instrument.trace.tracks, instrument.trace.chrome_format; "
+        "import sys, instrument.trace.time_table, instrument.trace.tracks, tests.instrument.chrome_format; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

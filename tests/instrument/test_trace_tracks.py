@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrument.trace.chrome_format import violations
 from instrument.trace.tracks import PID, CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of
+from tests.instrument.chrome_format import violations
 
 BASE_NS = 1_790_857_026_000_000_000
 times_ns = st.integers(BASE_NS, BASE_NS + 10**16)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from instrument.trace.chrome_format import violations
 from instrument.trace.tracks import CounterSample, Flow, Marker, Tracks
 from instrument.trace.window import TraceWindow, add_tracks
+from tests.instrument.chrome_format import violations
 
 CPU = torch.device("cpu")
 STEPS = 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench_cases import CASES
-from instrument.records import EvaluationRecord, FirstNonfinite, RunRecord, StepRecord, encode
+from instrument.results.schemas import EvaluationRecord, FirstNonfinite, RunRecord, StepRecord, encode
 from report.load import Folder, load
 
 STEPS, UNTIMED, BATCH, SEQ_LEN = 60, 5, 8, 64

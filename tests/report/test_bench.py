@@ -2,9 +2,8 @@
 
 import pytest
 
-from report.bench.command import measure, measured, show
-from report.bench.process import BenchFailed, spend
-from report.bench.simulate import simulate
+from benchmarks.report.command import BenchFailed, measure, measured, show, spend
+from benchmarks.report.simulate import simulate
 from report.load import load
 
 

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import msgspec
 import pytest
 
-from instrument.records import RunRecord, decode, encode
-from report.bench.simulate import simulate
+from benchmarks.report.simulate import simulate
+from instrument.results.schemas import RunRecord, decode, encode
 from report.dossier import build
 from report.load import load
 from report.pdf import PdfUnavailable

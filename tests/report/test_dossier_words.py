@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from instrument.records import RunRecord, decode
-from report.bench.simulate import simulate
+from benchmarks.report.simulate import simulate
+from instrument.results.schemas import RunRecord, decode
 from report.dossier import measurements
 from report.dossier.citations import RowNumbers, in_order
 from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards
@@ -64,7 +64,7 @@ def test_a_command_spells_out_every_setting_and_is_safe_to_paste(runs):
 
 
 def test_options_of_a_command_are_options_of_the_harness():
-    from harness.arguments import parser
+    from harness.options import parser
     from report.dossier.reproduce import OPTIONS
 
     parsed = parser().parse_args(
@@ -161,8 +161,8 @@ def resolved(words):
     """What `harness case` would run for a command line."""
     import torch
 
-    from harness import arguments
-    from harness.case import asked_case, asked_config
+    from harness import options as arguments
+    from harness.commands.case import asked_case, asked_config
     from harness.planning import plan_run
 
     options = arguments.parser().parse_args(words[3:])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from instrument.records import FirstNonfinite
+from instrument.results.schemas import FirstNonfinite
 from report.hypotheses import judge
 from report.hypotheses.finding import (
     NOT_DECIDED,

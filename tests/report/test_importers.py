@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from instrument.gpus import known_card
-from instrument.records import encode
+from instrument.results.schemas import encode
 from report.errors import ImportRefused
 from report.importers.dtype_bench import import_dtype_bench
 from report.load import load

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from instrument.records import SCHEMA, RecordError, StepRecord, decode, encode
+from instrument.results.schemas import SCHEMA, RecordError, StepRecord, decode, encode
 from report.load import NoResults, load
 from report.load.columns import column_dtypes, read_columns
 

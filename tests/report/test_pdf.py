@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("weasyprint")
 pypdf = pytest.importorskip("pypdf")
 
-from report.bench.simulate import simulate  # noqa: E402
+from benchmarks.report.simulate import simulate  # noqa: E402
 from report.dossier import build  # noqa: E402
 from report.load import load  # noqa: E402
 from report.pdf import figures_as_images, write_pdf  # noqa: E402

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from instrument.records import FirstNonfinite
-from report.bench.simulate import simulate
+from benchmarks.report.simulate import simulate
+from instrument.results.schemas import FirstNonfinite
 from report.load import load
 from report.plots.registry import DRAW
 from report.plots.style import theme

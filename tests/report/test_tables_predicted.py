@@ -6,7 +6,7 @@ import pytest
 
 from harness.predict.gather import Predictions
 from instrument.prediction import KINDS as HAZARD_KINDS
-from instrument.prediction_outcome import VERDICTS as OUTCOME_VERDICTS
+from instrument.prediction import VERDICTS as OUTCOME_VERDICTS
 from report.dossier.prediction import prediction_words
 from report.load import load
 from report.tables.predicted import HIT, KINDS, MISSED, NEITHER, VERDICTS, predicted

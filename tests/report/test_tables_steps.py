@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from instrument.records import FirstNonfinite, StepRecord, decode, encode
+from instrument.results.schemas import FirstNonfinite, StepRecord, decode, encode
 from report.errors import UsageError
 from report.load import load
 from report.plots.style import TITLE_PT, wrap
@@ -306,6 +306,6 @@ def test_a_run_without_a_result_says_what_ended_it(plant, status, death, says, c
 
 
 def test_every_cause_of_death_has_its_words():
-    from harness.supervise.death import CAUSES as DEATHS_OF_RUNS
+    from harness.supervisor.failure import CAUSES as DEATHS_OF_RUNS
 
     assert set(DEATHS) == set(DEATHS_OF_RUNS)

@@ -31,7 +31,7 @@ def test_text_without_splits_is_split_by_content(law_folder, cache_dir):
 
 
 def test_a_split_does_not_depend_on_the_order_of_lines(tmp_path, write_jsonl, cache_dir):
-    from bench_cases.data import jsonl
+    from bench_cases.data import folder as jsonl
 
     rows = [{"text": f"text number {i}"} for i in range(50)]
     one = jsonl.read(write_jsonl(tmp_path / "a.jsonl", rows), jsonl.Fields())

@@ -7,10 +7,9 @@ import psutil
 import pytest
 
 from harness import cli
-from harness.engines import cluster
-from harness.engines.cluster import require_private
-from harness.engines.errors import EngineError
 from harness.exit_codes import ENVIRONMENT, USAGE
+from harness.matrix import ray_cluster
+from harness.matrix.ray_cluster import EngineError, require_private
 from harness.settings import SettingsError
 
 SMALL = [
@@ -112,7 +111,7 @@ def test_a_dry_run_looks_at_the_address_and_says_that_nobody_was_asked(tmp_path,
 
 def test_without_ray_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr(cluster, "bind_to_loopback", lambda: None)
+    monkeypatch.setattr(ray_cluster, "bind_to_loopback", lambda: None)
     assert cli.main([*SMALL, "--engine", "ray", "--out", str(tmp_path / "out")]) == ENVIRONMENT
     said = capsys.readouterr().err
     assert "pip install '.[ray]'" in said and said.count("\n") == 1
@@ -121,7 +120,7 @@ def test_without_ray_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
 def test_our_own_cluster_listens_on_loopback_alone_and_has_no_dashboard(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (pip install '.[ray]')")
     code = (
-        "from harness.engines.cluster import Cluster; import sys\n"
+        "from harness.matrix.ray_cluster import Cluster; import sys\n"
         "with Cluster(None, device='cpu', threads=1) as own:\n"
         "    print(own.slots(), *[n['NodeManagerAddress'] for n in own.nodes()], file=sys.stderr, flush=True)\n"
         "    sys.stdin.read()\n"

@@ -5,9 +5,9 @@ import hashlib
 
 import pytest
 
-from harness.engines import parcel
-from harness.engines.parcel import Item, ParcelError
-from harness.run_folder import OutputError
+from harness.matrix import ray_node
+from harness.matrix.ray_node import Item, ParcelError
+from instrument.results.folder import OutputError
 
 RUN = "gpt2_clm-fp32_true-s0-01234567"
 
@@ -36,13 +36,13 @@ def node(tmp_path):
 
 def carry(source, items, target, spoil=lambda wanted, data: data):
     """Bring the listed files over; returns what was asked for."""
-    asked, receiving = [], parcel.receive(target, RUN, items)
+    asked, receiving = [], ray_node.receive(target, RUN, items)
     try:
         wanted = next(receiving, None)
         while wanted is not None:
             asked.append(wanted)
             try:
-                wanted = receiving.send(spoil(wanted, parcel.chunk(source, items, wanted)))
+                wanted = receiving.send(spoil(wanted, ray_node.chunk(source, items, wanted)))
             except StopIteration:
                 wanted = None
     finally:
@@ -55,7 +55,7 @@ def files_in(out):
 
 
 def test_a_run_arrives_as_it_is_in_chunks_and_its_row_comes_last(node, tmp_path):
-    items = parcel.contents(node, RUN)
+    items = ray_node.contents(node, RUN)
     asked = carry(node, items, tmp_path / "here")
     sent = {
         path: content
@@ -80,7 +80,7 @@ def test_what_the_run_had_before_goes_and_the_rest_stays(node, tmp_path):
     ):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
         (here / path).write_bytes(b"old")
-    carry(node, parcel.contents(node, RUN), here)
+    carry(node, ray_node.contents(node, RUN), here)
     found = files_in(here)
     assert found["machine.json"] == b"old" and found["runs/other/run.json"] == b"old" and found[f"runs/{RUN}/.claim"] == b"old"
     assert not [path for path in found if "checkpoint-1" in path or "forensics" in path or "step2" in path]
@@ -88,12 +88,12 @@ def test_what_the_run_had_before_goes_and_the_rest_stays(node, tmp_path):
 
 
 def test_a_parcel_that_breaks_off_leaves_no_row_and_no_half_file(node, tmp_path):
-    items, here = parcel.contents(node, RUN), tmp_path / "here"
+    items, here = ray_node.contents(node, RUN), tmp_path / "here"
     carry(node, items, here)
     for stop_at in range(len(carry(node, items, here))):
-        receiving, wanted = parcel.receive(here, RUN, items), None
+        receiving, wanted = ray_node.receive(here, RUN, items), None
         for n in range(stop_at + 1):
-            wanted = next(receiving) if n == 0 else receiving.send(parcel.chunk(node, items, wanted))
+            wanted = next(receiving) if n == 0 else receiving.send(ray_node.chunk(node, items, wanted))
         receiving.close()
         assert not (here / "runs" / RUN / "run.json").exists()
         assert not [path for path in files_in(here) if path.endswith(".ddb-tmp")]
@@ -108,7 +108,7 @@ def test_a_parcel_that_breaks_off_leaves_no_row_and_no_half_file(node, tmp_path)
 )
 def test_what_is_not_what_was_listed_is_refused(node, tmp_path, spoil):
     with pytest.raises(ParcelError, match="differs|bytes came"):
-        carry(node, parcel.contents(node, RUN), tmp_path / "here", spoil)
+        carry(node, ray_node.contents(node, RUN), tmp_path / "here", spoil)
     assert not (tmp_path / "here" / "runs" / RUN / "run.json").exists()
 
 
@@ -139,13 +139,13 @@ def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched(tmp_p
     (here / "runs" / RUN).mkdir(parents=True)
     (here / "runs" / RUN / "run.json").write_bytes(b"row")
     with pytest.raises(ParcelError, match="has no place"):
-        next(parcel.receive(here, RUN, [Item(path, 1, hashlib.sha256(b"x").hexdigest())]))
+        next(ray_node.receive(here, RUN, [Item(path, 1, hashlib.sha256(b"x").hexdigest())]))
     assert files_in(tmp_path) == {f"here/runs/{RUN}/run.json": b"row"}
 
 
 @pytest.mark.parametrize("link", [f"runs/{RUN}/checkpoint-3", f"runs/{RUN}", "training_logs"])
 def test_links_are_not_followed_on_either_side(node, tmp_path, link):
-    items, here, outside = parcel.contents(node, RUN), tmp_path / "here", tmp_path / "outside"
+    items, here, outside = ray_node.contents(node, RUN), tmp_path / "here", tmp_path / "outside"
     outside.mkdir()
     (here / link).parent.mkdir(parents=True)
     (here / link).symlink_to(outside)
@@ -153,18 +153,18 @@ def test_links_are_not_followed_on_either_side(node, tmp_path, link):
         carry(node, items, here)
     assert not list(outside.iterdir())
     (node / "runs" / RUN / "secret").symlink_to("/etc/passwd")
-    assert not [item for item in parcel.contents(node, RUN) if "secret" in item.path]
+    assert not [item for item in ray_node.contents(node, RUN) if "secret" in item.path]
 
 
 def test_only_what_is_listed_can_be_read(node):
-    items = parcel.contents(node, RUN)
+    items = ray_node.contents(node, RUN)
     for path in ("runs/other/run.json", "../x", "/etc/passwd"):
         with pytest.raises(ParcelError, match="not in the parcel"):
-            parcel.chunk(node, items, (path, 0))
+            ray_node.chunk(node, items, (path, 0))
 
 
 def test_a_file_listed_twice_or_with_a_negative_size_is_refused(node, tmp_path):
-    items = parcel.contents(node, RUN)
+    items = ray_node.contents(node, RUN)
     for bad in ([*items, items[0]], [dataclasses.replace(items[0], size_bytes=-1)]):
         with pytest.raises(ParcelError, match="has no place"):
-            next(parcel.receive(tmp_path / "here", RUN, bad))
+            next(ray_node.receive(tmp_path / "here", RUN, bad))

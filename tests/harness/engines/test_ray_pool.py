@@ -14,19 +14,17 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install '.[ray]')")
 
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from harness.bench.reliability.ray_nodes import trial, two_nodes
-from harness.claims import claim
-from harness.engines import node as node_module
-from harness.engines import ray_pool
-from harness.engines.cluster import Cluster
-from harness.engines.errors import EngineError
-from harness.engines.node import Node
-from harness.engines.ray_pool import RayPool
-from harness.engines.slot import nodes_own_failure
-from harness.run_folder import finished_runs, indexed_rows, write_terminal
-from harness.signals import Stop
-from harness.summary import Outcome, summarize
-from instrument.files import temporary_folder
+from harness.matrix import ray_node as node_module
+from harness.matrix import ray_pool
+from harness.matrix.ray_cluster import Cluster, EngineError
+from harness.matrix.ray_node import Node
+from harness.matrix.ray_pool import RayPool, nodes_own_failure
+from harness.run.outcome import Outcome, summarize
+from harness.run.signals import Stop
+from instrument.results.claims import claim
+from instrument.results.files import temporary_folder
+from instrument.results.folder import finished_runs, indexed_rows, write_terminal
+from tests.soak.reliability.ray_nodes import trial, two_nodes
 
 DONE = "unsupported"
 """A settled row that needs no evaluation."""
@@ -269,7 +267,7 @@ def test_a_killed_slot_s_folder_is_swept_by_the_next_one(instant):
     import sys
 
     code = (
-        "from instrument.files import temporary_folder\nimport os\n"
+        "from instrument.results.files import temporary_folder\nimport os\n"
         "with temporary_folder('ddb-run') as folder: print(folder, flush=True), os.kill(os.getpid(), 9)"
     )
     left = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())

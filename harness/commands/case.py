@@ -1,0 +1,93 @@
+"""``python -m harness case``: one run in this process, which `supervise.case_parent` has made for it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench_cases import Case, DtypeConfig, lookup
+from bench_cases.dtype_configs import DTYPE_CONFIGS
+from bench_cases.own import case_for_model, find_case
+from harness import options as arguments
+from harness.matrix.budget import asked_budget
+from harness.parallel.ranks import Ranks, on_ranks
+from harness.settings import RunSettings, SettingsError
+
+
+def case_command(options: argparse.Namespace) -> int:
+    """Run what was asked and print its summary; ``--json`` prints the row."""
+    case, config, ranks = asked_case(options), asked_config(options), Ranks.from_environment()
+    # Only now: everything above can refuse in milliseconds.
+    import time
+
+    started_s = time.perf_counter()
+    from harness.planning import choose_device, plan_run, results_folder
+
+    device = choose_device(options.device)
+    settings = on_ranks(plan_run(case, config, options.seed, arguments.request(options), device), ranks, options.parallel)
+    out = results_folder(options.out, device)
+    budget = asked_budget(options, device=settings.device, preset=settings.preset, ranks=ranks)
+    if options.dry_run:
+        return _dry_run(settings, out, options.json) if ranks.is_first else 0
+    if ranks.world > 1:
+        from harness.parallel.command import run_rank
+
+        return run_rank(settings, out, ranks, options, started_s, budget)
+    from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
+    from harness.matrix.budget import ending_in_time
+    from harness.run.execute import execute
+    from harness.run.signals import Stop
+    from harness.run.terminal import CaseScreen
+    from instrument.results.schemas import encode
+
+    with CaseScreen(settings, out) as screen, Stop(pulse=options.pulse).listening() as stop, ending_in_time(budget, stop):
+        record = execute(settings, out, screen.show, started_s, stop, fresh=options.fresh)
+    screen.summary(record)
+    if options.json:
+        sys.stdout.write(encode(record).decode() + "\n")
+    if record.status == "preempted":
+        return INTERRUPTED
+    return RUN_FAILED if record.status in ("oom", "error", "hung") else OK
+
+
+def asked_case(options: argparse.Namespace) -> Case:
+    """The case from ``CASE``, from ``--model --task`` or from ``--model_arch --task``."""
+    positional = list(options.names)
+    if options.model and options.model_arch:
+        raise SettingsError("--model and --model_arch both name the model; give one of them")
+    if options.task and not (options.model or options.model_arch):
+        raise SettingsError("--task goes with --model or --model_arch; a case id has its task in it")
+    if options.model:
+        if not options.task:
+            raise SettingsError("--model needs --task (clm, mlm, multi_cls or single_cls)")
+        return case_for_model(options.model, options.task)
+    if options.model_arch:
+        if not options.task:
+            raise SettingsError("--model_arch needs --task (clm, mlm, multi_cls or single_cls)")
+        return find_case(f"{options.model_arch}_{options.task}")
+    if not positional:
+        raise SettingsError(
+            "no case: give CASE CONFIG (`python -m harness list` shows them), or --model DIR --task TASK CONFIG"
+        )
+    return find_case(positional[0])
+
+
+def asked_config(options: argparse.Namespace) -> DtypeConfig:
+    """The configuration behind the case, or from ``--dtype_config``."""
+    positional = list(options.names)
+    if not (options.model or options.model_arch):
+        positional = positional[1:]
+    if options.dtype_config:
+        positional.append(options.dtype_config)
+    if len(positional) != 1:
+        given = ", ".join(positional) if positional else "none"
+        raise SettingsError(f"one dtype configuration is needed; given: {given}; allowed: {', '.join(DTYPE_CONFIGS)}")
+    return lookup("dtype configuration", positional[0], DTYPE_CONFIGS)
+
+
+def _dry_run(settings: RunSettings, out: Path, as_json: bool) -> int:
+    from harness.estimate.command import print_estimate
+
+    print_estimate(settings, out, as_json)
+    return 0

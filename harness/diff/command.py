@@ -1,0 +1,276 @@
+"""``python -m harness diff RUN RUN``: where two runs part, and what each of them costs.
+
+Two compared runs for a person, within 80 columns. No comparing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from harness.exit_codes import OK
+from instrument.words import count
+
+
+def diff_command(options: argparse.Namespace) -> int:
+    """Print the comparison; ``--json`` prints it as one object on standard output."""
+    from harness.diff.compare import compare
+    from instrument.results.read import load
+
+    found = compare(load(options.runs, options.out))
+    if options.json:
+        from harness.inspect.findings import strict_json
+
+        print(strict_json(found))
+    else:
+        show(found)
+    return OK
+
+
+HASH = 12
+"""Digits of a hash that are shown."""
+
+
+def show(found: dict[str, Any], console: Console | None = None) -> None:
+    """Everything that differs, most telling first."""
+    console = console or Console(highlight=False)
+    for side in "ab":
+        who = found[side]
+        console.print(
+            Text.assemble(
+                (side, "bold cyan" if side == "a" else "bold magenta"),
+                "  ",
+                (who["run_id"], "bold"),
+                (f"  in {who['results_folder']}", "dim"),
+            ),
+            soft_wrap=True,
+        )
+    console.print()
+    for words, style in headline(found):
+        console.print(Text(words, style=style))
+    if found["same_run"]:
+        return
+    for title, table in (
+        ("Outcome", _rows(found["outcome"])),
+        ("Settings that differ", _rows(found["settings"])),
+        ("Environment that differs", _rows(found["environment"])),
+    ):
+        if table.rows and not (title == "Outcome" and found["no_difference"]):
+            _section(console, title, table)
+    if not found["no_difference"]:
+        _section(console, "Where they part", *map(Text, parting_lines(found)))
+        _section(console, "Loss", *map(Text, loss_lines(found)))
+    _section(console, "Speed", *map(Text, speed_lines(found)))
+    _kernels(console, found)
+    _memory(console, found)
+
+
+def headline(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The sentence to read first, with its style."""
+    if found["same_run"]:
+        return [("Both names mean the same run: no difference.", "green")]
+    lines = []
+    if not found["paired"]:
+        what = ", ".join(
+            f"{row['name']} {value(row['name'], row['a'])} / {value(row['name'], row['b'])}"
+            for row in found["not_paired_because"]
+        )
+        lines.append(
+            (
+                f"Not the same experiment ({what}): their steps are no pairs, and differences of loss "
+                "mix that with everything else.",
+                "yellow",
+            )
+        )
+    if found["no_difference"]:
+        return [
+            *lines,
+            (
+                f"No difference: settings, environment, all {found['common_steps']} steps, "
+                f"{found['comparable_windows']:,} module readings and the outcome are equal.",
+                "green",
+            ),
+        ]
+    beyond = found["first_beyond_rounding"]
+    if not found["common_steps"]:
+        return [*lines, ("They have no step in common.", "yellow")]
+    if beyond:
+        name = beyond["fields"][0]["name"]
+        lines.append((f"They differ beyond rounding from step {beyond['step']} on, first in {name}.", "bold"))
+    elif found["first_difference"]:
+        lines.append((f"They differ by no more than rounding over {found['common_steps']} common steps.", "bold"))
+    else:
+        lines.append((f"All {found['common_steps']} common steps are equal, number for number.", "bold"))
+    return lines
+
+
+def parting_lines(found: dict[str, Any]) -> list[str]:
+    """First step and first module: at all, and beyond rounding; the rule."""
+    rule = found["rounding"]
+    lines = []
+    for title, key in _once(found, ("at all", "first_difference"), ("beyond rounding", "first_beyond_rounding")):
+        step = found[key]
+        lines.append(f"{title}: " + (f"step {step['step']}" if step else "no step"))
+        lines += [
+            f"    {f['name']:<14} {value(f['name'], f['a'])} / {value(f['name'], f['b'])}  {_apart(f['relative'])}"
+            for f in (step["fields"] if step else ())
+        ]
+    for title, key in _once(
+        found,
+        ("first module at all", "first_module_difference"),
+        ("first module beyond rounding", "first_module_beyond_rounding"),
+    ):
+        module = found[key]
+        if module is None:
+            n = found["comparable_windows"]
+            none = f"none of {n:,} readings" if n else "unknown, no module was measured over the same steps"
+            lines.append(f"{title}: {none}")
+            continue
+        first, last = module["first_step"], module["step"]
+        steps = f"step {last}" if first == last else f"steps {first}-{last}"
+        what = "gradient of " if module["direction"] == "bwd" else ""
+        lines += [
+            f"{title}: {what}{module['module'] or 'the model'}",
+            f"    largest |x|, {steps}: {module['a']:.6g} / {module['b']:.6g}  {_apart(module['relative'])}",
+        ]
+    lines.append(
+        f"Beyond rounding: apart by more than {rule['epsilons']} epsilons of the coarsest dtype in use "
+        f"({rule['relative']:.2g} relative); counts and skips exactly."
+    )
+    return lines
+
+
+def _once(found: dict[str, Any], at_all: tuple[str, str], beyond: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    """Both, or one line for both when they say the same."""
+    same = found[at_all[1]] == found[beyond[1]] and found[beyond[1]] is not None
+    return ((f"{at_all[0]}, and beyond rounding", beyond[1]),) if same else (at_all, beyond)
+
+
+def loss_lines(found: dict[str, Any]) -> list[str]:
+    """b minus a over the common steps, and how both ended."""
+    loss = found["loss"]
+    lines = []
+    if loss["mean"] is not None:
+        kind = "paired difference b - a" if found["paired"] else "difference b - a (not paired)"
+        left_out = f"; without {count(loss['left_out'], 'step')} whose loss is not finite" if loss["left_out"] else ""
+        interval = _interval(loss, "+.4g")
+        method = f", 95 % t-interval over {loss['blocks']} block means" if loss["blocks"] else ""
+        lines.append(f"{kind}: {loss['mean']:+.4g}{interval} over {count(loss['n'], 'step')}{method}{left_out}")
+    else:
+        lines.append("no common step has a finite loss in both")
+    for name, words in (("final", "at the end of training"), ("val_loss", "held out")):
+        x, y = loss[f"{name}_a"], loss[f"{name}_b"]
+        if x is not None or y is not None:
+            change = f" ({y - x:+.4g})" if x is not None and y is not None and math.isfinite(y - x) else ""
+            lines.append(f"{words}: {value('loss', x)} / {value('loss', y)}{change}")
+    return lines
+
+
+def speed_lines(found: dict[str, Any]) -> list[str]:
+    """Ratios of b to a."""
+    speed = found["speed"]
+    lines = []
+    for key, words in (("step_time_ratio", "step time b / a"), ("real_tokens_per_s_ratio", "real tokens a second b / a")):
+        ratio = speed[key]
+        if ratio["mean"] is None:
+            continue
+        lines.append(f"{words}: {ratio['mean']:.3f}{_interval(ratio, '.3f')} over {count(ratio['n'], 'timed step')}")
+    if not lines:
+        return ["no timed step in common"]
+    if speed["step_time_p50_s_a"] and speed["step_time_p50_s_b"]:
+        lines.append(f"step p50: {speed['step_time_p50_s_a'] * 1e3:,.1f} / {speed['step_time_p50_s_b'] * 1e3:,.1f} ms")
+    return [
+        *lines,
+        "Geometric means; 95 % t-intervals over block means. The two ran one after the other: a drift of the "
+        "machine is part of the ratio.",
+    ]
+
+
+def _kernels(console: Console, found: dict[str, Any]) -> None:
+    times = found["time_by_kernel"]
+    if times["missing_in"]:
+        who = " and ".join(found[side]["run_id"] for side in times["missing_in"])
+        _section(console, "Time by kernel", Text(f"not recorded in {who}: run it with --trace"))
+        return
+    counted = all(times["steps"])
+    table = _table("class", "a", "b", "b - a", *(("a, ms/step", "b, ms/step") if counted else ()))
+    for row in times["rows"]:
+        cells = [f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", f"{100 * (row['share_b'] - row['share_a']):+.1f} pp"]
+        if counted:
+            cells += [f"{(row[f's_per_step_{side}'] or 0) * 1e3:,.2f}" for side in "ab"]
+        table.add_row(row["class"], *cells)
+    note = "" if counted else "shares of the traced steps; their number is not recorded, so seconds are not compared"
+    _section(console, "Time by kernel", table, *([Text(note, style="dim")] if note else []))
+
+
+def _memory(console: Console, found: dict[str, Any]) -> None:
+    memory = found["memory"]
+    table = _table("", "a", "b", "b / a")
+    for row in memory["rows"]:
+        ratio = f"{row['b'] / row['a']:.2f}x" if row["a"] and row["b"] is not None else "–"
+        table.add_row(row["name"].removesuffix("_bytes").replace("_", " "), _bytes(row["a"]), _bytes(row["b"]), ratio)
+    missing = [f"no split in {side}: it ran with --instrument off, or ended before" for side in memory["split_missing_in"]]
+    if table.rows or missing:
+        _section(console, "Memory", *([table] if table.rows else []), *(Text(words, style="dim") for words in missing))
+
+
+def value(name: str, x: Any) -> str:
+    """A value in few characters: hashes shortened, absent as a dash."""
+    if x is None:
+        return "–"
+    if isinstance(x, str) and ("sha256" in name or "fingerprint" in name):
+        return x[:HASH] or "none"
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return str(x)
+    if isinstance(x, int):
+        return f"{x:,}" if name not in ("seed",) else str(x)
+    if name == "lr" or name.endswith("eps"):
+        return f"{x:g}"
+    return f"{x:.6g}"
+
+
+def _interval(found: dict[str, Any], style: str) -> str:
+    low, high = found["low95"], found["high95"]
+    return " (too few for an interval)" if low is None else f" [{low:{style}}, {high:{style}}]"
+
+
+def _apart(relative: float) -> str:
+    return "" if not math.isfinite(relative) else "equal" if relative == 0 else f"{relative:.1e} apart"
+
+
+def _bytes(n: int | None) -> str:
+    if n is None:
+        return "–"
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= size:
+            return f"{n / size:,.2f} {unit}"
+    return f"{n} B"
+
+
+def _rows(rows: list[dict[str, Any]]) -> Table:
+    table = _table("", "a", "b", right=False)
+    for row in rows:
+        x, y = value(row["name"], row["a"]), value(row["name"], row["b"])
+        table.add_row(Text(row["name"]), Text(x), Text(y), style=None if row["a"] != row["b"] else "dim")
+    return table
+
+
+def _table(*columns: str, right: bool = True) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if right and place else "left", overflow="fold", no_wrap=right)
+    return table
+
+
+def _section(console: Console, title: str, *content: Any) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+    for part in content:
+        console.print(Padding.indent(part, 2))

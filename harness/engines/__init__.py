@@ -1,1 +1,0 @@
-"""Where a matrix' runs are executed: in processes of this machine (`harness.pool`), or on the nodes of a Ray cluster."""

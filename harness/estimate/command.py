@@ -1,0 +1,268 @@
+"""``case ... --dry-run``: the resolved run, its model, and an estimate of its memory and time.
+
+The estimate runs one micro-batch, forward and loss, on fake tensors: they have shapes, dtypes and
+devices but no memory. What autograd keeps is then counted, in the dtypes of the configuration and
+with its attention backend, for any architecture; FLOPs are those of `harness.commands.flops`. Nothing is
+written into the results folder.
+
+The resolved run and its estimate for a person, on standard error. No computing here.
+
+Estimated peak memory of a run, part by part, in bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.estimate.fake_model import Trace
+from harness.settings import RunSettings
+from instrument.results.folder import finished_run
+from instrument.results.schemas import RunRecord
+from instrument.words import count
+
+
+def print_estimate(settings: RunSettings, out: Path, as_json: bool) -> None:
+    """Text on standard error, and one JSON object on standard output when asked."""
+
+    findings = estimate(settings, out)
+    show(findings)
+    if as_json:
+        sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
+
+
+def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
+    """The resolved run as plain data. Memory and time are null when the device cannot run it (the reason
+    stands in ``unsupported``) or when its model cannot be traced (``not_estimated``: its forward pass
+    asks for values, as some models of other people do). Raises what a run would raise about its data."""
+    import torch
+
+    from bench_cases.models import ModelError, WeightsUnavailable
+    from harness.estimate.fake_model import data_facts, duration, shapes_of, trace
+    from harness.precision import Precision, Unsupported
+    from harness.run.step_flops import meaningful_outputs, step_flops
+
+    facts = data_facts(settings)
+    findings = resolved(settings, out) | {
+        "model": facts.as_row(),
+        "unsupported": None,
+        "not_estimated": None,
+        "memory": None,
+        "time": None,
+    }
+    try:
+        precision = Precision(
+            settings.config, torch.device(settings.device), attention=settings.attention, threads=settings.threads
+        )
+    except Unsupported as error:
+        return findings | {"unsupported": str(error)}
+    try:
+        traced = trace(settings, facts, precision)
+        findings["model"] |= traced.as_row()
+        findings["memory"] = memory(settings, traced)
+        flops = step_flops(
+            shapes_of(facts.request),
+            settings.case,
+            settings.config,
+            attention=precision.attention,
+            outputs=meaningful_outputs(facts.request),
+            seq_len=settings.seq_len,
+        )
+        findings["time"] = duration(settings, traced, flops)
+    except (ModelError, WeightsUnavailable):
+        raise
+    except Exception as error:
+        findings["not_estimated"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    finally:
+        precision.close()
+    return findings
+
+
+def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
+    """What would run, and whether it already has."""
+    config = dataclasses.asdict(settings.config)
+    plain = (
+        "seed",
+        "preset",
+        "device",
+        "lr",
+        "batch_size",
+        "micro_batch",
+        "seq_len",
+        "max_steps",
+        "warmup_steps",
+        "eval_every",
+        "log_every",
+        "threads",
+        "documents",
+        "validation_documents",
+        "dropout",
+        "attention",
+        "compile",
+        "bucket_by_length",
+    )
+    return {
+        "run_id": settings.run_id,
+        "case": settings.case.id,
+        "task": settings.case.task.name,
+        "architecture": settings.case.architecture.name,
+        "loss": settings.case.task.loss,
+        "loss_reduction": settings.case.loss_reduction,
+        "dtype_config": settings.config.id,
+        "configuration": {
+            name: config[name] for name in ("weights", "compute", "head", "loss", "optimizer", "eps", "scaler", "clip", "tf32")
+        }
+        | {"autocast": settings.config.autocast},
+        "data_source": settings.data,
+        "weights_source": settings.weights,
+        "tokens_per_step": settings.batch_size * settings.seq_len,
+        **{name: getattr(settings, name) for name in plain},
+        "results_folder": str(out),
+        "already_done": done(finished_run(out, settings.run_id)),
+    }
+
+
+def done(record: RunRecord | None) -> dict[str, object] | None:
+    """How this very run ended in the results folder; null when it has not run there."""
+    return None if record is None else {"status": record.status, "steps_done": record.steps_done}
+
+
+def show(findings: dict) -> None:
+    """Two columns: what, and its value."""
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in lines(findings):
+        table.add_row(name, escape(text))
+    console.print(table)
+
+
+def lines(found: dict) -> list[tuple[str, str]]:
+    """The findings as (name, text)."""
+    config, model, done = found["configuration"], found["model"], found["already_done"]
+    cast = f"{config['autocast']} autocast" if config["autocast"] else config["compute"]
+    rows = [
+        ("run", found["run_id"]),
+        ("case", f"{found['case']}: {found['architecture']}, {found['task']}, {found['loss']} ({found['loss_reduction']})"),
+        (
+            "configuration",
+            f"{found['dtype_config']}: weights {config['weights']}, compute {cast}, head {config['head']}, "
+            f"loss {config['loss']}, AdamW {config['optimizer']} eps {config['eps']:g}, "
+            f"{'dynamic loss scaling' if config['scaler'] else 'no loss scaling'}"
+            + (", norm in fp16" if config["clip"] == "fp16" else "")
+            + (", TF32" if config["tf32"] else ""),
+        ),
+        ("data, weights", f"{found['data_source']}, {found['weights_source']}"),
+        ("model", _model(model)),
+        (
+            "step",
+            f"{count(found['batch_size'], 'sequence')} of at most {found['seq_len']} = "
+            f"{found['tokens_per_step']:,} tokens, in micro-batches of {found['micro_batch']}",
+        ),
+        ("schedule", f"{count(found['max_steps'], 'step')}, peak rate {found['lr']:g}, warm-up {found['warmup_steps']}"),
+        (
+            "device",
+            f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
+            f"threads {found['threads'] or 'all'}, attention {found['attention']}",
+        ),
+        (
+            "results",
+            found["results_folder"]
+            + ("" if done is None else f" (already there: {done['status']}, {count(done['steps_done'], 'step')})"),
+        ),
+    ]
+    if found["unsupported"]:
+        return [*rows, ("unsupported", found["unsupported"])]
+    if found["not_estimated"]:
+        return [*rows, ("not estimated", found["not_estimated"])]
+    return [*rows, *_memory(found["memory"]), *_time(found["time"])]
+
+
+def _model(model: dict) -> str:
+    if "n_params" not in model:
+        return f"vocabulary {model['vocabulary']:,} ({model['shape_source']})"
+    return (
+        f"{model['n_params']:,} parameters, {model['embedding_params']:,} of them embeddings; vocabulary "
+        f"{model['vocabulary']:,} padded to {model['padded_vocabulary']:,}"
+        + (f", {model['outputs']} outputs" if model["outputs"] else "")
+        + f" ({model['shape_source']})"
+    )
+
+
+def _memory(memory: dict) -> list[tuple[str, str]]:
+    parts = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:,.1f} MB" for name, count in memory["parts_bytes"].items())
+    return [("memory, estimate", f"{memory['peak_bytes'] / 1e9:.2f} GB: {parts}"), ("", memory["rule"])]
+
+
+def _time(found: dict) -> list[tuple[str, str]]:
+    if found["total_s"] is None:
+        return [("time, estimate", f"unknown: {found['rule']}")]
+    return [
+        (
+            "time, estimate",
+            f"{found['total_s']:,.1f} s: {found['step_s'] * 1e3:,.1f} ms a step of "
+            f"{found['flops_per_step'] / 1e9:,.2f} GFLOP, evaluation {found['evaluation_s']:,.1f} s; "
+            "without start-up and data",
+        ),
+        ("", found["rule"]),
+    ]
+
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4_096, 256
+"""bitsandbytes keeps tensors below this many elements in 32 bits, and one fp32 scale a block."""
+LATER_BYTES = {"perplexity": 60_000_000, "f1": 150_000_000}
+"""What a CPU run's process comes to hold besides, by its metric: scratch of the product library and the
+allocator, and for F1 scikit-learn. Measured on tiny runs, 55 to 66 and 130 to 155 MB."""
+RULE = (
+    "weights, gradients and optimizer states by the configuration's dtypes; activations and logits as autograd "
+    "keeps them for one micro-batch of the longest sequences; the larger of those and the optimizer's own "
+    "temporaries"
+)
+
+
+def memory(settings: RunSettings, traced: Trace) -> dict[str, object]:
+    """``parts_bytes``, ``peak_bytes`` (on a CPU with what this process holds already, which is what a run's
+    process holds when it begins; on CUDA what the allocator hands out, without the context) and ``rule``."""
+    weight_bytes = BYTES[settings.config.weights]
+    parts = {
+        "weights": traced.n_params * weight_bytes,
+        "gradients": traced.n_params * weight_bytes,
+        "optimizer_states": optimizer_state_bytes(settings.config.optimizer, weight_bytes, traced),
+        "activations": traced.activation_bytes,
+        "logits": traced.logit_bytes,
+        "optimizer_temporaries": temporary_bytes(settings.config.optimizer, weight_bytes, traced.n_params),
+    }
+    lasting = parts["weights"] + parts["gradients"] + parts["optimizer_states"]
+    peak = lasting + max(parts["activations"] + parts["logits"], parts["optimizer_temporaries"])
+    if settings.device == "cpu":
+        parts["process"] = psutil.Process().memory_info().rss
+        parts["libraries_later"] = LATER_BYTES[settings.case.task.metric]
+        return {
+            "parts_bytes": parts,
+            "peak_bytes": peak + parts["process"] + parts["libraries_later"],
+            "rule": RULE + "; plus this process as it is now and what libraries take later",
+        }
+    return {"parts_bytes": parts, "peak_bytes": peak, "rule": RULE + "; without the CUDA context"}
+
+
+def optimizer_state_bytes(optimizer: str, weight_bytes: int, traced: Trace) -> int:
+    """Both moments of AdamW."""
+    if optimizer == "8bit":
+        return sum(2 * (4 * n if n < EIGHT_BIT_FROM else n + 4 * -(-n // EIGHT_BIT_BLOCK)) for n, _ in traced.parameters)
+    element = {"fp32_states": 4, "stochastic_rounding": 2}.get(optimizer, weight_bytes)
+    return 2 * element * traced.n_params
+
+
+def temporary_bytes(optimizer: str, weight_bytes: int, n_params: int) -> int:
+    """What a step holds at its height: foreach the denominators; the wide ones fp32 copies of weights,
+    gradients and both moments, and the denominators."""
+    return {"foreach": weight_bytes, "fp32_states": 20, "stochastic_rounding": 20}.get(optimizer, 0) * n_params

@@ -1,0 +1,231 @@
+"""``python -m harness matrix``: cases x configurations x seeds, each run in its own process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case, DtypeConfig, lookup
+from bench_cases.data import load_data
+from bench_cases.models import build_model
+from bench_cases.own import case_for_model, find_case
+from harness import options as arguments
+from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED, USAGE
+from harness.matrix.budget import WHO as BY_THE_BUDGET
+from harness.matrix.budget import BudgetSpent, Spending, asked_budget, estimated, run_seconds
+from harness.matrix.ray_cluster import choose_engine
+from harness.matrix.screen import MatrixScreen
+from harness.matrix.shards import Shard
+from harness.parallel.ranks import refuse_ranks
+from harness.planning import choose_device, data_options, plan_run, results_folder
+from harness.predict.gather import store_all
+from harness.run.execute import make_batches, model_request
+from harness.run.output_errors import output_error
+from harness.run.resume import discard
+from harness.run.signals import Stop
+from harness.settings import RunSettings, SettingsError, choose_preset
+from harness.supervisor.pool import Pool
+from harness.supervisor.process_monitor import Rules
+from instrument.results.claims import RunClaimed, claim
+from instrument.results.folder import OutputError, finished_run, finished_runs, require_writable, write_index
+from instrument.results.schemas import RunRecord, encode
+from instrument.words import count
+
+
+def matrix_command(options: argparse.Namespace) -> int:
+    """Run what is not done yet and print the stability matrix; ``--json`` prints all rows. When whoever reads that goes
+    away (``| head``) the runs go on all the same (see `instrument.closed_pipe`)."""
+    refuse_ranks("matrix")
+    device = choose_device(options.device)
+    out = results_folder(options.out, device)
+    engine = choose_engine(options)
+    shard, everywhere = Shard.parse(options.shard), plan(options, device)
+    planned = shard.of(everywhere)
+    elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
+    jobs = engine.jobs(options.jobs, everywhere, device)
+    if not planned:
+        nothing_here(shard, len(everywhere), out, options.json and options.dry_run)
+        return OK
+    budget = asked_budget(options, device=device.type, preset=choose_preset(options.preset, device.type))
+    spending = Spending(budget, shared=engine.shares_a_unit)
+    again = options.rerun or options.fresh
+    done = {} if again else already_done(planned, out)
+    if not (options.no_follow_up or again):  # deaths whose controls an interrupted or an earlier matrix left undone
+        dead = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
+        planned = distinct([*planned, *(c for s in dead for c in controls_of(s) if c.run_id not in elsewhere)])
+        done = already_done(planned, out)
+    todo = [settings for settings in planned if settings.run_id not in done]
+    screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
+    forecast(spending, todo, out, jobs, screen)
+    if options.dry_run:
+        screen.plan(todo, engine.untried)
+        if options.json:
+            print(json.dumps({"todo": [s.run_id for s in todo], "done": sorted(done), "results_folder": str(out)}))
+        return OK
+    require_writable(out)
+    for settings in {prepared_key(s): s for s in todo}.values():
+        prepare(settings)
+    for run_id in {*done, *(s.run_id for s in todo if options.fresh)}:  # those done: a process killed at its very end
+        with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
+            discard(out, run_id)
+    rows = dict(done)
+    rules = Rules.asked(options.hang_after_s)
+    with engine.pool(todo, out, jobs, device, rules, screen.say) as pool, Stop(patient=True).listening() as stop:
+        pool.stop = stop
+        try:
+            for record in run_all(pool, spending, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
+                rows[record.run_id] = record
+        except BudgetSpent:  # what did not stop in time is killed by now
+            stop.request(BY_THE_BUDGET)
+        except OSError as error:
+            raise output_error(error, out) or error from error
+    screen.finish(rows.values())
+    if stop.requested and stop.requested != BY_THE_BUDGET:
+        print(f"stopped by {stop.requested}: the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    if spending.waiting or stop.requested:
+        screen.say(spending.last_words(screen.left))
+        return INTERRUPTED if stop.requested or len(rows) > len(done) else USAGE  # too little for even one run: no use again
+    store_all(sorted({row.case for row in rows.values()}), out)
+    last_words(out)
+    if options.json:
+        sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
+    return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
+
+
+def nothing_here(shard: Shard, elsewhere: int, out: Path, as_json: bool) -> None:
+    """A shard of a plan that has fewer runs than shards."""
+    runs = count(elsewhere, "run of the plan is", "runs of the plan are")
+    print(f"shard {shard}: nothing to do here: {runs} in other shards", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"todo": [], "done": [], "results_folder": str(out)}))
+
+
+def last_words(out: Path) -> None:
+    """The report's verdict on the folder, on standard error. By a process of its own: the report reads files only,
+    and this room does not import it."""
+    command = [sys.executable, "-m", "report", "verdict", str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(finished.stdout or finished.stderr, file=sys.stderr, end="")
+
+
+def already_done(planned: list[RunSettings], out: Path) -> dict[str, RunRecord]:
+    """The settled rows of the planned runs, by run id."""
+    found = {s.run_id: settled(finished_run(out, s.run_id)) for s in planned}
+    return {run_id: record for run_id, record in found.items() if record is not None}
+
+
+def distinct(runs: list[RunSettings]) -> list[RunSettings]:
+    """Each run once, in order: two runs with one id would write into each other's files."""
+    return list({settings.run_id: settings for settings in runs}.values())
+
+
+def prepare(settings: RunSettings) -> None:
+    """What all runs on these data and this model need; what is wrong with it refuses everything, early."""
+    data = load_data(settings.data, **data_options(settings.case, settings))
+    make_batches(settings, data)
+    if settings.case.id not in CASES or settings.weights != "scratch":
+        build_model(model_request(settings, data))
+
+
+def settled(record: RunRecord | None) -> RunRecord | None:
+    """A row that need not be run again: a result, not an accident."""
+    return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
+
+
+def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int | None, screen: MatrixScreen) -> None:
+    """What the runs will cost, before the first of them begins: from the folder's own runs, and from estimates."""
+    if spending.budget is None:
+        return
+    rows = finished_runs(out)
+    spending.forecast.estimates_s = estimated(spending.unmeasured(todo, rows), out)
+    for line in spending.forecast_words(todo, jobs, sum(map(run_seconds, rows))):
+        screen.say(line)
+
+
+def run_all(
+    pool: Pool, spending: Spending, out: Path, screen: MatrixScreen, *, follow_up: bool, known: set[str]
+) -> Iterable[RunRecord]:
+    """Yield every row as it comes; a diverged run brings its control configurations along, but for those whose ids are
+    ``known``. A folder that one run could not write ends them all, and raises `OutputError` when they have ended."""
+    unwritable = None
+    known = known | {settings.run_id for settings in pool.queue}
+    spending.take_over(pool)
+    with screen.live(pool):
+        for ended in pool.run(lambda: (spending.tick(), screen.tick())):
+            if isinstance(ended.failure, OutputError):
+                unwritable = unwritable or ended.failure
+                pool.stop.request("a folder that cannot be written")
+            elif isinstance(ended.failure, RunClaimed):
+                screen.say(f"{ended.failure}: left to it")
+            elif record := ended.record or finished_run(out, ended.settings.run_id):
+                if follow_up and record.status == "diverged":
+                    controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
+                    known |= {c.run_id for c in controls}
+                    spending.front([c for c in controls if settled(finished_run(out, c.run_id)) is None])
+                    screen.expect(controls)
+                spending.learn(ended.settings, record, ended.duration_s)
+                screen.ended(record, ended.duration_s)
+                yield record
+            spending.feed()
+    if unwritable is not None:
+        raise unwritable
+    write_index(out)
+
+
+def controls_of(settings: RunSettings) -> list[RunSettings]:
+    """The runs that tell a diverged run's cause: same case and seed, one thing changed."""
+    from dataclasses import replace
+
+    return [replace(settings, config=DTYPE_CONFIGS[name]) for name in settings.config.controls]
+
+
+def plan(options: argparse.Namespace, device: torch.device) -> list[RunSettings]:
+    """All runs, configurations of a case next to each other in a rotating order, so that a warming
+    machine favours none of them."""
+    cases, configs = asked_cases(options), asked_configs(options.configs)
+    preset = PRESETS[choose_preset(options.preset, device.type)]
+    seeds = options.seeds if options.seeds is not None else preset.seeds
+    asked = arguments.request(options)
+    runs = []
+    for round_number, (seed, case) in enumerate((seed, case) for seed in seeds for case in cases):
+        turn = round_number % len(configs)
+        drafts = [plan_run(case, config, seed, asked, device) for config in configs[turn:] + configs[:turn]]
+        runs += drafts
+    return distinct(runs)
+
+
+def asked_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases to run: those named, or one for ``--model``, or the default six."""
+    if options.model:
+        if not options.task or options.cases:
+            raise SettingsError("--model goes with --task and without --cases")
+        return [case_for_model(options.model, options.task)]
+    if options.task:
+        raise SettingsError("--task goes with --model; a case id has its task in it")
+    if not options.cases:
+        return [case for case in CASES.values() if case.in_default_matrix]
+    if options.cases == ["all"]:
+        return list(CASES.values())
+    return [find_case(name) for name in options.cases]
+
+
+def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
+    """The configurations to run: those named, or the default seven."""
+    if not names:
+        return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
+    if names == ["all"]:
+        return list(DTYPE_CONFIGS.values())
+    return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
+
+
+def prepared_key(settings: RunSettings) -> tuple:
+    """Runs with equal keys read the same tokenised data into the same model."""
+    return (settings.case.id, settings.weights, settings.data, *data_options(settings.case, settings).values())

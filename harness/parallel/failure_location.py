@@ -1,0 +1,88 @@
+"""Every rank replays its own micro-batches of a failed step; which of what they found came first.
+
+Where a failure is that cannot be replayed, since no rank has the whole state: by the modules' own counters.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from harness.parallel.context import DistributedContext
+from harness.parallel.strategy import ParallelStrategy
+from instrument.finite import prevailing
+from instrument.replay.diagnosis import SUM_OVER_RANKS
+from instrument.results.schemas import FirstNonfinite
+from instrument.step_meter import Divergence
+from instrument.watch.step_counters import innermost
+from instrument.watch.taps import ModuleTaps, TapReading
+
+BEHIND_THE_LOSS = ("forward", "loss")
+
+
+def of_this_rank(found: FirstNonfinite, share: ParallelStrategy, micro_batches: int) -> FirstNonfinite:
+    """A rank's own finding with its rank, its micro-batch counted through the whole step. A sum over ranks that
+    overflows is nobody's: each one's gradients were finite."""
+    if share.team.ranks.world == 1:
+        return found
+    place = found.microbatch
+    return msgspec.structs.replace(
+        found,
+        rank=None if found.op == SUM_OVER_RANKS else share.team.ranks.rank,
+        microbatch=None if found.op == SUM_OVER_RANKS or place is None else share.first(micro_batches) + place,
+    )
+
+
+def first_of_all(share: ParallelStrategy, mine: FirstNonfinite | None) -> tuple[int, FirstNonfinite] | None:
+    """The rank whose finding came first and that finding, on every rank; None where there is none. In the order in
+    which one process would have blamed them: what made a loss non-finite, by micro-batch, before gradients, these
+    before what comes behind the sum; that sum itself last, since it only passes on what a rank put in."""
+    told = share.team.gather(mine)
+    candidates = [(_order(first), rank) for rank, first in enumerate(told) if first is not None]
+    if not candidates:
+        return None
+    _, rank = min(candidates)
+    first = told[rank]
+    if len(told) > 1:
+        alike = [r for r, other in enumerate(told) if other is not None and _what(other) == _what(first)]
+        first = msgspec.structs.replace(first, replay=(first.replay or {}) | {"ranks": alike})
+    return rank, first
+
+
+def _order(first: FirstNonfinite) -> tuple[int, int]:
+    stage = 3 if first.op == SUM_OVER_RANKS else 0 if first.phase in BEHIND_THE_LOSS else 1 if first.phase == "backward" else 2
+    return stage, first.microbatch or 0
+
+
+def _what(first: FirstNonfinite) -> tuple:
+    return first.phase, first.module, first.op, first.tensor, first.kind
+
+
+DIRECTIONS = {"forward": "fwd", "loss": "fwd", "backward": "bwd"}
+
+
+def located(divergence: Divergence, team: DistributedContext, taps: ModuleTaps | None) -> Divergence:
+    """The divergence with the rank and the module that first showed it: the innermost that was measured in that
+    step, blocks at every step, leaf modules at those of the level's cadence. All ranks call it."""
+    first = divergence.first_nonfinite
+    mine = _of(first, taps.mine if taps is not None else [])
+    told = team.gather(mine and (mine.module, prevailing(mine.nan - mine.inf), mine.dtype))
+    rank = first.rank if first.rank is not None else next((r for r, found in enumerate(told) if found is not None), None)
+    found = told[rank] if rank is not None else None
+    if found is not None:
+        module, kind, dtype = found
+        first = msgspec.structs.replace(first, rank=rank, module=module, kind=kind, dtype=dtype or None)
+    where = ", ".join(
+        str(part)
+        for part in (f"step {first.step}", f"rank {rank}" if rank is not None else None, first.phase, first.module)
+        if part
+    )
+    return Divergence(
+        divergence.step,
+        first,
+        f"{where}: {first.tensor} is {first.kind}; a sharded run is not replayed, so the op is not known",
+    )
+
+
+def _of(first: FirstNonfinite, readings: list[TapReading]) -> TapReading | None:
+    bad = [r for r in readings if r.step == first.step and r.direction == DIRECTIONS.get(first.phase) and (r.nan or r.inf)]
+    return innermost(bad) if bad else None

@@ -1,0 +1,179 @@
+"""A rank's share of a training step: its micro-batches, and the sum of everybody's gradients.
+
+The loss is divided by the targets of the whole step on every rank, so gradients are summed over ranks and not
+averaged: a rank with more targets counts for more, as a micro-batch does in one process. The sum is made in the
+gradients' own dtype, as the sum over micro-batches is.
+
+`DistributedDataParallel` over a prepared model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bench_cases.models import weights_sha256
+from harness.optimizer import state_dtypes, zero_share
+from harness.parallel.context import SINGLE_PROCESS, DistributedContext
+from instrument.replay.snapshot import NamedState, Snapshot
+
+Micro = TypeVar("Micro")
+
+
+class ParallelStrategy:
+    """The whole step, of one process; and what the others have in common."""
+
+    def __init__(self, team: DistributedContext = SINGLE_PROCESS) -> None:
+        self.team = team
+
+    keeps_state = True
+    """Whether each rank has all of the weights and states: for snapshots in memory and replays."""
+    deals_evaluations = True
+
+    def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
+        """What the loop calls in place of the model."""
+        return forward
+
+    def named_parameters(self, model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """What this rank's optimizer updates, by the parameters' names."""
+        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def seed(self, seed: int) -> int:
+        """Of the optimizer's random numbers: alike where the weights are."""
+        return seed
+
+    def weights_sha256(self, model: torch.nn.Module) -> str:
+        """As `bench_cases.models.weights_sha256`; all ranks call it."""
+        return weights_sha256(model)
+
+    def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+        """For the record's ``flags``; all ranks call it."""
+        return {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
+
+    def state(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> NamedState | None:
+        """The whole state behind ``step`` steps, for rank 0 to store; None on the others. All ranks call it."""
+        return Snapshot(step, model, optimizer, scaler).named() if self.team.ranks.is_first else None
+
+    def restore(
+        self, state: NamedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        """Put a stored state into freshly prepared objects; raises `ValueError` when it does not fit."""
+        Snapshot.from_named(state, model, optimizer, scaler).restore()
+
+    def count(self, micro_batches: int) -> int:
+        """How many of a step's micro-batches this rank runs."""
+        return micro_batches // self.team.ranks.world
+
+    def first(self, micro_batches: int) -> int:
+        """The place of its first one in the step: they are dealt in blocks, rank 0 the first."""
+        return self.team.ranks.rank * self.count(micro_batches)
+
+    def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
+        """The micro-batches of a step that this rank runs."""
+        for micro in self._own(micro_batches):
+            self.team.moved()
+            yield micro
+
+    def _own(self, micro_batches: Sequence[Micro]) -> Sequence[Micro]:
+        first = self.first(len(micro_batches))
+        return micro_batches[first : first + self.count(len(micro_batches))]
+
+    def sum_gradients(self) -> None:
+        """Behind the last backward pass: now every rank's gradients are the step's."""
+
+
+NO_PARALLELISM = ParallelStrategy()
+
+
+class DdpStrategy(ParallelStrategy):
+    """Trained through `DistributedDataParallel`, which sums while the last backward pass still runs."""
+
+    def __init__(self, team: DistributedContext, wrapped: DistributedDataParallel) -> None:
+        super().__init__(team)
+        self.wrapped = wrapped
+        wrapped.register_comm_hook(None, _summed)
+
+    def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
+        return self.wrapped
+
+    def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
+        own = self._own(micro_batches)
+        for micro in own:
+            self.team.moved()
+            with nullcontext() if micro is own[-1] else self.wrapped.no_sync():
+                yield micro
+
+
+class SummedGradients(ParallelStrategy):
+    """Trained on the bare model, for replays: the sum is one op, which a recorder sees."""
+
+    def __init__(self, team: DistributedContext, parameters: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(team)
+        self._parameters = parameters
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        torch.ops.ddb.sum_over_ranks_(gradients)
+
+
+def _summed(state, bucket):
+    """DDP's own hook divides by the number of ranks; this one does not. (DDP refuses annotations that are text.)"""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+@torch.library.custom_op("ddb::sum_over_ranks_", mutates_args=("gradients",))
+def _sum_over_ranks(gradients: list[torch.Tensor]) -> None:
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in alike])
+        dist.all_reduce(flat)
+        for gradient, part in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+NO_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+"""Torch's word for sending rank 0's buffers round before every forward pass."""
+
+
+def ddp_share(team: DistributedContext, forward: torch.nn.Module, device: torch.device, *, some_unused: bool) -> DdpStrategy:
+    """``forward`` under DDP. ``some_unused``: not every parameter takes part in the loss, which DDP has to look
+    for in each step. Buffers stay every rank's own: they are made alike and no model here changes them."""
+    return DdpStrategy(
+        team,
+        DistributedDataParallel(
+            forward,
+            device_ids=[device.index or torch.cuda.current_device()] if device.type == "cuda" else None,
+            find_unused_parameters=some_unused,
+            **{NO_BUFFERS: False},
+        ),
+    )
+
+
+def takes_part(model: torch.nn.Module, logits: torch.Tensor) -> set[str]:
+    """Names of the parameters that ``logits`` were made of, by autograd's graph."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: set[str] = set()
+    seen, pending = set(), [logits.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        pending += [following for following, _ in node.next_functions]
+    return found

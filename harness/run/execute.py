@@ -1,0 +1,200 @@
+"""One run: settings in, a row out. Every outcome is a row; a crash too."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from bench_cases.data import load_data
+from bench_cases.data.batches import Batches
+from bench_cases.data.tokenized import TokenizedData
+from bench_cases.models import ModelRequest, build_model, weights_sha256
+from harness.parallel.context import SINGLE_PROCESS, DistributedContext, RankFailed
+from harness.parallel.scratch import resumed_by_all
+from harness.planning import data_options
+from harness.precision import Unsupported
+from harness.run import resume
+from harness.run.outcome import Outcome, machine_of, summarize
+from harness.run.output_errors import output_error
+from harness.run.resume import ResumeState
+from harness.run.signals import Stop, Stopped
+from harness.run.trainer import Progress, Trainer
+from harness.settings import RunSettings
+from harness.supervisor.failure import chain, failure_of
+from harness.supervisor.heartbeat import OPEN
+from instrument.results.claims import claim
+from instrument.results.folder import RunFolder, require_writable, write_machine
+from instrument.results.schemas import EventRecord, RunRecord
+
+
+def execute(
+    settings: RunSettings,
+    out: Path,
+    progress: Progress = lambda record: None,
+    started_s: float | None = None,
+    stop: Stop | None = None,
+    *,
+    fresh: bool = False,
+    team: DistributedContext = SINGLE_PROCESS,
+) -> RunRecord:
+    """Run and write ``settings``' experiment into the results folder ``out``, from its last checkpoint on where
+    it was stopped before, or with ``fresh`` from the beginning.
+
+    ``started_s`` (``time.perf_counter``) is when the process began to work on it; ``stop`` may ask it to end with a
+    checkpoint (``preempted``). Bad data and unreachable sources raise before anything is written (`DataError`,
+    `DataUnavailable`, `ModelError`, `WeightsUnavailable`, `OutputError`; `RunClaimed` when another living process
+    has the run), a folder that can no longer be written
+    raises `OutputError`; whatever else happens later is a row. ``team``: the ranks that share the run; all of
+    them execute it, each into an ``out`` of its own, and rank 0's is the one that counts.
+    """
+    began_s, stop = time.perf_counter(), stop or Stop()
+    started_s = began_s if started_s is None else started_s
+    outcome = Outcome(timings_s={"imports": began_s - started_s}, began_s=started_s, machine=machine_of(settings))
+    stop.pulse.draft(lambda: summarize(settings, outcome), out)
+    stop.pulse.device = settings.device
+    stop.pulse.at("data")
+    data = team.in_turn(lambda: load_run_data(settings))
+    outcome.timings_s["data"] = time.perf_counter() - began_s
+    stop.pulse.at("build")
+    model = build_model(model_request(settings, data))
+    outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
+    batches = make_batches(settings, data)
+    outcome.facts |= {
+        "n_params": sum(p.numel() for p in model.parameters()),
+        "init_sha256": weights_sha256(model),
+        "data_sha256": batches.sha256(settings.max_steps),
+    }
+    require_writable(out)
+    try:
+        own = claim(out, settings.run_id)
+    except OSError as error:
+        raise output_error(error, out) or error from error
+    with own:
+        if fresh:
+            resume.discard(out, settings.run_id)
+        return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches, team)
+
+
+def _execute_claimed(
+    settings: RunSettings,
+    out: Path,
+    outcome: Outcome,
+    progress: Progress,
+    stop: Stop,
+    data: TokenizedData,
+    model: torch.nn.Module,
+    batches: Batches,
+    team: DistributedContext,
+) -> RunRecord:
+    """The part of `execute` that writes: nobody else runs this run meanwhile."""
+    resumption, skipped = resumed_by_all(team, out, settings.run_id, lambda: resume.find(settings, out, outcome.facts))
+    folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else resume.start_over(out, settings.run_id)
+    _go_on(outcome, resumption, skipped, progress)
+    stop.pulse.draft(lambda: summarize(settings, outcome), out)
+    stop.pulse.at(OPEN, len(outcome.steps))
+    stop.patient = True
+    try:
+        write_machine(out, outcome.machine[1])
+        with team.telling(lambda failed: _finish(folder, summarize(settings, outcome.failed(failed)))):
+            for name in ("init_sha256", "data_sha256"):
+                team.same(name, outcome.facts[name])
+            Trainer(settings, folder, outcome, progress, stop, resumption, team).run(
+                data, model, batches, model_request(settings, data)
+            )
+    except Unsupported as error:
+        outcome.status, outcome.error = "unsupported", str(error)
+    except Stopped as error:
+        outcome.status, outcome.error = "preempted", str(error)
+    except RankFailed as error:
+        outcome.failed(error)
+    except KeyboardInterrupt:
+        outcome.status, outcome.error = "preempted", "interrupted"
+        folder.finish(summarize(settings, outcome))
+        raise
+    except (Exception, SystemExit) as error:  # a crash is a row with its cause, not a lost run
+        if isinstance(error, OSError) and (failure := output_error(error, out)):
+            raise failure from error
+        _note_death(error, outcome, settings.device)
+    outcome.timings_s = outcome.timings_now_s()
+    record = summarize(settings, outcome)
+    _finish(folder, record)
+    return record
+
+
+def _note_death(error: BaseException, outcome: Outcome, device: str) -> None:
+    """What killed the run, where, and how memory stood; what the failed frames hold of it is freed."""
+    death = failure_of(error, device)
+    outcome.status, outcome.error = death.status, death.error
+    outcome.flags |= death.flags | {"traceback": "".join(traceback.format_exception(error))}
+    for link in chain(error):
+        traceback.clear_frames(link.__traceback__)
+
+
+def _go_on(outcome: Outcome, resumption: ResumeState | None, skipped: list[str], progress: Progress) -> None:
+    """Take over what the parts before have done; say so, and which checkpoints could not be used."""
+    if resumption is None and not skipped:
+        return
+    told = {
+        "behind_steps": resumption.resumed_behind if resumption else [],
+        "skipped": skipped,
+        "instrument_before": resumption.progress.instrument if resumption else None,
+    }
+    outcome.flags["resumed"] = told
+    progress(EventRecord(step=resumption.step if resumption else 0, kind="resumed", detail=told))
+    if resumption is not None:
+        outcome.steps, outcome.evaluations = list(resumption.steps), list(resumption.evaluations)
+        outcome.resumed_behind = resumption.resumed_behind
+        for name, seconds in resumption.progress.timings_s.items():
+            outcome.add_time(name, seconds)
+
+
+def _finish(folder: RunFolder, record: RunRecord) -> None:
+    """The terminal row; what a run could go on from goes when there is nothing left to do."""
+    try:
+        folder.finish(record)
+        if record.status in ("completed", "diverged", "unsupported"):
+            resume.discard(folder.out, record.run_id)
+    except OSError as error:
+        raise output_error(error, folder.out) or error from error
+
+
+def load_run_data(settings: RunSettings) -> TokenizedData:
+    """The tokenised documents of a run."""
+    return load_data(settings.data, **data_options(settings.case, settings))
+
+
+def model_request(settings: RunSettings, data: TokenizedData) -> ModelRequest:
+    """What to build for a run on these data."""
+    outputs = {"multi_cls": data.n_labels, "single_cls": data.n_classes}.get(settings.case.task.collate)
+    return ModelRequest(
+        architecture=settings.case.architecture,
+        task=settings.case.task,
+        preset=settings.preset,
+        vocabulary=data.valid_vocab,
+        pad_id=data.special.pad,
+        bos_id=data.special.bos,
+        eos_id=data.special.eos,
+        outputs=outputs,
+        weights=settings.weights,
+        dropout=settings.dropout,
+        seed=settings.seed,
+        seq_len=settings.seq_len,
+    )
+
+
+def make_batches(settings: RunSettings, data: TokenizedData) -> Batches:
+    """The run's batches: fixed by data, case, sizes and seed, whatever the configuration."""
+    case = settings.case
+    return Batches(
+        data,
+        case.task.collate,
+        causal=case.architecture.causal,
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        loss_reduction=case.loss_reduction,
+        bucket_by_length=settings.bucket_by_length,
+    )

@@ -1,0 +1,108 @@
+"""A run's row from what happened."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from harness.parallel.context import RankFailed
+from harness.settings import RunSettings
+from harness.supervisor.crash_record import progress_summary, warm_steps
+from instrument.environment import capture, device_slug
+from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord
+from instrument.step_meter import Divergence
+
+
+@dataclass
+class Outcome:
+    """What a run has produced so far; a crash keeps what was reached."""
+
+    status: str = "error"
+    error: str | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    divergence: Divergence | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    timings_s: dict[str, float] = field(default_factory=dict)
+    resumed_behind: list[int] = field(default_factory=list)
+    began_s: float = field(default_factory=time.perf_counter)
+    machine: tuple[str, dict[str, Any]] | None = None
+    """The device's slug and the environment, captured before anything can go wrong: a poisoned CUDA context names
+    neither."""
+
+    def add_time(self, name: str, seconds: float) -> None:
+        """Count ``seconds`` more for a part of the run."""
+        self.timings_s[name] = self.timings_s.get(name, 0.0) + seconds
+
+    def failed(self, other: RankFailed) -> Outcome:
+        """End as another rank of the run did; itself."""
+        self.status, self.error = other.status, str(other)
+        self.flags |= other.flags | {"failed_rank": other.rank}
+        if other.traceback:
+            self.flags["traceback"] = other.traceback
+        return self
+
+    def timings_now_s(self) -> dict[str, float]:
+        """The time spent so far, by part and in ``total``; of all processes that had a part in the run."""
+        return self.timings_s | {"total": self.timings_s.get("total", 0.0) + time.perf_counter() - self.began_s}
+
+    def warm_steps(self, untimed_steps: int) -> list[StepRecord]:
+        """The steps, those of every part's beginning without their time."""
+        return warm_steps(self.steps, untimed_steps, self.resumed_behind)
+
+
+def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
+    """The run's row from what happened."""
+    slug, environment = outcome.machine or machine_of(settings)
+    last = outcome.evaluations[-1] if outcome.status == "completed" else None
+    divergence = outcome.divergence
+    return RunRecord(
+        run_id=settings.run_id,
+        case=settings.case.id,
+        scenario=settings.case.scenario,
+        arch=settings.case.architecture.id,
+        task=settings.case.task.id,
+        loss=settings.case.task.loss,
+        loss_reduction=settings.case.loss_reduction,
+        dtype_config=settings.config.id,
+        seed=settings.seed,
+        preset=settings.preset,
+        device=slug,
+        data_source=settings.data,
+        weights_source=settings.weights,
+        status=outcome.status,
+        divergence_step=divergence.step if divergence else None,
+        first_nonfinite=divergence.first_nonfinite if divergence else None,
+        max_steps=settings.max_steps,
+        batch_size=settings.batch_size,
+        micro_batch=settings.micro_batch,
+        seq_len=settings.seq_len,
+        val_loss=last and last.val_loss,
+        perplexity=last and last.perplexity,
+        f1_micro=last and last.f1_micro,
+        f1_macro=last and last.f1_macro,
+        f1_micro_tuned=last and last.f1_micro_tuned,
+        **progress_summary(outcome.steps, settings.untimed_steps, outcome.resumed_behind),
+        instrument=settings.instrument,
+        env=environment,
+        config=settings.as_config(),
+        flags={**_spelled(settings), **outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
+        error=outcome.error or (divergence.reason if divergence else None),
+        **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts),
+    )
+
+
+def _spelled(settings: RunSettings) -> dict[str, list[str]]:
+    """How the command line named a case from outside the project, whose id alone would say nothing to it."""
+    return {"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {}
+
+
+def machine_of(settings: RunSettings) -> tuple[str, dict[str, Any]]:
+    """The device's slug and the environment of a run here."""
+    device = torch.device(settings.device)
+    return device_slug(device), capture(device)

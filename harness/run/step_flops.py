@@ -1,0 +1,112 @@
+"""What a run needs to fill in its FLOPs and MFU: made once before its first step, outside of all timing.
+
+A case's FLOPs: by closed form where the architecture is ours, else counted and fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from bench_cases import ARCHITECTURES, Case, DtypeConfig
+from bench_cases.models import ModelRequest
+from harness.doctor.measured import rates_measured_here
+from harness.settings import RunSettings
+from instrument.flops import CLOSED_FORMS, ProductDtypes, RowFlops, StepFlops, fit, product_dtypes, sizes_of
+from instrument.flops.counter import ModelCounter, Uncountable
+from instrument.mfu import Peaks, Utilisation, datasheet_peaks
+
+
+def step_flops(model: nn.Module, case: Case, config: DtypeConfig, *, attention: str, outputs: int, seq_len: int) -> StepFlops:
+    """FLOPs of this model's steps under a configuration. ``attention``: the SDPA backend that runs (``math``,
+    ``efficient``, ...); ``outputs``: columns of its head that mean something (`meaningful_outputs`); ``seq_len``:
+    the longest rows.
+
+    An architecture of the registry has a closed form, which costs nothing and which the tests hold equal to
+    the count; any other is counted once at a few lengths. Raises `instrument.flops.counter.Uncountable`.
+    """
+    row, source = closed_row_flops(model, case, outputs), "closed form"
+    if row is None:
+        row, source = counted_row_flops(model, case, outputs, seq_len)
+    dtypes = dtypes_of(model, config, attention)
+    return StepFlops(row, dtypes, causal=case.architecture.causal, source=source)
+
+
+def dtypes_of(model: nn.Module, config: DtypeConfig, attention: str) -> ProductDtypes:
+    """The dtypes of this model's products; an architecture without SDPA runs attention as it runs the rest."""
+    backend = attention if model.attention == "sdpa" else str(model.attention)
+    return product_dtypes(config.compute, config.head, tf32=config.tf32, attention=backend)
+
+
+def meaningful_outputs(request: ModelRequest) -> int:
+    """Columns of the head without those that pad the vocabulary."""
+    return request.vocabulary if request.outputs is None else request.outputs
+
+
+def closed_row_flops(model: nn.Module, case: Case, outputs: int) -> RowFlops | None:
+    """By closed form, or None where there is none: an architecture from outside, though it may bear a known name,
+    or a new one of the registry."""
+    form = CLOSED_FORMS.get((case.architecture.id, case.task.id))
+    if form is None or case.architecture not in ARCHITECTURES.values():
+        return None
+    return form(sizes_of(getattr(model, model.encoder_name).config, outputs))
+
+
+def counted_row_flops(
+    model: nn.Module, case: Case, outputs: int, seq_len: int
+) -> tuple[RowFlops | Callable[[int], tuple[int, int, int]], str]:
+    """By counting a few lengths: (row FLOPs, how they were found). An architecture whose FLOPs are no polynomial
+    of the length (chunked attention) is counted again at every length that occurs, outside of all timing."""
+    counter = counter_of(model, case, outputs)
+    parts = {length: counter.row_parts(length) for length in probe_lengths(seq_len)}
+    fits = [fit({length: part[which] for length, part in parts.items()}) for which in (0, 1, 2)]
+    if None in fits:
+        return counter.row_parts, "counted at every length that occurs"
+    return RowFlops(*fits), f"counted at lengths {', '.join(map(str, parts))}, and a polynomial between them"
+
+
+def counter_of(model: nn.Module, case: Case, outputs: int) -> ModelCounter:
+    """A counter of model FLOPs: without the pad columns of a language model's head."""
+    return ModelCounter(model, valid_outputs=outputs if case.task.head != "classification" else None)
+
+
+def probe_lengths(seq_len: int) -> list[int]:
+    """Four or five lengths up to ``seq_len`` (at least 4), the odd one beside the even one."""
+    return sorted({2, seq_len // 3, seq_len // 2, seq_len - 1, seq_len})
+
+
+def utilisation(
+    settings: RunSettings,
+    model: nn.Module,
+    request: ModelRequest,
+    machine: Mapping[str, object],
+    out: Path,
+    *,
+    attention: str,
+    threads: int,
+) -> Utilisation:
+    """The run's `Utilisation`. ``model`` may be prepared already or not, but not compiled; ``machine`` is
+    `instrument.environment.capture`'s; ``attention`` the SDPA backend and ``threads`` what torch uses on a CPU;
+    ``out`` the results folder, whose ``machine.json`` may hold measured rates."""
+    rates, remark = rates_measured_here(out, machine, None if settings.device == "cuda" else threads)
+    peaks = Peaks(
+        **datasheet_peaks(machine.get("gpu")),
+        measured=rates,
+        measured_remark=remark if rates else None,
+        measured_unknown=None if rates else remark,
+    )
+    peaks = peaks.of_many(settings.world)
+    try:
+        flops = step_flops(
+            model,
+            settings.case,
+            settings.config,
+            attention=attention,
+            outputs=meaningful_outputs(request),
+            seq_len=settings.seq_len,
+        )
+    except Uncountable as error:
+        return Utilisation(None, peaks, not_counted=str(error))
+    return Utilisation(flops, peaks)

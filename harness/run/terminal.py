@@ -1,0 +1,180 @@
+"""What a person sees of one run, on standard error: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from harness.matrix.stability import STYLES
+from harness.settings import RunSettings
+from harness.supervisor.crash_record import disturbance
+from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord
+from instrument.words import count
+
+PLAIN_LINES = 10
+"""How many progress lines a run prints when nobody watches a terminal."""
+
+
+class CaseScreen:
+    """Shows a run as it goes; use as a context manager around it."""
+
+    def __init__(self, settings: RunSettings, out: Path) -> None:
+        self.settings = settings
+        self.out = out
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._announced = False
+        self._every = max(1, settings.max_steps // PLAIN_LINES)
+        self._bar = self._make_bar() if self.console.is_terminal else None
+
+    def _make_bar(self) -> Progress:
+        """A bar that fits: the words give way on a narrow terminal, counter and time left stay."""
+        wide = [BarColumn(bar_width=24)] if self.console.width >= 120 else []
+        words = Column(no_wrap=True, overflow="ellipsis", max_width=self.console.width - (47 if wide else 22))
+        counter = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=12))
+        return Progress(
+            counter,
+            *wide,
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.description}", table_column=words),
+            console=self.console,
+            transient=True,
+        )
+
+    def __enter__(self) -> CaseScreen:
+        self._waiting = self.console.status("preparing data and model") if self._bar else None
+        if self._waiting:
+            self._waiting.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for shown in (self._waiting, self._bar):
+            if shown:
+                shown.stop()
+
+    def show(self, record: StepRecord | EvaluationRecord | EventRecord) -> None:
+        """One record of the running run."""
+        self._announce()
+        if isinstance(record, EvaluationRecord):
+            self.console.print(f"  evaluation at step {record.step}: {evaluation_words(record)}")
+        elif isinstance(record, EventRecord) and record.kind == "resumed":
+            for why in record.detail["skipped"]:
+                self.console.print(f"  skipped {why}", style="yellow", markup=False)
+            self.console.print(
+                f"  goes on behind step {record.step}, from checkpoint-{record.step}"
+                if record.step
+                else "  no checkpoint can be used: starts over",
+                markup=False,
+            )
+        elif isinstance(record, EventRecord):
+            self.console.print(f"  step {record.step}: {record.kind} {record.detail}", style="yellow", markup=False)
+        elif self._bar:
+            self._bar.update(self._task, completed=record.step, description=step_words(record))
+        elif record.step == 1 or record.step % self._every == 0:
+            self.console.print(f"  step {record.step}/{self.settings.max_steps}: {step_words(record)}")
+
+    def _announce(self) -> None:
+        """The run's heading, once it is under way: what refuses to start is an error line alone."""
+        if self._announced:
+            return
+        self._announced = True
+        s = self.settings
+        if self._waiting:
+            self._waiting.stop()
+        self.console.print(
+            f"[bold]{s.case.id}[/] · [bold]{s.config.id}[/] · seed {s.seed} · {s.preset} preset · "
+            f"{escape(s.data)} data · {escape(s.weights)} weights · "
+            + (s.device if s.world == 1 else f"{s.world} ranks on {s.device} ({s.parallel})")
+        )
+        self.console.print(
+            f"{s.batch_size} x {s.seq_len} tokens a step (micro-batches of {s.micro_batch}), "
+            f"{count(s.max_steps, 'step')}, lr {s.lr:g}",
+            style="dim",
+        )
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=s.max_steps)
+
+    def summary(self, record: RunRecord) -> None:
+        """The end of the run in a few lines."""
+        self._announce()
+        if self._bar:
+            self._bar.stop()
+        show_summary(self.console, record, self.out)
+
+
+def show_summary(console: Console, record: RunRecord, out: Path) -> None:
+    """A run's row in a few lines."""
+    say = console.print
+    style = STYLES.get(record.status, "yellow")
+    say(
+        f"[{style}]{record.status}[/] after {count(record.steps_done, 'step')}"
+        + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else "")
+    )
+    if record.first_nonfinite is not None:
+        say("  " + first_nonfinite_words(record), style="red", markup=False)
+    elif record.error:
+        say(f"  {record.error}", style=style, markup=False)
+    replayed = record.first_nonfinite is not None and record.first_nonfinite.replay is not None
+    if replayed or "traceback" in record.flags or "stack" in record.flags.get("death", {}):
+        say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
+    if record.timed_steps:
+        say(
+            f"  {record.samples_per_s:,.1f} samples/s, {record.real_tokens_per_s:,.0f} real tokens/s "
+            f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
+            f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {count(record.timed_steps, 'step')}"
+        )
+    if (disturbed := disturbance(record)) is not None:
+        say(f"  {disturbed}", style="yellow", markup=False)
+    say(f"  memory: {memory_words(record)}")
+    say(f"  {out / 'runs' / record.run_id}", style="dim", markup=False)
+
+
+def step_words(record: StepRecord) -> str:
+    """Loss, gradient norm, largest logit and speed of a step."""
+    rate = record.tokens / record.step_time_s if record.step_time_s else 0.0
+    logit = "none finite" if record.logit_absmax is None else f"{record.logit_absmax:.3g}"
+    return (
+        f"loss {record.loss:.4g}  grad norm {record.grad_norm:.3g}  largest logit {logit}  "
+        f"{rate:,.0f} tokens/s"
+        + (f"  scale {record.loss_scale:g}" if record.loss_scale else "")
+        + ("  skipped" if record.step_skipped else "")
+    )
+
+
+def evaluation_words(record: EvaluationRecord) -> str:
+    """The scores of an evaluation."""
+    words = [f"validation loss {record.val_loss:.4g}"]
+    if record.perplexity is not None:
+        words.append(f"perplexity {record.perplexity:,.1f}")
+    if record.f1_micro is not None:
+        words.append(f"F1 micro {record.f1_micro:.3f}, macro {record.f1_macro:.3f}")
+    if record.f1_micro_tuned is not None:
+        words.append(f"micro with tuned threshold {record.f1_micro_tuned:.3f}")
+    return ", ".join(words)
+
+
+def first_nonfinite_words(record: RunRecord) -> str:
+    """Step, phase, place and kind of the first non-finite value; the whole sentence where it was replayed."""
+    first = record.first_nonfinite
+    if first.replay is not None and record.error:
+        return f"first non-finite value: {record.error}"
+    place = f"{first.module}.{first.tensor}" if first.module else first.tensor
+    micro = f", rank {first.rank}" if first.rank is not None else ""
+    micro += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
+    dtype = f" ({first.dtype})" if first.dtype else ""
+    return f"first non-finite value: step {first.step}{micro}, {first.phase}: {place} is {first.kind}{dtype}"
+
+
+def memory_words(record: RunRecord) -> str:
+    """Peak memory by the measures there are."""
+    parts = [
+        ("allocated on the GPU", record.peak_allocated_bytes),
+        ("reserved on the GPU", record.peak_reserved_bytes),
+        ("resident", record.peak_rss_bytes),
+    ]
+    return ", ".join(f"{value / 1e9:.2f} GB {name}" for name, value in parts if value is not None)

@@ -1,0 +1,245 @@
+"""The run proper, in this process: trains, evaluates, writes down, and can be asked to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench_cases.data.batches import Batches
+from bench_cases.data.tokenized import TokenizedData
+from bench_cases.models import ModelRequest
+from harness.evaluate import evaluate
+from harness.parallel.context import SINGLE_PROCESS, DistributedContext, facts_of_all, largest_peaks, peaks_by_rank
+from harness.precision import Precision
+from harness.run.checkpoints import Checkpointing
+from harness.run.instruments import Instruments
+from harness.run.outcome import Outcome
+from harness.run.output_errors import DeletedFileCheck
+from harness.run.resume import ResumeState
+from harness.run.signals import Stop, Stopped
+from harness.run.step_flops import utilisation
+from harness.settings import RunSettings
+from harness.supervisor.crash_record import cleanup
+from harness.training import Training
+from instrument.environment import capture
+from instrument.memory import Snapshot as MemorySnapshot
+from instrument.memory import snapshot_on_oom
+from instrument.mfu import Utilisation
+from instrument.results.folder import RunFolder
+from instrument.results.schemas import EvaluationRecord, EventRecord, StepRecord
+from instrument.step_meter import Reading
+
+Progress = Callable[[StepRecord | EvaluationRecord | EventRecord], None]
+
+
+class Trainer:
+    """One process' part in a run, all of it or behind a checkpoint; fills ``outcome`` as it goes."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        folder: RunFolder,
+        outcome: Outcome,
+        progress: Progress,
+        stop: Stop,
+        resumption: ResumeState | None,
+        team: DistributedContext = SINGLE_PROCESS,
+    ) -> None:
+        self.settings, self.folder, self.outcome, self.progress = settings, folder, outcome, progress
+        self.stop, self.resumption, self.team = stop, resumption, team
+        self.device = torch.device(settings.device)
+        self.checkpointing: Checkpointing | None = None
+        self.figures: Utilisation | None = None
+        self.instruments: Instruments | None = None
+        self.memory: MemorySnapshot | None = None
+
+    def run(self, data: TokenizedData, model: torch.nn.Module, batches: Batches, request: ModelRequest) -> None:
+        """Train and evaluate. Raises `Stopped` with a sentence, behind a checkpoint, when asked to stop."""
+        s, outcome = self.settings, self.outcome
+        struck: BaseException | None = None
+        outcome.flags["data"] = data.facts | {"vocabulary": data.valid_vocab}
+        precision = Precision(s.config, self.device, attention=s.attention, threads=s.threads, compiled=s.compile)
+        try:
+            outcome.flags |= precision.flags
+            own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
+            outcome.facts |= {
+                "attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
+                "autocast": precision.autocast_name,
+            }
+            self.training = Training.prepare(
+                s, model, batches, precision, data.valid_vocab if s.case.task.head != "classification" else None, self.team
+            )
+            if self.resumption is not None:
+                self.resumption.restore(self.training)
+            self.presence = DeletedFileCheck(self.folder)
+            self.checkpointing = Checkpointing(s, self.training, self.folder, outcome, self.stop, self.resumption)
+            try:
+                self._evaluate(0)
+                self._count_flops(request)
+                self._train()
+                self._conclude()
+            except Stopped as who:
+                raise Stopped(self._last_words(who)) from None
+            outcome.flags |= peaks_by_rank(self.team, self.device, self.instruments.own_bytes()["device"])
+            outcome.status = "diverged" if outcome.divergence else "completed"
+        except BaseException as error:
+            struck = error
+            raise
+        finally:
+            self._memory_and_speed(struck)
+            with cleanup(struck, outcome.flags, "taking back the switches"):
+                precision.close()
+            del struck
+
+    def _evaluate(self, step: int) -> None:
+        if any(done.step == step for done in self.outcome.evaluations):  # before the run was stopped
+            return
+        began_s, s, training = time.perf_counter(), self.settings, self.training
+        self.stop.pulse.at("evaluation", step)
+        held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
+        record = evaluate(
+            training.forward,
+            held_out,
+            s.case,
+            training.precision,
+            valid_vocab=training.valid_vocab,
+            step=step,
+            team=self.team if training.share.deals_evaluations else SINGLE_PROCESS,
+        )
+        self.outcome.evaluations.append(record)
+        self.folder.evaluations.write(record)
+        self.progress(record)
+        self.outcome.add_time("evaluation", time.perf_counter() - began_s)
+
+    def _count_flops(self, request: ModelRequest) -> None:
+        training = self.training
+        self.stop.pulse.at("counting", len(self.outcome.steps))
+        self.figures = utilisation(
+            self.settings,
+            training.model,
+            request,
+            capture(self.device),
+            self.folder.out,
+            attention=training.precision.attention,
+            threads=torch.get_num_threads(),
+        )
+        self.outcome.flags |= self.figures.flags()
+        for step in self.outcome.steps:  # of the parts before: the log has their work, but not by dtype
+            self.figures.fill(step, training.batches.step(step.step).lengths.tolist())
+        if self.figures.warning() and self.resumption is None:
+            self.folder.events.write(EventRecord(step=0, kind="warning", detail={"what": self.figures.warning()}))
+
+    def _train(self) -> None:
+        s, outcome = self.settings, self.outcome
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with (
+            snapshot_on_oom(
+                self.folder.path / "memory_snapshot.pickle", self.device, history=s.memory_snapshot, always=s.memory_snapshot
+            ) as self.memory,
+            Instruments(s, self.training, self.folder, self.resumption) as self.instruments,
+        ):
+            meter = self.training.meter(s.log_every, self.instruments.taps)
+            meter.go_on(outcome.steps)
+            self._between_steps(len(outcome.steps))
+            began_s = time.perf_counter()
+            for reading in self.training.train(meter, range(len(outcome.steps) + 1, s.max_steps + 1), self._cut):
+                reading.steps = [
+                    self.figures.fill(step, lengths.tolist())
+                    for step, lengths in zip(reading.steps, reading.lengths, strict=True)
+                ]
+                self._keep(self.instruments.after(reading))
+                outcome.add_time("steps", time.perf_counter() - began_s)
+                if outcome.divergence is None:
+                    self._between_steps(len(outcome.steps))
+                began_s = time.perf_counter()
+        outcome.facts |= facts_of_all(self.team, self.instruments.facts(), self.device)
+        outcome.flags |= self.instruments.flags() | self.training.share.optimizer_facts(self.training.optimizer)
+
+    def _cut(self, step: int) -> bool:
+        """What is evaluated or stored is the state behind a step whose records are read."""
+        self.stop.pulse.beat(step)
+        return self._evaluation_due(step) or self.checkpointing.cut(step)
+
+    def _evaluation_due(self, step: int) -> bool:
+        s = self.settings
+        return s.eval_every > 0 and step % s.eval_every == 0 and step < s.max_steps
+
+    def _keep(self, reading: Reading) -> None:
+        """Keep and write a log window, then show it."""
+        self.outcome.steps += reading.steps
+        self.outcome.divergence = reading.divergence
+        for record in reading.steps:
+            self.folder.steps.write(record)
+        for event in reading.events:
+            self.folder.events.write(event)
+        self.presence.check()
+        for record in (*reading.steps, *reading.events):
+            self.progress(record)
+
+    def _between_steps(self, step: int) -> None:
+        """What is due behind ``step``; none of it counts as training."""
+        evaluation, checkpoint = self._evaluation_due(step), self.checkpointing.due(step)
+        if evaluation or checkpoint:  # a pause wakes the sampler: not at every step
+            with self.instruments.pause():
+                if evaluation:
+                    self._evaluate(step)
+                if checkpoint:
+                    self.stop.pulse.at("checkpoint", step)
+                    self.checkpointing.write(self.instruments)
+        if step < self.settings.max_steps:
+            self.stop.pulse.at("training", step)
+            self.stop.check()
+
+    def _conclude(self) -> None:
+        """The last evaluation, or the search for what went wrong."""
+        outcome, instruments = self.outcome, self.instruments
+        if outcome.divergence is None:
+            self._evaluate(self.settings.max_steps)
+            self.stop.pulse.at("closing", self.settings.max_steps)
+            outcome.facts["final_weights_sha256"] = self.team.same(
+                "final weights", self.training.share.weights_sha256(self.training.model)
+            )
+            outcome.flags |= instruments.rounded_away()
+            instruments.trace_steps()
+        else:
+            began_s = time.perf_counter()
+            self.stop.pulse.at("forensics", len(outcome.steps))
+            outcome.divergence = instruments.investigate(outcome.divergence, outcome.steps[-1])
+            outcome.add_time("forensics", time.perf_counter() - began_s)
+        outcome.flags |= instruments.traced
+
+    def _last_words(self, who: Stopped) -> str:
+        """Write a checkpoint; what there is to know about a run that was asked to stop."""
+        self.stop.pulse.at("checkpoint", len(self.outcome.steps))
+        name, step = self.checkpointing.write(self.instruments), len(self.outcome.steps)
+        return (
+            f"stopped by {who} {f'behind step {step}' if step else 'before its first step'}; the same command "
+            f"{f'goes on from {name}' if name else 'starts it over'}"
+        )
+
+    def _memory_and_speed(self, struck: BaseException | None) -> None:
+        """Facts of the part that was run, however it ended (``struck`` by an error)."""
+        outcome, s = self.outcome, self.settings
+        memory = self.memory
+        if memory is not None and (memory.path is not None or s.memory_snapshot):
+            outcome.flags["memory_snapshot"] = memory.path.name if memory.path else memory.why
+        if self.checkpointing is not None:
+            outcome.flags |= self.checkpointing.flags()
+        if self.instruments is not None:
+            outcome.flags |= self.instruments.failed
+            if struck is not None:  # who else was there is part of why memory ran out
+                outcome.flags |= self.instruments.hardware_flags()
+        with cleanup(struck, outcome.flags, "the figures of speed"):
+            if self.figures is not None:
+                outcome.facts |= self.figures.summary(outcome.warm_steps(s.untimed_steps), s.untimed_steps)
+        with cleanup(struck, outcome.flags, "the allocator's peaks"):
+            if self.device.type == "cuda":
+                ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
+                outcome.facts |= {
+                    "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device) - ours_bytes,
+                    "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+                }
+        outcome.facts |= largest_peaks(outcome.flags)

@@ -1,0 +1,267 @@
+"""Watching one run's process: its signs of life, its memory, and what to do when it hangs. Torch-free; nothing here waits.
+
+A run that gives no sign of life is asked for its stacks, then to end (SIGTERM: it may still get behind a checkpoint), and
+after a grace time it is killed, which works with the interpreter's lock held, SIGTERM ignored or the process stopped.
+
+What can be learnt about a process from outside: its memory, its last output, and the kernel's count of out-of-memory kills.
+Torch-free. What cannot be read is None.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.supervisor import failure
+from harness.supervisor.failure import Evidence, Failure
+from harness.supervisor.heartbeat import ASK, OPEN, PHASES, Heartbeat, StackFile
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+VMSTAT = Path("/proc/vmstat")
+TAIL_BYTES = 64 * 1024
+
+
+class OomKills:
+    """How many out-of-memory kills the kernel has counted since this object was made. The nearest control group that
+    counts one is named; the whole machine's count comes last."""
+
+    def __init__(self, counters: Sequence[Path] | None = None) -> None:
+        self._before = {
+            path: count
+            for path in (oom_counters() if counters is None else counters)
+            if (count := read_count(path)) is not None
+        }
+
+    def risen(self) -> tuple[int | None, str | None]:
+        """(how many, the file that says so); (0, None), and (None, None) where nothing can be read."""
+        for path, before in self._before.items():
+            now = read_count(path)
+            if now is not None and now > before:
+                return now - before, str(path)
+        return (0 if self._before else None), None
+
+
+def oom_counters() -> list[Path]:
+    """The files with a count of out-of-memory kills, this process' control group first."""
+    return [*(folder / name for folder in memory_groups() for name in ("memory.events", "memory.oom_control")), VMSTAT]
+
+
+def memory_groups() -> list[Path]:
+    """The folders of this process' control groups for memory (v2 or v1), innermost first."""
+    found: list[Path] = []
+    for line in (_text(Path("/proc/self/cgroup")) or "").splitlines():
+        number, kinds, path = line.split(":", 2)
+        if number == "0" or "memory" in kinds.split(","):
+            root = CGROUP_ROOT if number == "0" else CGROUP_ROOT / "memory"
+            inner = root / path.strip("/")
+            found += [folder for folder in (inner, *inner.parents) if folder == root or folder.is_relative_to(root)]
+    return list(dict.fromkeys(found))
+
+
+def memory_limit_bytes() -> int | None:
+    """The tightest limit of this process' control groups."""
+    texts = [_text(folder / name) for folder in memory_groups() for name in ("memory.max", "memory.limit_in_bytes")]
+    limits = [int(text) for text in texts if text and text.strip().isdecimal()]
+    return min((limit for limit in limits if limit < 1 << 60), default=None)  # v1 says "none" by a huge number
+
+
+def read_count(path: Path) -> int | None:
+    """The ``oom_kill`` line of a file."""
+    found = re.search(r"^oom_kill (\d+)$", _text(path) or "", re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def resident_bytes(pid: int) -> tuple[int | None, int | None]:
+    """(memory now, its peak so far) of a living process."""
+    text = _text(Path(f"/proc/{pid}/status")) or ""
+    now, peak = (re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE) for name in ("VmRSS", "VmHWM"))
+    return int(now[1]) * 1024 if now else None, int(peak[1]) * 1024 if peak else None
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still on a signal (SIGSTOP, a debugger)."""
+    return re.search(r"^State:\s+[Tt]", _text(Path(f"/proc/{pid}/status")) or "", re.MULTILINE) is not None
+
+
+def tail(path: Path) -> str:
+    """The end of a file; empty where there is none, and for a link."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return ""
+    with open(fd, "rb") as file:
+        size_bytes = os.fstat(fd).st_size
+        return os.pread(file.fileno(), TAIL_BYTES, max(0, size_bytes - TAIL_BYTES)).decode(errors="replace")
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+HANG_AFTER_S = 900.0
+SECONDS_BETWEEN_LOOKS = 1.0
+UNKILLABLE_AFTER_S = 30.0
+"""A process that SIGKILL does not end waits in the kernel (for a driver or a disk), and nobody can end it."""
+ASLEEP_S = 10.0
+"""Looks that are further apart than this: the supervisor itself slept (Ctrl-Z, a suspended machine), and heard nothing."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a run counts as hung (0: never), how long it may take to end after SIGTERM, and where the kernel counts its
+    out-of-memory kills (None: the places of this machine). ``starting_factor``: until its first step is done, a run may
+    download, compile and allocate with nothing to tell for that many times longer. ``patience_factor``: from then on it may
+    always be silent for that many times its longest silence so far."""
+
+    hang_after_s: float = HANG_AFTER_S
+    starting_factor: float = 4.0
+    patience_factor: float = 4.0
+    grace_s: float = 30.0
+    for_stacks_s: float = 1.0
+    oom_counters: Sequence[Path] | None = None
+
+    @classmethod
+    def asked(cls, hang_after_s: float) -> Rules:
+        """As ``--hang-after`` has it; who is in a hurry to notice is in a hurry to end it."""
+        return cls(hang_after_s=hang_after_s, grace_s=min(cls.grace_s, hang_after_s))
+
+
+class ProcessMonitor:
+    """Over the process ``pid``; `hear` its beats, `look` often, and when it is gone ask `death`."""
+
+    def __init__(self, rules: Rules, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rules, self._clock = rules, clock
+        self.stacks = StackFile()
+        self.pid: int | None = None
+        self.last = Heartbeat(PHASES[0], 0)
+        self.opened = False
+        self._oom_kills = OomKills(rules.oom_counters)
+        self._rss_bytes: int | None = None
+        self._peak_rss_bytes: int | None = None
+        self._trained = False
+        self._began_behind = 0
+        self._heard_s = self._looked_s = self._memory_due_s = clock()
+        self._next: list[tuple[float, int, str]] = []
+        """What is still to be done to a hung run: when, which signal, its name in the row."""
+        self._done: list[str] = []
+        self._killed_s: float | None = None
+        self._silent_s = self._longest_s = 0.0
+        self._limit_s = 0.0
+        self._was_stopped = False
+
+    def begin(self, pid: int) -> None:
+        """The process is there."""
+        self.pid = pid
+        self._heard_s = self._looked_s = self._clock()
+
+    def hear(self, beat: Heartbeat | None = None) -> None:
+        """It is alive; ``beat`` says where it is."""
+        now_s = self._notice_sleep()
+        if self._trained:
+            self._longest_s = max(self._longest_s, now_s - self._heard_s)
+        self._heard_s = now_s
+        if beat is not None:
+            if not self.opened and PHASES.index(beat.phase) >= PHASES.index(OPEN):
+                self.opened, self._began_behind = True, beat.steps_done
+            self._trained |= self.opened and beat.steps_done > self._began_behind
+            self.last = beat
+
+    @property
+    def hung(self) -> bool:
+        """Whether it was found to hang; what it does from there on is its end."""
+        return bool(self._done or self._next)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it outlived SIGKILL: no use to wait for its end."""
+        return self._killed_s is not None and self._clock() - self._killed_s > UNKILLABLE_AFTER_S
+
+    @property
+    def limit_s(self) -> float:
+        """How long it may be silent now; 0: for ever. A run whose steps take minutes is not hung in every one of them."""
+        if not self._trained or not self.rules.hang_after_s:
+            return self.rules.hang_after_s * self.rules.starting_factor
+        return max(self.rules.hang_after_s, self._longest_s * self.rules.patience_factor)
+
+    def look(self) -> None:
+        """Read its memory once a second; when it hangs, take the next step against it."""
+        now_s = self._notice_sleep()
+        if self.pid is None:
+            return
+        if now_s >= self._memory_due_s:
+            self._memory_due_s = now_s + SECONDS_BETWEEN_LOOKS
+            rss_bytes, peak_bytes = resident_bytes(self.pid)
+            self._rss_bytes = rss_bytes or self._rss_bytes  # of a process that is gone there is nothing to read
+            self._peak_rss_bytes = peak_bytes or self._peak_rss_bytes
+        if not self.hung and self.limit_s and now_s - self._heard_s > self.limit_s:
+            self._limit_s = self.limit_s
+            self._silent_s, self._was_stopped = now_s - self._heard_s, is_stopped(self.pid)
+            asked_s = now_s + self.rules.for_stacks_s
+            self._next = [
+                (now_s, ASK, ""),
+                (asked_s, signal.SIGTERM, "SIGTERM"),
+                (asked_s + self.rules.grace_s, signal.SIGKILL, "SIGKILL"),
+            ]
+        while self._next and now_s >= self._next[0][0]:
+            _, number, name = self._next.pop(0)
+            self.send(number)
+            self._done += [name] if name else []
+            self._killed_s = now_s if number == signal.SIGKILL else None
+
+    def _notice_sleep(self) -> float:
+        """The time now; a silence while the supervisor itself slept does not count."""
+        now_s = self._clock()
+        if now_s - self._looked_s > ASLEEP_S:
+            self._heard_s += now_s - self._looked_s
+        self._looked_s = now_s
+        return now_s
+
+    def send(self, number: int) -> None:
+        """A signal to the process, if it is still there."""
+        if self.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def death(self, exit_code: int | None, steps_done: int, output: Path) -> Failure:
+        """What ended the process, which is gone and left no word; ``steps_done`` as its log has it, ``output`` is where it
+        wrote what it said."""
+        kills, counter = self._oom_kills.risen()
+        evidence = Evidence(
+            phase=self.last.phase,
+            steps_done=steps_done,
+            beat_age_s=self._silent_s or self._clock() - self._heard_s,
+            rss_bytes=self._rss_bytes,
+            peak_rss_bytes=self._peak_rss_bytes,
+            memory_limit_bytes=memory_limit_bytes(),
+            oom_kills=kills,
+            oom_counter=counter,
+            stack=self.stacks.text(),
+            output=tail(output),
+        )
+        return self.hang(evidence) if self.hung else failure.of_exit(exit_code, evidence)
+
+    def hang(self, evidence: Evidence | None = None) -> Failure:
+        """What is said of a hung run, whatever it still wrote."""
+        evidence = evidence or Evidence(
+            phase=self.last.phase,
+            steps_done=self.last.steps_done,
+            beat_age_s=self._silent_s,
+            rss_bytes=self._rss_bytes,
+            peak_rss_bytes=self._peak_rss_bytes,
+            stack=self.stacks.text(),
+        )
+        ended_by = (self._done or ["itself"])[-1] + (" (the process was stopped)" if self._was_stopped else "")
+        return failure.of_hang(evidence, self._limit_s, ended_by)
+
+    def close(self) -> None:
+        """The process is gone."""
+        self.stacks.close()

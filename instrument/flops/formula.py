@@ -1,0 +1,213 @@
+"""Model FLOPs of the registered architectures from their sizes alone. Torch-free.
+
+Written from the architectures' papers, apart from the counter: the two check each other, and must
+be *equal*. A product of (m, k) with (k, n) is 2 m k n FLOPs; the backward pass runs two such
+products for each, so training is 3 times the forward pass. Per token and layer:
+
+    GPT-2    qkv 2 D 3D, output 2 D D, MLP 2 (2 D F); scores and their use 2 (2 L D)
+    RoBERTa  q, k, v 3 (2 D D), output 2 D D, MLP 2 (2 D F); scores and their use 2 (2 L D)
+
+with D the width, F the MLP's inner width, L the row's length. The number of heads cancels out.
+
+Training FLOPs of one row as a function of its length: a + b L + c L^2. Torch-free.
+
+Exact integers or fractions, never floats: a count is a count. ``b L`` is what runs token by token,
+``c L^2`` attention's scores and their use, ``a`` what runs once a row (a pooled head).
+
+Model FLOPs of a training step by the dtype in which they run. Torch-free.
+
+Rows do not touch each other, so a step costs the sum over its rows; micro-batches change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class LengthPolynomial:
+    """FLOPs(L) = constant + linear L + quadratic L^2."""
+
+    constant: Fraction | int = 0
+    linear: Fraction | int = 0
+    quadratic: Fraction | int = 0
+
+    def __call__(self, length: int) -> int:
+        """FLOPs of one row of ``length`` tokens."""
+        value = self.constant + self.linear * length + self.quadratic * length * length
+        if value != int(value):
+            raise ValueError(f"{value} FLOPs at length {length}: not a whole number, so not a count")
+        return int(value)
+
+    def times(self, factor: int) -> LengthPolynomial:
+        """The same for ``factor`` as many FLOPs."""
+        return LengthPolynomial(self.constant * factor, self.linear * factor, self.quadratic * factor)
+
+
+@dataclass(frozen=True)
+class RowFlops:
+    """FLOPs of one row, forward and backward, in the parts that may run in different dtypes: the encoder's
+    projections, its attention (scores and their use), and the head."""
+
+    encoder: LengthPolynomial
+    attention: LengthPolynomial
+    head: LengthPolynomial
+
+    def __call__(self, length: int) -> tuple[int, int, int]:
+        """(encoder, attention, head) of one row of ``length`` tokens."""
+        return self.encoder(length), self.attention(length), self.head(length)
+
+
+def fit(flops_at: Mapping[int, int]) -> LengthPolynomial | None:
+    """The polynomial through the three shortest lengths, or None when a further one does not lie on it.
+
+    At least four lengths: three points always lie on some parabola.
+    """
+    if len(flops_at) < 4:
+        raise ValueError(f"{len(flops_at)} lengths prove nothing; at least 4 are needed")
+    (x0, y0), (x1, y1), (x2, y2), *others = sorted(flops_at.items())
+    first, second = Fraction(y1 - y0, x1 - x0), Fraction(y2 - y1, x2 - x1)
+    quadratic = (second - first) / (x2 - x0)
+    linear = first - quadratic * (x0 + x1)
+    found = LengthPolynomial(y0 - linear * x0 - quadratic * x0 * x0, linear, quadratic)
+    on_it = all(found.constant + found.linear * x + found.quadratic * x * x == y for x, y in others)
+    return found if on_it else None
+
+
+TRAINING = 3
+"""Forward once, backward twice (the gradient of the input and that of the weight)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``outputs``: columns of the head that mean something: the tokenizer's vocabulary (never the
+    padded one), or the labels."""
+
+    layers: int
+    width: int
+    inner: int
+    outputs: int
+
+
+def _row(sizes: Sizes, per_token_and_layer: int, head: LengthPolynomial) -> RowFlops:
+    """Training FLOPs of one row from forward FLOPs of a token's projections in a layer, and of the head."""
+    scores = 2 * 2 * sizes.width
+    return RowFlops(
+        encoder=LengthPolynomial(linear=sizes.layers * per_token_and_layer).times(TRAINING),
+        attention=LengthPolynomial(quadratic=sizes.layers * scores).times(TRAINING),
+        head=head.times(TRAINING),
+    )
+
+
+def _gpt2_layer(sizes: Sizes) -> int:
+    width, inner = sizes.width, sizes.inner
+    return 2 * width * 3 * width + 2 * width * width + 2 * (2 * width * inner)
+
+
+def _roberta_layer(sizes: Sizes) -> int:
+    width, inner = sizes.width, sizes.inner
+    return 3 * (2 * width * width) + 2 * width * width + 2 * (2 * width * inner)
+
+
+def gpt2_clm(sizes: Sizes) -> RowFlops:
+    """One projection to the vocabulary, at every position."""
+    return _row(sizes, _gpt2_layer(sizes), LengthPolynomial(linear=2 * sizes.width * sizes.outputs))
+
+
+def gpt2_classification(sizes: Sizes) -> RowFlops:
+    """One projection to the labels, once a document."""
+    return _row(sizes, _gpt2_layer(sizes), LengthPolynomial(2 * sizes.width * sizes.outputs))
+
+
+def roberta_mlm(sizes: Sizes) -> RowFlops:
+    """Dense and the projection to the vocabulary, at every position, masked or not."""
+    head = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.outputs
+    return _row(sizes, _roberta_layer(sizes), LengthPolynomial(linear=head))
+
+
+def roberta_classification(sizes: Sizes) -> RowFlops:
+    """Dense and the projection to the labels, once a document."""
+    head = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.outputs
+    return _row(sizes, _roberta_layer(sizes), LengthPolynomial(head))
+
+
+# By (architecture id, task id). An architecture without an entry is counted.
+CLOSED_FORMS: dict[tuple[str, str], Callable[[Sizes], RowFlops]] = {
+    ("gpt2", "clm"): gpt2_clm,
+    ("gpt2", "multi_cls"): gpt2_classification,
+    ("gpt2", "single_cls"): gpt2_classification,
+    ("roberta", "mlm"): roberta_mlm,
+    ("roberta", "multi_cls"): roberta_classification,
+    ("roberta", "single_cls"): roberta_classification,
+}
+
+
+def sizes_of(config: Any, outputs: int) -> Sizes:
+    """The sizes in a `transformers` configuration of a GPT-2 or a RoBERTa."""
+    if config.model_type == "gpt2":
+        return Sizes(config.n_layer, config.n_embd, config.n_inner or 4 * config.n_embd, outputs)
+    return Sizes(config.num_hidden_layers, config.hidden_size, config.intermediate_size, outputs)
+
+
+class ProductDtypes(NamedTuple):
+    """In what the products of each part run: ``fp32``, ``tf32``, ``fp16`` or ``bf16``."""
+
+    encoder: str
+    attention: str
+    head: str
+
+
+def product_dtypes(compute: str, head: str, *, tf32: bool, attention: str) -> ProductDtypes:
+    """From a configuration's declaration and its attention backend. Autocast computes every product in
+    ``compute``, but the ``math`` backend widens 16-bit queries, keys and values to fp32 first. TF32 is a kind
+    of its own, since its products run at another rate. CUDA's ``efficient`` backend makes each fp32 product of
+    three TF32 ones (CUTLASS FastF32, from capability 8.0): one fp32 product is what it is for, so fp32 it counts."""
+    wide = "tf32" if tf32 else "fp32"
+    encoder = wide if compute == "fp32" else compute
+    return ProductDtypes(encoder, wide if attention == "math" else encoder, wide if head == "fp32" else head)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """``row``: FLOPs of one row's (encoder, attention, head) at a length; a `RowFlops` where they follow
+    polynomials, else a function that counts. ``source`` says where they come from."""
+
+    row: RowFlops | Callable[[int], tuple[int, int, int]]
+    dtypes: ProductDtypes
+    causal: bool
+    source: str
+
+    def of(self, samples: int, seq_len: int) -> dict[str, int]:
+        """``samples`` rows, each padded to ``seq_len``: what ran, by dtype."""
+        return self._by_dtype([tuple(samples * part for part in self._parts(seq_len))])
+
+    def real(self, lengths: Iterable[int]) -> dict[str, int]:
+        """Rows of these true lengths, as if no padding had run: sums of L and of L^2 over the documents."""
+        return self._by_dtype([self._parts(length) for length in lengths])
+
+    def causal_half(self, samples: int, seq_len: int) -> int | None:
+        """FLOPs with attention counted half, since a causal model needs half of its scores. None where
+        attention is not causal, and where it is no multiple of L^2, so that half of it means nothing."""
+        if not self.causal or not isinstance(self.row, RowFlops) or self.row.attention.linear or self.row.attention.constant:
+            return None
+        return sum(self.of(samples, seq_len).values()) - samples * self.row.attention(seq_len) // 2
+
+    def _parts(self, length: int) -> tuple[int, int, int]:
+        if length not in self._known:
+            self._known[length] = self.row(length)
+        return self._known[length]
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[int, int, int]]:
+        return {}
+
+    def _by_dtype(self, rows: Iterable[tuple[int, int, int]]) -> dict[str, int]:
+        found = dict.fromkeys(self.dtypes, 0)
+        for parts in rows:
+            for dtype, flops in zip(self.dtypes, parts, strict=True):
+                found[dtype] += flops
+        return found

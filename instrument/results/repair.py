@@ -1,0 +1,178 @@
+"""Mend a results folder from what is intact in it. Nothing intact is deleted, and what is cut is kept beside.
+
+The runs' own files are the truth. Lines that are no JSON go from ``<file>`` to ``<file>.torn``; rows of a
+step that repeat byte for byte go; a ``run.json`` that cannot be read is written again from the index; the
+index is rebuilt from the rows. A run that a living process executes is left alone. A folder in order is
+only read.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from instrument.results import files
+from instrument.results.claims import RunClaimed, claim, owner_of
+from instrument.results.folder import INDEX, INDEX_LOCK, finished_run, index_content, indexed_rows
+from instrument.results.log import Appender
+from instrument.results.schemas import RunRecord, decode, encode, is_safe
+from instrument.results.states import UNREADABLE, FileState, SortedLines, object_state, states
+
+TORN = ".torn"
+SIDE_FILES = ("machine.json", "kernels.json", "overhead.json")
+
+
+@dataclass
+class Repair:
+    """What `repair_folder` found and did. ``changed``: files written or removed; ``in_use``: run ids left alone;
+    ``runs``: with a row; ``unfinished``: ids of runs without one."""
+
+    folder: str
+    files: list[FileState] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    in_use: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    runs: int = 0
+    unfinished: list[str] = field(default_factory=list)
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something is lost or cannot be read: exit 4."""
+        return any(state.lost or state.foreign for state in self.files)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"schema": 1, **asdict(self), "damaged": self.is_damaged}
+
+
+def repair_folder(out: Path) -> Repair:
+    """Mend the folder; raises OSError where it cannot be written. A second call changes no byte."""
+    done = Repair(str(out))
+    run_ids = _run_ids(out, done)
+    for run_id in run_ids:
+        with suppress(RunClaimed):
+            if owner_of(out, run_id) is None:
+                _repair_run(out, run_id, done)
+                continue
+        done.in_use.append(run_id)
+    for name in SIDE_FILES:
+        if (out / name).exists() or (out / name).is_symlink():
+            done.files.append(object_state(out, name))
+    _repair_index(out, done)
+    for place in _places(out):
+        done.changed += [str(path.relative_to(out)) for path in files.sweep(place)]
+    rows = indexed_rows(out)
+    done.runs, done.unfinished = len(rows), [run_id for run_id in run_ids if run_id not in rows]
+    return done
+
+
+def _run_ids(out: Path, done: Repair) -> list[str]:
+    """Safe names of runs that have a folder or a log; others are told and left alone."""
+    folders = {path.name: path for path in (out / "runs").glob("*")}
+    logs = {path.name.removeprefix("run_").removesuffix(".jsonl"): path for path in (out / "training_logs").glob("run_*.jsonl")}
+    for name, path in sorted((logs | folders).items()):
+        if not is_safe(name) or path.is_symlink():
+            why = "is a link: not followed" if path.is_symlink() else "is no safe name of a run: left alone"
+            done.files.append(FileState(str(path.relative_to(out)), foreign=1, notes=[why]))
+    return sorted(name for name, path in (logs | folders).items() if is_safe(name) and not path.is_symlink())
+
+
+def _repair_run(out: Path, run_id: str, done: Repair) -> None:
+    """Look first; only a run with something to mend is claimed, and looked at again."""
+    seen = list(states(out, run_id))
+    if _row_to_mend(out, run_id) is None and all(found is None or found.in_order for _, found in seen):
+        done.files += [state for state, _ in seen]
+        return
+    own = claim(out, run_id)
+    try:
+        _mend_row(out, run_id, done)
+        for state, found in states(out, run_id):
+            done.files.append(state)
+            if found is not None:
+                _mend_log(out / state.file, found, state, done)
+    finally:
+        own.release()
+        with suppress(OSError):  # a claim makes the folder of a run that is a log alone
+            os.rmdir(out / "runs" / run_id)
+
+
+def _row_to_mend(out: Path, run_id: str) -> RunRecord | None:
+    """The index's row of a run whose ``run.json`` is there and cannot be read; the index was written after it."""
+    if not files.plain_inside(out, out / "runs" / run_id / "run.json") or finished_run(out, run_id) is not None:
+        return None
+    return indexed_rows(out).get(run_id)
+
+
+def _mend_row(out: Path, run_id: str, done: Repair) -> None:
+    row, path = _row_to_mend(out, run_id), out / "runs" / run_id / "run.json"
+    if row is not None:
+        _keep_aside(path, [path.read_bytes()])
+        files.replace(path, encode(row) + b"\n")
+        done.changed.append(str(path.relative_to(out)))
+
+
+def _mend_log(path: Path, found: SortedLines, state: FileState, done: Repair) -> None:
+    if found.in_order:
+        return
+    before, after = path.read_bytes(), found.content
+    if found.cut:
+        _keep_aside(path, found.cut)
+        state.notes.append(f"what is no JSON is in {path.name}{TORN}")
+    if before.startswith(after):  # only the end goes
+        files.truncate(path, len(after))
+    else:
+        files.replace(path, after)
+    done.changed.append(state.file)
+
+
+def _repair_index(out: Path, done: Repair) -> None:
+    path = out / INDEX
+    if path.is_symlink() or (path.exists() and not files.plain_inside(out, path)):
+        done.files.append(FileState(INDEX, foreign=1, notes=["is a link or no plain file: not read"]))
+        return
+    before = path.read_bytes() if path.exists() else b""
+    state = FileState(INDEX, intact=len(indexed_rows(out)))
+    if before != index_content(out):
+        with files.locked(out / INDEX_LOCK):
+            before = path.read_bytes() if path.exists() else b""
+            after = index_content(out)
+            if gone := _not_in(before, after):
+                _keep_aside(path, gone)
+                state.notes.append(f"lines that no run stands behind, now in {INDEX}{TORN}: {len(gone)}")
+            files.replace(path, after)
+        state.intact = after.count(b"\n")
+        state.notes.append(f"rebuilt, rows: {state.intact}")
+        done.changed.append(INDEX)
+    done.files.append(state)
+
+
+def _not_in(before: bytes, after: bytes) -> list[bytes]:
+    """Lines of the old index that say what no line of the new one says."""
+    new = set(after.splitlines())
+
+    def rewritten(line: bytes) -> bytes:
+        try:
+            return encode(decode(line, RunRecord))
+        except UNREADABLE:
+            return line
+
+    return [line for line in dict.fromkeys(before.split(b"\n")) if line and rewritten(line) not in new]
+
+
+def _keep_aside(path: Path, pieces: list[bytes]) -> None:
+    """Append to ``<file>.torn`` before anything is cut; a repair that died in between does not do so twice."""
+    aside = path.with_name(path.name + TORN)
+    content = b"".join(piece.rstrip(b"\n") + b"\n" for piece in pieces)
+    if not aside.exists() or not aside.read_bytes().endswith(content):
+        lines = Appender(aside)
+        lines.append(content)
+        lines.close()
+
+
+def _places(out: Path) -> list[Path]:
+    """The folders in which dead writers may have left temporary files."""
+    places = [out, out / "runs", out / "training_logs", out / "traces", *sorted((out / "runs").glob("*"))]
+    return [place for place in places if place.is_dir() and not place.is_symlink()]

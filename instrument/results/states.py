@@ -1,0 +1,197 @@
+"""What a results folder's files hold: how many lines are intact, and what is wrong. Nothing here writes.
+
+A log's bytes, sorted: what is a record, what is not, what can still be told apart. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from instrument.results.files import plain_inside
+from instrument.results.folder import finished_run
+from instrument.results.hardware import HardwareRecord
+from instrument.results.ranges import ModuleRecord
+from instrument.results.schemas import EvaluationRecord, EventRecord, Record, RunRecord, StepRecord, decode
+from instrument.words import count
+
+UNREADABLE = (ValueError, RecursionError)
+"""What a hostile line makes the decoder raise (`RecordError` is a ValueError): anything but a crash."""
+SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)', re.DOTALL)
+"""Where two lines run together: a newline that flipped into another byte, or zeros that a power cut left."""
+CUT_SHORT = "Input data was truncated"
+"""msgspec's words for the beginning of a JSON value."""
+
+
+@dataclass
+class SortedLines:
+    """``kept``: the lines that stay, in order. ``intact`` of them are records of the file's kind,
+    ``foreign`` are JSON objects and no such records (another version's, or a flipped bit in a name: left
+    where they are). ``cut``: what is no JSON, of it ``torn`` pieces that end in mid-line, as a dead writer
+    leaves them, and ``damaged`` others. ``rejoined``: records won back from lines that ran together.
+    ``repeated``: rows of a step that stood there before, byte for byte."""
+
+    kept: list[bytes] = field(default_factory=list)
+    cut: list[bytes] = field(default_factory=list)
+    intact: int = 0
+    foreign: int = 0
+    torn: int = 0
+    damaged: int = 0
+    rejoined: int = 0
+    repeated: int = 0
+    steps: int = 0
+    """Different steps among the records."""
+    in_order: bool = True
+    """Whether the file is as it should be."""
+
+    @property
+    def content(self) -> bytes:
+        """The file as it should be."""
+        return b"".join(line + b"\n" for line in self.kept)
+
+
+def sort_lines(content: bytes, kind: type[Record] | None) -> SortedLines:
+    """Sort a log of ``kind`` (None: any JSON objects)."""
+    found, seen = SortedLines(), set()
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for line in lines:
+        if _keep(line, kind, found, seen):
+            continue
+        pieces = [piece for piece in SEAM.split(line) if piece]
+        won_back = sum(_keep(piece, kind, found, seen) for piece in pieces) if pieces != [line] else 0
+        found.rejoined += won_back
+        for piece in pieces:
+            if not won_back or not _is_object(piece):
+                found.cut.append(piece)
+                torn = _is_cut_short(piece)
+                found.torn, found.damaged = found.torn + torn, found.damaged + (not torn)
+    found.steps = len({line[0] for line in seen})
+    found.in_order = found.content == content
+    return found
+
+
+def _keep(line: bytes, kind: type[Record] | None, found: SortedLines, seen: set[tuple[int, bytes]]) -> bool:
+    """Put a line among the kept; False when it is no JSON object."""
+    try:
+        record = decode(line, kind) if kind is not None else msgspec.json.decode(line, type=dict)
+    except UNREADABLE:
+        if not _is_object(line):
+            return False
+        found.kept.append(line)
+        found.foreign += 1
+        return True
+    if isinstance(record, StepRecord):
+        if (record.step, line) in seen:
+            found.repeated += 1
+            return True
+        seen.add((record.step, line))
+    found.kept.append(line)
+    found.intact += 1
+    return True
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(line), dict)
+    except UNREADABLE:
+        return False
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Whether a line is the beginning of an object and no more."""
+    if not line.startswith(b"{"):
+        return False
+    for end in (b"", b"0"):  # a number that stops at its point or sign is told as invalid, not as short
+        try:
+            msgspec.json.decode(line + end)
+        except UNREADABLE as error:
+            if str(error) == CUT_SHORT:
+                return True
+    return False
+
+
+KINDS: dict[str, type[Record]] = {
+    "evaluations": EvaluationRecord,
+    "events": EventRecord,
+    "hardware": HardwareRecord,
+    "activations": ModuleRecord,
+}
+"""By a log's name up to its first dot: ``hardware.until-50.jsonl`` is one of the hardware's, too."""
+
+
+@dataclass
+class FileState:
+    """One file: how many lines are intact, what was wrong, what was done. ``lost`` counts lines, or the
+    file where it is one record, that nothing here brings back; pieces of lines that were never whole
+    (``torn``) are no loss: no writer was told that they are safe."""
+
+    file: str
+    intact: int = 0
+    torn: int = 0
+    lost: int = 0
+    rejoined: int = 0
+    repeated: int = 0
+    foreign: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def states(out: Path, run_id: str) -> Iterator[tuple[FileState, SortedLines | None]]:
+    """Every file of a run that holds records, with its lines sorted where it is a log."""
+    row = finished_run(out, run_id)
+    folder = out / "runs" / run_id
+    logs = [out / "training_logs" / f"run_{run_id}.jsonl", *sorted(folder.glob("*.jsonl"))]
+    for path in logs:
+        name = str(path.relative_to(out))
+        kind = StepRecord if path is logs[0] else KINDS.get(path.name.partition(".")[0])
+        if path.is_symlink() or (path.exists() and not plain_inside(out, path)):
+            yield FileState(name, foreign=1, notes=["is a link or no plain file: not read"]), None
+        elif path.exists():
+            found = sort_lines(path.read_bytes(), kind)
+            state = FileState(
+                name,
+                intact=found.intact,
+                torn=found.torn,
+                lost=found.damaged,
+                rejoined=found.rejoined,
+                repeated=found.repeated,
+                foreign=found.foreign,
+            )
+            if kind is StepRecord and row is not None and found.steps < row.steps_done:
+                state.lost = max(state.lost, row.steps_done - found.steps)
+                state.notes.append(
+                    f"run.json says {count(row.steps_done, 'step')}, and "
+                    f"{found.steps} {'is' if found.steps == 1 else 'are'} here"
+                )
+            yield state, found
+        elif kind is StepRecord and row is not None and row.steps_done:
+            notes = [f"is missing, and run.json says {count(row.steps_done, 'step')}"]
+            yield FileState(name, lost=row.steps_done, notes=notes), None
+    for path in (folder / "run.json", folder / "forensics.json"):
+        if path.exists() or path.is_symlink():
+            yield object_state(out, str(path.relative_to(out))), None
+
+
+def object_state(out: Path, name: str) -> FileState:
+    """A file that is one JSON object; it is read and not changed."""
+    path, state = out / name, FileState(name)
+    if not plain_inside(out, path):
+        state.foreign, state.notes = 1, ["is a link or no plain file: not read"]
+        return state
+    try:
+        content = path.read_bytes()
+        if path.name == "run.json":
+            if decode(content, RunRecord).run_id != path.parent.name:
+                state.foreign, state.notes = 1, ["holds another run's row"]
+                return state
+        elif not isinstance(msgspec.json.decode(content), dict):
+            raise ValueError("no JSON object")
+        state.intact = 1
+    except UNREADABLE as error:
+        state.lost, state.notes = 1, [f"cannot be read ({' '.join(str(error).split())[:120]}); left as it is"]
+    return state
