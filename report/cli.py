@@ -46,8 +46,8 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    from instrument.results.contents import load
     from report.dossier import build
-    from report.load import load
 
     folder = load(options.folder)
     result = build(
@@ -96,7 +96,7 @@ def _pdf_possible(options: argparse.Namespace) -> bool:
 
 
 def _verdict(options: argparse.Namespace) -> int:
-    from report.load import load
+    from instrument.results.contents import load
     from report.verdict import verdict, verdict_text
 
     folder = load(options.folder)
@@ -120,7 +120,7 @@ def _price(options: argparse.Namespace):
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from report.load import NoResults, load
+    from instrument.results.contents import NoResults, load
 
     try:
         folder = load(options.folder)
@@ -166,9 +166,9 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from instrument.results.contents import load
     from report.compare import compare, show
     from report.errors import UsageError
-    from report.load import load
 
     if options.currency and not options.price_per_hour:
         raise UsageError(f"--currency {options.currency} says nothing without --price-per-hour")
@@ -192,8 +192,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from instrument.results.contents import load
     from report.export import exporter
-    from report.load import load
 
     paths = exporter(options.to)(load(options.folder), options.out or options.folder / "export" / options.to)
     if options.json:
@@ -245,8 +245,8 @@ def _exit_code(error: Exception) -> int | None:
 
     if missing_package(error):
         return ENVIRONMENT
+    from instrument.results.contents import NoResults
     from report.errors import ImportRefused, MissingTool, UsageError
-    from report.load.defect import NoResults
 
     if isinstance(error, NoResults):
         return USAGE if error.missing else BAD_DATA

@@ -6,8 +6,8 @@ python eight_figures.py RESULTS_FOLDER OUT_FOLDER
 import sys
 from pathlib import Path
 
+from instrument.results.contents import load
 from report.dossier.figures import draw_all
-from report.load import load
 from report.tables import all_tables
 
 if __name__ == "__main__":

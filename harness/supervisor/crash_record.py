@@ -23,9 +23,9 @@ from harness.run.output_errors import output_error
 from harness.supervisor.failure import Failure, sentence
 from harness.supervisor.process_monitor import ProcessMonitor
 from instrument.results.claims import RunClaimed, claim
-from instrument.results.folder import UNREADABLE, OutputError, finished_run, write_terminal
+from instrument.results.folder import OutputError, finished_run, write_terminal
 from instrument.results.log import Appender
-from instrument.results.schemas import RunRecord, StepRecord, decode
+from instrument.results.schemas import UNREADABLE, RunRecord, StepRecord, decode
 
 NAME = "failed_behind_the_error"
 

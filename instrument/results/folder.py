@@ -9,11 +9,9 @@ from pathlib import Path
 
 from instrument.results.files import locked, plain_inside, remove, replace, require_there
 from instrument.results.log import JsonlLog
-from instrument.results.schemas import RecordError, RunRecord, decode, encode, is_safe, require_safe
+from instrument.results.schemas import UNREADABLE, RunRecord, decode, encode, is_safe, require_safe
 
 INDEX, INDEX_LOCK = "results.jsonl", ".index.lock"
-UNREADABLE = (RecordError, ValueError, RecursionError)
-"""What a hostile line makes the decoder raise: a broken schema, a number out of range, endless nesting."""
 OF_THE_OLD_RUN = ("run.json", "forensics.json", "culprit.safetensors", "activations.jsonl", "hardware.jsonl")
 
 

@@ -18,8 +18,8 @@ from instrument.results import files
 from instrument.results.claims import RunClaimed, claim, owner_of
 from instrument.results.folder import INDEX, INDEX_LOCK, finished_run, index_content, indexed_rows
 from instrument.results.log import Appender
-from instrument.results.schemas import RunRecord, decode, encode, is_safe
-from instrument.results.states import UNREADABLE, FileState, SortedLines, object_state, states
+from instrument.results.schemas import UNREADABLE, RunRecord, decode, encode, is_safe
+from instrument.results.states import FileState, SortedLines, object_state, states
 
 TORN = ".torn"
 SIDE_FILES = ("machine.json", "kernels.json", "overhead.json")

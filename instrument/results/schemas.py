@@ -52,6 +52,10 @@ class RecordError(ValueError):
     """A line that is not a record of this program, or a record that breaks its schema."""
 
 
+UNREADABLE = (ValueError, RecursionError)
+"""What a hostile line makes the decoder raise: a broken schema (`RecordError`), a number out of range, endless nesting."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all records: frozen, keyword-only, unknown fields refused."""
 

@@ -16,11 +16,9 @@ from instrument.results.files import plain_inside
 from instrument.results.folder import finished_run
 from instrument.results.hardware import HardwareRecord
 from instrument.results.ranges import ModuleRecord
-from instrument.results.schemas import EvaluationRecord, EventRecord, Record, RunRecord, StepRecord, decode
+from instrument.results.schemas import UNREADABLE, EvaluationRecord, EventRecord, Record, RunRecord, StepRecord, decode
 from instrument.words import count
 
-UNREADABLE = (ValueError, RecursionError)
-"""What a hostile line makes the decoder raise (`RecordError` is a ValueError): anything but a crash."""
 SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)', re.DOTALL)
 """Where two lines run together: a newline that flipped into another byte, or zeros that a power cut left."""
 CUT_SHORT = "Input data was truncated"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.words import count
 from report.errors import UsageError
-from report.load import Folder
 from report.tables import a_stability, b_efficiency, c_throughput
 from report.tables.b_efficiency import memory_kind, peak_of
 from report.tables.columns import TASK_COLUMNS, case_order, series_order

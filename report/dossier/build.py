@@ -33,7 +33,7 @@ SECTION_TABLES = {
 @dataclass(frozen=True)
 class BuildResult:
     """``paths``: every file written, in order; ``seconds``: wall-clock time by stage; ``defects``: of
-    the folder, as `report.load` found them."""
+    the folder, as `instrument.results.contents` found them."""
 
     paths: tuple[Path, ...]
     seconds: dict[str, float]

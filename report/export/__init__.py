@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from report.load import Folder
+from instrument.results.contents import Folder
 
 FORMATS = ("csv", "latex", "appendix", "tensorboard", "wandb", "bencher")
 

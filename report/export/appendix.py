@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from instrument.results.contents import Folder
 from instrument.results.files import make_folder, replace
 from report.export.latex import export as export_tables
 from report.export.tex import escape, identifier
-from report.load import Folder
 from report.tables import all_tables
 from report.tables.table import Table
 from report.tables.trust import trust

@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from instrument.results.contents import Folder
 from instrument.results.files import replace
-from report.load import Folder
 from report.tables import b_efficiency, c_throughput
 
 MEASURES = {

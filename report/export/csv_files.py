@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from instrument.results.contents import Folder
 from report.export.rows import findings_frame, runs_frame
-from report.load import Folder
 from report.plots.write import write_csv
 from report.tables import all_tables
 

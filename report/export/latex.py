@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.files import replace
 from report.export.tex import escape, identifier, tabular
 from report.hypotheses import judge
-from report.load import Folder
 from report.tables import all_tables
 from report.tables.columns import case_order, series_order
 

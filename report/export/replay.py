@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 
 SCALARS = (
     "loss",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.hypotheses import judge
-from report.load import Folder
 
 NESTED = ("env", "config", "flags", "nonfinite", "first_nonfinite")
 

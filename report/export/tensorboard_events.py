@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from instrument.results.contents import Folder
 from report.errors import need
 from report.export.replay import points
-from report.load import Folder
 
 
 def export(folder: Folder, out: Path) -> list[Path]:

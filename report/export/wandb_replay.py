@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from instrument.results.contents import Folder
 from report.errors import need
 from report.export.replay import points, settings
-from report.load import Folder
 
 PROJECT = "datatype-dynamics-bench"
 

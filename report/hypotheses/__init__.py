@@ -1,5 +1,6 @@
 """Claims judged by the data shown: H1 to H3 of the benchmark, P1 to P4 of the plots."""
 
+from instrument.results.contents import Folder
 from report.hypotheses import (
     h1_loss_scale,
     h2_architecture,
@@ -11,7 +12,6 @@ from report.hypotheses import (
 )
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import Finding
-from report.load import Folder
 
 __all__ = ["Finding", "judge"]
 

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.statistics.interval import NOTHING, Interval, mean_interval
 from report.tables.columns import case_order
 from report.tables.eligible import eligible

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.hypotheses.evidence_base import EvidenceBase, difference, ids, log_ratios
 from report.hypotheses.finding import Evidence, Finding, decide, finding, unanimous
-from report.load import Folder
 from report.statistics.interval import exponential
 from report.tables.columns import REFERENCE, column_of, is_lm
 from report.words import bounds, joined

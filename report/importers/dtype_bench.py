@@ -24,12 +24,12 @@ from bench_cases import CASES, DTYPE_CONFIGS
 from instrument.flops.formula import CLOSED_FORMS, Sizes
 from instrument.mfu import Peaks, datasheet_peaks
 from instrument.results.files import replace
+from instrument.results.lines import Defect, defect
 from instrument.results.schemas import RunRecord, StepRecord, encode
 from instrument.words import count
 from report.errors import ImportRefused
 from report.importers.dtype_bench_row import RunFacts, run_record
 from report.importers.dtype_bench_source import read_source
-from report.load.defect import Defect, defect
 
 DEFAULT_GPU = "RTX A6000"
 """The card whose peak the source divides by: its ``mfu`` reproduces with 155 TFLOP/s."""

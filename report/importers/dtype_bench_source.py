@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from report.load.defect import Defect, defect
+from instrument.results.lines import Defect, defect
 
 ROW_FIELDS = (
     "run_id",

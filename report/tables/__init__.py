@@ -1,6 +1,6 @@
 """What the figures show, as DataFrames: pure functions of a results folder."""
 
-from report.load import Folder
+from instrument.results.contents import Folder
 from report.tables import (
     a_stability,
     b_efficiency,

@@ -7,8 +7,8 @@ from collections import defaultdict
 import numpy as np
 
 from bench_cases import DTYPE_CONFIGS
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.statistics.interval import mean_interval
 from report.tables.caption import data_words
 from report.tables.columns import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order

@@ -6,8 +6,8 @@ import math
 
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.statistics.interval import NOTHING, mean_interval
 from report.tables.caption import data_words
 from report.tables.columns import case_order, column_of, series_order

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.caption import data_words
 from report.tables.columns import REFERENCE, TASK_COLUMNS, case_order, column_of, is_control, series_order
 from report.tables.eligible import eligible

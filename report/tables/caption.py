@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.words import count, shortened
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from bench_cases import DTYPE_CONFIGS
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.errors import UsageError
-from report.load import Folder
 from report.statistics.rolling import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
 from report.tables.caption import data_words
 from report.tables.columns import REFERENCE, case_order, series_order

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from bench_cases import TASKS
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.caption import data_words
 from report.tables.columns import case_order, is_lm, series_order
 from report.tables.selection import select

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.judgement import death_words
 from report.tables.selection import Selection
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.statistics.bootstrap import block_bootstrap, coefficient_of_variation
 from report.tables.caption import data_words
 from report.tables.columns import REFERENCE, case_order, is_lm, series_order

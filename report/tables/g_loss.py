@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.caption import data_words
 from report.tables.columns import case_order, column_of, is_lm, series_order
 from report.tables.fairness import unfair

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pandas as pd
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.statistics.interval import exponential, mean_interval
 from report.statistics.ranking import FEWEST_FOR_TAU, kendall_tau, rank_with_ties
 from report.tables.caption import data_words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from report.load import Folder
+from instrument.results.contents import Folder
 from report.tables.caption import data_words
 from report.tables.columns import case_order, series_order
 from report.tables.step_frame import long_frame

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from report.load import Folder
+from instrument.results.contents import Folder
 
 COLUMNS = ("step", "module", "order", "direction", "dtype", "absmax", "headroom_bits", "underflow_frac")
 LARGEST = {

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from bench_cases import DTYPE_CONFIGS
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.headroom import headroom, headroom_row
 from report.tables.table import Table
 

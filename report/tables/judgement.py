@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.columns import REFERENCE, is_lm
 from report.tables.fairness import unfair
 from report.tables.selection import Selection, select

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from instrument.kernel_classes import CLASSES
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.load import Folder
 from report.tables.caption import data_words
 from report.tables.columns import case_order, series_order
 from report.tables.table import Table, frame

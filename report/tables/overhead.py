@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from report.load import Folder
+from instrument.results.contents import Folder
 from report.tables.table import Table, frame
 from report.words import count, printable, sentence
 

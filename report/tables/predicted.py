@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from bench_cases import DTYPE_CONFIGS
-from report.load import Folder
+from instrument.results.contents import Folder
 from report.tables.columns import REFERENCE, case_order
 from report.tables.table import frame
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.words import count
-from report.load import Folder
 from report.tables.columns import REFERENCE, column_of
 
 ROW_SETTINGS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from report.load import Folder
+from instrument.results.contents import Folder
 from report.statistics.interval import FEWEST_SEEDS
 from report.tables.columns import REFERENCE
 from report.tables.eligible import eligible

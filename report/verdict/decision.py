@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.hypotheses import judge
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import NOT_DECIDED
-from report.load import Folder
 from report.statistics.interval import FEWEST_SEEDS, Interval, exponential, mean_interval
 from report.tables.b_efficiency import memory_kind, peak_of
 from report.tables.columns import REFERENCE, TASK_COLUMNS, column_of, is_control, series_order

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from bench_cases import CASES
+from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.hypotheses.evidence_base import EvidenceBase
-from report.load import Folder
 from report.spelled import cases_option
 from report.statistics.interval import FEWEST_SEEDS
 from report.tables.columns import REFERENCE, case_order

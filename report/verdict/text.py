@@ -6,7 +6,7 @@ import math
 import shlex
 import textwrap
 
-from report.load import Folder
+from instrument.results.contents import Folder
 from report.statistics.interval import Interval
 from report.tables.columns import REFERENCE
 from report.verdict.decision import TaskVerdict, Verdict, verdict

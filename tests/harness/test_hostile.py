@@ -19,10 +19,10 @@ from bench_cases.own import case_for_model
 from harness import cli
 from harness.exit_codes import USAGE
 from harness.inspect.findings import _trace
+from instrument.results.contents import NoResults, load
 from instrument.results.folder import OutputError, RunFolder, finished_run, finished_runs
 from instrument.results.read import FoundRun, RunNotFound, RunUnreadable, locate, run_record
 from instrument.results.schemas import RecordError, RunRecord, StepRecord, decode
-from report.load import NoResults, load
 from tests.soak.reliability.planted_secrets import SECRETS, hits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,10 +12,10 @@ from harness import cli
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, OK, USAGE
 from instrument.results import files
 from instrument.results.claims import claim
+from instrument.results.contents import NoResults, load
 from instrument.results.folder import write_index
 from instrument.results.repair import repair_folder
 from instrument.results.schemas import EvaluationRecord, RunRecord, encode
-from report.load import NoResults, load
 from tests.soak.reliability.damage import flipped
 from tests.soak.reliability.damage import step as step_record
 

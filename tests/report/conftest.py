@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from bench_cases import CASES
+from instrument.results.contents import Folder, load
 from instrument.results.schemas import EvaluationRecord, FirstNonfinite, RunRecord, StepRecord, encode
-from report.load import Folder, load
 
 STEPS, UNTIMED, BATCH, SEQ_LEN = 60, 5, 8, 64
 SAMPLES_PER_S = 100.0

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.report.command import BenchFailed, measure, measured, show, spend
 from benchmarks.report.simulate import simulate
-from report.load import load
+from instrument.results.contents import load
 
 
 def test_simulated_runs_are_a_valid_marked_folder(tmp_path):

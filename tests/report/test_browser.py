@@ -9,8 +9,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 from benchmarks.report.simulate import simulate  # noqa: E402
+from instrument.results.contents import load  # noqa: E402
 from report.dossier import build  # noqa: E402
-from report.load import load  # noqa: E402
 
 # Contrast of every visible piece of text against the background behind it (WCAG 2, AA).
 LOW_CONTRAST = """() => {

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from benchmarks.report.simulate import simulate
+from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode, encode
 from report.dossier import build
-from report.load import load
 from report.pdf import PdfUnavailable
 
 SECTIONS = ["decision", "trust", "summary", "hypotheses", "failures", "time", "hardware", "runs", "methods", "reproduce"]

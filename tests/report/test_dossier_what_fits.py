@@ -2,10 +2,10 @@
 
 import json
 
+from instrument.results.contents import load
 from report.dossier import build
 from report.dossier.measurements import ABSENT
 from report.dossier.what_fits import HEADS, fit_rows
-from report.load import load
 
 FOUND = {
     "case": "gpt2_clm",

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from instrument.results.columns import column_dtypes, read_columns
+from instrument.results.contents import NoResults, load
 from instrument.results.schemas import SCHEMA, RecordError, StepRecord, decode, encode
-from report.load import NoResults, load
-from report.load.columns import column_dtypes, read_columns
 
 RUN = "gpt2_clm-amp_bf16-s0-0badcafe"
 

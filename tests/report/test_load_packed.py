@@ -5,8 +5,8 @@ import gzip
 import numpy as np
 import pytest
 
-from report.load import load
-from report.load import packed as packed_logs
+from instrument.results import lines as packed_logs
+from instrument.results.contents import load
 
 RUN = "gpt2_clm-amp_bf16-s0-0badcafe"
 

@@ -6,8 +6,8 @@ pytest.importorskip("weasyprint")
 pypdf = pytest.importorskip("pypdf")
 
 from benchmarks.report.simulate import simulate  # noqa: E402
+from instrument.results.contents import load  # noqa: E402
 from report.dossier import build  # noqa: E402
-from report.load import load  # noqa: E402
 from report.pdf import figures_as_images, write_pdf  # noqa: E402
 
 

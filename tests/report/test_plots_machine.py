@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.report.simulate import simulate
+from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite
-from report.load import load
 from report.plots.registry import DRAW
 from report.plots.style import theme
 from report.tables import hardware, headroom_map, kernel_time, step_times

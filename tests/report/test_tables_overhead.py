@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from instrument.results.contents import load
 from report.dossier.measurements import overhead_rows
-from report.load import load
 from report.plots.registry import DRAW
 from report.plots.style import theme
 from report.tables import overhead

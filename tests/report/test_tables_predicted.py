@@ -7,8 +7,8 @@ import pytest
 from harness.predict.gather import Predictions
 from instrument.prediction import KINDS as HAZARD_KINDS
 from instrument.prediction import VERDICTS as OUTCOME_VERDICTS
+from instrument.results.contents import load
 from report.dossier.prediction import prediction_words
-from report.load import load
 from report.tables.predicted import HIT, KINDS, MISSED, NEITHER, VERDICTS, predicted
 
 CASE, CONFIGS = "gpt2_clm", ("fp32_true", "amp_fp16", "fp16_naive", "amp_bf16")

@@ -10,7 +10,7 @@ CODE = """
 import hashlib, sys
 from pathlib import Path
 from report.hypotheses import judge
-from report.load import load
+from instrument.results.contents import load
 from report.tables import all_tables
 from report.tables.trust import trust
 from report.verdict import verdict_text

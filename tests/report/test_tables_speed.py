@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from report.load import load
+from instrument.results.contents import load
 from report.tables import b_efficiency, c_throughput, f_padding, h_rank
 from report.tables.eligible import eligible
 from report.tables.paired import pooled_rate

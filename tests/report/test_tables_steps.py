@@ -7,9 +7,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite, StepRecord, decode, encode
 from report.errors import UsageError
-from report.load import load
 from report.plots.style import TITLE_PT, wrap
 from report.tables import TABLES, all_tables, d_grad_norm, e_logits, g_loss
 from report.tables.failures import DEATHS, failures

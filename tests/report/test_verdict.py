@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
-from report.load import load
+from instrument.results.contents import load
 from report.tables.trust import trust
 from report.verdict import Price, verdict, verdict_text
 from report.verdict.text import HEIGHT, WIDTH, command_lines

@@ -7,23 +7,17 @@ line, to find out which lines are bad and to keep the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
 
 import msgspec
 import numpy as np
 
-from instrument.results.schemas import KINDS, SCHEMA, AnyRecord, Record, RecordError, decode
-from report.load.defect import Defect, defect
-from report.load.inside import link_on_the_way
-from report.load.packed import lines, stored
+from instrument.results.lines import Defect, chunks, record, too_large
+from instrument.results.schemas import KINDS, SCHEMA, UNREADABLE, AnyRecord, Record
 
-CHUNK_BYTES = 4 << 20
 NOT_COLUMNS = ("schema", "nonfinite")
-LARGEST = 2**63 - 1
-UNREADABLE = (RecordError, ValueError, RecursionError)
-"""What a hostile line makes the decoder raise: a broken schema, a number out of range, endless nesting."""
+NUMPY_TYPES = {int: np.int64, bool: np.bool_, float: np.float64, int | None: np.float64, float | None: np.float64}
 
 
 def read_columns(path: Path, kind: type[Record], name: str) -> tuple[dict[str, np.ndarray], list[Defect]]:
@@ -33,14 +27,13 @@ def read_columns(path: Path, kind: type[Record], name: str) -> tuple[dict[str, n
     null, and with nan or +-inf where the line's ``nonfinite`` map names it; all others are objects.
     Columns are read-only. A file that is not there has no rows; one that is there as ``.gz`` only is read from that.
     """
-    path, name = stored(path, name)
     dtypes = column_dtypes(kind)
     pieces: list[dict[str, np.ndarray]] = []
-    defects = link_on_the_way(path, name)
-    for first_line, chunk in () if defects else lines(path, name, defects, CHUNK_BYTES):
-        rows = _decode_chunk(chunk, kind)
+    defects: list[Defect] = []
+    for chunk in chunks(path, name, defects):
+        rows = _decode_chunk(chunk.lines, kind)
         if rows is None:
-            rows = [row for _, row in _one_by_one(chunk, kind, first_line, name, defects)]
+            rows = list(chunk.rows(lambda line: record(line, kind), defects))
         pieces.append({field: _column(rows, field, dtype) for field, dtype in dtypes.items()})
         _restore(rows, pieces[-1])
     return {
@@ -52,66 +45,18 @@ def read_columns(path: Path, kind: type[Record], name: str) -> tuple[dict[str, n
 def column_dtypes(kind: type[Record]) -> dict[str, np.dtype]:
     """The numpy type of every field of a record that becomes a column."""
     hints = get_type_hints(kind)
-    number = {
-        int: np.dtype(np.int64),
-        bool: np.dtype(bool),
-        float: np.dtype(np.float64),
-        int | None: np.dtype(np.float64),
-        float | None: np.dtype(np.float64),
-    }
-    return {field: number.get(hints[field], np.dtype(object)) for field in kind.__struct_fields__ if field not in NOT_COLUMNS}
-
-
-def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
-    """The valid records of a small file in order, and what was wrong with the others."""
-    path, name = stored(path, name)
-    defects = link_on_the_way(path, name)
-    rows = [
-        row
-        for first_line, chunk in (() if defects else lines(path, name, defects, CHUNK_BYTES))
-        for _, row in _one_by_one(chunk, kind, first_line, name, defects)
-    ]
-    return rows, defects
+    fields = (field for field in kind.__struct_fields__ if field not in NOT_COLUMNS)
+    return {field: np.dtype(NUMPY_TYPES.get(hints[field], object)) for field in fields}
 
 
 def _decode_chunk(chunk: list[bytes], kind: type[AnyRecord]) -> list[AnyRecord] | None:
     """All rows at once; None unless all are good."""
     try:
         rows = msgspec.json.Decoder(kind).decode_lines(b"".join(chunk))
-    except (msgspec.DecodeError, ValueError, RecursionError):
+    except UNREADABLE:
         return None
     good = len(rows) == len(chunk) and all(row.schema <= SCHEMA and (not row.nonfinite or _honest(row)) for row in rows)
     return rows if good and not any(map(too_large, rows)) else None
-
-
-def _one_by_one(
-    chunk: list[bytes], kind: type[AnyRecord], first_line: int, name: str, defects: list[Defect]
-) -> Iterator[tuple[int, AnyRecord]]:
-    for number, line in enumerate(chunk, start=first_line):
-        try:
-            yield number, checked(decode(line, kind))
-        except UNREADABLE as error:
-            torn = "" if line.endswith(b"\n") else " (torn last line)"
-            defects.append(defect(name, number, f"{error}{torn}"))
-
-
-def checked(row: AnyRecord) -> AnyRecord:
-    """The row, or `RecordError`: no count of ours needs more than 63 bits, and no column holds more."""
-    if (field := too_large(row)) is not None:
-        raise RecordError(f"{field} is too large for a 64-bit integer")
-    return row
-
-
-def too_large(row: Record) -> str | None:
-    """The first field whose integer does not fit a column, or None."""
-    return next(
-        (
-            field
-            for field, value in zip(row.__struct_fields__, msgspec.structs.astuple(row), strict=True)
-            if type(value) is int and not -LARGEST <= value <= LARGEST
-        ),
-        None,
-    )
 
 
 def _honest(row: Record) -> bool:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from instrument.results.columns import read_columns
 from instrument.results.hardware import HardwareRecord
+from instrument.results.lines import Defect, defect, json_object, read_objects, read_one, read_records, stored
+from instrument.results.runs import read_runs
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, is_safe
 from instrument.words import count
-from report.load.columns import read_columns, read_records
-from report.load.defect import Defect, NoResults, defect
-from report.load.marks import marks_of
-from report.load.packed import stored
-from report.load.plain import read_object, read_objects
-from report.load.runs import read_runs
+
+
+class NoResults(Exception):
+    """There is nothing to report on; ``missing`` tells a folder that is not there from an empty one."""
+
+    def __init__(self, message: str, *, missing: bool, defects: tuple[Defect, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.defects = defects
 
 
 def load(path: Path) -> Folder:
@@ -149,7 +156,7 @@ class Folder:
 
     def _side_file(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the folder, or None."""
-        content, defects = read_object(self.path / name, name)
+        content, defects = read_one(self.path / name, json_object, name)
         self._defects += defects
         return content
 
@@ -168,3 +175,20 @@ def _each_step_once(columns: dict[str, np.ndarray], name: str, defects: list[Def
     )
     defects.append(defect(name, None, what))
     return {field: column[first] for field, column in columns.items()}
+
+
+def marks_of(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+    """The marks that any of these rows earns, in a fixed order."""
+    tests = {
+        "TINY PRESET": lambda run: run.preset == "tiny",
+        "EMBEDDED DATA": lambda run: run.data_source == "embedded",
+        "CPU": is_cpu,
+        "IMPORTED": lambda run: bool(run.flags.get("imported")),
+        "SIMULATED": lambda run: bool(run.flags.get("simulated")),
+    }
+    return tuple(mark for mark, earned in tests.items() if any(earned(run) for run in runs))
+
+
+def is_cpu(run: RunRecord) -> bool:
+    """Whether a run was made on a processor: its settings say so, or its device's name."""
+    return run.config.get("device") == "cpu" or run.device.startswith("cpu")

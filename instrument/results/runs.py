@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from instrument.results.schemas import RunRecord, decode, encode
-from report.load.columns import UNREADABLE, checked, read_records
-from report.load.defect import Defect, defect
-from report.load.inside import link_on_the_way
+from instrument.results.lines import Defect, defect, read_one, read_records, record
+from instrument.results.schemas import RunRecord, encode
 
 INDEX = "results.jsonl"
 
@@ -44,13 +42,9 @@ def _own_rows(path: Path) -> tuple[dict[str, RunRecord], list[Defect]]:
     defects: list[Defect] = []
     for file in sorted((path / "runs").glob("*/run.json")):
         name = f"runs/{file.parent.name}/run.json"
-        if links := link_on_the_way(file, name):
-            defects += links
-            continue
-        try:
-            row = checked(decode(file.read_bytes(), RunRecord))
-        except (*UNREADABLE, OSError) as error:
-            defects.append(defect(name, None, error))
+        row, found = read_one(file, lambda content: record(content, RunRecord), name)
+        defects += found
+        if row is None:
             continue
         if row.run_id != file.parent.name:
             defects.append(defect(name, None, f"holds the row of run {row.run_id!r}, a copy: left out"))
