@@ -15,33 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from instrument.results.schemas import FirstNonfinite, StepRecord
+from kernels.float_formats import FLOAT_FORMATS, FP16, FloatFormat
 
 HEAD, LOGITS, GRADIENTS = "head", "logits", "parameter gradients"
 FLUSHED = 0.5
 """Share of values lost to zero from which it is called a hazard."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """A floating-point format. ``smallest``: its smallest subnormal; up to half of it rounds to zero."""
-
-    id: str
-    largest: float
-    smallest: float
-
-    def headroom_bits(self, value: float) -> float | None:
-        """Bits from a magnitude to the largest number, negative beyond it; null for 0 and for what is not finite."""
-        return math.log2(self.largest / value) if value and math.isfinite(value) else None
-
-
-FORMATS = {
-    f.id: f
-    for f in (
-        Format("fp16", 65504.0, 2.0**-24),
-        Format("bf16", (2 - 2**-7) * 2.0**127, 2.0**-133),
-        Format("fp32", (2 - 2**-23) * 2.0**127, 2.0**-149),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -118,22 +96,24 @@ def end(found: Iterable[Hazard]) -> Hazard | None:
 
 def smallest_gradient(arithmetic: Arithmetic) -> float:
     """|g| up to which (1 - beta2) g^2 rounds to zero in the states' format."""
-    return math.sqrt(FORMATS[arithmetic.states].smallest / 2 / (1 - arithmetic.beta2))
+    return math.sqrt(FLOAT_FORMATS[arithmetic.states].smallest_subnormal / 2 / (1 - arithmetic.beta2))
 
 
-def _format_of(module: str, arithmetic: Arithmetic) -> Format:
-    return FORMATS[arithmetic.head if module == HEAD or module.startswith(f"{HEAD}.") else arithmetic.compute]
+def _format_of(module: str, arithmetic: Arithmetic) -> FloatFormat:
+    return FLOAT_FORMATS[arithmetic.head if module == HEAD or module.startswith(f"{HEAD}.") else arithmetic.compute]
 
 
-def _beyond(reference: Reference, arithmetic: Arithmetic, direction: str, scale: float) -> dict[str, tuple[float, int, Format]]:
+def _beyond(
+    reference: Reference, arithmetic: Arithmetic, direction: str, scale: float
+) -> dict[str, tuple[float, int, FloatFormat]]:
     """Modules whose values times ``scale`` leave their format: value, step at which that was first seen, format."""
-    found: dict[str, tuple[float, int, Format]] = {}
+    found: dict[str, tuple[float, int, FloatFormat]] = {}
     holders = {row.module.rpartition(".")[0] for row in reference.modules}
     for row in reference.modules:
         if row.direction != direction or (arithmetic.mixed and row.module in holders):
             continue  # what a block hands on under autocast is an fp32 sum
         form, value = _format_of(row.module, arithmetic), (math.inf if row.inf or row.nan else row.absmax) * scale
-        if value > form.largest and form.id != "fp32":
+        if value > form.max and form.name != "fp32":
             worst, step, _ = found.get(row.module, (0.0, row.absmax_step, form))
             found[row.module] = (max(worst, value), min(step, row.absmax_step), form)
     return found
@@ -141,12 +121,12 @@ def _beyond(reference: Reference, arithmetic: Arithmetic, direction: str, scale:
 
 def _forward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     for module, (value, step, form) in _beyond(reference, arithmetic, "fwd", 1.0).items():
-        yield Hazard("overflow_forward", module, step, value, form.largest, form.headroom_bits(value))
-    head = FORMATS[arithmetic.head]
-    over = [s for s in reference.steps if s.logit_absmax is not None and s.logit_absmax > head.largest]
-    if over and head.id != "fp32":
+        yield Hazard("overflow_forward", module, step, value, form.max, form.headroom_bits(value))
+    head = FLOAT_FORMATS[arithmetic.head]
+    over = [s for s in reference.steps if s.logit_absmax is not None and s.logit_absmax > head.max]
+    if over and head.name != "fp32":
         worst = max(s.logit_absmax for s in over)
-        yield Hazard("overflow_forward", LOGITS, over[0].step, worst, head.largest, head.headroom_bits(worst))
+        yield Hazard("overflow_forward", LOGITS, over[0].step, worst, head.max, head.headroom_bits(worst))
 
 
 def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
@@ -154,22 +134,22 @@ def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     scale = arithmetic.loss_scale or 1.0
     kind = "overflow_backward" if arithmetic.loss_scale is None else "scaler_skip"
     for module, (value, step, form) in _beyond(reference, arithmetic, "bwd", scale).items():
-        yield Hazard(kind, module, step, value, form.largest, form.headroom_bits(value))
-    form = FORMATS[arithmetic.compute]
+        yield Hazard(kind, module, step, value, form.max, form.headroom_bits(value))
+    form = FLOAT_FORMATS[arithmetic.compute]
     if arithmetic.mixed:  # each micro-batch's share is 16-bit, their sum fp32; one share is at least the m-th part
         scale /= reference.micro_batches
-    over = [s for s in reference.steps if s.grad_absmax is not None and s.grad_absmax * scale > form.largest]
-    if over and form.id != "fp32":
+    over = [s for s in reference.steps if s.grad_absmax is not None and s.grad_absmax * scale > form.max]
+    if over and form.name != "fp32":
         worst = max(s.grad_absmax for s in over) * scale
-        yield Hazard(kind, GRADIENTS, over[0].step, worst, form.largest, form.headroom_bits(worst))
+        yield Hazard(kind, GRADIENTS, over[0].step, worst, form.max, form.headroom_bits(worst))
 
 
 def _norm(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
-    form = FORMATS[arithmetic.clip]
-    over = [s for s in reference.steps if s.grad_norm is not None and s.grad_norm > form.largest]
-    if over and form.id != "fp32":
+    form = FLOAT_FORMATS[arithmetic.clip]
+    over = [s for s in reference.steps if s.grad_norm is not None and s.grad_norm > form.max]
+    if over and form.name != "fp32":
         worst = max(s.grad_norm for s in over)
-        yield Hazard("norm_overflow", None, over[0].step, worst, form.largest, form.headroom_bits(worst))
+        yield Hazard("norm_overflow", None, over[0].step, worst, form.max, form.headroom_bits(worst))
 
 
 def _optimizer(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
@@ -180,7 +160,7 @@ def _optimizer(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]
     `smallest_gradient`; and where r < g0, one does at least. Divided by with an epsilon that rounds to zero as
     well, it ends training, whatever its gradient is.
     """
-    if arithmetic.states not in FORMATS or arithmetic.states == "fp32" or not reference.steps:
+    if arithmetic.states not in FLOAT_FORMATS or arithmetic.states == "fp32" or not reference.steps:
         return
     first = reference.steps[0]
     if reference.n_params is None or first.grad_norm is None or not math.isfinite(first.grad_norm):
@@ -189,7 +169,7 @@ def _optimizer(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]
     limit = smallest_gradient(arithmetic)
     if rms >= limit:
         return
-    if arithmetic.eps <= FORMATS[arithmetic.update].smallest / 2:
+    if arithmetic.eps <= FLOAT_FORMATS[arithmetic.update].smallest_subnormal / 2:
         yield Hazard("division_by_zero", None, first.step, rms, limit)
     share = 1 - (rms / limit) ** 2
     if share >= FLUSHED:
@@ -209,7 +189,7 @@ def _gradient_flush(reference: Reference, arithmetic: Arithmetic) -> Iterable[Ha
             and row.flush_frac > (worst[row.module].share if row.module in worst else 0)
         ):
             worst[row.module] = Hazard(
-                "gradient_flush", row.module, row.absmax_step, None, FORMATS["fp16"].smallest, share=row.flush_frac
+                "gradient_flush", row.module, row.absmax_step, None, FP16.smallest_subnormal, share=row.flush_frac
             )
     yield from worst.values()
 

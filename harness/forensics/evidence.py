@@ -27,11 +27,11 @@ from instrument.results.files import replace
 from instrument.results.forensics import HistogramRecord, KernelRow, Link, Magnitude, OperandRecord, OutputRecord
 from instrument.watch.taps import TapReading
 from kernels import exponent_histogram
+from kernels.float_formats import float_format
 
 MOST_LINKS, MOST_STEPS, KERNELS_AROUND = 64, 64, 8
 LOWEST_EXPONENT = -40
 OURS_PREFIX = "ddb.ours."
-LIMITS = {"float16": 65504.0, "bfloat16": torch.finfo(torch.bfloat16).max, "float32": torch.finfo(torch.float32).max}
 
 
 def chain_links(nodes: Sequence[Node], found: Examination) -> list[Link]:
@@ -94,11 +94,12 @@ def history_of(module: str | None, readings: Sequence[TapReading]) -> list[Magni
 
 def headroom_since(history: Sequence[Magnitude], dtype: str | None, phase: str) -> int | None:
     """The step since which the module's values have stayed within one bit of its dtype's largest number."""
-    limit = LIMITS.get(dtype or "")
+    limits = float_format(dtype)
     since = None
     for row in reversed(history):
         value = row.absmax_bwd if phase == "backward" else row.absmax_fwd
-        if not limit or not value or math.log2(limit / value) > 1:
+        bits = limits.headroom_bits(value) if limits and value else None
+        if bits is None or bits > 1:
             break
         since = row.step
     return since

@@ -15,11 +15,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from harness.exit_codes import OK
-from harness.inspect.findings import LIMITS, UNFINISHED
+from harness.inspect.findings import UNFINISHED
 from harness.inspect.tables import (
     BACKWARD,
     FORWARD,
-    FP16_MAX,
     LIMIT,
     MOST_LINKS,
     chain_table,
@@ -34,6 +33,7 @@ from harness.inspect.tables import (
 )
 from harness.matrix.stability import STYLES
 from instrument.words import count
+from kernels.float_formats import FP16, float_format
 
 
 def inspect_command(options: argparse.Namespace) -> int:
@@ -150,8 +150,8 @@ class InspectScreen:
         if output is None:
             return
         if output["exact_absmax"] is not None:
-            limit = LIMITS.get(output["dtype"])
-            ends = f"; {dtype(output['dtype'])} ends at {number(limit)}" if limit else ""
+            limits = float_format(output["dtype"])
+            ends = f"; {dtype(output['dtype'])} ends at {number(limits.max)}" if limits else ""
             self._line(f"float64 gives up to {number(output['exact_absmax'])} where it failed{ends}")
         elif output["zero_denominators"]:
             elements = count(output["zero_denominators"], "element")
@@ -161,13 +161,13 @@ class InspectScreen:
 
     def _history(self, found: dict[str, Any]) -> None:
         history = [*found.get("earlier_history", []), *found["history"]]
-        limit = LIMITS.get(found["first_nonfinite"]["dtype"], FP16_MAX)
+        limit = (float_format(found["first_nonfinite"]["dtype"]) or FP16).max
         largest = max((row[key] or 0 for row in history for key in ("absmax_fwd", "absmax_bwd")), default=0)
-        near = limit if largest and limit / largest < 2**8 else FP16_MAX
+        near = limit if largest and limit / largest < 2**8 else FP16.max
         lines = history_chart(history, self.console.width - 2, near)
         if not lines:
             return
-        name = "fp16" if near == FP16_MAX else dtype(found["first_nonfinite"]["dtype"])
+        name = "fp16" if near == FP16.max else dtype(found["first_nonfinite"]["dtype"])
         self._section(f"Largest |x| of {history[0]['module'] or 'the model'}")
         for line in lines:
             self._indented(line)
@@ -236,5 +236,5 @@ def _headroom_words(row: dict[str, Any], against: str) -> str:
         return f"{-row['headroom_bits']:.1f} bits beyond: {where} of {name}, {number(row['absmax'])} at step {row['step']}"
     return (
         f"{row['headroom_bits']:.1f} bits ({where} of {name}, {number(row['absmax'])} in {dtype(row['dtype'])} at step "
-        f"{row['step']}; {dtype(against)} ends at {number(LIMITS[against])})"
+        f"{row['step']}; {dtype(against)} ends at {number(float_format(against).max)})"
     )

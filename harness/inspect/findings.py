@@ -21,6 +21,7 @@ from instrument.results.forensics import ForensicsRecord, Magnitude
 from instrument.results.read import FoundRun, failure_of, module_rows, records, run_record
 from instrument.results.schemas import EventRecord, FirstNonfinite, RunRecord, StepRecord, nonfinite_name
 from instrument.words import count
+from kernels.float_formats import FP16, float_format
 
 MOST_FRAMES = 5
 FRAME = re.compile(
@@ -73,7 +74,6 @@ def _is_a_librarys(file: str) -> bool:
 
 
 UNFINISHED = "unfinished"
-LIMITS = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 RUN_FIELDS = (
     "case",
     "dtype_config",
@@ -120,22 +120,22 @@ def gather(run: FoundRun) -> dict[str, Any]:
 
 def smallest_headroom(modules: Sequence) -> dict[str, dict[str, Any]] | None:
     """The values that came nearest to the end of ``own_dtype`` and of ``float16``, whatever they were stored in."""
-    measured = [row for row in modules if row.absmax and row.dtype in LIMITS]
+    measured = [row for row in modules if row.absmax and float_format(row.dtype)]
     if not measured:
         return None
 
-    def nearest(limit_of) -> dict[str, Any]:
-        row = min(measured, key=lambda r: limit_of(r) / r.absmax)
+    def nearest(format_of) -> dict[str, Any]:
+        row = min(measured, key=lambda r: format_of(r).max / r.absmax)
         return {
             "module": row.module,
             "direction": row.direction,
             "dtype": row.dtype,
             "absmax": row.absmax,
             "step": row.absmax_step,
-            "headroom_bits": math.log2(limit_of(row) / row.absmax),
+            "headroom_bits": format_of(row).headroom_bits(row.absmax),
         }
 
-    return {"own_dtype": nearest(lambda row: LIMITS[row.dtype]), "float16": nearest(lambda row: LIMITS["float16"])}
+    return {"own_dtype": nearest(lambda row: float_format(row.dtype)), "float16": nearest(lambda row: FP16)}
 
 
 def earlier_history(modules: Sequence, history: Sequence[Magnitude]) -> list[dict[str, Any]]:

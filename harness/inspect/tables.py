@@ -15,8 +15,9 @@ from rich.text import Text
 
 from harness.inspect.findings import KIND_WORDS
 from instrument.words import count
+from kernels.float_formats import FP16
 
-FP16_MAX, FP16_SMALLEST_EXPONENT, FP16_NORMAL_EXPONENT, FP16_LARGEST_EXPONENT = 65504.0, -24, -14, 15
+FP16_SMALLEST_EXPONENT = FP16.min_exponent - FP16.mantissa_bits
 ROWS = 9
 LABEL_WIDTH = 9
 FORWARD, BACKWARD, BOTH, LIMIT = "●", "○", "◉", "┄"
@@ -24,7 +25,7 @@ BARS = "▁▂▃▄▅▆▇█"
 WIDEST = 96
 
 
-def history_chart(history: Sequence[dict[str, Any]], width: int, limit: float = FP16_MAX) -> list[Text]:
+def history_chart(history: Sequence[dict[str, Any]], width: int, limit: float = FP16.max) -> list[Text]:
     """Largest |x| of a module by step, log scale, ``limit`` marked; forward and backward in one frame of ``width``
     characters. Empty without a positive value."""
     marks = (("absmax_fwd", FORWARD), ("absmax_bwd", BACKWARD))
@@ -68,7 +69,7 @@ def histogram_lines(histograms: Sequence[dict[str, Any]], width: int) -> list[Te
     """A row of bars for each tensor over one axis of powers of two, fp16's range below; heights are logarithmic."""
     used = [h["lowest"] + place for h in histograms for place, count in enumerate(h["counts"]) if count]
     low = min([FP16_SMALLEST_EXPONENT, *used]) - 1
-    high = max([FP16_LARGEST_EXPONENT, *used]) + 1
+    high = max([FP16.max_exponent, *used]) + 1
     names = max((len(h["tensor"]) for h in histograms), default=0)
     room = max(20, min(width, 2 * WIDEST) - names - 18)
     step = -(-(high - low + 1) // room)
@@ -98,7 +99,7 @@ def _ruler(low: int, high: int, step: int, indent: int) -> list[Text]:
     def column(exponent: int) -> int:
         return (exponent - low) // step
 
-    start, normal, end = column(FP16_SMALLEST_EXPONENT), column(FP16_NORMAL_EXPONENT), column(FP16_LARGEST_EXPONENT)
+    start, normal, end = column(FP16_SMALLEST_EXPONENT), column(FP16.min_exponent), column(FP16.max_exponent)
     line = " " * start + "╶" + "┄" * (normal - start - 1) + "├" + "─" * (end - normal - 1) + "┤"
     words = [" "] * (end + 8)
     for place, word in ((start, "2^-24"), (normal, "2^-14"), (end - 3, "2^16")):

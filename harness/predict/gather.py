@@ -17,7 +17,7 @@ from bench_cases.dtype_configs import DTYPE_CONFIGS
 from harness.optimizer import BETAS
 from harness.precision import FIRST_LOSS_SCALE
 from harness.settings import MAX_NORM
-from instrument.prediction import FORMATS, Arithmetic, Happened, Hazard, Outcome, Reference, compare, end, hazards
+from instrument.prediction import Arithmetic, Happened, Hazard, Outcome, Reference, compare, end, hazards
 from instrument.results.files import replace
 from instrument.results.folder import finished_runs
 from instrument.results.log import read
@@ -25,6 +25,7 @@ from instrument.results.ranges import ModuleRecord
 from instrument.results.read import RunNotFound, RunUnreadable
 from instrument.results.schemas import RecordError, RunRecord, StepRecord
 from instrument.watch.modules import HeadroomTable
+from kernels.float_formats import BF16, FP16
 
 REFERENCE = "fp32_true"
 
@@ -177,16 +178,15 @@ def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> 
 def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
     table = HeadroomTable()
     table.add(modules)
-    fp16, bf16 = FORMATS["fp16"], FORMATS["bf16"]
     return [
         ModuleHeadroom(
             r.module,
             r.direction,
             r.absmax,
             r.step,
-            fp16.headroom_bits(r.absmax),
-            fp16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None,
-            bf16.headroom_bits(r.absmax),
+            FP16.headroom_bits(r.absmax),
+            FP16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None,
+            BF16.headroom_bits(r.absmax),
             r.flush_frac,
         )
         for r in table.rows()

@@ -16,6 +16,7 @@ from typing import Any
 from instrument.results.forensics import ForensicsRecord
 from instrument.results.log import read
 from instrument.results.schemas import AnyRecord, RecordError, RunRecord, StepRecord, decode
+from kernels.float_formats import FLOAT_FORMATS
 
 DEFAULT_RESULTS = Path("results")
 MOST_NAMES = 4
@@ -146,7 +147,6 @@ SAME_BATCHES = ("data_fingerprint", "documents", "bucket_by_length")
 """Settings that decide the batches. ``data_sha256`` is over all of a run's steps: it can only be compared
 when both were to run equally many."""
 NAMED = ("case", "dtype_config", "seed", "preset", "instrument", "attention_backend", "autocast")
-EPSILONS = {"fp32": 2.0**-23, "tf32": 2.0**-10, "fp16": 2.0**-10, "bf16": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Run:
         config = self.record.config.get("config", {})
         names = {config.get(part) for part in ("weights", "compute", "head", "loss")}
         names |= {"tf32"} if config.get("tf32") else set()
-        known = [EPSILONS[name] for name in names if name in EPSILONS]
+        known = [FLOAT_FORMATS[name].eps for name in names if name in FLOAT_FORMATS]
         if not known:
             raise RunUnreadable(f"{self.place.path / 'run.json'}: its config names no dtype, so rounding cannot be told apart")
         return max(known)

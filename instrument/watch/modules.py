@@ -7,13 +7,14 @@ How far every module's values stay from fp16's limits. Torch-free but for what i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+
+from kernels.float_formats import FP16
 
 
 def call_with_hooks(model: nn.Module, entering: Callable[[str], None], leaving: Callable[[str], None]) -> Callable[[], None]:
@@ -91,9 +92,6 @@ def _nothing(*args: object, **kwargs: object) -> None:
     """What a copied hook does."""
 
 
-FP16_MAX = 65_504.0
-
-
 @dataclass(frozen=True)
 class Headroom:
     """One module and direction over all steps read. ``bits``: log2(65,504 / absmax), negative beyond fp16's
@@ -127,7 +125,7 @@ class HeadroomTable:
                 r.module,
                 r.direction,
                 absmax,
-                math.log2(FP16_MAX / absmax) if absmax else None,
+                FP16.headroom_bits(absmax),
                 max(shares, default=None),
                 r.nan + r.inf + (old.nonfinite if old else 0),
                 r.step if larger else old.step,

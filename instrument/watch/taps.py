@@ -10,7 +10,6 @@ Module readings of several processes as one: each saw its own micro-batches. Tor
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 from instrument.replay.diagnosis import is_dense
 from instrument.watch.modules import Hook, blocks, leaves, tensors_in
 from kernels import ActivationRing, activation_stats
+from kernels.float_formats import FP16
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +52,6 @@ def merged(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
 
 GRANULARITIES = ("off", "block", "module")
 MEASURED = (torch.float32, torch.bfloat16, torch.float16)
-FP16_MAX = 65_504.0
 KEPT_STEPS = 64
 
 
@@ -80,7 +79,7 @@ class TapReading:
     @property
     def headroom_bits(self) -> float | None:
         """Bits between the largest finite value and fp16's largest; null when all is zero."""
-        return math.log2(FP16_MAX / self.absmax) if self.absmax else None
+        return FP16.headroom_bits(self.absmax)
 
 
 class ModuleTaps:

@@ -6,11 +6,12 @@ import numpy as np
 
 from instrument.results.schemas import RunRecord
 from instrument.words import count
+from kernels.float_formats import FP16
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import Evidence, Finding, decide_count, finding, somewhere
 from report.statistics.interval import exponential, mean_interval
 from report.tables.columns import is_lm
-from report.tables.e_logits import FP16_MAX, overflows
+from report.tables.e_logits import overflows
 from report.words import bounds
 
 CLAIM = "Classification heads overflow fp16: some logit passes 65,504."
@@ -39,7 +40,7 @@ def _place(base: EvidenceBase, case: str) -> Evidence | None:
         return None
     hits = sum(any(overflows(base.folder, run).any() for run in runs) for runs in by_seed.values())
     largest = [max(_largest(base, run) for run in runs) for runs in by_seed.values()]
-    share = exponential(mean_interval(np.log([value / FP16_MAX for value in largest])))
+    share = exponential(mean_interval(np.log([value / FP16.max for value in largest])))
     sentence = (
         f"a logit leaves fp16's range with {hits} of {count(share.n, 'seed')}; the largest finite one is "
         f"{max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504."

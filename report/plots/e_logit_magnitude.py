@@ -9,6 +9,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
+from kernels.float_formats import FP16
 from report.plots.density import outline
 from report.plots.palette import look
 from report.plots.style import (
@@ -24,7 +25,6 @@ from report.plots.style import (
 )
 from report.plots.text import clean, short
 
-FP16_MAX = 65_504.0
 ROW_IN, FRAME_IN = 0.98, 0.15
 HALF_WIDTH = 0.4
 NAME_CHARACTERS = 13
@@ -93,7 +93,7 @@ def _panel(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame, configs: list[
         _largest(axes, at, values, int(facts.loc[(config, seed), "nonfinite_steps"]), slot_in)
     violins.draw(axes)
     low, high = axes.get_ylim()
-    axes.set_ylim(low / FOOTROOM, max(high, FP16_MAX * 1.6, *tops) * HEADROOM)
+    axes.set_ylim(low / FOOTROOM, max(high, FP16.max * 1.6, *tops) * HEADROOM)
     _limit(axes)
     middle = (len(seeds) - 1) / 2
     axes.set_xticks([i * (len(seeds) + 0.6) + middle for i in range(len(configs))])
@@ -155,11 +155,11 @@ def _largest(axes: Axes, at: float, values: np.ndarray, nonfinite_steps: int, sl
 
 def _limit(axes: Axes) -> None:
     """The largest finite fp16 number, and what lies beyond it."""
-    axes.axhline(FP16_MAX, color=WARNING_INK, linewidth=0.9, linestyle=(0, (4, 1.5)))
-    axes.axhspan(FP16_MAX, axes.get_ylim()[1], facecolor=WARNING_INK, alpha=0.06, linewidth=0)
+    axes.axhline(FP16.max, color=WARNING_INK, linewidth=0.9, linestyle=(0, (4, 1.5)))
+    axes.axhspan(FP16.max, axes.get_ylim()[1], facecolor=WARNING_INK, alpha=0.06, linewidth=0)
     axes.text(
         0.004,
-        FP16_MAX * 1.12,
+        FP16.max * 1.12,
         "over 65,504: would overflow in fp16",
         transform=axes.get_yaxis_transform(),
         ha="left",

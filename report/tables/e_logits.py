@@ -10,6 +10,7 @@ import pandas as pd
 from bench_cases import TASKS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from kernels.float_formats import FP16
 from report.tables.caption import data_words
 from report.tables.columns import case_order, is_lm, series_order
 from report.tables.selection import select
@@ -17,7 +18,6 @@ from report.tables.step_frame import long_frame
 from report.tables.table import Table, frame
 from report.words import count, sentence
 
-FP16_MAX = 65_504.0
 FORWARD = ("forward", "loss")
 COLUMNS = ("case", "dtype_config", "seed", "step", "logit_absmax", "nonfinite")
 SUMMARY = (
@@ -83,7 +83,7 @@ def over_fp16(folder: Folder, run: RunRecord) -> np.ndarray:
     """Steps at which some finite logit lies beyond what fp16 can hold."""
     columns = folder.steps(run.run_id)
     finite = np.where(np.isfinite(columns["logit_absmax"]), columns["logit_absmax"], 0.0)
-    return (columns["logit_over_fp16"] > 0) | (finite > FP16_MAX)
+    return (columns["logit_over_fp16"] > 0) | (finite > FP16.max)
 
 
 def overflows(folder: Folder, run: RunRecord) -> np.ndarray:
@@ -137,7 +137,7 @@ def _title(summary: pd.DataFrame) -> str:
     else:
         largest = "no logit was finite"
     if beyond.empty:
-        bits = math.log2(FP16_MAX / summary["max"].max())
+        bits = math.log2(FP16.max / summary["max"].max())
         return sentence(f"no logit leaves fp16's range: {largest}, {bits:.1f} bits below 65,504")
     return sentence(f"logits leave fp16's range in {len(beyond)} of {count(len(summary), 'run')}; {largest}")
 

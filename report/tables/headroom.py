@@ -9,16 +9,9 @@ import numpy as np
 import pandas as pd
 
 from instrument.results.contents import Folder
+from kernels.float_formats import float_format
 
 COLUMNS = ("step", "module", "order", "direction", "dtype", "absmax", "headroom_bits", "underflow_frac")
-LARGEST = {
-    "fp16": 65_504.0,
-    "float16": 65_504.0,
-    "bf16": 3.3895313892515355e38,
-    "bfloat16": 3.3895313892515355e38,
-    "fp32": 3.4028234663852886e38,
-    "float32": 3.4028234663852886e38,
-}
 
 
 def headroom(folder: Folder, run_id: str) -> pd.DataFrame | None:
@@ -54,6 +47,7 @@ def headroom_row(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _bits(dtype: str | None, absmax: float) -> float:
-    largest = LARGEST.get(str(dtype).removeprefix("torch."), math.nan)
+    known = float_format(dtype)
+    largest = known.max if known else math.nan
     with np.errstate(divide="ignore"):
         return float(np.log2(largest) - np.log2(absmax)) if not math.isnan(absmax) else math.nan

@@ -19,8 +19,9 @@ from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request
 from instrument.results.ranges import ModuleRecord
-from instrument.results.read import EPSILONS, load
+from instrument.results.read import load
 from instrument.results.schemas import RunRecord, StepRecord, decode, encode
+from kernels.float_formats import FP32
 
 SMALL = {
     "preset": "tiny",
@@ -115,7 +116,7 @@ def test_the_same_settings_twice_have_no_difference(results):
 
 
 def test_a_difference_is_found_in_its_step_and_judged_by_the_rule(results, spoiled):
-    rule = EPSILONS_APART * EPSILONS["fp32"]
+    rule = EPSILONS_APART * FP32.eps
     within = compared(results["fp32"], spoiled(steps=replaced(lambda s: s.step == 5, loss=lambda x: x * (1 + rule / 2))))
     assert within["rounding"]["relative"] == rule and not within["no_difference"]
     assert within["first_difference"]["step"] == 5 and within["first_beyond_rounding"] is None
