@@ -1,21 +1,35 @@
 """The command line's grammar. Nothing here imports torch or numpy: ``--help`` is instant.
 
-What the numbers of a command line may be: functions for argparse's ``type``. Torch-free, like all of the grammar.
-
-The grammar of ``fit``. Torch-free, as all of the command line's.
-
-The campaign's grammar. Torch-free, as all of the command line's.
+Options of a run come from their declaration in `harness.settings`; options of a command are declared here.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench_cases import PRESETS, TASKS
-from harness.settings import ATTENTION_CHOICES, DEVICES, ENGINES, INSTRUMENT_LEVELS, PARALLEL, Request
+from harness.settings import ENGINES, OWN_MODEL, PARALLEL, SETTINGS, THE_RUN, Request, Setting
+
+FIT_SETTINGS = ("preset", "device", "data", "weights", "seq_len", "documents", "threads", "attention", "compile")
+FLOPS_SETTINGS = ("preset", "data", "weights", "batch_size", "seq_len", "attention", "text_field", "label_field")
+"""The settings that change FLOPs or their dtypes."""
+CAMPAIGN_SETTINGS = (
+    "preset",
+    "device",
+    "data",
+    "weights",
+    "max_steps",
+    "batch_size",
+    "micro_batch",
+    "seq_len",
+    "documents",
+    "validation_documents",
+    "threads",
+)
 
 
 def at_least_one(text: str) -> int:
@@ -50,116 +64,63 @@ def _within(text: str, allowed: str, holds) -> float:
     return value
 
 
-FIT_DESCRIPTION = """\
-The largest batch (rows in one forward pass, no accumulation) per configuration: doubling, then bisection, each trial a few
-steps in a process of its own, optimizer states and the longest rows included, so that running out of memory costs only that
-trial. Then tokens a second there and at 32 rows, and what 10^9 real (unpadded) tokens cost. Rows are kept in fit.json of the
-results folder; the same command goes on where it was."""
+def add_settings(
+    command: argparse._ActionsContainer,
+    names: Iterable[str],
+    *,
+    strict: bool = False,
+    defaults: bool = True,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """The options of the named settings. ``strict``: a number that is not allowed is refused while parsing, before `resolve`
+    could. Without ``defaults`` an option that is not given is None. ``changes``: what a command has otherwise, by setting."""
+    for name in names:
+        declared = SETTINGS[name]
+        option: dict[str, Any] = {"dest": name, "default": declared.default, "help": declared.help}
+        if declared.parse is bool:
+            option["action"] = "store_true"
+        else:
+            option |= {"type": declared.parse, "choices": declared.choices}
+            option["metavar"] = declared.metavar or ("N" if declared.parse is int else None)
+        if declared.const is not None:
+            option |= {"nargs": "?", "const": declared.const}
+        if strict and declared.least == 1:
+            option["type"] = at_least_one
+        if not defaults:
+            option["default"] = None
+        _both(command, flag_of(name, declared), **option | (changes or {}).get(name, {}))
 
 
-def add_fit(command: argparse.ArgumentParser) -> None:
-    """Options of ``fit``."""
-    command.description = FIT_DESCRIPTION
-    command.formatter_class = argparse.RawDescriptionHelpFormatter
-    command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
-    command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; default: the seven")
-    command.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, to give costs")
-    command.add_argument("--most", type=at_least_one, default=4096, metavar="N", help="rows, more are not tried (default 4096)")
-    command.add_argument(
-        "--memory-limit",
-        type=positive,
-        metavar="GB",
-        help="act as if the GPU had no more. On a CPU everything is unsupported without it: what a trial may "
-        "take beside its libraries, to try the procedure",
-    )
-    command.add_argument(
-        "--dry-run", action="store_true", help="search in the memory model of `case --dry-run`: no trial, no speed"
-    )
-    command.add_argument("--rerun", action="store_true", help="measure again what fit.json has already")
-    command.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: full on a GPU, else tiny")
-    command.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
-    command.add_argument("--data", metavar="embedded|hub|DIR|FILE", help="default: hub for full, embedded for tiny")
-    command.add_argument("--weights", metavar="scratch|pretrained|DIR", help="default: pretrained with the hub, else scratch")
-    for flag, dest in (("--seq-len", "seq_len"), ("--documents", "documents"), ("--threads", "threads")):
-        command.add_argument(flag, type=at_least_one, dest=dest, metavar="N", help="as for case")
-    command.add_argument("--sdpa", dest="attention", choices=ATTENTION_CHOICES, default="auto", help="attention backend")
-    command.add_argument("--compile", action="store_true", help="torch.compile: another experiment")
-    command.add_argument("--out", type=Path, metavar="DIR", help="results folder; default: results/<device>")
-    command.add_argument("--json", action="store_true", help="JSON on standard output")
+def flag_of(name: str, declared: Setting) -> str:
+    """``--batch-size`` of ``batch_size``, unless it is declared with a flag of its own."""
+    return declared.flag or "--" + name.replace("_", "-")
 
 
-SKIPPABLE = ("doctor", "check", "bench", "overhead", "overflow", "fit")
-OPS = (
-    "cross_entropy",
-    "multi_tensor_stats",
-    "unscale",
-    "scale",
-    "bce_with_logits",
-    "activation_stats",
-    "logit_stats",
-    "exponent_histogram",
-)
-"""The kernels, in the order in which their figures matter."""
-CAMPAIGN_DESCRIPTION = """\
-Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (behind the matrix where the minutes
-are few), a calibration of every case, the matrix at real size, what fits at most, and the dossier. Each stage is a process
-of its own, and its outcome is recorded.
-The same command goes on where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign.
-How many steps and seeds are run is planned once, behind the calibration, for --total-minutes, and printed."""
+def request(options: argparse.Namespace, names: Iterable[str] = SETTINGS) -> Request:
+    """The settings that were asked for on the command line."""
+    return Request(**{name: getattr(options, name) for name in names})
 
 
-def add_campaign(command: argparse.ArgumentParser) -> None:
-    """Options of ``campaign``. Those that make the campaign what it is default to None: a later call finds them in
-    campaign.json."""
-    command.description = CAMPAIGN_DESCRIPTION
-    command.formatter_class = argparse.RawDescriptionHelpFormatter
-    time = command.add_argument_group("time")
-    time.add_argument(
-        "--minutes", type=positive, default=30.0, metavar="M", help="of this call, the dossier included (default 30)"
-    )
-    time.add_argument(
-        "--total-minutes",
-        type=positive,
-        metavar="T",
-        help="of all calls together, for which steps and seeds are planned; default: the first call's --minutes",
-    )
-    place = command.add_argument_group("folders")
-    place.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="the dossier and its data, small enough to commit; "
-        "default: dossiers/<device>. Where results are missing, a campaign goes on from here",
-    )
-    place.add_argument("--results", type=Path, metavar="DIR", help="the working results folder; default: results/<device>")
-    what = command.add_argument_group("what is measured")
-    what.add_argument("--preset", choices=list(PRESETS), help="default: full on a GPU; on a CPU only tiny makes sense")
-    what.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the GPU if there is one")
-    what.add_argument(
-        "--data", metavar="embedded|hub|DIR|FILE", help="default: hub for full, embedded for tiny; never another by itself"
-    )
-    what.add_argument("--weights", metavar="scratch|pretrained|DIR", help="default: pretrained with the hub, else scratch")
-    what.add_argument(
-        "--cases",
-        nargs="+",
-        metavar="CASE",
-        help="default: the six, and gpt2_clm at 512 tokens as the matched control (also: CASE@TOKENS)",
-    )
-    what.add_argument("--configs", nargs="+", metavar="CONFIG", help="default: the seven")
-    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of as many as fit")
-    what.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of as many as fit")
-    for flag in ("--batch-size", "--micro-batch", "--seq-len", "--documents", "--validation-documents", "--threads"):
-        what.add_argument(flag, type=at_least_one, metavar="N", help="as for matrix")
-    what.add_argument(
-        "--ops", nargs="+", choices=OPS, metavar="OP", help=f"kernels to check and bench; default: {', '.join(OPS)}"
-    )
-    what.add_argument("--pairs", type=at_least_one, metavar="N", help="pairs per ratio of both benchmarks; default: theirs")
-    what.add_argument("--skip", nargs="+", choices=SKIPPABLE, metavar="STAGE", help=", ".join(SKIPPABLE))
-    what.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, for costs in dossier and fit")
-    how = command.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="print the plan, from estimates or from a calibration that is done")
-    how.add_argument("--retry-failed", action="store_true", help="try stages again that failed in an earlier call")
-    how.add_argument("--json", action="store_true", help="campaign.json on standard output at the end")
+def option_words(asked: Mapping[str, Any], names: Iterable[str] = SETTINGS) -> list[str]:
+    """The words of a command line that ask for these settings; what is missing, None or False is not asked for."""
+    words: list[str] = []
+    for name in names:
+        value, flag = asked.get(name), flag_of(name, SETTINGS[name])
+        if value is not None and value is not False:
+            words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def settings_table() -> str:
+    """The settings of a run as a table in Markdown, for the documentation."""
+    rows = ["| option | setting | default | part of the run id | what it is |", "|---|---|---|---|---|"]
+    for name, declared in SETTINGS.items():
+        values = "\\|".join(declared.choices or ()) or (declared.metavar or "").replace("|", "\\|")
+        hashed = {True: "yes", False: "no"}.get(declared.hashed, declared.hashed)
+        default = "" if declared.default is None or declared.parse is bool else f"`{declared.default}`"
+        option = f"`{flag_of(name, declared)}{' ' + values if values else ''}`"
+        rows.append(f"| {option} | `{name}` | {default} | {hashed} | {declared.help} |")
+    return "\n".join(rows) + "\n"
 
 
 EPILOG = """\
@@ -204,70 +165,9 @@ def parser() -> argparse.ArgumentParser:
         description="Which floating-point configuration to train with on this GPU, and why one failed.",
     )
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
-    _case(commands.add_parser("case", help="run one case under one dtype configuration"))
-    _matrix(commands.add_parser("matrix", help="run cases x configurations x seeds, each in its own process"))
-    listing = commands.add_parser("list", help="the cases, configurations and presets")
-    _json(listing)
-    _flops(commands.add_parser("flops", help="what a training step costs, counted with no GPU for any size"))
-    _inspect(commands.add_parser("inspect", help="why a run failed: the first non-finite value and the road to it"))
-    predict = commands.add_parser("predict", help="from an fp32 run: what would fail under which configuration, and did it")
-    predict.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
-    _out(predict)
-    _json(predict)
-    _diff(commands.add_parser("diff", help="two runs side by side: where they part, and what each costs"))
-    repair = commands.add_parser("repair", help="rebuild a results folder's index, cut torn lines, merge shards")
-    repair.add_argument("folder", type=Path, metavar="DIR", help="a results folder, such as results/nvidia-h200")
-    repair.add_argument(
-        "--merge",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR2",
-        help="copy the finished runs of these folders that DIR lacks, first",
-    )
-    _json(repair)
-    add_campaign(commands.add_parser("campaign", help="everything there is to measure on a GPU, resumable, and its dossier"))
-    add_fit(commands.add_parser("fit", help="the largest batch per configuration, and what tokens cost there"))
-    doctor = commands.add_parser("doctor", help="what this machine can do, and what will not work here")
-    doctor.add_argument(
-        "--measure",
-        action="store_true",
-        help="measure matmul rates and copy bandwidth, into machine.json of the results folder",
-    )
-    _json(doctor)
-    _out(doctor)
-    bench = commands.add_parser("bench", help="measure the harness itself")
-    bench.add_argument(
-        "what",
-        nargs="*",
-        metavar="what",
-        help="help, run, matrix, trainer, forensics, overhead (default: all of these), reliability",
-    )
-    bench.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
-    bench.add_argument("--trials", type=at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
-    bench.add_argument("--pairs", type=at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)")
-    bench.add_argument(
-        "--trials-share",
-        type=share,
-        default=1.0,
-        metavar="X",
-        help="reliability: make this share of the trials (default 1: all, about an hour on two cores)",
-    )
-    bench.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
-    bench.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
-    bench.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="overhead: write DIR/overhead.json for the dossier, too; reliability: DIR/reliability.json",
-    )
-    _json(bench)
+    for name, (add_options, help_line) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=help_line))
     return top
-
-
-def request(options: argparse.Namespace) -> Request:
-    """The settings that were asked for on the command line."""
-    return Request(**{name: getattr(options, name) for name in Request.__dataclass_fields__})
 
 
 def _case(command: argparse.ArgumentParser) -> None:
@@ -283,13 +183,10 @@ def _case(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--parallel",
         choices=PARALLEL,
-        help="under torchrun: every GPU has the whole model (ddp, the default there) or a share of it (fsdp)",
+        help="under torchrun: every GPU has the whole model (ddp, the default there) or a shard of it (fsdp)",
     )
     _budget(command)
-    _own_model(command)
-    _sizes(command)
-    _out(command)
-    _json(command)
+    _run(command)
 
 
 def _matrix(command: argparse.ArgumentParser) -> None:
@@ -308,7 +205,7 @@ def _matrix(command: argparse.ArgumentParser) -> None:
         "--shard",
         default="1/1",
         metavar="I/N",
-        help="only the I-th of N parts of the plan, one a machine; `repair --merge` puts their folders together",
+        help="only the I-th of N parts of the plan, one per machine; `repair --merge` merges their folders",
     )
     command.add_argument(
         "--engine",
@@ -328,10 +225,7 @@ def _matrix(command: argparse.ArgumentParser) -> None:
     _fresh(command)
     _hang_after(command)
     _both(command, "--dry-run", action="store_true", help="print the plan and stop")
-    _own_model(command)
-    _sizes(command)
-    _out(command)
-    _json(command)
+    _run(command)
 
 
 def _budget(command: argparse.ArgumentParser) -> None:
@@ -373,6 +267,120 @@ def _hang_after(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _run(command: argparse.ArgumentParser) -> None:
+    """Every setting of a run, and where its results go."""
+    _own_model(command)
+    add_settings(command.add_argument_group(THE_RUN), [name for name, s in SETTINGS.items() if s.group == THE_RUN])
+    _out(command)
+    _json(command)
+
+
+def _own_model(command: argparse.ArgumentParser) -> None:
+    own = command.add_argument_group(OWN_MODEL)
+    own.add_argument("--model", metavar="DIR|HUB_ID", help="any transformers model; needs --task")
+    own.add_argument("--task", choices=list(TASKS), help="what to train it for")
+    add_settings(own, [name for name, s in SETTINGS.items() if s.group == OWN_MODEL])
+
+
+FIT_DESCRIPTION = """\
+The largest batch (rows in one forward pass, no accumulation) per configuration: doubling, then bisection, each trial a few
+steps in a process of its own, optimizer states and the longest rows included, so that running out of memory costs only that
+trial. Then tokens a second there and at 32 rows, and what 10^9 real (unpadded) tokens cost. Rows are kept in fit.json of the
+results folder; the same command goes on where it was."""
+
+
+def _fit(command: argparse.ArgumentParser) -> None:
+    command.description = FIT_DESCRIPTION
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
+    command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; default: the seven")
+    command.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, to give costs")
+    command.add_argument("--most", type=at_least_one, default=4096, metavar="N", help="rows, more are not tried (default 4096)")
+    command.add_argument(
+        "--memory-limit",
+        type=positive,
+        metavar="GB",
+        help="act as if the GPU had no more. On a CPU everything is unsupported without it: what a trial may "
+        "allocate besides its libraries, to try the procedure",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="search in the memory model of `case --dry-run`: no trial, no speed"
+    )
+    command.add_argument("--rerun", action="store_true", help="measure again what fit.json has already")
+    add_settings(command, FIT_SETTINGS, strict=True)
+    _out(command)
+    _json(command)
+
+
+SKIPPABLE = ("doctor", "check", "bench", "overhead", "overflow", "fit")
+OPS = (
+    "cross_entropy",
+    "multi_tensor_stats",
+    "unscale",
+    "scale",
+    "bce_with_logits",
+    "activation_stats",
+    "logit_stats",
+    "exponent_histogram",
+)
+"""The kernels, in the order in which their figures matter."""
+CAMPAIGN_DESCRIPTION = """\
+Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (behind the matrix where the minutes
+are few), a calibration of every case, the matrix at real size, what fits at most, and the dossier. Each stage is a process
+of its own, and its outcome is recorded.
+The same command goes on where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign.
+How many steps and seeds are run is planned once, behind the calibration, for --total-minutes, and printed."""
+
+
+def _campaign(command: argparse.ArgumentParser) -> None:
+    """Those that make the campaign what it is default to None: a later call finds them in campaign.json."""
+    command.description = CAMPAIGN_DESCRIPTION
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    time = command.add_argument_group("time")
+    time.add_argument(
+        "--minutes", type=positive, default=30.0, metavar="M", help="of this call, the dossier included (default 30)"
+    )
+    time.add_argument(
+        "--total-minutes",
+        type=positive,
+        metavar="T",
+        help="of all calls together, for which steps and seeds are planned; default: the first call's --minutes",
+    )
+    place = command.add_argument_group("folders")
+    place.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the dossier and its data, small enough to commit; "
+        "default: dossiers/<device>. Where results are missing, a campaign goes on from here",
+    )
+    place.add_argument("--results", type=Path, metavar="DIR", help="the working results folder; default: results/<device>")
+    what = command.add_argument_group("what is measured")
+    changes = {
+        "preset": {"choices": list(PRESETS), "help": "default: full on a GPU; on a CPU only tiny makes sense"},
+        "max_steps": {"help": "instead of as many as fit"},
+    }
+    add_settings(what, CAMPAIGN_SETTINGS, strict=True, defaults=False, changes=changes)
+    what.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="CASE",
+        help="default: the six, and gpt2_clm at 512 tokens as the matched control (also: CASE@TOKENS)",
+    )
+    what.add_argument("--configs", nargs="+", metavar="CONFIG", help="default: the seven")
+    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of as many as fit")
+    what.add_argument(
+        "--ops", nargs="+", choices=OPS, metavar="OP", help=f"kernels to check and bench; default: {', '.join(OPS)}"
+    )
+    what.add_argument("--pairs", type=at_least_one, metavar="N", help="pairs per ratio of both benchmarks; default: theirs")
+    what.add_argument("--skip", nargs="+", choices=SKIPPABLE, metavar="STAGE", help=", ".join(SKIPPABLE))
+    what.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, for costs in dossier and fit")
+    how = command.add_argument_group("how")
+    how.add_argument("--dry-run", action="store_true", help="print the plan, from estimates or from a calibration that is done")
+    how.add_argument("--retry-failed", action="store_true", help="try stages again that failed in an earlier call")
+    how.add_argument("--json", action="store_true", help="campaign.json on standard output at the end")
+
+
 def _flops(command: argparse.ArgumentParser) -> None:
     command.add_argument("names", nargs="*", metavar="CASE", help="a case id or path/to/file.py:NAME")
     _both(command, "--model-arch", metavar="ARCH", help="with --task: the case, the long way")
@@ -382,19 +390,14 @@ def _flops(command: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="the dtype configuration that says which product runs in which dtype; default fp32_true",
     )
-    command.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: full on a GPU, else tiny")
-    command.add_argument("--data", metavar="embedded|hub|DIR|FILE", help="where vocabulary and labels come from")
-    command.add_argument("--weights", metavar="scratch|pretrained|DIR", help="whose sizes; default: the preset's")
-    command.add_argument("--device", choices=DEVICES, default="auto", help="where it would run; default: a GPU for full")
-    command.add_argument(
-        "--sdpa",
-        dest="attention",
-        choices=ATTENTION_CHOICES,
-        default="auto",
-        help="attention backend: math multiplies in fp32, whatever the configuration",
-    )
-    _both(command, "--batch-size", type=int, metavar="N", help="rows a step")
-    _both(command, "--seq-len", type=int, metavar="N", help="tokens a row")
+    changes = {
+        "data": {"help": "where vocabulary and labels come from"},
+        "weights": {"help": "whose sizes; default: the preset's"},
+        "device": {"help": "where it would run; default: a GPU for full"},
+        "attention": {"help": "attention backend: math multiplies in fp32, whatever the configuration"},
+    }
+    names = [name for name in FLOPS_SETTINGS if SETTINGS[name].group == THE_RUN]
+    add_settings(command, [*names, "device"], changes=changes)
     _own_model(command)
     _json(command)
 
@@ -433,75 +436,63 @@ def _diff(command: argparse.ArgumentParser) -> None:
     _json(command)
 
 
-def _own_model(command: argparse.ArgumentParser) -> None:
-    own = command.add_argument_group("your own model and data")
-    own.add_argument("--model", metavar="DIR|HUB_ID", help="any transformers model; needs --task")
-    own.add_argument("--task", choices=list(TASKS), help="what to train it for")
-    _both(own, "--text-field", default="text", metavar="NAME", help="the text's field in a .jsonl file")
-    _both(own, "--label-field", default="labels", metavar="NAME", help="the labels' field")
+def _predict(command: argparse.ArgumentParser) -> None:
+    command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
+    _out(command)
+    _json(command)
 
 
-def _sizes(command: argparse.ArgumentParser) -> None:
-    run = command.add_argument_group("the run")
-    run.add_argument("--preset", choices=["auto", *PRESETS], default="auto", help="default: full on a GPU, else tiny")
-    run.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
-    run.add_argument("--data", metavar="embedded|hub|DIR|FILE", help="default: hub for full, embedded for tiny")
-    run.add_argument("--weights", metavar="scratch|pretrained|DIR", help="default: pretrained with the hub, else scratch")
-    run.add_argument("--lr", type=float, help="peak learning rate; default: the case's")
-    _both(run, "--batch-size", type=int, metavar="N")
-    _both(run, "--micro-batch", type=int, metavar="N", help="rows per forward pass; must divide the batch size")
-    _both(run, "--seq-len", type=int, metavar="N", help="tokens per sequence")
-    _both(run, "--max-steps", type=int, metavar="N")
-    _both(run, "--eval-every", type=int, metavar="N", help="default: at the start and at the end only")
-    _both(run, "--log-every", type=int, metavar="N", help="steps between two reads of the device")
-    run.add_argument("--threads", type=int, metavar="N", help="CPU threads; 0: all cores")
-    run.add_argument("--documents", type=int, metavar="N", help="at most this many training documents")
-    _both(run, "--validation-documents", type=int, metavar="N", help="documents of an evaluation")
-    run.add_argument("--dropout", type=float, default=0.0, help="default 0: the same for every configuration")
-    run.add_argument(
-        "--sdpa",
-        dest="attention",
-        choices=ATTENTION_CHOICES,
-        default="auto",
-        help="attention backend; default: the one that takes every dtype",
+def _repair(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="DIR", help="a results folder, such as results/nvidia-h200")
+    command.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR2",
+        help="copy the finished runs of these folders that DIR lacks, first",
     )
-    _both(
-        run,
-        "--checkpoint-every",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write a checkpoint behind every N steps; default 0: only when a signal (Ctrl-C, SIGTERM) stops the run",
-    )
-    run.add_argument(
-        "--mtbf",
-        dest="mtbf_s",
-        type=float,
-        metavar="SECONDS",
-        help="the machine lasts this long on average: a checkpoint every sqrt(2 x cost of one x SECONDS) "
-        "seconds (Young/Daly), the cost as measured",
-    )
-    run.add_argument(
-        "--instrument", choices=INSTRUMENT_LEVELS, default="light", help="how much is measured: off, light (default), full"
-    )
-    run.add_argument(
-        "--trace",
-        dest="trace_steps",
-        type=int,
-        nargs="?",
-        const=3,
-        default=0,
-        metavar="N",
-        help="run N steps (default 3) again under torch.profiler when training is over, into traces/",
-    )
-    _both(
-        run,
-        "--memory-snapshot",
+    _json(command)
+
+
+def _doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--measure",
         action="store_true",
-        help="write the CUDA allocator's history at the end (on running out of memory it is written anyway)",
+        help="measure matmul rates and copy bandwidth, into machine.json of the results folder",
     )
-    run.add_argument("--compile", action="store_true", help="torch.compile: another experiment, recorded")
-    _both(run, "--bucket-by-length", action="store_true", help="batches of documents of like length")
+    _json(command)
+    _out(command)
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "what",
+        nargs="*",
+        metavar="what",
+        help="help, run, matrix, trainer, forensics, overhead (default: all of these), reliability",
+    )
+    command.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
+    command.add_argument("--trials", type=at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
+    command.add_argument(
+        "--pairs", type=at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)"
+    )
+    command.add_argument(
+        "--trials-share",
+        type=share,
+        default=1.0,
+        metavar="X",
+        help="reliability: make this share of the trials (default 1: all, about an hour on two cores)",
+    )
+    command.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
+    command.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="overhead: write DIR/overhead.json for the dossier, too; reliability: DIR/reliability.json",
+    )
+    _json(command)
 
 
 def _out(command: argparse.ArgumentParser) -> None:
@@ -514,4 +505,21 @@ def _json(command: argparse.ArgumentParser) -> None:
 
 def _both(command, flag: str, **options) -> None:
     """An option that can be spelled with dashes or, as people used to, with underscores."""
-    command.add_argument(flag, "--" + flag[2:].replace("-", "_"), **options)
+    command.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **options)
+
+
+COMMANDS = {
+    "case": (_case, "run one case under one dtype configuration"),
+    "matrix": (_matrix, "run cases x configurations x seeds, each in its own process"),
+    "list": (_json, "the cases, configurations and presets"),
+    "flops": (_flops, "what a training step costs, counted with no GPU for any size"),
+    "inspect": (_inspect, "why a run failed: the first non-finite value and the road to it"),
+    "predict": (_predict, "from an fp32 run: what would fail under which configuration, and did it"),
+    "diff": (_diff, "two runs side by side: where they part, and what each costs"),
+    "repair": (_repair, "rebuild a results folder's index, cut torn lines, merge shards"),
+    "campaign": (_campaign, "everything there is to measure on a GPU, resumable, and its dossier"),
+    "fit": (_fit, "the largest batch per configuration, and what tokens cost there"),
+    "doctor": (_doctor, "what this machine can do, and what will not work here"),
+    "bench": (_bench, "what the instruments cost: bench overhead"),
+}
+"""Subcommand -> what adds its options, and its line of help."""

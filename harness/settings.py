@@ -1,7 +1,8 @@
-"""A run's settings, resolved: what was asked, completed by case, preset and device. Torch-free.
+"""A run's settings: the one declaration from which everything else about a setting follows. Torch-free.
 
-Everything that can change a result is a field here and part of the settings hash, so two runs
-with the same `run_id` are the same experiment.
+A field of `RunSettings` made by `setting` is an option of ``case`` and ``matrix`` (`harness.options`), a field of `Request`,
+part of the run id unless it says otherwise, of ``--dry-run`` and of the row. `resolve` completes what was asked by case,
+preset and device. Two runs with the same `run_id` are the same experiment.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Literal
 
 from bench_cases import PRESETS, Case, DtypeConfig, lookup
 
-ATTENTION_CHOICES = ("auto", "math", "efficient", "flash", "cudnn")
-DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("local", "ray")
 PARALLEL = ("ddp", "fsdp")
-INSTRUMENT_LEVELS = ("off", "light", "full")
 MAX_NORM = 1.0
 SHORTEST_SEQUENCE = 4
 """<s>, a token, another, </s>."""
+THE_RUN, OWN_MODEL = "the run", "your own model and data"
+"""Groups of options in ``--help``."""
+Hashed = bool | Literal["when changed"]
+"""Whether a setting is part of the run id and of the row's ``config``. A setting added later is, when it is not at its
+default: runs that were made before keep their ids."""
 
 
 class SettingsError(ValueError):
@@ -30,79 +34,113 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a person asked for; None means the preset's or the case's own value."""
+class Setting:
+    """How a setting is spelled on the command line, what may be asked, and whether it is part of the run id. ``least``: the
+    smallest number allowed. ``const``: what the option means without a number. ``of_preset``: None stands for the preset's."""
 
-    preset: str = "auto"
-    device: str = "auto"
-    data: str | None = None
-    weights: str | None = None
-    lr: float | None = None
-    batch_size: int | None = None
-    micro_batch: int | None = None
-    seq_len: int | None = None
-    max_steps: int | None = None
-    eval_every: int | None = None
-    log_every: int | None = None
-    threads: int | None = None
-    documents: int | None = None
-    validation_documents: int | None = None
-    dropout: float = 0.0
-    attention: str = "auto"
-    compile: bool = False
-    bucket_by_length: bool = False
-    text_field: str = "text"
-    label_field: str = "labels"
-    instrument: str = "light"
-    trace_steps: int = 0
-    memory_snapshot: bool = False
-    checkpoint_every: int = 0
-    mtbf_s: float | None = None
+    default: Any
+    parse: Callable[[str], Any]
+    help: str
+    flag: str | None = None
+    metavar: str | None = None
+    choices: Sequence[str] | None = None
+    const: Any = None
+    least: int | None = None
+    of_preset: bool = False
+    group: str = THE_RUN
+    hashed: Hashed = "when changed"
 
 
-@dataclass(frozen=True)
+def setting(default: Any, parse: Callable[[str], Any], help: str, **rest: Any) -> Any:
+    """A field of `RunSettings` that can be asked for; the arguments are those of `Setting`."""
+    declared = Setting(default, parse, help, **rest)
+    return field(default=default, metadata={"setting": declared, "hashed": declared.hashed})
+
+
+def chosen(parse: Callable[[str], Any], help: str, *, default: Any = None, hashed: bool = True, **rest: Any) -> Any:
+    """A setting that `resolve` completes where nothing (or ``default``) was asked: by preset, case or device."""
+    return field(metadata={"setting": Setting(default, parse, help, hashed=hashed, **rest), "hashed": hashed})
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run, fully decided. ``eval_every`` 0 evaluates at the start and at the end only;
-    ``log_every`` is the number of steps between two reads of the device; ``instrument`` is one of
-    `INSTRUMENT_LEVELS`, and ``trace_steps`` how many of the last steps are run again under the profiler.
-    Checkpoints: behind every ``checkpoint_every`` steps, or as often as a machine that lasts ``mtbf_s``
-    seconds on average makes worth it; 0 and None: on a signal only. ``world``: processes that share the run, in the
-    manner of ``parallel``, one of `PARALLEL`; None for one process."""
+    """One run, fully decided. Fields without `setting` are derived, or say which experiment this is.
+
+    ``eval_every`` 0 evaluates at the start and at the end only; ``log_every`` is the number of steps between two reads of
+    the device; ``trace_steps`` is how many of the last steps are run again under the profiler. ``checkpoint_every`` 0 and
+    ``mtbf_s`` None: a checkpoint on a signal only. ``world``: processes that share the run, in the manner of ``parallel``,
+    one of `PARALLEL`; None for one process."""
 
     case: Case
     config: DtypeConfig
-    seed: int
-    preset: str
-    device: str
-    data: str
+    seed: int = field(metadata={"hashed": False})
+    preset: str = chosen(str, "default: full on a GPU, else tiny", default="auto", choices=("auto", *PRESETS))
+    device: str = chosen(str, "default: the GPU if there is one", default="auto", choices=("auto", "cpu", "cuda"))
+    data: str = chosen(str, "default: hub for full, embedded for tiny", metavar="embedded|hub|DIR|FILE")
     data_fingerprint: str
     sources_fingerprint: str
-    weights: str
-    lr: float
-    batch_size: int
-    micro_batch: int
-    seq_len: int
-    max_steps: int
+    weights: str = chosen(str, "default: pretrained with the hub, else scratch", metavar="scratch|pretrained|DIR")
+    lr: float = chosen(float, "peak learning rate; default: the case's")
+    batch_size: int = chosen(int, "rows per step; default: the preset's", least=1, of_preset=True)
+    micro_batch: int = chosen(int, "rows per forward pass; must divide the batch size", least=1)
+    seq_len: int = chosen(int, "tokens per row; default: the preset's", least=1)
+    max_steps: int = chosen(int, "optimizer steps; default: the preset's", least=1, of_preset=True)
     warmup_steps: int
     untimed_steps: int
-    eval_every: int
-    log_every: int
-    threads: int
-    documents: int
-    validation_documents: int
-    dropout: float
-    attention: str
-    compile: bool
-    bucket_by_length: bool
-    text_field: str
-    label_field: str
-    instrument: str = "light"
-    trace_steps: int = 0
-    memory_snapshot: bool = False
-    checkpoint_every: int = 0
-    mtbf_s: float | None = None
-    world: int = 1
-    parallel: str | None = None
+    eval_every: int = setting(0, int, "default: at the start and at the end only", least=0, hashed=True)
+    log_every: int = chosen(int, "steps between two reads of the device", least=1, hashed=False)
+    threads: int = chosen(int, "CPU threads; 0: all cores", least=0, of_preset=True)
+    documents: int = chosen(int, "at most this many training documents", least=1, of_preset=True)
+    validation_documents: int = chosen(int, "documents of an evaluation", least=1, of_preset=True)
+    dropout: float = setting(0.0, float, "default 0: the same for every configuration", hashed=True)
+    attention: str = setting(
+        "auto",
+        str,
+        "attention backend; default: the one that takes every dtype",
+        flag="--sdpa",
+        choices=("auto", "math", "efficient", "flash", "cudnn"),
+        hashed=True,
+    )
+    compile: bool = setting(False, bool, "torch.compile: another experiment, recorded", hashed=True)
+    bucket_by_length: bool = setting(False, bool, "batches of documents of like length", hashed=True)
+    text_field: str = setting("text", str, "the text's field in a .jsonl file", metavar="NAME", group=OWN_MODEL, hashed=True)
+    label_field: str = setting("labels", str, "the labels' field", metavar="NAME", group=OWN_MODEL, hashed=True)
+    instrument: str = setting(
+        "light", str, "how much is measured; default: light", choices=("off", "light", "full"), hashed=False
+    )
+    trace_steps: int = setting(
+        0,
+        int,
+        "run N steps (default 3) again under torch.profiler when training is over, into traces/",
+        flag="--trace",
+        const=3,
+        least=0,
+        hashed=False,
+    )
+    memory_snapshot: bool = setting(
+        False,
+        bool,
+        "write the CUDA allocator's history at the end (on running out of memory it is written anyway)",
+        hashed=False,
+    )
+    checkpoint_every: int = setting(
+        0,
+        int,
+        "write a checkpoint after every N steps; default 0: only when a signal (Ctrl-C, SIGTERM) stops the run",
+        least=0,
+        hashed=False,
+    )
+    mtbf_s: float | None = setting(
+        None,
+        float,
+        "the machine lasts this long on average: a checkpoint every sqrt(2 x cost of one x SECONDS) seconds (Young/Daly), "
+        "the cost as measured",
+        flag="--mtbf",
+        metavar="SECONDS",
+        hashed=False,
+    )
+    world: int = field(default=1, metadata={"hashed": "when changed"})
+    parallel: str | None = field(default=None, metadata={"hashed": "when changed"})
 
     @property
     def run_id(self) -> str:
@@ -124,15 +162,21 @@ class RunSettings:
     def as_config(self) -> dict[str, Any]:
         """The settings as plain data, for the record's ``config`` and for the hash."""
         plain = dataclasses.asdict(self)
-        for not_numerics in ("seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"):
-            del plain[not_numerics]
-        if self.world == 1:  # as it was before there could be more: the same settings keep their run id
-            del plain["world"], plain["parallel"]
-        for only_words in ("scenario", "in_default_matrix", "spelled"):
-            del plain["case"][only_words]
-        for only_words in ("note", "controls", "in_default_matrix"):
-            del plain["config"][only_words]
+        for declared in fields(self):
+            hashed = declared.metadata.get("hashed", True)
+            if hashed is False or (hashed == "when changed" and plain[declared.name] == declared.default):
+                del plain[declared.name]
+        for description in ("scenario", "in_default_matrix", "spelled"):
+            del plain["case"][description]
+        for description in ("note", "controls", "in_default_matrix"):
+            del plain["config"][description]
         return plain
+
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(RunSettings) if "setting" in f.metadata}
+"""Every setting that can be asked for, by name, in their order."""
+Request = make_dataclass("Request", [(name, Any, s.default) for name, s in SETTINGS.items()], frozen=True)
+Request.__module__, Request.__doc__ = __name__, "What a person asked for; None means the preset's or the case's own value."
 
 
 def resolve(
@@ -147,86 +191,80 @@ def resolve(
 ) -> RunSettings:
     """Complete a request; raises `SettingsError` naming what was given and what is allowed.
 
-    ``device`` is ``cpu`` or ``cuda``, already decided; ``data_fingerprint`` identifies the
-    content of the data and ``sources_fingerprint`` that of files from outside (weights, a model's
-    configuration, a case's own file), so that a changed file is a new experiment.
+    ``device`` is ``cpu`` or ``cuda``, already decided; ``data_fingerprint`` identifies the content of the data and
+    ``sources_fingerprint`` that of files from outside (weights, a model's configuration, a case's own file), so that a
+    changed file is a new experiment.
     """
     preset = lookup("preset", choose_preset(asked.preset, device), PRESETS)
+    values = {name: getattr(asked, name) for name in SETTINGS}
+    _check(values, seed, device)
+    for name, declared in SETTINGS.items():
+        if declared.of_preset and values[name] is None:
+            values[name] = getattr(preset, name)
     data = choose_data(asked.data, preset.id)
     weights = asked.weights or ("pretrained" if preset.id == "full" and data.startswith("hub") else "scratch")
-    for name in ("batch_size", "micro_batch", "seq_len", "max_steps", "log_every", "documents", "validation_documents"):
-        value = getattr(asked, name)
-        if value is not None and value <= 0:
-            raise SettingsError(f"{name} is {value}; it must be at least 1")
-    for name in ("eval_every", "threads", "trace_steps", "checkpoint_every"):
-        value = getattr(asked, name)
-        if value is not None and value < 0:
-            raise SettingsError(f"{name} is {value}; it must be at least 0")
-    if asked.instrument not in INSTRUMENT_LEVELS:
-        raise SettingsError(f"instrument is {asked.instrument!r}; allowed: {', '.join(INSTRUMENT_LEVELS)}")
-    if asked.mtbf_s is not None and not (math.isfinite(asked.mtbf_s) and asked.mtbf_s > 0):
-        raise SettingsError(f"mtbf is {asked.mtbf_s:g} s; it must be a positive number of seconds")
-    if asked.mtbf_s is not None and asked.checkpoint_every:
-        raise SettingsError("--checkpoint-every and --mtbf both say how often to write a checkpoint; give one of them")
-    if seed < 0:
-        raise SettingsError(f"seed is {seed}; it must be at least 0")
-    batch_size = asked.batch_size or preset.batch_size
+    batch_size, max_steps = values["batch_size"], values["max_steps"]
     micro_batch = asked.micro_batch or math.gcd(batch_size, preset.micro_batch)
     if batch_size % micro_batch:
         raise SettingsError(f"micro_batch {micro_batch} does not divide batch_size {batch_size}")
     seq_len = asked.seq_len or preset.sequence_length(case.id)
-    positions = case.architecture.positions(preset.id if weights == "scratch" else "full")
+    _check_length(seq_len, case, preset.id, weights)
+    lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
+    if not (math.isfinite(lr) and lr > 0):
+        raise SettingsError(f"lr is {lr}; it must be a positive number")
+    values |= {
+        "preset": preset.id,
+        "device": device,
+        "data": data,
+        "weights": weights,
+        "lr": lr,
+        "micro_batch": micro_batch,
+        "seq_len": seq_len,
+        "eval_every": asked.eval_every or 0,
+        "log_every": min(max_steps, asked.log_every or (1 if device == "cpu" else 10)),
+    }
+    return RunSettings(
+        case=case,
+        config=config,
+        seed=seed,
+        data_fingerprint=data_fingerprint,
+        sources_fingerprint=sources_fingerprint,
+        warmup_steps=max(1, round(max_steps * preset.warmup_steps / preset.max_steps)),
+        untimed_steps=min(preset.untimed_steps, max_steps // 2),
+        **values,
+    )
+
+
+def _check(values: Mapping[str, Any], seed: int, device: str) -> None:
+    """What can be refused without the case: each setting's own limits, and settings that exclude each other."""
+    for name, declared in SETTINGS.items():
+        value = values[name]
+        if value is not None and declared.least is not None and value < declared.least:
+            raise SettingsError(f"{name} is {value}; it must be at least {declared.least}")
+        if declared.choices and value not in declared.choices:
+            raise SettingsError(f"{name} is {value!r}; allowed: {', '.join(declared.choices)}")
+    if seed < 0:
+        raise SettingsError(f"seed is {seed}; it must be at least 0")
+    mtbf_s = values["mtbf_s"]
+    if mtbf_s is not None and not (math.isfinite(mtbf_s) and mtbf_s > 0):
+        raise SettingsError(f"mtbf is {mtbf_s:g} s; it must be a positive number of seconds")
+    if mtbf_s is not None and values["checkpoint_every"]:
+        raise SettingsError("--checkpoint-every and --mtbf both say how often to write a checkpoint; give one of them")
+    if not 0 <= values["dropout"] < 1:
+        raise SettingsError(f"dropout is {values['dropout']}; allowed: 0 up to but not including 1")
+    if device == "cpu" and values["attention"] in ("efficient", "cudnn"):
+        raise SettingsError(f"sdpa policy {values['attention']!r} exists on CUDA only; allowed here: auto, math, flash")
+
+
+def _check_length(seq_len: int, case: Case, preset: str, weights: str) -> None:
+    positions = case.architecture.positions(preset if weights == "scratch" else "full")
     if seq_len < SHORTEST_SEQUENCE:
         raise SettingsError(f"seq_len is {seq_len}; allowed: {SHORTEST_SEQUENCE} to {positions}")
     if seq_len > positions:
         raise SettingsError(
             f"seq_len {seq_len} is longer than the {positions} positions of "
-            f"{case.architecture.name} ({preset.id}); allowed: {SHORTEST_SEQUENCE} to {positions}"
+            f"{case.architecture.name} ({preset}); allowed: {SHORTEST_SEQUENCE} to {positions}"
         )
-    lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
-    if not (math.isfinite(lr) and lr > 0):
-        raise SettingsError(f"lr is {lr}; it must be a positive number")
-    if not 0 <= asked.dropout < 1:
-        raise SettingsError(f"dropout is {asked.dropout}; allowed: 0 up to but not including 1")
-    if asked.attention not in ATTENTION_CHOICES:
-        raise SettingsError(f"sdpa policy {asked.attention!r}; allowed: {', '.join(ATTENTION_CHOICES)}")
-    if device == "cpu" and asked.attention in ("efficient", "cudnn"):
-        raise SettingsError(f"sdpa policy {asked.attention!r} exists on CUDA only; allowed here: auto, math, flash")
-    max_steps = asked.max_steps or preset.max_steps
-    return RunSettings(
-        case=case,
-        config=config,
-        seed=seed,
-        preset=preset.id,
-        device=device,
-        data=data,
-        data_fingerprint=data_fingerprint,
-        sources_fingerprint=sources_fingerprint,
-        weights=weights,
-        lr=lr,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        seq_len=seq_len,
-        max_steps=max_steps,
-        warmup_steps=max(1, round(max_steps * preset.warmup_steps / preset.max_steps)),
-        untimed_steps=min(preset.untimed_steps, max_steps // 2),
-        eval_every=asked.eval_every or 0,
-        log_every=min(max_steps, asked.log_every or (1 if device == "cpu" else 10)),
-        threads=preset.threads if asked.threads is None else asked.threads,
-        documents=asked.documents or preset.documents,
-        validation_documents=asked.validation_documents or preset.validation_documents,
-        dropout=asked.dropout,
-        attention=asked.attention,
-        compile=asked.compile,
-        bucket_by_length=asked.bucket_by_length,
-        text_field=asked.text_field,
-        label_field=asked.label_field,
-        instrument=asked.instrument,
-        trace_steps=asked.trace_steps,
-        memory_snapshot=asked.memory_snapshot,
-        checkpoint_every=asked.checkpoint_every,
-        mtbf_s=asked.mtbf_s,
-    )
 
 
 def choose_preset(asked: str, device: str) -> str:

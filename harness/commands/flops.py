@@ -18,11 +18,9 @@ from rich.table import Table
 
 from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
-from harness.settings import Request, RunSettings, SettingsError, resolve
+from harness.options import FLOPS_SETTINGS, request
+from harness.settings import RunSettings, SettingsError, resolve
 from instrument.words import count as count_in_words
-
-ASKED = ("preset", "data", "weights", "batch_size", "seq_len", "attention", "text_field", "label_field")
-"""The settings that change FLOPs or their dtypes: the command's options, under a run's own names."""
 
 
 def flops_command(options: argparse.Namespace) -> int:
@@ -39,7 +37,7 @@ def flops_command(options: argparse.Namespace) -> int:
         )
     case = asked_case(options)
     config = lookup("dtype configuration", options.config, DTYPE_CONFIGS)
-    asked = Request(**{name: getattr(options, name) for name in ASKED})
+    asked = request(options, FLOPS_SETTINGS)
     device = options.device
     if device == "auto":  # a full run is one for a GPU, whether this machine has it or not
         device = "cuda" if options.preset == "full" else choose_device("auto").type

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.estimate.fake_model import Trace
-from harness.settings import RunSettings
+from harness.options import option_words
+from harness.settings import SETTINGS, RunSettings
 from instrument.results.folder import finished_run
 from instrument.results.schemas import RunRecord
 from instrument.words import count
@@ -88,26 +90,6 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
 def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
     """What would run, and whether it already has."""
     config = dataclasses.asdict(settings.config)
-    plain = (
-        "seed",
-        "preset",
-        "device",
-        "lr",
-        "batch_size",
-        "micro_batch",
-        "seq_len",
-        "max_steps",
-        "warmup_steps",
-        "eval_every",
-        "log_every",
-        "threads",
-        "documents",
-        "validation_documents",
-        "dropout",
-        "attention",
-        "compile",
-        "bucket_by_length",
-    )
     return {
         "run_id": settings.run_id,
         "case": settings.case.id,
@@ -123,7 +105,9 @@ def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
         "data_source": settings.data,
         "weights_source": settings.weights,
         "tokens_per_step": settings.batch_size * settings.seq_len,
-        **{name: getattr(settings, name) for name in plain},
+        "seed": settings.seed,
+        "warmup_steps": settings.warmup_steps,
+        **{name: getattr(settings, name) for name in SETTINGS if name not in ("data", "weights")},
         "results_folder": str(out),
         "already_done": done(finished_run(out, settings.run_id)),
     }
@@ -143,6 +127,22 @@ def show(findings: dict) -> None:
     for name, text in lines(findings):
         table.add_row(name, escape(text))
     console.print(table)
+
+
+SHOWN = (
+    "preset",
+    "device",
+    "data",
+    "weights",
+    "lr",
+    "batch_size",
+    "micro_batch",
+    "seq_len",
+    "max_steps",
+    "threads",
+    "attention",
+)
+"""Settings that have their place in `lines`; the others are shown as options, where they are not at their defaults."""
 
 
 def lines(found: dict) -> list[tuple[str, str]]:
@@ -173,6 +173,7 @@ def lines(found: dict) -> list[tuple[str, str]]:
             f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
             f"threads {found['threads'] or 'all'}, attention {found['attention']}",
         ),
+        *_other_settings(found),
         (
             "results",
             found["results_folder"]
@@ -184,6 +185,13 @@ def lines(found: dict) -> list[tuple[str, str]]:
     if found["not_estimated"]:
         return [*rows, ("not estimated", found["not_estimated"])]
     return [*rows, *_memory(found["memory"]), *_time(found["time"])]
+
+
+def _other_settings(found: dict) -> list[tuple[str, str]]:
+    """The settings that no other line shows, where they are not at their defaults."""
+    changed = {name: found.get(name) for name, declared in SETTINGS.items() if found.get(name) != declared.default}
+    words = option_words({name: value for name, value in changed.items() if name not in SHOWN})
+    return [("settings", shlex.join(words))] if words else []
 
 
 def _model(model: dict) -> str:

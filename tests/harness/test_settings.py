@@ -1,12 +1,20 @@
-"""Settings: completed, checked, and hashed by what matters."""
+"""Settings: declared once, completed, checked, and hashed by what matters."""
 
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.optimizer import learning_rate
-from harness.settings import Request, SettingsError, resolve
+from harness.options import option_words, parser, request, settings_table
+from harness.planning import choose_device, plan_run, sources_fingerprint
+from harness.settings import SETTINGS, Request, RunSettings, SettingsError, resolve
 
 CASE, CONFIG = CASES["gpt2_multi_cls"], DTYPE_CONFIGS["amp_fp16"]
 
@@ -42,6 +50,8 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
         replace(plain, config=replace(CONFIG, note="other words")),
     ]
     assert {s.settings_hash for s in same} == {plain.settings_hash}
+    not_hashed = {"seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"}
+    assert {f.name for f in fields(RunSettings) if f.metadata.get("hashed") is False} == not_hashed
     changed = {
         "case": CASES["gpt2_single_cls"],
         "config": DTYPE_CONFIGS["amp_bf16"],
@@ -60,16 +70,7 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
         "label_field": "l",
     }
     for field in fields(plain):
-        if field.name in (
-            "seed",
-            "log_every",
-            "instrument",
-            "trace_steps",
-            "memory_snapshot",
-            "checkpoint_every",
-            "mtbf_s",
-            "parallel",
-        ):
+        if field.metadata.get("hashed") is False or field.name == "parallel":
             continue
         value = changed.get(field.name, getattr(plain, field.name))
         value = value + 1 if field.name not in changed else value
@@ -84,8 +85,6 @@ def test_a_path_is_hashed_by_its_content_and_not_by_its_spelling():
 
 
 def test_files_from_outside_are_part_of_the_identity(tmp_path):
-    from harness.planning import sources_fingerprint
-
     assert sources_fingerprint("scratch", "hub/id", "module:function") == ""
     (tmp_path / "config.json").write_text("{}")
     before = sources_fingerprint.__wrapped__("scratch", str(tmp_path), "module:function")
@@ -127,3 +126,137 @@ def test_the_schedule_rises_linearly_and_falls_to_a_tenth():
     assert rates[:10] == pytest.approx([s / 10 for s in range(1, 11)])
     assert rates[-1] == pytest.approx(0.1) and rates[54] == pytest.approx(0.55)
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+RECORDED = [
+    # words of `case`, run id, first digits of the SHA-256 of the row's ``config`` as JSON
+    ("gpt2_multi_cls amp_fp16", "gpt2_multi_cls-amp_fp16-s0-6a809101", "f7806863"),
+    ("gpt2_multi_cls amp_fp16 --device cuda", "gpt2_multi_cls-amp_fp16-s0-d4ad8c5f", "dda33e55"),
+    ("gpt2_clm fp32_true --device cuda --seed 3", "gpt2_clm-fp32_true-s3-ff99921a", "25c9fe6f"),
+    (
+        "gpt2_clm fp16_naive --preset tiny --max-steps 5 --batch-size 2 --micro-batch 2 --seq-len 16 --documents 400 "
+        "--validation-documents 2",
+        "gpt2_clm-fp16_naive-s0-4facd42d",
+        "9b7fb790",
+    ),
+    ("gpt2_single_cls amp_bf16 --lr 0.001 --threads 2 --eval-every 10", "gpt2_single_cls-amp_bf16-s0-30772602", "c7678b11"),
+    ("roberta_mlm bf16_pure --data embedded --weights scratch --seq-len 64", "roberta_mlm-bf16_pure-s0-5d88b784", "7d25a992"),
+    (
+        "roberta_multi_cls amp_fp16 --device cuda --weights scratch --batch-size 64 --micro-batch 8",
+        "roberta_multi_cls-amp_fp16-s0-5396269d",
+        "941e8e22",
+    ),
+    (
+        "roberta_single_cls fp32_tf32 --device cuda --data some/folder --sdpa math",
+        "roberta_single_cls-fp32_tf32-s0-efb0a8d4",
+        "d1cbb467",
+    ),
+    (
+        "gpt2_multi_cls amp_fp16_unscaled --data ./data --text-field body --label-field tags",
+        "gpt2_multi_cls-amp_fp16_unscaled-s0-bd2ffbb1",
+        "e5fdc561",
+    ),
+    (
+        "gpt2_clm amp_fp16 --device cuda --data hub --weights pretrained --sdpa flash --compile",
+        "gpt2_clm-amp_fp16-s0-5683ddad",
+        "ecb32629",
+    ),
+    ("gpt2_clm amp_fp16 --device cuda --sdpa cudnn --dropout 0.1", "gpt2_clm-amp_fp16-s0-4782c21c", "44e9d88c"),
+    ("gpt2_clm amp_bf16 --bucket-by-length --log-every 7", "gpt2_clm-amp_bf16-s0-c77a04b7", "a992f994"),
+    (
+        "gpt2_multi_cls amp_fp16 --instrument full --trace 2 --memory-snapshot",
+        "gpt2_multi_cls-amp_fp16-s0-6a809101",
+        "f7806863",
+    ),
+    ("gpt2_multi_cls amp_fp16 --checkpoint-every 10", "gpt2_multi_cls-amp_fp16-s0-6a809101", "f7806863"),
+    ("gpt2_multi_cls amp_fp16 --mtbf 3600", "gpt2_multi_cls-amp_fp16-s0-6a809101", "f7806863"),
+    (
+        "roberta_multi_cls fp32_true --weights weights/folder --device cuda",
+        "roberta_multi_cls-fp32_true-s0-5eb6be9a",
+        "586b3c39",
+    ),
+    ("gpt2_multi_cls fp32_true --threads 0", "gpt2_multi_cls-fp32_true-s0-b9912b46", "54e23632"),
+    ("gpt2_clm amp_fp16 --device cuda --max-steps 200 --seed 1 --eval-every 50", "gpt2_clm-amp_fp16-s1-d53fce89", "4d8ca3dc"),
+    ("gpt2_single_cls amp_fp16 --batch-size 6 --max_steps 11", "gpt2_single_cls-amp_fp16-s0-d0b86152", "310b2461"),
+    ("roberta_mlm amp_fp16 --device cuda --preset tiny --documents 1000", "roberta_mlm-amp_fp16-s0-df5182e3", "6bc9ffc8"),
+]
+"""Rows in people's folders have these ids: a setting added or declared anew must not change them."""
+
+
+def settings_from(words, **changes):
+    options = parser().parse_args(["case", *shlex.split(words)])
+    case, config = options.names
+    device = "cuda" if options.device == "cuda" else "cpu"
+    fingerprints = {"data_fingerprint": "f", "sources_fingerprint": "g"}
+    found = resolve(CASES[case], DTYPE_CONFIGS[config], options.seed, request(options), device=device, **fingerprints)
+    return replace(found, **changes)
+
+
+def config_digest(settings):
+    return hashlib.sha256(json.dumps(settings.as_config()).encode()).hexdigest()[:8]
+
+
+@pytest.mark.parametrize(("words", "run_id", "config"), RECORDED)
+def test_a_command_line_has_the_run_id_that_it_always_had(words, run_id, config):
+    settings = settings_from(words)
+    assert (settings.run_id, config_digest(settings)) == (run_id, config)
+
+
+def test_a_run_on_several_ranks_has_the_run_id_that_it_always_had():
+    settings = settings_from(RECORDED[-1][0], world=4, parallel="fsdp")
+    assert (settings.run_id, config_digest(settings)) == ("roberta_mlm-amp_fp16-s0-ce8d31cc", "f58f87c2")
+
+
+@pytest.mark.parametrize("words", [words for words, *_ in RECORDED])
+def test_option_words_ask_for_the_same_settings(words):
+    options = parser().parse_args(["case", *shlex.split(words)])
+    asked = {name: getattr(options, name) for name in SETTINGS}
+    assert request(parser().parse_args(["case", *option_words(asked)])) == request(options)
+
+
+def test_the_documentation_lists_every_setting():
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert settings_table() in page.read_text(), "write harness.options.settings_table() into docs/settings.md"
+
+
+WITH_A_NEW_SETTING = """
+import json, sys, types
+from pathlib import Path
+import harness
+
+source = (Path(harness.__path__[0]) / "settings.py").read_text()
+line, anchor = '    warm_start: float = setting(0.5, float, "what a test adds", least=0)\\n', "    world: int = field("
+assert source.count(anchor) == 1
+changed = types.ModuleType("harness.settings")
+sys.modules["harness.settings"] = harness.settings = changed
+exec(compile(source.replace(anchor, line + anchor), "settings.py", "exec"), changed.__dict__)
+
+from harness import options
+from harness.cli import main
+
+commands = options.parser()._subparsers._group_actions[0].choices
+print(json.dumps([options.settings_table(), commands["case"].format_help(), commands["matrix"].format_help()]))
+case = ["case", "gpt2_clm", "fp32_true", *sys.argv[1:]]
+codes = [main([*case, *more]) for more in (
+    ["--dry-run"], ["--dry-run", "--warm-start", "0.25"], ["--warm_start", "0.25"], ["--warm-start", "-1"]
+)]
+assert codes == [0, 0, 0, 2], codes
+"""
+
+
+@pytest.mark.process
+def test_a_setting_declared_in_one_place_is_everywhere(tmp_path):
+    """In the help, the documentation, the dry run, the run id and the row; and runs without it keep their ids."""
+    small = "--preset tiny --data embedded --max-steps 1 --batch-size 2 --seq-len 16 --validation-documents 2 --documents 400"
+    words = [*small.split(), "--json", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", WITH_A_NEW_SETTING, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (table, *helps), default, changed, row = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "| `--warm-start` | `warm_start` | `0.5` | when changed | what a test adds |" in table
+    assert all("--warm-start" in text and "what a test adds" in text for text in helps)
+    assert (default["warm_start"], changed["warm_start"]) == (0.5, 0.25)
+    assert "--warm-start 0.25" in done.stderr and "warm_start is -1.0; it must be at least 0" in done.stderr
+    assert row["config"]["warm_start"] == 0.25 and row["run_id"] == changed["run_id"] != default["run_id"]
+    options = parser().parse_args(["case", "gpt2_clm", "fp32_true", *words])
+    case, config = (CASES["gpt2_clm"], DTYPE_CONFIGS["fp32_true"])
+    assert plan_run(case, config, 0, request(options), choose_device("cpu")).run_id == default["run_id"]
