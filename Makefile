@@ -54,7 +54,7 @@ bench: $(READY)
 gpu: OUT = results/gpu
 gpu: $(READY)
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU here; make run and make test need none')"
-	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_switches.py
+	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_precision.py
 	$(BIN)/python -m harness doctor --measure --out $(OUT)
 	$(BIN)/python -m kernels bench --out $(OUT)/kernels.json
 	$(BIN)/python -m harness bench forensics overhead --out $(OUT)

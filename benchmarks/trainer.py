@@ -8,7 +8,7 @@ from statistics import median
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.overhead.figure import Figure, summarize
 from harness.settings import Request
-from instrument.words import count
+from instrument.terminal import count
 
 TARGET_RATIO = 1.0
 CASE_IDS = ("gpt2_clm", "gpt2_multi_cls")

@@ -30,7 +30,7 @@ from harness.optimizer import learning_rate
 from harness.precision import Precision
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.settings import MAX_NORM, RunSettings
-from instrument.step_meter import Reading, StepMeter
+from instrument.watch.meter import Reading, StepMeter
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from bench_cases.lookup import missing_package
 from harness import options as arguments
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, USAGE
 from harness.parallel.ranks import is_spokesman
-from instrument.closed_pipe import reader_may_leave
-from instrument.words import sentence_of
+from instrument.terminal import reader_may_leave, sentence_of
 
 if TYPE_CHECKING:
     from harness.supervisor.heartbeat import HeartbeatSender

@@ -3,7 +3,7 @@
 That is what a tensor core with fp32 accumulators does, and it is over a hundred times faster
 than the CPU's own fp16 path, which emulates every multiplication. The products of two fp16
 numbers are exact in fp32, so the only differences to a float64 product rounded to fp16 are the
-fp32 accumulation and one rounding (`tests/harness/test_fp16_products.py` proves the bound).
+fp32 accumulation and one rounding (`tests/harness/test_precision.py` proves the bound).
 
 The override is global to the process; every run has a process of its own.
 """

@@ -13,7 +13,7 @@ from harness.loss import training_loss
 from harness.optimizer import learning_rate
 from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy
 from harness.precision import Precision
-from instrument.step_meter import Reading, StepMeter
+from instrument.watch.meter import Reading, StepMeter
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from harness.precision import Precision
 from harness.settings import MAX_NORM, RunSettings
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import NamedState, Snapshot
-from instrument.step_meter import Reading, StepMeter
+from instrument.watch.meter import Reading, StepMeter
 from instrument.watch.taps import ModuleTaps
 
 DROPOUT_OF_RANKS = 15_485_863

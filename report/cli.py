@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from instrument.closed_pipe import reader_may_leave
-from instrument.words import count, sentence_of
+from instrument.terminal import count, reader_may_leave, sentence_of
 from report import arguments
 from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 

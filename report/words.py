@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from instrument.words import count as count
+from instrument.terminal import count as count
 from report.statistics.interval import Interval
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from harness.campaign.book import NAME
 from harness.campaign.stages import FOLDER
 from instrument.results.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
-from instrument.words import count
+from instrument.terminal import count
 
 LIMIT_BYTES = 15_000_000
 LARGEST_TRACE_BYTES = 6_000_000

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from harness.settings import SettingsError
-from instrument.words import count
+from instrument.terminal import count
 
 CASE_ORDER = (
     "gpt2_multi_cls",

@@ -16,7 +16,7 @@ from harness.campaign.book import Book
 from harness.campaign.pack import Packed
 from harness.campaign.plan import Cost, Plan
 from harness.campaign.stages import Stage
-from instrument.words import count
+from instrument.terminal import count
 
 CASES_ABREAST = 6
 """Beside the configurations' names within 80 columns."""

@@ -20,7 +20,7 @@ from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
 from harness.options import FLOPS_SETTINGS, request
 from harness.settings import RunSettings, SettingsError, resolve
-from instrument.words import count as count_in_words
+from instrument.terminal import count as count_in_words
 
 
 def flops_command(options: argparse.Namespace) -> int:
@@ -55,8 +55,8 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
     from harness.estimate.fake_model import data_facts, shapes_of
     from harness.precision import DEFAULT_ATTENTION
     from harness.run.step_flops import closed_row_flops, counter_of, dtypes_of, meaningful_outputs, step_flops
+    from instrument.flop_counter import ModelCounter, Uncountable
     from instrument.flops import sizes_of
-    from instrument.flops.counter import ModelCounter, Uncountable
 
     facts = data_facts(settings)
     model, outputs = shapes_of(facts.request), meaningful_outputs(facts.request)

@@ -25,7 +25,7 @@ from instrument.results.folder import finished_run, finished_runs
 from instrument.results.repair import Repair
 from instrument.results.schemas import RunRecord, encode
 from instrument.results.states import FileState
-from instrument.words import count
+from instrument.terminal import count
 
 
 def repair_command(options: argparse.Namespace) -> int:

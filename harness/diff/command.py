@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.exit_codes import OK
-from instrument.words import count
+from instrument.terminal import count
 
 
 def diff_command(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from harness.doctor.measured import too_low
 from harness.planning import choose_device, results_folder
 from instrument.environment import capture, version
 from instrument.nvml import Nvml
-from instrument.words import count
+from instrument.terminal import count
 
 
 def doctor_command(options: argparse.Namespace) -> int:

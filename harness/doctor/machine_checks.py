@@ -23,9 +23,9 @@ from harness.fp16_products import cpu_has_fp16_arithmetic
 from harness.optimizer import OptimizerUnavailable, adamw_for
 from harness.precision import ATTENTION, DTYPES, Unsupported, refuse_what_the_device_lacks
 from instrument.environment import cpu_name, version
-from instrument.gpus import capability_support, known_card
+from instrument.mfu import capability_support, known_card
 from instrument.nvml import Nvml
-from instrument.words import count
+from instrument.terminal import count
 
 
 def why_no_gpu(nvml: Nvml) -> str | None:

@@ -19,7 +19,7 @@ import torch
 
 from harness import fp16_products
 from harness.precision import DTYPES, set_switches
-from instrument.gpus import capability_support
+from instrument.mfu import capability_support
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -11,7 +11,7 @@ from typing import Any
 
 from instrument.results.files import replace
 from instrument.results.folder import OutputError, require_writable
-from instrument.words import count
+from instrument.terminal import count
 
 IDENTITY = ("cpu", "gpu")
 BUSY_FRAC = 0.1

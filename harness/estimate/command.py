@@ -28,7 +28,7 @@ from harness.options import option_words
 from harness.settings import SETTINGS, RunSettings
 from instrument.results.folder import finished_run
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 
 
 def print_estimate(settings: RunSettings, out: Path, as_json: bool) -> None:

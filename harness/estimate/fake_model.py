@@ -23,9 +23,8 @@ from harness.precision import DTYPES, Precision
 from harness.run.execute import load_run_data, model_request
 from harness.settings import RunSettings
 from instrument.flops import StepFlops
-from instrument.gpus import known_card
-from instrument.mfu import weighted_peak
-from instrument.words import count
+from instrument.mfu import known_card, weighted_peak
+from instrument.terminal import count
 
 HUB_VOCABULARIES = {"gpt2": 50_258, "roberta": 50_265}
 HUB_LABELS = 100

@@ -22,7 +22,7 @@ from harness.fit.search import Found, Tried, search
 from harness.settings import Request, RunSettings
 from instrument.results.files import locked, replace
 from instrument.results.folder import require_writable
-from instrument.words import count
+from instrument.terminal import count
 
 
 def show_trial(found: Any) -> None:

@@ -22,7 +22,7 @@ from harness.forensics.rebuild import Rebuilt
 from harness.loss import training_loss
 from harness.training import Training
 from instrument.memory import memory_split, saved_for_backward
-from instrument.replay.examine import Examination, examine
+from instrument.replay.replays import Examination, examine
 from instrument.replay.snapshot import NamedState, Snapshot
 from instrument.results.schemas import FirstNonfinite
 

@@ -34,7 +34,7 @@ from instrument.replay.snapshot import NamedState
 from instrument.results.files import replace
 from instrument.results.forensics import ForensicsRecord, Remedy
 from instrument.results.schemas import FirstNonfinite, RecordError, RunRecord, decode, encode
-from instrument.words import count
+from instrument.terminal import count
 
 STEPS, STEPS_BEYOND = 20, 5
 MOST_TIMED_STEPS = 6

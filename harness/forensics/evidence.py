@@ -20,9 +20,9 @@ from safetensors.torch import save
 from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.replay.diagnosis import DENOMINATOR, Diagnosis
-from instrument.replay.examine import Examination, kind_name
 from instrument.replay.graph import Node
 from instrument.replay.recorder import mutated
+from instrument.replay.replays import Examination, kind_name
 from instrument.results.files import replace
 from instrument.results.forensics import HistogramRecord, KernelRow, Link, Magnitude, OperandRecord, OutputRecord
 from instrument.watch.taps import TapReading

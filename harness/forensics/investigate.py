@@ -30,14 +30,14 @@ from harness.forensics.evidence import (
 from harness.parallel.failure_location import first_of_all, of_this_rank
 from harness.training import Training
 from instrument.replay.diagnosis import SUM_OVER_RANKS
-from instrument.replay.examine import Examination, completed, examine
+from instrument.replay.replays import Examination, completed, examine
 from instrument.replay.snapshot import Snapshot
 from instrument.results.files import replace
 from instrument.results.forensics import ForensicsRecord
 from instrument.results.schemas import FirstNonfinite, StepRecord
-from instrument.step_meter import Divergence, Reading
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
+from instrument.watch.meter import Divergence, Reading
 from instrument.watch.taps import ModuleTaps, TapReading
 
 

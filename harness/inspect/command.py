@@ -32,7 +32,7 @@ from harness.inspect.tables import (
     remedy_table,
 )
 from harness.matrix.stability import STYLES
-from instrument.words import count
+from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
 

@@ -20,7 +20,7 @@ from instrument.results.files import plain_inside
 from instrument.results.forensics import ForensicsRecord, Magnitude
 from instrument.results.read import FoundRun, failure_of, module_rows, records, run_record
 from instrument.results.schemas import EventRecord, FirstNonfinite, RunRecord, StepRecord, nonfinite_name
-from instrument.words import count
+from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
 MOST_FRAMES = 5

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.inspect.findings import KIND_WORDS
-from instrument.words import count
+from instrument.terminal import count
 from kernels.float_formats import FP16
 
 FP16_SMALLEST_EXPONENT = FP16.min_exponent - FP16.mantissa_bits

@@ -35,7 +35,7 @@ from harness.parallel.ranks import Ranks, is_spokesman
 from harness.run.signals import Stop
 from harness.settings import RunSettings, SettingsError
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 
 ONE_PROCESS = Ranks()
 MARGIN_S = {"full": 60.0, "tiny": 5.0}

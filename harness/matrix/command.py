@@ -36,12 +36,12 @@ from harness.supervisor.process_monitor import Rules
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, finished_run, finished_runs, require_writable, write_index
 from instrument.results.schemas import RunRecord, encode
-from instrument.words import count
+from instrument.terminal import count
 
 
 def matrix_command(options: argparse.Namespace) -> int:
     """Run what is not done yet and print the stability matrix; ``--json`` prints all rows. When whoever reads that goes
-    away (``| head``) the runs go on all the same (see `instrument.closed_pipe`)."""
+    away (``| head``) the runs go on all the same (see `instrument.terminal`)."""
     refuse_ranks("matrix")
     device = choose_device(options.device)
     out = results_folder(options.out, device)

@@ -22,7 +22,7 @@ from harness.supervisor.crash_record import disturbance
 from harness.supervisor.pool import Pool, Running
 from instrument.results.files import replace
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 
 
 class MatrixScreen:

@@ -24,8 +24,8 @@ from harness.run.instruments import Instruments
 from harness.settings import MAX_NORM, Request, RunSettings
 from harness.training import Training
 from instrument.results.folder import RunFolder
+from instrument.terminal import count as words_for
 from instrument.watch.watch import Watch
-from instrument.words import count as words_for
 
 SIZES = {"cpu": {"n_embd": 256, "n_layer": 12, "n_head": 4}}
 """On a CPU, GPT-2 with about 10 million parameters; on a GPU, the full preset's."""

@@ -14,7 +14,7 @@ from statistics import fmean, median, stdev
 from rich.console import Console
 from rich.table import Table
 
-from instrument.words import count
+from instrument.terminal import count
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import msgspec
 
 from harness.parallel.context import DistributedContext
 from harness.parallel.strategy import ParallelStrategy
-from instrument.finite import prevailing
 from instrument.replay.diagnosis import SUM_OVER_RANKS
 from instrument.results.schemas import FirstNonfinite
-from instrument.step_meter import Divergence
-from instrument.watch.step_counters import innermost
+from instrument.watch.counters import innermost, prevailing
+from instrument.watch.meter import Divergence
 from instrument.watch.taps import ModuleTaps, TapReading
 
 BEHIND_THE_LOSS = ("forward", "loss")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from harness.predict.gather import ConfigPrediction, ModuleHeadroom, Predictions, ReferencePrediction
 from instrument.prediction import FALSE_ALARM, HIT, MISSED, NOT_REACHED, VERDICTS, Hazard
-from instrument.words import count
+from instrument.terminal import count
 
 
 def predict_command(options: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from instrument.results.log import read
 from instrument.results.ranges import ModuleRecord
 from instrument.results.read import RunNotFound, RunUnreadable
 from instrument.results.schemas import RecordError, RunRecord, StepRecord
-from instrument.watch.modules import HeadroomTable
+from instrument.watch.hooks import HeadroomTable
 from kernels.float_formats import BF16, FP16
 
 REFERENCE = "fp32_true"

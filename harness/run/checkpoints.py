@@ -19,7 +19,7 @@ from harness.run.signals import Stop
 from harness.settings import RunSettings
 from harness.training import Training
 from instrument.results.folder import RunFolder
-from instrument.words import count
+from instrument.terminal import count
 
 
 def young_daly_s(cost_s: float, mtbf_s: float) -> float:

@@ -24,7 +24,7 @@ from harness.settings import RunSettings
 from harness.supervisor.crash_record import cleanup
 from harness.training import Training
 from instrument.memory import memory_split, with_activations
-from instrument.replay.examine import explain_skip
+from instrument.replay.replays import explain_skip
 from instrument.results.files import replace
 from instrument.results.folder import RunFolder
 from instrument.results.forensics import ForensicsRecord
@@ -32,8 +32,8 @@ from instrument.results.ranges import ModuleLog
 from instrument.results.schemas import EventRecord, StepRecord, encode
 from instrument.sampler.sampler import Sampler
 from instrument.sampler.summary import energy_per
-from instrument.step_meter import Divergence, Reading
 from instrument.trace.window import ModuleMagnitudes, TraceWindow
+from instrument.watch.meter import Divergence, Reading
 from instrument.watch.taps import KEPT_STEPS, ModuleTaps
 
 

@@ -14,7 +14,7 @@ from harness.settings import RunSettings
 from harness.supervisor.crash_record import progress_summary, warm_steps
 from instrument.environment import capture, device_slug
 from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord
-from instrument.step_meter import Divergence
+from instrument.watch.meter import Divergence
 
 
 @dataclass

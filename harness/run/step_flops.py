@@ -14,8 +14,8 @@ from bench_cases import ARCHITECTURES, Case, DtypeConfig
 from bench_cases.models import ModelRequest
 from harness.doctor.measured import rates_measured_here
 from harness.settings import RunSettings
+from instrument.flop_counter import ModelCounter, Uncountable
 from instrument.flops import CLOSED_FORMS, ProductDtypes, RowFlops, StepFlops, fit, product_dtypes, sizes_of
-from instrument.flops.counter import ModelCounter, Uncountable
 from instrument.mfu import Peaks, Utilisation, datasheet_peaks
 
 
@@ -25,7 +25,7 @@ def step_flops(model: nn.Module, case: Case, config: DtypeConfig, *, attention: 
     the longest rows.
 
     An architecture of the registry has a closed form, which costs nothing and which the tests hold equal to
-    the count; any other is counted once at a few lengths. Raises `instrument.flops.counter.Uncountable`.
+    the count; any other is counted once at a few lengths. Raises `instrument.flop_counter.Uncountable`.
     """
     row, source = closed_row_flops(model, case, outputs), "closed form"
     if row is None:

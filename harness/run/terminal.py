@@ -14,7 +14,7 @@ from harness.matrix.stability import STYLES
 from harness.settings import RunSettings
 from harness.supervisor.crash_record import disturbance
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord
-from instrument.words import count
+from instrument.terminal import count
 
 PLAIN_LINES = 10
 """How many progress lines a run prints when nobody watches a terminal."""

@@ -29,7 +29,7 @@ from instrument.memory import snapshot_on_oom
 from instrument.mfu import Utilisation
 from instrument.results.folder import RunFolder
 from instrument.results.schemas import EvaluationRecord, EventRecord, StepRecord
-from instrument.step_meter import Reading
+from instrument.watch.meter import Reading
 
 Progress = Callable[[StepRecord | EvaluationRecord | EventRecord], None]
 

@@ -23,9 +23,9 @@ from harness.exit_codes import ENVIRONMENT, INTERRUPTED, RUN_FAILED
 from harness.supervisor.failure import Failure
 from harness.supervisor.heartbeat import Draft, Heartbeat, HeartbeatSender, write_stacks_to
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
-from instrument.closed_pipe import reader_may_leave
 from instrument.results.files import CRASH_VARIABLE
 from instrument.results.schemas import RunRecord, decode, encode
+from instrument.terminal import reader_may_leave
 
 ELSEWHERE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", CRASH_VARIABLE)
 """torchrun supervises its ranks; and the crash sweep stands for a machine that dies whole."""

@@ -31,8 +31,8 @@ from instrument.replay.diagnosis import (
     values_of,
 )
 from instrument.replay.graph import AFTER, Edge, Node, StepGraph
-from instrument.watch.modules import call_with_hooks
-from instrument.watch.step_counters import wrap_unscale
+from instrument.watch.counters import wrap_unscale
+from instrument.watch.hooks import call_with_hooks
 
 
 class OpRecorder(TorchDispatchMode):

@@ -14,7 +14,7 @@ from instrument.results.hardware import HardwareRecord
 from instrument.results.lines import Defect, defect, json_object, read_objects, read_one, read_records, stored
 from instrument.results.runs import read_runs
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, is_safe
-from instrument.words import count
+from instrument.terminal import count
 
 
 class NoResults(Exception):

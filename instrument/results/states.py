@@ -17,7 +17,7 @@ from instrument.results.folder import finished_run
 from instrument.results.hardware import HardwareRecord
 from instrument.results.ranges import ModuleRecord
 from instrument.results.schemas import UNREADABLE, EvaluationRecord, EventRecord, Record, RunRecord, StepRecord, decode
-from instrument.words import count
+from instrument.terminal import count
 
 SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)', re.DOTALL)
 """Where two lines run together: a newline that flipped into another byte, or zeros that a power cut left."""

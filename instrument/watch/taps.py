@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instrument.replay.diagnosis import is_dense
-from instrument.watch.modules import Hook, blocks, leaves, tensors_in
+from instrument.watch.hooks import Hook, blocks, leaves, tensors_in
 from kernels import ActivationRing, activation_stats
 from kernels.float_formats import FP16
 

@@ -20,12 +20,10 @@ from contextlib import contextmanager
 import msgspec
 import torch
 
-from instrument.finite import surfaced
-from instrument.replay.examine import Examination, completed
+from instrument.replay.replays import Examination, Replayed, Replays, completed
 from instrument.results.schemas import PHASES, EventRecord, FirstNonfinite
-from instrument.watch.modules import Headroom, HeadroomTable, Hook, tensors_in
-from instrument.watch.replays import Replayed, Replays
-from instrument.watch.step_counters import COLUMNS, StepRow, Surface, wrap_unscale
+from instrument.watch.counters import COLUMNS, StepRow, Surface, surfaced, wrap_unscale
+from instrument.watch.hooks import Headroom, HeadroomTable, Hook, tensors_in
 from instrument.watch.taps import ModuleTaps
 
 

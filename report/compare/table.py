@@ -10,7 +10,7 @@ import pandas as pd
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 from report.errors import UsageError
 from report.tables import a_stability, b_efficiency, c_throughput
 from report.tables.b_efficiency import memory_kind, peak_of

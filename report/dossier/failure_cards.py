@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from instrument.words import count
+from instrument.terminal import count
 from report.dossier.citations import RowNumbers
 from report.dossier.runs_table import ABSENT, run_href
 from report.dossier.sparkline import sparkline

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 from report.dossier.citations import RowNumbers, in_order
 from report.plots.text import clean
 from report.spelled import spelled

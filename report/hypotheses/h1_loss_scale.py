@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 from report.hypotheses.evidence_base import BySeed, EvidenceBase, ids
 from report.hypotheses.finding import Evidence, Finding, decide_count, finding, unanimous
 from report.statistics.interval import share_interval

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 from kernels.float_formats import FP16
 from report.hypotheses.evidence_base import EvidenceBase
 from report.hypotheses.finding import Evidence, Finding, decide_count, finding, somewhere

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_cases import CASES, DTYPE_CONFIGS
-from instrument.flops.formula import CLOSED_FORMS, Sizes
+from instrument.flops import CLOSED_FORMS, Sizes
 from instrument.mfu import Peaks, datasheet_peaks
 from instrument.results.files import replace
 from instrument.results.lines import Defect, defect
 from instrument.results.schemas import RunRecord, StepRecord, encode
-from instrument.words import count
+from instrument.terminal import count
 from report.errors import ImportRefused
 from report.importers.dtype_bench_row import RunFacts, run_record
 from report.importers.dtype_bench_source import read_source

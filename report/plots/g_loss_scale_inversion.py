@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from instrument.words import count
+from instrument.terminal import count
 from report.plots.decimate import decimate
 from report.plots.direct_labels import label_right
 from report.plots.palette import look

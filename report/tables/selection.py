@@ -16,7 +16,7 @@ from typing import Any
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from instrument.words import count
+from instrument.terminal import count
 from report.tables.columns import REFERENCE, column_of
 
 ROW_SETTINGS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from instrument.words import count
+from instrument.terminal import count
 from report.hypotheses.evidence_base import EvidenceBase, log_ratios
 from report.statistics.interval import FEWEST_SEEDS, exponential, mean_interval
 from report.tables.columns import REFERENCE, is_control, series_order

@@ -27,9 +27,9 @@ from harness.run.step_flops import (
 )
 from harness.settings import Request, resolve
 from instrument.environment import capture
+from instrument.flop_counter import Uncountable
 from instrument.flops import CLOSED_FORMS
-from instrument.flops.counter import Uncountable
-from instrument.step_meter import StepMeter
+from instrument.watch.meter import StepMeter
 
 CPU = torch.device("cpu")
 

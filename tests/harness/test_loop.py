@@ -11,7 +11,7 @@ from harness.loop import LoopOptions, train
 from harness.loss import training_loss
 from harness.precision import Precision
 from harness.run.execute import load_run_data, make_batches, model_request
-from instrument.step_meter import StepMeter
+from instrument.watch.meter import StepMeter
 
 CPU = torch.device("cpu")
 SIX = [case.id for case in CASES.values() if case.in_default_matrix]

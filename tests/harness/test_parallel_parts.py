@@ -15,8 +15,8 @@ from harness.parallel.ranks import Ranks
 from harness.parallel.strategy import ParallelStrategy, takes_part
 from harness.run.outcome import Outcome
 from harness.run.signals import Stopped
-from instrument.finite import surfaced
 from instrument.replay.diagnosis import SUM_OVER_RANKS
+from instrument.watch.counters import surfaced
 
 
 class Told(DistributedContext):

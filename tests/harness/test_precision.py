@@ -1,4 +1,6 @@
-"""Every configuration runs as declared, or is refused with the reason."""
+"""Every configuration runs as declared or is refused with the reason; switches are proven by computation; fp16 products
+in fp32 are rounded once.
+"""
 
 from functools import partial
 
@@ -7,14 +9,128 @@ import torch
 
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.models import build_model
-from harness import fp16_products
-from harness import precision as precision_module
+from harness import fp16_products, precision
 from harness.loss import MeasuringGradScaler, training_loss
 from harness.precision import DTYPES, Precision, SwitchError, Unsupported, refuse_what_the_device_lacks
 from harness.run.execute import load_run_data, make_batches, model_request
 from kernels import scale_
 
 CPU = torch.device("cpu")
+
+
+def test_fp32_products_are_fp32_on_the_cpu():
+    record = precision.set_switches(CPU, tf32=False, threads=1)
+    assert record["verified"] == ["fp32_products"]
+    assert record["fp32_precision"] == "ieee" and record["threads"] == 1
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+def test_the_proof_notices_a_product_that_rounds(monkeypatch):
+    whole = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: whole(a.bfloat16(), b.bfloat16()).float())
+    assert precision.tf32_rounds(CPU)
+    with pytest.raises(precision.SwitchError, match="fp32_products"):
+        precision.set_switches(CPU, tf32=False, threads=0)
+
+
+def test_the_accumulation_proof_tells_fp32_from_fp16_partial_sums(monkeypatch):
+    assert precision.accumulates_in_fp32(CPU, torch.float32)
+
+    def in_pieces(a, b):
+        parts = [torch.mm(a[:, s : s + 4_096].float(), b[s : s + 4_096].float()).half() for s in range(0, a.shape[1], 4_096)]
+        return torch.stack(parts).sum(0, dtype=torch.float16)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", in_pieces)
+    assert not precision.accumulates_in_fp32(CPU, torch.float16)
+
+
+def test_the_accumulation_proof_allows_what_a_tensor_core_drops(monkeypatch):
+    """Aligning 24 bits to the largest summand loses the last ones of a small one: that is no sum in fp16."""
+    whole = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (whole(a.double(), b.double()) + 4_096.0).to(a.dtype))
+    assert precision.accumulates_in_fp32(CPU, torch.float16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_switches_hold_on_the_gpu():
+    gpu = torch.device("cuda")
+    assert set(precision.set_switches(gpu, tf32=False, threads=0)["verified"]) == {"fp32_products", "fp16_accumulates_in_fp32"}
+    precision.set_switches(gpu, tf32=True, threads=0)
+    precision.set_switches(gpu, tf32=False, threads=0)
+
+
+def operands(m, k, n, scale=1.0):
+    torch.manual_seed(m * k * n)
+    return (torch.randn(m, k) * scale).half(), torch.randn(k, n).half()
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (3, 17, 5), (64, 256, 32), (16, 4_096, 8)])
+def test_a_product_is_the_exact_one_within_fp32_accumulation_and_one_rounding(m, k, n):
+    left, right = operands(m, k, n)
+    exact = left.double() @ right.double()
+    bound = 2.0**-11 * exact.abs() + k * 2.0**-24 * (left.double().abs() @ right.double().abs()) + 2.0**-25
+    with fp16_products.installed():
+        results = {
+            "mm": left @ right,
+            "bmm": torch.bmm(left[None], right[None])[0],
+            "linear": torch.nn.functional.linear(left, right.T.contiguous()),
+            "addmm": torch.addmm(torch.zeros(n).half(), left, right),
+        }
+    for name, result in results.items():
+        assert result.dtype == torch.float16
+        worst = ((result.double() - exact).abs() / bound).max().item()
+        assert worst <= 1, f"{name}: {worst:.3f} times the bound"
+
+
+def test_addmm_rounds_once_not_twice():
+    left, right = torch.tensor([[1.0]]).half(), torch.tensor([[2.0**-11]]).half()
+    bias = torch.tensor([[1.0 + 2.0**-10]]).half()
+    with fp16_products.installed():
+        got = torch.addmm(bias, left, right)
+    exact = bias.double() + left.double() @ right.double()  # a tie between two fp16 numbers
+    assert got.double().item() == exact.half().double().item()
+
+
+def test_overflow_stays_overflow_and_partial_sums_may_exceed_fp16():
+    left = torch.tensor([[300.0, 300.0]]).half()
+    with fp16_products.installed():
+        assert (left @ torch.tensor([[300.0], [300.0]]).half()).isinf().all()
+        assert (left @ torch.tensor([[300.0], [-300.0]]).half()).item() == 0
+
+
+def test_other_dtypes_keep_their_kernels_bit_for_bit():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        left, right = torch.randn(33, 65).to(dtype), torch.randn(65, 17).to(dtype)
+        bias = torch.randn(17).to(dtype)
+        before = left @ right, torch.addmm(bias, left, right, beta=0.5, alpha=2.0)
+        with fp16_products.installed():
+            after = left @ right, torch.addmm(bias, left, right, beta=0.5, alpha=2.0)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_gradients_flow_through():
+    layer = torch.nn.Linear(8, 4).half()
+    x = torch.randn(2, 3, 8).half().requires_grad_()
+    with fp16_products.installed():
+        layer(x).float().square().sum().backward()
+    wide = torch.nn.Linear(8, 4)
+    wide.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
+    y = x.detach().float().requires_grad_()
+    wide(y).square().sum().backward()
+    torch.testing.assert_close(x.grad.float(), y.grad, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(layer.weight.grad.float(), wide.weight.grad, rtol=5e-3, atol=5e-3)
+
+
+def test_the_override_ends_with_its_block():
+    left, right = operands(64, 512, 64)
+    native = left @ right
+    with fp16_products.installed():
+        pass
+    assert torch.equal(left @ right, native)
+
+
 ON_CPU = [name for name, config in DTYPE_CONFIGS.items() if not config.tf32]
 
 
@@ -130,7 +246,7 @@ def test_clipping_scales_to_the_norm_and_never_up(plan):
 @pytest.mark.parametrize("name", ["fp32_true", "bf16_pure", "fp16_naive"])
 def test_clipping_multiplies_by_an_fp32_factor(plan, monkeypatch, name, impl):
     """Gradients of every dtype times the same number, rounded once; 2^-30 is 0 in fp16, and 1/3 another number in bf16."""
-    monkeypatch.setattr(precision_module, "scale_", partial(scale_, impl=impl))
+    monkeypatch.setattr("harness.precision.scale_", partial(scale_, impl=impl))
     precision, _, _ = made(plan, name)
     precision.close()
     precision.parameters = precision.parameters[:3]
@@ -173,8 +289,8 @@ def test_tf32_does_not_exist_on_a_cpu():
     ("capability", "refused"), [((7, 0), {"bf16", "tf32"}), ((7, 5), {"bf16", "tf32"}), ((8, 6), set()), ((9, 0), set())]
 )
 def test_a_gpu_refuses_what_its_generation_lacks(monkeypatch, capability, refused):
-    monkeypatch.setattr(precision_module.torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(precision_module.torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(precision.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(precision.torch.cuda, "get_device_name", lambda device: "Some GPU")
     for config in DTYPE_CONFIGS.values():
         lacks = ("bf16" in refused and "bf16" in (config.weights, config.compute)) or ("tf32" in refused and config.tf32)
         if lacks:

@@ -17,7 +17,7 @@ from harness.forensics.evidence import METADATA_KEY, save_operands
 from harness.inspect.repro_script import OURS, read_culprit, script_text, write_repro
 from harness.run.execute import execute
 from harness.settings import SettingsError
-from instrument.replay.examine import examine
+from instrument.replay.replays import examine
 from instrument.replay.snapshot import Snapshot
 from instrument.results.forensics import ForensicsRecord
 from instrument.results.read import FoundRun, RunUnreadable, locate

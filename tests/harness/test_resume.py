@@ -124,9 +124,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(small, tmp_path):
 
 
 def test_an_exploding_loss_is_noticed_at_the_same_step(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("instrument.step_meter.EXPLOSION_STEPS", 3)
-    monkeypatch.setattr("instrument.step_meter.MEDIAN_STEPS", 4)
-    monkeypatch.setattr("instrument.step_meter.deque", lambda maxlen: deque(maxlen=4))
+    monkeypatch.setattr("instrument.watch.meter.EXPLOSION_STEPS", 3)
+    monkeypatch.setattr("instrument.watch.meter.MEDIAN_STEPS", 4)
+    monkeypatch.setattr("instrument.watch.meter.deque", lambda maxlen: deque(maxlen=4))
     settings = small("fp32_true", "gpt2_clm", max_steps=30, lr=3.0)
     whole = execute(settings, tmp_path / "whole")
     assert whole.status == "diverged" and whole.first_nonfinite is None

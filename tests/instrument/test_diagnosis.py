@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from instrument.replay.examine import examine
+from instrument.replay.replays import examine
 from instrument.replay.snapshot import Snapshot
 
 

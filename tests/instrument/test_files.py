@@ -366,7 +366,7 @@ ALLOWED = {
     "instrument/results/log.py": "is the module's other half",
     "instrument/results/claims.py": "a claim appears by a hard link with its lock held, not by replacing",
     "instrument/results/folder.py": "deletes an earlier run's snapshot; probes whether the folder can be written",
-    "instrument/closed_pipe.py": "/dev/null, for the words that nobody reads",
+    "instrument/terminal.py": "/dev/null, for the words that nobody reads",
     "harness/supervisor/worker.py": "a process's standard output and error, which libraries write",
     "harness/forensics/stored.py": "writes a folder under a temporary name and renames it whole",
     "harness/bench/reliability": "plants damage, in folders of its own",

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel
 
+from instrument.flop_counter import ModelCounter, Uncountable
 from instrument.flops import (
     CLOSED_FORMS,
     LengthPolynomial,
@@ -21,7 +22,6 @@ from instrument.flops import (
     product_dtypes,
     sizes_of,
 )
-from instrument.flops.counter import ModelCounter, Uncountable
 from kernels import bce_with_logits, cross_entropy
 
 FP32 = ProductDtypes("fp32", "fp32", "fp32")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from instrument import NonfiniteError, Watch
-from instrument.watch.modules import blocks, leaves, tensors_in
+from instrument.watch.hooks import blocks, leaves, tensors_in
 from instrument.watch.taps import ModuleTaps
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from instrument import Watch
-from instrument.watch.modules import blocks
+from instrument.watch.hooks import blocks
 from tests.instrument.awkward import Net, batch, place, sgd, square_root_of_zero, watched
 
 # -- who is named -----------------------------------------------------------------------------

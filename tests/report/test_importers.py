@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from instrument.gpus import known_card
+from instrument.mfu import known_card
 from instrument.results.contents import load
 from instrument.results.schemas import encode
 from report.errors import ImportRefused

@@ -9,7 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from harness.overhead.figure import CONSOLE
-from instrument.words import count
+from instrument.terminal import count
 from tests.soak.reliability.trial import Tally
 
 MOST_LOSSES = 10

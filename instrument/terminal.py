@@ -1,9 +1,9 @@
-"""What a program does when whoever reads its words goes away (``| head``, a terminal that is closed), or a full disk takes
-no more of them.
+"""What commands write to a terminal or a pipe: counted nouns, sentences for errors of the operating system, and what
+happens when the reader goes away (``| head``, a closed terminal) or the disk is full. Torch-free.
 
-A command that only tells something ends there, quietly, with the status that a shell shows for a program that SIGPIPE
-killed (5 on a full disk, with a sentence). A command that makes something (runs, a dossier) goes on in silence: its
-results go to files, its hours have been paid for, and its exit status stays that of its results. Torch-free.
+A command that only reports ends there, quietly, with the status that a shell shows for a program that SIGPIPE killed (5
+on a full disk, with a sentence). A command that makes something (runs, a dossier) continues in silence: its results go
+to files, and its exit status stays that of its results.
 """
 
 from __future__ import annotations
@@ -14,6 +14,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def count(n: int, one: str, many: str | None = None) -> str:
+    """``1 run``, ``3 runs``, ``1,000 runs``; ``many`` where it is not ``one`` with an s."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+FIXABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """``cannot use PATH: Not a directory``; None for any other error, a missing file above all: a fault of ours."""
+    if not isinstance(error, OSError) or error.errno not in FIXABLE or not isinstance(error.filename, str | bytes):
+        return None
+    return f"cannot use {os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
+
 
 READER_GONE = 141
 """128 + SIGPIPE."""
@@ -28,8 +58,8 @@ class Reader:
         self.needed = True
 
 
-class Words:
-    """A stream, that its first error turns into one into nothing; raises ``SystemExit`` where the reader was needed."""
+class ClosableStream:
+    """A stream, that discards everything after its first error; raises ``SystemExit`` where the reader was needed."""
 
     def __init__(self, stream: Any, reader: Reader) -> None:
         self._stream, self._reader = stream, reader
@@ -65,10 +95,10 @@ class Words:
 
 @contextmanager
 def reader_may_leave() -> Iterator[Reader]:
-    """Within the block a reader who leaves is no error, and a stream that is closed from the beginning takes any words."""
+    """Within the block a reader who leaves is no error, and a stream that was closed before discards what is written."""
     reader, before = Reader(), (sys.stdout, sys.stderr)
     with open(os.devnull, "w") as nowhere:
-        streams = [Words(stream or nowhere, reader) for stream in before]
+        streams = [ClosableStream(stream or nowhere, reader) for stream in before]
         sys.stdout, sys.stderr = streams
         try:
             yield reader

@@ -1,18 +1,70 @@
-"""A reader that goes away (`| head`), seen from the program whose words it was reading."""
+"""Counted nouns, sentences for what the disk refuses, and readers that go away (`| head`)."""
 
+import ast
+import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from instrument.closed_pipe import NO_ROOM, READER_GONE
+from instrument.terminal import NO_ROOM, READER_GONE, count, sentence_of
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("harness", "instrument", "kernels", "bench_cases", "report")
+
+
+@pytest.mark.parametrize(
+    ("n", "words", "told"),
+    [
+        (0, ("run",), "0 runs"),
+        (1, ("run",), "1 run"),
+        (2, ("run",), "2 runs"),
+        (12_000, ("row",), "12,000 rows"),
+        (1, ("process", "processes"), "1 process"),
+        (3, ("process", "processes"), "3 processes"),
+    ],
+)
+def test_one_is_singular_and_all_else_is_not(n, words, told):
+    assert count(n, *words) == told
+
+
+def test_no_text_of_the_program_leaves_the_plural_open():
+    """``run(s)`` and ``process(es)`` are for programs that cannot count."""
+    files = [file for room in ROOMS for file in (ROOT / room).rglob("*.py")]
+    nodes = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    texts = [(file, node.value) for file, node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts += [(file, file.read_text()) for file in (ROOT / "templates").rglob("*.j2")]
+    assert len(texts) > 5_000
+    assert [(file, text) for file, text in texts if re.search(r"\w\((s|es)\)", text)] == []
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as refused:
+        (tmp_path / "file" / "x").mkdir()
+    assert sentence_of(refused.value) == f"cannot use {tmp_path / 'file' / 'x'}: Not a directory"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "no such file", "x"),
+        OSError(errno.ENOSPC, "full"),
+        OSError("words"),
+        BrokenPipeError(errno.EPIPE, "broken", "x"),
+        KeyError("x"),
+    ],
+)
+def test_all_else_is_not_the_disk_s(error):
+    assert sentence_of(error) is None
+
+
 TELLS = """
 import sys
-from instrument.closed_pipe import reader_may_leave
+from instrument.terminal import reader_may_leave
 with reader_may_leave() as reader:
     reader.needed = {needed}
     for n in range(3):

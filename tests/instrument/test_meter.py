@@ -1,4 +1,6 @@
-"""The meter's numbers against their definitions, and the exact step of what it finds, at any window."""
+"""The meter's numbers against their definitions, the exact step of what it finds at any window, exploding losses, and
+the steps of several ranks as one.
+"""
 
 import math
 from types import SimpleNamespace
@@ -6,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from instrument.step_meter import EXPLOSION_STEPS, MEDIAN_STEPS, StepMeter
+from instrument.watch.meter import COLUMNS, EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector, MeasuredStep, StepMeter, together
+from instrument.watch.taps import TapReading, merged
 from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")
@@ -186,3 +189,88 @@ def test_a_loss_that_stays_high_ends_the_run_without_a_non_finite_value():
             break
     assert divergence.step == MEDIAN_STEPS - 1 + EXPLOSION_STEPS and divergence.first_nonfinite is None
     assert "rolling median loss" in divergence.reason
+
+
+def first_explosion(losses, warmup_steps=0):
+    detector = ExplosionDetector(warmup_steps)
+    return next((step for step, loss in enumerate(losses, start=1) if detector.exploded(step, loss)), None)
+
+
+def test_a_steady_and_a_falling_loss_never_explode():
+    assert first_explosion([2.0] * 1_000) is None
+    assert first_explosion([8.0 / (1 + 0.01 * s) for s in range(1_000)]) is None
+
+
+def test_spikes_do_not_count():
+    assert first_explosion([2.0 if s % 3 else 100.0 for s in range(1_000)]) is None
+
+
+def test_a_loss_that_stays_above_explodes_after_the_stated_number_of_steps():
+    high = [2.0] + [3.1] * 400
+    assert first_explosion(high) == MEDIAN_STEPS - 1 + EXPLOSION_STEPS
+    assert first_explosion([2.0] + [2.9] * 400) is None
+
+
+def test_warm_up_is_forgiven():
+    assert first_explosion([2.0] + [3.1] * 400, warmup_steps=200) == 200 + EXPLOSION_STEPS
+    assert first_explosion([2.0] + [9.0] * 150 + [2.0] * 400, warmup_steps=150) is None
+
+
+def test_a_non_finite_loss_does_not_break_the_median():
+    assert first_explosion([2.0] * 60 + [math.inf] + [2.0] * 200) is None
+
+
+HEALTHY = dict.fromkeys(COLUMNS, 0.0) | {
+    "loss_microbatch": -1.0,
+    "loss_scale": -1.0,
+    "grad_tensor": -1.0,
+    "state_tensor": -1.0,
+    "param_tensor": -1.0,
+}
+
+
+def step(time_s=1.0, slots=2, nbytes=None, **row):
+    return MeasuredStep({**HEALTHY, **row}, [{"slot": n} for n in range(slots)], time_s, nbytes)
+
+
+def test_one_process_is_left_as_it_is():
+    alone = step(loss=2.0)
+    assert together([alone])[0] is alone and alone.rank_of(1) is None
+
+
+def test_losses_add_up_and_the_slowest_rank_is_the_steps_time():
+    both, _ = together(
+        [step(loss=2.0, time_s=1.0, nbytes=5, grad_norm=3.0), step(loss=0.5, time_s=2.0, nbytes=7, grad_norm=3.0)]
+    )
+    assert (both.row["loss"], both.step_time_s, both.allocated_bytes, both.row["grad_norm"]) == (2.5, 2.0, 7, 3.0)
+    assert len(both.logits) == 4 and [both.rank_of(n) for n in range(4)] == [0, 0, 1, 1]
+
+
+def test_the_first_bad_micro_batch_is_counted_through_the_step():
+    both, _ = together([step(loss=1.0), step(loss=math.nan, loss_microbatch=1.0)])
+    assert both.row["loss_microbatch"] == 3 and both.rank_of(3) == 1 and math.isnan(both.row["loss"])
+    earlier, _ = together([step(loss=math.inf, loss_microbatch=1.0), step(loss=math.nan, loss_microbatch=0.0)])
+    assert earlier.row["loss_microbatch"] == 1
+
+
+def test_a_tensor_that_one_rank_shows_is_its_and_one_that_all_show_is_nobodys():
+    both, ranks = together(
+        [
+            step(param_tensor=4.0, param_nan=1.0, grad_tensor=2.0, grad_nan=-3.0),
+            step(state_tensor=7.0, param_tensor=3.0, param_nan=-2.0, grad_tensor=2.0, grad_nan=-3.0),
+        ]
+    )
+    assert ranks == {"grad": None, "state": 1, "param": 1}
+    assert (both.row["param_tensor"], both.row["param_nan"], both.row["state_tensor"]) == (3, -2, 7)
+
+
+def test_module_readings_of_ranks_are_one():
+    def reading(module, absmax, nan, flush_frac, step=1):
+        return TapReading(step, module, 0, "fwd", "float32", absmax, nan, 1, flush_frac, 5)
+
+    first = [reading("a", 1.0, 0, None), reading("b", 9.0, 0, 0.5)]
+    second = [reading("b", 2.0, 3, 0.7), reading("c", 1.0, 0, None)]
+    assert merged([first]) is first
+    both = merged([first, second])
+    assert [r.module for r in both] == ["a", "b", "c"]
+    assert (both[1].absmax, both[1].nan, both[1].inf, both[1].flush_frac) == (9.0, 3, 2, 0.7)

@@ -1,4 +1,4 @@
-"""Counting a model's products on fake tensors on the meta device: no memory, no arithmetic, any size.
+"""Counts a model's products on fake tensors on the meta device: no memory, no arithmetic, any size.
 
 Torch's own `FlopCounterMode` gives the same total, but not the modules: its tracker credits a module
 that returns its input (a dropout that is off) with the whole model's backward pass. Here a

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from instrument.finite import first_bad, first_of, float_states, prevailing, surfaced
 from instrument.results.schemas import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
+from instrument.watch.counters import first_bad, first_of, float_states, prevailing, surfaced
 from instrument.watch.taps import ModuleTaps, TapReading
 from kernels import LogitStats, TensorStats
 
@@ -84,7 +84,7 @@ class ExplosionDetector:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step's ring row (`instrument.step_meter.COLUMNS`), its logit statistics by micro-batch, and what the host
+    """A step's ring row (`instrument.watch.meter.COLUMNS`), its logit statistics by micro-batch, and what the host
     knows. ``world``: how many processes it is of."""
 
     row: dict[str, float]

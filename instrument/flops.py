@@ -1,22 +1,23 @@
-"""Model FLOPs of the registered architectures from their sizes alone. Torch-free.
+"""Model FLOPs: what a model's matrix products cost, by closed form from the sizes alone, by row length and by dtype.
+Torch-free.
 
-Written from the architectures' papers, apart from the counter: the two check each other, and must
-be *equal*. A product of (m, k) with (k, n) is 2 m k n FLOPs; the backward pass runs two such
-products for each, so training is 3 times the forward pass. Per token and layer:
+*Model FLOPs* are those of matrix products, attention included, forward and backward. Embedding look-ups, elementwise
+work, the loss and the optimizer count nothing; the head counts, without the columns that only pad the vocabulary. The
+MLM head runs on every position, so every position counts. Causal attention counts in full, as PaLM's appendix B,
+nanoGPT, torchtitan and torch's own `FlopCounterMode` do: it is what the default attention backends multiply, and what
+published MFU figures mean. llm.c and FlashAttention count half; `StepFlops.causal_half` gives that figure.
+
+The closed forms are written from the architectures' papers, apart from `instrument.flop_counter`: the two check each
+other, and must be *equal*. A product of (m, k) with (k, n) is 2 m k n FLOPs; the backward pass runs two such products
+for each, so training is 3 times the forward pass. Per token and layer:
 
     GPT-2    qkv 2 D 3D, output 2 D D, MLP 2 (2 D F); scores and their use 2 (2 L D)
     RoBERTa  q, k, v 3 (2 D D), output 2 D D, MLP 2 (2 D F); scores and their use 2 (2 L D)
 
-with D the width, F the MLP's inner width, L the row's length. The number of heads cancels out.
-
-Training FLOPs of one row as a function of its length: a + b L + c L^2. Torch-free.
-
-Exact integers or fractions, never floats: a count is a count. ``b L`` is what runs token by token,
-``c L^2`` attention's scores and their use, ``a`` what runs once a row (a pooled head).
-
-Model FLOPs of a training step by the dtype in which they run. Torch-free.
-
-Rows do not touch each other, so a step costs the sum over its rows; micro-batches change nothing.
+with D the width, F the MLP's inner width, L the row's length. The number of heads cancels out. A row costs
+a + b L + c L^2, in exact integers or fractions: ``b L`` is what runs token by token, ``c L^2`` attention's scores and
+their use, ``a`` what runs once a row (a pooled head). Rows do not touch each other, so a step costs the sum over its
+rows; micro-batches change nothing.
 """
 
 from __future__ import annotations
