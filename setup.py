@@ -22,6 +22,7 @@ setup(
         "jinja2",
         "msgspec",
         "psutil",
+        "filelock>=3.30",
         "scipy",
         "scikit-learn",
         "adjustText",

@@ -1,46 +1,46 @@
-"""Who runs what: a run is executed by one process at a time, whoever else was started on the same folder.
+"""Who executes a run: one process at a time, whoever else was started on the same folder.
 
-``runs/<run_id>/.claim`` holds the owner's process id, host, the boot of its kernel, when it began, and a
-token of this claim. It appears complete (linked into place, its lock held) and goes when the owner releases
-it. How an owner's death is known:
+``runs/<run_id>/.claim`` is a `filelock.FileLock` that the owner holds; it holds the owner's process id, host, the boot
+of its kernel, when it began, and a token of this claim. How the death of an owner is noticed:
 
-- on the same host (the same boot of one kernel, so containers too): its lock on the file is gone. At once,
+- on the same host (the same boot of one kernel, so containers too): its lock on the file is free. At once,
   and no reused process id is taken for it;
 - from another host, where a network file system may not pass locks on: its heartbeat, the file's own
-  time, which the owner renews every `HEARTBEAT_S`, is older than `STALE_S` by the file server's clock.
+  time, which the owner renews every `HEARTBEAT_S`, is older than `STALE_S` by the file server's clock;
+- on a file system without locks, where the claim is a `filelock.SoftFileLock`: a process of this host is gone, or the
+  heartbeat is stale.
 
-A dead owner's claim is taken over by one process only: the one that holds the lock of the file named after the
-dead claim's token (without locks: that made it, and if it dies there others wait for `STALE_S`). An owner
-that slept past `STALE_S` (a suspended machine) finds out by `Claim.is_held`.
+An owner that slept for longer than `STALE_S` (a suspended machine) finds out by `Claim.is_held`.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
+import re
 import socket
 import tempfile
 import time
 import uuid
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
 from instrument import background
-from instrument.results.files import TEMPORARY, locked_temporary, make_folder
+from instrument.results.files import TEMPORARY, is_abandoned, locked_temporary, make_folder, try_lock
 from instrument.results.schemas import require_safe
 
 FILE = ".claim"
-AFTER, NOBODY = f"{FILE}.after-", "nobody"
 HEARTBEAT_S = 20.0
 STALE_S = 120.0
+PATIENCE_S = 0.02
+"""A lock that is taken for longer than this has an owner: who only looks at it lets go at once."""
 NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK}
-TRIES = 20
-"""A claim that changes hands as often as this while we look is somebody else's."""
 
 
 class RunClaimed(Exception):
@@ -59,25 +59,28 @@ class Claim:
     """A run that is ours until `release`; a context. Death releases it too."""
 
     path: Path
-    fd: int
-    job: object
+    lock: BaseFileLock
+    owner: dict[str, Any]
+    heartbeat: object = None
 
     @property
     def is_held(self) -> bool:
         """Whether the run is still ours: others may have taken us for dead."""
-        return self.fd >= 0 and _is_at(self.fd, self.path)
+        return self.lock.is_locked and _read(self.path) == self.owner
 
     def release(self) -> None:
         """Let others have the run; a second call does nothing."""
-        if self.fd < 0:
-            return
-        background.cancel(self.job)
+        background.cancel(self.heartbeat)
         try:
             if self.is_held:  # or its folder vanished, or it is another's by now
                 self.path.unlink(missing_ok=True)
-        finally:  # the lock goes, whatever becomes of the file
-            os.close(self.fd)
-            self.fd = -1
+        finally:
+            self.lock.release()
+
+    def _renew(self) -> None:
+        with suppress(OSError):  # a disk that is away for a moment
+            if self.is_held:
+                os.utime(self.path)
 
     def __enter__(self) -> Claim:
         return self
@@ -95,145 +98,88 @@ def claim(out: Path, run_id: str) -> Claim:
     """
     require_safe(run_id)
     path = out / "runs" / run_id / FILE
-    for _ in range(TRIES):
-        if (owner := _living_owner(path)) is not None:
-            raise RunClaimed(run_id, owner)
-        make_folder(path.parent)
-        fd, prepared = _prepare(path)
-        try:
-            if _put_in_place(path, prepared):
-                _sweep_marks(path.parent)
-                return Claim(path, fd, background.every(HEARTBEAT_S, partial(_beat, fd, path)))
-        except BaseException:
-            os.close(fd)
-            raise
-        finally:
-            prepared.unlink(missing_ok=True)
-        os.close(fd)
-    raise RunClaimed(run_id, _read(path) or {})
+    make_folder(path.parent)
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "boot": this_boot()}
+    owner |= {"started_unix_s": time.time(), "token": uuid.uuid4().hex}
+    try:
+        own = _claim(path, owner) if _make(path, owner) else _claim_softly(path)
+    except Timeout:
+        own = None
+    if own is None:
+        raise RunClaimed(run_id, _read(path) or {})
+    own.heartbeat = background.every(HEARTBEAT_S, own._renew)
+    return own
 
 
 def owner_of(out: Path, run_id: str) -> dict[str, Any] | None:
     """The living owner of a run as its claim says (``pid``, ``host``, ``started_unix_s``), or None."""
     require_safe(run_id)
-    return _living_owner(out / "runs" / run_id / FILE)
+    path = out / "runs" / run_id / FILE
+    owner = _read(path)
+    if not owner:
+        return None
+    is_alive = not is_abandoned(path) and path.exists() if owner["boot"] == this_boot() else _age_s(path) <= STALE_S
+    return owner if is_alive else None
 
 
-def _prepare(path: Path) -> tuple[int, Path]:
-    """A complete claim under a temporary name, its lock held."""
+def _make(path: Path, owner: dict[str, Any]) -> bool:
+    """Make the file with its whole content where there is none, so that of two hosts that do not see each other's locks
+    one makes it. False on a file system without locks, where nothing is made."""
     prepared, fd = locked_temporary(path.parent, f"{FILE}.")
-    facts = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "boot": this_boot(),
-        "started_unix_s": time.time(),
-        "token": uuid.uuid4().hex,
-    }
-    os.write(fd, json.dumps(facts).encode() + b"\n")
-    os.fsync(fd)
-    return fd, prepared
-
-
-def _put_in_place(path: Path, prepared: Path) -> bool:
-    """Make the prepared claim the run's: there is none, or its owner is dead and we are first to notice."""
-    dead = _read(path)
-    if dead is None:
-        try:
-            os.link(prepared, path)
-            return True
-        except FileExistsError:
+    try:
+        if not try_lock(fd):
             return False
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-    elif _is_alive(path, dead):
-        return False
-    mark = path.with_name(f"{AFTER}{dead['token'] if dead else NOBODY}")
-    fd = _take_mark(mark)
-    if fd is None:
-        return False
-    try:
-        if _read(path) != dead:
-            return False
-        os.replace(prepared, path)
-        return True
+        os.write(fd, json.dumps(owner).encode())
+        os.link(prepared, path)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, *NO_HARD_LINKS}:
+            raise
     finally:
-        mark.unlink(missing_ok=True)
+        prepared.unlink(missing_ok=True)
         os.close(fd)
+    return True
 
 
-def _take_mark(mark: Path) -> int | None:
-    """The mark that lets one process take a dead one's claim over, its lock held; None while another has it. Who dies
-    with the lock leaves it free; on a file system without locks the mark is its maker's for `STALE_S`."""
-    made = True
-    try:
-        fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-    except FileExistsError:
-        made = False
-        try:
-            fd = os.open(mark, os.O_RDWR | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = _is_at(fd, mark)  # and not the file of one that is through and removed it
-    except BlockingIOError:
-        ours = False
-    except OSError:
-        ours = made
-        if not made and _age_s(mark) > STALE_S:
-            mark.unlink(missing_ok=True)
-    if ours:
-        return fd
-    os.close(fd)
-    return None
+def _claim(path: Path, owner: dict[str, Any]) -> Claim | None:
+    """By the lock of the file; None where an owner on another host lives, `Timeout` where one on this host does."""
+    lock = FileLock(path, PATIENCE_S, poll_interval=PATIENCE_S / 4, thread_local=False, fallback_to_soft=False)
+    lock.acquire()
+    there = _read(path)
+    if there and there["boot"] != owner["boot"] and _age_s(path) <= STALE_S:
+        lock.release()
+        return None
+    if there != owner:
+        with open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:  # in place: the lock is this file's
+            file.write(json.dumps(owner).encode())
+            file.truncate()
+    return Claim(path, lock, owner)
 
 
-def _sweep_marks(folder: Path) -> None:
-    """Remove what takers-over that died in the middle left; the marks of claims before ours let nobody in any more."""
-    for mark in folder.glob(f"{AFTER}*"):
-        if mark.name != f"{AFTER}{NOBODY}":
-            mark.unlink(missing_ok=True)
-
-
-def _living_owner(path: Path) -> dict[str, Any] | None:
-    facts = _read(path)
-    return facts if facts is not None and _is_alive(path, facts) else None
-
-
-def _is_alive(path: Path, facts: dict[str, Any]) -> bool:
-    if facts["boot"] != this_boot():
-        return _age_s(path) <= STALE_S
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks: only the heartbeat tells
-        return _age_s(path) <= STALE_S
-    finally:
-        os.close(fd)
+def _claim_softly(path: Path) -> Claim:
+    """By the existence of the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a claim may expire is what we ask for
+        lock = SoftFileLock(path, PATIENCE_S, poll_interval=PATIENCE_S / 4, thread_local=False, lifetime=STALE_S)
+    lock.acquire()
+    return Claim(path, lock, _read(path) or {})
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a claim says; None where there is none. Not of our making: a dead claim with no owner named."""
+    """What a claim says; None where there is none, and nothing for a file that is not of our making."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            content = file.read(4096)
     except FileNotFoundError:
         return None
-    with open(fd, "rb") as file:
-        content = file.read(4096)
+    if soft := re.fullmatch(rb"(\d+)\n(.+)\n(?:(.+)\n)?", content):
+        return {"pid": int(soft[1]), "host": soft[2].decode(errors="replace"), "boot": None, "token": repr(soft[3])}
     try:
-        facts = json.loads(content)
-        if uuid.UUID(hex=facts["token"]).hex == facts["token"] and isinstance(facts["boot"], str):
-            return facts
-    except (ValueError, KeyError, TypeError, AttributeError):
+        owner = json.loads(content)
+        if re.fullmatch("[0-9a-f]{32}", owner["token"]) and isinstance(owner["boot"], str):
+            return owner
+    except (ValueError, KeyError, TypeError):
         pass
-    return {"pid": None, "host": None, "boot": this_boot(), "token": uuid.uuid5(uuid.NAMESPACE_OID, content.hex()).hex}
+    return {}
 
 
 def _age_s(path: Path) -> float:
@@ -243,21 +189,6 @@ def _age_s(path: Path) -> float:
             return os.stat(now.name).st_mtime - os.stat(path).st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _beat(fd: int, path: Path) -> None:
-    if _is_at(fd, path):
-        with suppress(OSError):  # a disk that is away for a moment
-            os.utime(fd)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether the open file is the one that has this name."""
-    try:
-        ours, named = os.fstat(fd), os.stat(path, follow_symlinks=False)
-    except OSError:
-        return False
-    return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)
 
 
 def this_boot() -> str:

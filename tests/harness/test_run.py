@@ -11,6 +11,7 @@ from harness import training
 from harness.run import execute as run_module
 from harness.run.execute import execute
 from harness.run.terminal import CaseScreen
+from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, RunFolder, finished_runs, write_index
 from instrument.results.log import read
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
@@ -193,3 +194,17 @@ def test_every_configuration_completes_or_says_why(plan, tmp_path):
         "fp32_tf32": "unsupported",
     }
     assert outcomes == expected
+
+
+def test_a_run_that_another_process_executes_is_left_to_it(plan, tmp_path):
+    settings = plan("gpt2_clm", "fp32_true")
+    theirs = tmp_path / "runs" / settings.run_id / "checkpoint-1"
+    theirs.mkdir(parents=True)
+    with claim(tmp_path, settings.run_id):
+        for fresh in (False, True):
+            with pytest.raises(RunClaimed, match="is being executed by process"):
+                execute(settings, tmp_path, fresh=fresh)
+    assert theirs.exists()
+    assert not (tmp_path / "runs" / settings.run_id / "run.json").exists()
+    assert execute(settings, tmp_path).status == "completed"
+    assert not (tmp_path / "runs" / settings.run_id / ".claim").exists()

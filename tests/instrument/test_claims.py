@@ -1,13 +1,17 @@
 """Of all who want a run one gets it (many at once: `test_bench_reliability`); the dead hold nothing; the living are never
 robbed."""
 
+import contextlib
 import errno
 import fcntl
-import json
+import gc
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -19,6 +23,10 @@ from instrument.results.files import TEMPORARY
 from tests.soak.reliability.contention import leave_dead_claim
 
 SPAWN = multiprocessing.get_context("spawn")
+
+
+def refuse_links(*_):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
 def test_a_claim_names_its_owner_and_goes_with_release(tmp_path):
@@ -56,12 +64,13 @@ def test_a_sweep_beside_takes_no_claim_away(tmp_path):
             thread.join()
 
 
-def hold(out, told) -> None:
+def hold(out, ready) -> None:
     claim(out, "a")
-    told.send(True)
+    ready.send(True)
     time.sleep(60)
 
 
+@pytest.mark.process
 def test_a_killed_owner_s_run_is_free_at_once(tmp_path):
     here, there = SPAWN.Pipe()
     owner = SPAWN.Process(target=hold, args=(tmp_path, there))
@@ -107,45 +116,104 @@ def test_an_owner_taken_for_dead_finds_out_and_frees_nothing_of_the_new_one(tmp_
     new.release()
 
 
-def mark_of(path):
-    return path.with_name(f"{FILE}.after-{json.loads(path.read_bytes())['token']}")
+def test_of_many_who_find_a_dead_owner_one_takes_over(tmp_path):
+    leave_dead_claim(tmp_path, "a")
+    together, held = threading.Barrier(8), []
+
+    def take_over():
+        together.wait()
+        with contextlib.suppress(RunClaimed):
+            held.append(claim(tmp_path, "a"))
+
+    threads = [threading.Thread(target=take_over) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (own,) = held
+    assert own.is_held
+    own.release()
 
 
-def test_a_takeover_under_way_holds_others_off_and_one_that_died_does_not(tmp_path):
-    mark = mark_of(leave_dead_claim(tmp_path, "a"))
-    with mark.open("w") as taker:
-        fcntl.flock(taker, fcntl.LOCK_EX)
-        with pytest.raises(RunClaimed):
-            claim(tmp_path, "a")
-    assert mark.exists()
-    claim(tmp_path, "a").release()
-    assert not mark.exists()
+def test_who_looks_takes_no_claim_away(tmp_path):
+    """`owner_of` takes the lock for a moment: a claimant tries again."""
+    over = threading.Event()
+
+    def looking():
+        while not over.is_set():
+            owner_of(tmp_path, "a")
+
+    watcher = threading.Thread(target=looking)
+    watcher.start()
+    try:
+        for _ in range(50):
+            leave_dead_claim(tmp_path, "a")
+            claim(tmp_path, "a").release()
+    finally:
+        over.set()
+        watcher.join()
 
 
-def test_without_locks_a_takeover_that_died_holds_others_off_for_a_while(tmp_path, monkeypatch):
-    path = leave_dead_claim(tmp_path, "a", boot="another kernel")
-    mark = mark_of(path)
-    mark.touch()
-    os.utime(path, (1, 1))
+@pytest.mark.process
+def test_a_forked_process_neither_frees_a_claim_nor_keeps_it(tmp_path):
+    own = claim(tmp_path, "a")
+    pid = os.fork()
+    if pid == 0:
+        gc.collect()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert own.is_held
+    with pytest.raises(RunClaimed):
+        claim(tmp_path, "a")
+    own.release()
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks."""
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(RunClaimed):
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_without_locks_there_is_one_owner_too(tmp_path, no_locks, hard_links, monkeypatch):
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse_links)
+    own = claim(tmp_path, "a")
+    assert own.is_held and owner_of(tmp_path, "a")["pid"] == os.getpid()
+    with pytest.raises(RunClaimed, match=f"process {os.getpid()} on "):
         claim(tmp_path, "a")
-    os.utime(mark, (1, 1))
+    own.release()
+    assert owner_of(tmp_path, "a") is None and [path.name for path in tmp_path.rglob("*")] == ["runs", "a"]
+
+
+def test_without_locks_another_host_s_heartbeat_tells(tmp_path, no_locks):
+    path = tmp_path / "runs" / "a" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_text("1\nelsewhere\n")
+    with pytest.raises(RunClaimed, match="process 1 on elsewhere"):
+        claim(tmp_path, "a")
+    os.utime(path, (1, 1))
+    assert owner_of(tmp_path, "a") is None
     claim(tmp_path, "a").release()
-    assert not mark.exists()
+    assert not path.exists()
 
 
-def test_a_mark_that_a_taker_left_behind_goes_with_the_next_claim(tmp_path):
-    left = leave_dead_claim(tmp_path, "a").with_name(f"{FILE}.after-{'0' * 32}")
-    left.touch()
+@pytest.mark.process
+def test_without_locks_a_dead_owner_of_this_host_is_followed_at_once(tmp_path, no_locks):
+    over = subprocess.Popen([sys.executable, "-c", ""])
+    over.wait()
+    path = tmp_path / "runs" / "a" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{over.pid}\n{socket.gethostname()}\n")
     claim(tmp_path, "a").release()
-    assert not left.exists()
+    assert not path.exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
 def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, plant_dead):
     for nth in range(1, 50):
@@ -168,10 +236,7 @@ def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, pl
 
 
 def test_a_file_system_without_hard_links_has_one_winner_too(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse_links)
     own = claim(tmp_path, "a")
     with pytest.raises(RunClaimed):
         claim(tmp_path, "a")
@@ -201,19 +266,3 @@ def test_a_claim_that_is_a_link_is_not_followed(tmp_path):
 def test_an_unsafe_id_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no safe file name"):
         claim(tmp_path, "../a")
-
-
-def test_a_run_that_another_process_executes_is_left_to_it(plan, tmp_path):
-    from harness.run.execute import execute
-
-    settings = plan("gpt2_clm", "fp32_true")
-    theirs = tmp_path / "runs" / settings.run_id / "checkpoint-1"
-    theirs.mkdir(parents=True)
-    with claim(tmp_path, settings.run_id):
-        for fresh in (False, True):
-            with pytest.raises(RunClaimed, match="is being executed by process"):
-                execute(settings, tmp_path, fresh=fresh)
-    assert theirs.exists()
-    assert not (tmp_path / "runs" / settings.run_id / "run.json").exists()
-    assert execute(settings, tmp_path).status == "completed"
-    assert not (tmp_path / "runs" / settings.run_id / ".claim").exists()
