@@ -63,7 +63,7 @@ def check(condition: bool, owner: str, message: str) -> None:
         raise BadDeclaration(f"{owner}: {message}")
 
 
-OURS = ("bench_cases", "harness", "instrument", "kernels", "report")
+OURS = ("bench_cases", "ddbench", "harness", "instrument", "kernels", "report")
 
 
 def missing_package(error: BaseException) -> str | None:

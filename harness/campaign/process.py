@@ -21,6 +21,8 @@ from instrument.results.files import make_folder
 POLL_S, BEAT_S = 0.1, 5.0
 PR_SET_PDEATHSIG = 1
 ROOMS = ("harness", "kernels", "report")
+PACKAGE = __package__.removesuffix("harness.campaign")
+"""What stands before a room's name: nothing in a clone, ``ddbench.`` where the wheel is installed."""
 """What a stage runs with ``python -m``."""
 
 
@@ -57,7 +59,7 @@ def run(
     with out.open("wb") as output, log.open("ab") as words, log.open("rb") as tail:
         tail.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", *module_and_arguments],
+            [sys.executable, "-u", "-m", PACKAGE + module_and_arguments[0], *module_and_arguments[1:]],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=words,
@@ -103,7 +105,7 @@ def end_orphan(pid: int | None, grace_s: float) -> bool:
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         words = process.cmdline()
-        if "-m" not in words or words[words.index("-m") + 1] not in ROOMS:
+        if "-m" not in words or words[words.index("-m") + 1].removeprefix(PACKAGE) not in ROOMS:
             return False
         process.terminate()
         psutil.wait_procs([process], timeout=grace_s)

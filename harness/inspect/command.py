@@ -195,7 +195,7 @@ class InspectScreen:
     def _next(self, found: dict[str, Any]) -> None:
         if found.get("chain") is None:
             return
-        command = shlex.join(["python", "-m", "harness", "inspect", found["run_id"], "--out", found["results_folder"]])
+        command = f"python -m harness inspect {shlex.join([found['run_id'], '--out', found['results_folder']])}"
         self._section("Remedies")
         if found["remedies"]:
             self._indented(remedy_table(found["remedies"]))

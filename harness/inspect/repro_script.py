@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import kernels
 from harness.settings import SettingsError
 from instrument.results.files import copy, replace
 from instrument.results.forensics import ForensicsRecord
@@ -219,7 +220,7 @@ def _needs(namespace: str) -> tuple[str, str]:
         return "Needs torch and safetensors alone.", ""
     if namespace.startswith("dtype_dynamics_"):
         room = OURS.get(namespace.removeprefix("dtype_dynamics_"), "")
-        module = f"kernels.{room}.op" if room else "kernels"
+        module = f"{kernels.__name__}.{room}.op" if room else kernels.__name__
         return (
             "The op is this project's own: run the script where the project can be imported.",
             f"\nimport {module}  # noqa: F401 (registers the op)",

@@ -293,7 +293,7 @@ class Spending:
         next_s = self.forecast.of(self.waiting[0]) if self.waiting else None
         needs_s = None if next_s is None else next_s + self.budget.margin_s
         then = "" if needs_s is None else f"; the next one alone needs about {self.budget.words(needs_s)}"
-        command = shlex.join(["python", "-m", "harness", *sys.argv[1:]])
+        command = f"python -m harness {shlex.join(sys.argv[1:])}"
         spent, limit = self.budget.words(self._look()), self.budget.words(self.budget.limit_unit_s)
         how = (
             f"To go on, with as much again: {command}"

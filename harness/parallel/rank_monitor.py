@@ -33,7 +33,8 @@ GRACE_S = 10.0
 """How long the thread that trains has to notice by itself that another rank is gone (gloo does at once)."""
 STALE_S = 60.0
 """A rank on another machine that has not beaten for so long is dead."""
-LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], str(Path(__file__).parent))
+LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
+INSTALLED = os.path.join(sysconfig.get_paths()["purelib"], "ddbench", "")
 
 
 class RankMonitor:
@@ -195,9 +196,14 @@ def place_of(thread: int | None) -> str:
     """``file:line in function`` where a thread is, the innermost that is no library's."""
     frame = sys._current_frames().get(thread)
     innermost = frame
-    while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+    while frame is not None and _is_library(frame.f_code.co_filename):
         frame = frame.f_back
     frame = frame or innermost
     if frame is None:
         return "its end"
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _is_library(file: str) -> bool:
+    """Python's own, an installed package's but this program's, or this package's: it watches the others."""
+    return file.startswith(str(Path(__file__).parent)) or (file.startswith(LIBRARIES) and not file.startswith(INSTALLED))

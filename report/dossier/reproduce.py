@@ -50,15 +50,16 @@ def command(run: RunRecord) -> str | None:
     if _is_foreign(run) or case is None:
         return None
     world = run.config.get("world")
-    program = ["torchrun", "--nproc-per-node", str(world)] if isinstance(world, int) and world > 1 else ["python"]
-    words = [*program, "-m", "harness", "case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
+    many = isinstance(world, int) and world > 1
+    program = f"torchrun --nproc-per-node {world} -m harness" if many else "python -m harness"
+    words = ["case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
     for key, option in OPTIONS.items():
         if run.config.get(key) is not None:
             words += spelled_option(option, run.config[key])
     for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
         if run.config.get(key) is True:
             words.append(option)
-    return shlex.join(words) + unusual([run], RARE)
+    return f"{program} {shlex.join(words)}{unusual([run], RARE)}"
 
 
 def _is_foreign(run: RunRecord) -> bool:
