@@ -1,4 +1,4 @@
-"""Package metadata, and how the rooms of a clone become one package. Versions that are tested together stand in constraints.txt.
+"""Package metadata, and how a clone's rooms become one package. Versions that are tested together: constraints.txt.
 
 A wheel holds nothing at its top but `ddbench`: `harness`, `report`, `kernels` would be names in somebody's site-packages that
 other projects use too. The rooms are copied below it, and what names them (imports, dotted names in strings, commands that
@@ -115,6 +115,8 @@ setup(
             "perfetto",
             "viztracer",
             "ray>=2.60",
+            "mypy",
+            "setuptools",
         ],
     },
 )

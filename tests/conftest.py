@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported, which other libraries do: so here, before any test module.
     os.environ["TRITON_INTERPRET"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of processes elsewhere
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,8 +23,8 @@ GENERATIONS = {
     MAIN: {"torch": "2.13", "triton": "3.9", "transformers": "5.23"},
     EARLIER: {"torch": "2.11", "triton": "3.6", "transformers": "5.17"},
 }
-ONLY_IN_ONE = {"httpcore", "httpx", "httpcore2", "httpx2", "truststore", "setuptools"}
-"""What huggingface_hub 1 and 2 fetch with, and what torch 2.11 needs to be installed."""
+ONLY_IN_ONE = {"httpcore", "httpx", "httpcore2", "httpx2", "truststore"}
+"""What huggingface_hub 1 and 2 fetch with."""
 LEANED_ON = [
     "torch:OutOfMemoryError",
     "torch:AcceleratorError",
