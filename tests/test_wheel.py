@@ -126,11 +126,9 @@ def test_a_shell_is_answered_from_the_parsers(built, tmp_path, monkeypatch, line
 
 
 def test_the_watch_is_imported_from_the_package_without_the_rooms_at_the_top(built, their_project):
-    code = "import sys; from ddbench import Watch, __version__; print(Watch.__module__, 'instrument' in sys.modules)"
-    assert ddb(built, their_project, code="import sys; sys.path.remove('');" + code).split() == [
-        "ddbench.instrument.watch",
-        "False",
-    ]
+    code = "import sys; sys.path.remove(''); from ddbench import Watch; print(Watch.__module__, 'instrument' in sys.modules)"
+    module, at_the_top = ddb(built, their_project, code=code).split()
+    assert module.startswith("ddbench.instrument.") and at_the_top == "False"
 
 
 def in_a_clean_environment(folder: Path, *packages: str) -> Path:
