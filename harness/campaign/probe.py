@@ -38,17 +38,17 @@ SIZES = (
 def main(argv: list[str]) -> int:
     """One JSON object on standard output; errors of the options, the data or the machine are one line and the exit code that
     every command gives them."""
-    from harness.cli import _exit_code, sentence
+    from harness.exit_codes import exit_code_of, message_of
 
     asked = json.loads(argv[0])
     try:
         print(json.dumps(probe(asked, estimates="--estimate" in argv)))
         return 0
     except Exception as error:
-        code = _exit_code(error)
+        code = exit_code_of(error)
         if code is None:
             raise
-        print(f"harness: {sentence(error)}", file=sys.stderr)
+        print(f"harness: {message_of(error)}", file=sys.stderr)
         return code
 
 

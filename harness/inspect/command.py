@@ -32,6 +32,7 @@ from harness.inspect.tables import (
     remedy_table,
 )
 from harness.matrix.stability import STYLES
+from harness.settings import SettingsError
 from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
@@ -41,6 +42,8 @@ def inspect_command(options: argparse.Namespace) -> int:
     from harness.inspect.findings import gather
     from instrument.results.read import locate
 
+    if options.steps is not None:
+        raise SettingsError("--steps goes with --try")
     run = locate(options.run, options.out)
     if options.repro is not None:
         return _repro(run, options)

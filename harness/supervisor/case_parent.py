@@ -11,14 +11,12 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from harness import options as arguments
-from harness.cli import main
 from harness.exit_codes import ENVIRONMENT, INTERRUPTED, RUN_FAILED
 from harness.supervisor.failure import Failure
 from harness.supervisor.heartbeat import Draft, Heartbeat, HeartbeatSender, write_stacks_to
@@ -41,16 +39,13 @@ class Finished:
     code: int
 
 
-def is_wanted(words: Sequence[str], variable: Callable[[str], str | None]) -> bool:
-    """Whether a command line is a single run's, with nobody else to supervise it. ``variable``: the environment's."""
-    return words[:1] == ["case"] and not any(variable(name) for name in ELSEWHERE)
+def is_wanted(options: argparse.Namespace, variable: Callable[[str], str | None]) -> bool:
+    """Whether a ``case`` command makes a run that nobody else supervises. ``variable``: the environment's."""
+    return not options.dry_run and not any(variable(name) for name in ELSEWHERE)
 
 
-def run_supervised(words: list[str]) -> int:
-    """Run the ``case`` command in a process of its own; returns its exit code."""
-    options = arguments.parser().parse_args(words)
-    if options.dry_run:
-        return main(words)
+def run_supervised(options: argparse.Namespace, run: Callable[[argparse.Namespace, HeartbeatSender], int]) -> int:
+    """``run`` the ``case`` command in a process of its own; returns its exit code."""
     vigil = ProcessMonitor(Rules.asked(options.hang_after_s))
     here, there = Pipe(duplex=False)
     parent, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
@@ -59,7 +54,7 @@ def run_supervised(words: list[str]) -> int:
         here.close()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        _run(words, there, vigil.stacks.path, parent)
+        _run(lambda heartbeats: run(options, heartbeats), there, vigil.stacks.path, parent)
     there.close()
     vigil.begin(pid)
     family = ChildProcess(pid, here, vigil)
@@ -69,7 +64,7 @@ def run_supervised(words: list[str]) -> int:
         return family.conclude(exit_code, options)
 
 
-def _run(words: list[str], reports: Connection, stacks: Path, parent: int) -> None:
+def _run(run: Callable[[HeartbeatSender], int], reports: Connection, stacks: Path, parent: int) -> None:
     """In the run's process: the command, and its end for the supervisor."""
     _die_with(parent)
     write_stacks_to(stacks)
@@ -79,7 +74,7 @@ def _run(words: list[str], reports: Connection, stacks: Path, parent: int) -> No
             reports.send(message)
 
     try:
-        code = main(words, HeartbeatSender(say))
+        code = run(HeartbeatSender(say))
     except KeyboardInterrupt:  # before it was ready to hear of it, or behind its end
         code = INTERRUPTED
     say(Finished(code))

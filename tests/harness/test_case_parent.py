@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from harness.options import parser
 from harness.supervisor.case_parent import is_wanted
 from instrument.results.folder import finished_runs
 
@@ -105,10 +106,11 @@ def alive(pid):
 
 
 def test_who_has_a_parent():
-    assert is_wanted(["case", "gpt2_clm", "fp32_true"], {}.get)
-    assert not is_wanted(["matrix"], {}.get) and not is_wanted([], {}.get)
-    assert not is_wanted(["case", "gpt2_clm", "fp32_true"], {"LOCAL_RANK": "0"}.get)  # torchrun supervises its ranks
-    assert not is_wanted(["case", "gpt2_clm", "fp32_true"], {"DDB_CRASH_AT_FILE_OPERATION": "4"}.get)
+    run = parser().parse_args(["case", "gpt2_clm", "fp32_true"])
+    assert is_wanted(run, {}.get)
+    assert not is_wanted(parser().parse_args(["case", "gpt2_clm", "fp32_true", "--dry-run"]), {}.get)
+    assert not is_wanted(run, {"LOCAL_RANK": "0"}.get)  # torchrun supervises its ranks
+    assert not is_wanted(run, {"DDB_CRASH_AT_FILE_OPERATION": "4"}.get)
 
 
 def test_what_is_refused_costs_no_process_and_keeps_its_exit_code(command_environment):

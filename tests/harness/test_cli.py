@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 from harness import options as arguments
-from harness.cli import main
+from harness.cli import COMMANDS, main
 from harness.commands.case import asked_case, asked_config
+from harness.exit_codes import CODE_OF_ERROR
 
 SMALL = [
     "--preset",
@@ -59,6 +61,20 @@ def test_the_old_flags_mean_the_same():
     )
     assert asked_case(new) == asked_case(old) and asked_config(new) == asked_config(old)
     assert arguments.request(new) == arguments.request(old)
+
+
+@pytest.mark.parametrize("name", [*CODE_OF_ERROR])
+def test_every_error_with_an_exit_code_is_there(name):
+    module, _, kind = name.rpartition(".")
+    found = getattr(import_module(module), kind)
+    assert issubclass(found, Exception) and f"{found.__module__}.{found.__qualname__}" == name
+
+
+@pytest.mark.parametrize("name", [*COMMANDS])
+def test_every_command_has_its_function_and_its_options(name):
+    module, _, function = COMMANDS[name].partition(":")
+    assert callable(getattr(import_module(module), function))
+    assert set(arguments.COMMANDS) == {name.partition(" ")[0] for name in COMMANDS}
 
 
 @pytest.mark.parametrize(
