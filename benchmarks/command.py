@@ -77,7 +77,8 @@ def run_one(name: str, options: argparse.Namespace) -> list:
         return forensics.measure(options.trials)
     if name == "overhead":
         return overhead.measure(options.pairs, options.out, options.at_most)
-    return {"help": whole_runs, "run": whole_runs, "trainer": trainer}[name].measure(options.repeats)
+    measure = {"help": whole_runs.measure_help, "run": whole_runs.measure_run, "trainer": trainer.measure}[name]
+    return measure(options.repeats)
 
 
 def machine() -> dict[str, object]:

@@ -375,7 +375,7 @@ def test_numbers_in_few_characters(value, words):
 # -- the stack of a crash ------------------------------------------------------------------------
 
 TRACEBACK = """Traceback (most recent call last):
-  File "{root}/harness/attempt.py", line 69, in run
+  File "{root}/harness/run/trainer.py", line 69, in run
     self._evaluate(0)
   File "/usr/lib/python3.11/site-packages/torch/nn/modules/module.py", line 1884, in _call_impl
     result = forward_call(*args, **kwargs)

@@ -271,7 +271,7 @@ def test_a_folder_with_one_dead_run_gives_a_smaller_dossier_that_says_what_is_mi
 
 def test_the_report_draws_without_torch():
     code = (
-        "import sys, report.dossier, report.bench, report.pdf; "
+        "import sys, report.dossier, report.pdf; "
         "print([name for name in ('torch', 'triton', 'transformers', 'weasyprint') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

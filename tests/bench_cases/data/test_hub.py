@@ -93,7 +93,7 @@ def test_a_script_only_repository_falls_back_to_its_parquet_branch(tmp_path, cac
         return real(str(repo), data_dir, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub.hub_reach, "commit", lambda *a: "c0ffee")
+    monkeypatch.setattr(hub, "commit_of", lambda *a: "c0ffee")
     monkeypatch.setattr(hub, "KNOWN", {**hub.KNOWN, "eurlex": (hub.Repository("coastalcph/lex_glue", "eurlex"),)})
     data = load_data("hub", arch="other", task="multi_cls", cache_dir=cache_dir)
     assert calls == ["main", hub.PARQUET_BRANCH] and data.facts["commit"] == "c0ffee"
@@ -104,7 +104,7 @@ def test_a_label_count_that_is_not_the_known_one(tmp_path, cache_dir, monkeypatc
 
     real, repo = datasets.load_dataset, lex_glue(tmp_path / "repo")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: real(str(repo), "eurlex"))
-    monkeypatch.setattr(hub.hub_reach, "commit", lambda *a: "c0ffee")
+    monkeypatch.setattr(hub, "commit_of", lambda *a: "c0ffee")
     with pytest.raises(DataError, match="3 labels, 100 expected"):
         load_data("hub", arch="other", task="multi_cls", cache_dir=cache_dir)
 
