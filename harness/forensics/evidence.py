@@ -25,7 +25,7 @@ from instrument.replay.recorder import mutated
 from instrument.replay.replays import Examination, kind_name
 from instrument.results.files import replace
 from instrument.results.forensics import HistogramRecord, KernelRow, Link, Magnitude, OperandRecord, OutputRecord
-from instrument.watch.taps import TapReading
+from instrument.results.ranges import TapReading
 from kernels import exponent_histogram
 from kernels.float_formats import float_format
 

@@ -34,11 +34,12 @@ from instrument.replay.replays import Examination, completed, examine
 from instrument.replay.snapshot import Snapshot
 from instrument.results.files import replace
 from instrument.results.forensics import ForensicsRecord
+from instrument.results.ranges import TapReading
 from instrument.results.schemas import FirstNonfinite, StepRecord
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 from instrument.watch.meter import Divergence, Reading
-from instrument.watch.taps import ModuleTaps, TapReading
+from instrument.watch.taps import ModuleTaps
 
 
 class PhaseTrace:

@@ -10,10 +10,11 @@ import msgspec
 from harness.parallel.context import DistributedContext
 from harness.parallel.strategy import ParallelStrategy
 from instrument.replay.diagnosis import SUM_OVER_RANKS
+from instrument.results.ranges import TapReading
 from instrument.results.schemas import FirstNonfinite
 from instrument.watch.counters import innermost, prevailing
 from instrument.watch.meter import Divergence
-from instrument.watch.taps import ModuleTaps, TapReading
+from instrument.watch.taps import ModuleTaps
 
 BEHIND_THE_LOSS = ("forward", "loss")
 

@@ -5,14 +5,33 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from instrument.results.log import JsonlLog
 from instrument.results.schemas import Record
 
-if TYPE_CHECKING:
-    from instrument.watch.taps import TapReading
+
+@dataclass(frozen=True)
+class TapReading:
+    """One module output (``fwd``) or its gradient (``bwd``, at the scale at which backward ran) in one step.
+
+    ``absmax`` is over finite values. ``flush_frac``: share of the nonzero values that fp16 would
+    round to zero; null where only the range was taken. ``order`` is the module's place in the model,
+    ``called`` its place in that step's order of execution (of several calls the last): modules are not defined in
+    the order they run.
+    """
+
+    step: int
+    module: str
+    order: int
+    direction: str
+    dtype: str
+    absmax: float
+    nan: int
+    inf: int
+    flush_frac: float | None
+    called: int
 
 
 class ModuleRecord(Record, frozen=True, kw_only=True):

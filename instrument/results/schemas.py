@@ -44,6 +44,7 @@ PHASES = ("forward", "loss", "backward", "unscale", "clip", "unscale_or_clip", "
 """``unscale_or_clip``: a loop that is not ours, where the two cannot be told apart."""
 CAUSES = ("overflow", "underflow_then_divide", "invalid", "from_input")
 KINDS = ("nan", "inf", "-inf")
+EVENTS = ("scaler_skip", "warning", "resumed")
 
 _NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -161,7 +162,8 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
 class EventRecord(Record, frozen=True, kw_only=True):
     """Something worth knowing that is no divergence: a line of ``runs/<run_id>/events.jsonl``.
 
-    ``kind`` is ``scaler_skip``, ``nonfinite``, ``loss_explosion`` or ``warning``.
+    ``kind``, one of `EVENTS` when it is written: ``scaler_skip``, the loss scaler skipped the step's update; ``warning``,
+    in ``detail["what"]``; ``resumed``, said by the run and not logged: its ``detail`` is the row's ``flags["resumed"]``.
     """
 
     step: int
@@ -261,6 +263,8 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 def encode(record: Record) -> bytes:
     """One strict-JSON line without its newline; raises `RecordError` when the schema is broken."""
+    if isinstance(record, EventRecord) and record.kind not in EVENTS:
+        raise RecordError(f"an event is {record.kind!r}; allowed: {', '.join(EVENTS)}")
     row = msgspec.to_builtins(record)
     if "nonfinite" in row:
         row["nonfinite"] = dict(_nonfinite(row))

@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
+from instrument.results.ranges import TapReading
 from instrument.results.schemas import FirstNonfinite, nonfinite_name
-from instrument.watch.taps import TapReading
 from kernels import TensorStats, multi_tensor_stats
 
 SPELLED = {"state1": "exp_avg", "state2": "exp_avg_sq", "absmax1": "exp_avg", "absmax2": "exp_avg_sq"}

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from instrument.results.ranges import TapReading
 from instrument.results.schemas import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
 from instrument.watch.counters import first_bad, first_of, float_states, prevailing, surfaced
-from instrument.watch.taps import ModuleTaps, TapReading
+from instrument.watch.taps import ModuleTaps
 from kernels import LogitStats, TensorStats
 
 

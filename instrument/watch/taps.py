@@ -13,15 +13,15 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from instrument.replay.diagnosis import is_dense
+from instrument.results.ranges import TapReading
 from instrument.watch.hooks import Hook, blocks, leaves, tensors_in
 from kernels import ActivationRing, activation_stats
-from kernels.float_formats import FP16
 
 if TYPE_CHECKING:
     pass
@@ -53,33 +53,6 @@ def merged(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
 GRANULARITIES = ("off", "block", "module")
 MEASURED = (torch.float32, torch.bfloat16, torch.float16)
 KEPT_STEPS = 64
-
-
-@dataclass(frozen=True)
-class TapReading:
-    """One module output (``fwd``) or its gradient (``bwd``, at the scale at which backward ran) in one step.
-
-    ``absmax`` is over finite values. ``flush_frac``: share of the nonzero values that fp16 would
-    round to zero; null where only the range was taken. ``order`` is the module's place in the model,
-    ``called`` its place in that step's order of execution (of several calls the last): modules are not defined in
-    the order they run.
-    """
-
-    step: int
-    module: str
-    order: int
-    direction: str
-    dtype: str
-    absmax: float
-    nan: int
-    inf: int
-    flush_frac: float | None
-    called: int
-
-    @property
-    def headroom_bits(self) -> float | None:
-        """Bits between the largest finite value and fp16's largest; null when all is zero."""
-        return FP16.headroom_bits(self.absmax)
 
 
 class ModuleTaps:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from instrument.results.ranges import TapReading
 from instrument.watch.meter import COLUMNS, EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector, MeasuredStep, StepMeter, together
-from instrument.watch.taps import TapReading, merged
+from instrument.watch.taps import merged
 from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")

@@ -1,14 +1,17 @@
 """Records survive a round trip exactly, in strict JSON, and refuse what is not theirs."""
 
+import ast
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from instrument.results.schemas import (
+    EVENTS,
     PHASES,
     SCHEMA,
     STATUSES,
@@ -236,3 +239,16 @@ def test_values_outside_their_lists_are_refused():
         duration_s=0.1,
     )
     assert decode(encode(evaluation), EvaluationRecord).perplexity == math.inf
+
+
+def test_events_are_of_the_kinds_that_the_code_writes_and_no_others():
+    """Every ``EventRecord(kind=...)`` of the code, and the schema's list."""
+    root, kinds = Path(__file__).resolve().parents[2], set()
+    for path in (path for room in ("harness", "instrument") for path in (root / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "EventRecord":
+                kinds.add(ast.literal_eval(next(word.value for word in node.keywords if word.arg == "kind")))
+    assert kinds == set(EVENTS) and all(f"``{kind}``" in EventRecord.__doc__ for kind in EVENTS)
+    with pytest.raises(RecordError, match="an event is 'news'; allowed: scaler_skip, "):
+        encode(EventRecord(step=1, kind="news", detail={}))
+    assert decode(b'{"schema":1,"step":1,"kind":"news","detail":{}}', EventRecord).kind == "news"  # another version's
