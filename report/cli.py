@@ -13,7 +13,7 @@ from typing import Any
 
 from instrument.terminal import count, reader_may_leave, sentence_of
 from report import arguments
-from report.exit_codes import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
+from report.errors import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
 MAKING = ("build", "import", "export")
 """Commands that go on when nobody reads their words any more: what they make goes into files."""
@@ -35,7 +35,7 @@ def _main(options: argparse.Namespace) -> int:
         return INTERRUPTED
     except Exception as error:
         from bench_cases.lookup import missing_package
-        from report.words import printable
+        from report.text import printable
 
         code = _exit_code(error)
         if code is None:
@@ -82,12 +82,12 @@ def _build(options: argparse.Namespace) -> int:
 
 def _pdf_possible(options: argparse.Namespace) -> bool:
     """Whether a PDF is wanted and can be made. Without its engine the dossier is the page alone, and a line says so."""
-    from report.pdf import PdfUnavailable, require
+    from report.dossier.page import PdfUnavailable, require_pdf
 
     if options.no_pdf:
         return False
     try:
-        require()
+        require_pdf()
     except PdfUnavailable as why:
         print(f"report: going on without dossier.pdf: {why}", file=sys.stderr)
         return False
@@ -140,7 +140,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from report.importers.dtype_bench import import_dtype_bench
+    from report.import_dtype_bench import import_dtype_bench
 
     records, defects = import_dtype_bench(options.folder, options.out, options.gpu)
     if options.json:

@@ -1,4 +1,7 @@
-"""Errors that a person can mend: one sentence each."""
+"""Errors that a person can mend: one sentence each.
+
+What the report's exit code says; the same numbers as the harness's, which the report may not import.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +29,10 @@ def need(module: str, extra: str, purpose: str):
             f"{purpose} needs {module.split('.')[0]}, which is not installed; "
             f"install it with: pip install 'datatype-dynamics-bench[{extra}]'"
         ) from error
+
+
+OK = 0
+USAGE = 2
+BAD_DATA = 4
+ENVIRONMENT = 5
+INTERRUPTED = 75

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from instrument.results.contents import load
-from report.dossier.figures import draw_all
+from report.plots.draw import draw_all
 from report.tables import all_tables
 
 if __name__ == "__main__":

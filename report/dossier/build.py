@@ -1,4 +1,7 @@
-"""Folder in, dossier out: figures with their CSV, summary.json, index.html and dossier.pdf."""
+"""What a person sees while a dossier is built: a bar on standard error, on a terminal only.
+
+Folder in, dossier out: figures with their CSV, summary.json, index.html and dossier.pdf.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,61 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
 from instrument.results.files import replace
 from report.dossier.context import context
-from report.dossier.figures import draw_all
-from report.dossier.progress import Progress
-from report.dossier.render import page
+from report.dossier.page import page
 from report.hypotheses import judge
-from report.tables import all_tables, hardware, headroom_map, kernel_time, overhead, step_times
+from report.plots.draw import draw_all
+from report.tables import all_tables, hardware, headroom, kernel_time, overhead, step_times
 from report.tables.failures import failures
 from report.tables.predicted import predicted
 from report.tables.trust import trust
 from report.verdict import Price, verdict
+
+
+class Progress:
+    """A context manager; ``step`` names what begins (or, of the figures, what is done)."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        console = Console(stderr=True)
+        columns = (
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Bar(*columns, console=console, transient=True) if enabled and console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("reading", total=None)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def expect(self, steps: int) -> None:
+        """How many steps are still to come."""
+        if self._bar:
+            self._bar.update(self._task, total=steps, completed=0)
+
+    def step(self, what: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, advance=1, description=what)
+
 
 SECTION_TABLES = {
     "kernel_time": kernel_time,
     "overhead": overhead,
     "step_times": step_times,
     "hardware": hardware,
-    "headroom": headroom_map,
+    "headroom": headroom,
 }
 
 
@@ -55,14 +95,14 @@ def build(
 
     ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. ``heartbeat``:
     configurations that figure D shows beside its own. ``price`` of an hour gives costs in money. Raises, before
-    anything is written, `report.pdf.PdfUnavailable` when ``pdf`` is asked for and WeasyPrint is not
+    anything is written, `report.dossier.page.PdfUnavailable` when ``pdf`` is asked for and WeasyPrint is not
     installed, and `UsageError` for a heartbeat that the folder does not hold.
     """
     out = folder.path if out is None else Path(out)
     if pdf:
-        from report.pdf import require
+        from report.dossier.page import require_pdf
 
-        require()
+        require_pdf()
     clock = _Clock()
     with Progress(enabled=progress) as bar:
         bar.step("tables")
@@ -92,7 +132,7 @@ def build(
         replace(paths[-2], _summary(folder, tables, findings, decision, checks, forecast).encode())
         clock.lap("page")
         if pdf:
-            from report.pdf import write_pdf
+            from report.dossier.page import write_pdf
 
             bar.step("pdf")
             paths.append(out / "dossier" / "dossier.pdf")

@@ -1,24 +1,71 @@
-"""Everything the page prints, as words: templates choose places, never values."""
+"""What stands over the dossier: which machine, which data, how much of it.
+
+Everything the page prints, as words: templates choose places, never values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from instrument.terminal import count
 from report.dossier import measurements
-from report.dossier.citations import RowNumbers
 from report.dossier.failure_cards import failure_cards
-from report.dossier.figures import Drawn
-from report.dossier.header import header
+from report.dossier.measurements import HEADS as FIT_HEADS
+from report.dossier.measurements import fit_rows
 from report.dossier.prediction import prediction_words
 from report.dossier.reproduce import commands, versions
-from report.dossier.runs_table import HEADS, run_rows
-from report.dossier.what_fits import HEADS as FIT_HEADS
-from report.dossier.what_fits import fit_rows
-from report.plots.text import clean
-from report.tables.eligible import eligible
+from report.dossier.rows import HEADS, RowNumbers, run_rows
+from report.plots.draw import Drawn
 from report.tables.selection import select
-from report.words import gigabytes
+from report.tables.speed import eligible
+from report.text import clean, gigabytes, joined
+
+MARK_WORDS = {
+    "TINY PRESET": "Two-layer models and some dozen steps: mechanisms show, speeds and scores do not carry over.",
+    "EMBEDDED DATA": "Generated documents, not EUR-Lex and OpenWebText.",
+    "CPU": "Measured on a processor: its fp16 and bf16 arithmetic says nothing about a GPU's speed.",
+    "IMPORTED": "Logs of another program, converted; what it did not record is missing here.",
+    "SIMULATED": "These numbers are made up, to measure the report. They say nothing about any device.",
+}
+
+
+def header(folder) -> dict:
+    """Device, marks with their meaning, and the facts beneath the title."""
+    runs = folder.runs
+    gpus = _values(run.env.get("gpu") or run.env.get("cpu") for run in runs)
+    facts = [
+        ("Hardware", ", ".join(gpus) or "not recorded"),
+        ("Preset", ", ".join(_values(run.preset for run in runs))),
+        ("Data", ", ".join(_values(run.data_source for run in runs))),
+        ("Weights", ", ".join(_values(run.weights_source for run in runs))),
+        (
+            "Runs",
+            f"{len(runs)}: "
+            + ", ".join(
+                count(len({getattr(run, field) for run in runs}), word)
+                for field, word in (("case", "case"), ("dtype_config", "configuration"), ("seed", "seed"))
+            ),
+        ),
+        ("Outcomes", _outcomes(runs)),
+    ]
+    return {
+        "device": clean(folder.device, 60),
+        "facts": facts,
+        "marks": [{"name": mark, "words": MARK_WORDS.get(mark, "")} for mark in folder.marks],
+    }
+
+
+def _values(values: Iterable[object]) -> list[str]:
+    return [clean(value, 60) for value in dict.fromkeys(values) if value]
+
+
+def _outcomes(runs) -> str:
+    numbers: dict[str, int] = {}
+    for run in runs:
+        numbers[run.status] = numbers.get(run.status, 0) + 1
+    return joined(f"{n} {status}" for status, n in sorted(numbers.items(), key=lambda item: -item[1]))
+
 
 EXECUTIVE = "ACB"
 PEAK_KINDS = {"rss": "resident", "device": "on the device", "reserved": "reserved"}

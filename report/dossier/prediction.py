@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from report.dossier.runs_table import ABSENT
-from report.plots.text import clean
-from report.spelled import spelled
-from report.tables.columns import case_order, series_order
+from instrument.terminal import count
+from report.dossier.rows import ABSENT
+from report.harness_commands import case_arguments
 from report.tables.predicted import FALSE_ALARM, HIT, KINDS, MISSED, NEITHER, NOT_REACHED, Predicted
-from report.words import count
+from report.tables.selection import case_order, series_order
+from report.text import clean
 
 SIGNS = {HIT: "✓", FALSE_ALARM: "!", MISSED: "✗", NOT_REACHED: "·", NEITHER: "–"}
 END_HEADS = ("case", "configuration", "seed", "predicted", "happened", "verdict")
@@ -96,7 +96,7 @@ def _happening(row: dict[str, Any], key: str) -> str:
 
 def _command(case: str, folder) -> str:
     """How to predict for a case; nothing where ``predict`` cannot be told which it is."""
-    words = next((words for run in folder.runs if run.case == case and (words := spelled(run))), [])
+    words = next((words for run in folder.runs if run.case == case and (words := case_arguments(run))), [])
     return (
         f": python -m harness predict {shlex.quote(words[0])} --out {shlex.quote(clean(folder.path, 200))}"
         if len(words) == 1

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.dossier.citations import RowNumbers, in_order
-from report.plots.text import clean
-from report.spelled import spelled
-from report.unusual import spelled_option, unusual
-from report.words import gigabytes
+from report.dossier.rows import RowNumbers, in_order
+from report.harness_commands import case_arguments, option_words, unusual_options
+from report.text import clean, gigabytes
 
 OPTIONS = {
     "preset": "--preset",
@@ -46,7 +44,7 @@ def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
 def command(run: RunRecord) -> str | None:
     """The command line that makes this row, every setting spelled out; None for a row that another program made, or
     whose case the command line has no name for."""
-    case = spelled(run)
+    case = case_arguments(run)
     if _is_foreign(run) or case is None:
         return None
     world = run.config.get("world")
@@ -55,11 +53,11 @@ def command(run: RunRecord) -> str | None:
     words = ["case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
     for key, option in OPTIONS.items():
         if run.config.get(key) is not None:
-            words += spelled_option(option, run.config[key])
+            words += option_words(option, run.config[key])
     for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
         if run.config.get(key) is True:
             words.append(option)
-    return f"{program} {shlex.join(words)}{unusual([run], RARE)}"
+    return f"{program} {shlex.join(words)}{unusual_options([run], RARE)}"
 
 
 def _is_foreign(run: RunRecord) -> bool:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from instrument.results.contents import Folder
 
-FORMATS = ("csv", "latex", "appendix", "tensorboard", "wandb", "bencher")
-
 Export = Callable[[Folder, Path], list[Path]]
+EXPORTERS = {
+    "csv": "tables:export_csv",
+    "latex": "latex:export_latex",
+    "appendix": "latex:export_appendix",
+    "tensorboard": "trackers:export_tensorboard",
+    "wandb": "trackers:export_wandb",
+    "bencher": "tables:export_bencher",
+}
+"""Format -> module of this package and its function."""
 
 
 def exporter(name: str) -> Export:
-    """The function that writes format ``name`` into a folder and returns its files. Imported late:
-    most formats need a library of their own."""
-    if name == "csv":
-        from report.export.csv_files import export
-    elif name == "latex":
-        from report.export.latex import export
-    elif name == "appendix":
-        from report.export.appendix import export
-    elif name == "tensorboard":
-        from report.export.tensorboard_events import export
-    elif name == "wandb":
-        from report.export.wandb_replay import export
-    else:
-        from report.export.bencher import export
-    return export
+    """The function that writes format ``name`` into a folder and returns its files. Imported late: most formats need a
+    library of their own."""
+    module, function = EXPORTERS[name].split(":")
+    return getattr(import_module(f"report.export.{module}"), function)

@@ -20,7 +20,7 @@ from report.plots.style import (
     legend_row,
     new_figure,
 )
-from report.plots.text import clean
+from report.text import clean
 
 ROW_IN, HEADER_IN = 0.31, 0.42
 CHARACTER_IN = 0.56 * SMALL_PT / 72

@@ -22,7 +22,7 @@ from report.plots.style import (
     legend_row,
     new_figure,
 )
-from report.plots.text import clean
+from report.text import clean
 
 try:
     from adjustText import adjust_text

@@ -7,10 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.plots.facets import cases_in_rows, label_lowest, panels
+from report.plots.elements import cases_in_rows, label_lowest, panels
 from report.plots.palette import look
 from report.plots.style import INK, MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
-from report.plots.text import clean, rate
+from report.text import clean, rate
 
 BAR_IN, FRAME_IN = 0.168, 0.5
 

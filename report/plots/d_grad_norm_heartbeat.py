@@ -7,11 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.plots.decimate import decimate
-from report.plots.direct_labels import label_right
+from report.plots.elements import decimate, label_right
 from report.plots.palette import look
 from report.plots.style import THIN_PT, empty_figure, exclusion_note, log_axis, new_figure, whole_steps
-from report.plots.text import clean
+from report.text import clean
 
 ROW_IN, FRAME_IN = 1.12, 0.3
 

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
 from kernels.float_formats import FP16
-from report.plots.density import outline
+from report.plots.elements import outline
 from report.plots.palette import look
 from report.plots.style import (
     FULL_WIDTH_IN,
@@ -23,7 +23,7 @@ from report.plots.style import (
     log_axis,
     new_figure,
 )
-from report.plots.text import clean, short
+from report.text import clean, short
 
 ROW_IN, FRAME_IN = 0.98, 0.15
 HALF_WIDTH = 0.4

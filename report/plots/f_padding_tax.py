@@ -9,11 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.plots.decimate import decimate
-from report.plots.facets import cases_in_rows, label_lowest, panels
+from report.plots.elements import cases_in_rows, decimate, label_lowest, panels
 from report.plots.palette import look
 from report.plots.style import SMALL_PT, THIN_PT, empty_figure, exclusion_note, new_figure
-from report.plots.text import clean
+from report.text import clean
 
 ROW_IN, FRAME_IN = 1.4, 0.2
 POINT_BINS = 120

@@ -8,11 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from instrument.terminal import count
-from report.plots.decimate import decimate
-from report.plots.direct_labels import label_right
+from report.plots.elements import decimate, label_right
 from report.plots.palette import look
 from report.plots.style import MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure, whole_steps
-from report.plots.text import clean
+from report.text import clean
 
 LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.82, 0.2
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from report.plots.palette import look
 from report.plots.style import GRID, INK, MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
-from report.plots.text import clean
+from report.text import clean
 
 ROW_IN, FRAME_IN = 0.27, 0.75
 SIDES = ("LM", "classification")

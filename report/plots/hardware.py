@@ -7,11 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.plots.decimate import decimate
-from report.plots.density import outline
+from report.plots.elements import decimate, outline
 from report.plots.palette import look
 from report.plots.style import INK, SMALL_PT, THIN_PT, empty_figure, exclusion_note, new_figure
-from report.plots.text import clean
+from report.text import clean
 
 ROW_IN, KEY_IN, FRAME_IN = 1.6, 0.75, 0.2
 MEMORY = (("gpu_memory_bytes", "GPU memory (GB)"), ("rss_bytes", "resident memory (GB)"))

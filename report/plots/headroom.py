@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from report.plots.style import empty_figure, exclusion_note, new_figure
-from report.plots.text import clean
+from report.text import clean
 
 ROW_IN, FRAME_IN = 0.135, 0.55
 MOST_BITS = 16.0

@@ -2,7 +2,7 @@
 
 Nothing here knows what is drawn. Text is at least 6.5 pt and lines at least 0.6 pt at the final
 size (7.0 in wide for a full column, 3.4 in for half). The colours of ink and paper are named, so
-that the page can swap them in its dark theme (`report.dossier.theme`).
+that the page can swap them in its dark theme (`report.dossier.page`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullLocator
 
-from report.plots.text import clean, power_of_ten
+from report.text import clean, power_of_ten
 
 FULL_WIDTH_IN, HALF_WIDTH_IN = 7.0, 3.4
 TEXT_PT, SMALL_PT, TITLE_PT = 7.5, 6.6, 9.0

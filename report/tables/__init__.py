@@ -11,7 +11,7 @@ from report.tables import (
     g_loss,
     h_rank,
 )
-from report.tables.columns import TASK_COLUMNS, series_order
+from report.tables.selection import TASK_COLUMNS, series_order
 from report.tables.table import Table
 
 __all__ = ["TABLES", "TASK_COLUMNS", "Table", "all_tables", "series_order"]

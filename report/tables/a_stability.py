@@ -9,12 +9,12 @@ import numpy as np
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.statistics.interval import mean_interval
-from report.tables.caption import data_words
-from report.tables.columns import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order
-from report.tables.judgement import Judged, Judgements, death_kind, gap_words, judge_runs
-from report.tables.table import Table, frame
-from report.words import count, sentence, shortened, signed
+from instrument.terminal import count
+from report.statistics import mean_interval
+from report.tables.judgement import Judged, Judgements, divergence_kind, gap_text, judge_runs
+from report.tables.selection import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order
+from report.tables.table import Table, data_text, frame
+from report.text import sentence, shortened, signed
 
 COLUMNS = (
     "case",
@@ -121,7 +121,7 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
         return "not judged", why
     if state == "poor":
         worst = max(bad, key=lambda j: j.gap if j.gap is not None else 0)
-        return (gap_words(worst.gap, worst.unit) if "loss" in worst.reason else f"F1 {signed(100 * worst.f1_gap, 1)} pt"), seeds
+        return (gap_text(worst.gap, worst.unit) if "loss" in worst.reason else f"F1 {signed(100 * worst.f1_gap, 1)} pt"), seeds
     if config == REFERENCE:
         return "reference", f"healthy, n={n}"
     return _gap_line(bad), count(n, "seed")
@@ -131,13 +131,13 @@ def _gap_line(judged: list[Judged]) -> str:
     """The mean distance from the reference, and whether the seeds resolve it."""
     gaps = mean_interval([j.gap for j in judged if j.gap is not None])
     resolved = RESOLVED if gaps.above(0) or gaps.below(0) else ""
-    return gap_words(gaps.value, judged[0].unit) + resolved if gaps.n else ""
+    return gap_text(gaps.value, judged[0].unit) + resolved if gaps.n else ""
 
 
 def _death(dead: list[Judged]) -> str:
     """``NaN @ 50``, or the range of steps."""
     steps = sorted(j.run.divergence_step for j in dead)
-    kinds = "/".join(dict.fromkeys("loss↑" if (kind := death_kind(j.run)) == "exploded" else kind for j in dead))
+    kinds = "/".join(dict.fromkeys("loss↑" if (kind := divergence_kind(j.run)) == "exploded" else kind for j in dead))
     return f"{kinds} @ {steps[0]}" + (f"–{steps[-1]}" if steps[-1] != steps[0] else "")
 
 
@@ -176,7 +176,7 @@ def _caption(folder: Folder, judgements: Judgements, absent: list[str]) -> str:
     unhealthy = " ".join(f"{case} is not judged: {reason}." for case, reason in sorted(judgements.unhealthy.items()))
     missing = f" Not run: {', '.join(absent)}." if absent else ""
     return (
-        f"{data_words(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
+        f"{data_text(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
         "applied gradient, a parameter or an optimizer state became non-finite, or the loss exploded. Poor: completed, "
         "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
         "(classification), or micro-F1 down by more than 2 points. loss↑: it exploded with finite "

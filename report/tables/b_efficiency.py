@@ -8,14 +8,13 @@ import pandas as pd
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.statistics.interval import NOTHING, mean_interval
-from report.tables.caption import data_words
-from report.tables.columns import case_order, column_of, series_order
-from report.tables.eligible import eligible
+from instrument.terminal import count
+from report.statistics import NOTHING, mean_interval
 from report.tables.judgement import judge_runs
-from report.tables.table import Table, frame
-from report.tables.utilisation import FIELD, NOT_MEASURED, y_kind
-from report.words import count, sentence, shortened
+from report.tables.selection import case_order, column_of, series_order
+from report.tables.speed import FIELD, NOT_MEASURED, eligible, y_kind
+from report.tables.table import Table, data_text, frame
+from report.text import sentence, shortened
 
 COLUMNS = (
     "case",
@@ -166,7 +165,7 @@ def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: st
         None: "not measured",
     }[kind]
     return (
-        f"{data_words(folder, runs)} Filled: MFU {against}, mean and 95 % t-interval over seeds. Hollow: against the peak "
+        f"{data_text(folder, runs)} Filled: MFU {against}, mean and 95 % t-interval over seeds. Hollow: against the peak "
         "of the dtype that each FLOP ran in, which flatters fp32. Memory: "
         f"{measure}. Frontier: no other configuration of the case is as fast with less memory; poor or unjudged "
         "configurations are not on it."

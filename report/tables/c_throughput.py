@@ -6,14 +6,11 @@ import math
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.tables.caption import data_words
-from report.tables.columns import REFERENCE, TASK_COLUMNS, case_order, column_of, is_control, series_order
-from report.tables.eligible import eligible
-from report.tables.judgement import death_words
-from report.tables.paired import fair_pairs, paired_ratio, pooled_rate
-from report.tables.selection import Selection, select
-from report.tables.table import Table, frame
-from report.words import sentence, shortened
+from report.tables.judgement import divergence_text
+from report.tables.selection import REFERENCE, TASK_COLUMNS, Selection, case_order, column_of, is_control, select, series_order
+from report.tables.speed import eligible, fair_pairs, paired_ratio, pooled_rate
+from report.tables.table import Table, data_text, frame
+from report.text import sentence, shortened
 
 COLUMNS = ("case", "column", "arch", "dtype_config", "n", "relative", "low", "high", "samples_per_s", "word", "run_ids")
 
@@ -78,7 +75,7 @@ def _row(selection: Selection, runs: list[RunRecord], case: RunRecord, config: s
 def _word(absent: list[RunRecord], reasons: dict[str, str]) -> str:
     """Why there is no bar: the first death, else the first reason."""
     dead = [run for run in absent if run.status == "diverged"]
-    return death_words(min(dead, key=lambda run: run.divergence_step)) if dead else reasons[absent[0].run_id]
+    return divergence_text(min(dead, key=lambda run: run.divergence_step)) if dead else reasons[absent[0].run_id]
 
 
 def _title(data) -> str:
@@ -97,7 +94,7 @@ def _title(data) -> str:
 
 def _caption(folder: Folder, runs) -> str:
     return (
-        f"{data_words(folder, runs)} Bars: geometric mean over seeds of samples/s relative to fp32_true of the same case "
+        f"{data_text(folder, runs)} Bars: geometric mean over seeds of samples/s relative to fp32_true of the same case "
         "and seed, total over total of the timed steps; lines: 95 % t-interval on the paired log-ratios; one seed has a "
         "dot and no interval. A run enters when it completed with at least 50 (tiny preset: 10) timed, finite steps "
         "after warm-up, and was neither throttled nor contended. A word stands where no run entered."

@@ -10,14 +10,12 @@ import pandas as pd
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from instrument.terminal import count
 from report.errors import UsageError
-from report.statistics.rolling import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
-from report.tables.caption import data_words
-from report.tables.columns import REFERENCE, case_order, series_order
-from report.tables.selection import Selection, select
-from report.tables.step_frame import long_frame
-from report.tables.table import Table, frame
-from report.words import count, joined, sentence, shortened
+from report.statistics import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
+from report.tables.selection import REFERENCE, Selection, case_order, select, series_order
+from report.tables.table import Table, data_text, frame, long_frame
+from report.text import joined, sentence, shortened
 
 COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
 SUMMARY = (
@@ -130,7 +128,7 @@ def _title(summary: pd.DataFrame) -> str:
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
     return (
-        f"{data_words(folder, runs)} Global L2 norm of the gradient before clipping, after unscaling. Cross: the last "
+        f"{data_text(folder, runs)} Global L2 norm of the gradient before clipping, after unscaling. Cross: the last "
         "finite step of a run that diverged. Marks above the frame: steps that the loss scaler skipped, which is no "
         f"divergence. Spike: above {SPIKE_FACTOR:g} times the median of the {WINDOW_STEPS} steps before it; a norm that "
         "spikes as often under fp32_true is not a matter of precision. The controls change one thing in fp16_naive "

@@ -10,13 +10,11 @@ import pandas as pd
 from bench_cases import TASKS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from instrument.terminal import count
 from kernels.float_formats import FP16
-from report.tables.caption import data_words
-from report.tables.columns import case_order, is_lm, series_order
-from report.tables.selection import select
-from report.tables.step_frame import long_frame
-from report.tables.table import Table, frame
-from report.words import count, sentence
+from report.tables.selection import case_order, is_lm, select, series_order
+from report.tables.table import Table, data_text, frame, long_frame
+from report.text import sentence
 
 FORWARD = ("forward", "loss")
 COLUMNS = ("case", "dtype_config", "seed", "step", "logit_absmax", "nonfinite")
@@ -150,7 +148,7 @@ def _caption(folder: Folder, runs: list[RunRecord], summary: pd.DataFrame) -> st
         else "the number of logits a step is not recorded"
     )
     return (
-        f"{data_words(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
+        f"{data_text(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
         f"({per_step}; pad columns and ignored targets left out). Line: 65,504, the largest fp16 number. What lies "
         "beyond it would overflow in fp16; in bf16 and fp32 it did not. Steps with non-finite logits are marks on top; "
         "from a run's death on they follow from dead parameters and are no overflow of the logits."

@@ -9,15 +9,11 @@ import pandas as pd
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.statistics.bootstrap import block_bootstrap, coefficient_of_variation
-from report.tables.caption import data_words
-from report.tables.columns import REFERENCE, case_order, is_lm, series_order
-from report.tables.eligible import eligible, timed
-from report.tables.selection import is_bucketed, select
-from report.tables.step_frame import long_frame
-from report.tables.table import Table, frame
-from report.tables.utilisation import FIELD, TOKENS, y_kind
-from report.words import sentence
+from report.statistics import block_bootstrap, coefficient_of_variation
+from report.tables.selection import REFERENCE, case_order, is_bucketed, is_lm, select, series_order
+from report.tables.speed import FIELD, TOKENS, eligible, timed, y_kind
+from report.tables.table import Table, data_text, frame, long_frame
+from report.text import sentence
 
 COLUMNS = (
     "case",
@@ -189,7 +185,7 @@ def _caption(folder: Folder, runs: list[RunRecord], config: str, kind: str) -> s
         TOKENS: "Tokens per second (no MFU was measured)",
     }[kind]
     return (
-        f"{data_words(folder, runs)} {config}. {what}, of real tokens (dots) and of all tokens (line above), over batches "
+        f"{data_text(folder, runs)} {config}. {what}, of real tokens (dots) and of all tokens (line above), over batches "
         "sorted by their real tokens; the gap is what padding costs. Tax: one minus the share of real work in all work, "
         "total over total. Coefficient of variation of the real-token rate over steps, with a moving-block bootstrap "
         "interval within the run. LM documents are packed without padding."

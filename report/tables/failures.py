@@ -7,7 +7,7 @@ from typing import Any
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.tables.judgement import death_words, is_unfinished
+from report.tables.judgement import divergence_text, is_unfinished
 
 FAILED = ("diverged", "oom", "error", "hung")
 CAUSES = {
@@ -80,11 +80,11 @@ def failure_sentence(run: RunRecord) -> str:
         return f"{end} after {steps}" + (f": {run.error}" if run.error else "") + "."
     first = run.first_nonfinite
     if first is None:
-        return f"{death_words(run)}: {run.error or 'the loss exploded with finite values'}."
+        return f"{divergence_text(run)}: {run.error or 'the loss exploded with finite values'}."
     place = f"{first.module}.{first.tensor}" if first.module else first.tensor
     source = f", from {first.source_tensor}" if first.source_tensor else ""
     dtype = f" ({first.dtype})" if first.dtype else ""
-    return f"{death_words(run)}: {place} became {first.kind}{dtype} in the {first.phase}{source}."
+    return f"{divergence_text(run)}: {place} became {first.kind}{dtype} in the {first.phase}{source}."
 
 
 def _cause(run: RunRecord) -> str | None:

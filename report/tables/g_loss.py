@@ -9,14 +9,11 @@ import pandas as pd
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.tables.caption import data_words
-from report.tables.columns import case_order, column_of, is_lm, series_order
-from report.tables.fairness import unfair
-from report.tables.judgement import death_words
-from report.tables.selection import Selection, select
-from report.tables.step_frame import long_frame
-from report.tables.table import Table, frame
-from report.words import count, joined, sentence, shortened
+from instrument.terminal import count
+from report.tables.judgement import divergence_text
+from report.tables.selection import Selection, case_order, column_of, incomparable_reason, is_lm, select, series_order
+from report.tables.table import Table, data_text, frame, long_frame
+from report.text import joined, sentence, shortened
 
 COLUMNS = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "step", "loss", "minus_reference")
 SUMMARY = (
@@ -66,7 +63,7 @@ def minus_reference(folder: Folder, run: RunRecord, selection: Selection) -> np.
     columns = folder.steps(run.run_id)
     difference = np.full(len(columns["step"]), np.nan)
     reference = selection.reference(run)
-    if reference is None or unfair(run, reference) is not None:
+    if reference is None or incomparable_reason(run, reference) is not None:
         return difference
     base = folder.steps(reference.run_id)
     _, ours, theirs = np.intersect1d(columns["step"], base["step"], assume_unique=True, return_indices=True)
@@ -99,7 +96,7 @@ def _row(folder: Folder, run: RunRecord, selection: Selection) -> dict:
         "dtype_config": run.dtype_config,
         "seed": run.seed,
         "died_at": run.divergence_step,
-        "death": death_words(run) if dead else None,
+        "death": divergence_text(run) if dead else None,
         "run_id": run.run_id,
         "final_minus_reference": float(tail.mean()) if len(tail) and not dead else math.nan,
     }
@@ -143,7 +140,7 @@ def _death_words(config: str, of_kind: dict[str, tuple[int, int]], *, first: boo
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
     reductions = shortened(sorted({run.loss_reduction for run in runs}))
     return (
-        f"{data_words(folder, runs)} Training loss before each update; single-label is softmax cross-entropy, multi-label "
+        f"{data_text(folder, runs)} Training loss before each update; single-label is softmax cross-entropy, multi-label "
         f"binary cross-entropy with logits, so the units differ and each facet has its own axis (reduction: {reductions}). "
         "Below: the loss minus fp32_true's at the same step, that is on the same batch from the same initial weights. "
         "Crosses: divergence."

@@ -9,15 +9,11 @@ import pandas as pd
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.statistics.interval import exponential, mean_interval
-from report.statistics.ranking import FEWEST_FOR_TAU, kendall_tau, rank_with_ties
-from report.tables.caption import data_words
-from report.tables.columns import is_lm, series_order
-from report.tables.eligible import eligible
-from report.tables.group_speed import Scores, group_scores
-from report.tables.selection import select
-from report.tables.table import Table, frame
-from report.words import joined, sentence, shortened
+from report.statistics import FEWEST_FOR_TAU, exponential, kendall_tau, mean_interval, rank_with_ties
+from report.tables.selection import is_lm, select, series_order
+from report.tables.speed import Scores, eligible, group_scores
+from report.tables.table import Table, data_text, frame
+from report.text import joined, sentence, shortened
 
 COLUMNS = ("dtype_config", "side", "relative", "low", "high", "n", "rank", "tie_group")
 SUMMARY = ("tau", "tau_low", "tau_high", "n_configs", "note")
@@ -103,7 +99,7 @@ def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
     return (
-        f"{data_words(folder, runs)} Rank by samples/s relative to fp32_true of the same case and seed, geometric mean "
+        f"{data_text(folder, runs)} Rank by samples/s relative to fp32_true of the same case and seed, geometric mean "
         "over the side's cases; only configurations that finished every case and seed of both sides, controls left out. "
         "Brackets: neighbours whose paired difference the seeds do not separate (95 % t-interval). Second panel: "
         "relative speed with its interval. Kendall's tau-b with Fieller's interval from five configurations up."

@@ -6,11 +6,9 @@ import numpy as np
 import pandas as pd
 
 from instrument.results.contents import Folder
-from report.tables.caption import data_words
-from report.tables.columns import case_order, series_order
-from report.tables.step_frame import long_frame
-from report.tables.table import Table
-from report.words import gigabytes
+from report.tables.selection import case_order, series_order
+from report.tables.table import Table, data_text, long_frame
+from report.text import gigabytes
 
 LETTER, NAME = "hardware", "hardware"
 READINGS = {
@@ -52,7 +50,7 @@ def table(folder: Folder) -> Table:
         f"{gigabytes(peaks.min())} ({peaks.idxmin()})."
     )
     caption = (
-        f"{data_words(folder, runs)} One seed a case and configuration. GPU memory is that of all processes and the "
+        f"{data_text(folder, runs)} One seed a case and configuration. GPU memory is that of all processes and the "
         "driver; utilisation of the processor is that of all cores. Dashed: median. Disk: growth since the start."
     )
     return Table(LETTER, NAME, data, title, caption, marks=folder.marks)

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.tables.columns import REFERENCE, is_lm
-from report.tables.fairness import unfair
-from report.tables.selection import Selection, select
-from report.words import signed
+from report.tables.selection import REFERENCE, Selection, incomparable_reason, is_lm, select
+from report.text import signed
 
 POOR_NATS = 0.2
 POOR_SHARE = 0.10
@@ -62,7 +60,9 @@ def judge_runs(folder: Folder, selection: Selection | None = None) -> Judgements
     """Every selected run's state."""
     selection = selection or select(folder)
     unhealthy = {
-        run.case: reason for run in selection.runs if run.dtype_config == REFERENCE and (reason := ill(folder, run)) is not None
+        run.case: reason
+        for run in selection.runs
+        if run.dtype_config == REFERENCE and (reason := unhealthy_reason(folder, run)) is not None
     }
     return Judgements(selection, {run.run_id: _judge(folder, run, selection, unhealthy) for run in selection.runs}, unhealthy)
 
@@ -77,7 +77,7 @@ def start_and_end(folder: Folder, run: RunRecord) -> tuple[float, float, str] | 
     return None
 
 
-def ill(folder: Folder, reference: RunRecord) -> str | None:
+def unhealthy_reason(folder: Folder, reference: RunRecord) -> str | None:
     """Why a reference is unhealthy, or None. One that failed for another reason is no reference."""
     if reference.status == "diverged":
         return f"it diverged at step {reference.divergence_step}"
@@ -90,7 +90,7 @@ def ill(folder: Folder, reference: RunRecord) -> str | None:
 
 def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict[str, str]) -> Judged:
     if run.status == "diverged":
-        return Judged(run, "diverged", death_words(run))
+        return Judged(run, "diverged", divergence_text(run))
     if run.status == "unsupported":
         return Judged(run, "unsupported", run.error or "unsupported")
     if is_unfinished(run):
@@ -104,7 +104,7 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
         return Judged(run, "unjudged", "no fp32_true run of this case and seed completed")
     if run is reference:
         return Judged(run, "completed")
-    if (reason := unfair(run, reference)) is not None:
+    if (reason := incomparable_reason(run, reference)) is not None:
         return Judged(run, "unjudged", f"not comparable: {reason}")
     return _against(run, reference)
 
@@ -125,7 +125,7 @@ def _against(run: RunRecord, reference: RunRecord) -> Judged:
     if run.f1_micro is not None and reference.f1_micro is not None and reference.f1_micro >= FEWEST_F1:
         f1_gap = run.f1_micro - reference.f1_micro
     if not math.isfinite(ours) or gap > limit:
-        return Judged(run, "poor", f"{what} {gap_words(gap, unit)} against fp32_true", gap, unit, f1_gap)
+        return Judged(run, "poor", f"{what} {gap_text(gap, unit)} against fp32_true", gap, unit, f1_gap)
     if f1_gap is not None and f1_gap < -POOR_F1:
         return Judged(run, "poor", f"micro-F1 {100 * f1_gap:+.1f} points against fp32_true", gap, unit, f1_gap)
     return Judged(run, "completed", "", gap, unit, f1_gap)
@@ -138,17 +138,17 @@ def final_losses(run: RunRecord, reference: RunRecord) -> tuple[float | None, fl
     return run.train_loss_final, reference.train_loss_final, "training loss"
 
 
-def gap_words(gap: float, unit: str) -> str:
+def gap_text(gap: float, unit: str) -> str:
     """``+0.31 nats`` or ``+12 %``."""
     return f"{signed(gap, 2)} nats" if unit == "nats" else f"{signed(100 * gap, 1)} %"
 
 
-def death_words(run: RunRecord) -> str:
+def divergence_text(run: RunRecord) -> str:
     """``NaN @ 50``: what a run died of and at which step."""
-    return f"{death_kind(run)} @ {run.divergence_step}"
+    return f"{divergence_kind(run)} @ {run.divergence_step}"
 
 
-def death_kind(run: RunRecord) -> str:
+def divergence_kind(run: RunRecord) -> str:
     """``NaN``, ``Inf``, or ``exploded`` when every value was finite."""
     kind = run.first_nonfinite.kind if run.first_nonfinite else (run.flags.get("imported") or {}).get("divergence_kind")
     return {"nan": "NaN", "inf": "Inf", "-inf": "-Inf"}.get(kind, "exploded")

@@ -14,10 +14,9 @@ import pandas as pd
 from instrument.kernel_classes import CLASSES
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from report.tables.caption import data_words
-from report.tables.columns import case_order, series_order
-from report.tables.table import Table, frame
-from report.words import count
+from instrument.terminal import count
+from report.tables.selection import case_order, series_order
+from report.tables.table import Table, data_text, frame
 
 LETTER, NAME = "kernel_time", "kernel_time"
 IDLE = "idle"
@@ -52,7 +51,7 @@ def table(folder: Folder) -> Table:
     }
     steps = sorted({_steps(run) for run in runs})
     caption = (
-        f"{data_words(folder, runs)} Mean of {' or '.join(map(str, steps))} profiled steps; "
+        f"{data_text(folder, runs)} Mean of {' or '.join(map(str, steps))} profiled steps; "
         f"{', '.join(sorted(sources))}. The profiler lengthens short ops: shares are worth more than seconds. Idle: "
         "wall time of the step during which no kernel ran. Normalisations and softmax are reductions; ours: this "
         "project's kernels."

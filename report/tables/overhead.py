@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from instrument.results.contents import Folder
+from instrument.terminal import count
 from report.tables.table import Table, frame
-from report.words import count, printable, sentence
+from report.text import printable, sentence
 
 LETTER, NAME = "overhead", "overhead"
 ARMS = ("bare", "light", "full")

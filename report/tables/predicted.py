@@ -14,7 +14,7 @@ import pandas as pd
 
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
-from report.tables.columns import REFERENCE, case_order
+from report.tables.selection import REFERENCE, case_order
 from report.tables.table import frame
 
 VERDICTS = (

@@ -1,8 +1,12 @@
-"""Which runs are compared: one settings variant a case, one run a (case, configuration, seed).
+"""Where a run stands: its task column, its kind of task, its place in the order of series.
+
+Which runs are compared: one settings variant a case, one run a (case, configuration, seed).
 
 A folder may hold a case twice, with another learning rate say. Averaging the two would compare what
 differs in more than the configuration; so the variant with the most runs is shown and the others
 are named.
+
+Whether two rows may be compared: same weights, same batches, same switches, same machine.
 """
 
 from __future__ import annotations
@@ -14,10 +18,49 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from bench_cases import CASES, DTYPE_CONFIGS, TASKS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.tables.columns import REFERENCE, column_of
+
+TASK_COLUMNS = ("LM-Decoder", "LM-Encoder", "Cls-Multi", "Cls-Single")
+REFERENCE = "fp32_true"
+
+
+def column_of(run: RunRecord) -> str | None:
+    """The task column, or None for a task that this version does not know."""
+    task = TASKS.get(run.task)
+    if task is None:
+        return None
+    if task.head == "classification":
+        return "Cls-Multi" if task.loss == "bce_with_logits" else "Cls-Single"
+    return {"causal_lm": "LM-Decoder", "masked_lm": "LM-Encoder"}[task.head]
+
+
+def is_lm(run: RunRecord) -> bool:
+    """Whether a run trains a language model; the others classify."""
+    return (column_of(run) or "").startswith("LM-")
+
+
+def series_order(configs: Iterable[str]) -> list[str]:
+    """Configurations in the registry's order; unknown ids last, by name."""
+    return _in_order(configs, DTYPE_CONFIGS)
+
+
+def case_order(cases: Iterable[str]) -> list[str]:
+    """Cases in the registry's order; unknown ids last, by name."""
+    return _in_order(cases, CASES)
+
+
+def is_control(config: str) -> bool:
+    """Whether a configuration is run to explain another's death, not to be recommended."""
+    return any(config in declared.controls for declared in DTYPE_CONFIGS.values())
+
+
+def _in_order(ids: Iterable[str], registry: dict) -> list[str]:
+    place = {name: index for index, name in enumerate(registry)}
+    return sorted(set(ids), key=lambda name: (place.get(name, len(place)), name))
+
 
 ROW_SETTINGS = (
     "preset",
@@ -117,3 +160,33 @@ def _by_case(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
     for run in runs:
         groups[run.case].append(run)
     return [groups[case] for case in sorted(groups)]
+
+
+HASHES = {"init_sha256": "initial weights", "data_sha256": "batches"}
+MACHINE = {"gpu": "GPU", "torch_version": "torch", "cuda_version": "CUDA"}
+
+
+def incomparable_reason(run: RunRecord, reference: RunRecord) -> str | None:
+    """Why a row must not be compared with its reference, or None. A hash that neither row has is
+    no reason (imported logs have none); one that only one of them has is."""
+    for field, what in HASHES.items():
+        if getattr(run, field) != getattr(reference, field):
+            return f"{what} differ from those of {reference.run_id}"
+    if run.attention_backend != reference.attention_backend:
+        return f"attention backend {run.attention_backend} against {reference.attention_backend} of {reference.run_id}"
+    for name, (ours, theirs) in _switches(run, reference).items():
+        if ours != theirs:
+            return f"switch {name} is {ours}, and {theirs} in {reference.run_id}"
+    for field, what in MACHINE.items():
+        if run.env.get(field) != reference.env.get(field):
+            return f"{what} {run.env.get(field)} against {reference.env.get(field)} of {reference.run_id}"
+    return None
+
+
+def _switches(run: RunRecord, reference: RunRecord) -> dict[str, tuple[object, object]]:
+    """Global switches of both rows. TF32 is left out where a configuration is about it, and what
+    was verified differs by what a configuration needs."""
+    ours, theirs = run.flags.get("switches") or {}, reference.flags.get("switches") or {}
+    about_tf32 = any(config.tf32 for row in (run, reference) if (config := DTYPE_CONFIGS.get(row.dtype_config)))
+    left_out = {"verified", *(["fp32_precision"] if about_tf32 else [])}
+    return {name: (ours.get(name), theirs.get(name)) for name in sorted({*ours, *theirs} - left_out)}

@@ -6,11 +6,9 @@ import numpy as np
 import pandas as pd
 
 from instrument.results.contents import Folder
-from report.statistics.rolling import rolling_median
-from report.tables.caption import data_words
-from report.tables.columns import case_order, series_order
-from report.tables.step_frame import long_frame
-from report.tables.table import Table
+from report.statistics import rolling_median
+from report.tables.selection import case_order, series_order
+from report.tables.table import Table, data_text, long_frame
 
 LETTER, NAME = "step_times", "step_times"
 COLUMNS = ("case", "dtype_config", "seed", "step", "step_time_s", "rolling_median_s")
@@ -50,7 +48,7 @@ def table(folder: Folder) -> Table:
         f"P95 {slowest_tail['p95_s'] / slowest_tail['median_s']:.2f} times the median."
     )
     caption = (
-        f"{data_words(folder, runs)} Left: rolling median over {WINDOW_STEPS} steps. Right: box from the first to "
+        f"{data_text(folder, runs)} Left: rolling median over {WINDOW_STEPS} steps. Right: box from the first to "
         "the third quartile, line at the median, diamond at the mean, tick at the 95th percentile. One seed a "
         "configuration; steps of warm-up left out."
     )

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from instrument.results.contents import Folder
-from report.statistics.interval import FEWEST_SEEDS
-from report.tables.columns import REFERENCE
-from report.tables.eligible import eligible
-from report.tables.fairness import unfair
+from instrument.terminal import count
+from report.statistics import FEWEST_SEEDS
 from report.tables.judgement import is_unfinished, judge_runs
-from report.tables.selection import Selection, select
-from report.words import count, shortened
+from report.tables.selection import REFERENCE, Selection, incomparable_reason, select
+from report.tables.speed import eligible
+from report.text import shortened
 
 DISTURBED = ("throttled", "contended")
 
@@ -53,7 +52,7 @@ def _fairness(selection: Selection) -> Check:
         for run in selection.runs
         if run.dtype_config != REFERENCE and (reference := selection.reference(run)) is not None
     ]
-    wrong = [(run, reason) for run, reference in pairs if (reason := unfair(run, reference)) is not None]
+    wrong = [(run, reason) for run, reference in pairs if (reason := incomparable_reason(run, reference)) is not None]
     unknown = [run for run, _ in pairs if run.init_sha256 is None or run.data_sha256 is None]
     if not pairs:
         return Check("fairness", None, "No run stands beside an fp32_true run of its case and seed.")

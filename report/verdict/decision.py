@@ -1,4 +1,6 @@
-"""Per task: the fastest configuration whose quality holds, and those to stay away from.
+"""What an hour costs, and what training by the hour then costs.
+
+Per task: the fastest configuration whose quality holds, and those to stay away from.
 
 A configuration is recommended only when it completed every case and seed of the task that a healthy
 fp32_true completed, with a quality that is not poor. Controls are never recommended.
@@ -13,18 +15,42 @@ import numpy as np
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.hypotheses import judge
-from report.hypotheses.evidence_base import EvidenceBase
-from report.hypotheses.finding import NOT_DECIDED
-from report.statistics.interval import FEWEST_SEEDS, Interval, exponential, mean_interval
+from report.hypotheses.evidence import NOT_DECIDED, EvidenceBase
+from report.statistics import FEWEST_SEEDS, Interval, exponential, mean_interval
 from report.tables.b_efficiency import memory_kind, peak_of
-from report.tables.columns import REFERENCE, TASK_COLUMNS, column_of, is_control, series_order
-from report.tables.group_speed import group_scores
-from report.tables.judgement import gap_words, is_unfinished
-from report.tables.paired import pooled_rate
-from report.verdict.avoid import to_avoid
-from report.verdict.next_command import next_command
-from report.verdict.price import Price, cost_words
-from report.words import shortened, signed
+from report.tables.judgement import gap_text, is_unfinished
+from report.tables.selection import REFERENCE, TASK_COLUMNS, column_of, is_control, series_order
+from report.tables.speed import group_scores, pooled_rate
+from report.text import shortened, signed
+from report.verdict.advice import next_command, to_avoid
+
+
+@dataclass(frozen=True)
+class Price:
+    """``per_hour`` of the whole machine, above 0, in ``currency`` (a word such as ``EUR``, or empty)."""
+
+    per_hour: float
+    currency: str = ""
+
+    def of(self, hours: float) -> str:
+        """The price of so many hours: ``1.85 EUR``."""
+        return f"{plain_number(self.per_hour * hours)} {self.currency}".rstrip()
+
+
+def cost_text(
+    relative_cost: float, hours_per_million_samples: float, hours_per_billion_real_tokens: float | None, price: Price | None
+) -> str:
+    """Cost against fp32_true's, and per million samples and 10^9 real tokens: in money where a price is known,
+    else in hours."""
+    words = f"{relative_cost:.2f} of fp32_true's"
+    say = price.of if price else lambda hours: f"{plain_number(hours)} hours"
+    tokens = f", {say(hours_per_billion_real_tokens)} per 10⁹ real tokens" if hours_per_billion_real_tokens else ""
+    return f"{words}, {say(hours_per_million_samples)} per million samples{tokens}"
+
+
+def plain_number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +175,7 @@ def _task(
         1 / speed.value,
         hours,
         token_hours,
-        cost_words(1 / speed.value, hours, token_hours, price),
+        cost_text(1 / speed.value, hours, token_hours, price),
         cases,
         tuple(run.run_id for run in runs),
     )
@@ -198,7 +224,7 @@ def quality_words(base: EvidenceBase, runs: list[RunRecord], config: str) -> str
         judged = [base.judgements.by_id[run.run_id] for run in runs if run.case == case]
         gaps = mean_interval([j.gap for j in judged if j.gap is not None])
         if gaps.n:
-            found.append((gaps.value, f"loss {gap_words(gaps.value, judged[0].unit)}{_spread(gaps, judged[0].unit)}"))
+            found.append((gaps.value, f"loss {gap_text(gaps.value, judged[0].unit)}{_spread(gaps, judged[0].unit)}"))
         f1 = mean_interval([j.f1_gap for j in judged if j.f1_gap is not None])
         if f1.n and found:
             found[-1] = (found[-1][0], f"{found[-1][1]}, F1 {signed(100 * f1.value, 1)} pt")

@@ -7,11 +7,11 @@ import shlex
 import textwrap
 
 from instrument.results.contents import Folder
-from report.statistics.interval import Interval
-from report.tables.columns import REFERENCE
-from report.verdict.decision import TaskVerdict, Verdict, verdict
-from report.verdict.price import Price
-from report.words import bounds, count, gigabytes, printable
+from instrument.terminal import count
+from report.statistics import Interval
+from report.tables.selection import REFERENCE
+from report.text import bounds, gigabytes, printable
+from report.verdict.decision import Price, TaskVerdict, Verdict, verdict
 
 WIDTH, HEIGHT = 80, 24
 INDENT = 12

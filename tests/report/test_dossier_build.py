@@ -14,7 +14,7 @@ from benchmarks.report.simulate import simulate
 from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode, encode
 from report.dossier import build
-from report.pdf import PdfUnavailable
+from report.dossier.page import PdfUnavailable
 
 SECTIONS = ["decision", "trust", "summary", "hypotheses", "failures", "time", "hardware", "runs", "methods", "reproduce"]
 NASTY = (
@@ -271,14 +271,14 @@ def test_a_folder_with_one_dead_run_gives_a_smaller_dossier_that_says_what_is_mi
 
 def test_the_report_draws_without_torch():
     code = (
-        "import sys, report.dossier, report.pdf; "
+        "import sys, report.dossier, report.dossier.page; "
         "print([name for name in ('torch', 'triton', 'transformers', 'weasyprint') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_without_weasyprint_nothing_is_written_and_the_way_out_is_named(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("report.pdf.find_spec", lambda name: None)
+    monkeypatch.setattr("report.dossier.page.find_spec", lambda name: None)
     with pytest.raises(PdfUnavailable, match="--no-pdf"):
         build(load(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,9 @@
-"""What the page says beside its figures: citations, commands, cards, tables of measurements."""
+"""What the page says beside its figures: citations, commands, cards, tables of measurements.
 
+What fits, as the dossier prints it: nothing that was not measured has a number.
+"""
+
+import json
 import re
 import shlex
 from types import SimpleNamespace
@@ -8,15 +12,15 @@ import msgspec
 import pytest
 
 from benchmarks.report.simulate import simulate
+from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode
-from report.dossier import measurements
-from report.dossier.citations import RowNumbers, in_order
-from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards
+from report.dossier import build, measurements
+from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards, sparkline
+from report.dossier.measurements import ABSENT, HEADS, fit_rows
 from report.dossier.reproduce import command, commands, versions
-from report.dossier.runs_table import run_href, run_rows
-from report.dossier.sparkline import sparkline
+from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
+from report.harness_commands import option_words
 from report.tables import kernel_time
-from report.unusual import spelled_option
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +210,8 @@ def test_absent_numbers_are_dashes_and_sort_last(runs):
 
 
 def test_a_value_that_begins_with_a_dash_is_no_option():
-    assert spelled_option("--data", "-m.jsonl") == ["--data=-m.jsonl"] and spelled_option("--lr", 0.1) == ["--lr", "0.1"]
-    assert spelled_option("--compile", True) == ["--compile"]
+    assert option_words("--data", "-m.jsonl") == ["--data=-m.jsonl"] and option_words("--lr", 0.1) == ["--lr", "0.1"]
+    assert option_words("--compile", True) == ["--compile"]
 
 
 def test_mfu_is_the_median_over_seeds_in_per_cent(runs):
@@ -387,3 +391,50 @@ def test_many_failures_are_counted_and_not_all_printed(runs):
     ]
     cards = failure_cards(many, SimpleNamespace(by_id={}), RowNumbers(runs))
     assert len(cards["cards"]) == MOST_CARDS and cards["further"] == 3
+
+
+FOUND = {
+    "case": "gpt2_clm",
+    "config": "amp_bf16",
+    "seq_len": 1024,
+    "status": "found",
+    "largest_batch": 96,
+    "within_rows": 4,
+    "peak_bytes": 131_000_000_000,
+    "tokens_per_s": 400_000.0,
+    "real_tokens_per_s": 360_000.0,
+    "limited_by": "oom: OutOfMemoryError",
+    "at_32": {"real_tokens_per_s": 300_000.0},
+}
+
+
+def cells(row, price=None):
+    return dict(zip(HEADS, fit_rows({"rows": [row]}, price)[0], strict=False))
+
+
+def test_a_row_in_words():
+    found = cells(FOUND, price=3.6)
+    assert (found["rows"], found["within"], found["peak GB"], found["real tokens/s"]) == ("96", "4", "131", "360,000")
+    assert fit_rows({"rows": [FOUND]}, 3.6)[0][9:11] == ["2.78", "3.33"]  # 0.001 a second: 1e9 / 360,000 s cost 2.78
+    assert fit_rows({"rows": [FOUND]}, None)[0][9:11] == [ABSENT, ABSENT]
+
+
+def test_what_is_not_a_number_is_absent():
+    assert cells({**FOUND, "status": "at_least"})["rows"] == "≥ 96"
+    none = cells({"case": "x", "config": "y", "status": "none_fits", "largest_batch": None})
+    assert none["rows"] == "none fits" and none["peak GB"] == none["tokens/s"] == none["the next batch met"] == ABSENT
+    hostile = {**FOUND, "largest_batch": "many", "peak_bytes": -1, "tokens_per_s": True, "at_32": 7, "limited_by": "<b>" * 999}
+    found = cells(hostile)
+    assert found["rows"] == "found" and found["peak GB"] == found["tokens/s"] == ABSENT
+    assert len(found["the next batch met"]) <= 161
+    assert fit_rows(None) == fit_rows({"rows": 5}) == fit_rows({"rows": [3]}) == []
+
+
+def test_it_stands_in_the_dossier(plant, tmp_path):
+    folder = plant(("gpt2_clm",), ("fp32_true",), (0,))
+    for content, says in ((None, "python -m harness fit CASE"), ({"rows": [FOUND]}, "131")):
+        if content:
+            (folder.path / "fit.json").write_text(json.dumps(content))
+        build(load(folder.path), tmp_path / "out", pdf=False, formats=("svg",))
+        page = (tmp_path / "out" / "dossier" / "index.html").read_text()
+        assert "What fits" in page and says in page[page.index("What fits") :]

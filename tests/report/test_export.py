@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from report.errors import MissingTool, need
-from report.export import FORMATS, exporter
-from report.export.replay import points
-from report.export.tex import escape, identifier
+from report.export import EXPORTERS, exporter
+from report.export.latex import escape, identifier
+from report.export.trackers import points
 from report.tables import c_throughput
 
 HOSTILE = '=HYPERLINK("http://x")'
@@ -65,7 +65,7 @@ def test_the_appendix_names_only_figures_and_tables_that_are_there(plant, tmp_pa
         for table in tables.values():
             (folder / f"{table.name}.pdf").touch()
 
-    monkeypatch.setattr("report.dossier.figures.draw_all", draw_all)
+    monkeypatch.setattr("report.plots.draw.draw_all", draw_all)
     folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), (0, 1))
     paths = exporter("appendix")(folder, tmp_path / "out")
     tex = (tmp_path / "out" / "appendix.tex").read_text()
@@ -155,7 +155,7 @@ def test_wandb_is_told_every_step_once_and_stays_offline(plant, tmp_path, monkey
 def test_every_format_of_the_command_line_has_an_exporter():
     from report.arguments import EXPORTS
 
-    assert EXPORTS == FORMATS
-    assert len({exporter(name).__module__ for name in FORMATS}) == len(FORMATS)
+    assert tuple(EXPORTERS) == EXPORTS
+    assert len({exporter(name) for name in EXPORTERS}) == len(EXPORTERS)
     with pytest.raises(MissingTool):
         need("no_such_module_here", "dev", "this test")

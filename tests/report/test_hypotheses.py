@@ -6,7 +6,7 @@ import pytest
 
 from instrument.results.schemas import FirstNonfinite
 from report.hypotheses import judge
-from report.hypotheses.finding import (
+from report.hypotheses.evidence import (
     NOT_DECIDED,
     REFUTED,
     SUPPORTED,
@@ -17,7 +17,7 @@ from report.hypotheses.finding import (
     somewhere,
     unanimous,
 )
-from report.statistics.interval import Interval
+from report.statistics import Interval
 
 SINGLE, MULTI, LM = "gpt2_single_cls", "gpt2_multi_cls", "gpt2_clm"
 

@@ -13,7 +13,7 @@ from instrument.mfu import known_card
 from instrument.results.contents import load
 from instrument.results.schemas import encode
 from report.errors import ImportRefused
-from report.importers.dtype_bench import import_dtype_bench
+from report.import_dtype_bench import import_dtype_bench
 from report.tables import a_stability, b_efficiency, c_throughput, e_logits, f_padding
 from report.verdict import verdict
 

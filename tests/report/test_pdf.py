@@ -8,7 +8,7 @@ pypdf = pytest.importorskip("pypdf")
 from benchmarks.report.simulate import simulate  # noqa: E402
 from instrument.results.contents import load  # noqa: E402
 from report.dossier import build  # noqa: E402
-from report.pdf import figures_as_images, write_pdf  # noqa: E402
+from report.dossier.page import figures_as_images, write_pdf  # noqa: E402
 
 
 @pytest.fixture(scope="module")

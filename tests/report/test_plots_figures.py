@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from report.plots.registry import DRAW
+from report.plots.draw import DRAW
 from report.plots.style import MARK_GAP, theme
 from report.plots.write import picture
 from report.tables import d_grad_norm, g_loss

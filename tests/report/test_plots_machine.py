@@ -8,9 +8,9 @@ import pytest
 from benchmarks.report.simulate import simulate
 from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite
-from report.plots.registry import DRAW
+from report.plots.draw import DRAW
 from report.plots.style import theme
-from report.tables import hardware, headroom_map, kernel_time, step_times
+from report.tables import hardware, headroom, kernel_time, step_times
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_step_times_leave_warm_up_out_and_agree_with_numpy(place):
 
 
 def test_nothing_sampled_says_so(place):
-    for module, why in ((hardware, "hardware.jsonl"), (headroom_map, "activations.jsonl")):
+    for module, why in ((hardware, "hardware.jsonl"), (headroom, "activations.jsonl")):
         table = module.table(load(place))
         assert why in table.empty and "not measured" in words(drawn(table))
 
@@ -90,7 +90,7 @@ def test_headroom_names_the_tightest_module_of_the_diverged_run(place):
             for order, module in enumerate(("wte", "h.0", "lm_head"))
         ]
         (place / "runs" / run_id / "activations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = headroom_map.table(load(place))
+    table = headroom.table(load(place))
     assert table.title.startswith("Least headroom: lm_head of fp16_naive") and "at step 5" in table.title
     assert table.data["headroom_bits"].min() == pytest.approx(np.log2(65_504 / 60_000))
     axes = drawn(table).axes[0]
@@ -154,7 +154,7 @@ def test_the_headroom_map_prefers_what_overflowed_and_leaves_one_column_out(plan
         for step, top in ((2, 64.0), (3, 32_752.0), (4, None))
     ]
     (folder.path / "runs" / ids["amp_fp16_unscaled"] / "forensics.json").write_text(json.dumps({"history": history}))
-    table = headroom_map.table(load(folder.path))
+    table = headroom.table(load(folder.path))
     assert list(table.data["run_id"].unique()) == [ids["amp_fp16_unscaled"], ids["amp_fp16"]]
     assert table.title == (
         "Least headroom: lm_head of amp_fp16_unscaled on gpt2_clm, 1.0 bits at step 3, down from 16.0 at "
@@ -170,9 +170,9 @@ def test_a_range_that_is_wide_enough_is_shown_when_there_is_nothing_else(plant):
         lambda case, config, seed: {"dies_at": 1} if config == "fp16_naive" else {},
     )
     activations(folder, "gpt2_clm-fp16_naive-s0-0badcafe", [60_000.0])
-    assert "at 3 steps or more" in headroom_map.table(load(folder.path)).empty
+    assert "at 3 steps or more" in headroom.table(load(folder.path)).empty
     activations(folder, "gpt2_clm-amp_bf16-s0-0badcafe", [1.0] * 3)
-    assert list(headroom_map.table(load(folder.path)).data["dtype_config"].unique()) == ["amp_bf16"]
+    assert list(headroom.table(load(folder.path)).data["dtype_config"].unique()) == ["amp_bf16"]
 
 
 def test_a_step_s_time_is_stacked_by_class_and_idle_is_hollow(plant):

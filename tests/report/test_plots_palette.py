@@ -6,7 +6,7 @@ import pytest
 
 from bench_cases import DTYPE_CONFIGS
 from instrument.kernel_classes import CLASSES
-from report.dossier.theme import DARK_FURNITURE, dark_colours
+from report.dossier.page import DARK_FURNITURE, dark_colours
 from report.plots import palette, style
 
 DEFAULT = [config.id for config in DTYPE_CONFIGS.values() if config.in_default_matrix]

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from report.statistics.bootstrap import block_bootstrap, coefficient_of_variation
-from report.statistics.interval import mean_interval, ratio_interval, share_interval
-from report.statistics.ranking import kendall_tau, rank_with_ties
-from report.statistics.rolling import rolling_median, spikes
+from report.statistics import (
+    block_bootstrap,
+    coefficient_of_variation,
+    kendall_tau,
+    mean_interval,
+    rank_with_ties,
+    ratio_interval,
+    rolling_median,
+    share_interval,
+    spikes,
+)
 
 
 def mean(values):

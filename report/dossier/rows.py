@@ -1,0 +1,134 @@
+"""Numbers for rows: a claim cites the rows it rests on, as a paper cites its sources.
+
+All runs as rows of words, with the bare number beside each for sorting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from instrument.results.schemas import RunRecord
+from report.tables.selection import case_order, series_order
+from report.text import clean, short
+
+
+class Citation(NamedTuple):
+    """``text`` is ``12`` or a range, ``12–18``; ``anchor`` the first row's place in the page."""
+
+    text: str
+    anchor: str
+
+
+def in_order(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Runs by case, configuration (in the registries' orders) and seed: the order of the run table."""
+    runs = list(runs)
+    cases = {case: at for at, case in enumerate(case_order(run.case for run in runs))}
+    configs = {config: at for at, config in enumerate(series_order(run.dtype_config for run in runs))}
+    return sorted(runs, key=lambda run: (cases[run.case], configs[run.dtype_config], run.seed, run.run_id))
+
+
+class RowNumbers:
+    """The number of every run in the run table, from 1."""
+
+    def __init__(self, runs: Iterable[RunRecord]) -> None:
+        self._number = {run.run_id: at for at, run in enumerate(in_order(runs), start=1)}
+
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._number
+
+    def __getitem__(self, run_id: str) -> int:
+        return self._number[run_id]
+
+    def cite(self, run_ids: Iterable[str]) -> list[Citation]:
+        """The rows as numbers in order, neighbours joined to ranges; ids that are no row are left out."""
+        numbers = sorted({self._number[run_id] for run_id in run_ids if run_id in self._number})
+        ranges: list[list[int]] = []
+        for number in numbers:
+            if ranges and number == ranges[-1][1] + 1:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        return [Citation(str(low) if low == high else f"{low}–{high}", f"row-{low}") for low, high in ranges]
+
+
+ABSENT = "–"
+
+
+class Cell(NamedTuple):
+    """``value``: what sorting compares, as text (empty: absent, None: sort by the text itself)."""
+
+    text: str
+    value: str | None = None
+    kind: str = "number"
+
+
+HEADS = (
+    "#",
+    "case",
+    "configuration",
+    "seed",
+    "status",
+    "died at",
+    "val. loss",
+    "F1 micro",
+    "samples/s",
+    "real tokens/s",
+    "step p50 (ms)",
+    "MFU bf16 (%)",
+    "memory (GB)",
+    "energy (kJ)",
+    "skips",
+    "run",
+)
+
+
+def run_rows(runs: Sequence[RunRecord], numbers: RowNumbers) -> list[dict]:
+    """One row a run, in the order of the citations: number, state, cells, link to the files."""
+    return [
+        {
+            "number": numbers[run.run_id],
+            "status": run.status,
+            "cells": _cells(run, numbers[run.run_id]),
+            "run": clean(run.run_id, 80),
+            "href": run_href(run.run_id),
+        }
+        for run in in_order(runs)
+    ]
+
+
+def run_href(run_id: str) -> str | None:
+    """The run's folder as seen from the page; None for an id that is no plain name (it could lead
+    anywhere)."""
+    plain = all(c.isascii() and (c.isalnum() or c in "._-") for c in run_id) and ".." not in run_id
+    return f"../runs/{run_id}/run.json" if plain else None
+
+
+def _cells(run: RunRecord, number: int) -> list[Cell]:
+    memory = next((size for size in (run.peak_allocated_bytes, run.peak_rss_bytes) if size is not None), None)
+    return [
+        Cell(str(number), str(number)),
+        Cell(clean(run.case, 40), kind="name"),
+        Cell(clean(run.dtype_config, 40), kind="name"),
+        Cell(str(run.seed), str(run.seed)),
+        Cell(run.status, kind="status"),
+        _number(run.divergence_step, "{:,.0f}"),
+        _number(run.val_loss, "{:.4g}"),
+        _number(run.f1_micro, "{:.3f}"),
+        _number(run.samples_per_s, "{:,.1f}"),
+        _number(run.real_tokens_per_s, "{:,.0f}"),
+        _number(run.step_time_p50_s, "{:,.1f}", 1e3),
+        _number(run.mfu_bf16_peak, "{:.1f}", 100),
+        _number(memory, "{:.2f}", 1e-9),
+        _number(run.energy_j, "{:,.1f}", 1e-3),
+        _number(run.scaler_skips, "{:,.0f}"),
+    ]
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> Cell:
+    if value is None:
+        return Cell(ABSENT, "")
+    if not math.isfinite(value):
+        return Cell(short(value), "")
+    return Cell(form.format(value * scale), repr(float(value)))

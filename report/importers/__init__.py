@@ -1,1 +1,0 @@
-"""Other programs' logs in: each importer writes an ordinary results folder, marked IMPORTED."""

@@ -1,0 +1,172 @@
+"""Fewer points, the same picture: every spike stays.
+
+A violin's outline from many values, in closed time.
+
+Labels beside what they name, moved apart where they would overlap.
+
+Which panels a figure has: one per case, tasks down, architectures across.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Affine2D, ScaledTranslation, Transform, blended_transform_factory
+
+from report.plots.palette import Look
+from report.plots.style import SMALL_PT
+
+BINS = 90
+
+
+def decimate(
+    x: np.ndarray, y: np.ndarray, *, bins: int = BINS, log_x: bool = False, keep: np.ndarray | None = None
+) -> np.ndarray:
+    """Sorted indices of the points to draw: of every bin of ``x`` the first, the last, the
+    smallest and the largest ``y``, and every non-finite one (where a line must break), plus the
+    positions where ``keep`` is true.
+
+    A bin is at most about two points of print wide, so the polyline through what is left covers the
+    same ink. ``x`` must be ascending; short series are returned whole.
+    """
+    n = len(x)
+    if n <= 4 * bins:
+        return np.arange(n)
+    place = np.log(np.maximum(x, 1)) if log_x else np.asarray(x, dtype=float)
+    span = place[-1] - place[0]
+    bin_of = np.minimum(((place - place[0]) / (span or 1.0) * bins).astype(np.int64), bins - 1)
+    starts = np.flatnonzero(np.r_[True, np.diff(bin_of) > 0])
+    counts = np.diff(np.r_[starts, n])
+    finite = np.isfinite(y)
+    kept = ~finite
+    kept[starts] = kept[starts + counts - 1] = True
+    for fill, extreme in ((np.inf, np.minimum), (-np.inf, np.maximum)):
+        filled = np.where(finite, y, fill)
+        hits = np.flatnonzero(filled == np.repeat(extreme.reduceat(filled, starts), counts))
+        kept[hits[np.r_[True, np.diff(bin_of[hits]) > 0]]] = True
+    if keep is not None:
+        kept |= keep
+    return np.flatnonzero(kept)
+
+
+CELLS = 56
+EDGE = 3.0
+"""How many bandwidths the outline is computed beyond the data (then cut at the data's ends)."""
+
+
+def outline(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian kernel density of finite ``values``: (positions, densities scaled to a maximum of 1),
+    from the smallest value to the largest. Scott's bandwidth; the values are counted in cells
+    first, so the cost does not grow with their number beyond one pass.
+
+    Raises ValueError without values. Values that are all equal give one flat stroke.
+    """
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise ValueError("a density needs at least one value")
+    low, high = float(values.min()), float(values.max())
+    bandwidth = float(values.std(ddof=1)) * len(values) ** -0.2 if len(values) > 1 else 0.0
+    if high - low < 1e-9 or bandwidth < 1e-12:
+        return np.array([low, high]), np.ones(2)
+    width = (high - low) / (CELLS - 1)
+    counts = np.bincount(np.rint((values - low) / width).astype(np.int64), minlength=CELLS)
+    reach = int(np.ceil(EDGE * bandwidth / width))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * width / bandwidth) ** 2)
+    density = np.convolve(counts, kernel)[reach : reach + CELLS]
+    return np.linspace(low, high, CELLS), density / density.max()
+
+
+SPACING = 1.18
+"""Distance of two labels' centres, in heights of the text."""
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+    """Positions at least ``gap`` apart, in the order of ``wanted``, within ``low`` to ``high``, with
+    the least sum of squared moves (pool adjacent violators). When there is no room for
+    all, the gap shrinks to what there is."""
+    n = len(wanted)
+    if n == 0:
+        return np.array([])
+    gap = min(gap, (high - low) / max(n - 1, 1))
+    order = np.argsort(wanted, kind="stable")
+    offsets = gap * np.arange(n)
+    blocks: list[tuple[float, int]] = []
+    for value in np.asarray(wanted, dtype=float)[order] - offsets:
+        mean, count = float(value), 1
+        while blocks and blocks[-1][0] > mean:
+            before, size = blocks.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        blocks.append((mean, count))
+    flat = np.concatenate([np.full(count, mean) for mean, count in blocks])
+    placed = np.empty(n)
+    placed[order] = np.clip(flat, low, high - gap * (n - 1)) + offsets
+    return placed
+
+
+def label_right(axes: Axes, labels: Sequence[tuple[float, str, Look]], *, height_in: float) -> None:
+    """Names right of the frame at their ``y``: (y in data units, text, look). A piece of the line leads
+    to its name, which is in ink: not every line's colour is dark enough for text.
+
+    ``height_in``: the frame's height on paper, about.
+    """
+    if not labels:
+        return
+    to_axes = axes.transData + axes.transAxes.inverted()
+    x = axes.get_xlim()[1]
+    wanted = [float(np.clip(to_axes.transform((x, y))[1], 0, 1)) for y, _, _ in labels]
+    place = _beside(axes)
+    gap = SPACING * SMALL_PT / 72 / height_in
+    for at, start, (_, text, look) in zip(spread(wanted, gap, 0.02, 0.98), wanted, labels, strict=True):
+        for ends, heights, style, width in (((0, 6), (start, at), "-", 0.6), ((6, 18), (at, at), look.line, 1.4)):
+            axes.add_line(
+                Line2D(
+                    ends,
+                    heights,
+                    color=look.colour,
+                    linestyle=style,
+                    linewidth=width,
+                    transform=place,
+                    clip_on=False,
+                    solid_capstyle="butt",
+                )
+            )
+        axes.text(20.5, at, text, transform=place, va="center", ha="left", size=SMALL_PT)
+
+
+def _beside(axes: Axes) -> Transform:
+    """x: points right of the frame, whatever size it gets; y: fraction of its height."""
+    points = Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans + ScaledTranslation(1, 0, axes.transAxes)
+    return blended_transform_factory(points, axes.transAxes)
+
+
+def cases_in_rows(data: pd.DataFrame) -> list[list[str]]:
+    """Cases as a grid of two columns: language models in the first row, then a row per classification
+    task (``gpt2_multi_cls`` beside ``roberta_multi_cls``), in the table's order."""
+    rows: dict[str, list[str]] = {}
+    for case in data.drop_duplicates("case").to_dict("records"):
+        lm = case.get("kind") == "LM" or str(case.get("column", "")).startswith("LM-")
+        rows.setdefault("" if lm else case["case"].removeprefix(f"{case['arch']}_"), []).append(case["case"])
+    return [row[i : i + 2] for row in rows.values() for i in range(0, len(row), 2)]
+
+
+def panels(grid: np.ndarray, rows: list[list]) -> list[tuple[Axes, object]]:
+    """Each frame with what it shows, row by row; frames left over are taken away."""
+    pairs = []
+    for axes_row, row in zip(grid, rows, strict=True):
+        pairs += zip(axes_row, row, strict=False)
+        for spare in axes_row[len(row) :]:
+            spare.axis("off")
+    return pairs
+
+
+def label_lowest(grid: np.ndarray, words: str) -> None:
+    """``words`` under the lowest frame in use of each column."""
+    for column in grid.T:
+        used = [axes for axes in column if axes.axison]
+        if used:
+            used[-1].set_xlabel(words)
+            used[-1].tick_params(labelbottom=True)

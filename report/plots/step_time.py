@@ -1,0 +1,182 @@
+"""Step times over the run, and their distribution beside them.
+
+A step's time by class of kernel, a bar a configuration.
+
+Instruments on beside off: a step's time, round by round, and its ratio to the bare loop's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from report.plots.elements import decimate, label_right, outline
+from report.plots.palette import ARM_LOOKS, kernel_class_look, look
+from report.plots.style import (
+    INK,
+    LEGEND_IN,
+    MUTED,
+    PAPER,
+    SMALL_PT,
+    THIN_PT,
+    empty_figure,
+    exclusion_note,
+    legend_row,
+    new_figure,
+)
+from report.text import clean, short
+
+LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 1.0, 0.108, 0.33, 0.25
+
+
+def draw_step_times(table) -> Figure:
+    """A row a case: rolling median over steps at the left, distribution by configuration at the right."""
+    data, summary = table.data, table.summary
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    cases = list(data["case"].unique())
+    heights = [max(LEAST_ROW_IN, TITLE_IN + BAR_IN * (summary["case"] == case).sum()) for case in cases]
+    figure = new_figure(table.title, sum(heights) + FRAME_IN, marks=table.marks, notes=exclusion_note(table.excluded))
+    grid = figure.subplots(len(cases), 2, squeeze=False, width_ratios=(1, 1), height_ratios=heights)
+    for (over, spread), case in zip(grid, cases, strict=True):
+        rows, facts = data[data["case"] == case], summary[summary["case"] == case]
+        for config, run in rows.groupby("dtype_config", sort=False, observed=True):
+            _median_line(over, run["step"].to_numpy(), run["rolling_median_s"].to_numpy() * 1e3, config)
+        for at, row in enumerate(facts.to_dict("records")):
+            _box(spread, at, row)
+        over.set_title(clean(case))
+        over.set_ylabel("step (ms)")
+        over.set_ylim(0, 1.15e3 * float(facts["p95_s"].max()))
+        spread.set(yticks=range(len(facts)), ylim=(len(facts) - 0.4, -0.6), xlim=(0, 1.06e3 * float(facts["p95_s"].max())))
+        spread.set_yticklabels([clean(config, 24) for config in facts["dtype_config"]])
+        spread.tick_params(axis="y", length=0)
+        spread.grid(False, axis="y")
+    grid[-1][0].set_xlabel("step")
+    grid[-1][1].set_xlabel("step time (ms)")
+    return figure
+
+
+def _median_line(axes: Axes, x: np.ndarray, y: np.ndarray, config: str) -> None:
+    style = look(config)
+    shown = decimate(x, y)
+    axes.plot(x[shown], y[shown], color=style.colour, linestyle=style.line, linewidth=0.9)
+
+
+def _box(axes: Axes, at: int, row: dict) -> None:
+    """Quartiles, median, mean and 95th percentile, as the table computed them."""
+    colour = look(row["dtype_config"]).colour
+    low, middle, high, p95, mean = (row[name] * 1e3 for name in ("q1_s", "median_s", "q3_s", "p95_s", "mean_s"))
+    axes.barh(at, high - low, left=low, height=0.55, color=colour, alpha=0.5, linewidth=0)
+    axes.plot([high, p95], [at, at], color=colour, linewidth=0.9)
+    axes.plot([p95, p95], [at - 0.22, at + 0.22], color=colour, linewidth=1.0)
+    axes.plot([middle, middle], [at - 0.28, at + 0.28], color=INK, linewidth=1.2)
+    axes.plot(mean, at, "D", color="white", mec=INK, mew=THIN_PT, markersize=3)
+
+
+CLASS_BAR_IN, CLASS_FRAME_IN, FOOT_IN = 0.2, 0.36, 0.25
+MOST_BARS = 40
+
+
+def draw_kernel_time(table) -> Figure:
+    """Stacked bars from 0, a panel a case: classes in one order everywhere, idle time last and hollow."""
+    data: pd.DataFrame = table.data
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no profile", table.marks)
+    bars = data.groupby(["case", "dtype_config", "class"], sort=False)["seconds_per_step"].sum().reset_index()
+    shown = bars.drop_duplicates(["case", "dtype_config"])[["case", "dtype_config"]].head(MOST_BARS)
+    bars = bars.merge(shown, on=["case", "dtype_config"])
+    cases = list(bars["case"].unique())
+    heights = [CLASS_FRAME_IN + CLASS_BAR_IN * bars.loc[bars["case"] == case, "dtype_config"].nunique() for case in cases]
+    figure = new_figure(
+        table.title, sum(heights) + FOOT_IN + LEGEND_IN, marks=table.marks, notes=exclusion_note(table.excluded)
+    )
+    legend_row(figure, [_patch(name) for name in bars["class"].unique()])
+    grid = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
+    for (axes,), case in zip(grid, cases, strict=True):
+        _panel(axes, bars[bars["case"] == case])
+        axes.set_title(clean(case))
+    grid[-1][0].set_xlabel("time of a step (ms)")
+    return figure
+
+
+def _panel(axes: Axes, bars: pd.DataFrame) -> None:
+    configs = list(bars["dtype_config"].unique())
+    ends = []
+    for at, config in enumerate(configs):
+        left = 0.0
+        for row in bars[bars["dtype_config"] == config].itertuples():
+            width = row.seconds_per_step * 1e3
+            axes.barh(at, width, left=left, height=0.66, **_look(row[3]))
+            left += width
+        ends.append(left)
+    for at, end in enumerate(ends):
+        axes.text(end + 0.008 * max(ends), at, f"{short(end)} ms", va="center", size=SMALL_PT)
+    axes.set(yticks=range(len(configs)), ylim=(len(configs) - 0.4, -0.6), xlim=(0, max(ends) * 1.09 or 1.0))
+    axes.set_yticklabels([clean(config, 26) for config in configs])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+
+
+def _look(name: str) -> dict:
+    colour = kernel_class_look(name)
+    if colour is None:
+        return {"facecolor": PAPER, "edgecolor": MUTED, "linewidth": THIN_PT}
+    return {"facecolor": colour, "edgecolor": PAPER, "linewidth": THIN_PT}
+
+
+def _patch(name: str) -> Patch:
+    return Patch(label=clean(name, 16), **_look(name))
+
+
+BODY_IN = 1.75
+
+
+def draw_overhead(table) -> Figure:
+    """Step times at the left, densities of the paired ratios at the right, one above the other."""
+    data: pd.DataFrame = table.data
+    if table.empty or data.empty:
+        return empty_figure(table.title, table.empty or "no rounds", table.marks)
+    figure = new_figure(table.title, BODY_IN, marks=table.marks)
+    over, paired = figure.subplots(1, 2, width_ratios=(1, 1))
+    _over_rounds(over, data)
+    _ratios(paired, data, table.summary)
+    return figure
+
+
+def _over_rounds(axes: Axes, data: pd.DataFrame) -> None:
+    labels = []
+    for arm, rows in data.groupby("arm", sort=False):
+        x, y, look = rows["round"].to_numpy(), rows["step_time_s"].to_numpy() * 1e3, ARM_LOOKS[arm]
+        shown = decimate(x, y)
+        axes.plot(x[shown], y[shown], color=look.colour, linestyle=look.line, linewidth=0.9)
+        labels.append((float(np.median(y)), clean(arm, 12), look))
+    axes.set(xlabel="round", ylabel="step (ms)", ylim=(0, data["step_time_s"].max() * 1.08e3))
+    label_right(axes, labels, height_in=BODY_IN - 0.35)
+
+
+def _ratios(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """A density a row from the arm's ratios; its median and interval as the benchmark computed them."""
+    axes.axvline(1.0, color=MUTED, linewidth=0.8, zorder=0.5)
+    arms = [arm for arm in data["arm"].unique() if arm != "bare"]
+    known = summary.set_index("arm")
+    for at, arm in enumerate(arms):
+        values, look = data.loc[data["arm"] == arm, "ratio"].to_numpy(), ARM_LOOKS[arm]
+        x, density = outline(values)
+        axes.fill_between(x, at, at - 0.7 * density, color=look.colour, alpha=0.3, linewidth=0)
+        axes.plot([np.median(values)] * 2, [at, at - 0.7], color=look.colour, linewidth=1.2)
+        if arm in known.index and np.isfinite(known.loc[arm, ["low", "high"]].to_numpy(float)).all():
+            axes.plot(
+                known.loc[arm, ["low", "high"]].to_numpy(float),
+                [at + 0.08] * 2,
+                color=INK,
+                linewidth=1.6,
+                solid_capstyle="butt",
+            )
+        axes.text(np.median(values), at + 0.16, f"{np.median(values):.3f}", ha="center", va="top", size=SMALL_PT)
+    axes.set(yticks=range(len(arms)), ylim=(len(arms) - 0.45, -0.85), xlabel="ratio to the bare loop's step of the round")
+    axes.set_yticklabels([clean(arm, 12) for arm in arms])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")

@@ -1,0 +1,137 @@
+"""Which runs may enter a figure of speed or memory: completed, timed long enough, undisturbed.
+
+Which MFU is drawn: against the card's bf16 peak, or on a CPU against the measured matmul rate.
+
+Values of a configuration paired with the reference's, seed by seed.
+
+Speed relative to fp32_true over several cases, seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from instrument.results.contents import Folder
+from instrument.results.schemas import RunRecord
+from report.statistics import NOTHING, Interval, ratio_interval
+from report.tables.judgement import divergence_text
+from report.tables.selection import REFERENCE, Selection, incomparable_reason, is_control, series_order
+
+FEWEST_STEPS = 50
+FEWEST_STEPS_TINY = 10
+
+
+def eligible(folder: Folder, selection: Selection) -> tuple[list[RunRecord], tuple[tuple[str, str], ...]]:
+    """The runs that may enter, and the others with their reasons (with those the selection left out)."""
+    reasons = {run.run_id: ineligible_reason(folder, run) for run in selection.runs}
+    left_out = tuple((run_id, reason) for run_id, reason in reasons.items() if reason is not None)
+    return [run for run in selection.runs if reasons[run.run_id] is None], selection.excluded + left_out
+
+
+def ineligible_reason(folder: Folder, run: RunRecord) -> str | None:
+    """Why a run's speed says nothing, or None."""
+    if run.status == "diverged":
+        return divergence_text(run)
+    if run.status != "completed":
+        return run.status
+    if run.samples_per_s is None:
+        return "no step was timed"
+    needed = FEWEST_STEPS_TINY if run.preset == "tiny" else FEWEST_STEPS
+    found = int(timed(folder, run).sum())
+    if found < needed:
+        return f"{found} timed, finite steps after warm-up, and {needed} are needed"
+    return disturbed(run)
+
+
+def timed(folder: Folder, run: RunRecord) -> np.ndarray:
+    """Which steps of a run count for speed: after the untimed ones, with a finite time and loss."""
+    columns = folder.steps(run.run_id)
+    return (columns["step"] > untimed_steps(run)) & np.isfinite(columns["step_time_s"]) & np.isfinite(columns["loss"])
+
+
+def untimed_steps(run: RunRecord) -> int:
+    """Steps at the start that no speed counts (allocation, kernel selection, compilation)."""
+    told = run.config.get("untimed_steps")
+    return told if isinstance(told, int) else run.steps_done - run.timed_steps
+
+
+def disturbed(run: RunRecord) -> str | None:
+    """A card that slowed itself down, or that others used: ``flags["hardware"]`` says so."""
+    hardware = run.flags.get("hardware") or {}
+    if not isinstance(hardware, dict):
+        return None
+    if hardware.get("throttled"):
+        reasons = hardware.get("throttle_reasons")
+        return "throttled" + (f": {', '.join(map(str, reasons))}" if isinstance(reasons, list) and reasons else "")
+    return "contended: another process used the GPU" if hardware.get("contended") else None
+
+
+BF16, MEASURED, TOKENS = "bf16 peak", "measured peak", "tokens/s"
+FIELD = {BF16: "mfu_bf16_peak", MEASURED: "mfu_measured_peak"}
+NOT_MEASURED = (
+    "not measured: no run of this folder has an MFU (a GPU that is not in the table of peaks, or a machine "
+    "without measured ceilings; see `python -m harness doctor --measure`)"
+)
+
+
+def y_kind(runs: Iterable[RunRecord]) -> str | None:
+    """The denominator that these runs have in common, or None when no MFU was measured."""
+    runs = list(runs)
+    return next((kind for kind, field in FIELD.items() if any(getattr(run, field) is not None for run in runs)), None)
+
+
+def fair_pairs(runs: Iterable[RunRecord], others: Iterable[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
+    """Runs of two configurations of one case with equal seeds that may be compared."""
+    by_seed = {other.seed: other for other in others}
+    return [
+        (run, by_seed[run.seed])
+        for run in sorted(runs, key=lambda run: run.seed)
+        if run.seed in by_seed and incomparable_reason(run, by_seed[run.seed]) is None
+    ]
+
+
+def paired_ratio(pairs: list[tuple[RunRecord, RunRecord]], value: Callable[[RunRecord], float | None]) -> Interval:
+    """Geometric mean of the pairs' ratios with its t-interval; pairs without a value are left out."""
+    known = [
+        (a, b) for run, other in pairs if (a := value(run)) is not None and (b := value(other)) is not None and a > 0 and b > 0
+    ]
+    return ratio_interval([a for a, _ in known], [b for _, b in known]) if known else NOTHING
+
+
+def pooled_rate(rates: list[float]) -> float:
+    """The rate of runs that did the same work each: total over total, the harmonic mean."""
+    return len(rates) / sum(1 / rate for rate in rates)
+
+
+Scores = dict[str, dict[str, list[float]]]
+"""Group -> configuration -> log speed relative to fp32_true, one value a seed, averaged over cases."""
+
+
+def group_scores(runs: Iterable[RunRecord], group_of: Callable[[RunRecord], str]) -> Scores:
+    """A configuration counts in a group with every (case, seed) that fp32_true has there, or not at all:
+    a mean over other cases would rank the cases. Controls are left out: they explain deaths."""
+    runs = list(runs)
+    by_key = {(run.case, run.dtype_config, run.seed): run for run in runs}
+    cells: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for run in runs:
+        if run.dtype_config == REFERENCE:
+            cells[group_of(run)].add((run.case, run.seed))
+    configs = [config for config in series_order({run.dtype_config for run in runs}) if not is_control(config)]
+    return {
+        group: {config: values for config in configs if (values := _by_seed(by_key, sorted(cells[group]), config)) is not None}
+        for group in cells
+    }
+
+
+def _by_seed(by_key: dict, cells: list[tuple[str, int]], config: str) -> list[float] | None:
+    logs: dict[int, list[float]] = defaultdict(list)
+    for case, seed in cells:
+        run, reference = by_key.get((case, config, seed)), by_key[case, REFERENCE, seed]
+        if run is None or incomparable_reason(run, reference) is not None:
+            return None
+        logs[seed].append(math.log(run.samples_per_s / reference.samples_per_s))
+    return [float(np.mean(logs[seed])) for seed in sorted(logs)] or None

@@ -1,0 +1,107 @@
+"""Numbers and counts as words: the one place where units become GB and ms.
+
+Text that comes from files, made safe to draw; and numbers as the figures print them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from report.statistics import Interval
+
+
+def joined(words: Iterable[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    *first, last = [*words] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def shortened(words: Iterable[str], most: int = 3) -> str:
+    """At most ``most`` of them by name, the rest as a number."""
+    words = list(words)
+    return joined(words) if len(words) <= most else f"{', '.join(words[:most])} and {len(words) - most} more"
+
+
+def times(interval: Interval) -> str:
+    """``2.08x [2.01, 2.15]``, or ``2.08x (one seed)``."""
+    return f"{interval.value:.2f}x {bounds(interval, '.2f')}"
+
+
+def bounds(interval: Interval, form: str) -> str:
+    """``[2.01, 2.15]``, or that one seed has no interval."""
+    if interval.known:
+        return f"[{interval.low:{form}}, {interval.high:{form}}]"
+    return "(one seed)" if interval.n == 1 else "(no interval)"
+
+
+def signed(value: float, digits: int) -> str:
+    """``+0.31``, ``-0.31``; what rounds to nothing is ``0.00``, without a sign that says more than the digits."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def gigabytes(size_bytes: float | None) -> str:
+    """``26.5 GB``."""
+    if size_bytes is None or math.isnan(size_bytes):
+        return "not measured"
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e10 else f"{size_bytes / 1e9:.2f} GB"
+
+
+def printable(text: object) -> str:
+    """Text from a file for a terminal: control characters and escape sequences cannot act there."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def sentence(text: str) -> str:
+    """With a capital letter unless it begins with an identifier, and a full stop."""
+    text = text.strip()
+    first = text.split(" ", 1)[0]
+    text = text if "_" in first or any(c.isdigit() for c in first) else text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+LABEL_LIMIT = 60
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Control characters, and the marks that turn the reading direction of the text around them.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+
+
+def clean(text: object, limit: int = LABEL_LIMIT) -> str:
+    """``text`` on one line, without control or direction marks and lone surrogates, at most
+    ``limit`` characters; what was cut is shown by an ellipsis."""
+    short = str(text)[: 4 * limit + 64]  # a megabyte is not worth cleaning
+    whole = UNSAFE.sub("", short.encode("utf-8", "replace").decode("utf-8"))
+    line = " ".join(whole.split())
+    return line if len(line) <= limit and len(short) == len(str(text)) else line[: limit - 1] + "…"
+
+
+def power_of_ten(value: float, _position: int | None = None) -> str:
+    """A log axis's tick: ``10⁻³``, or the plain number from 0.01 to 1,000."""
+    if value <= 0 or not math.isfinite(value):
+        return ""
+    exponent = math.log10(value)
+    if abs(exponent - round(exponent)) > 1e-6:
+        return ""
+    if -2 <= round(exponent) <= 3:
+        return f"{value:,.6g}"
+    return "10" + str(round(exponent)).translate(SUPERSCRIPTS)
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Three significant digits, thousands as k: ``0.0123``, ``456``, ``65.5k``, ``1.2M``, ``3.1e+12``;
+    with two ``digits``, ``4.4k`` for 4,380."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    size = abs(value)
+    plain_to = 1e4 if digits > 2 else 10.0 ** (digits + 1)
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if max(unit, plain_to if unit == 1e3 else 0) <= size < 1e9:
+            return f"{value / unit:.{max(digits, len(str(int(size / unit))))}g}{name}"
+    return f"{value:,.0f}" if 100 <= size < plain_to else f"{value:.{digits}g}"
+
+
+def rate(value: float) -> str:
+    """A rate with two to three digits and no exponent: ``3.7``, ``37``, ``1,240``."""
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"

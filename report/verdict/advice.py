@@ -1,0 +1,124 @@
+"""Configurations to stay away from in a task, each with its reason.
+
+The one command that would teach most next.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+
+from bench_cases import CASES
+from instrument.results.contents import Folder
+from instrument.results.schemas import RunRecord
+from instrument.terminal import count
+from report.harness_commands import ALL_BUT_LR, OF_ANY_CASE, cases_option, unusual_options
+from report.hypotheses.evidence import EvidenceBase, log_ratios
+from report.statistics import FEWEST_SEEDS, exponential, mean_interval
+from report.tables.judgement import Judged, divergence_text, is_unfinished
+from report.tables.selection import REFERENCE, case_order, is_control, series_order
+from report.text import times
+
+
+def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
+    """``config: reason``, worst reason first a configuration; controls are not mentioned."""
+    configs = [
+        config
+        for config in series_order({run.dtype_config for run in base.selection.runs if run.case in cases})
+        if config != REFERENCE and not is_control(config)
+    ]
+    return tuple(f"{config}: {reason}" for config in configs if (reason := _reason(base, cases, config)) is not None)
+
+
+def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None:
+    judged = [j for case in cases for j in base.judgements.of(case, config) if j.state != "unfinished"]
+    for state in ("diverged", "poor"):
+        bad = [j for j in judged if j.state == state]
+        if bad:
+            return f"{_words(bad[0], state)} ({len(bad)} of {count(len(judged), 'run')})"
+    ends = Counter(j.run.status for j in judged if j.state == "failed" and not _is_an_accident(base, j))
+    if ends:
+        return ", ".join(f"{status} ({n} of {count(len(judged), 'run')})" for status, n in ends.most_common())
+    return _slow(base, cases, config)
+
+
+def _is_an_accident(base: EvidenceBase, failed: Judged) -> bool:
+    """Nothing that the configuration did: the reference of its case ended alike."""
+    return any(
+        j.state == "failed" and j.run.status == failed.run.status for j in base.judgements.of(failed.run.case, REFERENCE)
+    )
+
+
+def _words(judged: Judged, state: str) -> str:
+    if state == "diverged":
+        first = judged.run.first_nonfinite
+        return divergence_text(judged.run) + (f", {first.phase}" if first else "")
+    return judged.reason.replace(" against fp32_true", "")
+
+
+def _slow(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None:
+    """Slower than fp32_true in some case, resolved by three seeds or more."""
+    for case in cases:
+        gains = log_ratios(base.timed(case, config), base.timed(case, REFERENCE), lambda run: run.samples_per_s)
+        speed = mean_interval([*gains.values()])
+        if speed.n >= FEWEST_SEEDS and speed.below(0.0):
+            return f"slower than fp32_true, {times(exponential(speed))} on {case}"
+    return None
+
+
+MATRIX = "python -m harness matrix"
+
+
+def next_command(folder: Folder, base: EvidenceBase) -> str:
+    """In order: a missing reference, an unhealthy one, own runs instead of imported ones, more seeds, missing cases, the
+    full size; when nothing is missing, the dossier. It makes runs that compare with those of the cases it names; runs on
+    several GPUs, which no matrix makes, are not asked for."""
+    out = f" --out {shlex.quote(str(folder.path))}"
+    if "IMPORTED" in folder.marks or "SIMULATED" in folder.marks:
+        return f"{MATRIX} --seeds 0 1 2"
+    alone = [case for case in base.cases if not _ended_references(base, case)]
+    if told := _told(base, alone):
+        return f"{MATRIX} {told}{out}"
+    ill = [case for case in case_order(base.judgements.unhealthy) if _of(base, case)][:1]
+    rate = base.cases[ill[0]].config.get("lr") if ill else None
+    if told := _told(base, ill, f" --lr {rate / 3:.2g}" if isinstance(rate, float) else "", ALL_BUT_LR):
+        return f"{MATRIX} {told}{out}"
+    few = [case for case in base.cases if 0 < _ended_references(base, case) < FEWEST_SEEDS]
+    if told := _told(base, few, f" --seeds {' '.join(map(str, range(FEWEST_SEEDS)))}"):
+        return f"{MATRIX} {told}{out}"
+    missing = [case.id for case in CASES.values() if case.in_default_matrix and case.id not in base.cases]
+    some = [run for case in base.cases for run in _of(base, case)]
+    presets = sorted({run.preset for run in some})
+    if missing and presets:
+        some = [run for run in some if run.preset == presets[0]]
+        return (
+            f"{MATRIX} --cases {' '.join(missing)} --seeds 0 1 2 --preset {presets[0]}{unusual_options(some, OF_ANY_CASE)}{out}"
+        )
+    if presets == ["tiny"]:
+        return f"{MATRIX} --preset full"
+    return f"python -m report build {shlex.quote(str(folder.path))}"
+
+
+def _told(
+    base: EvidenceBase, cases: Sequence[str], more: str = "", settings: Sequence[str] = ("lr", *ALL_BUT_LR)
+) -> str | None:
+    """The options that name the first of ``cases`` that the command line knows and those that share its settings, ``more``,
+    and these settings; None where there is none."""
+    options = {
+        case: f" --preset {runs[0].preset}{unusual_options(runs, settings)}" for case in cases if (runs := _of(base, case))
+    }
+    named = {case: options[case] for case in case_order(options) if cases_option([base.cases[case]])}
+    if not named:
+        return None
+    first = next(iter(named.values()))
+    return f"{cases_option(base.cases[case] for case, words in named.items() if words == first)}{more}{first}"
+
+
+def _of(base: EvidenceBase, case: str) -> list[RunRecord]:
+    """A case's runs, if one process made them."""
+    return [run for run in base.selection.of_case(case) if run.config.get("world") in (None, 1)]
+
+
+def _ended_references(base: EvidenceBase, case: str) -> int:
+    return sum(not is_unfinished(run) for run in base.runs(case, REFERENCE).values())

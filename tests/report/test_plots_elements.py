@@ -1,0 +1,109 @@
+"""Thinned lines keep every spike and every break.
+
+The violin's outline is a Gaussian kernel density.
+
+Labels keep their distance, their order and the frame.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.stats import gaussian_kde
+
+from report.plots.elements import BINS, decimate, outline, spread
+
+
+def test_short_series_are_returned_whole():
+    assert (decimate(np.arange(4 * BINS), np.zeros(4 * BINS)) == np.arange(4 * BINS)).all()
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+@given(seed=st.integers(0, 10**6), n=st.integers(1_000, 6_000))
+@settings(max_examples=25, deadline=None)
+def test_one_planted_spike_survives_at_any_place(log_x, seed, n):
+    random = np.random.default_rng(seed)
+    y, at = random.normal(size=n), int(random.integers(n))
+    y[at] = 100.0
+    kept = decimate(np.arange(1, n + 1), y, log_x=log_x)
+    assert at in kept and (np.diff(kept) > 0).all() and {0, n - 1} <= set(kept)
+    assert len(kept) <= 4 * BINS
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_every_bin_keeps_its_extremes(seed):
+    random = np.random.default_rng(seed)
+    x = np.sort(random.choice(50_000, 5_000, replace=False))
+    y = random.normal(size=5_000)
+    kept = decimate(x, y, bins=40)
+    bins = np.minimum(((x - x[0]) / (x[-1] - x[0]) * 40).astype(int), 39)
+    for number in np.unique(bins):
+        inside, shown = y[bins == number], y[kept][bins[kept] == number]
+        assert shown.min() == inside.min() and shown.max() == inside.max()
+
+
+def test_non_finite_points_and_points_asked_for_are_kept():
+    y = np.sin(np.arange(5_000) / 50)
+    y[[1_234, 4_000]] = np.nan, np.inf
+    asked = np.zeros(5_000, bool)
+    asked[77] = True
+    assert {77, 1_234, 4_000} <= set(decimate(np.arange(5_000), y, keep=asked))
+
+
+def test_a_series_that_is_nowhere_finite_is_kept():
+    assert len(decimate(np.arange(1_000), np.full(1_000, np.nan))) == 1_000
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: r.normal(3, 0.4, 900),
+        lambda r: r.exponential(1, 400),
+        lambda r: np.r_[r.normal(0, 1, 300), r.normal(9, 0.5, 300)],
+    ],
+)
+def test_it_agrees_with_scipy(make):
+    values = make(np.random.default_rng(0))
+    positions, density = outline(values)
+    expected = gaussian_kde(values)(positions)
+    assert positions[0] == values.min() and positions[-1] == values.max()
+    assert density == pytest.approx(expected / expected.max(), abs=0.04)
+
+
+@pytest.mark.parametrize("values", [[2.0], [5.0, 5.0, 5.0]])
+def test_equal_values_are_a_stroke(values):
+    positions, density = outline(np.array(values))
+    assert (positions == values[0]).all() and (density == 1).all()
+
+
+def test_no_values_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        outline(np.array([]))
+
+
+PLACES = st.lists(st.floats(0, 1), min_size=1, max_size=9)
+
+
+@given(wanted=PLACES)
+def test_they_stay_apart_in_order_and_inside(wanted):
+    placed = spread(wanted, 0.1, 0.0, 1.0)
+    assert placed.min() >= -1e-9 and placed.max() <= 1 + 1e-9
+    order = np.argsort(wanted, kind="stable")
+    assert (np.diff(placed[order]) >= min(0.1, 1 / max(len(wanted) - 1, 1)) - 1e-9).all()
+
+
+def test_those_with_room_do_not_move():
+    assert spread([0.2, 0.5, 0.9], 0.1, 0, 1) == pytest.approx([0.2, 0.5, 0.9])
+
+
+@pytest.mark.parametrize("wanted", [[0.5, 0.5, 0.5], [0.4, 0.42, 0.7], [0.3, 0.31, 0.36, 0.6]])
+def test_the_moves_are_the_least(wanted):
+    gaps = [{"type": "ineq", "fun": lambda x, i=i: x[i + 1] - x[i] - 0.1} for i in range(len(wanted) - 1)]
+    best = minimize(lambda x: ((x - wanted) ** 2).sum(), np.linspace(0, 1, len(wanted)), constraints=gaps, tol=1e-12)
+    assert spread(wanted, 0.1, 0, 1) == pytest.approx(best.x, abs=1e-4)
+
+
+def test_nothing_to_place():
+    assert len(spread([], 0.1, 0, 1)) == 0
