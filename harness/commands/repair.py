@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from harness.exit_codes import BAD_DATA, OK
@@ -25,6 +23,7 @@ from instrument.results.folder import finished_run, finished_runs
 from instrument.results.repair import Repair
 from instrument.results.schemas import RunRecord, encode
 from instrument.results.states import FileState
+from instrument.results.transfer import MACHINE, files_of
 from instrument.terminal import count
 
 
@@ -101,9 +100,6 @@ def _say(line: str) -> None:
     print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 
 
-MACHINE = "machine.json"
-
-
 def merge(out: Path, others: list[Path], done: Repair) -> None:
     """Copy into ``out`` what it lacks. Raises `SettingsError` for a folder of another device, OSError where
     ``out`` cannot be written; ``done.merged`` gets the ids of the copied runs."""
@@ -155,16 +151,3 @@ def _copy_run(other: Path, out: Path, row: RunRecord) -> None:
         files.copy(other / "runs" / row.run_id / "run.json", out / "runs" / row.run_id / "run.json")
     finally:
         own.release()
-
-
-def files_of(other: Path, run_id: str) -> Iterator[Path]:
-    """A run's plain files but its row: no links, nothing hidden."""
-    log = other / "training_logs" / f"run_{run_id}.jsonl"
-    traces = [other / "traces" / f"{run_id}.json.gz", *(other / "traces").glob(f"{run_id}-step*.json.gz")]
-    inside = []
-    for folder, folders, names in os.walk(other / "runs" / run_id):  # follows no links
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside += [Path(folder, name) for name in names if not name.startswith(".")]
-    for path in (log, *traces, *sorted(inside)):
-        if path != other / "runs" / run_id / "run.json" and files.plain_inside(other, path):
-            yield path

@@ -316,7 +316,7 @@ class Spending:
         return THIS_MACHINE if self.shared else self.pool.units_held if self.pool else []
 
     def _places(self) -> int:
-        return self.pool.jobs or self.pool.cluster.slots()
+        return self.pool.jobs or self.pool.slots()
 
     def _look(self) -> float:
         return self.meter.look(self.clock(), len(self._units()))

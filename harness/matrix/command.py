@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from harness import options as arguments
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED, USAGE
 from harness.matrix.budget import WHO as BY_THE_BUDGET
 from harness.matrix.budget import BudgetSpent, Spending, asked_budget, estimated, run_seconds
-from harness.matrix.ray_cluster import choose_engine
+from harness.matrix.ray_cluster import connected, parse_address
 from harness.matrix.screen import MatrixScreen
 from harness.matrix.shards import Shard
 from harness.parallel.ranks import refuse_ranks
@@ -33,6 +34,7 @@ from harness.run.signals import Stop
 from harness.settings import RunSettings, SettingsError, choose_preset
 from harness.supervisor.pool import Pool
 from harness.supervisor.process_monitor import Rules
+from instrument.environment import device_slug
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, finished_run, finished_runs, require_writable, write_index
 from instrument.results.schemas import RunRecord, encode
@@ -45,16 +47,17 @@ def matrix_command(options: argparse.Namespace) -> int:
     refuse_ranks("matrix")
     device = choose_device(options.device)
     out = results_folder(options.out, device)
-    engine = choose_engine(options)
+    jobs = checked(options)
     shard, everywhere = Shard.parse(options.shard), plan(options, device)
     planned = shard.of(everywhere)
     elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
-    jobs = engine.jobs(options.jobs, everywhere, device)
+    if options.engine == "local":
+        jobs = jobs or local_jobs(everywhere, device)
     if not planned:
         nothing_here(shard, len(everywhere), out, options.json and options.dry_run)
         return OK
     budget = asked_budget(options, device=device.type, preset=choose_preset(options.preset, device.type))
-    spending = Spending(budget, shared=engine.shares_a_unit)
+    spending = Spending(budget, shared=options.engine == "local")
     again = options.rerun or options.fresh
     done = {} if again else already_done(planned, out)
     if not (options.no_follow_up or again):  # deaths whose controls an interrupted or an earlier matrix left undone
@@ -65,7 +68,7 @@ def matrix_command(options: argparse.Namespace) -> int:
     screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
     forecast(spending, todo, out, jobs, screen)
     if options.dry_run:
-        screen.plan(todo, engine.untried)
+        screen.plan(todo, not_contacted(options))
         if options.json:
             print(json.dumps({"todo": [s.run_id for s in todo], "done": sorted(done), "results_folder": str(out)}))
         return OK
@@ -76,8 +79,7 @@ def matrix_command(options: argparse.Namespace) -> int:
         with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
             discard(out, run_id)
     rows = dict(done)
-    rules = Rules.asked(options.hang_after_s)
-    with engine.pool(todo, out, jobs, device, rules, screen.say) as pool, Stop(patient=True).listening() as stop:
+    with pool_of(options, todo, out, jobs, device, screen.say) as pool, Stop(patient=True).listening() as stop:
         pool.stop = stop
         try:
             for record in run_all(pool, spending, out, screen, follow_up=not options.no_follow_up, known=elsewhere):
@@ -98,6 +100,51 @@ def matrix_command(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
     return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
+
+
+def checked(options: argparse.Namespace) -> int | None:
+    """``--jobs``; raises `SettingsError` where it, ``--engine`` or ``--address`` cannot be. Contacts nobody."""
+    if options.jobs is not None and options.jobs < 1:
+        raise SettingsError(f"jobs is {options.jobs}; it must be at least 1")
+    if options.address is not None:
+        if options.engine != "ray":
+            raise SettingsError("--address goes with --engine ray")
+        parse_address(options.address)
+    return options.jobs
+
+
+def local_jobs(planned: list[RunSettings], device: torch.device) -> int:
+    """Runs at a time on this machine: one on a GPU; on a CPU as many as have cores of their own."""
+    cores = len(os.sched_getaffinity(0))
+    threads = max((settings.threads or cores for settings in planned), default=1)
+    return 1 if device.type == "cuda" else max(1, cores // threads)
+
+
+def not_contacted(options: argparse.Namespace) -> str | None:
+    """What a plan that is only printed leaves open."""
+    if options.engine == "local":
+        return None
+    return f"the cluster at {options.address} was not contacted" if options.address else "no cluster was begun"
+
+
+@contextmanager
+def pool_of(
+    options: argparse.Namespace,
+    queue: list[RunSettings],
+    out: Path,
+    jobs: int | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Iterator[Pool]:
+    """The pool that ``--engine`` names."""
+    rules = Rules.asked(options.hang_after_s)
+    if options.engine == "local":
+        yield Pool(queue, out, jobs, rules=rules)
+        return
+    with connected(options.address):
+        from harness.matrix.ray_pool import RayPool
+
+        yield RayPool(queue, out, jobs, device_slug(device), rules=rules, say=say)
 
 
 def nothing_here(shard: Shard, elsewhere: int, out: Path, as_json: bool) -> None:

@@ -1,319 +1,197 @@
-"""The runs of a matrix on the nodes of a Ray cluster, with the interface of `Pool`: ``queue``, ``running``, `run`.
+"""The runs of a matrix on the nodes of a Ray cluster, with the interface of `harness.supervisor.pool.Pool`.
 
-One slot executes one run at a time (`harness.matrix.ray_node`). The driver owns the results folder: it claims a
-run before a node gets it, sends what the run goes on from, fetches its files when it is over, and writes the
-index. A run whose node is lost is run once more elsewhere, from what the driver has of it; lost again, it is a row.
-
-What the driver says to one slot of the cluster, from its first word to its last.
-
-A conversation is a generator: it yields the question whose answer it waits for (None: there is nothing to do) and is
-sent the answer, or has the node's loss thrown into it. So a driver talks to many slots and waits for none.
+The driver owns the results folder: it claims a run, submits it as a task (`harness.matrix.ray_node`), and writes the files that
+come back. Ray executes a task whose node is lost once more elsewhere; a run that is lost again is a row.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import msgspec
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from harness.matrix import ray_node
-from harness.matrix.ray_cluster import Cluster, EngineError
-from harness.matrix.ray_node import Facts, ParcelError, Report, project_sha256
+from harness.matrix.ray_cluster import EngineError
+from harness.matrix.ray_node import Board, Progress, execute_on_node, failed_row, project_sha256
 from harness.run import checkpoint_files
 from harness.run.signals import Stop
 from harness.settings import RunSettings
-from harness.supervisor.failure import Failure, of_exception
+from harness.supervisor.failure import Failure
 from harness.supervisor.pool import ProcessExit
 from harness.supervisor.process_monitor import Rules
-from instrument.results.claims import RunClaimed, claim
+from instrument.results.claims import Claim, RunClaimed, claim
 from instrument.results.folder import finished_run, write_index, write_terminal
 from instrument.results.schemas import RunRecord, StepRecord
+from instrument.results.transfer import TransferError, pack, unpack
 
-if TYPE_CHECKING:
-    pass
-
-LOST = (RayActorError, ActorUnavailableError, NodeDiedError, ObjectLostError, WorkerCrashedError)
-LOSSES_BORNE = 1
-"""How often a run is started again because its node was lost."""
-FAILED_HIRES = 3
-"""Slots that die one after the other before one of them has said a word: the cluster cannot run this program."""
-
-Talk = Generator[Any, Any, Any]
-
-
-@dataclass(eq=False)
-class Running:
-    """A run on a node: the last step it reported, its row if nothing more is ever heard of it (None until the node has
-    given it), and whether the node said that it is over."""
-
-    settings: RunSettings
-    started_s: float = field(default_factory=time.monotonic)
-    last_step: StepRecord | None = None
-    blank: RunRecord | None = None
-    is_over: bool = False
-
-
-class Slot:
-    """An actor (`harness.matrix.ray_node.Node`), the conversation with it, and the answer that is awaited."""
-
-    def __init__(self, actor: Any, pool: RayPool) -> None:
-        self.actor, self.pool = actor, pool
-        self.facts: Facts | None = None
-        self.conversation = self.talk()
-        self.awaited = next(self.conversation)
-
-    def talk(self) -> Talk:
-        """All there is to say to an actor; ends when it is of no more use."""
-        try:
-            self.facts = yield self.actor.facts.remote()
-        except (*LOST, RayTaskError) as error:
-            self.pool.failed_hires += 1
-            hopeless = isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False)
-            if hopeless or self.pool.failed_hires >= FAILED_HIRES:
-                raise EngineError(f"a node of the cluster cannot run this program: {_last_line(error)}") from error
-            return
-        self.pool.failed_hires = 0
-        self.pool.refuse_another(self.facts)
-        while True:
-            while not self.pool.queue or self.pool.stop.requested:
-                yield None
-            settings = self.pool.queue.pop(0)
-            run = Running(settings)
-            try:
-                with claim(self.pool.out, settings.run_id):
-                    if (row := self.pool.done_meanwhile(settings)) is not None:
-                        self.pool.ended.append(ProcessExit(settings, row, None, 0.0))
-                        continue
-                    self.pool.running.append(run)
-                    yield from self._execute(run)
-            except RunClaimed as error:
-                self.pool.ended.append(ProcessExit(settings, None, error, 0.0))
-            except (*LOST, RayTaskError):
-                return
-            finally:
-                if run in self.pool.running:
-                    self.pool.running.remove(run)
-
-    def _execute(self, run: Running) -> Talk:
-        """One run, from giving it to the node to its row in the results folder."""
-        try:
-            run.blank = yield self.actor.blank_row.remote(run.settings)
-            report = yield from self._accompany(run)
-            record = yield from self._fetch(run, report)
-        except LOST:
-            self._lost(run)
-            raise
-        except RayTaskError as error:  # the node's own failure: a full disk
-            if run.blank is not None:
-                self._bury(run, nodes_own_failure(error, self.facts.host))
-            raise
-        with suppress(*LOST):  # its next question will tell
-            yield self.actor.forget.remote()
-        self._end(run, record)
-
-    def _accompany(self, run: Running) -> Talk:
-        """Send what the run goes on from, start it, and watch it to its end; returns the last `Report`."""
-        run_id, actor, told = run.settings.run_id, self.actor, False
-        items = ray_node.contents(self.pool.out, run_id) if checkpoint_files.steps(self.pool.out / "runs" / run_id) else []
-        wanted = yield actor.start.remote(run.settings, items, self.pool.rules)
-        while wanted is not None:
-            wanted = yield actor.put.remote(ray_node.chunk(self.pool.out, items, wanted))
-        report = Report(None)
-        while not report.is_over:
-            if self.pool.stop.requested and not told:
-                told = True
-                yield actor.ask_to_stop.remote(self.pool.stop.requested)
-            report = yield actor.report.remote()
-            run.last_step = report.last_step or run.last_step
-        run.is_over = True
-        return report
-
-    def _fetch(self, run: Running, report: Report) -> Talk:
-        """Bring the run's files home, the row last; returns it, or None."""
-        run_id = run.settings.run_id
-        receiving = ray_node.receive(self.pool.out, run_id, list(report.items))
-        try:
-            wanted = next(receiving, None)
-            while wanted is not None:
-                data = yield self.actor.read.remote(wanted)
-                try:
-                    wanted = receiving.send(data)
-                except StopIteration:
-                    wanted = None
-        except ParcelError as error:
-            raise EngineError(f"{self.facts.host}: {error}") from error
-        finally:
-            receiving.close()
-        if report.row is not None:
-            write_terminal(self.pool.out, report.row)
-        write_index(self.pool.out)
-        return finished_run(self.pool.out, run_id)
-
-    def _lost(self, run: Running) -> None:
-        """A node went away with a run: once more elsewhere, or a row."""
-        run_id, host = run.settings.run_id, self.facts.host
-        self.pool.losses[run_id] += run.blank is not None
-        if self.pool.stop.requested:
-            self._end(run, None)
-        elif self.pool.losses[run_id] <= LOSSES_BORNE:
-            if run.blank is not None:
-                self.pool.say(f"{host} was lost with {run_id}: it is run again")
-            self.pool.queue.insert(0, run.settings)
-        else:
-            death = Failure(
-                "node_lost",
-                f"its node was lost {self.pool.losses[run_id]} times while it executed the run, the last time {host}",
-            )
-            self._bury(run, death)
-
-    def _bury(self, run: Running, death: Failure) -> None:
-        row = msgspec.structs.replace(run.blank, status=death.status, error=death.error, flags=run.blank.flags | death.flags)
-        write_terminal(self.pool.out, row)
-        self._end(run, row)
-
-    def _end(self, run: Running, record: RunRecord | None) -> None:
-        self.pool.running.remove(run)
-        self.pool.ended.append(ProcessExit(run.settings, record, None, time.monotonic() - run.started_s))
-
-
-def nodes_own_failure(error: RayTaskError, host: str) -> Failure:
-    """The death that the same exception would be here; where a node could not send it, a Ray error comes in its place,
-    and only its words are known."""
-    if isinstance(error.cause, Exception) and not isinstance(error.cause, RayError):
-        death = of_exception(error.cause)
-        return replace(death, error=f"on {host}: {death.error}")
-    return Failure("exception", f"on {host}: {_last_line(error)}", {"why": "the node could not send the exception itself"})
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
+RETRIES = 1
+"""How often Ray executes a task again because its node or worker was lost."""
 WAIT_FOR_ROOM_S = 600.0
 """How long runs wait in a cluster that has no node left for them."""
 
 
+@dataclass(eq=False)
+class Running:
+    """A run that was submitted: its claim, the reference of its result, and what its node posted last."""
+
+    settings: RunSettings
+    claim: Claim
+    result: ray.ObjectRef
+    started_s: float = field(default_factory=time.monotonic)
+    progress: Progress | None = None
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        return self.progress and self.progress.last_step
+
+
 class RayPool:
-    """At most ``jobs`` runs at a time (None: as many as the cluster has slots). ``device`` is the kind of machine the
-    results folder is about, None where it is empty; ``say`` tells a person what happens."""
+    """At most ``jobs`` runs at a time (None: as many as the connected cluster has slots). A slot is a GPU where ``device`` (a
+    slug) is one, or as many processors as a run has threads (0: all of a node's). ``say`` prints a line for people."""
 
     def __init__(
         self,
         queue: list[RunSettings],
         out: Path,
         jobs: int | None,
-        stop: Stop | None,
-        cluster: Cluster,
+        device: str,
         *,
-        device: str | None = None,
+        stop: Stop | None = None,
         rules: Rules | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.queue, self.out, self.jobs, self.stop = queue, out, jobs, stop or Stop()
-        self.cluster, self.device, self.rules, self.say = cluster, device, rules, say
+        self.queue, self.out, self.jobs, self.stop, self.say = queue, out, jobs, stop or Stop(), say
         self.running: list[Running] = []
-        self.slots: list[Slot] = []
-        self.ended: deque[ProcessExit] = deque()
-        self.losses: Counter[str] = Counter()
-        self.failed_hires = 0
-        self._without_room_since_s: float | None = None
-        self._project_sha256 = project_sha256()
+        self.on_gpus = any(settings.device == "cuda" for settings in queue)
+        self._threads = max((settings.threads for settings in queue), default=1)
+        self._given = (device, project_sha256(), rules)
         self._rows_at_first = {settings.run_id: finished_run(out, settings.run_id) for settings in queue}
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
     @property
     def units_held(self) -> list[str]:
         """What is paid for now, one name a GPU or, without GPUs, a machine."""
-        living = [slot for slot in self.slots if slot.facts is not None]
-        return [str(id(slot)) for slot in living] if self.cluster.device == "cuda" else sorted({s.facts.host for s in living})
+        begun = [run for run in self.running if run.progress is not None]
+        return [run.settings.run_id for run in begun] if self.on_gpus else sorted({run.progress.host for run in begun})
+
+    def slots(self) -> int:
+        """Runs that fit into the cluster at a time."""
+        name, need = ("GPU", 1.0) if self.on_gpus else ("CPU", self._processors())
+        return sum(int(resources.get(name, 0.0) // need) for resources in living_nodes().values()) if need else 0
 
     def run(self, tick: Callable[[], None], seconds_between_ticks: float = 0.25) -> Iterator[ProcessExit]:
-        """Yield every run as it ends; ``tick`` is called while waiting. Leaves no actor behind.
+        """Yield every run as it ends; ``tick`` is called while waiting. Leaves no task behind.
 
         Raises `EngineError` when the cluster cannot be used, OSError when the results folder cannot be written."""
-        ticked_s = 0.0
+        room_seen_s = time.monotonic()
         try:
-            while self.ended or self.running or (self.queue and not self.stop.requested):
-                self._hire()
-                self._listen(seconds_between_ticks)
-                while self.ended:
-                    yield self.ended.popleft()
-                if time.monotonic() - ticked_s >= seconds_between_ticks:
-                    ticked_s = time.monotonic()
-                    tick()
+            while self.running or (self.queue and not self.stop.requested):
+                room = self.slots()
+                room_seen_s = time.monotonic() if room else room_seen_s
+                if time.monotonic() - room_seen_s > WAIT_FOR_ROOM_S:
+                    why = f"the cluster has had no node with room for a run for {WAIT_FOR_ROOM_S:.0f} s"
+                    raise EngineError(f"{why}; the same command resumes when it has")
+                while self.queue and len(self.running) < min(self.jobs or room, room) and not self.stop.requested:
+                    if (ended := self._start(self.queue.pop(0))) is not None:
+                        yield ended
+                self._read_progress()
+                for run in self._finished(seconds_between_ticks):
+                    ended = self._end(run)
+                    self.running.remove(run)
+                    run.claim.release()
+                    yield ended
+                tick()
         finally:
-            for slot in self.slots:  # idle by now, but for a second signal or an error of ours
-                slot.conversation.close()
-                self.cluster.dismiss(slot.actor)
+            for run in self.running:  # a second signal, or an error of ours
+                ray.cancel(run.result, force=True)
+                run.claim.release()
 
-    def _hire(self) -> None:
-        """As many slots as there are runs for them, and as the cluster has room for (nodes come and go)."""
-        room = self.cluster.slots()
-        wanted = min(self.jobs or room, len(self.queue) + len(self.running)) if not self.stop.requested else 0
-        while len(self.slots) < wanted:
-            self.slots.append(Slot(self.cluster.hire(), self))
-        self._without_room_since_s = None if room else self._without_room_since_s or time.monotonic()
-        if not room and time.monotonic() - self._without_room_since_s > WAIT_FOR_ROOM_S:
-            raise EngineError(
-                f"the cluster has had no node with room for a run for {WAIT_FOR_ROOM_S:.0f} s; the same command "
-                f"goes on when it has"
-            )
-
-    def _listen(self, within_s: float) -> None:
-        """Pass on the answers that have come, and give the slots that wait for a run one."""
-        for slot in [slot for slot in self.slots if slot.awaited is None and self.queue and not self.stop.requested]:
-            self._go_on(slot, slot.conversation.send, None)
-        awaited = {slot.awaited: slot for slot in self.slots if slot.awaited is not None}
-        if not awaited:
-            time.sleep(within_s)
-            return
-        ray.wait(list(awaited), num_returns=1, timeout=within_s)
-        ready, _ = ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
-        for reference in ready:
-            try:
-                answer = ray.get(reference)
-            except (*LOST, RayTaskError) as error:
-                self._go_on(awaited[reference], awaited[reference].conversation.throw, error)
-            else:
-                self._go_on(awaited[reference], awaited[reference].conversation.send, answer)
-
-    def _go_on(self, slot: Slot, how: Callable[[Any], Any], what: Any) -> None:
+    def _start(self, settings: RunSettings) -> ProcessExit | None:
+        """Claim a run and submit it, unless another driver executes it or has finished it since this one planned it."""
+        run_id = settings.run_id
         try:
-            slot.awaited = how(what)
-        except StopIteration:
-            self.slots.remove(slot)
-            self.cluster.dismiss(slot.actor)
+            own = claim(self.out, run_id)
+        except RunClaimed as error:
+            return ProcessExit(settings, None, error, 0.0)
+        row = finished_run(self.out, run_id)
+        if (
+            row is not None
+            and row != self._rows_at_first.get(run_id)
+            and row.status in ("completed", "diverged", "unsupported")
+        ):
+            own.release()
+            return ProcessExit(settings, row, None, 0.0)
+        packed = pack(self.out, run_id) if checkpoint_files.steps(self.out / "runs" / run_id) else []
+        room = {"num_gpus": 1, "num_cpus": 0} if self.on_gpus else {"num_cpus": self._processors()}
+        task = ray.remote(execute_on_node).options(max_retries=RETRIES, **room)
+        self.running.append(Running(settings, own, task.remote(self._board, settings, *self._given, packed)))
 
-    def done_meanwhile(self, settings: RunSettings) -> RunRecord | None:
-        """The row of a run that another driver has finished since this one planned it."""
-        row = finished_run(self.out, settings.run_id)
-        known = row is None or row == self._rows_at_first.get(settings.run_id)
-        return None if known or row.status not in ("completed", "diverged", "unsupported") else row
+    def _read_progress(self) -> None:
+        """Of all runs; when asked to stop, also take back the tasks that no living node executes."""
+        posted = ray.get(self._board.read.remote(self.stop.requested))
+        for run in self.running:
+            before, run.progress = run.progress, posted.get(run.settings.run_id, run.progress)
+            if before is not None and before.worker != run.progress.worker:
+                self.say(f"{before.host} was lost with {run.settings.run_id}: it is run again")
+            if self.stop.requested and (run.progress is None or run.progress.node not in living_nodes()):
+                ray.cancel(run.result)
 
-    def refuse_another(self, facts: Facts) -> None:
-        """A node that would not do what this machine would."""
-        if facts.project_sha256 != self._project_sha256:
-            raise EngineError(
-                f"{facts.host} has another version of this program than this machine; install the same on every node"
-            )
-        self.device = self.device or facts.device
-        if facts.device != self.device:
-            raise EngineError(
-                f"{facts.host} is a {facts.device}, and the results folder {self.out} is about a {self.device}; "
-                f"one device a folder"
-            )
+    def _finished(self, within_s: float) -> list[Running]:
+        if not self.running:
+            time.sleep(within_s)
+            return []
+        results, _ = ray.wait([run.result for run in self.running], timeout=within_s)
+        return [run for run in self.running if run.result in results]
+
+    def _end(self, run: Running) -> ProcessExit:
+        """What became of a run; its files come home."""
+        record = None
+        try:
+            record = self._receive(run)
+        except TaskCancelledError:
+            pass
+        except RayError as error:
+            if isinstance(cause := getattr(error, "cause", None), EngineError):
+                raise cause from None
+            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            if run.progress is None:
+                raise EngineError(f"a node of the cluster cannot run this program: {last_line}") from error
+            if not self.stop.requested:
+                record = failed_row(run.progress.draft, _failure(error, run.progress.host, last_line))
+                write_terminal(self.out, record)
+        return ProcessExit(run.settings, record, None, time.monotonic() - run.started_s)
+
+    def _receive(self, run: Running) -> RunRecord | None:
+        result, run_id = ray.get(run.result), run.settings.run_id
+        if not result.files and result.row is None:  # asked to stop before it began
+            return None
+        try:
+            unpack(self.out, run_id, result.files)
+        except TransferError as error:
+            raise EngineError(f"{result.host}: {error}") from error
+        if result.row is not None:
+            write_terminal(self.out, result.row)
+        write_index(self.out)
+        return finished_run(self.out, run_id)
+
+    def _processors(self) -> float:
+        return float(self._threads or max((resources.get("CPU", 0.0) for resources in living_nodes().values()), default=0.0))
+
+
+def living_nodes() -> dict[str, dict[str, float]]:
+    """The resources of the cluster's nodes, by node id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def _failure(error: RayError, host: str, last_line: str) -> Failure:
+    if isinstance(error, RayTaskError):
+        return Failure("exception", f"on {host}: {last_line}")
+    if isinstance(error, OutOfMemoryError):
+        return Failure("host_oom_kill", f"Ray killed the run's task on {host} for want of memory: {last_line}")
+    times = f"its node was lost {RETRIES + 1} times while it executed the run"
+    return Failure("node_lost", f"{times}, the last time {host}")

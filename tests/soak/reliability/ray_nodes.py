@@ -17,16 +17,18 @@ import psutil
 import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
-from harness.matrix.ray_cluster import OBJECT_STORE_BYTES, Cluster, bind_to_loopback
+from harness.matrix.ray_cluster import OBJECT_STORE_BYTES, bind_to_loopback, connected
 from harness.planning import plan_run
 from harness.settings import Request, RunSettings
 from harness.supervisor.pool import Pool
+from instrument.environment import device_slug
 from instrument.results.folder import INDEX, finished_run, indexed_rows
 from instrument.results.log import read
 from instrument.results.schemas import RunRecord, StepRecord
 from tests.soak.reliability.trial import Trial, share_of
 
 SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq_len=16, validation_documents=2, documents=400)
+CPU = torch.device("cpu")
 RUNS = 42
 STEPS, LONGER_STEPS = 3, 60
 """The longer: for a node to be killed while it executes a run."""
@@ -58,23 +60,17 @@ def trial(out: Path, n_runs: int, *, kill: bool) -> dict[str, Any]:
     for _ in Pool(list(runs), out / "sequential", jobs=1).run(lambda: None):
         pass
     run_again: list[str] = []
-    with two_nodes() as (address, kill_a_node), Cluster(address, device="cpu", threads=1) as cluster:
-        import ray
-
+    with two_nodes() as (address, kill_a_node), connected(address):
         from harness.matrix.ray_pool import RayPool
 
-        pool, ended, killed = RayPool(list(runs), out / "nodes", None, None, cluster, say=run_again.append), [], []
+        pool, ended, killed = RayPool(list(runs), out / "nodes", None, device_slug(CPU), say=run_again.append), [], []
 
-        def look() -> None:
-            """Both nodes first (one is slow to begin, and the other would do everything meanwhile), then the kill."""
-            silent = [slot.awaited for slot in pool.slots if slot.facts is None]
-            if silent and not ended:
-                ray.wait(silent, num_returns=len(silent))
-            in_the_middle = [run for run in pool.running if run.blank is not None and not run.is_over]
-            if kill and not killed and len(ended) >= n_runs // 3 and len(in_the_middle) == 2:
+        def kill_one_in_the_middle() -> None:
+            nodes = {run.progress.node for run in pool.running if run.last_step is not None}
+            if kill and not killed and len(ended) >= n_runs // 3 and len(nodes) == 2:
                 killed.append(kill_a_node())
 
-        for one in pool.run(look, seconds_between_ticks=0.05):
+        for one in pool.run(kill_one_in_the_middle, seconds_between_ticks=0.05):
             ended.append(one.settings.run_id)
     lost = [run.run_id for run in runs if ended.count(run.run_id) != 1 or not _one_row(out / "nodes", run.run_id)]
     differing = [
@@ -113,7 +109,7 @@ def tiny_runs(count: int, max_steps: int) -> list[RunSettings]:
     configs = [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
     every = itertools.product((0, 1), cases, configs)
     asked = dataclasses.replace(SMALL, max_steps=max_steps)
-    return [plan_run(case, config, seed, asked, torch.device("cpu")) for seed, case, config in itertools.islice(every, count)]
+    return [plan_run(case, config, seed, asked, CPU) for seed, case, config in itertools.islice(every, count)]
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""A run's files on their way to another results folder: listed; packed, checked and written on another machine. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from instrument.results import files
+from instrument.results.folder import require_no_links
+from instrument.results.schemas import is_safe, require_safe
+
+MACHINE = "machine.json"
+
+
+class TransferError(Exception):
+    """Files that arrived are not what was sent, or do not belong to the run."""
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """``path`` in the results folder, with slashes; ``data``: its bytes [size] uint8, mapped from the disk."""
+
+    path: str
+    sha256: str
+    data: np.ndarray
+
+
+def files_of(out: Path, run_id: str) -> Iterator[Path]:
+    """A run's plain files in the results folder ``out`` but its row: no links, nothing hidden."""
+    log = out / "training_logs" / f"run_{run_id}.jsonl"
+    traces = [out / "traces" / f"{run_id}.json.gz", *(out / "traces").glob(f"{run_id}-step*.json.gz")]
+    inside = []
+    for folder, folders, names in os.walk(out / "runs" / run_id):  # follows no links
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside += [Path(folder, name) for name in names if not name.startswith(".")]
+    for path in (log, *traces, *sorted(inside)):
+        if path != out / "runs" / run_id / "run.json" and files.plain_inside(out, path):
+            yield path
+
+
+def pack(out: Path, run_id: str) -> list[PackedFile]:
+    """A run's plain files in the results folder ``out``, the machine's facts first and the row last."""
+    packed = []
+    for path in [out / MACHINE, *files_of(out, run_id), out / "runs" / run_id / "run.json"]:
+        if files.plain_inside(out, path):
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                data = np.asarray(np.memmap(file, np.uint8, "r")) if size_bytes else np.empty(0, np.uint8)
+            packed.append(PackedFile(path.relative_to(out).as_posix(), hashlib.sha256(data).hexdigest(), data))
+    return packed
+
+
+def unpack(out: Path, run_id: str, packed: list[PackedFile]) -> None:
+    """Put a run's files into the results folder ``out``, in place of all that the run has there; its row comes last, so that
+    what breaks off leaves an unfinished run and not a wrong one. Raises `TransferError`, before anything is touched, for a name
+    outside of the run's places or other content than was sent; `OutputError` for a link, OSError for a full disk."""
+    require_safe(run_id)
+    times = Counter(one.path for one in packed)
+    for one in packed:
+        if times[one.path] > 1 or not _is_the_runs(run_id, one.path):
+            raise TransferError(f"{one.path[:120]!r} has no place among the files of {run_id}")
+        if hashlib.sha256(one.data).hexdigest() != one.sha256:
+            raise TransferError(f"{one.path}: what came is not what was sent (SHA-256 differs)")
+        if link := next((out / folder for folder in Path(one.path).parents[:-1] if (out / folder).is_symlink()), None):
+            raise TransferError(f"{link} is a link, and links in a results folder are not followed")
+    require_no_links(out, run_id)
+    row = f"runs/{run_id}/run.json"
+    files.remove(out / row)  # a row must not stand beside another execution's files
+    for path in list(files_of(out, run_id)):
+        if path.relative_to(out).as_posix() not in times:
+            files.remove(path)
+    for folder in (out / "runs" / run_id).glob("[!.]*/"):
+        if not any(folder.iterdir()):
+            files.remove_folder(folder)
+    for one in sorted(packed, key=lambda one: one.path == row):
+        if one.path != MACHINE or not (out / MACHINE).exists():
+            files.replace(out / one.path, one.data)
+
+
+def _is_the_runs(run_id: str, path: str) -> bool:
+    """Whether a path names a file of this run, spelled in the one way that is allowed."""
+    parts, name = PurePosixPath(path).parts, re.escape(run_id)
+    if "/".join(parts) != path or not all(map(is_safe, parts)):
+        return False
+    pattern = rf"machine\.json|runs/{name}/.+|training_logs/run_{name}\.jsonl|traces/{name}(-step[0-9]+)?\.json\.gz"
+    return re.fullmatch(pattern, path) is not None
