@@ -99,8 +99,9 @@ class RayPool:
                 while self.queue and len(self.running) < min(self.jobs or room, room) and not self.stop.requested:
                     if (ended := self._start(self.queue.pop(0))) is not None:
                         yield ended
+                finished = self._finished(seconds_between_ticks)
                 self._read_progress()
-                for run in self._finished(seconds_between_ticks):
+                for run in finished:
                     ended = self._end(run)
                     self.running.remove(run)
                     run.claim.release()

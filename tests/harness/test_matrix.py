@@ -13,8 +13,7 @@ from rich.console import Console
 
 from bench_cases import CASES
 from harness import options as arguments
-from harness.matrix.command import controls_of, plan
-from harness.matrix.ray_cluster import LocalEngine
+from harness.matrix.command import checked, controls_of, local_jobs, plan
 from harness.matrix.stability import cell_words, stability_cells, stability_table
 from harness.settings import SettingsError
 from harness.supervisor.pool import Pool
@@ -70,12 +69,11 @@ def test_a_run_asked_for_twice_is_planned_once():
 
 
 def test_jobs_follow_cores_and_threads(plan):
-    one = [plan("gpt2_clm", "fp32_true", threads=1)]
-    choose_jobs = LocalEngine().jobs
-    assert choose_jobs(3, one, CPU) == 3 and choose_jobs(None, one, CPU) >= 1
-    assert choose_jobs(None, [plan("gpt2_clm", "fp32_true", threads=0)], CPU) == 1
+    assert local_jobs([plan("gpt2_clm", "fp32_true", threads=1)], CPU) >= 1
+    assert local_jobs([plan("gpt2_clm", "fp32_true", threads=0)], CPU) == 1
+    assert checked(options("--jobs", "3")) == 3
     with pytest.raises(SettingsError, match="jobs is 0"):
-        choose_jobs(0, one, CPU)
+        checked(options("--jobs", "0"))
 
 
 def test_controls_change_the_configuration_only(plan):

@@ -1,15 +1,21 @@
-"""A run's files between two machines: all of them arrive, whole or not at all, and nothing else does."""
+"""A run's files on their way to another machine: all of them arrive, whole or not at all, and nothing else does."""
 
 import dataclasses
+import errno
 import hashlib
 
+import numpy as np
 import pytest
 
-from harness.matrix import ray_node
-from harness.matrix.ray_node import Item, ParcelError
+from instrument.results import transfer
 from instrument.results.folder import OutputError
+from instrument.results.transfer import PackedFile, TransferError, pack, unpack
 
 RUN = "gpt2_clm-fp32_true-s0-01234567"
+
+
+def packed_file(path, content=b"x"):
+    return PackedFile(path, hashlib.sha256(content).hexdigest(), np.frombuffer(content, np.uint8))
 
 
 @pytest.fixture
@@ -34,29 +40,12 @@ def node(tmp_path):
     return out
 
 
-def carry(source, items, target, spoil=lambda wanted, data: data):
-    """Bring the listed files over; returns what was asked for."""
-    asked, receiving = [], ray_node.receive(target, RUN, items)
-    try:
-        wanted = next(receiving, None)
-        while wanted is not None:
-            asked.append(wanted)
-            try:
-                wanted = receiving.send(spoil(wanted, ray_node.chunk(source, items, wanted)))
-            except StopIteration:
-                wanted = None
-    finally:
-        receiving.close()
-    return asked
-
-
 def files_in(out):
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_run_arrives_as_it_is_in_chunks_and_its_row_comes_last(node, tmp_path):
-    items = ray_node.contents(node, RUN)
-    asked = carry(node, items, tmp_path / "here")
+def test_a_run_arrives_as_it_is(node, tmp_path):
+    unpack(tmp_path / "here", RUN, pack(node, RUN))
     sent = {
         path: content
         for path, content in files_in(node).items()
@@ -64,8 +53,6 @@ def test_a_run_arrives_as_it_is_in_chunks_and_its_row_comes_last(node, tmp_path)
     }
     del sent[f"runs/{RUN}/.claim"]
     assert files_in(tmp_path / "here") == sent and len(sent) == 7
-    assert asked[-1] == (f"runs/{RUN}/run.json", 0)
-    assert [offset for path, offset in asked if "tensors" in path] == [0, 4 << 20, 8 << 20, 12 << 20]
 
 
 def test_what_the_run_had_before_goes_and_the_rest_stays(node, tmp_path):
@@ -80,36 +67,47 @@ def test_what_the_run_had_before_goes_and_the_rest_stays(node, tmp_path):
     ):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
         (here / path).write_bytes(b"old")
-    carry(node, ray_node.contents(node, RUN), here)
+    unpack(here, RUN, pack(node, RUN))
     found = files_in(here)
     assert found["machine.json"] == b"old" and found["runs/other/run.json"] == b"old" and found[f"runs/{RUN}/.claim"] == b"old"
     assert not [path for path in found if "checkpoint-1" in path or "forensics" in path or "step2" in path]
     assert not (here / "runs" / RUN / "checkpoint-1").exists()
 
 
-def test_a_parcel_that_breaks_off_leaves_no_row_and_no_half_file(node, tmp_path):
-    items, here = ray_node.contents(node, RUN), tmp_path / "here"
-    carry(node, items, here)
-    for stop_at in range(len(carry(node, items, here))):
-        receiving, wanted = ray_node.receive(here, RUN, items), None
-        for n in range(stop_at + 1):
-            wanted = next(receiving) if n == 0 else receiving.send(ray_node.chunk(node, items, wanted))
-        receiving.close()
-        assert not (here / "runs" / RUN / "run.json").exists()
-        assert not [path for path in files_in(here) if path.endswith(".ddb-tmp")]
-        carry(node, items, here)
-        assert (here / "runs" / RUN / "run.json").read_bytes() == b"row\n"
+def test_what_breaks_off_leaves_no_row_and_no_half_file(node, tmp_path, monkeypatch):
+    """The disk is full at the first file, the second and so on; the row comes last."""
+    here, write = tmp_path / "here", transfer.files.replace
+    unpack(here, RUN, pack(node, RUN))
+    for room in range(len(pack(node, RUN)) - 1):
+        written = []
+
+        def full(path, data, room=room, written=written):
+            if len(written) == room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(path)
+            write(path, data)
+
+        monkeypatch.setattr(transfer.files, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            unpack(here, RUN, pack(node, RUN))
+        assert not (here / "runs" / RUN / "run.json").exists() and here / "runs" / RUN / "run.json" not in written
+        monkeypatch.setattr(transfer.files, "replace", write)
+    unpack(here, RUN, pack(node, RUN))
+    assert (here / "runs" / RUN / "run.json").read_bytes() == b"row\n"
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [lambda w, data: data[:-1] + b"?", lambda w, data: data + b"more", lambda w, data: b""],
-    ids=["changed", "longer", "nothing"],
-)
-def test_what_is_not_what_was_listed_is_refused(node, tmp_path, spoil):
-    with pytest.raises(ParcelError, match="differs|bytes came"):
-        carry(node, ray_node.contents(node, RUN), tmp_path / "here", spoil)
-    assert not (tmp_path / "here" / "runs" / RUN / "run.json").exists()
+@pytest.mark.parametrize("content", [b"a\nb?", b"a\nb\nmore", b""], ids=["changed", "longer", "nothing"])
+def test_what_is_not_what_was_sent_is_refused_before_anything_is_touched(node, tmp_path, content):
+    here = tmp_path / "here"
+    unpack(here, RUN, pack(node, RUN))
+    before = files_in(here)
+    spoiled = [
+        dataclasses.replace(one, data=np.frombuffer(content, np.uint8)) if "training_logs" in one.path else one
+        for one in pack(node, RUN)
+    ]
+    with pytest.raises(TransferError, match="differs"):
+        unpack(here, RUN, spoiled)
+    assert files_in(here) == before
 
 
 @pytest.mark.parametrize(
@@ -127,6 +125,7 @@ def test_what_is_not_what_was_listed_is_refused(node, tmp_path, spoil):
         f"training_logs/run_{RUN}0.jsonl",
         "results.jsonl",
         f"traces/{RUN}-step1x.json.gz",
+        "machine-json",
         f"runs/{RUN}/a\nb",
         f"runs/{RUN}/a\\b",
         f"runs/{RUN}/x/",
@@ -138,33 +137,25 @@ def test_a_name_that_leads_elsewhere_is_refused_before_anything_is_touched(tmp_p
     here = tmp_path / "here"
     (here / "runs" / RUN).mkdir(parents=True)
     (here / "runs" / RUN / "run.json").write_bytes(b"row")
-    with pytest.raises(ParcelError, match="has no place"):
-        next(ray_node.receive(here, RUN, [Item(path, 1, hashlib.sha256(b"x").hexdigest())]))
+    with pytest.raises(TransferError, match="has no place"):
+        unpack(here, RUN, [packed_file(path)])
     assert files_in(tmp_path) == {f"here/runs/{RUN}/run.json": b"row"}
 
 
 @pytest.mark.parametrize("link", [f"runs/{RUN}/checkpoint-3", f"runs/{RUN}", "training_logs"])
 def test_links_are_not_followed_on_either_side(node, tmp_path, link):
-    items, here, outside = ray_node.contents(node, RUN), tmp_path / "here", tmp_path / "outside"
+    packed, here, outside = pack(node, RUN), tmp_path / "here", tmp_path / "outside"
     outside.mkdir()
     (here / link).parent.mkdir(parents=True)
     (here / link).symlink_to(outside)
-    with pytest.raises((ParcelError, OutputError), match="is a link"):
-        carry(node, items, here)
+    with pytest.raises((TransferError, OutputError), match="is a link"):
+        unpack(here, RUN, packed)
     assert not list(outside.iterdir())
     (node / "runs" / RUN / "secret").symlink_to("/etc/passwd")
-    assert not [item for item in ray_node.contents(node, RUN) if "secret" in item.path]
+    assert not [one for one in pack(node, RUN) if "secret" in one.path]
 
 
-def test_only_what_is_listed_can_be_read(node):
-    items = ray_node.contents(node, RUN)
-    for path in ("runs/other/run.json", "../x", "/etc/passwd"):
-        with pytest.raises(ParcelError, match="not in the parcel"):
-            ray_node.chunk(node, items, (path, 0))
-
-
-def test_a_file_listed_twice_or_with_a_negative_size_is_refused(node, tmp_path):
-    items = ray_node.contents(node, RUN)
-    for bad in ([*items, items[0]], [dataclasses.replace(items[0], size_bytes=-1)]):
-        with pytest.raises(ParcelError, match="has no place"):
-            next(ray_node.receive(tmp_path / "here", RUN, bad))
+def test_a_file_that_comes_twice_is_refused(node, tmp_path):
+    packed = pack(node, RUN)
+    with pytest.raises(TransferError, match="has no place"):
+        unpack(tmp_path / "here", RUN, [*packed, packed[0]])
