@@ -141,8 +141,9 @@ def test_without_ray_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
 @pytest.mark.process
 def test_our_own_cluster_listens_on_loopback_alone_and_has_no_dashboard(tmp_path):
     code = (
-        "from harness.matrix.ray_cluster import connected; import ray, sys\n"
+        "from harness.matrix.ray_cluster import connected; import sys\n"
         "with connected(None):\n"
+        "    import ray\n"
         "    found = [(n['Resources']['CPU'], n['NodeManagerAddress']) for n in ray.nodes()]\n"
         "    print(*found[0], file=sys.stderr, flush=True)\n"
         "    sys.stdin.read()\n"

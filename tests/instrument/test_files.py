@@ -372,8 +372,6 @@ ALLOWED = {
     "harness/campaign/book.py": "a campaign's lock, with the number of the process that holds it",
     "harness/campaign/pack.py": "fills a temporary folder that is placed whole, and temporary files of the module",
     "harness/campaign/process.py": "a stage's standard output and error",
-    "harness/matrix/ray_cluster.py": "a node's own temporary folder",
-    "harness/matrix/ray_node.py": "temporary files of the module",
     "harness/supervisor/heartbeat.py": "a temporary file that a process' stacks go through",
     "harness/commands/list.py": "JSON to standard output",
     "harness/commands/repair.py": "JSON to standard output",
