@@ -6,6 +6,7 @@ public address is refused. The dashboard and the usage reports are off.
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import os
 import socket
@@ -41,7 +42,7 @@ def connected(address: str | None) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         raise EngineError(f"cannot use the Ray cluster at {address or '127.0.0.1'}: {reason}") from error
     # Ray prints how a node ended on standard output, where the rows go, whatever it is configured to.
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with redirect_stdout(io.StringIO()):
         try:
             yield
         finally:
