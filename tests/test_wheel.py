@@ -131,21 +131,20 @@ def test_the_watch_is_imported_from_the_package_without_the_rooms_at_the_top(bui
     assert module.startswith("ddbench.instrument.") and at_the_top == "False"
 
 
-def in_a_clean_environment(folder: Path, *packages: str) -> Path:
-    """A virtual environment that sees the heavy dependencies of this one; returns its ``bin``."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(SITE_PACKAGES + "\n")
-    pip = [folder / "bin" / "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
-    subprocess.run([*pip, *packages], check=True)
-    return folder / "bin"
-
-
 def run_in(folder: Path, *command: str | Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def in_a_clean_environment(folder: Path, *packages: str) -> Path:
+    """A virtual environment that sees the heavy dependencies of this one; returns its ``bin``."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(SITE_PACKAGES + "\n")
+    run_in(folder, folder / "bin" / "pip", "install", "-q", "--no-deps", "--disable-pip-version-check", *packages)
+    return folder / "bin"
 
 
 @pytest.mark.soak
