@@ -8,16 +8,17 @@ OUT ?= results/tiny
 SHARD ?= 1/1
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: help run test soak lint matrix bench gpu gpu-dossier freeze clean
+.PHONY: help run test quick soak lint matrix bench gpu gpu-dossier freeze clean
 help:
 	@echo "make run     set up .venv, run the main job ($(RUN)) and build its dossier"
 	@echo "make test    set up .venv and run the tests"
+	@echo "make quick   the tests that start no process, in a minute and a half"
 	@echo "make matrix  every case x configuration (tiny, embedded data), and the dossier"
 	@echo "make bench   measure the harness itself"
 	@echo "make gpu     everything that needs a GPU: tests on it, kernel benchmark, the tiny matrix"
 	@echo "make gpu-dossier MINUTES=60 DATA=DIR   the whole campaign and its dossier, resumable: give it again to go on"
 	@echo "make soak    the long sweeps"
-	@echo "make lint    style and layering"
+	@echo "make lint    style, layering and types"
 
 $(READY): setup.py $(CONSTRAINTS) install.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" CONSTRAINTS="$(CONSTRAINTS)" sh install.sh
@@ -27,11 +28,11 @@ run: $(READY)
 	$(BIN)/python -m harness case $(RUN) --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 
-test: $(READY)
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m ruff format --check .
-	$(BIN)/lint-imports --no-cache
+test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not process"
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak
@@ -40,6 +41,7 @@ lint: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 matrix: $(READY)
 	$(BIN)/python -m harness doctor --measure --out $(OUT)
