@@ -17,7 +17,7 @@ ROOMS = ("bench_cases", "harness", "instrument", "kernels", "report")
 BESIDE = ("templates", "constraints.txt", "constraints-torch2.11.txt")
 """What the rooms look for beside themselves."""
 ROOM = rf"(?:{'|'.join(ROOMS)})"
-DOTTED = re.compile(rf"""(?<=["'])({ROOM}(?:\.\w+)+)(?=(?::\w+)?["'])""")
+DOTTED = re.compile(rf"""(?<=["'])({ROOM}(?:\.\w+)+)(?=["'])""")
 
 
 def installed(text: str) -> str:

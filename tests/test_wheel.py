@@ -69,7 +69,7 @@ def test_no_string_names_a_module_or_a_command_of_the_clone(built):
                 continue
             for command in ("python -m harness", "python -m report", "python -m kernels"):
                 assert command not in node.value, f"{path}:{node.lineno}"
-            room, _, rest = node.value.partition(":")[0].partition(".")
+            room, _, rest = node.value.partition(".")
             module = built / "ddbench" / room / rest.replace(".", "/")
             if room in ROOMS and rest:
                 assert not module.with_suffix(".py").is_file() and not module.is_dir(), f"{path}:{node.lineno}: {node.value}"
@@ -136,6 +136,22 @@ def run_in(folder: Path, *command: str | Path) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_run_has_the_same_id_and_settings_in_a_clone_and_installed(built, tmp_path):
+    code = """
+from {0}bench_cases import CASES, DTYPE_CONFIGS
+from {0}harness.settings import Request, resolve
+run = resolve(CASES["gpt2_clm"], DTYPE_CONFIGS["amp_bf16"], 0, Request(), device="cpu", data_fingerprint="")
+print(run.run_id, run.as_config())
+"""
+    in_clone = subprocess.run([sys.executable, "-c", code.format("")], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ddb(built, tmp_path, code=code.format("ddbench.")) == in_clone.stdout != ""
+
+
+def test_stages_of_a_campaign_are_started_as_parts_of_the_package(built, tmp_path):
+    code = "from ddbench.harness.campaign.process import PACKAGE; print(PACKAGE)"
+    assert ddb(built, tmp_path, code=code) == "ddbench.\n"
 
 
 def in_a_clean_environment(folder: Path, *packages: str) -> Path:

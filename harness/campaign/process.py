@@ -21,7 +21,7 @@ from instrument.results.files import make_folder
 POLL_S, BEAT_S = 0.1, 5.0
 PR_SET_PDEATHSIG = 1
 ROOMS = ("harness", "kernels", "report")
-PACKAGE = __package__.removesuffix("harness.campaign")
+PACKAGE = __package__.partition("harness")[0]
 """What stands before a room's name: nothing in a clone, ``ddbench.`` where the wheel is installed."""
 """What a stage runs with ``python -m``."""
 
