@@ -1,9 +1,4 @@
-"""GPU types side by side.
-
-Several results folders as one frame: a row a device, case and configuration.
-
-The comparison on a terminal of 80 columns: a table a case, a block a configuration, a row a device.
-"""
+"""Several GPU types side by side: a row a device, case and configuration, as a frame and on a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -27,26 +22,9 @@ from report.tables.speed import eligible, pooled_rate
 from report.text import gigabytes, joined, printable
 from report.verdict.decision import plain_number
 
-COLUMNS = (
-    "device",
-    "case",
-    "column",
-    "dtype_config",
-    "state",
-    "line1",
-    "n",
-    "samples_per_s",
-    "relative",
-    "low",
-    "high",
-    "mfu",
-    "y_kind",
-    "peak_bytes",
-    "peak_kind",
-    "over_first",
-    "price_per_hour",
-    "cost_per_million_samples",
-    "cost_per_billion_real_tokens",
+COLUMNS = tuple(
+    "device case column dtype_config state line1 n samples_per_s relative low high mfu y_kind peak_bytes peak_kind "
+    "over_first price_per_hour cost_per_million_samples cost_per_billion_real_tokens".split()
 )
 SAME = ("preset", "data_source", "weights_source", "batch_size", "micro_batch", "seq_len", "max_steps", "loss_reduction")
 """Settings that two devices' runs of a case must share for their speeds to be compared."""

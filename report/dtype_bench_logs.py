@@ -12,17 +12,8 @@ from typing import Any
 
 from instrument.results.lines import Defect, defect
 
-ROW_FIELDS = (
-    "run_id",
-    "model_arch",
-    "task",
-    "dtype_config",
-    "seed",
-    "completed",
-    "nan_step",
-    "peak_memory_gb",
-    "samples_per_sec",
-    "tokens_per_sec",
+ROW_FIELDS = tuple(
+    "run_id model_arch task dtype_config seed completed nan_step peak_memory_gb samples_per_sec tokens_per_sec".split()
 )
 STEP_FIELDS = ("step", "loss", "grad_norm_l2", "grad_norm_max", "loss_scale", "max_logit", "memory_gb", "step_time_ms")
 

@@ -1,7 +1,4 @@
-"""Errors that a person can mend: one sentence each.
-
-What the report's exit code says; the same numbers as the harness's, which the report may not import.
-"""
+"""Errors that a person can mend, one sentence each, and the exit codes."""
 
 from __future__ import annotations
 

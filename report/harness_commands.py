@@ -1,7 +1,4 @@
-"""How a command line names the case of a run.
-
-Settings of runs that the command line has to be told, since they are not what it would choose.
-"""
+"""Command lines of the harness: how they name a run's case, and the settings that they would not choose themselves."""
 
 from __future__ import annotations
 

@@ -1,16 +1,8 @@
-"""Uncertainty, in closed form where there is one. Every function names its method and its limits.
+"""Uncertainty, in closed form where there is one: intervals, ranks with ties, spikes. Each function names its method.
 
-Intervals across seeds: Student's t, on differences or on logarithms of ratios.
-
-Seeds are the replicates (3 to 5 of them), so t-intervals on paired values: at n = 5 a percentile
-bootstrap covers 86 % instead of 95 %. One seed has a value and no interval.
-
-Block bootstrap within one run, where neighbouring steps are not independent. Never across seeds.
-
-Ranks, ties that the seeds do not separate, and rank correlation.
-
-Rolling medians, and what stands out from them.
-"""
+Across seeds: Student's t, on differences or on logarithms of ratios. Seeds are the replicates (3 to 5 of them), so
+t-intervals on paired values: at n = 5 a percentile bootstrap covers 86 % instead of 95 %. One seed has a value and no
+interval. Within one run, where neighbouring steps are not independent: a block bootstrap."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Numbers and counts as words: the one place where units become GB and ms.
-
-Text that comes from files, made safe to draw; and numbers as the figures print them.
-"""
+"""Text from files made safe to print and draw, and numbers as text: the one place where units become GB and ms."""
 
 from __future__ import annotations
 

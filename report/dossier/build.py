@@ -1,7 +1,4 @@
-"""What a person sees while a dossier is built: a bar on standard error, on a terminal only.
-
-Folder in, dossier out: figures with their CSV, summary.json, index.html and dossier.pdf.
-"""
+"""A results folder in, a dossier out: figures with their CSV, summary.json, index.html and dossier.pdf."""
 
 from __future__ import annotations
 

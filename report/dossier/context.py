@@ -1,7 +1,4 @@
-"""What stands over the dossier: which machine, which data, how much of it.
-
-Everything the page prints, as words: templates choose places, never values.
-"""
+"""Everything the page prints, as text: templates choose places, never values."""
 
 from __future__ import annotations
 

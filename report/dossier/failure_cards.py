@@ -1,8 +1,5 @@
-"""A line as small as a word: a magnitude over steps, on a logarithmic scale, in the colour of the text.
-
-One card a failure: what died, why, what was tried, and the road to it. Forensics are read as plain data: what
-is missing or of another kind is a dash, and nothing of it is markup.
-"""
+"""One card a failure: what failed, why, and which remedies were tried. Forensics are read as plain data: what is missing or
+of another kind is a dash, and nothing of it is markup."""
 
 from __future__ import annotations
 

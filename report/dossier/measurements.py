@@ -1,7 +1,4 @@
-"""Where the time goes, as tables: kernel classes, MFU by numerator and denominator, benchmarks.
-
-The largest batches (fit.json) as a table's words: people rent memory, and choose at the batch that fills it.
-"""
+"""Tables of the section on time: kernel classes, MFU by numerator and denominator, benchmarks, the largest batches."""
 
 from __future__ import annotations
 
@@ -130,19 +127,9 @@ def _groups(runs: Sequence[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]
     return groups
 
 
-HEADS = (
-    "case",
-    "configuration",
-    "tokens a row",
-    "rows",
-    "within",
-    "peak GB",
-    "tokens/s",
-    "real tokens/s",
-    "at 32 rows",
-    "cost of 10⁹ real tokens",
-    "at 32 rows",
-    "the next batch met",
+HEADS = tuple(
+    "case, configuration, tokens a row, rows, within, peak GB, tokens/s, real tokens/s, at 32 rows, cost of 10⁹ real "
+    "tokens, at 32 rows, the next batch met".split(", ")
 )
 
 

@@ -1,12 +1,7 @@
-"""The figures' colours in the page's dark theme, as CSS rules made from the palette.
+"""The dossier's page: the context in the templates, with the figures' dark theme, and the same page as a PDF.
 
-matplotlib writes colours into ``style`` attributes. Rules that match those attributes recolour the
-very same SVG on a dark screen; paper, PDF and light screens see it untouched.
-
-Context in, page out. Autoescape is on for every template: no value of a run is ever markup.
-
-The PDF of the very same page, by WeasyPrint, which may load nothing but what the page carries.
-"""
+Autoescape is on for every template: no value of a run is ever markup. WeasyPrint, which makes the PDF, may load nothing but
+what the page carries."""
 
 from __future__ import annotations
 

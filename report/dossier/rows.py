@@ -1,7 +1,4 @@
-"""Numbers for rows: a claim cites the rows it rests on, as a paper cites its sources.
-
-All runs as rows of words, with the bare number beside each for sorting.
-"""
+"""The run table: its rows and cells as text, and the row numbers that claims cite as a paper cites its sources."""
 
 from __future__ import annotations
 
@@ -64,23 +61,9 @@ class Cell(NamedTuple):
     kind: str = "number"
 
 
-HEADS = (
-    "#",
-    "case",
-    "configuration",
-    "seed",
-    "status",
-    "died at",
-    "val. loss",
-    "F1 micro",
-    "samples/s",
-    "real tokens/s",
-    "step p50 (ms)",
-    "MFU bf16 (%)",
-    "memory (GB)",
-    "energy (kJ)",
-    "skips",
-    "run",
+HEADS = tuple(
+    "#, case, configuration, seed, status, died at, val. loss, F1 micro, samples/s, real tokens/s, step p50 (ms), MFU "
+    "bf16 (%), memory (GB), energy (kJ), skips, run".split(", ")
 )
 
 

@@ -1,9 +1,4 @@
-"""Text and tables in LaTeX. Everything that comes from files is escaped.
-
-``--to latex``: the stability matrix, throughput, efficiency and findings as booktabs tables.
-
-``--to appendix``: a TeX folder that compiles as it is, to be taken into a paper.
-"""
+"""``--to latex`` (booktabs tables) and ``--to appendix`` (a TeX folder that compiles as it is, to be taken into a paper)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Rows and findings as frames, for the formats that take tables.
-
-``--to csv``: every table, the rows and the findings. Text that a spreadsheet would run is neutralised.
-
-``--to bencher``: Bencher Metric Format, for tracking over time (bencher.dev/docs/reference/bencher-metric-format).
-"""
+"""``--to csv`` (every table, the rows and the findings) and ``--to bencher`` (Bencher Metric Format)."""
 
 from __future__ import annotations
 

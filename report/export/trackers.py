@@ -1,9 +1,4 @@
-"""What a tracker is told of a run: its settings, and its numbers step by step.
-
-``--to tensorboard``: one event folder a run, written with tensorboard's own writer (no torch).
-
-``--to wandb``: the runs replayed. Offline unless WANDB_MODE says otherwise; `wandb sync` uploads them.
-"""
+"""``--to tensorboard`` and ``--to wandb``: the runs' settings and numbers step by step, replayed for a tracker."""
 
 from __future__ import annotations
 
@@ -18,36 +13,13 @@ from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.errors import need
 
-SCALARS = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "grad_absmax",
-    "logit_absmax",
-    "loss_scale",
-    "step_time_s",
-    "mfu",
-    "mfu_bf16_peak",
-    "mfu_measured_peak",
-    "allocated_bytes",
+SCALARS = tuple(
+    "loss lr grad_norm grad_absmax logit_absmax loss_scale step_time_s mfu mfu_bf16_peak mfu_measured_peak "
+    "allocated_bytes".split()
 )
-SETTINGS = (
-    "case",
-    "arch",
-    "task",
-    "dtype_config",
-    "seed",
-    "preset",
-    "device",
-    "data_source",
-    "weights_source",
-    "batch_size",
-    "micro_batch",
-    "seq_len",
-    "max_steps",
-    "loss_reduction",
-    "status",
-    "divergence_step",
+SETTINGS = tuple(
+    "case arch task dtype_config seed preset device data_source weights_source batch_size micro_batch seq_len "
+    "max_steps loss_reduction status divergence_step".split()
 )
 
 

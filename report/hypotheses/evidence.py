@@ -1,7 +1,4 @@
-"""A claim judged: supported, refuted, or not decided by these data.
-
-The runs that hypotheses are judged on, looked up by case, configuration and seed.
-"""
+"""Evidence for a claim, and the rules that turn it into a finding: supported, refuted, or not decided by these data."""
 
 from __future__ import annotations
 

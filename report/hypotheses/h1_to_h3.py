@@ -1,9 +1,4 @@
-"""H1, loss-scale inversion: fp16_naive survives single-label and dies on multi-label.
-
-H2, architecture inversion: bf16_pure gains more on RoBERTa than on GPT-2.
-
-H3, bottleneck instability: GPT-2 classification needs more precision than RoBERTa's.
-"""
+"""The benchmark's hypotheses: H1 loss-scale inversion, H2 architecture inversion, H3 bottleneck instability."""
 
 from __future__ import annotations
 

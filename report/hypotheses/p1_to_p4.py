@@ -1,11 +1,4 @@
-"""P1 (plot E): classification heads overflow fp16.
-
-P2 (plot B): bf16_pure is top-left: the highest MFU and the least memory of every case.
-
-P3 (plot F): classification's MFU of real tokens is lower and noisier than language modelling's.
-
-P4 (plot H): the best configuration changes with the task.
-"""
+"""The plots' claims: P1 heads overflow fp16, P2 bf16_pure is top-left, P3 padding, P4 the ranking changes with the task."""
 
 from __future__ import annotations
 

@@ -15,10 +15,8 @@ from report.plots.style import (
     MUTED,
     SMALL_PT,
     TEXT_PT,
-    empty_figure,
-    exclusion_note,
     legend_row,
-    new_figure,
+    table_figure,
 )
 from report.text import clean
 
@@ -29,13 +27,11 @@ LABEL_IN, FRAME_IN = 1.42, 6.9
 
 def draw(table) -> Figure:
     """Rows: configurations, the reference first. Columns: tasks, and under them architectures."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     columns = data.drop_duplicates("case")[["case", "column", "arch", "loss_reduction"]].to_dict("records")
     rows = list(data["dtype_config"].unique())
     body_in = HEADER_IN + ROW_IN * len(rows) + LEGEND_IN
-    figure = new_figure(table.title, body_in, marks=table.marks, notes=exclusion_note(table.excluded))
+    figure = table_figure(table, body_in)
     whole_in, width_in = figure.get_figheight(), figure.get_figwidth()
     _legend(figure, data)
     foot_in = figure.get_layout_engine().get()["rect"][1] * whole_in

@@ -17,10 +17,8 @@ from report.plots.style import (
     SHADE,
     SMALL_PT,
     THIN_PT,
-    empty_figure,
-    exclusion_note,
     legend_row,
-    new_figure,
+    table_figure,
 )
 from report.text import clean
 
@@ -42,18 +40,11 @@ PEAK_WORDS = {
 
 def draw(table) -> Figure:
     """A facet a task: MFU over peak memory, a Pareto frontier per case."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     tasks = list(data["column"].unique())
     across = min(2, len(tasks))
     down = -(-len(tasks) // across)
-    figure = new_figure(
-        table.title,
-        PANEL_IN * down + LEGEND_IN,
-        marks=table.marks,
-        notes=exclusion_note(table.excluded) + (() if adjust_text else (UNPLACED,)),
-    )
+    figure = table_figure(table, PANEL_IN * down + LEGEND_IN, *(() if adjust_text else (UNPLACED,)))
     _legend(figure, data, arch_markers(list(data["arch"].unique())))
     grid = figure.subplots(down, across, squeeze=False, sharey=True)
     markers = arch_markers(list(data["arch"].unique()))

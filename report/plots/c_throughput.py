@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from report.plots.elements import cases_in_rows, label_lowest, panels
 from report.plots.palette import look
-from report.plots.style import INK, MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
+from report.plots.style import INK, MUTED, SMALL_PT, name_rows, table_figure
 from report.text import clean, rate
 
 BAR_IN, FRAME_IN = 0.168, 0.5
@@ -17,12 +17,10 @@ BAR_IN, FRAME_IN = 0.168, 0.5
 
 def draw(table) -> Figure:
     """Bars from 0, a facet a task and architecture; a run that gave no speed is a word."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     rows = cases_in_rows(data)
     heights = [BAR_IN * max((data["case"] == case).sum() for case in row) + FRAME_IN for row in rows]
-    figure = new_figure(table.title, sum(heights), marks=table.marks, notes=exclusion_note(table.excluded))
+    figure = table_figure(table, sum(heights))
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False, height_ratios=heights, sharex=True)
     longest = np.nanmax(np.r_[data["high"].to_numpy(float), data["relative"].to_numpy(float), 1.0])
     for axes, case in panels(grid, rows):
@@ -46,10 +44,8 @@ def _panel(axes: Axes, data: pd.DataFrame, longest: float) -> None:
             end = max(end, row["high"])
         speed = f"{row['relative']:.2f}x, {rate(row['samples_per_s'])}/s"
         axes.text(end + 0.02 * longest, at, speed, va="center", size=SMALL_PT)
-    axes.set(yticks=range(len(data)), ylim=(len(data) - 0.4, -0.6), xlim=(0, longest * 1.42))
-    axes.set_yticklabels([clean(config, 26) for config in data["dtype_config"]])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
+    name_rows(axes, data["dtype_config"], limit=26)
+    axes.set_xlim(0, longest * 1.42)
     axes.set_title(clean(data["case"].iloc[0]))
 
 

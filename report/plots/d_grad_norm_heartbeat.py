@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from report.plots.elements import decimate, label_right
 from report.plots.palette import look
-from report.plots.style import THIN_PT, empty_figure, exclusion_note, log_axis, new_figure, whole_steps
+from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
 from report.text import clean
 
 ROW_IN, FRAME_IN = 1.12, 0.3
@@ -17,19 +17,13 @@ ROW_IN, FRAME_IN = 1.12, 0.3
 
 def draw(table) -> Figure:
     """A row a case: steps linear at the left, logarithmic at the right, where an early death is seen."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     cases = list(data["case"].unique())
-    figure = new_figure(
-        table.title,
+    figure = table_figure(
+        table,
         ROW_IN * len(cases) + FRAME_IN,
-        marks=table.marks,
-        notes=(
-            "Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
-            "Ring: spike, over 5 times the rolling median.",
-            *exclusion_note(table.excluded),
-        ),
+        "Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
+        "Ring: spike, over 5 times the rolling median.",
     )
     grid = figure.subplots(len(cases), 2, squeeze=False, sharey="row", width_ratios=(1, 1.1))
     for (linear, log), case in zip(grid, cases, strict=True):

@@ -1,7 +1,4 @@
-"""The figures by letter: A to H, then those of the sections on failures, time and the machine.
-
-Draws the tables, in two processes where the machine has them, and writes their files.
-"""
+"""The figures by letter, drawn in two processes where the machine has them, and their files."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from report.plots import (
     headroom,
     step_time,
 )
-from report.plots.style import theme
+from report.plots.style import empty_figure, theme
 from report.plots.write import inline, picture, standalone, write_csv
 from report.tables.table import Table
 
@@ -48,11 +45,16 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "kernel_time": step_time.draw_kernel_time,
     "overhead": step_time.draw_overhead,
 }
-
-
 WORKERS = 2
 SLOWEST_FIRST = ("G", "D", "step_times", "E", "B", "F", "C", "hardware")
 """By how long they take: the pool ends sooner when the long ones start first."""
+
+
+def draw(table: Table) -> Figure:
+    """The table's figure; one that says why where there is nothing to draw."""
+    if table.empty or table.data.empty:
+        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    return DRAW[table.letter](table)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _draw_forked(letter: str) -> Drawn:
 def draw_one(table: Table, folder: Path, formats: tuple[str, ...], dpi: int) -> Drawn:
     """One figure: drawn once, written in every format."""
     with theme(table.name):
-        figure = DRAW[table.letter](table)
+        figure = draw(table)
         kinds = sorted({"svg", *formats}, key=lambda kind: (kind == "eps", kind))
         pictures = {kind: picture(figure, kind, dpi) for kind in kinds}
     svg = pictures["svg"].decode()

@@ -18,10 +18,8 @@ from report.plots.style import (
     SMALL_PT,
     THIN_PT,
     WARNING_INK,
-    empty_figure,
-    exclusion_note,
     log_axis,
-    new_figure,
+    table_figure,
 )
 from report.text import clean, short
 
@@ -34,19 +32,13 @@ HEADROOM, FOOTROOM = 3.5, 2.0
 
 def draw(table) -> Figure:
     """A panel a case; within it a violin a seed, side by side in their configuration."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     cases = list(data["case"].unique())
     configs = _beside(list(data["dtype_config"].unique()))
-    figure = new_figure(
-        table.title,
+    figure = table_figure(
+        table,
         ROW_IN * len(cases) + FRAME_IN,
-        marks=table.marks,
-        notes=(
-            "Over each violin its largest finite value. n ✗: steps with a non-finite logit. Box: quartiles and median.",
-            *exclusion_note(table.excluded),
-        ),
+        "Over each violin its largest finite value. n ✗: steps with a non-finite logit. Box: quartiles and median.",
     )
     grid = figure.subplots(len(cases), 1, squeeze=False, sharex=True)
     for (axes,), case in zip(grid, cases, strict=True):

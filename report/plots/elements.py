@@ -1,11 +1,4 @@
-"""Fewer points, the same picture: every spike stays.
-
-A violin's outline from many values, in closed time.
-
-Labels beside what they name, moved apart where they would overlap.
-
-Which panels a figure has: one per case, tasks down, architectures across.
-"""
+"""Parts that several figures share: thinned lines, density outlines, labels beside lines, grids of panels."""
 
 from __future__ import annotations
 

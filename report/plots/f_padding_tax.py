@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from report.plots.elements import cases_in_rows, decimate, label_lowest, panels
 from report.plots.palette import look
-from report.plots.style import SMALL_PT, THIN_PT, empty_figure, exclusion_note, new_figure
+from report.plots.style import SMALL_PT, THIN_PT, table_figure
 from report.text import clean
 
 ROW_IN, FRAME_IN = 1.4, 0.2
@@ -20,24 +20,18 @@ POINT_BINS = 120
 
 def draw(table) -> Figure:
     """A panel a case (with and without buckets): MFU over batches sorted by their real tokens."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     measure, summary = _measure(data), table.summary
     rows = [
         [(case, bucketed) for case in row]
         for bucketed in (False, True)
         for row in cases_in_rows(data[data["bucketed"].astype(bool) == bucketed])
     ]
-    figure = new_figure(
-        table.title,
+    figure = table_figure(
+        table,
         ROW_IN * len(rows) + FRAME_IN,
-        marks=table.marks,
-        notes=(
-            "Thin line: all tokens. Thick line: real tokens. Shaded: the padding tax. "
-            "CV: standard deviation over mean, across batches.",
-            *exclusion_note(table.excluded),
-        ),
+        "Thin line: all tokens. Thick line: real tokens. Shaded: the padding tax. "
+        "CV: standard deviation over mean, across batches.",
     )
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
     top = 1.12 * measure.scale * float(np.nanmax(data[[measure.every, measure.real]].to_numpy(float)))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from instrument.terminal import count
 from report.plots.elements import decimate, label_right
 from report.plots.palette import look
-from report.plots.style import MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure, whole_steps
+from report.plots.style import MUTED, SMALL_PT, table_figure, whole_steps
 from report.text import clean
 
 LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.82, 0.2
@@ -18,24 +18,18 @@ LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.82, 0.2
 
 def draw(table) -> Figure:
     """Per architecture two rows: loss, and loss minus fp32_true; a column a kind of target."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     archs = list(data["arch"].unique())
     columns = sorted(
         set(zip(data["kind"], data["loss_reduction"], strict=True)),
         key=lambda key: (key[0] != "Single-label", key[1] != "mean", key),
     )
     heights = [LOSS_IN, DIFFERENCE_IN] * len(archs)
-    figure = new_figure(
-        table.title,
+    figure = table_figure(
+        table,
         sum(heights) + FRAME_IN,
-        marks=table.marks,
-        notes=(
-            "Cross: the last finite step of a run that died. Lower rows: training loss minus that of "
-            "fp32_true on the same batch of the same seed.",
-            *exclusion_note(table.excluded),
-        ),
+        "Cross: the last finite step of a run that died. Lower rows: training loss minus that of "
+        "fp32_true on the same batch of the same seed.",
     )
     grid = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
     for at, arch in enumerate(archs):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from report.plots.palette import look
-from report.plots.style import GRID, INK, MUTED, SMALL_PT, empty_figure, exclusion_note, new_figure
+from report.plots.style import GRID, INK, MUTED, SMALL_PT, name_rows, table_figure
 from report.text import clean
 
 ROW_IN, FRAME_IN = 0.27, 0.75
@@ -18,16 +18,9 @@ OFFSET = {"LM": -0.17, "classification": 0.17}
 
 def draw(table) -> Figure:
     """Left: ranks joined by lines, ties bracketed. Right: the relative speeds behind them."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
+    data = table.data
     configs = list(dict.fromkeys(data.sort_values(["side", "rank"], ascending=True)["dtype_config"]))
-    figure = new_figure(
-        table.title,
-        ROW_IN * len(configs) + FRAME_IN,
-        marks=table.marks,
-        notes=(*_tau_note(table.summary), *exclusion_note(table.excluded)),
-    )
+    figure = table_figure(table, ROW_IN * len(configs) + FRAME_IN, *_tau_note(table.summary))
     slope, speed = figure.subplots(1, 2, width_ratios=(1.35, 1))
     _slopes(slope, data, len(configs))
     _speeds(speed, data, configs)
@@ -104,10 +97,8 @@ def _speeds(axes: Axes, data: pd.DataFrame, configs: list[str]) -> None:
         axes.plot(
             row["relative"], y, style.marker, mec=style.colour, mfc="white" if hollow else style.colour, mew=0.8, markersize=5.2
         )
-    axes.set(yticks=range(len(configs)), ylim=(len(configs) - 0.4, -0.9), xlabel="samples/s relative to fp32_true")
-    axes.set_yticklabels([clean(config, 24) for config in configs])
+    name_rows(axes, configs, above=0.9)
+    axes.set_xlabel("samples/s relative to fp32_true")
     axes.set_xlim(0, 1.08 * np.nanmax(data[["relative", "high", "low"]].to_numpy(float)))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
     axes.set_title("Relative speed (hollow: classification)")
     axes.title.set_color(INK)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from report.plots.elements import decimate, outline
 from report.plots.palette import look
-from report.plots.style import INK, SMALL_PT, THIN_PT, empty_figure, exclusion_note, new_figure
+from report.plots.style import INK, SMALL_PT, THIN_PT, table_figure
 from report.text import clean
 
 ROW_IN, KEY_IN, FRAME_IN = 1.6, 0.75, 0.2
@@ -20,9 +20,7 @@ USE = (("gpu_percent", "GPU utilisation (%)"), ("cpu_percent", "CPU utilisation 
 
 def draw(table) -> Figure:
     """Memory over time and as boxes, densities of utilisation, growth of the disk."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no samples", table.marks)
+    data = table.data
     memory, use = ([(column, words) for column, words in readings if data[column].notna().any()] for readings in (MEMORY, USE))
     frames = [frame for column, words in memory for frame in ((_over_time, column, words), (_boxes, column, words))]
     frames += [(_densities, column, words) for column, words in use]
@@ -31,9 +29,7 @@ def draw(table) -> Figure:
     heights = [ROW_IN] * down
     if len(frames) % 2 == 0:
         heights[-1] = KEY_IN  # the key has a row to itself
-    figure = new_figure(
-        table.title, sum(heights) + FRAME_IN, marks=table.marks, notes=(*_absent(data), *exclusion_note(table.excluded))
-    )
+    figure = table_figure(table, sum(heights) + FRAME_IN, *_absent(data))
     grid = figure.subplots(down, 2, squeeze=False, height_ratios=heights).flat
     for axes, (draw_one, column, words) in zip(grid, frames, strict=False):
         draw_one(axes, data, column, words)

@@ -9,7 +9,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from report.plots.style import empty_figure, exclusion_note, new_figure
+from report.plots.style import table_figure
 from report.text import clean
 
 ROW_IN, FRAME_IN = 0.135, 0.55
@@ -19,12 +19,10 @@ DANGER = LinearSegmentedColormap.from_list("headroom", ["#6d0f16", "#d6503c", "#
 
 def draw(table) -> Figure:
     """A heat map a run: modules down in the order of the forward pass, steps across, bits as colour."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no activations", table.marks)
+    data = table.data
     runs = [run for _, run in data.groupby("run_id", sort=False)]
     heights = [ROW_IN * run["module"].nunique() + FRAME_IN for run in runs]
-    figure = new_figure(table.title, sum(heights), marks=table.marks, notes=exclusion_note(table.excluded))
+    figure = table_figure(table, sum(heights))
     grid = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)
     for (axes,), run in zip(grid, runs, strict=True):
         mesh = _map(axes, run)

@@ -1,9 +1,4 @@
-"""Step times over the run, and their distribution beside them.
-
-A step's time by class of kernel, a bar a configuration.
-
-Instruments on beside off: a step's time, round by round, and its ratio to the bare loop's.
-"""
+"""Three figures of a step's time: over the run, by class of kernel, and with the instruments on and off."""
 
 from __future__ import annotations
 
@@ -22,10 +17,9 @@ from report.plots.style import (
     PAPER,
     SMALL_PT,
     THIN_PT,
-    empty_figure,
-    exclusion_note,
     legend_row,
-    new_figure,
+    name_rows,
+    table_figure,
 )
 from report.text import clean, short
 
@@ -35,11 +29,9 @@ LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 1.0, 0.108, 0.33, 0.25
 def draw_step_times(table) -> Figure:
     """A row a case: rolling median over steps at the left, distribution by configuration at the right."""
     data, summary = table.data, table.summary
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no runs", table.marks)
     cases = list(data["case"].unique())
     heights = [max(LEAST_ROW_IN, TITLE_IN + BAR_IN * (summary["case"] == case).sum()) for case in cases]
-    figure = new_figure(table.title, sum(heights) + FRAME_IN, marks=table.marks, notes=exclusion_note(table.excluded))
+    figure = table_figure(table, sum(heights) + FRAME_IN)
     grid = figure.subplots(len(cases), 2, squeeze=False, width_ratios=(1, 1), height_ratios=heights)
     for (over, spread), case in zip(grid, cases, strict=True):
         rows, facts = data[data["case"] == case], summary[summary["case"] == case]
@@ -50,10 +42,8 @@ def draw_step_times(table) -> Figure:
         over.set_title(clean(case))
         over.set_ylabel("step (ms)")
         over.set_ylim(0, 1.15e3 * float(facts["p95_s"].max()))
-        spread.set(yticks=range(len(facts)), ylim=(len(facts) - 0.4, -0.6), xlim=(0, 1.06e3 * float(facts["p95_s"].max())))
-        spread.set_yticklabels([clean(config, 24) for config in facts["dtype_config"]])
-        spread.tick_params(axis="y", length=0)
-        spread.grid(False, axis="y")
+        name_rows(spread, facts["dtype_config"])
+        spread.set_xlim(0, 1.06e3 * float(facts["p95_s"].max()))
     grid[-1][0].set_xlabel("step")
     grid[-1][1].set_xlabel("step time (ms)")
     return figure
@@ -82,17 +72,13 @@ MOST_BARS = 40
 
 def draw_kernel_time(table) -> Figure:
     """Stacked bars from 0, a panel a case: classes in one order everywhere, idle time last and hollow."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no profile", table.marks)
+    data = table.data
     bars = data.groupby(["case", "dtype_config", "class"], sort=False)["seconds_per_step"].sum().reset_index()
     shown = bars.drop_duplicates(["case", "dtype_config"])[["case", "dtype_config"]].head(MOST_BARS)
     bars = bars.merge(shown, on=["case", "dtype_config"])
     cases = list(bars["case"].unique())
     heights = [CLASS_FRAME_IN + CLASS_BAR_IN * bars.loc[bars["case"] == case, "dtype_config"].nunique() for case in cases]
-    figure = new_figure(
-        table.title, sum(heights) + FOOT_IN + LEGEND_IN, marks=table.marks, notes=exclusion_note(table.excluded)
-    )
+    figure = table_figure(table, sum(heights) + FOOT_IN + LEGEND_IN)
     legend_row(figure, [_patch(name) for name in bars["class"].unique()])
     grid = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
     for (axes,), case in zip(grid, cases, strict=True):
@@ -114,10 +100,8 @@ def _panel(axes: Axes, bars: pd.DataFrame) -> None:
         ends.append(left)
     for at, end in enumerate(ends):
         axes.text(end + 0.008 * max(ends), at, f"{short(end)} ms", va="center", size=SMALL_PT)
-    axes.set(yticks=range(len(configs)), ylim=(len(configs) - 0.4, -0.6), xlim=(0, max(ends) * 1.09 or 1.0))
-    axes.set_yticklabels([clean(config, 26) for config in configs])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
+    name_rows(axes, configs, limit=26)
+    axes.set_xlim(0, max(ends) * 1.09 or 1.0)
 
 
 def _look(name: str) -> dict:
@@ -136,10 +120,8 @@ BODY_IN = 1.75
 
 def draw_overhead(table) -> Figure:
     """Step times at the left, densities of the paired ratios at the right, one above the other."""
-    data: pd.DataFrame = table.data
-    if table.empty or data.empty:
-        return empty_figure(table.title, table.empty or "no rounds", table.marks)
-    figure = new_figure(table.title, BODY_IN, marks=table.marks)
+    data = table.data
+    figure = table_figure(table, BODY_IN)
     over, paired = figure.subplots(1, 2, width_ratios=(1, 1))
     _over_rounds(over, data)
     _ratios(paired, data, table.summary)
@@ -176,7 +158,5 @@ def _ratios(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame) -> None:
                 solid_capstyle="butt",
             )
         axes.text(np.median(values), at + 0.16, f"{np.median(values):.3f}", ha="center", va="top", size=SMALL_PT)
-    axes.set(yticks=range(len(arms)), ylim=(len(arms) - 0.45, -0.85), xlabel="ratio to the bare loop's step of the round")
-    axes.set_yticklabels([clean(arm, 12) for arm in arms])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
+    name_rows(axes, arms, limit=12, above=0.85, below=0.55)
+    axes.set_xlabel("ratio to the bare loop's step of the round")

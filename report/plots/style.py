@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -160,6 +160,20 @@ def new_figure(
     for line, words in enumerate(reversed(foot)):
         figure.text(left, (0.05 + NOTE_LINE_IN * line) / whole_in, words, size=SMALL_PT, color=MUTED, va="baseline")
     return figure
+
+
+def table_figure(table, height_in: float, *notes: str) -> Figure:
+    """A table's figure, still without a drawing: its finding, its marks, ``notes`` and what it leaves out."""
+    return new_figure(table.title, height_in, marks=table.marks, notes=(*notes, *exclusion_note(table.excluded)))
+
+
+def name_rows(axes: Axes, names: Iterable[object], *, limit: int = 24, above: float = 0.6, below: float = 0.6) -> None:
+    """A row a name, downwards, with ``above`` and ``below`` the first and the last row's middle as margins."""
+    labels = [clean(name, limit) for name in names]
+    axes.set(yticks=range(len(labels)), ylim=(len(labels) - 1 + below, -above))
+    axes.set_yticklabels(labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
 
 
 def legend_row(figure: Figure, handles: list) -> None:

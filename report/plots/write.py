@@ -1,7 +1,4 @@
-"""A figure's files: pictures in the formats asked for, and a CSV of exactly the data drawn.
-
-An SVG file of ours made fit to stand inside a page beside seven others.
-"""
+"""A figure's files: pictures in the formats asked for, its SVG as a page needs it, and a CSV of exactly the data drawn."""
 
 from __future__ import annotations
 

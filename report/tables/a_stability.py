@@ -16,22 +16,7 @@ from report.tables.selection import REFERENCE, TASK_COLUMNS, case_order, column_
 from report.tables.table import Table, data_text, frame
 from report.text import sentence, shortened, signed
 
-COLUMNS = (
-    "case",
-    "column",
-    "arch",
-    "loss_reduction",
-    "dtype_config",
-    "state",
-    "n_seeds",
-    "n_bad",
-    "step",
-    "phase",
-    "sign",
-    "line1",
-    "line2",
-    "run_ids",
-)
+COLUMNS = tuple("case column arch loss_reduction dtype_config state n_seeds n_bad step phase sign line1 line2 run_ids".split())
 SIGNS = {
     "completed": "✓",
     "diverged": "✗",

@@ -16,24 +16,9 @@ from report.tables.speed import FIELD, NOT_MEASURED, eligible, y_kind
 from report.tables.table import Table, data_text, frame
 from report.text import sentence, shortened
 
-COLUMNS = (
-    "case",
-    "column",
-    "arch",
-    "dtype_config",
-    "state",
-    "n",
-    "peak_bytes",
-    "peak_least_bytes",
-    "peak_most_bytes",
-    "peak_kind",
-    "mfu_bf16_peak",
-    "y_kind",
-    "mfu_own",
-    "low",
-    "high",
-    "on_frontier",
-    "run_ids",
+COLUMNS = tuple(
+    "case column arch dtype_config state n peak_bytes peak_least_bytes peak_most_bytes peak_kind mfu_bf16_peak y_kind "
+    "mfu_own low high on_frontier run_ids".split()
 )
 MEMORY = {"allocated": "peak_allocated_bytes", "rss": "peak_rss_bytes"}
 

@@ -18,18 +18,7 @@ from report.tables.table import Table, data_text, frame, long_frame
 from report.text import joined, sentence, shortened
 
 COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
-SUMMARY = (
-    "case",
-    "dtype_config",
-    "seed",
-    "n_steps",
-    "spikes",
-    "spikes_per_1000",
-    "relative_to_fp32",
-    "skips",
-    "died_at",
-    "run_id",
-)
+SUMMARY = tuple("case dtype_config seed n_steps spikes spikes_per_1000 relative_to_fp32 skips died_at run_id".split())
 STRESSED = "fp16_naive"
 SHOWN = (STRESSED, "amp_bf16", REFERENCE, *DTYPE_CONFIGS[STRESSED].controls)
 

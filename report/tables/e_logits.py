@@ -18,18 +18,8 @@ from report.text import sentence
 
 FORWARD = ("forward", "loss")
 COLUMNS = ("case", "dtype_config", "seed", "step", "logit_absmax", "nonfinite")
-SUMMARY = (
-    "case",
-    "dtype_config",
-    "seed",
-    "max",
-    "median",
-    "over_fp16_steps",
-    "nonfinite_steps",
-    "overflow_steps",
-    "logits_per_step",
-    "n_steps",
-    "run_id",
+SUMMARY = tuple(
+    "case dtype_config seed max median over_fp16_steps nonfinite_steps overflow_steps logits_per_step n_steps run_id".split()
 )
 
 

@@ -15,39 +15,13 @@ from report.tables.speed import FIELD, TOKENS, eligible, timed, y_kind
 from report.tables.table import Table, data_text, frame, long_frame
 from report.text import sentence
 
-COLUMNS = (
-    "case",
-    "kind",
-    "arch",
-    "dtype_config",
-    "seed",
-    "order",
-    "real_tokens",
-    "tokens",
-    "mfu_real",
-    "mfu_all",
-    "real_tokens_per_s",
-    "tokens_per_s",
-    "y_kind",
-    "bucketed",
+COLUMNS = tuple(
+    "case kind arch dtype_config seed order real_tokens tokens mfu_real mfu_all real_tokens_per_s tokens_per_s y_kind "
+    "bucketed".split()
 )
-SUMMARY = (
-    "case",
-    "kind",
-    "arch",
-    "dtype_config",
-    "seed",
-    "tax",
-    "cv_real",
-    "cv_real_low",
-    "cv_real_high",
-    "cv_all",
-    "rate_real",
-    "rate_all",
-    "y_kind",
-    "bucketed",
-    "n_steps",
-    "run_id",
+SUMMARY = tuple(
+    "case kind arch dtype_config seed tax cv_real cv_real_low cv_real_high cv_all rate_real rate_all y_kind bucketed "
+    "n_steps run_id".split()
 )
 FAVOURITE = "amp_bf16"
 NO_REAL_TOKENS = "its log does not tell real tokens from padding"

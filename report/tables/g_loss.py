@@ -16,18 +16,7 @@ from report.tables.table import Table, data_text, frame, long_frame
 from report.text import joined, sentence, shortened
 
 COLUMNS = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "step", "loss", "minus_reference")
-SUMMARY = (
-    "case",
-    "kind",
-    "loss_reduction",
-    "arch",
-    "dtype_config",
-    "seed",
-    "died_at",
-    "death",
-    "final_minus_reference",
-    "run_id",
-)
+SUMMARY = tuple("case kind loss_reduction arch dtype_config seed died_at death final_minus_reference run_id".split())
 KINDS = {"Cls-Single": "Single-label", "Cls-Multi": "Multi-label"}
 
 

@@ -1,7 +1,4 @@
-"""Headroom by layer over steps: how many doublings a module's largest value is from its dtype's largest.
-
-Headroom of every layer over the steps of the runs that best explain a failure.
-"""
+"""Headroom of every layer over steps: how many doublings its largest value is from its dtype's largest number."""
 
 from __future__ import annotations
 

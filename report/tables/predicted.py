@@ -37,17 +37,8 @@ KINDS = {
 }
 """Kind of hazard, as `instrument.prediction` names it -> words."""
 OUTCOMES = ("case", "dtype_config", "seed", "run_id", "kind", "verdict", "step")
-ENDS = (
-    "case",
-    "dtype_config",
-    "seed",
-    "run_id",
-    "predicted",
-    "predicted_step",
-    "predicted_module",
-    "happened",
-    "happened_step",
-    "happened_module",
+ENDS = tuple(
+    "case dtype_config seed run_id predicted predicted_step predicted_module happened happened_step happened_module".split()
 )
 
 

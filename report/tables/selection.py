@@ -1,13 +1,8 @@
-"""Where a run stands: its task column, its kind of task, its place in the order of series.
-
-Which runs are compared: one settings variant a case, one run a (case, configuration, seed).
+"""Which runs are compared, and in which order: one settings variant a case, one run a (case, configuration, seed).
 
 A folder may hold a case twice, with another learning rate say. Averaging the two would compare what
 differs in more than the configuration; so the variant with the most runs is shown and the others
-are named.
-
-Whether two rows may be compared: same weights, same batches, same switches, same machine.
-"""
+are named."""
 
 from __future__ import annotations
 
@@ -62,17 +57,7 @@ def _in_order(ids: Iterable[str], registry: dict) -> list[str]:
     return sorted(set(ids), key=lambda name: (place.get(name, len(place)), name))
 
 
-ROW_SETTINGS = (
-    "preset",
-    "data_source",
-    "weights_source",
-    "loss",
-    "loss_reduction",
-    "batch_size",
-    "micro_batch",
-    "seq_len",
-    "max_steps",
-)
+ROW_SETTINGS = tuple("preset data_source weights_source loss loss_reduction batch_size micro_batch seq_len max_steps".split())
 """Settings that stand in the row itself; the others stand in its ``config``."""
 
 

@@ -1,11 +1,4 @@
-"""Which runs may enter a figure of speed or memory: completed, timed long enough, undisturbed.
-
-Which MFU is drawn: against the card's bf16 peak, or on a CPU against the measured matmul rate.
-
-Values of a configuration paired with the reference's, seed by seed.
-
-Speed relative to fp32_true over several cases, seed by seed.
-"""
+"""Which runs' speed and memory count, against which peak, and speeds relative to fp32_true, seed by seed."""
 
 from __future__ import annotations
 

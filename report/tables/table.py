@@ -1,9 +1,4 @@
-"""What a figure draws: data, words and what was left out. Computed here, drawn elsewhere.
-
-Step logs of several runs as one long frame.
-
-The opening words of every caption: which data these are.
-"""
+"""What a figure draws: data, title, caption and what was left out. Computed here, drawn elsewhere."""
 
 from __future__ import annotations
 

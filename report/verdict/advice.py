@@ -1,7 +1,4 @@
-"""Configurations to stay away from in a task, each with its reason.
-
-The one command that would teach most next.
-"""
+"""Configurations to avoid, each with its reason, and the one command that would teach most next."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""What an hour costs, and what training by the hour then costs.
-
-Per task: the fastest configuration whose quality holds, and those to stay away from.
+"""Per task: the fastest configuration whose quality holds, what it costs, and the configurations to avoid.
 
 A configuration is recommended only when it completed every case and seed of the task that a healthy
-fp32_true completed, with a quality that is not poor. Controls are never recommended.
-"""
+fp32_true completed, with a quality that is not poor. Controls are never recommended."""
 
 from __future__ import annotations
 

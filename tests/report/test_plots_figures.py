@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from report.plots.draw import DRAW
+from report.plots.draw import draw
 from report.plots.style import MARK_GAP, theme
 from report.plots.write import picture
 from report.tables import d_grad_norm, g_loss
@@ -22,7 +22,7 @@ HOSTILE = ("$\\frac{$", "<script>alert(1)</script>", "a\x00b", "\u202eltr", "x" 
 
 def drawn(table):
     with theme(table.name):
-        figure = DRAW[table.letter](table)
+        figure = draw(table)
         figure.draw_without_rendering()
     return figure
 
@@ -103,7 +103,7 @@ def test_hostile_names_are_drawn_as_text(letter):
         excluded=tuple((bad, bad) for bad in HOSTILE),
     )
     with theme(table.name):
-        svg = picture(DRAW[letter](table), "svg", 72)
+        svg = picture(draw(table), "svg", 72)
     tree = ET.fromstring(svg)
     assert not [node for node in tree.iter() if node.tag.endswith(("script", "foreignObject", "image"))]
 
@@ -113,7 +113,7 @@ def test_the_same_table_gives_the_same_bytes(kind):
     def bytes_of():
         table = made("H")
         with theme(table.name):
-            return picture(DRAW["H"](table), kind, 100)
+            return picture(draw(table), kind, 100)
 
     one, other = bytes_of(), bytes_of()
     assert one == other and len(one) > 5_000

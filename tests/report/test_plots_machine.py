@@ -8,7 +8,7 @@ import pytest
 from benchmarks.report.simulate import simulate
 from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite
-from report.plots.draw import DRAW
+from report.plots.draw import draw
 from report.plots.style import theme
 from report.tables import hardware, headroom, kernel_time, step_times
 
@@ -21,7 +21,7 @@ def place(tmp_path):
 
 def drawn(table):
     with theme(table.name):
-        figure = DRAW[table.letter](table)
+        figure = draw(table)
         figure.draw_without_rendering()
     return figure
 

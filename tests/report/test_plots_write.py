@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from report.plots.draw import DRAW
+from report.plots.draw import draw
 from report.plots.style import theme
 from report.plots.write import inline, neutral, picture, standalone, without_bare_groups, write_csv
 from tests.report.hand_made_tables import made
@@ -43,7 +43,7 @@ def test_the_csv_is_exactly_the_table(letter, tmp_path):
 def test_shortening_outlines_leaves_text_alone():
     table = made("H", title="a step of 0.12345678 s, d=0.98765432")
     with theme(table.name):
-        svg = picture(DRAW["H"](table), "svg", 72).decode()
+        svg = picture(draw(table), "svg", 72).decode()
     assert "0.12345678" in svg and "0.98765432" in svg and "<dc:date>" not in svg
     assert not any(
         len(part.split(".")[-1]) > 4
@@ -58,7 +58,7 @@ def test_shortening_outlines_leaves_text_alone():
 def test_every_format_is_what_it_says(kind, magic):
     table = made("A")
     with theme(table.name):
-        content = picture(DRAW["A"](table), kind, 300)
+        content = picture(draw(table), kind, 300)
     assert content.startswith(magic) and b"CreationDate" not in content
     if kind == "png":
         from PIL import Image
@@ -70,7 +70,7 @@ def test_every_format_is_what_it_says(kind, magic):
 def test_eps_has_no_transparency_and_keeps_its_shades_pale(letter, caplog):
     table = made(letter)
     with theme(table.name):
-        figure = DRAW[letter](table)
+        figure = draw(table)
         content = picture(figure, "eps", 72)
     assert content.startswith(b"%!PS") and not [record for record in caplog.records if "transparency" in record.message]
     faces = np.concatenate(
@@ -88,7 +88,7 @@ def test_eps_has_no_transparency_and_keeps_its_shades_pale(letter, caplog):
 def svg(request):
     table = made(request.param)
     with theme(table.name):
-        return picture(DRAW[request.param](table), "svg", 72).decode()
+        return picture(draw(table), "svg", 72).decode()
 
 
 def ids_and_references(text):

@@ -13,7 +13,7 @@ from scipy import stats
 
 from instrument.results.contents import load
 from report.dossier.measurements import overhead_rows
-from report.plots.draw import DRAW
+from report.plots.draw import draw
 from report.plots.style import theme
 from report.tables import b_efficiency, c_throughput, f_padding, h_rank, overhead
 from report.tables.selection import select
@@ -263,7 +263,7 @@ def test_a_missed_aim_and_an_unresolved_cost_are_said(place):
 def test_the_picture_shows_three_arms_and_their_medians(place):
     table = table_of(place, document())
     with theme(table.name):
-        figure = DRAW["overhead"](table)
+        figure = draw(table)
         figure.draw_without_rendering()
     words = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert {"bare", "light", "full", "1.020", "1.100"} <= set(words)
@@ -289,5 +289,5 @@ def test_what_is_no_figure_is_left_out(place, changes):
     table = table_of(place, document(**changes))
     overhead_rows(table.summary)
     with theme(table.name):
-        DRAW["overhead"](table).draw_without_rendering()
+        draw(table).draw_without_rendering()
     assert not np.isinf(table.data.get("ratio", np.zeros(1)).to_numpy(float) if len(table.data) else np.zeros(1)).any()
