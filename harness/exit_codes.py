@@ -25,7 +25,7 @@ CODE_OF_ERROR = {
     "harness.forensics.stored.SnapshotError": BAD_DATA,
     "harness.forensics.stored.RebuildError": ENVIRONMENT,
     "harness.matrix.ray_cluster.EngineError": ENVIRONMENT,
-    "instrument.results.read.RunNotFound": USAGE,
+    "instrument.results.layout.RunNotFound": USAGE,
     "instrument.results.read.RunUnreadable": BAD_DATA,
     "instrument.results.folder.OutputError": ENVIRONMENT,
     "instrument.results.claims.RunClaimed": ENVIRONMENT,

@@ -257,7 +257,7 @@ CAUSES = {
 
 def try_command(options: argparse.Namespace) -> int:
     """Try the changes, print a table; ``--json`` prints the trial as one object on standard output."""
-    from instrument.results.read import locate
+    from instrument.results.layout import locate
 
     if options.repro is not None:
         raise SettingsError("--try and --repro are two commands; give one of them")

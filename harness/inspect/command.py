@@ -40,7 +40,7 @@ from kernels.float_formats import FP16, float_format
 def inspect_command(options: argparse.Namespace) -> int:
     """Print the findings; ``--json`` prints them as one object on standard output, ``--repro`` writes a script."""
     from harness.inspect.findings import gather
-    from instrument.results.read import locate
+    from instrument.results.layout import locate
 
     if options.steps is not None:
         raise SettingsError("--steps goes with --try")

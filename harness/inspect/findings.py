@@ -18,8 +18,9 @@ import msgspec
 
 from instrument.results.files import plain_inside
 from instrument.results.forensics import ForensicsRecord, Magnitude
-from instrument.results.read import FoundRun, failure_of, module_rows, records, run_record
-from instrument.results.schemas import EventRecord, FirstNonfinite, RunRecord, StepRecord, nonfinite_name
+from instrument.results.layout import RunFiles
+from instrument.results.read import failure_of, records, run_record
+from instrument.results.schemas import FirstNonfinite, RunRecord, nonfinite_name
 from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
@@ -35,7 +36,7 @@ BETWEEN = re.compile(r"\n\n(?:During handling of the above|The above exception w
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def stack_of(run: FoundRun, record: RunRecord | None) -> dict[str, Any] | None:
+def stack_of(run: RunFiles, record: RunRecord | None) -> dict[str, Any] | None:
     """``frames``, outermost first: at most `MOST_FRAMES` of the project's or the model's own code, and the one that failed
     when it is a library's; ``whole``: where all of them are. None where the row has no stack."""
     if record is None:
@@ -43,9 +44,9 @@ def stack_of(run: FoundRun, record: RunRecord | None) -> dict[str, Any] | None:
     death = record.flags.get("death")
     dumped = death.get("stack") if isinstance(death, dict) else None
     if isinstance(traceback := record.flags.get("traceback"), str):
-        frames, whole = _frames(_block(traceback, record.error or "")), f"flags.traceback in {run.path / 'run.json'}"
+        frames, whole = _frames(_block(traceback, record.error or "")), f"flags.traceback in {run.row}"
     elif isinstance(dumped, list) and all(isinstance(line, str) for line in dumped):
-        frames, whole = _frames("\n".join(reversed(dumped))), str(run.path / "output.log")  # a dump is innermost first
+        frames, whole = _frames("\n".join(reversed(dumped))), str(run.output)  # a dump is innermost first
     else:
         return None
     own = [frame for frame in frames[:-1] if not _is_a_librarys(frame["file"])][-MOST_FRAMES:] + frames[-1:]
@@ -91,13 +92,13 @@ RUN_FIELDS = (
 KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 
 
-def gather(run: FoundRun) -> dict[str, Any]:
+def gather(run: RunFiles) -> dict[str, Any]:
     """Read the run and say what became of it; raises `RunUnreadable` for files that break their schema."""
     record = run_record(run)
     forensics = failure_of(run, record)
-    events = records(run.path / "events.jsonl", EventRecord)
-    steps = record.steps_done if record else len(records(run.steps_file, StepRecord))
-    modules = module_rows(run)
+    events = records(run, "events")
+    steps = record.steps_done if record else len(records(run, "steps"))
+    modules = records(run, "activations")
     found = {
         "run_id": run.run_id,
         "results_folder": str(run.out),
@@ -114,7 +115,7 @@ def gather(run: FoundRun) -> dict[str, Any]:
         found |= {name: value for name, value in msgspec.to_builtins(forensics).items() if name not in ("schema", "nonfinite")}
         found["trace_file"] = _trace(run, forensics.trace_file)
         found["earlier_history"] = earlier_history(modules, forensics.history)
-        found["repro_kept"] = (run.path / "culprit.safetensors").is_file()
+        found["repro_kept"] = run.culprit.is_file()
     return found | {"verdict": verdict(run, record, forensics, steps, found["smallest_headroom"])}
 
 
@@ -156,7 +157,7 @@ def earlier_history(modules: Sequence, history: Sequence[Magnitude]) -> list[dic
 
 
 def verdict(
-    run: FoundRun,
+    run: RunFiles,
     record: RunRecord | None,
     found: ForensicsRecord | None,
     steps: int,
@@ -186,7 +187,7 @@ def surfaced_words(first: FirstNonfinite) -> str:
     return f"step {first.step}{micro}, {first.phase}, {module}{first.tensor} is {KIND_WORDS[first.kind]}{dtype}"
 
 
-def _trace(run: FoundRun, name: str | None) -> str | None:
+def _trace(run: RunFiles, name: str | None) -> str | None:
     path = run.out / "traces" / name if name else None
     return str(path) if path is not None and plain_inside(run.out, path) else None
 

@@ -15,7 +15,8 @@ import kernels
 from harness.settings import SettingsError
 from instrument.results.files import copy, replace
 from instrument.results.forensics import ForensicsRecord
-from instrument.results.read import FoundRun, RunUnreadable
+from instrument.results.layout import RunFiles
+from instrument.results.read import RunUnreadable
 from instrument.results.schemas import RunRecord
 
 SCRIPT = '''\
@@ -118,7 +119,7 @@ print("The same as in the run, kind by kind.")
 '''
 
 
-OPERANDS_FILE, METADATA_KEY, SCHEMA = "culprit.safetensors", "culprit", 1
+METADATA_KEY, SCHEMA = "culprit", 1
 FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 """The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
 OURS = {
@@ -141,7 +142,7 @@ LAYOUT = (
 CALL = "torch.ops.{namespace}.{name}.{overload}({args}, **kwargs)"
 
 
-def write_repro(run: FoundRun, record: RunRecord | None, found: ForensicsRecord | None, script: Path) -> tuple[Path, Path]:
+def write_repro(run: RunFiles, record: RunRecord | None, found: ForensicsRecord | None, script: Path) -> tuple[Path, Path]:
     """Write ``script`` and its tensors; returns both paths. Raises `SettingsError` when this run has no op to show."""
     if script.suffix != ".py":
         raise SettingsError(f"--repro {script}: give a file that ends in .py; its tensors go beside it as .safetensors")
@@ -152,16 +153,16 @@ def write_repro(run: FoundRun, record: RunRecord | None, found: ForensicsRecord 
         raise SettingsError(f"{run.run_id}: the failing op cannot be run alone: {culprit['left_out']}")
     tensors = script.with_suffix(".safetensors")
     try:
-        copy(run.path / OPERANDS_FILE, tensors)
+        copy(run.culprit, tensors)
         replace(script, script_text(run.run_id, record, found, culprit).encode())
     except OSError as error:
         raise SettingsError(f"--repro {script}: cannot write {error.filename}: {error.strerror}") from error
     return script, tensors
 
 
-def read_culprit(run: FoundRun) -> dict[str, Any]:
+def read_culprit(run: RunFiles) -> dict[str, Any]:
     """What was kept of the failing op (`harness.forensics.evidence`), without its tensors."""
-    path = run.path / OPERANDS_FILE
+    path = run.culprit
     if not path.is_file():
         raise SettingsError(f"{run.run_id}: its culprit's operands were not kept ({path} is not there); run it again")
     from safetensors import SafetensorError, safe_open

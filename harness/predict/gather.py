@@ -20,10 +20,10 @@ from harness.settings import MAX_NORM
 from instrument.prediction import Arithmetic, Happened, Hazard, Outcome, Reference, compare, end, hazards
 from instrument.results.files import replace
 from instrument.results.folder import finished_runs
-from instrument.results.log import read
+from instrument.results.layout import RunFiles, RunNotFound
 from instrument.results.ranges import ModuleRecord
-from instrument.results.read import RunNotFound, RunUnreadable
-from instrument.results.schemas import RecordError, RunRecord, StepRecord
+from instrument.results.read import RunUnreadable, records
+from instrument.results.schemas import RunRecord, StepRecord
 from instrument.watch.hooks import HeadroomTable
 from kernels.float_formats import BF16, FP16
 
@@ -130,13 +130,9 @@ def _are_twins(run: RunRecord, reference: RunRecord) -> bool:
 
 
 def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> ReferencePrediction:
-    modules = _modules(reference, out)
-    facts = Reference(
-        modules,
-        _records(out / "training_logs" / f"run_{reference.run_id}.jsonl", StepRecord),
-        reference.n_params,
-        reference.batch_size // reference.micro_batch,
-    )
+    run = RunFiles(out, reference.run_id)
+    modules = _modules(reference, run)
+    facts = Reference(modules, _steps(run), reference.n_params, reference.batch_size // reference.micro_batch)
     by_config = {run.dtype_config: run for run in runs}
     configs = {name: config for name, config in DTYPE_CONFIGS.items() if config.compute != "fp32"}
     rows = [_config(config, hazards(facts, arithmetic_of(config)), by_config.get(name)) for name, config in configs.items()]
@@ -193,23 +189,19 @@ def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
     ]
 
 
-def _modules(reference: RunRecord, out: Path) -> list[ModuleRecord]:
-    path = out / "runs" / reference.run_id / "activations.jsonl"
-    if not path.exists():
-        raise RunNotFound(
-            f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was "
-            "measured; run it again with --instrument light or full"
-        )
-    return _records(path, ModuleRecord)
+def _modules(reference: RunRecord, run: RunFiles) -> list[ModuleRecord]:
+    if rows := records(run, "activations"):
+        return rows
+    raise RunNotFound(
+        f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was "
+        "measured; run it again with --instrument light or full"
+    )
 
 
-def _records(path: Path, kind: type) -> list:
-    try:
-        return list(read(path, kind))
-    except FileNotFoundError as error:
-        raise RunUnreadable(f"{path} is missing") from error
-    except RecordError as error:
-        raise RunUnreadable(str(error)) from error
+def _steps(run: RunFiles) -> list[StepRecord]:
+    if rows := records(run, "steps"):
+        return rows
+    raise RunUnreadable(f"{run.log('steps')} is missing")
 
 
 def store(found: Predictions, out: Path) -> None:

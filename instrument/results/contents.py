@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from instrument.results.columns import read_columns
+from instrument.results.folder import read_rows
 from instrument.results.hardware import HardwareRecord
 from instrument.results.lines import Defect, defect, json_object, read_objects, read_one, read_records, stored
-from instrument.results.runs import read_runs
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, is_safe
 from instrument.terminal import count
 
@@ -32,7 +32,7 @@ def load(path: Path) -> Folder:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise NoResults(f"{path} {what}; give a results folder, such as results/nvidia-h200", missing=True)
-    runs, defects = read_runs(path)
+    runs, defects = read_rows(path)
     if not runs:
         found = f"; the first of {count(len(defects), 'defect')}: {defects[0]}" if defects else ""
         raise NoResults(
@@ -156,7 +156,10 @@ class Folder:
 
     def _side_file(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the folder, or None."""
-        content, defects = read_one(self.path / name, json_object, name)
+        try:
+            content, defects = read_one(self.path / name, json_object, name)
+        except OSError as error:
+            content, defects = None, [defect(name, None, error)]
         self._defects += defects
         return content
 

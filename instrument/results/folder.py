@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
-from instrument.results.files import locked, plain_inside, remove, replace, require_there
+from instrument.results.files import locked, remove, replace, require_there
+from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, RUNS, STEP_LOGS, TRACES, RunFiles, runs_of
+from instrument.results.lines import Defect, defect, read_one, read_records, record
 from instrument.results.log import JsonlLog
-from instrument.results.schemas import UNREADABLE, RunRecord, decode, encode, is_safe, require_safe
+from instrument.results.schemas import RunRecord, encode, is_safe, require_safe
 
-INDEX, INDEX_LOCK = "results.jsonl", ".index.lock"
 OF_THE_OLD_RUN = ("run.json", "forensics.json", "culprit.safetensors", "activations.jsonl", "hardware.jsonl")
 
 
@@ -54,13 +56,13 @@ class RunFolder:
 
 def write_terminal(out: Path, record: RunRecord) -> None:
     """A run's terminal row and the index with it."""
-    replace(out / "runs" / record.run_id / "run.json", encode(record) + b"\n")
+    replace(RunFiles(out, record.run_id).row, encode(record) + b"\n")
     write_index(out)
 
 
 def require_no_links(out: Path, run_id: str) -> None:
     """Raise `OutputError` where a link would lead a run's files out of the results folder."""
-    for place in (out / "training_logs", out / "traces", out / "runs", out / "runs" / run_id):
+    for place in (out / STEP_LOGS, out / TRACES, out / RUNS, out / RUNS / run_id):
         if place.is_symlink():
             raise OutputError(
                 f"{place} is a link, and links in a results folder are not followed; put the whole folder elsewhere with --out"
@@ -80,45 +82,92 @@ def require_writable(out: Path) -> None:
 
 def write_machine(out: Path, facts: dict[str, object]) -> None:
     """``machine.json``: the machine that the folder's runs were made on, written once."""
-    if not (out / "machine.json").exists():
-        replace(out / "machine.json", json.dumps(facts, indent=1).encode() + b"\n")
+    if not (out / MACHINE).exists():
+        replace(out / MACHINE, json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def finished_run(out: Path, run_id: str) -> RunRecord | None:
-    """The terminal row of a run, or None when it has none of its own that can be read."""
-    path = out / "runs" / run_id / "run.json"
-    if not is_safe(run_id) or not plain_inside(out, path):
-        return None
-    try:
-        record = decode(path.read_bytes(), RunRecord)
-    except (FileNotFoundError, *UNREADABLE):
-        return None
-    return record if record.run_id == run_id else None
+    """The terminal row of a run, or None when it has none of its own that can be read. Raises OSError: what a disk does not
+    give now is no unfinished run."""
+    return _own_row(RunFiles(out, run_id))[0] if is_safe(run_id) else None
 
 
 def finished_runs(out: Path) -> list[RunRecord]:
     """Every readable terminal row of a results folder, by run id."""
-    ids = sorted(path.parent.name for path in (out / "runs").glob("*/run.json"))
-    return [record for run_id in ids if (record := finished_run(out, run_id)) is not None]
+    return [row for run in runs_of(out) if (row := finished_run(out, run.run_id)) is not None]
 
 
 def indexed_rows(out: Path) -> dict[str, RunRecord]:
     """The readable rows that the index holds now, by run id; of one that comes twice the first."""
-    rows: dict[str, RunRecord] = {}
-    path = out / INDEX
-    for line in path.read_bytes().splitlines() if plain_inside(out, path) else ():
+    return _indexed(out)[0]
+
+
+def read_rows(out: Path) -> tuple[tuple[RunRecord, ...], list[Defect]]:
+    """One valid row per run id, by run id, and everything that was left out with its reason: a run's own row is the truth,
+    and the index's row counts where there is no other."""
+    own: dict[str, RunRecord] = {}
+    defects: list[Defect] = []
+    for run in runs_of(out):
         try:
-            record = decode(line, RunRecord)
-        except UNREADABLE:
-            continue
-        rows.setdefault(record.run_id, record)
-    return rows
+            row, found = _own_row(run)
+        except OSError as error:
+            row, found = None, [defect(run.name(run.row), None, error)]
+        defects += found
+        own |= {run.run_id: row} if row is not None else {}
+    indexed, found = _indexed(out)
+    defects += found
+    rows = indexed | own
+    for run_id, row in indexed.items():
+        if run_id not in own:
+            defects.append(
+                defect(INDEX, None, f"run {run_id!r} has no readable runs/{run_id}/run.json; the index's row is used")
+            )
+        elif encode(own[run_id]) != encode(row):
+            defects.append(defect(INDEX, None, f"the row of {run_id!r} differs from its run.json, which is used"))
+    if own and (out / INDEX).exists():
+        missing = [f"run {run_id!r} is missing from the index; its run.json is used" for run_id in own if run_id not in indexed]
+        defects += [defect(INDEX, None, what) for what in missing]
+    elif own:
+        defects.append(defect(INDEX, None, "there is no index; the rows were read from runs/*/run.json"))
+    return _of_one_device(tuple(rows[run_id] for run_id in sorted(rows)), defects)
+
+
+def _own_row(run: RunFiles) -> tuple[RunRecord | None, list[Defect]]:
+    """The row in a run's own folder; None without a defect: it has not ended."""
+    row, defects = read_one(run.row, lambda content: record(content, RunRecord), run.name(run.row))
+    if row is None or row.run_id == run.run_id:
+        return row, defects
+    return None, [defect(run.name(run.row), None, f"holds the row of run {row.run_id!r}, a copy: left out")]
+
+
+def _indexed(out: Path) -> tuple[dict[str, RunRecord], list[Defect]]:
+    """The index's rows; a run id that comes twice counts once."""
+    records, defects = read_records(out / INDEX, RunRecord, INDEX)
+    rows: dict[str, RunRecord] = {}
+    if (out / INDEX).is_file() and (out / INDEX).stat().st_size == 0:
+        defects.append(defect(INDEX, None, "is empty"))
+    for row in records:
+        if rows.setdefault(row.run_id, row) is not row:
+            defects.append(defect(INDEX, None, f"run {row.run_id!r} stands there more than once; counted once"))
+    return rows, defects
+
+
+def _of_one_device(rows: tuple[RunRecord, ...], defects: list[Defect]) -> tuple[tuple[RunRecord, ...], list[Defect]]:
+    """The rows of the device that most rows are from; a folder is one device's."""
+    devices = Counter(row.device for row in rows)
+    main = min(devices, key=lambda device: (-devices[device], device), default=None)
+    defects += [
+        defect(f"runs/{row.run_id}/run.json", None, f"device is {row.device!r} in a folder of {main!r}: left out")
+        for row in rows
+        if row.device != main
+    ]
+    return tuple(row for row in rows if row.device == main), defects
 
 
 def index_content(out: Path) -> bytes:
     """``results.jsonl`` as it should be: the runs' own rows, and the rows of runs that have no folder here
     (the index is all that there is of them)."""
-    rows = {run_id: row for run_id, row in indexed_rows(out).items() if not (out / "runs" / run_id).exists()}
+    rows = {run_id: row for run_id, row in indexed_rows(out).items() if not RunFiles(out, run_id).path.exists()}
     rows |= {row.run_id: row for row in finished_runs(out)}
     return b"".join(encode(rows[run_id]) + b"\n" for run_id in sorted(rows))
 

@@ -1,7 +1,7 @@
 """The one validated reader of a results folder's files: records, line by line, and single JSON objects.
 
-What is wrong is a `Defect` with its file and line; everything else is kept. A caller that cannot work with a part of a file
-raises the first defect (`instrument.results.runs`). A log may lie there plain, or gzipped as a packed campaign has it
+What is wrong is a `Defect` with its file and line, and everything else is kept; who cannot work with a part of a file
+calls `read`, which raises. A log may lie there plain, or gzipped as a packed campaign has it
 (``run_x.jsonl.gz``). What is read must lie in the folder: links are not followed, pipes and devices are not opened.
 Torch-free, and without numpy.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -47,6 +47,19 @@ def defect(file: str, line: int | None, what: object) -> Defect:
     return Defect(file, line, text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " ...")
 
 
+def read(path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
+    """The records of a log in order; raises `RecordError` naming file and line at the first defect, and FileNotFoundError."""
+    stored(path, path.name)[0].lstat()
+    defects: list[Defect] = []
+    for chunk in chunks(path, path.name, defects):
+        for row in chunk.rows(lambda line: record(line, kind), defects):
+            if defects:
+                break
+            yield row
+    if defects:
+        raise RecordError(str(replace(defects[0], file=str(path))))
+
+
 def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
     """The valid records of a log in order, and what was wrong with the others. ``name`` is ``path`` seen from the results
     folder, for the defects. A file that is not there has no rows."""
@@ -68,14 +81,14 @@ def _read(path: Path, parse: Callable[[bytes], Row], name: str) -> tuple[list[Ro
 
 def read_one(path: Path, parse: Callable[[bytes], Row], name: str) -> tuple[Row | None, list[Defect]]:
     """A file that is one record or object as ``parse`` gives it: `json_object`, or `record` of a kind. None without
-    a defect: there is no such file."""
+    a defect: there is no such file. Raises OSError for a file that cannot be read now."""
     if refused := outside(path, name):
         return None, refused
     try:
         return parse(path.read_bytes()), []
     except FileNotFoundError:
         return None, []
-    except (*UNREADABLE, OSError) as error:
+    except (*UNREADABLE, IsADirectoryError) as error:
         return None, [defect(name, None, error)]
 
 

@@ -15,12 +15,11 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from instrument import background
 from instrument.results.files import make_folder, sync_folder
-from instrument.results.schemas import AnyRecord, Record, RecordError, decode, encode
+from instrument.results.schemas import Record, encode
 
 SYNC_EVERY_S = 5.0
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
@@ -146,18 +145,6 @@ class JsonlLog:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def read(path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
-    """The records of a file in order; raises `RecordError` naming file and line, and for a link."""
-    if path.is_symlink():
-        raise RecordError(f"{path} is a link, and links in a results folder are not followed")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield decode(line, kind)
-            except RecordError as error:
-                raise RecordError(f"{path}:{number}: {error}") from error
 
 
 def _append_or_nothing(fd: int, data: bytes) -> None:

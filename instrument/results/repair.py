@@ -16,7 +16,8 @@ from typing import Any
 
 from instrument.results import files
 from instrument.results.claims import RunClaimed, claim, owner_of
-from instrument.results.folder import INDEX, INDEX_LOCK, finished_run, index_content, indexed_rows
+from instrument.results.folder import finished_run, index_content, indexed_rows
+from instrument.results.layout import INDEX, INDEX_LOCK
 from instrument.results.log import Appender
 from instrument.results.schemas import UNREADABLE, RunRecord, decode, encode, is_safe
 from instrument.results.states import FileState, SortedLines, object_state, states

@@ -21,7 +21,8 @@ import psutil
 
 from instrument.results.files import remove
 from instrument.results.hardware import HardwareRecord, Mark
-from instrument.results.log import JsonlLog, read
+from instrument.results.lines import read
+from instrument.results.log import JsonlLog
 from instrument.results.schemas import RecordError
 from instrument.sampler.gpu import FIELDS, GpuSensors, company_unknown
 from instrument.sampler.summary import NO_GPU, summarize

@@ -16,7 +16,7 @@ from bench_cases import CASES, DTYPE_CONFIGS
 from harness.planning import plan_run
 from harness.run.execute import load_run_data, make_batches
 from harness.settings import Request
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord, decode
 
 HERE = Path(__file__).parent

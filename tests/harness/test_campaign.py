@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import RunRecord
 
 SMALL = (

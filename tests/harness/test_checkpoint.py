@@ -22,7 +22,7 @@ from harness.run.signals import Stop
 from harness.settings import SettingsError
 from instrument.results.files import TEMPORARY
 from instrument.results.folder import OutputError, finished_run
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 
 

@@ -19,7 +19,7 @@ from harness.settings import Request, SettingsError
 from instrument.replay.snapshot import Snapshot
 from instrument.results.files import replace as replace_file
 from instrument.results.forensics import ForensicsRecord
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 
 SMALL = {

@@ -13,7 +13,7 @@ from harness.run.signals import Stop
 from harness.supervisor.pool import Pool, _is_dying, supervise
 from harness.supervisor.process_monitor import Rules
 from instrument.results.folder import finished_runs
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 from tests.soak.reliability.faults import HANG_RULES, KINDS, Trial, case_with, planned, run_faults
 from tests.soak.reliability.plants import Plant

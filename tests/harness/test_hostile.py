@@ -21,7 +21,8 @@ from harness.exit_codes import USAGE
 from harness.inspect.findings import _trace
 from instrument.results.contents import NoResults, load
 from instrument.results.folder import OutputError, RunFolder, finished_run, finished_runs
-from instrument.results.read import FoundRun, RunNotFound, RunUnreadable, locate, run_record
+from instrument.results.layout import RunFiles, RunNotFound, locate
+from instrument.results.read import RunUnreadable, run_record
 from instrument.results.schemas import RecordError, RunRecord, StepRecord, decode
 from tests.soak.reliability.planted_secrets import SECRETS, hits
 
@@ -197,7 +198,7 @@ def test_links_in_a_results_folder_are_not_followed_by_the_harness(linked):
     with pytest.raises(RunNotFound):
         locate("a", linked)
     with pytest.raises(RunUnreadable, match="is a link"):
-        run_record(FoundRun(linked, "b"))
+        run_record(RunFiles(linked, "b"))
 
 
 def test_links_in_a_results_folder_are_not_followed_by_the_report(linked):
@@ -217,7 +218,7 @@ def test_a_file_name_in_a_log_leads_nowhere_else(tmp_path, name):
     (tmp_path / "machine.json").write_text("{}")
     (tmp_path / "traces" / "link").symlink_to("/etc/passwd")
     (tmp_path / "traces" / "a.json.gz").write_bytes(b"")
-    run = FoundRun(tmp_path, "a")
+    run = RunFiles(tmp_path, "a")
     assert _trace(run, name) is None and _trace(run, "a.json.gz") == str(tmp_path / "traces" / "a.json.gz")
 
 

@@ -22,7 +22,7 @@ from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request
 from instrument.results.forensics import ForensicsRecord, Link, Magnitude, Remedy
-from instrument.results.read import RunNotFound, locate
+from instrument.results.layout import RunNotFound, locate
 from instrument.results.schemas import RunRecord, decode, encode
 
 SMALL = {

@@ -20,7 +20,8 @@ from harness.settings import SettingsError
 from instrument.replay.replays import examine
 from instrument.replay.snapshot import Snapshot
 from instrument.results.forensics import ForensicsRecord
-from instrument.results.read import FoundRun, RunUnreadable, locate
+from instrument.results.layout import RunFiles, locate
+from instrument.results.read import RunUnreadable
 from instrument.results.schemas import FirstNonfinite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def failure(op, *, start=4.0, factor=1.0, optimizer=None):
 
 def kept(found, tmp_path, **options):
     """A run's folder with the operands of ``found``, and the record that the script quotes."""
-    run = FoundRun(tmp_path, "case-config-s0-00000000")
+    run = RunFiles(tmp_path, "case-config-s0-00000000")
     save_operands(run.path / "culprit.safetensors", found, **options)
     first = FirstNonfinite(
         step=1,

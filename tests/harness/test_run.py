@@ -13,7 +13,7 @@ from harness.run.execute import execute
 from harness.run.terminal import CaseScreen
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, RunFolder, finished_runs, write_index
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
 
 

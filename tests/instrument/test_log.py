@@ -13,7 +13,8 @@ import pytest
 from instrument import background
 from instrument.results import log
 from instrument.results.files import try_lock
-from instrument.results.log import Appender, JsonlLog, read
+from instrument.results.lines import read
+from instrument.results.log import Appender, JsonlLog
 from instrument.results.schemas import EventRecord, RecordError, encode
 
 

@@ -11,7 +11,7 @@ import pynvml
 import pytest
 
 from instrument.results.hardware import HardwareRecord
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.sampler.gpu import FIELDS, GpuSensors, Patience, company_of
 from instrument.sampler.sampler import HostSensors, Rapl, Sampler
 

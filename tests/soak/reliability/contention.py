@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from instrument.results.claims import RunClaimed, claim
-from instrument.results.log import JsonlLog, read
+from instrument.results.lines import read
+from instrument.results.log import JsonlLog
 from instrument.results.schemas import EventRecord, RecordError
 from tests.soak.reliability.processes import start
 from tests.soak.reliability.trial import Trial, share_of

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from instrument.results import crash_hook
-from instrument.results.folder import INDEX, finished_run, indexed_rows, write_terminal
+from instrument.results.folder import finished_run, indexed_rows, write_terminal
+from instrument.results.layout import INDEX
 from instrument.results.repair import TORN, repair_folder
 from instrument.results.schemas import RunRecord
 from tests.soak.reliability.aftermath import completed, contents, left_alone, repaired, repaired_twice

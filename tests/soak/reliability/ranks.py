@@ -18,7 +18,7 @@ import psutil
 from benchmarks.process import ROOT
 from instrument.results.claims import owner_of
 from instrument.results.folder import finished_runs
-from instrument.results.log import read
+from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 from tests.soak.reliability.plants import Plant
 from tests.soak.reliability.trial import Trial, share_of

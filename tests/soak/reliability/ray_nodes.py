@@ -22,8 +22,9 @@ from harness.planning import plan_run
 from harness.settings import Request, RunSettings
 from harness.supervisor.pool import Pool
 from instrument.environment import device_slug
-from instrument.results.folder import INDEX, finished_run, indexed_rows
-from instrument.results.log import read
+from instrument.results.folder import finished_run, indexed_rows
+from instrument.results.layout import INDEX
+from instrument.results.lines import read
 from instrument.results.schemas import RunRecord, StepRecord
 from tests.soak.reliability.trial import Trial, share_of
 

@@ -11,8 +11,9 @@ import msgspec
 from harness.run import checkpoint_files
 from harness.run.resume import log_paths
 from instrument.results.files import TEMPORARY
-from instrument.results.folder import INDEX, finished_run
-from instrument.results.log import read
+from instrument.results.folder import finished_run
+from instrument.results.layout import INDEX
+from instrument.results.lines import read
 from instrument.results.ranges import ModuleRecord
 from instrument.results.schemas import EvaluationRecord, EventRecord, Record, RecordError, RunRecord, StepRecord, decode, encode
 from tests.soak.reliability.processes import Ended
