@@ -83,7 +83,7 @@ class Training:
             seed=s.seed + DROPOUT_OF_RANKS * self.team.ranks.rank,
         )
 
-    def meter(self, window: int, taps: ModuleTaps | None = None) -> StepMeter:
+    def meter(self, window: int, taps: ModuleTaps | None = None, recorder: OpRecorder | None = None) -> StepMeter:
         """A meter over this training; ``window`` steps are read at a time."""
         s = self.settings
         return StepMeter(
@@ -92,6 +92,7 @@ class Training:
             self.precision.device,
             window=window,
             taps=taps,
+            recorder=recorder,
             gather=self.team.gather,
             micro_batches=self.share.count(s.batch_size // s.micro_batch),
             warmup_steps=s.warmup_steps,
@@ -101,7 +102,7 @@ class Training:
     def train(
         self, meter: StepMeter, steps: Iterable[int] | None = None, cut: Callable[[int], bool] = lambda step: False
     ) -> Iterator[Reading]:
-        """Train, all steps or the given ones; ``cut`` asks for a reading behind a step."""
+        """Train, all steps or the given ones; ``cut`` asks for a reading after a step."""
         return train(
             self.settings.case,
             self.share.trained(self.forward),
@@ -116,9 +117,8 @@ class Training:
         )
 
     def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
-        """Run one step from the present state, eagerly; a recorder is told the losses. All ranks do."""
-        meter = self.meter(1, taps)
-        meter.on_loss = recorder.loss if recorder else None
+        """Run one step from the present state, eagerly; a recorder gets the losses. All ranks do."""
+        meter = self.meter(1, taps, recorder)
         (reading,) = train(
             self.settings.case,
             self.model,
@@ -133,11 +133,11 @@ class Training:
         return reading
 
     def snapshot(self, step: int) -> Snapshot:
-        """The state behind ``step`` steps, in host memory, to go back to."""
+        """The state after ``step`` steps, in host memory, to go back to."""
         return Snapshot(step, self.model, self.optimizer, self.precision.scaler)
 
     def state(self, step: int) -> NamedState | None:
-        """The state behind ``step`` steps, for a checkpoint: rank 0's; None on the others. All ranks call it."""
+        """The state after ``step`` steps, for a checkpoint: rank 0's; None on the others. All ranks call it."""
         return self.share.state(step, self.model, self.optimizer, self.precision.scaler)
 
     def restore(self, state: NamedState) -> None:

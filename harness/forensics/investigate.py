@@ -1,12 +1,8 @@
-"""The failed step again: from the last snapshot, op by op, then under the profiler.
+"""What a failed run's forensics do: replay the failed step, record its culprit, trace it, and say it in one sentence.
 
 Three passes. The first runs from the snapshot to the failure with every module measured at every
 step: it gives the history, and whether the same failure comes again. The second records the failed
 step's ops and names the culprit (`instrument.replay`). The third profiles it.
-
-The phases of a step as slices of a profiler trace, by listening to the loop's own calls.
-
-A failure in one sentence.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness.forensics.evidence import (
@@ -30,15 +25,15 @@ from harness.forensics.evidence import (
 from harness.parallel.failure_location import first_of_all, of_this_rank
 from harness.training import Training
 from instrument.replay.diagnosis import SUM_OVER_RANKS
-from instrument.replay.replays import Examination, completed, examine
-from instrument.replay.snapshot import Snapshot
+from instrument.replay.replays import Examination, Replayed, Replays
 from instrument.results.files import replace
 from instrument.results.forensics import ForensicsRecord
 from instrument.results.ranges import TapReading
 from instrument.results.schemas import FirstNonfinite, StepRecord
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
-from instrument.watch.meter import Divergence, Reading
+from instrument.watch.meter import Divergence
+from instrument.watch.surface import Seen
 from instrument.watch.taps import ModuleTaps
 
 
@@ -141,51 +136,20 @@ def _why(first: FirstNonfinite, found: Examination, headroom_since: int | None) 
     return f": an invalid operation{largest}"
 
 
-CUDA_TOLERANCE = 1e-3
-"""Relative difference of loss and gradient norm that still counts as the same failure on CUDA, where sums in
-another order round differently. On a CPU they must be equal."""
-ATTEMPTS = {"cpu": 1, "cuda": 2}
-
-
-@dataclass(frozen=True)
-class Rerun:
-    """The first pass: the failed step's reading, the state just before it, and every module's values."""
-
-    reading: Reading
-    before: Snapshot
-    modules: list[TapReading]
-
-
 def investigate(
     training: Training,
     divergence: Divergence,
-    snapshot: Snapshot,
+    replays: Replays,
     last: StepRecord,
     run_id: str,
     trace_path: Path | None,
     operands_path: Path | None = None,
 ) -> ForensicsRecord:
-    """Everything about one failure; leaves the training as it is behind the failed step. The culprit's operands
+    """Everything about one failure; leaves the training as it is after the failed step. The culprit's operands
     are kept in ``operands_path``."""
-    surfaced = divergence.first_nonfinite
-    device = training.precision.device.type
     share, micro_batches = training.replayed, training.settings.batch_size // training.settings.micro_batch
-    exact = device == "cpu" and training.team.ranks.world <= 2  # a sum of more than two has an order
-    for _ in range(ATTEMPTS[device]):
-        rerun = run_again(training, snapshot, divergence.step)
-        matched = is_same(rerun.reading, divergence, last, 0.0 if exact else CUDA_TOLERANCE)
-        if matched:
-            break
-    found = examine(
-        divergence.step,
-        training.again,
-        rerun.before,
-        training.model,
-        training.optimizer,
-        training.precision.scaler,
-        training.team.any,
-    )
-    mine = completed(surfaced, found, from_step=snapshot.step, matched=matched)
+    replayed, modules = _replay(training, divergence, replays, last)
+    found, mine = replayed.found, replayed.completed(divergence.first_nonfinite)
     winner = first_of_all(share, of_this_rank(mine, share, micro_batches) if found else None)
     if winner is None:
         return ForensicsRecord(
@@ -193,47 +157,72 @@ def investigate(
             matched=False,
             first_nonfinite=mine,
             sentence=sentence(mine, None, None, 0),
-            snapshot_step=snapshot.step,
+            snapshot_step=replayed.from_step,
         )
     rank, first = winner
-    if rank != training.team.ranks.rank:  # all that is known of it is that rank's to tell
-        if trace_path is not None:
-            rerun.before.restore()
-            training.again(divergence.step)
-        record = training.team.broadcast(None, rank)
-    else:
-        record = training.team.broadcast(
-            _told(training, rerun, found, first, matched, snapshot, run_id, trace_path, operands_path), rank
-        )
+    record = None
+    if rank == training.team.ranks.rank:  # the other ranks know nothing of it
+        record = _record(training, replayed, modules, first, run_id, trace_path, operands_path)
+    elif trace_path is not None:
+        replayed.before.restore()
+        training.again(divergence.step)
+    record = training.team.broadcast(record, rank)
     for path in (trace_path, operands_path):
         if path is not None and (content := training.team.hand_over(path, rank)) is not None:
             replace(path, content)
     return record
 
 
-def _told(
+def _replay(
+    training: Training, divergence: Divergence, replays: Replays, last: StepRecord
+) -> tuple[Replayed, list[TapReading]]:
+    """The failed step again, with every module of every step since the snapshot."""
+    from_step = replays.snapshot.step
+    taps = ModuleTaps(training.model, training.precision.device, every=1, kept_steps=divergence.step - from_step + 1)
+    modules: list[TapReading] = []
+
+    def measured(step: int, is_last: bool) -> Seen | None:
+        if step == from_step + 1:
+            modules.clear()
+        reading = training.again(step, taps=taps)
+        modules.extend(reading.modules)
+        if not is_last:
+            return None
+        modules.extend(taps.read())
+        return _seen(reading.divergence, reading.steps[-1])
+
+    try:
+        return replays.again(1, _seen(divergence, last), measured), modules
+    finally:
+        taps.close()
+
+
+def _seen(divergence: Divergence | None, record: StepRecord) -> Seen:
+    return Seen(divergence and divergence.first_nonfinite, record.loss, record.grad_norm, not record.step_skipped)
+
+
+def _record(
     training: Training,
-    rerun: Rerun,
-    found: Examination,
+    replayed: Replayed,
+    modules: list[TapReading],
     first: FirstNonfinite,
-    matched: bool,
-    snapshot: Snapshot,
     run_id: str,
     trace_path: Path | None,
     operands_path: Path | None,
 ) -> ForensicsRecord:
     """The record of a failure by the process that produced it."""
+    found = replayed.found
     if operands_path is not None:
         save_operands(operands_path, found)
-    history = history_of(found.module, rerun.modules)
+    history = history_of(found.module, modules)
     since = headroom_since(history, first.dtype, first.phase)
     events = None
     if trace_path is not None:
-        rerun.before.restore()
+        replayed.before.restore()
         events = trace_step(training, first.step, trace_path, found)
     return ForensicsRecord(
         run_id=run_id,
-        matched=matched,
+        matched=replayed.matched,
         first_nonfinite=first,
         sentence=sentence(first, found, since, found.culprit.spread),
         parameter=found.parameter,
@@ -247,42 +236,8 @@ def _told(
         histograms=tuple(histograms(found)),
         kernels=tuple(kernel_rows(found, events)),
         trace_file=trace_path.name if events is not None else None,
-        snapshot_step=snapshot.step,
+        snapshot_step=replayed.from_step,
     )
-
-
-def run_again(training: Training, snapshot: Snapshot, step: int) -> Rerun:
-    """From the snapshot up to and with ``step``, all modules measured."""
-    snapshot.restore()
-    taps = ModuleTaps(training.model, training.precision.device, every=1, kept_steps=step - snapshot.step + 1)
-    try:
-        before, modules = snapshot, []
-        for current in range(snapshot.step + 1, step + 1):
-            if current == step and step - 1 != snapshot.step:
-                before = training.snapshot(step - 1)
-            reading = training.again(current, taps=taps)
-            modules += reading.modules
-        return Rerun(reading, before, modules + taps.read())
-    finally:
-        taps.close()
-
-
-def is_same(reading: Reading, divergence: Divergence, last: StepRecord, tolerance: float) -> bool:
-    """Whether the replayed step failed as the first time: same tensor, kind and phase, same loss and norm."""
-    again = reading.divergence
-    if again is None or again.first_nonfinite is None:
-        return False
-    seen, before = again.first_nonfinite, divergence.first_nonfinite
-    if (seen.phase, seen.tensor, seen.module, seen.kind) != (before.phase, before.tensor, before.module, before.kind):
-        return False
-    replayed = reading.steps[-1]
-    return all(_equal(getattr(replayed, name), getattr(last, name), tolerance) for name in ("loss", "grad_norm"))
-
-
-def _equal(a: float | None, b: float | None, tolerance: float) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
 def trace_step(training: Training, step: int, path: Path, found: Examination) -> list[dict] | None:

@@ -12,8 +12,8 @@ from harness.parallel.strategy import ParallelStrategy
 from instrument.replay.diagnosis import SUM_OVER_RANKS
 from instrument.results.ranges import TapReading
 from instrument.results.schemas import FirstNonfinite
-from instrument.watch.counters import innermost, prevailing
 from instrument.watch.meter import Divergence
+from instrument.watch.surface import innermost, prevailing
 from instrument.watch.taps import ModuleTaps
 
 BEHIND_THE_LOSS = ("forward", "loss")

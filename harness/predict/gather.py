@@ -24,7 +24,7 @@ from instrument.results.layout import RunFiles, RunNotFound
 from instrument.results.ranges import ModuleRecord
 from instrument.results.read import RunUnreadable, records
 from instrument.results.schemas import RunRecord, StepRecord
-from instrument.watch.hooks import HeadroomTable
+from instrument.watch.readings import HeadroomTable
 from kernels.float_formats import BF16, FP16
 
 REFERENCE = "fp32_true"

@@ -123,7 +123,7 @@ class Checkpointing:
             log_bytes=log_bytes(self.folder.out, s.run_id),
             timings_s=outcome.timings_now_s(),
             resumed_behind=outcome.resumed_behind,
-            taps=instruments.left(),
+            taps=instruments.state_dict(),
         )
 
     def flags(self) -> dict[str, object]:

@@ -24,7 +24,7 @@ from harness.settings import RunSettings
 from harness.supervisor.crash_record import cleanup
 from harness.training import Training
 from instrument.memory import memory_split, with_activations
-from instrument.replay.replays import explain_skip
+from instrument.replay.replays import Replays, skip_surfaced
 from instrument.results.files import replace
 from instrument.results.folder import RunFolder
 from instrument.results.forensics import ForensicsRecord
@@ -48,7 +48,7 @@ class Level:
 
 
 TIMED = "timed"
-"""The sampler's window: training steps behind the preset's untimed ones, evaluations left out."""
+"""The sampler's window: training steps after the preset's untimed ones, evaluations left out."""
 NOT_OURS = Stored(None, 0, "rank 0 keeps the snapshot, which is the same on every rank")
 LEVELS = {
     "off": None,
@@ -68,14 +68,14 @@ class Instruments:
         self.forensics: ForensicsRecord | None = None
         self.traced: dict[str, object] = {}
         self.failed: dict[str, object] = {}
-        """For the row's ``flags``: what could not be closed behind an error."""
+        """For the row's ``flags``: what could not be closed after an error."""
         self.taps: ModuleTaps | None = None
         self.sampler: Sampler | None = None
+        self.replays: Replays | None = None
+        """None: nothing is replayed, as where no rank has the whole state."""
         self.hardware: dict[str, object] | None = None
-        self._snapshot = None
         self._resumption = resumption
-        self._skips = resumption.scaler_skips if resumption else 0
-        self._left: dict[str, object] | None = None
+        self._taps_state: dict[str, object] | None = None
         self._running = False
         self._timed: list[int] | None = None
         """Steps and real tokens since the sampler's window began."""
@@ -92,11 +92,21 @@ class Instruments:
                 gather=training.team.gather,
             )
             if earlier is not None:
-                self.taps.go_on(earlier)
+                self.taps.load_state_dict(earlier)
         self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resumption is None)
         self.sampler = Sampler(folder.path / "hardware.jsonl", gpu_uuid=_gpu_uuid(training.precision.device))
         if training.share.keeps_state:
-            self._snapshot = training.snapshot(resumption.step if resumption else 0)
+            self.replays = Replays(
+                training.again,
+                training.model,
+                training.optimizer,
+                training.precision.scaler,
+                every=self.level.snapshot_every,
+                explained_skips=self.level.explained_skips - (resumption.scaler_skips if resumption else 0),
+                any_rank=training.team.any,
+                exact=training.precision.device.type == "cpu" and training.team.ranks.world <= 2,  # more have an order
+            )
+            self.replays.keep(1 + (resumption.step if resumption else 0))
 
     def __enter__(self) -> Instruments:
         if self.sampler is not None:
@@ -110,10 +120,10 @@ class Instruments:
         with cleanup(error, self.failed, "the last module statistics"):
             if self.taps is not None:
                 if kind not in (None, Stopped):  # the other ranks of the run are somewhere else
-                    self.taps.part()
+                    self.taps.stop_gathering()
                 if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
                     self._modules.add(self.taps.read())
-                self._left = self.taps.left()
+                self._taps_state = self.taps.state_dict()
         with cleanup(error, self.failed, "closing the instruments"):
             if self.taps is not None:
                 self.taps.close()
@@ -130,10 +140,13 @@ class Instruments:
             self._clock(True)
         elif self._timed is not None:
             self._timed = [self._timed[0] + len(reading.steps), self._timed[1] + sum(s.real_tokens for s in reading.steps)]
-        if reading.divergence is None and self._snapshot is not None:
-            reading.events = [self._explained(event, step) for event in reading.events]
-            if step - self._snapshot.step >= self.level.snapshot_every:
-                self._snapshot = self.training.snapshot(step)
+        if self.replays is not None:
+            for record in reading.steps:
+                self.replays.completed(record.step)
+            if reading.divergence is None:
+                reading.events = [self._explained(event, step) for event in reading.events]
+                if self.replays.due:
+                    self.replays.keep(step + 1)
         return reading
 
     @contextmanager
@@ -145,9 +158,9 @@ class Instruments:
         if running:
             self._clock(True)
 
-    def left(self) -> dict[str, object] | None:
+    def state_dict(self) -> dict[str, object] | None:
         """What of the modules' readings waits to be written, for a checkpoint."""
-        return self._left if self.taps is None or self._left is not None else self.taps.left()
+        return self._taps_state if self.taps is None or self._taps_state is not None else self.taps.state_dict()
 
     def _clock(self, running: bool) -> None:
         """Begin or end a window of timed steps for the sampler."""
@@ -159,20 +172,12 @@ class Instruments:
 
     def _explained(self, event: EventRecord, now: int) -> EventRecord:
         """A scaler's skip with its producer, for the first few of a run."""
-        if event.kind != "scaler_skip" or self._skips >= self.level.explained_skips:
+        if event.kind != "scaler_skip" or not self.replays.explains_skip():
             return event
-        self._skips += 1
         training = self.training
-        mine = explain_skip(
-            event.step,
-            training.again,
-            self._snapshot,
-            training.model,
-            training.optimizer,
-            training.precision.scaler,
-            now=now,
-            any_rank=training.team.any,
-        )
+        with self.replays.undone():
+            replayed = self.replays.again(now - event.step + 1)
+        mine = replayed.completed(skip_surfaced(event.step)) if replayed.found is not None else None
         share, micro_batches = training.replayed, self.settings.batch_size // self.settings.micro_batch
         found = first_of_all(share, mine and of_this_rank(mine, share, micro_batches))
         if found is None:
@@ -214,17 +219,17 @@ class Instruments:
         hardware = self.hardware | energy
         if self._resumption:
             step = self._resumption.step
-            hardware |= {"part": f"behind step {step}; what was before is in hardware.until-{step}.jsonl"}
+            hardware |= {"part": f"after step {step}; what was before is in hardware.until-{step}.jsonl"}
         return {"hardware": hardware}
 
     def own_bytes(self) -> dict[str, int]:
         """Memory that the instruments hold: the module ring on the device, the snapshot on the host."""
-        return {"device": self.taps.nbytes if self.taps else 0, "host": self._snapshot.nbytes if self._snapshot else 0}
+        return {"device": self.taps.nbytes if self.taps else 0, "host": self.replays.snapshot.nbytes if self.replays else 0}
 
     @torch.no_grad()
     def rounded_away(self) -> dict[str, object]:
         """How much of an update rounds to nothing, by running the last step once more and putting it back."""
-        if self._snapshot is None:
+        if self.replays is None:
             return {}
         training, step = self.training, self.settings.max_steps
         now, before = training.snapshot(step), [p.clone() for p in training.precision.parameters]
@@ -257,14 +262,14 @@ class Instruments:
         """Replay a failure and write what it was; the divergence with a completed record."""
         if self.level is None or divergence.first_nonfinite is None:
             return divergence
-        if self._snapshot is None:
+        if self.replays is None:
             return located(divergence, self.training.team, self.taps)
         run_id = self.settings.run_id
         trace = self.folder.out / "traces" / f"{run_id}-step{divergence.step}.json.gz"
-        stored = store(self._snapshot, self.folder.path, run_id) if self.training.team.ranks.is_first else NOT_OURS
+        stored = store(self.replays.snapshot, self.folder.path, run_id) if self.training.team.ranks.is_first else NOT_OURS
         self.traced["snapshot"] = {"file": stored.file, "bytes": stored.nbytes, "why": stored.why}
         self.forensics = investigate(
-            self.training, divergence, self._snapshot, last, run_id, trace, self.folder.path / "culprit.safetensors"
+            self.training, divergence, self.replays, last, run_id, trace, self.folder.path / "culprit.safetensors"
         )
         self.forensics = msgspec.structs.replace(self.forensics, snapshot_file=stored.file)
         replace(self.folder.path / "forensics.json", encode(self.forensics) + b"\n")

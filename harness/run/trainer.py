@@ -142,7 +142,7 @@ class Trainer:
             Instruments(s, self.training, self.folder, self.resumption) as self.instruments,
         ):
             meter = self.training.meter(s.log_every, self.instruments.taps)
-            meter.go_on(outcome.steps)
+            meter.resume(outcome.steps)
             self._between_steps(len(outcome.steps))
             began_s = time.perf_counter()
             for reading in self.training.train(meter, range(len(outcome.steps) + 1, s.max_steps + 1), self._cut):

@@ -31,8 +31,7 @@ from instrument.replay.diagnosis import (
     values_of,
 )
 from instrument.replay.graph import AFTER, Edge, Node, StepGraph
-from instrument.watch.counters import wrap_unscale
-from instrument.watch.hooks import call_with_hooks
+from instrument.watch.hooks import call_with_hooks, wrap_unscale
 
 
 class OpRecorder(TorchDispatchMode):

@@ -1,15 +1,13 @@
-"""From a snapshot and a step function to the culprit: run to the failed step, record it, say why.
+"""From a snapshot to the culprit: run to the failed step again, see that it fails the same way, record it, say why.
 
-The step is run twice from the same state: the first pass finds the culprit in the graph of ops, the
-second keeps the inputs of just that op (and of what made its denominator) and diagnoses it.
-
-Running steps of somebody else's loop again, and leaving the run as if that had not happened.
+`examine` runs the failed step twice from the same state: the first pass finds the culprit in the graph of ops, the
+second keeps the inputs of just that op (and of what made its denominator) and diagnoses it. `Replays` keeps the snapshot
+that a run's replays start from.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,7 +19,7 @@ from instrument.replay.graph import Culprit, Node, StepGraph
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
 from instrument.results.schemas import FirstNonfinite
-from instrument.watch.counters import COLUMNS, StepRow, surfaced
+from instrument.watch.surface import Seen, surfaced
 
 StepFunction = Callable[[int, OpRecorder | None], None]
 """Runs one whole step of training; the recorder, when there is one, is already recording."""
@@ -69,7 +67,7 @@ def examine(
     """Replay ``step`` from ``snapshot``; None when everything stays finite this time. Several processes that share a
     run replay together: ``any_rank`` says whether something is so for one of them.
 
-    Model, optimizer and scaler are left as they are behind the replayed step.
+    Model, optimizer and scaler are left as they are after the replayed step.
     """
     snapshot.restore()
     for earlier in range(snapshot.step + 1, step):
@@ -208,64 +206,62 @@ def completed(seen: FirstNonfinite, examination: Examination | None, *, from_ste
     )
 
 
-def explain_skip(
-    step: int,
-    run_step: StepFunction,
-    snapshot: Snapshot,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    *,
-    now: int,
-    any_rank: Callable[[bool], bool] = bool,
-) -> FirstNonfinite | None:
-    """What made the loss scaler skip ``step``, by a replay; everything is put back as it is behind step ``now``."""
-    present = Snapshot(now, model, optimizer, scaler)
-    try:
-        found = examine(step, run_step, snapshot, model, optimizer, scaler, any_rank)
-    finally:
-        present.restore()
-    return completed(surfaced(step, "unscale", "grad", "inf"), found, from_step=snapshot.step) if found else None
-
-
 CUDA_TOLERANCE = 1e-3
-"""Relative difference of a counter that still counts as the same on CUDA; on a CPU they must be equal."""
+"""Relative difference of loss and gradient norm that still counts as the same failure on CUDA, where sums in
+another order round differently. On a CPU they must be equal."""
 ATTEMPTS = {"cpu": 1, "cuda": 2}
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """``matched``: the step's counters came out as the first time; ``found``: its culprit, None where the step
-    stayed finite; ``error``: what the step function raised."""
+    """``matched``: the step failed as the first time; ``found``: its culprit, None where the step stayed finite;
+    ``before``: the state just before the step; ``error``: what the step function raised."""
 
     found: Examination | None
     matched: bool
     from_step: int
+    before: Snapshot | None = None
     error: str | None = None
 
-    def words(self) -> dict[str, object]:
-        """What a record says of a replay that explains nothing."""
+    def completed(self, seen: FirstNonfinite) -> FirstNonfinite:
+        """The record of the failure with what the replay found."""
+        return completed(seen, self.found, from_step=self.from_step, matched=self.matched)
+
+    def unexplained(self) -> dict[str, object]:
+        """``replay`` of a record that the replay cannot complete."""
         return {"matched": False, "from_step": self.from_step} | ({"error": self.error} if self.error else {})
 
 
 class Replays:
-    """The last snapshot, the numbers of the steps completed since (they may start anywhere, skip and repeat), and
-    the function that runs one of them again. ``row`` measures the step's counters once more for `Replayed.matched`."""
+    """The last snapshot of a run, and the numbers of the steps completed since (they may start anywhere, skip and
+    repeat). A snapshot is due every ``every`` steps; the first ``explained_skips`` steps that a scaler skips are
+    replayed. ``any_rank``: as `examine`'s; ``exact``: a replay must repeat every bit (None: on a CPU)."""
 
     def __init__(
         self,
-        run_step: Callable[[int], object],
-        row: StepRow,
+        run_step: StepFunction,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        scaler: torch.amp.GradScaler | None,
-        every: int,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        every: int = 50,
+        explained_skips: int = 1,
+        any_rank: Callable[[bool], bool] = bool,
+        exact: bool | None = None,
     ) -> None:
-        self._run_step, self._row, self._parts, self._every = run_step, row, (model, optimizer, scaler), every
+        self._run_step, self._parts, self._any_rank = run_step, (model, optimizer, scaler), any_rank
+        self._every, self._skips_left = every, explained_skips
+        device = next(model.parameters()).device.type
+        self._attempts = ATTEMPTS.get(device, 1)
+        self._tolerance = 0.0 if (device == "cpu" if exact is None else exact) else CUDA_TOLERANCE
         self._snapshot: Snapshot | None = None
         self._since: list[int] = []
         self._gap = False
-        self.recorder: OpRecorder | None = None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What replays start from; `keep` takes the first one."""
+        return self._snapshot
 
     @property
     def due(self) -> bool:
@@ -281,53 +277,45 @@ class Replays:
         self._since.append(step)
 
     def interrupted(self) -> None:
-        """A step raised: from before it, nobody can run to behind it."""
+        """A step raised: a replay cannot cross it."""
         self._gap = True
 
-    def again(self, steps_ago: int, values: Sequence[float]) -> Replayed:
-        """The step that was completed ``steps_ago`` steps ago (1: the last one), whose row was ``values``."""
+    def again(
+        self, steps_ago: int, seen: Seen | None = None, measure: Callable[[int, bool], Seen | None] | None = None
+    ) -> Replayed:
+        """Replay the step that was completed ``steps_ago`` steps ago (1: the last one) and leave the run after it.
+
+        ``measure(step, last)`` runs a step; of the ``last`` one it returns what is compared with ``seen``, the first
+        time's. Without them, whatever the replayed step does is taken for the same.
+        """
         *earlier, step = self._since[: len(self._since) - steps_ago + 1]
-        now = Snapshot(self._since[-1], *self._parts)
-        try:
-            for _ in range(ATTEMPTS[self._row.device.type]):
-                before, row = self._count(earlier, step)
-                if matched := _alike(row, values, 0.0 if self._row.device.type == "cpu" else CUDA_TOLERANCE):
-                    break
-            found = examine(step, self._recorded, before, *self._parts)
-            return Replayed(found, matched and found is not None, self._snapshot.step)
-        except Exception as error:  # the loop's own code failed outside of its loop: that must not end the run
-            return Replayed(None, False, self._snapshot.step, f"{type(error).__name__}: {error}")
-        finally:
-            self.recorder = None
-            self._row.drop()
-            now.restore()
+        before, matched = self._snapshot, True
+        for _ in range(self._attempts if measure else 0):
+            self._snapshot.restore()
+            for number in earlier:
+                measure(number, False)
+            before = Snapshot(step - 1, *self._parts) if earlier else self._snapshot
+            matched = seen.same_as(measure(step, True), self._tolerance)
+            if matched:
+                break
+        found = examine(step, self._run_step, before, *self._parts, self._any_rank)
+        return Replayed(found, matched and found is not None, self._snapshot.step, before)
 
-    def _count(self, earlier: Sequence[int], step: int) -> tuple[Snapshot, list[float]]:
-        """From the snapshot to the step: the state before it, and its row."""
-        self._snapshot.restore()
-        for number in earlier:
-            self._run_step(number)
-        before = Snapshot(step - 1, *self._parts) if earlier else self._snapshot
-        self._row.begin()
-        self._run_step(step)
-        return before, self._row.end().tolist()
-
-    def _recorded(self, step: int, recorder: OpRecorder | None) -> None:
-        self.recorder = recorder
-        self._run_step(step)
+    def explains_skip(self) -> bool:
+        """Whether one more skipped step is replayed to name its producer; counts them."""
+        self._skips_left -= 1
+        return self._skips_left >= 0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """A phase that the loop names, for the recorder."""
-        if self.recorder is None:
+    def undone(self) -> Iterator[None]:
+        """Put the run back afterwards to where it is now."""
+        now = Snapshot(self._since[-1], *self._parts)
+        try:
             yield
-            return
-        with self.recorder.phase(name):
-            yield
+        finally:
+            now.restore()
 
 
-def _alike(row: Sequence[float], values: Sequence[float], tolerance: float) -> bool:
-    return len(row) == len(COLUMNS) and all(
-        a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance * max(abs(a), abs(b))
-        for a, b in zip(row, values, strict=True)
-    )
+def skip_surfaced(step: int) -> FirstNonfinite:
+    """A skipped step as the loss scaler shows it, for a replay to complete."""
+    return surfaced(step, "unscale", "grad", "inf")

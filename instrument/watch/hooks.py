@@ -1,24 +1,20 @@
-"""A model's modules: their names, their calls, and which of them are blocks and leaves.
+"""Hooks on what a loop owns: a model's modules (which of them are blocks, which leaves) and its loss scaler.
 
-Hooks that stay behind when what carries them is copied or pickled.
-
-How far every module's values stay from fp16's limits. Torch-free but for what it reads.
+A hook stays behind when what carries it is copied or pickled, and each one comes with what takes it off again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from kernels.float_formats import FP16
-
 
 def call_with_hooks(model: nn.Module, entering: Callable[[str], None], leaving: Callable[[str], None]) -> Callable[[], None]:
-    """Call ``entering(name)`` before and ``leaving(name)`` behind every module's forward, whatever other hooks
+    """Call ``entering(name)`` before and ``leaving(name)`` after every module's forward, whatever other hooks
     there are and also when it raises; returns what takes the hooks off again. The model itself is ``""``."""
     handles = []
     for name, module in model.named_modules():
@@ -81,10 +77,10 @@ class Hook:
         return self._call(*args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        return _left_behind, ()
+        return _no_hook, ()
 
 
-def _left_behind() -> Callable:
+def _no_hook() -> Callable:
     return _nothing
 
 
@@ -92,45 +88,42 @@ def _nothing(*args: object, **kwargs: object) -> None:
     """What a copied hook does."""
 
 
-@dataclass(frozen=True)
-class Headroom:
-    """One module and direction over all steps read. ``bits``: log2(65,504 / absmax), negative beyond fp16's
-    range, null when all values were zero; ``flush_frac``: the largest share of nonzero values that fp16
-    would flush to zero, null where only the range was taken; ``step``: of the largest value."""
+class _Unscale:
+    """``scaler.unscale_`` with others around it; a copy of the scaler gets the plain method, bound to itself."""
 
-    module: str
-    direction: str
-    absmax: float
-    bits: float | None
-    flush_frac: float | None
-    nonfinite: int
-    step: int
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
+        self.original: Callable | None = vars(scaler).get("unscale_")  # somebody else's replacement
+        self.around: list[Callable[[], AbstractContextManager]] = []
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        with ExitStack() as stack:
+            for around in self.around:
+                stack.enter_context(around())
+            (self.original or _plain(self.scaler))(optimizer)
+
+    def __reduce__(self) -> tuple:
+        return _plain, (self.scaler,)
 
 
-class HeadroomTable:
-    """The running table behind `Watch.headroom`."""
+def _plain(scaler: torch.amp.GradScaler) -> Callable:
+    return type(scaler).unscale_.__get__(scaler)
 
-    def __init__(self) -> None:
-        self._rows: dict[tuple[int, str, str], Headroom] = {}
 
-    def add(self, readings: Iterable) -> None:
-        """Take in `taps.TapReading`s."""
-        for r in readings:
-            key = (r.order, r.module, r.direction)
-            old = self._rows.get(key)
-            larger = old is None or r.absmax > old.absmax
-            absmax = r.absmax if larger else old.absmax
-            shares = [share for share in (r.flush_frac, old and old.flush_frac) if share is not None]
-            self._rows[key] = Headroom(
-                r.module,
-                r.direction,
-                absmax,
-                FP16.headroom_bits(absmax),
-                max(shares, default=None),
-                r.nan + r.inf + (old.nonfinite if old else 0),
-                r.step if larger else old.step,
-            )
+def wrap_unscale(scaler: torch.amp.GradScaler, around: Callable[[], AbstractContextManager]) -> Callable[[], None]:
+    """Run every ``scaler.unscale_`` (``step`` calls it, too) inside ``around()``, whoever else wraps it; returns
+    what undoes it, in any order."""
+    wrapped = vars(scaler).get("unscale_")
+    if not isinstance(wrapped, _Unscale):
+        wrapped = scaler.unscale_ = _Unscale(scaler)
+    wrapped.around.append(around)
 
-    def rows(self) -> list[Headroom]:
-        """In the model's order, forward before backward."""
-        return [self._rows[key] for key in sorted(self._rows, key=lambda k: (k[0], k[2] == "bwd"))]
+    def remove() -> None:
+        if around in wrapped.around:
+            wrapped.around.remove(around)
+        if not wrapped.around and vars(scaler).get("unscale_") is wrapped:
+            del scaler.unscale_
+            if wrapped.original is not None:
+                scaler.unscale_ = wrapped.original
+
+    return remove

@@ -4,51 +4,23 @@ Blocks are measured at every step (largest value, non-finite counts), every leaf
 cadence (zeros and what fp16 would flush as well). Gradients are taken by tensor hooks on the
 outputs: full backward hooks never fire for modules that return a model output, and break on
 in-place residuals. Nothing waits for the device; reading is the caller's, at its log points.
-
-Module readings of several processes as one: each saw its own micro-batches. Torch-free.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from instrument.replay.diagnosis import is_dense
 from instrument.results.ranges import TapReading
 from instrument.watch.hooks import Hook, blocks, leaves, tensors_in
+from instrument.watch.readings import merge_readings
 from kernels import ActivationRing, activation_stats
-
-if TYPE_CHECKING:
-    pass
-
-
-def merged(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
-    """The largest ``absmax`` and ``flush_frac``, the sums of ``nan`` and ``inf``, by step, module and direction in
-    the first rank's order."""
-    if len(ranks) == 1:
-        return ranks[0]
-    together: dict[tuple[int, str, str], TapReading] = {}
-    for reading in (reading for readings in ranks for reading in readings):
-        key = reading.step, reading.module, reading.direction
-        earlier = together.get(key)
-        together[key] = (
-            reading
-            if earlier is None
-            else replace(
-                earlier,
-                absmax=max(earlier.absmax, reading.absmax),
-                nan=earlier.nan + reading.nan,
-                inf=earlier.inf + reading.inf,
-                flush_frac=max((r.flush_frac for r in (earlier, reading) if r.flush_frac is not None), default=None),
-            )
-        )
-    return list(together.values())
-
 
 GRANULARITIES = ("off", "block", "module")
 MEASURED = (torch.float32, torch.bfloat16, torch.float16)
@@ -166,22 +138,22 @@ class ModuleTaps:
         self._read_ticks, self._earlier, self._earlier_steps = self._ticks, [], 0
         return readings
 
-    def left(self) -> dict[str, Any]:
-        """What a continued run needs to go on as if it had not been stopped, as plain data: the readings that
-        wait, which still wait afterwards, and which modules return the model's own output."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain data: the readings that wait, which still wait afterwards, and which
+        modules return the model's own output."""
         return {
             "steps": self.pending_steps,
             "skipped": sorted(self._skipped),
             "readings": [asdict(reading) for reading in self._unread()],
         }
 
-    def go_on(self, left: dict[str, Any]) -> None:
-        """Take up what another process' taps on the same model `left`."""
-        self._earlier_steps, self._skipped = left["steps"], set(left["skipped"])
-        self._earlier = [TapReading(**reading) for reading in left["readings"]]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of another process' taps on the same model."""
+        self._earlier_steps, self._skipped = state["steps"], set(state["skipped"])
+        self._earlier = [TapReading(**reading) for reading in state["readings"]]
 
-    def part(self) -> None:
-        """From here on read this process' own modules only."""
+    def stop_gathering(self) -> None:
+        """From now on read this process' own modules only: the other ranks no longer take part."""
         self._gather = lambda mine: [mine]
 
     def _unread(self) -> list[TapReading]:
@@ -210,7 +182,7 @@ class ModuleTaps:
                 )
             )
         self.mine = readings
-        return self._earlier + merged(self._gather(readings))
+        return self._earlier + merge_readings(self._gather(readings))
 
     def _hook(self, name: str):
         slot = 2 * self._order[name]

@@ -15,15 +15,18 @@ then op, cause and the exact producer are known, and what infinities were absorb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import msgspec
 import torch
 
-from instrument.replay.replays import Examination, Replayed, Replays, completed
+from instrument.replay.recorder import OpRecorder
+from instrument.replay.replays import Examination, Replayed, Replays, skip_surfaced
 from instrument.results.schemas import PHASES, EventRecord, FirstNonfinite
-from instrument.watch.counters import COLUMNS, StepRow, Surface, surfaced, wrap_unscale
-from instrument.watch.hooks import Headroom, HeadroomTable, Hook, tensors_in
+from instrument.watch.counters import StepCounters
+from instrument.watch.hooks import Hook, tensors_in, wrap_unscale
+from instrument.watch.readings import Headroom, HeadroomTable
+from instrument.watch.surface import Seen, Surface
 from instrument.watch.taps import ModuleTaps
 
 
@@ -46,7 +49,7 @@ class Watch:
     its number; weights, buffers, gradients, optimizer, scaler and random state (torch's, Python's, NumPy's) are
     put back by the watch, which keeps a copy of them in host memory every ``snapshot_every`` steps. Anything else
     that the function changes (a scheduler, a counter, a loader's place) stays changed: leave it out of it. A replay
-    names the producer behind a failure, and behind the first ``explained_skips`` steps that the scaler skips.
+    names the producer of a failure, and of the first ``explained_skips`` steps that the scaler skips.
     ``raise_on_nonfinite`` raises `NonfiniteError` at the end of the step in which a failure is read.
     Raises ValueError for an unknown granularity, a cadence below 1 or a model with nothing to train.
     """
@@ -68,27 +71,27 @@ class Watch:
         for name, value in (("log_every", log_every), ("snapshot_every", snapshot_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self._row = StepRow(model, optimizer, scaler)
-        self.device = self._row.device
-        self.scaler = scaler
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.counters = StepCounters(model, optimizer, scaler, window=log_every or (1 if device.type == "cpu" else 10))
+        self.taps = ModuleTaps(model, device, granularity=granularity, every=every)
         self.events: list[EventRecord] = []
         self.examination: Examination | None = None
-        self.taps = ModuleTaps(model, self.device, granularity=granularity, every=every)
-        self.log_every = log_every or (1 if self.device.type == "cpu" else 10)
-        self._replays = None if replay is None else Replays(replay, self._row, model, optimizer, scaler, snapshot_every)
-        self._raise, self._explained_skips, self._skips = raise_on_nonfinite, explained_skips, 0
+        self._scaler, self._run_step, self._recorder = scaler, replay, None
+        self._replays = replay and Replays(
+            self._recorded, model, optimizer, scaler, every=snapshot_every, explained_skips=explained_skips
+        )
+        self._raise = raise_on_nonfinite
         self._found: FirstNonfinite | None = None
         self._headroom = HeadroomTable()
         self._steps: list[int] = []
-        self._ring = torch.zeros(self.log_every, len(COLUMNS), dtype=torch.float64, device=self.device)
         self._replaying = self._backward_awaited = False
         self._removers: list[Callable[[], None]] = [
             part.register_forward_hook(Hook(self._await_backward)).remove for part in {model, *model.children()}
         ]
         if optimizer is not None:
-            self._removers.append(optimizer.register_step_pre_hook(lambda *_: self._row.updating()).remove)
+            self._removers.append(optimizer.register_step_pre_hook(lambda *_: self.counters.updating()).remove)
         if scaler is not None:
-            self._removers.append(wrap_unscale(scaler, self._row.unscaling))
+            self._removers.append(wrap_unscale(scaler, self._unscaling))
 
     # -- in the loop --------------------------------------------------------------------------
 
@@ -98,28 +101,29 @@ class Watch:
         if self._replaying:
             yield self
             return
-        if self._row.open:
+        if self.counters.open:
             raise RuntimeError(f"watch.step({step}) inside another step of the same watch; steps follow one another")
         if self._replays is not None and self._replays.due:
             self._read_and_raise()
             self._replays.keep(step)
-        self._row.begin()
+        self.counters.begin()
         self._backward_awaited = False
         self.taps.begin_step(step)
         try:
             yield self
         except BaseException:
-            self._row.drop()
+            self.counters.drop()
             if self._replays is not None:
                 self._replays.interrupted()
             raise
         finally:
             self.taps.end_step()
-        self._ring[len(self._steps)] = self._row.end()
+        self.counters.measure_update()
+        self.counters.end()
         self._steps.append(step)
         if self._replays is not None:
             self._replays.completed(step)
-        if len(self._steps) == self.log_every:
+        if self.counters.full:
             self._read_and_raise()
 
     @contextmanager
@@ -127,23 +131,20 @@ class Watch:
         """Name a phase that has no hook: ``with watch.phase("clip"): clip_grad_norm_(...)``."""
         if name not in PHASES:
             raise ValueError(f"phase is {name!r}; allowed: {', '.join(PHASES)}")
-        if self._replaying:
-            with self._replays.phase(name):
-                yield
-        else:
+        with self._recorder.phase(name) if self._recorder is not None else nullcontext():
             yield
         if name in ("unscale", "clip"):
-            self._row.gradients(name)
+            self.counters.measure_gradients(name)
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Tell the loss (each micro-batch's); returns it. Without it, a bad loss shows as bad gradients. Raises
+        """Report the loss (each micro-batch's); returns it. Without it, a bad loss shows as bad gradients. Raises
         RuntimeError outside of a step."""
-        if self._row.open:
-            self._row.loss(loss)
+        if self._recorder is not None:
+            self._recorder.loss(loss)
+        elif self.counters.open:
+            self.counters.loss(loss)
         elif not self._replaying:
             raise RuntimeError("watch.loss(...) outside of a step; call it inside `with watch.step(number):`")
-        elif self._replays.recorder is not None:
-            self._replays.recorder.loss(loss)
         return loss
 
     # -- what was seen ------------------------------------------------------------------------
@@ -162,29 +163,23 @@ class Watch:
     def read(self) -> None:
         """Decode the pending steps: the watch's only wait for the device. Inside a step, a watch that replays leaves
         them for later: a replay would pull the weights from under the step's backward pass."""
-        if self._row.open and self._replays is not None:
+        if self.counters.open and self._replays is not None:
             return
         steps, self._steps = self._steps, []
         if not steps:
             return
-        rows = self._ring[: len(steps)].tolist()
+        rows = self.counters.read()
         readings = self.taps.read()
         self._headroom.add(readings)
         if self._found is not None:
             return
-        for index, (step, values) in enumerate(zip(steps, rows, strict=True)):
-            surface = Surface(
-                step,
-                dict(zip(COLUMNS, values, strict=True)),
-                [r for r in readings if r.step == step],
-                self._row.names,
-                [(name, tensor) for name, tensor, _ in self._row.states],
-            )
-            if self.scaler is not None and surface.skipped:
-                self.events.append(self._skip(surface, len(steps) - index, values))
+        for index, (step, row) in enumerate(zip(steps, rows, strict=True)):
+            surface = Surface(step, row, self.counters, modules=[r for r in readings if r.step == step])
+            if self._scaler is not None and surface.skipped:
+                self.events.append(self._skip(surface, len(steps) - index))
             self._found = surface.first_nonfinite()
             if self._found is not None:
-                self._examine(len(steps) - index, values)
+                self._examine(surface, len(steps) - index)
                 break
 
     def close(self) -> None:
@@ -194,17 +189,12 @@ class Watch:
             remove()
         self._removers = []
 
-    # -- behind the scenes --------------------------------------------------------------------
-
-    def _read_and_raise(self) -> None:
-        self.read()
-        if self._raise and self._found is not None:
-            raise NonfiniteError(self._found)
+    # -- hooks --------------------------------------------------------------------------------
 
     def _await_backward(self, module: torch.nn.Module, args: tuple, output: object) -> None:
         """When an output of the model (or of a part that is called by itself) gets its gradient, ask autograd to
         call at the end of that backward pass."""
-        if not self._row.open or not torch.is_grad_enabled():
+        if not self.counters.open or not torch.is_grad_enabled():
             return
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -217,37 +207,74 @@ class Watch:
 
     def _after_backward(self) -> None:
         self._backward_awaited = False
-        self._row.gradients("backward")
+        self.counters.measure_gradients("backward")
 
-    def _skip(self, surface: Surface, steps_ago: int, values: list[float]) -> EventRecord:
+    @contextmanager
+    def _unscaling(self) -> Iterator[None]:
+        self.counters.note_scale()
+        yield
+        self.counters.measure_gradients("unscale")
+
+    # -- replays ------------------------------------------------------------------------------
+
+    def _read_and_raise(self) -> None:
+        self.read()
+        if self._raise and self._found is not None:
+            raise NonfiniteError(self._found)
+
+    def _skip(self, surface: Surface, steps_ago: int) -> EventRecord:
         """A scaler's skip; the first few with their producer, by replay."""
-        detail = surface.skip_detail()
-        if self._replays is not None and self._skips < self._explained_skips:
-            self._skips += 1
-            replayed = self._again(steps_ago, values)
+        found, scale = surface.where_skipped(), surface.row["loss_scale"]
+        detail = {
+            "loss_scale": scale if scale >= 0 else None,
+            "phase": found.phase,
+            "module": found.module,
+            "tensor": found.tensor,
+            "kind": found.kind,
+        }
+        if self._replays is not None and self._replays.explains_skip():
+            replayed = self._replay(surface, steps_ago)
             if replayed.matched:
-                seen = surfaced(surface.step, "unscale", "grad", "inf")
-                detail["first_nonfinite"] = msgspec.to_builtins(completed(seen, replayed.found, from_step=replayed.from_step))
+                detail["first_nonfinite"] = msgspec.to_builtins(replayed.completed(skip_surfaced(surface.step)))
             else:
-                detail["replay"] = replayed.words()
+                detail["replay"] = replayed.unexplained()
         return EventRecord(step=surface.step, kind="scaler_skip", detail=detail)
 
-    def _examine(self, steps_ago: int, values: list[float]) -> None:
+    def _examine(self, surface: Surface, steps_ago: int) -> None:
         """Replay the failed step from the last snapshot and complete the record; where it fails in another way (its
         examination is kept), the record stays as it surfaced."""
         if self._replays is None:
             return
-        replayed = self._again(steps_ago, values)
+        replayed = self._replay(surface, steps_ago)
         self.examination = replayed.found
         self._found = (
-            completed(self._found, replayed.found, from_step=replayed.from_step)
+            replayed.completed(self._found)
             if replayed.matched
-            else msgspec.structs.replace(self._found, replay=replayed.words())
+            else msgspec.structs.replace(self._found, replay=replayed.unexplained())
         )
 
-    def _again(self, steps_ago: int, values: list[float]) -> Replayed:
+    def _replay(self, surface: Surface, steps_ago: int) -> Replayed:
+        """Replay a step and put the run back. The loop's own code may fail outside of its loop: the run continues."""
         self._replaying, self._backward_awaited = True, False
         try:
-            return self._replays.again(steps_ago, values)
+            with self._replays.undone():
+                return self._replays.again(steps_ago, surface.seen(), self._measured)
+        except Exception as error:
+            return Replayed(None, False, self._replays.snapshot.step, error=f"{type(error).__name__}: {error}")
         finally:
-            self._replaying = False
+            self._replaying, self._recorder = False, None
+            self.counters.drop()
+
+    def _measured(self, step: int, last: bool) -> Seen | None:
+        """Run a step of a replay, the last one with its counters."""
+        if not last:
+            return self._run_step(step)
+        self.counters.begin()
+        self._run_step(step)
+        self.counters.measure_update()
+        self.counters.end()
+        return Surface(step, self.counters.read()[0], self.counters).seen()
+
+    def _recorded(self, step: int, recorder: OpRecorder | None) -> None:
+        self._recorder = recorder
+        self._run_step(step)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from instrument.watch.counters import surfaced
+from instrument.watch.surface import surfaced
 from tests.soak.forensics import trials
 from tests.soak.forensics.command import measure
 from tests.soak.forensics.models import KINDS, build

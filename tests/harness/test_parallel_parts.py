@@ -16,7 +16,7 @@ from harness.parallel.strategy import ParallelStrategy, takes_part
 from harness.run.outcome import Outcome
 from harness.run.signals import Stopped
 from instrument.replay.diagnosis import SUM_OVER_RANKS
-from instrument.watch.counters import surfaced
+from instrument.watch.surface import surfaced
 
 
 class Told(DistributedContext):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from instrument.results.ranges import TapReading
-from instrument.watch.meter import COLUMNS, EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector, MeasuredStep, StepMeter, together
-from instrument.watch.taps import merged
+from instrument.watch.counters import REPORTED
+from instrument.watch.meter import EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector, MeasuredStep, StepMeter, merge_ranks
+from instrument.watch.readings import merge_readings
+from instrument.watch.surface import Surface
 from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")
@@ -221,47 +223,62 @@ def test_a_non_finite_loss_does_not_break_the_median():
     assert first_explosion([2.0] * 60 + [math.inf] + [2.0] * 200) is None
 
 
-HEALTHY = dict.fromkeys(COLUMNS, 0.0) | {
+HEALTHY = dict.fromkeys(REPORTED, 0.0) | {
     "loss_microbatch": -1.0,
     "loss_scale": -1.0,
-    "grad_tensor": -1.0,
+    "backward_tensor": -1.0,
     "state_tensor": -1.0,
     "param_tensor": -1.0,
 }
+FINITE = {"nan": 0, "pos_inf": 0, "neg_inf": 0}
 
 
 def step(time_s=1.0, slots=2, nbytes=None, **row):
-    return MeasuredStep({**HEALTHY, **row}, [{"slot": n} for n in range(slots)], time_s, nbytes)
+    return MeasuredStep({**HEALTHY, **row}, [FINITE] * slots, time_s, nbytes)
+
+
+def first_of(merged):
+    return Surface(1, merged.row, None, merged.logits, world=merged.world, rank_of=merged.rank_of).first_nonfinite()
 
 
 def test_one_process_is_left_as_it_is():
-    alone = step(loss=2.0)
-    assert together([alone])[0] is alone and alone.rank_of(1) is None
+    alone = step(loss=math.inf, loss_microbatch=1.0)
+    assert merge_ranks([alone]) is alone and (first_of(alone).microbatch, first_of(alone).rank) == (1, None)
 
 
 def test_losses_add_up_and_the_slowest_rank_is_the_steps_time():
-    both, _ = together(
+    both = merge_ranks(
         [step(loss=2.0, time_s=1.0, nbytes=5, grad_norm=3.0), step(loss=0.5, time_s=2.0, nbytes=7, grad_norm=3.0)]
     )
     assert (both.row["loss"], both.step_time_s, both.allocated_bytes, both.row["grad_norm"]) == (2.5, 2.0, 7, 3.0)
-    assert len(both.logits) == 4 and [both.rank_of(n) for n in range(4)] == [0, 0, 1, 1]
+    assert len(both.logits) == 4 and first_of(both) is None
+
+
+@pytest.mark.parametrize("microbatch", range(4))
+def test_bad_logits_are_of_the_rank_that_ran_the_micro_batch(microbatch):
+    both = merge_ranks([step(), step()])
+    both.logits[microbatch] = {"nan": 0, "pos_inf": 1, "neg_inf": 2}
+    both.row["loss"] = math.inf
+    first = first_of(both)
+    assert (first.phase, first.kind, first.microbatch, first.rank) == ("forward", "-inf", microbatch, microbatch // 2)
 
 
 def test_the_first_bad_micro_batch_is_counted_through_the_step():
-    both, _ = together([step(loss=1.0), step(loss=math.nan, loss_microbatch=1.0)])
-    assert both.row["loss_microbatch"] == 3 and both.rank_of(3) == 1 and math.isnan(both.row["loss"])
-    earlier, _ = together([step(loss=math.inf, loss_microbatch=1.0), step(loss=math.nan, loss_microbatch=0.0)])
-    assert earlier.row["loss_microbatch"] == 1
+    both = merge_ranks([step(loss=1.0), step(loss=math.nan, loss_microbatch=1.0)])
+    assert both.row["loss_microbatch"] == 3 and math.isnan(both.row["loss"])
+    assert (first_of(both).phase, first_of(both).microbatch, first_of(both).rank) == ("loss", 3, 1)
+    earlier = merge_ranks([step(loss=math.inf, loss_microbatch=1.0), step(loss=math.nan, loss_microbatch=0.0)])
+    assert earlier.row["loss_microbatch"] == 1 and first_of(earlier).rank == 0
 
 
 def test_a_tensor_that_one_rank_shows_is_its_and_one_that_all_show_is_nobodys():
-    both, ranks = together(
+    both = merge_ranks(
         [
-            step(param_tensor=4.0, param_nan=1.0, grad_tensor=2.0, grad_nan=-3.0),
-            step(state_tensor=7.0, param_tensor=3.0, param_nan=-2.0, grad_tensor=2.0, grad_nan=-3.0),
+            step(param_tensor=4.0, param_nan=1.0, backward_tensor=2.0, backward_nan=-3.0),
+            step(state_tensor=7.0, param_tensor=3.0, param_nan=-2.0, backward_tensor=2.0, backward_nan=-3.0),
         ]
     )
-    assert ranks == {"grad": None, "state": 1, "param": 1}
+    assert both.rank_of == {"backward": None, "state": 1, "param": 1}
     assert (both.row["param_tensor"], both.row["param_nan"], both.row["state_tensor"]) == (3, -2, 7)
 
 
@@ -271,7 +288,7 @@ def test_module_readings_of_ranks_are_one():
 
     first = [reading("a", 1.0, 0, None), reading("b", 9.0, 0, 0.5)]
     second = [reading("b", 2.0, 3, 0.7), reading("c", 1.0, 0, None)]
-    assert merged([first]) is first
-    both = merged([first, second])
+    assert merge_readings([first]) is first
+    both = merge_readings([first, second])
     assert [r.module for r in both] == ["a", "b", "c"]
     assert (both[1].absmax, both[1].nan, both[1].inf, both[1].flush_frac) == (9.0, 3, 2, 0.7)

@@ -1,0 +1,180 @@
+"""Where a failure surfaced: decided from one step's row of counters, and from what else was measured in it.
+
+Counters name the first module in the order of execution whose output (or, backward, gradient) is not finite; which op
+inside made it, and whether an earlier infinity was harmless, only a replay can say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from instrument.results.schemas import FirstNonfinite, nonfinite_name
+from instrument.watch.counters import GRADIENTS, StepCounters
+from instrument.watch.taps import TapReading
+
+
+class Seen(NamedTuple):
+    """What a step showed that failed or was skipped: enough to know it again."""
+
+    first: FirstNonfinite | None
+    loss: float
+    grad_norm: float | None
+    updated: bool
+
+    def same_as(self, other: Seen, tolerance: float) -> bool:
+        """Same phase, tensor, module and kind, and the same loss and norm up to a relative ``tolerance``."""
+        if self.first is None or other.first is None or self.updated != other.updated:
+            return False
+        place, other_place = ((f.phase, f.tensor, f.module, f.kind) for f in (self.first, other.first))
+        return (
+            place == other_place
+            and _equal(self.loss, other.loss, tolerance)
+            and _equal(self.grad_norm, other.grad_norm, tolerance)
+        )
+
+
+def _equal(a: float | None, b: float | None, tolerance: float) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+@dataclass(frozen=True)
+class Surface:
+    """One step's ``row`` (`counters.HOOKED` or `counters.REPORTED`). ``logits``: statistics of the model's own output by
+    micro-batch, where the loop reports them; ``modules``: the step's readings of other outputs, where it does not.
+    ``world`` and ``rank_of``: how many processes ran the micro-batches in equal blocks, and which one alone shows a
+    non-finite gradient (``backward``), ``state`` or ``param``."""
+
+    step: int
+    row: Mapping[str, float]
+    counters: StepCounters
+    logits: Sequence[Mapping[str, Any]] = ()
+    modules: Sequence[TapReading] = ()
+    world: int = 1
+    rank_of: Mapping[str, int | None] | None = None
+
+    @property
+    def updated(self) -> bool:
+        """Whether the optimizer stepped: a scaler skips the update when a gradient is not finite."""
+        if "updated" in self.row:
+            return self.row["updated"] > 0
+        return self.row["loss_scale"] < 0 or self.row["grad_nonfinite"] == 0
+
+    @property
+    def bad_gradients(self) -> str | None:
+        """After which of `GRADIENTS` they were first non-finite."""
+        return next((name for name in GRADIENTS if self._shows(name)), None)
+
+    @property
+    def skipped(self) -> bool:
+        """Non-finite gradients that no update followed."""
+        return not self.updated and self.bad_gradients is not None
+
+    def first_nonfinite(self) -> FirstNonfinite | None:
+        """The earliest phase that shows a failure; None for a healthy step, whatever infinities died out inside."""
+        if not math.isfinite(self.row["loss"]) or (self.updated and self.bad_gradients is not None):
+            return self._in_forward() or self._in_loss() or self._in_gradients()
+        if not self._shows("state") and not self._shows("param"):
+            return None
+        earlier = self._in_logits() if self.updated else self._in_forward()  # then it was there before this step
+        return earlier or self._in_clip_norm() or self._in_states() or self._in_parameters()
+
+    def where_skipped(self) -> FirstNonfinite:
+        """The earliest phase that shows why the scaler skipped the step."""
+        return self._in_forward() or self._in_gradients()
+
+    def seen(self) -> Seen:
+        """What must come again in a replay, which measures no modules."""
+        rows = replace(self, modules=())
+        first = rows.where_skipped() if rows.skipped else rows.first_nonfinite()
+        return Seen(first, self.row["loss"], self.row.get("grad_norm"), self.updated)
+
+    def _shows(self, kind: str) -> bool:
+        return self.row.get(f"{kind}_tensor", -1) >= 0
+
+    def _in_forward(self) -> FirstNonfinite | None:
+        forward = [r for r in self.modules if r.direction == "fwd" and (r.nan or r.inf)]
+        return self._in_logits() or (self._in_module(forward, "forward", "output") if forward else None)
+
+    def _in_logits(self) -> FirstNonfinite | None:
+        for microbatch, slot in enumerate(self.logits):
+            counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
+            if any(counts.values()):
+                return self._of_microbatch("forward", max(counts, key=counts.get), microbatch)
+        return None
+
+    def _in_loss(self) -> FirstNonfinite | None:
+        if math.isfinite(self.row["loss"]):
+            return None
+        microbatch = int(self.row.get("loss_microbatch", -1))
+        return self._of_microbatch("loss", nonfinite_name(self.row["loss"]), None if microbatch < 0 else microbatch)
+
+    def _of_microbatch(self, phase: str, kind: str, microbatch: int | None) -> FirstNonfinite:
+        rank = microbatch // (len(self.logits) // self.world) if self.world > 1 and microbatch is not None else None
+        return surfaced(self.step, phase, "output", kind, microbatch=microbatch, rank=rank)
+
+    def _in_gradients(self) -> FirstNonfinite:
+        where = self.bad_gradients
+        backward = [r for r in self.modules if r.direction == "bwd" and (r.nan or r.inf)]
+        if where == "backward" and backward:
+            return self._in_module(backward, "backward", "grad")
+        return self._in_parameter(where, "unscale_or_clip" if where == "update" else where, "grad")
+
+    def _in_clip_norm(self) -> FirstNonfinite | None:
+        norm = self.row.get("clip_norm", 0.0)
+        spoilt = self._shows("param") and not math.isfinite(norm)
+        return surfaced(self.step, "clip", "grad_norm", nonfinite_name(norm)) if spoilt else None
+
+    def _in_states(self) -> FirstNonfinite | None:
+        if not self._shows("state"):
+            return None
+        name, state, tensor = self.counters.states[int(self.row["state_tensor"])]
+        return self._in_tensor("state", "optimizer", state, name, tensor.dtype)
+
+    def _in_parameters(self) -> FirstNonfinite:
+        return self._in_parameter("param", "optimizer", "param")
+
+    def _in_parameter(self, kind: str, phase: str, tensor: str) -> FirstNonfinite:
+        index = int(self.row[f"{kind}_tensor"])
+        return self._in_tensor(kind, phase, tensor, self.counters.names[index], self.counters.parameters[index].dtype)
+
+    def _in_tensor(self, kind: str, phase: str, tensor: str, name: str, dtype: object) -> FirstNonfinite:
+        return surfaced(
+            self.step,
+            phase,
+            tensor,
+            prevailing(self.row[f"{kind}_nan"]),
+            module=name.rpartition(".")[0],
+            dtype=str(dtype).removeprefix("torch."),
+            rank=(self.rank_of or {}).get(kind),
+        )
+
+    def _in_module(self, readings: Sequence[TapReading], phase: str, tensor: str) -> FirstNonfinite:
+        reading = innermost(readings)
+        return surfaced(self.step, phase, tensor, prevailing(reading.nan - reading.inf), module=reading.module)
+
+
+def innermost(readings: Sequence[TapReading]) -> TapReading:
+    """The first of the readings in execution order, and of modules inside one another the inner one."""
+    inner = [
+        r for r in readings if not any(o.module.startswith(r.module + ".") or (not r.module and o.module) for o in readings)
+    ]
+    return min(inner, key=lambda r: r.called)
+
+
+def prevailing(nan_surplus: float) -> str:
+    """The kind of a tensor with ``nan_surplus`` more NaN than infinities."""
+    return "nan" if nan_surplus > 0 else "inf"
+
+
+def surfaced(step: int, phase: str, tensor: str, kind: str, **known: Any) -> FirstNonfinite:
+    """A failure as the counters show it, with what is ``known`` of module, microbatch, dtype and rank; op, cause and
+    headroom are the replay's to fill."""
+    unknown = dict.fromkeys(
+        ("microbatch", "module", "op", "source_tensor", "dtype", "cause", "input_absmax", "headroom_bits", "rank")
+    )
+    return FirstNonfinite(step=step, phase=phase, phase_surfaced=phase, tensor=tensor, kind=kind, **unknown | known)
