@@ -28,6 +28,7 @@ CODE_OF_ERROR = {
     "instrument.results.layout.RunNotFound": USAGE,
     "instrument.results.read.RunUnreadable": BAD_DATA,
     "instrument.results.folder.OutputError": ENVIRONMENT,
+    "instrument.results.transfer.MergeRefused": USAGE,
     "instrument.results.claims.RunClaimed": ENVIRONMENT,
 }
 """By name, so that no module is imported for an error that nobody raised."""

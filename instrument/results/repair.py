@@ -17,13 +17,12 @@ from typing import Any
 from instrument.results import files
 from instrument.results.claims import RunClaimed, claim, owner_of
 from instrument.results.folder import finished_run, index_content, indexed_rows
-from instrument.results.layout import INDEX, INDEX_LOCK
+from instrument.results.layout import INDEX, INDEX_LOCK, RUNS, SIDE_FILES, STEP_LOGS, TRACES, RunFiles
 from instrument.results.log import Appender
 from instrument.results.schemas import UNREADABLE, RunRecord, decode, encode, is_safe
 from instrument.results.states import FileState, SortedLines, object_state, states
 
 TORN = ".torn"
-SIDE_FILES = ("machine.json", "kernels.json", "overhead.json")
 
 
 @dataclass
@@ -52,13 +51,13 @@ class Repair:
 def repair_folder(out: Path) -> Repair:
     """Mend the folder; raises OSError where it cannot be written. A second call changes no byte."""
     done = Repair(str(out))
-    run_ids = _run_ids(out, done)
-    for run_id in run_ids:
+    runs = _runs(out, done)
+    for run in runs:
         with suppress(RunClaimed):
-            if owner_of(out, run_id) is None:
-                _repair_run(out, run_id, done)
+            if owner_of(out, run.run_id) is None:
+                _repair_run(run, done)
                 continue
-        done.in_use.append(run_id)
+        done.in_use.append(run.run_id)
     for name in SIDE_FILES:
         if (out / name).exists() or (out / name).is_symlink():
             done.files.append(object_state(out, name))
@@ -66,53 +65,48 @@ def repair_folder(out: Path) -> Repair:
     for place in _places(out):
         done.changed += [str(path.relative_to(out)) for path in files.sweep(place)]
     rows = indexed_rows(out)
-    done.runs, done.unfinished = len(rows), [run_id for run_id in run_ids if run_id not in rows]
+    done.runs, done.unfinished = len(rows), [run.run_id for run in runs if run.run_id not in rows]
     return done
 
 
-def _run_ids(out: Path, done: Repair) -> list[str]:
-    """Safe names of runs that have a folder or a log; others are told and left alone."""
-    folders = {path.name: path for path in (out / "runs").glob("*")}
-    logs = {path.name.removeprefix("run_").removesuffix(".jsonl"): path for path in (out / "training_logs").glob("run_*.jsonl")}
-    for name, path in sorted((logs | folders).items()):
-        if not is_safe(name) or path.is_symlink():
+def _runs(out: Path, done: Repair) -> list[RunFiles]:
+    """The runs that have a folder or a log, by id; what has no safe name is reported and left alone."""
+    logs = {path.name.removeprefix("run_").removesuffix(".jsonl"): path for path in (out / STEP_LOGS).glob("run_*.jsonl")}
+    places = logs | {path.name: path for path in (out / RUNS).glob("*")}
+    runs = []
+    for name, path in sorted(places.items()):
+        if is_safe(name) and not path.is_symlink():
+            runs.append(RunFiles(out, name))
+        else:
             why = "is a link: not followed" if path.is_symlink() else "is no safe name of a run: left alone"
-            done.files.append(FileState(str(path.relative_to(out)), foreign=1, notes=[why]))
-    return sorted(name for name, path in (logs | folders).items() if is_safe(name) and not path.is_symlink())
+            done.files.append(FileState(path.relative_to(out).as_posix(), foreign=1, notes=[why]))
+    return runs
 
 
-def _repair_run(out: Path, run_id: str, done: Repair) -> None:
+def _repair_run(run: RunFiles, done: Repair) -> None:
     """Look first; only a run with something to mend is claimed, and looked at again."""
-    seen = list(states(out, run_id))
-    if _row_to_mend(out, run_id) is None and all(found is None or found.in_order for _, found in seen):
+    seen = list(states(run))
+    if _row_to_mend(run) is None and all(found is None or found.in_order for _, found in seen):
         done.files += [state for state, _ in seen]
         return
-    own = claim(out, run_id)
-    try:
-        _mend_row(out, run_id, done)
-        for state, found in states(out, run_id):
+    with claim(run.out, run.run_id):
+        if (row := _row_to_mend(run)) is not None:
+            _keep_aside(run.row, [run.row.read_bytes()])
+            files.replace(run.row, encode(row) + b"\n")
+            done.changed.append(run.name(run.row))
+        for state, found in states(run):
             done.files.append(state)
             if found is not None:
-                _mend_log(out / state.file, found, state, done)
-    finally:
-        own.release()
-        with suppress(OSError):  # a claim makes the folder of a run that is a log alone
-            os.rmdir(out / "runs" / run_id)
+                _mend_log(run.out / state.file, found, state, done)
+    with suppress(OSError):  # a claim makes the folder of a run that is a log alone
+        os.rmdir(run.path)
 
 
-def _row_to_mend(out: Path, run_id: str) -> RunRecord | None:
+def _row_to_mend(run: RunFiles) -> RunRecord | None:
     """The index's row of a run whose ``run.json`` is there and cannot be read; the index was written after it."""
-    if not files.plain_inside(out, out / "runs" / run_id / "run.json") or finished_run(out, run_id) is not None:
+    if not files.plain_inside(run.out, run.row) or finished_run(run.out, run.run_id) is not None:
         return None
-    return indexed_rows(out).get(run_id)
-
-
-def _mend_row(out: Path, run_id: str, done: Repair) -> None:
-    row, path = _row_to_mend(out, run_id), out / "runs" / run_id / "run.json"
-    if row is not None:
-        _keep_aside(path, [path.read_bytes()])
-        files.replace(path, encode(row) + b"\n")
-        done.changed.append(str(path.relative_to(out)))
+    return indexed_rows(run.out).get(run.run_id)
 
 
 def _mend_log(path: Path, found: SortedLines, state: FileState, done: Repair) -> None:
@@ -142,7 +136,7 @@ def _repair_index(out: Path, done: Repair) -> None:
             after = index_content(out)
             if gone := _not_in(before, after):
                 _keep_aside(path, gone)
-                state.notes.append(f"lines that no run stands behind, now in {INDEX}{TORN}: {len(gone)}")
+                state.notes.append(f"lines of no run, now in {INDEX}{TORN}: {len(gone)}")
             files.replace(path, after)
         state.intact = after.count(b"\n")
         state.notes.append(f"rebuilt, rows: {state.intact}")
@@ -175,5 +169,5 @@ def _keep_aside(path: Path, pieces: list[bytes]) -> None:
 
 def _places(out: Path) -> list[Path]:
     """The folders in which dead writers may have left temporary files."""
-    places = [out, out / "runs", out / "training_logs", out / "traces", *sorted((out / "runs").glob("*"))]
+    places = [out, out / RUNS, out / STEP_LOGS, out / TRACES, *sorted((out / RUNS).glob("*"))]
     return [place for place in places if place.is_dir() and not place.is_symlink()]

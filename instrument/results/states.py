@@ -1,7 +1,5 @@
-"""What a results folder's files hold: how many lines are intact, and what is wrong. Nothing here writes.
-
-A log's bytes, sorted: what is a record, what is not, what can still be told apart. Nothing here writes.
-"""
+"""What a run's files hold, to be repaired: which lines of a log are records, which are not, and what can still be told
+apart; how many lines of each file are intact or lost. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ import msgspec
 
 from instrument.results.files import plain_inside
 from instrument.results.folder import finished_run
-from instrument.results.hardware import HardwareRecord
-from instrument.results.ranges import ModuleRecord
-from instrument.results.schemas import UNREADABLE, EvaluationRecord, EventRecord, Record, RunRecord, StepRecord, decode
+from instrument.results.layout import LOGS, RunFiles
+from instrument.results.lines import json_object, read_one, record
+from instrument.results.schemas import UNREADABLE, Record, RunRecord, StepRecord, decode
 from instrument.terminal import count
 
 SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)', re.DOTALL)
@@ -114,15 +112,6 @@ def _is_cut_short(line: bytes) -> bool:
     return False
 
 
-KINDS: dict[str, type[Record]] = {
-    "evaluations": EvaluationRecord,
-    "events": EventRecord,
-    "hardware": HardwareRecord,
-    "activations": ModuleRecord,
-}
-"""By a log's name up to its first dot: ``hardware.until-50.jsonl`` is one of the hardware's, too."""
-
-
 @dataclass
 class FileState:
     """One file: how many lines are intact, what was wrong, what was done. ``lost`` counts lines, or the
@@ -139,40 +128,29 @@ class FileState:
     notes: list[str] = field(default_factory=list)
 
 
-def states(out: Path, run_id: str) -> Iterator[tuple[FileState, SortedLines | None]]:
+def states(run: RunFiles) -> Iterator[tuple[FileState, SortedLines | None]]:
     """Every file of a run that holds records, with its lines sorted where it is a log."""
-    row = finished_run(out, run_id)
-    folder = out / "runs" / run_id
-    logs = [out / "training_logs" / f"run_{run_id}.jsonl", *sorted(folder.glob("*.jsonl"))]
-    for path in logs:
-        name = str(path.relative_to(out))
-        kind = StepRecord if path is logs[0] else KINDS.get(path.name.partition(".")[0])
-        if path.is_symlink() or (path.exists() and not plain_inside(out, path)):
+    row = finished_run(run.out, run.run_id)
+    for path in (run.log("steps"), *sorted(run.path.glob("*.jsonl"))):
+        name, is_steps = run.name(path), path == run.log("steps")
+        if path.is_symlink() or (path.exists() and not plain_inside(run.out, path)):
             yield FileState(name, foreign=1, notes=["is a link or no plain file: not read"]), None
         elif path.exists():
-            found = sort_lines(path.read_bytes(), kind)
-            state = FileState(
-                name,
-                intact=found.intact,
-                torn=found.torn,
-                lost=found.damaged,
-                rejoined=found.rejoined,
-                repeated=found.repeated,
-                foreign=found.foreign,
-            )
-            if kind is StepRecord and row is not None and found.steps < row.steps_done:
+            kind = "steps" if is_steps else path.name.partition(".")[0]  # hardware.until-50.jsonl is hardware's, too
+            found = sort_lines(path.read_bytes(), LOGS.get(kind))
+            counts = {field: getattr(found, field) for field in ("intact", "torn", "rejoined", "repeated", "foreign")}
+            state = FileState(name, lost=found.damaged, **counts)
+            if is_steps and row is not None and found.steps < row.steps_done:
                 state.lost = max(state.lost, row.steps_done - found.steps)
-                state.notes.append(
-                    f"run.json says {count(row.steps_done, 'step')}, and "
-                    f"{found.steps} {'is' if found.steps == 1 else 'are'} here"
-                )
+                here = f"{found.steps} {'is' if found.steps == 1 else 'are'} here"
+                state.notes.append(f"run.json says {count(row.steps_done, 'step')}, and {here}")
             yield state, found
-        elif kind is StepRecord and row is not None and row.steps_done:
+        elif is_steps and row is not None and row.steps_done:
             notes = [f"is missing, and run.json says {count(row.steps_done, 'step')}"]
             yield FileState(name, lost=row.steps_done, notes=notes), None
-    for path in (folder / "run.json", folder / "forensics.json"):
+    for path in (run.row, run.forensics):
         if path.exists() or path.is_symlink():
-            yield object_state(out, str(path.relative_to(out))), None
+            yield object_state(run.out, run.name(path)), None
 
 
 def object_state(out: Path, name: str) -> FileState:
@@ -181,15 +159,12 @@ def object_state(out: Path, name: str) -> FileState:
     if not plain_inside(out, path):
         state.foreign, state.notes = 1, ["is a link or no plain file: not read"]
         return state
-    try:
-        content = path.read_bytes()
-        if path.name == "run.json":
-            if decode(content, RunRecord).run_id != path.parent.name:
-                state.foreign, state.notes = 1, ["holds another run's row"]
-                return state
-        elif not isinstance(msgspec.json.decode(content), dict):
-            raise ValueError("no JSON object")
+    is_row = path.name == "run.json"
+    found, defects = read_one(path, (lambda content: record(content, RunRecord)) if is_row else json_object, name)
+    if defects:
+        state.lost, state.notes = 1, [f"cannot be read ({defects[0].what[:120]}); left as it is"]
+    elif is_row and found.run_id != path.parent.name:
+        state.foreign, state.notes = 1, ["holds another run's row"]
+    else:
         state.intact = 1
-    except UNREADABLE as error:
-        state.lost, state.notes = 1, [f"cannot be read ({' '.join(str(error).split())[:120]}); left as it is"]
     return state

@@ -374,7 +374,6 @@ ALLOWED = {
     "harness/campaign/process.py": "a stage's standard output and error",
     "harness/supervisor/heartbeat.py": "a temporary file that a process' stacks go through",
     "harness/commands/list.py": "JSON to standard output",
-    "harness/commands/repair.py": "JSON to standard output",
     "report/plots/write.py": "draws into memory",
     "benchmarks/report/command.py": "JSON to standard output",
     "benchmarks/report/simulate.py": "makes a benchmark's input",
