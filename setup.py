@@ -17,7 +17,9 @@ ROOMS = ("bench_cases", "harness", "instrument", "kernels", "report")
 BESIDE = ("templates", "constraints.txt", "constraints-torch2.11.txt")
 """What the rooms look for beside themselves."""
 ROOM = rf"(?:{'|'.join(ROOMS)})"
-DOTTED = re.compile(rf"""(?<=["'])({ROOM}(?:\.\w+)+)(?=["'])""")
+DOTTED = re.compile(rf"""(?<=["'])({ROOM}(?:\.\w+)+)(?=(?::\w+)?["']|\.\{{)""")
+BUILDER = re.compile(r"(?<=build: str = \")ddbench\.")
+"""An architecture's builder is a part of a run's settings, and so of its id: `bench_cases.models` reads it as it is."""
 
 
 def installed(text: str) -> str:
@@ -26,6 +28,7 @@ def installed(text: str) -> str:
     text = re.sub(rf"(?m)^(\s*import )(?={ROOM}\.[\w.]+ as )", r"\1ddbench.", text)
     text = re.sub(rf"(?m)^(\s*)(import {ROOM}(?: as \w+)?)$", r"\1from ddbench \2", text)
     text = DOTTED.sub(lambda found: f"ddbench.{found[0]}" if _is_module(found[0]) else found[0], text)
+    text = BUILDER.sub("", text)
     text = re.sub(r"python -m harness\b", "ddb", text)
     text = re.sub(r"python -m (report|kernels)\b", r"ddb \1", text)
     text = re.sub(r"-m harness\b", "-m ddbench", text)

@@ -1,8 +1,5 @@
-"""Architectures: what model is built, torch-free. The builders live in `bench_cases.models`.
-
-Tasks: what is predicted, from which data, under which loss. Torch-free.
-
-Presets: how large a run is. Torch-free.
+"""What a case is composed of: architectures (which model), tasks (what is predicted, from which data, under which loss) and
+presets (how large a run is). Declarations, torch-free; `bench_cases.models` builds.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ class Architecture:
     ``sizes`` maps a preset id to overrides of the library's default configuration; a preset
     that is absent takes the default (``hub_id``'s own size). ``max_positions`` is the number
     of tokens a sequence may hold at the default size; ``position_offset`` the rows of the
-    position table that no token uses (RoBERTa's positions start behind its pad id).
+    position table that no token uses (RoBERTa's positions start after its pad id).
     ``build`` names the builder as ``module:function``, so that a declaration imports no torch.
     """
 

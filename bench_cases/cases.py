@@ -39,7 +39,7 @@ class Case:
     """One case of the matrix; ``id`` is ``{arch}_{task}``, with a suffix for a variant.
 
     ``loss_reduction``: ``mean`` over all targets, or ``label_sum``: sum over a document's
-    labels, mean over documents (multi-label only). ``spelled``: the words by which a command line
+    labels, mean over documents (multi-label only). ``spelled``: the arguments by which a command line
     names a case from outside the project, whose id says nothing to it; empty for those in `CASES`.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def move(value: object) -> object:
+        def move(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 if device.type == "cuda" and value.device.type == "cpu" and non_blocking:
                     value = value.pin_memory()
@@ -97,16 +97,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a collator is given. ``blocks``: (B, width) token ids of packed text, or None;
-    ``documents``: (B,) document indices, or None. ``random`` draws the masks of MLM, row after row."""
+    """What a collator is given. ``chosen``: (B, width) token ids of packed text, or (B,) document indices.
+    ``random`` draws the masks of MLM, row after row."""
 
     data: TokenizedData
     seq_len: int
     causal: bool
-    loss_reduction: str = "mean"
-    blocks: np.ndarray | None = None
-    documents: np.ndarray | None = None
-    random: np.random.Generator | None = None
+    loss_reduction: str
+    chosen: np.ndarray
+    random: np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _packed_batch(input_ids: np.ndarray, targets: np.ndarray, n_targets: int) ->
 
 def clm(rows: Rows) -> Batch:
     """Blocks of L + 1 tokens: the targets are the inputs shifted by one, so every position has one."""
-    blocks = rows.blocks.astype(np.int64)
+    blocks = rows.chosen.astype(np.int64)
     return _packed_batch(np.ascontiguousarray(blocks[:, :-1]), np.ascontiguousarray(blocks[:, 1:]), blocks[:, 1:].size)
 
 
@@ -150,7 +149,7 @@ def mlm(rows: Rows) -> Batch:
     """``<s> block </s>`` with 15 % of the ordinary tokens as targets: 80 % of them <mask>, 10 % a random
     ordinary token, 10 % unchanged. Every row has a target."""
     special = rows.data.special
-    blocks = rows.blocks.astype(np.int64)
+    blocks = rows.chosen.astype(np.int64)
     if special.bos is not None:
         blocks = np.pad(blocks, ((0, 0), (1, 1)))
         blocks[:, 0], blocks[:, -1] = special.bos, special.eos
@@ -177,7 +176,7 @@ def multi_cls(rows: Rows) -> Batch:
     """Multi-hot targets over all labels of the training split."""
     import torch
 
-    data, documents = rows.data, rows.documents
+    data, documents = rows.data, rows.chosen
     starts = data.label_offsets[documents]
     counts = data.label_offsets[documents + 1] - starts
     offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -193,7 +192,7 @@ def single_cls(rows: Rows) -> Batch:
     """The class of each document's most frequent label."""
     import torch
 
-    targets = rows.data.single_targets[rows.documents].astype(np.int64)
+    targets = rows.data.single_targets[rows.chosen].astype(np.int64)
     return _documents_batch(rows, torch.from_numpy(targets), None, len(targets))
 
 
@@ -203,12 +202,12 @@ def _documents_batch(rows: Rows, targets: torch.Tensor, lists, n_targets: int) -
 
     data, special = rows.data, rows.data.special
     framed = special.bos is not None
-    starts = data.offsets[rows.documents]
-    body = np.minimum(data.offsets[rows.documents + 1] - starts, rows.seq_len - 2 * framed)
+    starts = data.offsets[rows.chosen]
+    body = np.minimum(data.offsets[rows.chosen + 1] - starts, rows.seq_len - 2 * framed)
     lengths = body + 2 * framed
     width = int(lengths.max())
     column = np.arange(width) - framed
-    # Positions behind a document's end read some other token, which the padding then overwrites.
+    # Positions after a document's end read some other token, which the padding then overwrites.
     index = np.minimum(starts[:, None] + np.maximum(column, 0), len(data.tokens) - 1)
     input_ids = np.where(column < body[:, None], data.tokens[index], special.pad).astype(np.int64)
     if framed:
@@ -233,7 +232,7 @@ def _documents_batch(rows: Rows, targets: torch.Tensor, lists, n_targets: int) -
     )
 
 
-# By the ``collate`` name of a task. A new task is one entry here and one in tasks.py.
+# By the ``collate`` name of a task. A new task is one entry here and one in architectures.py.
 COLLATORS: dict[str, Collator] = {
     "clm": Collator(clm, packed=True, extra=1),
     "mlm": Collator(mlm, packed=True, framed=True),

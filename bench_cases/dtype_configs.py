@@ -19,7 +19,7 @@ class DtypeConfig:
 
     weights   dtype of the stored parameters
     compute   dtype of the matrix products: autocast when it differs from ``weights``
-    head      dtype of every module behind the last encoder output
+    head      dtype of every module after the last encoder output
     loss      dtype of the per-row loss (the reduction always runs in fp32)
     optimizer AdamW implementation: ``foreach`` (states and arithmetic in the weights' dtype),
               ``fused`` (arithmetic in fp32, states in the weights' dtype), ``fp32_states``

@@ -1,6 +1,6 @@
-"""Finding a declaration by its id, and saying what is near when there is none.
+"""Registries of declarations: ids that are checked, looked up, and answered with the nearest ones when unknown.
 
-What a missing package means to the person at the terminal. Imports nothing.
+Also what a missing package means to a person, for every command line. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -72,6 +72,6 @@ def missing_package(error: BaseException) -> str | None:
     if not package or package in OURS:
         return None
     return (
-        f"the package {package} is not installed in this Python; install what the project needs with "
+        f"the package {package} is not installed in this Python; install it, or from a clone all that the program needs: "
         "pip install -c constraints.txt -e . (or make run, in an environment of its own)"
     )

@@ -1,33 +1,37 @@
-"""Model builders: an encoder from `transformers`, a head, and the cut between them.
+"""Models: what is asked for, building it in fp32, proving it fit for the comparison. The builders import torch, this not.
 
-The cut matters because a configuration may run the head in another dtype than the encoder.
-*Head* means every module behind the last encoder output. For language models it is the
-library's own head, obtained by running the task model with its encoder replaced by a
-pass-through; so the cut is right for any architecture. Classification heads are ours, since
-no pretrained weights hold them: GPT-2's is one projection, RoBERTa's dense, tanh, projection.
-
-torch and transformers are imported inside the functions, as every room below `harness` does.
+A model is an encoder, a head, and the cut between them, since a configuration may run the head in another dtype than the
+encoder. *Head* means every module after the last encoder output. For language models it is the library's own head,
+obtained by running the task model with its encoder replaced by a pass-through; so the cut is right for any architecture.
+Classification heads are ours, since no pretrained weights hold them: GPT-2's is one projection, RoBERTa's dense, tanh,
+projection.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bench_cases.architectures import Architecture, Task
-from bench_cases.reach import WeightsUnavailable, first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
 VOCABULARY_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, so that matrix products stay aligned."""
+WAYS_OUT = "use --weights scratch, or --weights DIR with config.json and model.safetensors"
 
 
 class ModelError(Exception):
     """A model that cannot be built as asked; says what was given and what is allowed."""
+
+
+class WeightsUnavailable(Exception):
+    """A model that cannot be reached or read; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -136,3 +140,33 @@ def _pooling(request: ModelRequest) -> str | None:
     if request.task.head != "classification":
         return None
     return "last" if request.architecture.causal else "first"
+
+
+def reach(load: Callable[[], Any], source: str, ways_out: str = WAYS_OUT) -> Any:
+    """``load()``, whose source is a folder or a hub id; raises `WeightsUnavailable`.
+
+    The hub is asked one quick question first: the library itself would retry for minutes.
+    """
+    from bench_cases.data import hub
+    from bench_cases.data.documents import DataError, DataUnavailable
+
+    if not Path(source).is_dir():
+        if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+            raise WeightsUnavailable(f"no folder {source!r} with a model; {ways_out}")
+        try:
+            hub.commit_of("model", source, "main")
+        except (DataError, DataUnavailable) as error:
+            cause = first_line(error.__cause__ or error)
+            raise WeightsUnavailable(
+                f"there is no folder {source!r} here, and the hub gives no model of that name ({cause}); {ways_out}"
+            ) from error
+    try:
+        return load()
+    except Exception as error:  # OS, value, JSON and safetensors errors alike mean: not to be had
+        raise WeightsUnavailable(f"model {source!r} cannot be loaded ({first_line(error)}); {ways_out}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of a library's message, for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:240]}" if lines else type(error).__name__

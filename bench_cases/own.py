@@ -1,8 +1,4 @@
-"""A case from outside the project: a Python file's object, or a `transformers` model. Torch-free
-until a hub has to be asked.
-
-An object out of a Python file of the caller's own. Torch-free.
-"""
+"""A case from outside the project: a Python file's object, or a `transformers` model. Torch-free until a hub is asked."""
 
 from __future__ import annotations
 
@@ -29,6 +25,7 @@ def load_object(name: str) -> Any:
     module_name = f"own_{file.stem}_{abs(hash(file.resolve())):x}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None  # a file that is there
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
@@ -97,7 +94,7 @@ def _configuration(model: str) -> dict[str, Any]:
     else:
         from transformers import AutoConfig
 
-        from bench_cases.reach import reach
+        from bench_cases.models import reach
 
         config = reach(
             lambda: AutoConfig.from_pretrained(model, trust_remote_code=False),

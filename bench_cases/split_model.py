@@ -41,7 +41,7 @@ class SplitModel(nn.Module):
 
 def pool(hidden: torch.Tensor, pooling: str | None, last_token: torch.Tensor | None) -> torch.Tensor:
     """``hidden`` (B, L, D) -> (B, L, D) without pooling, else (B, D): the first token's vector or
-    that of the last real one, whatever the padding behind it holds."""
+    that of the last real one, whatever the padding after it holds."""
     if pooling is None:
         return hidden
     if pooling == "first":

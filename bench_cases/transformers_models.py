@@ -1,14 +1,11 @@
-"""The builder for `transformers` architectures: encoder, head, and the library's configuration.
+"""The builder for `transformers` architectures: encoder, head, the library's configuration, and no idle attention masks.
 
-torch and transformers are imported inside the functions.
-
-Keeps `transformers` from looking for, and from building, attention masks that would hide nothing.
-
-A row of ours is one sequence, and a batch without a mask is a batch without padding (`collate.Batch`). The library
-cannot know that. Its causal models look at the positions for several sequences packed into a row, and in every eager
-forward pass read the answer back: a wait for the device in every micro-batch. Under `torch.compile`, where nothing can
-be read, they attend through a mask of (1, 1, L, L) instead of ``is_causal`` (transformers 5.23 for those positions,
-5.17 always, and its encoders as well): that costs twice the attention and another kernel.
+torch and transformers are imported inside the functions. A row of ours is one sequence, and a batch without a mask is
+a batch without padding (`collate.Batch`). The library cannot know that. Its causal models look at the positions for
+several sequences packed into a row, and in every eager forward pass read the answer back: a wait for the device in
+every micro-batch. Under `torch.compile`, where nothing can be read, they attend through a mask of (1, 1, L, L)
+instead of ``is_causal`` (transformers 5.23 for those positions, 5.17 always, and its encoders as well): that costs
+twice the attention and another kernel.
 """
 
 from __future__ import annotations
@@ -16,15 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bench_cases.architectures import Architecture
-from bench_cases.models import VOCABULARY_MULTIPLE, ModelError, ModelRequest, padded_vocabulary
-from bench_cases.reach import reach
+from bench_cases.models import VOCABULARY_MULTIPLE, ModelError, ModelRequest, padded_vocabulary, reach
 
 if TYPE_CHECKING:
     import torch
 
 
 def leave_out_idle_masks() -> None:
-    """Once a process, before a model of the library runs."""
+    """Keep `transformers` from building masks that would hide nothing. Once a process, before a model of the library runs."""
     from transformers import AttentionMaskInterface, masking_utils
 
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
@@ -92,12 +88,9 @@ def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module
         return name, encoder, LibraryHead(library_model)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # its output would be computed, take gradients nowhere, and be dropped
-    head = ClassificationHead(
-        _encoded_width(encoder),
-        request.outputs,
-        deep=not request.architecture.causal,
-        std=getattr(config, "initializer_range", 0.02),
-    )
+    assert request.outputs is not None  # labels or classes, which every classification task has
+    std = getattr(config, "initializer_range", 0.02)
+    head = ClassificationHead(_encoded_width(encoder), request.outputs, deep=not request.architecture.causal, std=std)
     return name, encoder, head
 
 

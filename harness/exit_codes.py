@@ -19,7 +19,7 @@ CODE_OF_ERROR = {
     "bench_cases.models.ModelError": USAGE,
     "bench_cases.data.documents.DataError": BAD_DATA,
     "bench_cases.data.documents.DataUnavailable": ENVIRONMENT,
-    "bench_cases.reach.WeightsUnavailable": ENVIRONMENT,
+    "bench_cases.models.WeightsUnavailable": ENVIRONMENT,
     "harness.settings.SettingsError": USAGE,
     "harness.forensics.stored.NothingToReplay": USAGE,
     "harness.forensics.stored.SnapshotError": BAD_DATA,

@@ -99,8 +99,7 @@ class Batches:
         return digest.hexdigest()
 
     def _make(self, source: np.ndarray, rows: np.ndarray, random: np.random.Generator) -> Batch:
-        given = {"blocks" if self.collator.packed else "documents": source[rows]}
-        return self.collator.make(Rows(self.data, self.seq_len, self.causal, self.loss_reduction, random=random, **given))
+        return self.collator.make(Rows(self.data, self.seq_len, self.causal, self.loss_reduction, source[rows], random))
 
     def _order(self, first: int, last: int) -> np.ndarray:
         """Training rows of steps ``first`` to ``last``, flat int64."""

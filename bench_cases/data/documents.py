@@ -1,7 +1,4 @@
-"""What every source hands over: documents with a split, in a corpus that knows its content hash.
-
-The two ways in which data can fail; the command line maps each to its exit code.
-"""
+"""What every source returns: documents with a split, in a corpus that knows its content hash; and the two errors of data."""
 
 from __future__ import annotations
 

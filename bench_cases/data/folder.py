@@ -1,6 +1,6 @@
 """A user's folder (``eurlex.jsonl[.gz]``, ``openwebtext.jsonl[.gz]``, tokenizer folders) or single file.
 
-JSON Lines with an error for every way a line can be wrong, naming the file and the line.
+The lines are JSON; every way in which one can be wrong has an error that names the file and the line.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench_cases.data import cache
 from bench_cases.data.documents import SPLITS, Corpus, DataError, Document, split_by_hash
@@ -93,7 +94,7 @@ def read(path: Path, fields: Fields) -> list[Document]:
         documents.append(Document(identifier, text, labels, split))
     if not documents:
         raise DataError(f"{path}: holds no documents; one JSON object a line is needed")
-    if not first_split[1]:
+    if not (first_split and first_split[1]):
         names = split_by_hash([d.id or d.text for d in documents], validation=0.1)
         documents = [Document(d.id, d.text, d.labels, name) for d, name in zip(documents, names, strict=True)]
     return documents
@@ -203,7 +204,7 @@ def tokenizer_folder(source: str, arch: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def identity(path: Path, text: str, text_field: str, label_field: str) -> dict[str, object]:
+def identity(path: Path, text: str, text_field: str, label_field: str) -> dict[str, Any]:
     """What the corpus is made from: the file's bytes and the names of the fields that are read."""
     try:
         digest = cache.file_sha256(path)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from bench_cases.data import cache
 from bench_cases.data.documents import SPLITS, Corpus, DataError, DataUnavailable, Document
@@ -25,7 +26,7 @@ _TIMEOUT_S = 10.0
 
 
 def offline() -> bool:
-    """Whether the user told the hub's libraries to stay off the network (they may still have their own cache)."""
+    """Whether the user wants the hub's libraries to stay off the network (they may still have their own cache)."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
@@ -170,7 +171,7 @@ def _guarded(wanted: Wanted, documents: Iterable[Document]) -> Iterator[Document
         raise unavailable(wanted.repository.name, error) from error
 
 
-def _first_that_loads(wanted: Wanted, load: Callable[..., object]) -> object:
+def _first_that_loads(wanted: Wanted, load: Callable[..., Any]) -> Any:
     """The repository as it is, else (script-only, or a broken main branch) its parquet copy."""
     from datasets import load_dataset
 
@@ -211,6 +212,7 @@ def _eurlex(wanted: Wanted) -> Iterator[Document]:
 
 def _openwebtext(wanted: Wanted) -> Iterator[Document]:
     stream = _first_that_loads(wanted, lambda load_dataset, *a, **k: load_dataset(*a, split="train", streaming=True, **k))
+    assert wanted.documents is not None
     training, validation = wanted.documents
     # The set has no validation split: the first documents of the shuffled stream are taken for it.
     rows = islice(stream.shuffle(seed=SHUFFLE_SEED, buffer_size=SHUFFLE_BUFFER), training + validation)

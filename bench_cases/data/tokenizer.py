@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Tokenizer:
     """``backend``: a ``tokenizers.Tokenizer`` or, where a library has no fast one, a transformers tokenizer."""
 
     id: str
-    backend: object
+    backend: Any
     special: SpecialTokens
     size: int
 
@@ -107,7 +108,7 @@ def in_folder(folder: Path, flavour: str) -> TokenizerSpec:
         path = folder / name
         raw = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(raw)}\n".encode() + raw)
-    identity = {"kind": "folder", "sha256": digest.hexdigest(), "transformers": version("transformers")}
+    identity: dict[str, object] = {"kind": "folder", "sha256": digest.hexdigest(), "transformers": version("transformers")}
     return TokenizerSpec("folder", str(folder), flavour, identity)
 
 

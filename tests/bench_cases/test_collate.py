@@ -19,8 +19,8 @@ def data_of(arch, task="multi_cls"):
     return _DATA[arch, task]
 
 
-def documents(arch, task, chosen, seq_len=512, **options):
-    rows = Rows(data_of(arch), seq_len, arch == "gpt2", documents=np.asarray(chosen), **options)
+def documents(arch, task, chosen, seq_len=512, loss_reduction="mean"):
+    rows = Rows(data_of(arch), seq_len, arch == "gpt2", loss_reduction, np.asarray(chosen), np.random.default_rng(0))
     return COLLATORS[task].make(rows)
 
 

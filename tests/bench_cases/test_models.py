@@ -19,12 +19,12 @@ from bench_cases import ARCHITECTURES, TASKS
 from bench_cases.models import (
     ModelError,
     ModelRequest,
+    WeightsUnavailable,
     build_model,
     padded_vocabulary,
     weights_sha256,
 )
 from bench_cases.own import case_for_model
-from bench_cases.reach import WeightsUnavailable
 
 VOCABULARY = 1_000
 
@@ -202,6 +202,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 def test_weights_that_are_not_there_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment when it was imported
     with pytest.raises(WeightsUnavailable, match="--weights scratch"):
         build_model(request(weights=str(tmp_path / "nothing")))
 
@@ -260,6 +261,7 @@ def test_damaged_weights_are_one_line(tmp_path):
 
 def test_an_unreachable_hub_is_quick_and_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment when it was imported
     with pytest.raises(WeightsUnavailable, match="--weights scratch") as refused:
         build_model(request(weights="nobody/nothing"))
     assert "\n" not in str(refused.value)

@@ -8,6 +8,7 @@ import pytest
 from bench_cases.lookup import missing_package
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("program", "package", "command"),
     [

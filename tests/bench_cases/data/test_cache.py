@@ -97,6 +97,7 @@ def _build(source, cache_dir, barrier, results):
     results.put(load(source, cache_dir).fingerprint)
 
 
+@pytest.mark.process
 def test_two_processes_build_at_once(law_folder, cache_dir):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
@@ -145,6 +146,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 """
 
 
+@pytest.mark.process
 def test_a_cached_entry_needs_no_library_and_no_generator():
     load_data("embedded", arch="gpt2", task="multi_cls")
     done = subprocess.run(

@@ -133,6 +133,7 @@ for options in ({"task": "multi_cls"}, {"task": "clm"}, own):
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}], ids=["closed", "offline"])
 def test_a_hub_that_cannot_be_reached_is_a_quick_clear_error(how, tmp_path):
     start = time.perf_counter()
