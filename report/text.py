@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from report.statistics import Interval
+if TYPE_CHECKING:
+    from report.statistics import Interval  # which imports pandas: an error must be printed without it, too
 
 
 def joined(words: Iterable[str]) -> str:
