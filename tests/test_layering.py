@@ -14,7 +14,8 @@ def modules_after(statement: str, *watched: str) -> list[str]:
 @pytest.mark.parametrize(
     "statement",
     [
-        "import instrument.results.schemas, instrument.results.log",
+        "import importlib, pkgutil, instrument.results as room; "
+        "[importlib.import_module(f'instrument.results.{m.name}') for m in pkgutil.iter_modules(room.__path__)]",
         "import harness.cli, harness.settings",
         "import bench_cases.own, bench_cases.models, bench_cases.collate",
         "import harness.matrix.stability, harness.commands.list",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import numpy as np
 from instrument.results.columns import read_columns
 from instrument.results.folder import read_rows
 from instrument.results.hardware import HardwareRecord
+from instrument.results.layout import MACHINE, RunFiles
 from instrument.results.lines import Defect, defect, json_object, read_objects, read_one, read_records, stored
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, is_safe
 from instrument.terminal import count
 
 
 class NoResults(Exception):
-    """There is nothing to report on; ``missing`` tells a folder that is not there from an empty one."""
+    """There is nothing to report on; ``missing``: there is no such folder, rather than an empty one."""
 
     def __init__(self, message: str, *, missing: bool, defects: tuple[Defect, ...] = ()) -> None:
         super().__init__(message)
@@ -54,16 +55,12 @@ class Folder:
         self.path = path
         self.runs = runs
         self._defects = defects
-        self._steps: dict[str, dict[str, np.ndarray]] = {}
-        self._hardware: dict[str, dict[str, np.ndarray] | None] = {}
-        self._small: dict[tuple[str, str], list] = {}
-        self._forensics: dict[str, dict[str, Any]] = {}
-        self._predictions: dict[str, dict[str, Any] | None] = {}
-        self.machine: dict[str, Any] = self._side_file("machine.json") or {}
-        self.kernels = self._side_file("kernels.json")
-        self.overhead = self._side_file("overhead.json")
-        self.fit = self._side_file("fit.json")
-        self.kernel_check = self._side_file("kernel_check.json")
+        self._read: dict[tuple[str, str], Any] = {}
+        self.machine: dict[str, Any] = self._object(MACHINE) or {}
+        self.kernels = self._object("kernels.json")
+        self.overhead = self._object("overhead.json")
+        self.fit = self._object("fit.json")
+        self.kernel_check = self._object("kernel_check.json")
 
     @property
     def device(self) -> str:
@@ -84,77 +81,67 @@ class Folder:
     def defects(self) -> tuple[Defect, ...]:
         """Everything wrong with the folder; reads the logs that were not read yet."""
         for run in self.runs:
-            self.steps(run.run_id)
-            self.evaluations(run.run_id)
-            self.events(run.run_id)
-            self.hardware(run.run_id)
-            self.forensics(run.run_id)
-            self.activations(run.run_id)
+            for log in (self.steps, self.evaluations, self.events, self.hardware, self.forensics, self.activations):
+                log(run.run_id)
             self.predictions(run.case)
         return tuple(sorted(self._defects, key=lambda d: (d.file, d.line or 0, d.what)))
 
     def steps(self, run_id: str) -> dict[str, np.ndarray]:
         """Columns of the run's `StepRecord` rows by field, in order of step; each step once."""
-        if run_id not in self._steps:
-            name = f"training_logs/run_{run_id}.jsonl"
-            columns, defects = read_columns(self.path / name, StepRecord, name)
-            self._steps[run_id] = _each_step_once(columns, name, defects)
-            self._check_length(run_id, name, len(self._steps[run_id]["step"]), defects)
-            self._defects += defects
-        return self._steps[run_id]
+        return self._once("steps", run_id, self._read_steps)
 
     def evaluations(self, run_id: str) -> list[EvaluationRecord]:
         """The run's evaluations in order."""
-        return self._records(run_id, "evaluations", EvaluationRecord)
+        return self._once("evaluations", run_id, lambda run: self._log(run, "evaluations", read_records, EvaluationRecord))
 
     def events(self, run_id: str) -> list[EventRecord]:
         """The run's events in order."""
-        return self._records(run_id, "events", EventRecord)
+        return self._once("events", run_id, lambda run: self._log(run, "events", read_records, EventRecord))
 
     def hardware(self, run_id: str) -> dict[str, np.ndarray] | None:
-        """Columns of the run's `HardwareRecord` rows (words and lists as objects); None when nothing was sampled."""
-        if run_id not in self._hardware:
-            name = f"runs/{run_id}/hardware.jsonl"
-            columns, defects = read_columns(self.path / name, HardwareRecord, name)
-            self._hardware[run_id] = columns if len(columns["time_s"]) else None
-            self._defects += defects
-        return self._hardware[run_id]
-
-    def forensics(self, run_id: str) -> dict[str, Any]:
-        """What a failed run's own investigation found, as plain data; empty when there is none."""
-        if run_id not in self._forensics:
-            self._forensics[run_id] = self._side_file(f"runs/{run_id}/forensics.json") or {}
-        return self._forensics[run_id]
+        """Columns of the run's `HardwareRecord` rows (text and lists as objects); None when nothing was sampled."""
+        columns = self._once("hardware", run_id, lambda run: self._log(run, "hardware", read_columns, HardwareRecord))
+        return columns if len(columns["time_s"]) else None
 
     def activations(self, run_id: str) -> list[dict[str, Any]]:
         """The rows of ``activations.jsonl`` as plain data, empty when activations were not recorded."""
-        if (run_id, "activations") not in self._small:
-            name = f"runs/{run_id}/activations.jsonl"
-            self._small[run_id, "activations"], defects = read_objects(self.path / name, name)
-            self._defects += defects
-        return self._small[run_id, "activations"]
+        return self._once("activations", run_id, lambda run: self._log(run, "activations", read_objects))
+
+    def forensics(self, run_id: str) -> dict[str, Any]:
+        """What a failed run's own investigation found, as plain data; empty when there is none."""
+        return self._once("forensics", run_id, lambda run: self._object(run.name(run.forensics)) or {})
 
     def predictions(self, case: str) -> dict[str, Any] | None:
         """What the fp32 runs of a case predicted, as plain data; None when nobody asked them."""
-        if case not in self._predictions:
-            self._predictions[case] = self._side_file(f"predictions/{case}.json") if is_safe(case) else None
-        return self._predictions[case]
+        name = f"predictions/{case}.json"
+        return self._once("predictions", case, lambda _: self._object(name)) if is_safe(case) else None
 
-    def _records(self, run_id: str, stem: str, kind: type) -> list:
-        if (run_id, stem) not in self._small:
-            name = f"runs/{run_id}/{stem}.jsonl"
-            self._small[run_id, stem], defects = read_records(self.path / name, kind, name)
-            self._defects += defects
-        return self._small[run_id, stem]
+    def _once(self, what: str, of: str, read: Callable[[RunFiles], Any]) -> Any:
+        """What ``read`` gives for a run, read when it is first asked for."""
+        if (what, of) not in self._read:
+            self._read[what, of] = read(RunFiles(self.path, of))
+        return self._read[what, of]
 
-    def _check_length(self, run_id: str, name: str, found: int, defects: list[Defect]) -> None:
-        """A row tells how many steps it did; a log that holds another number lost some."""
-        told = self.by_id[run_id].steps_done
-        if found != told and not defects:
-            what = "is missing" if not stored(self.path / name, name)[0].exists() else f"holds {count(found, 'step')}"
-            defects.append(defect(name, None, f"{what}, and its row says {told}"))
+    def _log(self, run: RunFiles, log: str, read: Callable[..., tuple[Any, list[Defect]]], *kind: type) -> Any:
+        path = run.log(log)
+        rows, defects = read(path, *kind, run.name(path))
+        self._defects += defects
+        return rows
 
-    def _side_file(self, name: str) -> dict[str, Any] | None:
+    def _read_steps(self, run: RunFiles) -> dict[str, np.ndarray]:
+        """A row says how many steps it did; a log that holds another number lost some."""
+        path = run.log("steps")
+        name = run.name(path)
+        columns, defects = read_columns(path, StepRecord, name)
+        columns = _each_step_once(columns, name, defects)
+        found, done = len(columns["step"]), self.by_id[run.run_id].steps_done
+        if found != done and not defects:
+            what = "is missing" if not stored(path, name)[0].exists() else f"holds {count(found, 'step')}"
+            defects.append(defect(name, None, f"{what}, and its row says {done}"))
+        self._defects += defects
+        return columns
+
+    def _object(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the folder, or None."""
         try:
             content, defects = read_one(self.path / name, json_object, name)

@@ -2,7 +2,7 @@
 
 **Replace** (`replacing`, `replace`, `copy`, `placing_folder`): a temporary file in the same folder, sync, rename, sync of
 the folder: readers see the old content or the new one. The writer holds the temporary file's lock while
-it lives, which is how `is_abandoned` knows what a dead one left behind.
+it lives, which is how `is_abandoned` knows what a dead writer left.
 
 What a process' death at any of these operations leaves is tried out by `instrument.results.crash_hook`.
 """
@@ -69,7 +69,7 @@ def copy(source: Path, path: Path) -> None:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file's end off, in place, so that a writer that has it open goes on in the same file."""
+    """Cut a file's end off, in place, so that a writer that has it open continues in the same file."""
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(fd, size)

@@ -93,7 +93,7 @@ class Remedy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class ForensicsRecord(Record, frozen=True, kw_only=True):
-    """One failure. ``sentence`` says it in words; ``matched``: the same failure came again in the replay;
+    """One failure. ``sentence`` says it; ``matched``: the same failure came again in the replay;
     ``chain`` is in order of execution, the culprit first; ``history`` is of the culprit's module, and
     ``headroom_since_step`` the step since which its values have stayed within a bit of the dtype's limit."""
 

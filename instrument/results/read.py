@@ -83,7 +83,7 @@ class Run:
         names |= {"tf32"} if config.get("tf32") else set()
         known = [FLOAT_FORMATS[name].eps for name in names if name in FLOAT_FORMATS]
         if not known:
-            raise RunUnreadable(f"{self.place.row}: its config names no dtype, so rounding cannot be told apart")
+            raise RunUnreadable(f"{self.place.row}: its config names no dtype, so what rounding alone can do is unknown")
         return max(known)
 
     @property

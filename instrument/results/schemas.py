@@ -1,11 +1,10 @@
-"""The record schemas: one place to write, read, validate and document them. Torch-free.
+"""The record schemas, used to write, read, validate and document a run's records; run ids; strict JSON. Torch-free.
 
 Every line is strict JSON. A non-finite number is written ``null`` and named in the line's
 ``nonfinite`` map by its dotted path (``{"loss": "nan"}``; ``nan``, ``inf``, ``-inf``), so that
 nothing is lost and every JSON reader can read it; `decode` puts it back. A value that is absent is ``null``, never -1.
-Base units, the unit in the name. Steps count from 1.
-
-Run ids become names of folders and files, so they are safe names or they are refused. Torch-free.
+Base units, the unit in the name. Steps count from 1. Run ids become names of folders and files, so they are safe names or
+they are refused.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ SCHEMA = 1
 
 STATUSES = ("completed", "diverged", "oom", "unsupported", "error", "preempted", "hung")
 PHASES = ("forward", "loss", "backward", "unscale", "clip", "unscale_or_clip", "optimizer")
-"""``unscale_or_clip``: a loop that is not ours, where the two cannot be told apart."""
+"""``unscale_or_clip``: a loop that is not ours, where the two are one step."""
 CAUSES = ("overflow", "underflow_then_divide", "invalid", "from_input")
 KINDS = ("nan", "inf", "-inf")
 EVENTS = ("scaler_skip", "warning", "resumed")
@@ -69,8 +68,8 @@ class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ``phase`` is where it was produced, ``phase_surfaced`` where it was first seen;
     ``source_tensor`` is what it came from (an ``exp_avg_sq`` that underflowed to 0 makes
     ``param`` infinite). Fields that only the op-level replay can fill are null. ``rank``: the process that
-    produced it, where several share a run; null for one process, and where the counters alone cannot tell (a
-    gradient behind the sum over ranks). ``microbatch`` counts through the whole step's batch.
+    produced it, where several share a run; null for one process, and where the counters alone do not know it (a
+    gradient after the sum over ranks). ``microbatch`` counts through the whole step's batch.
     """
 
     step: int
@@ -179,9 +178,9 @@ class RunRecord(Record, frozen=True, kw_only=True):
     Memory is the run's own process. Fields of measurements not yet made are null.
 
     ``flags["death"]`` of a run that failed: ``cause`` (`harness.supervisor.failure.CAUSES`), ``goes_on`` (whether the same
-    command goes on from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
+    command resumes from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
     memory stood when it ran out. ``flags["hardware"]``: ``throttled`` and ``contended`` are true, false, or null for unknown.
-    ``flags["case_spelled"]``: the command line's words for a case from outside the project.
+    ``flags["case_spelled"]``: a case from outside the project, as the command line spells it.
     """
 
     run_id: str

@@ -1,5 +1,5 @@
-"""What a run's files hold, to be repaired: which lines of a log are records, which are not, and what can still be told
-apart; how many lines of each file are intact or lost. Nothing here writes."""
+"""What a run's files hold, to be repaired: which lines of a log are records, which are not, and what can still be
+separated; how many lines of each file are intact or lost. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instrument.terminal import count
 SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)', re.DOTALL)
 """Where two lines run together: a newline that flipped into another byte, or zeros that a power cut left."""
 CUT_SHORT = "Input data was truncated"
-"""msgspec's words for the beginning of a JSON value."""
+"""msgspec's message for the beginning of a JSON value."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _is_cut_short(line: bytes) -> bool:
     """Whether a line is the beginning of an object and no more."""
     if not line.startswith(b"{"):
         return False
-    for end in (b"", b"0"):  # a number that stops at its point or sign is told as invalid, not as short
+    for end in (b"", b"0"):  # a number that stops at its point or sign is reported as invalid, not as short
         try:
             msgspec.json.decode(line + end)
         except UNREADABLE as error:
@@ -116,7 +116,7 @@ def _is_cut_short(line: bytes) -> bool:
 class FileState:
     """One file: how many lines are intact, what was wrong, what was done. ``lost`` counts lines, or the
     file where it is one record, that nothing here brings back; pieces of lines that were never whole
-    (``torn``) are no loss: no writer was told that they are safe."""
+    (``torn``) are no loss: no `append` of them returned."""
 
     file: str
     intact: int = 0
