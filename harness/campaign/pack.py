@@ -1,4 +1,4 @@
-"""The campaign as it is committed: what the dossier can be built from again, small; and a campaign that goes on from it.
+"""The campaign as it is committed: what the dossier can be built from again, small; and a campaign that continues from it.
 
 Step logs and the like are gzipped, weights and checkpoints are left out, and of the traces one is kept: a replayed overflow.
 `report build` reads the packed folder as it reads a results folder.
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.campaign.book import NAME
 from harness.campaign.stages import FOLDER
 from instrument.results.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
 from instrument.terminal import count
 
+CAMPAIGN = "campaign.json"
 LIMIT_BYTES = 15_000_000
 LARGEST_TRACE_BYTES = 6_000_000
 PLAIN = (
@@ -27,7 +27,7 @@ PLAIN = (
     "kernel_check.json",
     "overhead.json",
     "fit.json",
-    NAME,
+    CAMPAIGN,
     "summary.json",
     "dossier/index.html",
     "dossier/dossier.pdf",
@@ -142,22 +142,22 @@ def _make_room(folder: Path, limit_bytes: int) -> tuple[str, ...]:
 
 
 def unpack(packed: Path, results: Path) -> bool:
-    """Where ``results`` has no campaign and ``packed`` has one, go on from that: on another machine of its kind, say. Logs are
-    plain files again. A run that was stopped behind a checkpoint starts over, since weights are not packed. Returns whether
-    there was one."""
-    if (results / NAME).exists() or not plain_inside(packed, packed / NAME):
+    """Where ``results`` has no campaign and ``packed`` has one, continue from that: on another machine of its kind, say. Logs
+    are plain files again. A run that was stopped after a checkpoint starts over, since weights are not packed. Returns
+    whether there was one."""
+    if (results / CAMPAIGN).exists() or not plain_inside(packed, packed / CAMPAIGN):
         return False
     make_folder(results)
     for path in sorted(packed.rglob("*")):
         name = path.relative_to(packed)
-        if not plain_inside(packed, path) or name.parts[0] == "dossier" or str(name) == NAME:
+        if not plain_inside(packed, path) or name.parts[0] == "dossier" or str(name) == CAMPAIGN:
             continue
         if path.name.endswith(".jsonl.gz"):
             with gzip.open(path, "rb") as zipped, replacing(results / name.with_suffix("")) as plain, plain.open("wb") as file:
                 shutil.copyfileobj(zipped, file)
         else:
             copy(path, results / name)
-    copy(packed / NAME, results / NAME)  # last: a cut before it starts the copy again
+    copy(packed / CAMPAIGN, results / CAMPAIGN)  # last: a cut before it starts the copy again
     return True
 
 

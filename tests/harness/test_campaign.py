@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,6 +10,11 @@ import time
 
 import pytest
 
+from harness import cli
+from harness.campaign import stages
+from harness.campaign.command import ASKED, probe
+from harness.campaign.stages import StageExit
+from harness.exit_codes import exit_code_of
 from instrument.results.lines import read
 from instrument.results.schemas import RunRecord
 
@@ -89,7 +95,7 @@ def test_cut_in_the_middle_it_is_one_campaign(tmp_path, plan, cut):
     if cut == signal.SIGKILL:
         assert book["stages"]["run-gpt2_clm-s0"]["state"] == "running"
     else:
-        assert first.returncode == 75 and "the same command goes on" in words and book["calls"][-1]["end"] == "SIGTERM"
+        assert first.returncode == 75 and "the same command resumes" in words and book["calls"][-1]["end"] == "SIGTERM"
         assert book["stages"]["run-gpt2_clm-s0"]["state"] == "pending"
 
     second = start(tmp_path, *QUICK, "--json")
@@ -144,35 +150,31 @@ def quick_machine(monkeypatch):
         "environment": {"cpu": "x", "torch_version": "2"},
         "missing": {"weasyprint": "no PDF, HTML only"},
     }
-    monkeypatch.setattr(command, "find_machine", lambda asked, estimates: (machine, 0))
+    monkeypatch.setattr(command, "find_machine", lambda asked, estimates: machine)
     return machine
 
 
 def campaign(tmp_path, *more):
-    from harness.cli import main
-
-    return main(["campaign", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "out"), *more])
+    return cli.main(["campaign", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "out"), *more])
 
 
 def planted(monkeypatch, ends):
     """Stages that take no time: ``ends`` says how each ends, by the beginning of its name."""
-    from harness.campaign import process
-
     ran = []
 
-    def run(command, files, *, limit_s, call_s, stop, beat, **_):
+    def run(command, files, *, limit_s, call_s, stop, report=lambda pid, s: None, **_):
         ran.append(files.name)
-        beat(4242, 0.0)
+        report(4242, 0.0)
         exit_code, cut = next((end for name, end in ends.items() if files.name.startswith(name)), (0, None))
-        return process.Ended(exit_code, 1.5, cut, f"last words of {files.name}")
+        return StageExit(exit_code, 1.5, cut, f"last line of {files.name}")
 
-    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(stages, "run_process", run)
     return ran
 
 
 def test_two_dossiers_and_what_grows_between_them_stay_within_the_minutes(tmp_path, quick_machine, monkeypatch):
     """On a clock that is planted: whatever is run takes all that it may, and the first block leaves no time for two."""
-    from harness.campaign import call, process
+    from harness.campaign import call
 
     now_s, rows, ran = [1000.0], [], []
     monkeypatch.setattr(call.time, "monotonic", lambda: now_s[0])
@@ -185,9 +187,9 @@ def test_two_dossiers_and_what_grows_between_them_stay_within_the_minutes(tmp_pa
         seconds = call_s + grace_s if block else 28.0 if files.name == "dossier" else 1.0
         now_s[0] += seconds
         ran.append(files.name)
-        return process.Ended(75 if block else 0, seconds, "call" if block else None, "")
+        return StageExit(75 if block else 0, seconds, "call" if block else None, "")
 
-    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(stages, "run_process", run)
     assert campaign(tmp_path, "--minutes", "5", "--ops", "unscale") == 75
     assert now_s[0] <= 1300.0 and ran.count("dossier") == 1
 
@@ -204,7 +206,7 @@ def test_a_stage_that_fails_costs_only_itself(tmp_path, quick_machine, monkeypat
         *[f"run-gpt2_clm-s{s}" for s in (0,)],
     ]
     stages = json.loads((tmp_path / "results" / "campaign.json").read_text())["stages"]
-    assert stages["check-unscale"]["state"] == "failed" and "signal 11: last words" in stages["check-unscale"]["note"]
+    assert stages["check-unscale"]["state"] == "failed" and "signal 11: last line" in stages["check-unscale"]["note"]
     assert stages["overhead"]["state"] == "cut" and stages["bench-unscale"]["state"] == "done"
     words = capsys.readouterr().err
     assert "failed: check-unscale" in words and "weasyprint is not installed: no PDF, HTML only" in words
@@ -228,16 +230,16 @@ def test_a_call_without_minutes_leaves_everything_to_the_next(tmp_path, quick_ma
 
 def test_a_small_call_keeps_nothing_free_for_a_dossier_that_cannot_be(tmp_path, quick_machine, monkeypatch):
     """Before a run has ended there is none to build; from the first run on there is. What ends late is in the minutes."""
-    from harness.campaign import call, process
+    from harness.campaign import call
 
     asked = {}
 
-    def run(command, files, *, call_s, grace_s, beat, **_):
+    def run(command, files, *, call_s, grace_s, report=lambda pid, s: None, **_):
         asked[files.name] = (call_s, grace_s)
-        beat(4242, 0.0)
-        return process.Ended(0, 0.0, None, "")
+        report(4242, 0.0)
+        return StageExit(0, 0.0, None, "")
 
-    monkeypatch.setattr(process, "run", run)
+    monkeypatch.setattr(stages, "run_process", run)
     assert campaign(tmp_path, "--minutes", "2", "--ops", "unscale", "--skip", "fit", "bench") == 0
     for name, dossier_s in (("doctor", 0.0), ("overhead", 0.0), ("calibrate", 0.0), ("run-gpt2_clm-s0", call.DOSSIER_S["cpu"])):
         call_s, grace_s = asked[name]
@@ -254,37 +256,30 @@ def test_a_small_call_keeps_nothing_free_for_a_dossier_that_cannot_be(tmp_path, 
         ({"device": "cuda"}, "torch sees no GPU here"),
     ],
 )
-def test_bad_options_are_one_sentence_before_anything_is_written(asked, words, capsys):
-    from harness.campaign import probe
-    from harness.campaign.command import ASKED
+def test_bad_options_are_refused_before_anything_is_written(asked, words):
+    with pytest.raises(Exception, match=words) as raised:
+        probe({**dict.fromkeys(ASKED), "preset": "tiny", **asked}, estimates=False)
+    assert exit_code_of(raised.value) in (2, 4)
+    again = pickle.loads(pickle.dumps(raised.value))  # it comes from a process of its own
+    assert str(again) == str(raised.value) and type(again) is type(raised.value)
 
-    code = probe.main([json.dumps({**dict.fromkeys(ASKED), "preset": "tiny", **asked})])
-    said = capsys.readouterr()
-    assert code in (2, 4) and said.out == "" and words in said.err and len(said.err.strip().splitlines()) == 1
 
-
-def test_a_hub_that_does_not_answer_ends_it_before_anything_is_written(monkeypatch, capsys):
+def test_a_hub_that_does_not_answer_ends_it_before_anything_is_written(monkeypatch):
     from bench_cases.data import hub
-    from harness.campaign import probe
-    from harness.campaign.command import ASKED
 
     def silence(kind, name, revision):
         raise hub.unavailable(name, ConnectionError("no route"))
 
     monkeypatch.setattr(hub, "commit_of", silence)
-    code = probe.main([json.dumps({**dict.fromkeys(ASKED), "preset": "tiny", "data": "hub", "cases": ["gpt2_multi_cls"]})])
-    said = capsys.readouterr()
-    assert code == 5 and said.out == "" and "no route" in said.err and "--data DIR" in said.err
+    with pytest.raises(Exception, match="no route.*--data DIR") as raised:
+        probe({**dict.fromkeys(ASKED), "preset": "tiny", "data": "hub", "cases": ["gpt2_multi_cls"]}, estimates=False)
+    assert exit_code_of(raised.value) == 5
 
 
-def test_the_matched_control_joins_the_full_preset_only(capsys):
-    from harness.campaign import probe
-    from harness.campaign.command import ASKED
-
+def test_the_matched_control_joins_the_full_preset_only():
     for preset, sizes, labels in (("tiny", {}, 6), ("full", {}, 7), ("full", {"seq_len": 64}, 6)):
         asked = {**dict.fromkeys(ASKED), "preset": preset, "data": "embedded", "documents": 300, **sizes}
-        assert probe.main([json.dumps(asked)]) == 0
-        found = json.loads(capsys.readouterr().out)
+        found = probe(asked, estimates=False)
         assert len(found["labels"]) == labels and ("gpt2_clm@512" in found["labels"]) == (labels == 7)
         assert len(found["configs"]) == 7 and found["preset"] == preset
 

@@ -12,12 +12,11 @@ import psutil
 import pytest
 
 from harness.campaign import pack as packing
-from harness.campaign import process
-from harness.campaign.book import Book, only_call
-from harness.campaign.call import outcome
+from harness.campaign import stages
+from harness.campaign.call import CampaignState, only_call
 from harness.campaign.command import ASKED, require_ours
 from harness.campaign.plan import Cost, make_plan
-from harness.campaign.stages import LEAST_S, SHARES, Stage, before_the_plan, behind_the_runs, runs
+from harness.campaign.stages import LEAST_S, SHARES, Stage, StageExit, after_the_runs, before_the_plan, outcome, runs
 from harness.options import OPS
 from harness.run.signals import Stop
 from harness.settings import SettingsError
@@ -30,29 +29,29 @@ NOTHING = dict.fromkeys(ASKED)
 
 def python(tmp_path, code, *, limit_s=60.0, call_s=60.0, grace_s=20.0, stop=None, echo=lambda line: None):
     (tmp_path / "stage_of_a_test.py").write_text(code)
-    beats = []
+    pids = []
     os.environ["PYTHONPATH"] = str(tmp_path)
     try:
-        ended = process.run(
+        ended = stages.run_process(
             ["stage_of_a_test"],
             tmp_path / "logs" / "x",
             limit_s=limit_s,
             call_s=call_s,
             grace_s=grace_s,
             stop=stop or Stop(),
-            beat=lambda pid, s: beats.append(pid),
+            report=lambda pid, s: pids.append(pid),
             echo=echo,
         )
     finally:
         del os.environ["PYTHONPATH"]
-    return ended, beats[0]
+    return ended, pids[0]
 
 
 def test_a_stage_that_ends_by_itself(tmp_path):
     lines = []
     code = "import sys; print('{}'); print('one\\ntwo', file=sys.stderr); sys.exit(3)"
     ended, _ = python(tmp_path, code, echo=lines.append)
-    assert (ended.exit_code, ended.cut, ended.last_words, lines) == (3, None, "two", ["one", "two"])
+    assert (ended.exit_code, ended.cut, ended.last_line, lines) == (3, None, "two", ["one", "two"])
     assert (tmp_path / "logs" / "x.out").read_text() == "{}\n"
 
 
@@ -63,7 +62,7 @@ def test_a_stage_out_of_time_is_asked_and_given_time(tmp_path, limits, why):
         "print('saved', file=sys.stderr), sys.exit(75)))\ntime.sleep(600)"
     )
     ended, _ = python(tmp_path, code, **limits)
-    assert ended.cut == why and (ended.exit_code, ended.last_words) in ((75, "saved"), (-15, "it said nothing"))
+    assert ended.cut == why and (ended.exit_code, ended.last_line) in ((75, "saved"), (-15, "it said nothing"))
 
 
 def test_a_stage_that_does_not_listen_is_killed_with_what_it_started(tmp_path):
@@ -74,7 +73,7 @@ def test_a_stage_that_does_not_listen_is_killed_with_what_it_started(tmp_path):
     )
     ended, pid = python(tmp_path, code, limit_s=2.0, grace_s=0.3)
     assert ended.exit_code == -signal.SIGKILL
-    child = int(ended.last_words)
+    child = int(ended.last_line)
     deadline = time.monotonic() + 20
     while psutil.pid_exists(child) and psutil.Process(child).status() != "zombie" and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -94,9 +93,9 @@ def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
         "import signal, sys, time\nprint('up', file=sys.stderr, flush=True)\ntry:\n    time.sleep(600)\nfinally:\n    pass"
     )
     parent = (
-        "import sys; from pathlib import Path; from harness.campaign import process; from harness.run.signals import Stop\n"
-        "process.run(['stage_of_a_test'], Path(sys.argv[1]) / 'x', limit_s=600, call_s=600, grace_s=1, stop=Stop(), "
-        "beat=lambda pid, s: print(pid, flush=True))"
+        "import sys; from pathlib import Path; from harness.campaign import stages; from harness.run.signals import Stop\n"
+        "stages.run_process(['stage_of_a_test'], Path(sys.argv[1]) / 'x', limit_s=600, call_s=600, grace_s=1, stop=Stop(), "
+        "report=lambda pid, s: print(pid, flush=True))"
     )
     campaign = subprocess.Popen(
         [sys.executable, "-c", parent, str(tmp_path)],
@@ -114,23 +113,23 @@ def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
 
 
 def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone(monkeypatch):
-    monkeypatch.setattr(process, "ROOMS", ("timeit",))
+    monkeypatch.setattr(stages, "ROOMS", ("timeit",))
     orphan = subprocess.Popen(
         [sys.executable, "-m", "timeit", "-n", "1", "import time; time.sleep(600)"], start_new_session=True
     )
     time.sleep(0.3)
-    assert process.end_orphan(orphan.pid, 5.0) and not psutil.pid_exists(orphan.pid)
+    assert stages.end_orphan(orphan.pid, 5.0) and not psutil.pid_exists(orphan.pid)
     orphan.wait(20)
     other = subprocess.Popen([sys.executable, "-m", "json.tool"], stdin=subprocess.PIPE, start_new_session=True)
     time.sleep(0.3)
-    assert not process.end_orphan(other.pid, 1.0) and not process.end_orphan(None, 1.0) and other.poll() is None
+    assert not stages.end_orphan(other.pid, 1.0) and not stages.end_orphan(None, 1.0) and other.poll() is None
     other.kill()
     other.wait()
-    assert not process.end_orphan(other.pid, 1.0)
+    assert not stages.end_orphan(other.pid, 1.0)
 
 
 @pytest.mark.parametrize(
-    "exit_code, cut, goes_on, state",
+    "exit_code, cut, resumes, state",
     [
         (0, None, False, "done"),
         (0, "call", True, "done"),
@@ -145,26 +144,26 @@ def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone(mon
         (130, "signal", False, "pending"),
     ],
 )
-def test_how_a_stage_is_counted(exit_code, cut, goes_on, state):
-    stage = Stage("x", "run", ("harness",), goes_on=goes_on)
-    found, note = outcome(stage, process.Ended(exit_code, 1.0, cut, "last words"))
+def test_how_a_stage_is_counted(exit_code, cut, resumes, state):
+    stage = Stage("x", "run", ("harness",), resumes=resumes)
+    found, note = outcome(stage, StageExit(exit_code, 1.0, cut, "last line"))
     assert found == state and (note is None or state != "done" or "rows" in note)
 
 
 def test_the_file_is_of_one_campaign(tmp_path):
-    book = Book.open(tmp_path, {**NOTHING, "data": "embedded"}, 30.0)
-    book.update("doctor", state="done", spent_s=12.5)
-    again = Book.open(tmp_path, NOTHING, 99.0)
+    state = CampaignState.open(tmp_path, {**NOTHING, "data": "embedded"}, 30.0)
+    state.update("doctor", state="done", spent_s=12.5)
+    again = CampaignState.open(tmp_path, NOTHING, 99.0)
     assert again.settled("doctor") and again.spent_s == 12.5 and again.total_s == 1800.0
     with pytest.raises(SettingsError, match=r"--data is DIR, and the campaign in .* was begun with embedded; leave it out"):
-        Book.open(tmp_path, {**NOTHING, "data": "DIR"}, 30.0)
+        CampaignState.open(tmp_path, {**NOTHING, "data": "DIR"}, 30.0)
     with pytest.raises(SettingsError, match=r"--max-steps is 7, .* begun with the default"):
-        Book.open(tmp_path, {**NOTHING, "max_steps": 7}, 30.0)
-    changed = Book.open(tmp_path, {**NOTHING, "price_per_hour": 2.5, "skip": ["fit"]}, 30.0)
+        CampaignState.open(tmp_path, {**NOTHING, "max_steps": 7}, 30.0)
+    changed = CampaignState.open(tmp_path, {**NOTHING, "price_per_hour": 2.5, "skip": ["fit"]}, 30.0)
     assert changed.asked["price_per_hour"] == 2.5 and changed.asked["skip"] == ["fit"] and changed.asked["data"] == "embedded"
     (tmp_path / "campaign.json").write_text('{"torn')
     with pytest.raises(OutputError, match="is no campaign's file"):
-        Book.open(tmp_path, NOTHING, 30.0)
+        CampaignState.open(tmp_path, NOTHING, 30.0)
 
 
 def test_one_call_at_a_time(tmp_path):
@@ -195,7 +194,7 @@ def test_the_stages_in_order(tmp_path):
 def test_in_a_short_campaign_the_matrix_comes_before_the_speeds(tmp_path):
     def groups(total_s):
         given = NOTHING, tmp_path, ["gpt2_clm", "roberta_mlm"], ["fp32_true"], total_s
-        return [dict.fromkeys(s.group for s in part(*given)) for part in (before_the_plan, behind_the_runs)]
+        return [dict.fromkeys(s.group for s in part(*given)) for part in (before_the_plan, after_the_runs)]
 
     speeds = ["bench", "overhead"]
     assert list(map(list, groups(1800))) == [["doctor", "check", *speeds, "calibrate"], ["overflow", "fit"]]
@@ -268,7 +267,7 @@ def test_what_does_not_fit_is_left_out_and_said_and_too_much_is_refused(tmp_path
     assert (tmp_path / "out" / "campaign.json").exists(), "a pack that is refused leaves the one before"
 
 
-def test_a_campaign_goes_on_from_its_pack(tmp_path):
+def test_a_campaign_resumes_from_its_pack(tmp_path):
     source = results(tmp_path / "results")
     packing.pack(source, tmp_path / "out")
     assert packing.unpack(tmp_path / "out", tmp_path / "elsewhere")

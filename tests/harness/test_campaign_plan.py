@@ -5,8 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
-from harness.campaign.calibration import cost_of, kind, representatives, spread
-from harness.campaign.plan import CASE_ORDER, LADDER, Block, Cost, Plan, Variant, make_plan, order
+from harness.campaign.plan import (
+    CASE_ORDER,
+    LADDER,
+    Block,
+    CampaignPlan,
+    Cost,
+    Variant,
+    kind,
+    make_plan,
+    order,
+    representatives,
+    spread,
+)
 from harness.campaign.terminal import CASES_ABREAST, show_plan
 from harness.settings import SettingsError
 from instrument.results.schemas import RunRecord
@@ -92,7 +103,7 @@ def test_the_order_has_both_losses_of_both_architectures_first():
 
 @pytest.mark.parametrize("label", ["gpt2_clm@", "gpt2_clm@x", "gpt2_clm@0", "gpt2_clm@-4"])
 def test_a_length_that_is_none_is_refused(label):
-    with pytest.raises(SettingsError, match="behind @ a number of tokens"):
+    with pytest.raises(SettingsError, match="after @ a number of tokens"):
         Variant.parse(label)
 
 
@@ -130,12 +141,12 @@ def row(config, status="completed", total_s=10.0, step_s=0.5, steps=8):
 
 
 def test_a_rows_total_without_its_steps_is_what_every_run_costs():
-    cost = cost_of(row("fp32_true"))
+    cost = Cost.of_row(row("fp32_true"))
     assert (cost.fixed_s, cost.step_s, cost.died) == (4.0 + 10 - 8 * 0.5, 0.5, False)
-    died = cost_of(row("fp16_naive", "diverged", step_s=None, steps=4))
+    died = Cost.of_row(row("fp16_naive", "diverged", step_s=None, steps=4))
     assert (died.died, died.controls, died.step_s) == (True, 2, 1.5)
-    assert cost_of(row("fp32_true", "oom")) is None
-    assert cost_of(row("amp_bf16_8bit", "unsupported", step_s=None)).seconds(1000) == 1.0
+    assert Cost.of_row(row("fp32_true", "oom")) is None
+    assert Cost.of_row(row("amp_bf16_8bit", "unsupported", step_s=None)).seconds(1000) == 1.0
 
 
 def test_what_was_not_calibrated_costs_what_its_kind_does():
@@ -173,8 +184,8 @@ def test_the_plan_is_readable_on_a_small_terminal(capsys, monkeypatch):
         for config in DTYPE_CONFIGS
     }
     blocks = tuple(Block(case, 0, tuple(DTYPE_CONFIGS), 60_000.0) for case in CASES)
-    plan = Plan(1_000, (0,), blocks, 1e5, 1e5, True, "it fits")
-    show_plan(plan, costs, {"configs": list(DTYPE_CONFIGS), "labels": list(CASES)})
+    plan = CampaignPlan(1_000, (0,), blocks, 1e5, 1e5, True, "it fits")
+    show_plan(plan, costs, list(DTYPE_CONFIGS), list(CASES))
     lines = capsys.readouterr().err.splitlines()
     (sentence,) = [line for line in lines if "  plan: 1,000 steps, seed 0, 8 blocks of 14 configurations" in line]
     assert max(len(line) for line in lines if line is not sentence and "milliseconds" not in line) <= 80
