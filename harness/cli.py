@@ -27,7 +27,7 @@ COMMANDS = {
     "matrix": "harness.matrix.command:matrix_command",
     "flops": "harness.commands.flops:flops_command",
     "inspect": "harness.inspect.command:inspect_command",
-    "inspect --try": "harness.forensics.counterfactual:try_command",
+    "inspect --try": "harness.commands.try_changes:try_command",
     "diff": "harness.diff.command:diff_command",
     "predict": "harness.predict.command:predict_command",
     "doctor": "harness.doctor.command:doctor_command",

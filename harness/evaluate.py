@@ -30,7 +30,7 @@ def evaluate(
     team: DistributedContext = SINGLE_PROCESS,
 ) -> EvaluationRecord:
     """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training. Ranks are dealt batches and
-    put together what each made of its own: the record is every rank's, and that of one process."""
+    combine their results: the record is every rank's, and that of one process."""
     started = time.perf_counter()
     model.eval()
     losses, targets_seen, samples = [], 0, 0

@@ -25,8 +25,8 @@ def cpu_has_fp16_arithmetic() -> bool:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    words = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
-    return bool(words & _FP16_UNITS)
+    flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    return bool(flags & _FP16_UNITS)
 
 
 def install() -> torch.library.Library:

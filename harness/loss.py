@@ -7,7 +7,7 @@ loss, gradient and logit statistics together. A configuration that keeps its los
 rounds the loss of every row to that dtype, sums in fp32, and rounds the quotient once; its
 statistics are a pass of their own.
 
-PyTorch's dynamic loss scaler, measuring the gradients in the pass that unscales them.
+`MeasuringGradScaler` is PyTorch's dynamic loss scaler, which measures the gradients in the pass that unscales them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _counted(logits: torch.Tensor, targets: torch.Tensor, valid_vocab: int | Non
 
 
 class MeasuringGradScaler(torch.amp.GradScaler):
-    """`torch.amp.GradScaler` whose `unscale_` leaves `gradient_stats` behind.
+    """`torch.amp.GradScaler` whose `unscale_` keeps `gradient_stats`.
 
     Everything else is the stock scaler's: its schedule, its skipped steps, its one check of the
     device a step. ``_unscale_grads_`` is the method that subclasses override (FSDP's scaler does).
@@ -86,7 +86,7 @@ class MeasuringGradScaler(torch.amp.GradScaler):
         super().__init__(device, init_scale=init_scale)
         self.measured: list[torch.nn.Parameter] = []
         self.over_ranks: Callable[[TensorStats], TensorStats] = lambda mine: mine
-        """Puts together the statistics of slices, where the ranks of a run have a slice of each gradient."""
+        """Combines the statistics of slices, where the ranks of a run have a slice of each gradient."""
 
     def scale_now(self, device: torch.device) -> torch.Tensor:
         """The loss scale as a device scalar, without a sync."""

@@ -1,6 +1,5 @@
-"""The process-wide switches that change numerics: set, proven by computation, recorded.
-
-The only place that turns a dtype configuration into torch calls.
+"""The map from a dtype configuration to torch: the process-wide switches that change numerics (set, proven by computation,
+recorded) and what the loop calls.
 
 `Precision` is made once per run: it refuses what the device cannot do (`Unsupported`, with the
 reason; never an approximation under the same name), sets and proves the global switches, and
@@ -188,7 +187,7 @@ class Precision:
             ) from error
 
     def check_logits(self, logits: torch.Tensor) -> None:
-        """The head ran in the dtype the configuration declares; raises `switches.SwitchError`."""
+        """The head ran in the dtype the configuration declares; raises `SwitchError`."""
         if logits.dtype != self.logits_dtype:
             raise SwitchError(f"{self.config.id}: logits are {logits.dtype}, declared {self.logits_dtype}")
 

@@ -4,7 +4,7 @@ Three figures of a GPU's memory differ and all are reported: *allocated* (bytes 
 *reserved* (what torch's allocator holds from the driver), both of this process, and the *device*
 total of NVML (contexts, libraries and other processes too; `instrument.sampler`).
 
-How memory stood when it ran out: the allocator's figures on a GPU, the process' and its limits' on the host.
+When memory runs out, the allocator's figures (on a GPU) or the process' and its limits (on the host) are recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def memory_split(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     shared by all parameters are not counted again. 8-bit states count their own bytes and their
     scales'. ``by_dtype`` has the same bytes, ``elsewhere_bytes`` what is not on the first weight's device
     (step counters on the host, say), which no other figure includes. ``gradients_bytes`` are those held
-    now, none behind ``zero_grad``; ``gradients_complete_bytes`` is one for every trainable weight.
+    now, none after ``zero_grad``; ``gradients_complete_bytes`` is one for every trainable weight.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     seen: set[int] = set()
@@ -91,21 +91,6 @@ def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *,
     }
 
 
-def peak_memory(device: torch.device, *, peak_device_bytes: int | None = None) -> dict[str, int | None]:
-    """The peaks of a run by all measures, under a `RunRecord`'s names; null where there is none.
-
-    ``peak_device_bytes`` is the sampler's, of NVML. Allocated and reserved count from the last
-    ``torch.cuda.reset_peak_memory_stats``; RSS from the process' start.
-    """
-    cuda = device.type == "cuda"
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
-        "peak_device_bytes": peak_device_bytes,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
 @dataclass
 class Saved:
     """``bytes``: storages that autograd keeps for backward; ``by_dtype`` the same."""
@@ -152,7 +137,7 @@ class Snapshot:
 @contextmanager
 def snapshot_on_oom(path: Path, device: torch.device, *, history: bool = False, always: bool = False) -> Iterator[Snapshot]:
     """Writes the allocator's state to ``path`` (for https://pytorch.org/memory_viz) when the block runs out
-    of memory, or with ``always`` at its end too; an error goes on. ``history`` also records the stack of
+    of memory, or with ``always`` at its end too; an error is raised again. ``history`` also records the stack of
     every allocation, which costs time.
     """
     outcome = Snapshot(why="memory did not run out", history=history and device.type == "cuda" and _record_history(True))

@@ -1,8 +1,5 @@
-"""Steps of a failed run again from its stored state, with one change in its configuration.
-
-Bytes that a training holds through a step: what a change costs in memory where no allocator tells its peak.
-
-One module of a model computed in fp32, whatever runs around it.
+"""Runs steps of a failed run again from its stored state, with one change in its configuration or with one module
+computed in fp32, and measures what the change costs in time and memory.
 """
 
 from __future__ import annotations

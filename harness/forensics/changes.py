@@ -1,6 +1,5 @@
-"""The changes that a counterfactual can make, whom each applies to, and which cause each confirms.
-
-A stored state as another implementation of AdamW keeps it.
+"""The changes that a counterfactual can make: which configuration each applies to, which cause each confirms, and the
+stored state as a changed AdamW keeps it.
 """
 
 from __future__ import annotations

@@ -3,27 +3,17 @@
 The unchanged run goes first, as the control: only where it fails as it did can a remedy's survival say
 anything. Then every change, all else equal: weights, states, batches, schedule. A cause is *confirmed*
 only when a remedy that removes it survives the failed step.
-
-``python -m harness inspect RUN --try CHANGE ...``: what would have helped, tried out.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
 
-from harness.exit_codes import OK
 from harness.forensics.changed_run import ChangedRun, run_changed, run_unchanged
 from harness.forensics.changes import Change, change_of, changes_of, confirms, enclosing_modules
 from harness.forensics.rebuild import Rebuilt, rebuild
@@ -34,17 +24,16 @@ from instrument.replay.snapshot import NamedState
 from instrument.results.files import replace
 from instrument.results.forensics import ForensicsRecord, Remedy
 from instrument.results.schemas import FirstNonfinite, RecordError, RunRecord, decode, encode
-from instrument.terminal import count
 
 STEPS, STEPS_BEYOND = 20, 5
 MOST_TIMED_STEPS = 6
 MOST_TIME_NOISE = 0.25
-"""Where the unchanged run's timings before and behind a change differ by more, the machine was too busy to tell."""
+"""Where the unchanged run's timings before and after a change differ by more, the machine was too busy to compare them."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """The answer to ``--try``. ``reproduced``: the unchanged run failed again at the same step and phase;
+class Counterfactual:
+    """What came of the changes that were tried. ``reproduced``: the unchanged run failed again at the same step and phase;
     ``time_noise``: largest relative difference between neighbouring timings of it, below which a time ratio
     means nothing; null when no change survived."""
 
@@ -66,9 +55,9 @@ class Trial:
 
 
 def try_changes(
-    run_folder: Path, names: list[str], steps: int | None = None, progress: Callable[[str], None] = lambda words: None
-) -> Trial:
-    """Try changes on a failed run and write what came of them into its ``forensics.json``.
+    run_folder: Path, names: list[str], steps: int | None = None, progress: Callable[[str], None] = lambda what: None
+) -> Counterfactual:
+    """Try changes on a failed run and write the remedies into its ``forensics.json``.
 
     ``steps`` counts from the snapshot; None: `STEPS`, or as many as reach `STEPS_BEYOND` the failure. Raises
     `NothingToReplay`, `SnapshotError`, `RebuildError`, `SettingsError` or `UnknownId`, each saying what to do.
@@ -87,12 +76,12 @@ def try_changes(
     except Unsupported as error:
         raise RebuildError(f"{record.run_id} cannot be run again here: {error}") from error
     reproduced = control.failed_at == first.step and control.first is not None and control.first.phase == first.phase_surfaced
-    trials = _Trials(rebuilt, state, first, last, timed, control, reproduced, progress, [control.step_time_s])
-    remedies = [trials.remedy(change) for change in changes]
+    tried = _Changes(rebuilt, state, first, last, timed, control, reproduced, progress, [control.step_time_s])
+    remedies = [tried.remedy(change) for change in changes]
     if "all" in names:
-        remedies += trials.enclosing(first.module, remedies)
+        remedies += tried.enclosing(first.module, remedies)
     _keep(run_folder, remedies)
-    return Trial(
+    return Counterfactual(
         record.run_id,
         forensics.sentence,
         first,
@@ -100,7 +89,7 @@ def try_changes(
         last,
         reproduced,
         control.failed_at,
-        trials.time_noise(),
+        tried.time_noise(),
         tuple(remedies),
         rebuilt.warnings,
     )
@@ -119,9 +108,9 @@ def last_step(snapshot: int, failed: int, max_steps: int, steps: int | None) -> 
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """What all trials of a run have in common. ``control_times_s``: the unchanged run's timed steps, before the
-    first change and again behind every one that survived, so that a machine that slows down favours none."""
+class _Changes:
+    """What all changed runs have in common. ``control_times_s``: the unchanged run's timed steps, before the
+    first change and again after every one that survived, so that a machine that slows down favours none."""
 
     rebuilt: Rebuilt
     state: NamedState
@@ -175,14 +164,14 @@ class _Trials:
         )
 
     def _time_ratio(self, run: ChangedRun) -> tuple[float | None, str | None]:
-        """To the mean of the unchanged run's times just before and just behind; or none, and why."""
+        """To the mean of the unchanged run's times just before and just after; or none, and why."""
         if run.step_time_s is None:
             return None, None
         self.control_times_s.append(run_unchanged(self.rebuilt, self.state, self.timed[-1], self.timed).step_time_s)
-        before_s, behind_s = self.control_times_s[-2:]
-        if not 1 / (1 + MOST_TIME_NOISE) <= behind_s / before_s <= 1 + MOST_TIME_NOISE:
-            return None, f"step time not told: the unchanged steps took {behind_s / before_s:.2f}x as long behind as before"
-        return 2 * run.step_time_s / (before_s + behind_s), None
+        before_s, after_s = self.control_times_s[-2:]
+        if not 1 / (1 + MOST_TIME_NOISE) <= after_s / before_s <= 1 + MOST_TIME_NOISE:
+            return None, f"no step time: the unchanged steps took {after_s / before_s:.2f}x as long after as before"
+        return 2 * run.step_time_s / (before_s + after_s), None
 
     def enclosing(self, module: str | None, tried: list[Remedy]) -> Iterator[Remedy]:
         """Where fp32 in the culprit alone does not help (others overflow as well): the modules around it, from
@@ -214,7 +203,7 @@ class _Trials:
 
 
 def _where(run: ChangedRun) -> str:
-    """The place of a changed run's failure, in words."""
+    """The place of a changed run's failure, for a sentence."""
     if run.first is None:
         return "the loss exploded"
     if run.found is None:
@@ -239,112 +228,9 @@ def _read(run_folder: Path) -> tuple[RunRecord, ForensicsRecord]:
 
 
 def _keep(run_folder: Path, remedies: list[Remedy]) -> None:
-    """Put the remedies into ``forensics.json``, in place of older trials of the same changes."""
+    """Put the remedies into ``forensics.json``, in place of older ones of the same changes."""
     path = run_folder / "forensics.json"
     forensics = decode(path.read_bytes(), ForensicsRecord)
     new = {remedy.change for remedy in remedies}
     kept = [remedy for remedy in forensics.remedies if remedy.change not in new]
     replace(path, encode(msgspec.structs.replace(forensics, remedies=(*kept, *remedies))) + b"\n")
-
-
-CAUSES = {
-    "overflow": "overflow",
-    "underflow_then_divide": "underflow, then division by it",
-    "invalid": "an invalid operation",
-    "from_input": "a value that came in from outside the step",
-}
-
-
-def try_command(options: argparse.Namespace) -> int:
-    """Try the changes, print a table; ``--json`` prints the trial as one object on standard output."""
-    from instrument.results.layout import locate
-
-    if options.repro is not None:
-        raise SettingsError("--try and --repro are two commands; give one of them")
-    if options.steps is not None and options.steps < 1:
-        raise SettingsError(f"--steps is {options.steps}; it must be at least 1")
-    run = locate(options.run, options.out)
-    from harness.forensics.changes import refuse_unknown
-
-    refuse_unknown(options.changes)
-    console = Console(stderr=True, highlight=False)
-    with console.status("") as status:
-        trial = try_changes(run.path, options.changes, options.steps, lambda words: status.update(f"replaying: {words}"))
-    if options.json:
-        import msgspec
-
-        row = msgspec.to_builtins(trial) | {"confirmed_by": trial.confirmed_by}
-        sys.stdout.write(msgspec.json.encode(row).decode() + "\n")
-        return OK
-    for line in heading(trial):
-        console.print(line)
-    console.print(table(trial.remedies))
-    for line in notes(trial):
-        console.print(Padding(line, (0, 0, 0, 2)))
-    console.print(verdict(trial))
-    return OK
-
-
-def heading(trial) -> list[str]:
-    """What failed, from where it was replayed, and whether the control failed again."""
-    again = (
-        f"[green]fails again at step {trial.control_failed_at}[/]"
-        if trial.reproduced
-        else (
-            "[yellow]does not fail again[/]"
-            if trial.control_failed_at is None
-            else f"[yellow]fails in another way, at step {trial.control_failed_at}[/]"
-        )
-    )
-    return [
-        f"[bold]{escape(trial.run_id)}[/]",
-        escape(trial.sentence),
-        f"from the snapshot behind step {trial.snapshot_step} up to step {trial.last_step}; unchanged, it {again}",
-        *(f"[yellow]another machine: {escape(warning)}[/]" for warning in trial.warnings),
-    ]
-
-
-def table(remedies: tuple[Remedy, ...]) -> Table:
-    """A row a change."""
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    drawn.add_column("change", overflow="fold")
-    drawn.add_column("outcome", no_wrap=True)
-    drawn.add_column("step time", justify="right", no_wrap=True)
-    drawn.add_column("memory", justify="right", no_wrap=True)
-    for r in remedies:
-        drawn.add_row(escape(r.change), outcome(r), _times(r.step_time_ratio), _times(r.bytes_ratio))
-    return drawn
-
-
-def outcome(remedy: Remedy) -> str:
-    """Survives or not, in a word or two."""
-    if remedy.survives is None:
-        return "[dim]not tried[/]"
-    if remedy.survives:
-        return f"[green]survives {count(remedy.steps, 'step')}[/]"
-    return f"[red]fails at step {remedy.failed_at}[/]" if remedy.failed_at is not None else "[red]trains nothing[/]"
-
-
-def notes(trial) -> list[str]:
-    """What the table has no room for."""
-    lines = [f"{escape(r.change)}: [dim]{escape(r.why)}[/]" for r in trial.remedies if r.why]
-    if trial.time_noise is not None:
-        lines.append(
-            f"[dim]step time and memory: to the unchanged run, timed before and behind each change; its own timings "
-            f"differ by up to {trial.time_noise:.0%}[/]"
-        )
-    return lines
-
-
-def verdict(trial) -> str:
-    """Whether the cause is confirmed."""
-    cause = CAUSES.get(trial.first_nonfinite.cause, "an unknown cause")
-    if trial.confirmed_by:
-        return f"[bold green]confirmed[/]: {cause}. Without it the run survives: {escape(', '.join(trial.confirmed_by))}"
-    if not trial.reproduced:
-        return "[bold yellow]nothing is confirmed[/]: the unchanged run did not fail as it had, so survival proves nothing"
-    return f"[bold yellow]not confirmed[/]: no change that was tried removes {cause} and survives"
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}x"

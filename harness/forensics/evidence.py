@@ -1,10 +1,9 @@
-"""Pieces of a forensics record, from an examination and the replay's module readings.
+"""The parts of a forensics record, from an examination and the replay's module readings; and the culprit op's operands.
 
-``runs/<run_id>/culprit.safetensors``: what the culprit op read, so that the op alone can be run again.
-
-Tensors by argument name (of a list: ``name.position``); all else (scalars, dtypes, devices, which
-arguments are written to, what came out) as one JSON object in the file's metadata. An op that
-cannot be kept leaves a file without tensors that says why in ``left_out``.
+``runs/<run_id>/culprit.safetensors`` holds what the culprit op read, so that the op alone can be run again: tensors by
+argument name (of a list: ``name.position``); all else (scalars, dtypes, devices, which arguments are written to, what
+came out) as one JSON object in the file's metadata. An op that cannot be kept leaves a file without tensors that says
+why in ``left_out``.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from instrument.replay.diagnosis import DENOMINATOR, Diagnosis
+from instrument.replay.diagnosis import DENOMINATOR
 from instrument.replay.graph import Node
-from instrument.replay.recorder import mutated
 from instrument.replay.replays import Examination, kind_name
 from instrument.results.files import replace
-from instrument.results.forensics import HistogramRecord, KernelRow, Link, Magnitude, OperandRecord, OutputRecord
+from instrument.results.forensics import HistogramRecord, KernelRow, Link, Magnitude
 from instrument.results.ranges import TapReading
 from kernels import exponent_histogram
 from kernels.float_formats import float_format
@@ -48,36 +46,6 @@ def chain_links(nodes: Sequence[Node], found: Examination) -> list[Link]:
         )
         for n in nodes[:MOST_LINKS]
     ]
-
-
-def operand_records(diagnosis: Diagnosis | None) -> list[OperandRecord]:
-    """What the culprit read."""
-    return (
-        []
-        if diagnosis is None
-        else [
-            OperandRecord(
-                argument=o.argument, shape=list(o.shape), dtype=o.dtype, absmax=o.absmax, nonfinite=o.nonfinite, zeros=o.zeros
-            )
-            for o in diagnosis.operands
-        ]
-    )
-
-
-def output_record(diagnosis: Diagnosis | None) -> OutputRecord | None:
-    """What the culprit wrote."""
-    return (
-        None
-        if diagnosis is None
-        else OutputRecord(
-            shape=list(diagnosis.output_shape),
-            dtype=diagnosis.output_dtype,
-            nonfinite=diagnosis.nonfinite,
-            numel=diagnosis.numel,
-            exact_absmax=diagnosis.exact_absmax,
-            zero_denominators=diagnosis.zero_denominators,
-        )
-    )
 
 
 def history_of(module: str | None, readings: Sequence[TapReading]) -> list[Magnitude]:
@@ -227,7 +195,7 @@ def _operands(found: Examination, most_bytes: int) -> tuple[str | None, dict[str
         facts["kwargs"] = {name: _written(value, name, tensors) for name, value in kwargs.items()}
     except CannotKeep as error:
         return str(error), {}, facts
-    diagnosis = found.diagnosis
+    output = found.diagnosis.output
     facts |= {
         "device": next((t.device.type for t in tensors.values()), "cpu"),
         "strides": {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous()},
@@ -240,27 +208,13 @@ def _operands(found: Examination, most_bytes: int) -> tuple[str | None, dict[str
         ],
         "divisor": DENOMINATOR.get(func._schema.name.partition("::")[2]),
         "failed": {
-            "shape": list(diagnosis.output_shape),
-            "dtype": diagnosis.output_dtype,
-            "numel": diagnosis.numel,
-            "counts": _counts(func, args, kwargs, diagnosis.output_shape),
+            "shape": output.shape,
+            "dtype": output.dtype,
+            "numel": output.numel,
+            "counts": found.diagnosis.counts,
         },
     }
     return None, {name: t.contiguous().cpu() for name, t in tensors.items()}, facts
-
-
-@torch.no_grad()
-def _counts(func: Any, args: tuple, kwargs: dict, shape: tuple[int, ...]) -> dict[str, int]:
-    """How many NaN, +Inf and -Inf the op writes into the tensor of ``shape`` that fails."""
-    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-    returned = func(*args, **kwargs)
-    written = [
-        t
-        for t in (*mutated(func, args, kwargs), *tree_leaves(returned))
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and tuple(t.shape) == shape
-    ]
-    out = next((t for t in written if not bool(t.isfinite().all())), written[0])
-    return {"nan": int(out.isnan().sum()), "inf": int((out == math.inf).sum()), "-inf": int((out == -math.inf).sum())}
 
 
 def _written(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -276,7 +230,7 @@ def _written(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    kind = next((word for type_, word in NAMED.items() if isinstance(value, type_)), None)
+    kind = next((name for type_, name in NAMED.items() if isinstance(value, type_)), None)
     if kind is None:
         raise CannotKeep(f"its argument {name} is a {type(value).__name__}, which cannot be written down")
     return {kind: str(value).removeprefix("torch.")}

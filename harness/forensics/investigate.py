@@ -18,8 +18,6 @@ from harness.forensics.evidence import (
     histograms,
     history_of,
     kernel_rows,
-    operand_records,
-    output_record,
     save_operands,
 )
 from harness.parallel.failure_location import first_of_all, of_this_rank
@@ -88,10 +86,10 @@ class PhaseTrace:
         return wrapped
 
 
-KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+KIND_NAMES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 
 
-def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: int | None, spread: int) -> str:
+def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: int | None, spread_modules: int) -> str:
     """Step, micro-batch, phase, module, op, what happened, and what led to it."""
     where = [f"step {first.step}"]
     ranks = (first.replay or {}).get("ranks", [first.rank] if first.rank is not None else [])
@@ -108,13 +106,13 @@ def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: i
     if first.op:
         where.append(first.op)
     what = {"output": "output", "grad": "gradient"}.get(first.tensor, first.tensor)
-    words = f"{', '.join(where)}: {what} is {KIND_WORDS[first.kind]}" + (f" in {first.dtype}" if first.dtype else "")
+    failure = f"{', '.join(where)}: {what} is {KIND_NAMES[first.kind]}" + (f" in {first.dtype}" if first.dtype else "")
     if found is None:
-        return words + "; a replay from the snapshot did not fail the same way, so the op is not known"
+        return failure + "; a replay from the snapshot did not fail the same way, so the op is not known"
     n = found.culprit.alike
     alike = f"; {n:,} more {'fails' if n == 1 else 'fail'} likewise" if n else ""
-    spread_words = f", first of {spread} modules it spread to" if spread > 1 else ""
-    return words + _why(first, found, headroom_since) + spread_words + alike
+    spread = f", first of {spread_modules} modules it spread to" if spread_modules > 1 else ""
+    return failure + _why(first, found, headroom_since) + spread + alike
 
 
 def _why(first: FirstNonfinite, found: Examination, headroom_since: int | None) -> str:
@@ -123,13 +121,13 @@ def _why(first: FirstNonfinite, found: Examination, headroom_since: int | None) 
         return ": finite on every rank, and not in their sum"
     if first.cause == "underflow_then_divide":
         source = f" from {first.source_tensor}" if first.source_tensor else ""
-        zeros = f" in {diagnosis.zero_denominators:,} of {diagnosis.numel:,} elements" if diagnosis else ""
+        zeros = f" in {diagnosis.output.zero_denominators:,} of {diagnosis.output.numel:,} elements" if diagnosis else ""
         return f", its denominator{source} underflowed to 0{zeros}; nothing overflowed"
     if first.cause == "from_input":
         return ", it came in from outside the step"
     largest = f", largest input {first.input_absmax:.3g}" if first.input_absmax is not None else ""
     if first.cause == "overflow":
-        exact = f" (float64: {diagnosis.exact_absmax:.3g})" if diagnosis and diagnosis.exact_absmax else ""
+        exact = f" (float64: {diagnosis.output.exact_absmax:.3g})" if diagnosis and diagnosis.output.exact_absmax else ""
         bits = f", {first.headroom_bits:.1f} bits of headroom left" if first.headroom_bits is not None else ""
         since = f" since step {headroom_since}" if headroom_since is not None and bits else ""
         return f": overflow{exact}{largest}{bits}{since}"
@@ -211,7 +209,7 @@ def _record(
     operands_path: Path | None,
 ) -> ForensicsRecord:
     """The record of a failure by the process that produced it."""
-    found = replayed.found
+    found, diagnosis = replayed.found, replayed.found.diagnosis
     if operands_path is not None:
         save_operands(operands_path, found)
     history = history_of(found.module, modules)
@@ -229,8 +227,8 @@ def _record(
         spread_modules=found.culprit.spread,
         chain=tuple(chain_links(found.culprit.chain, found)),
         absorbed=tuple(chain_links(found.culprit.absorbed, found)),
-        operands=tuple(operand_records(found.diagnosis)),
-        output=output_record(found.diagnosis),
+        operands=diagnosis.operands if diagnosis else (),
+        output=diagnosis and diagnosis.output,
         history=tuple(history),
         headroom_since_step=since,
         histograms=tuple(histograms(found)),

@@ -1,9 +1,8 @@
-"""``runs/<run_id>/snapshot/``: the state that a failed run's replay started from, on disk.
+"""``runs/<run_id>/snapshot/``: the state that a failed run's replay started from, on disk; and why a finished run cannot
+be replayed from it.
 
 ``tensors.safetensors`` holds weights (tied ones once), buffers, optimizer states and random states;
 ``snapshot.json`` the rest and a checksum. Never a pickle: reading a result must not run code.
-
-Why a finished run cannot be taken up again. Torch-free, so that the command line can name them.
 """
 
 from __future__ import annotations

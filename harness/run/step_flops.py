@@ -1,6 +1,5 @@
-"""What a run needs to fill in its FLOPs and MFU: made once before its first step, outside of all timing.
-
-A case's FLOPs: by closed form where the architecture is ours, else counted and fitted.
+"""A run's FLOPs and MFU: by closed form where the architecture is in the registry, else counted and fitted, once before the
+run's first step and outside of all timing.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Why an op with finite inputs wrote a non-finite value: computed again in float64 from the same inputs.
-
-What an op reads, writes and repeats over lists, by its schema; and what a tensor holds.
+"""Why an op with finite inputs wrote a non-finite value: computed again in float64 from the same inputs. Before that, what
+an op reads, writes and repeats over lists, by its schema, and what a tensor holds.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.replay.graph import NAN, NEG_INF, POS_INF, Node
+from instrument.results.forensics import OperandRecord, OutputRecord
 
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
 """Ops that do not read what they write to."""
@@ -118,35 +118,18 @@ EXP_AVG_SQ_OF_FUSED = 3
 
 
 @dataclass(frozen=True)
-class Operand:
-    """One tensor that the op read. ``absmax``: largest finite |x|; null when nothing is finite."""
-
-    argument: str
-    shape: tuple[int, ...]
-    dtype: str
-    absmax: float | None
-    nonfinite: int
-    zeros: int
-
-
-@dataclass(frozen=True)
 class Diagnosis:
-    """``kind`` is what prevails among the non-finite outputs; ``exact_absmax`` the largest |x| that
-    float64 gives where the op failed; ``headroom_bits`` what is left between the largest finite value
-    of its own dtype that the op read or wrote and the largest number of that dtype."""
+    """``kind`` is what prevails among the non-finite outputs, ``counts`` how many of each kind there are;
+    ``input_absmax`` the largest finite |x| that the op read; ``headroom_bits`` what is left between the largest finite
+    value of its own dtype that it read or wrote and the largest number of that dtype."""
 
     cause: str
     kind: str
+    counts: dict[str, int]
     input_absmax: float | None
     headroom_bits: float | None
-    exact_absmax: float | None
-    output_shape: tuple[int, ...]
-    output_dtype: str
-    nonfinite: int
-    numel: int
-    operands: tuple[Operand, ...] = ()
-    zero_denominators: int = 0
-    denominator: torch.Tensor | None = field(default=None, repr=False)
+    output: OutputRecord
+    operands: tuple[OperandRecord, ...] = ()
 
 
 def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
@@ -165,26 +148,29 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
     limit = torch.finfo(out.dtype).max
     dtype = str(out.dtype).removeprefix("torch.")
     top = max([wrote, *(o.absmax for o in operands if o.dtype == dtype and o.absmax is not None)])
+    counts = {"nan": int(out.isnan().sum()), "inf": int((out == math.inf).sum()), "-inf": int((out == -math.inf).sum())}
     at_failure = None if exact is None or exact.shape != out.shape else exact[bad]
     return Diagnosis(
         cause=_cause(node, at_failure, zero, out[bad]),
-        kind=_kind(out),
+        kind=_kind(counts),
+        counts=counts,
         input_absmax=largest,
         headroom_bits=math.log2(limit / top) if top else None,
-        exact_absmax=_finite_max(at_failure),
-        output_shape=tuple(out.shape),
-        output_dtype=dtype,
-        nonfinite=int(bad.sum()),
-        numel=out.numel(),
+        output=OutputRecord(
+            shape=list(out.shape),
+            dtype=dtype,
+            nonfinite=int(bad.sum()),
+            numel=out.numel(),
+            exact_absmax=_finite_max(at_failure),
+            zero_denominators=zero,
+        ),
         operands=operands,
-        zero_denominators=zero,
-        denominator=denominator,
     )
 
 
 def _cause(node: Node, at_failure: torch.Tensor | None, zero: int, bad: torch.Tensor) -> str:
-    """``overflow``: finite in float64. ``underflow_then_divide`` is for the caller to tell from a true division by
-    zero, which is ``invalid`` as 0/0 and inf - inf are."""
+    """``overflow``: finite in float64. ``underflow_then_divide`` is for the caller to distinguish from a true division
+    by zero, which is ``invalid`` as 0/0 and inf - inf are."""
     if (
         any(edge.kinds and edge.writer is None for edge in node.inputs)
         and not node.constant
@@ -272,20 +258,19 @@ def _operands(func, args: tuple, kwargs: dict):
         for tensor in map(values_of, tree_leaves(value)):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 finite = tensor[tensor.isfinite()]
-                yield Operand(
-                    name,
-                    tuple(tensor.shape),
-                    str(tensor.dtype).removeprefix("torch."),
-                    float(finite.abs().max()) if finite.numel() else None,
-                    tensor.numel() - finite.numel(),
-                    int((finite == 0).sum()),
+                yield OperandRecord(
+                    argument=name,
+                    shape=list(tensor.shape),
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    absmax=float(finite.abs().max()) if finite.numel() else None,
+                    nonfinite=tensor.numel() - finite.numel(),
+                    zeros=int((finite == 0).sum()),
                 )
 
 
-def _kind(out: torch.Tensor) -> str:
+def _kind(counts: dict[str, int]) -> str:
     """What prevails, NaN or the infinities; ``-inf`` when all of these are negative."""
-    nan, infinite = int(out.isnan().sum()), int(out.isinf().sum())
-    return "nan" if nan > infinite else "inf" if bool((out == math.inf).any()) else "-inf"
+    return "nan" if counts["nan"] > counts["inf"] + counts["-inf"] else "inf" if counts["inf"] else "-inf"
 
 
 def _finite_max(values: torch.Tensor | None) -> float | None:

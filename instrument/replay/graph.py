@@ -17,7 +17,7 @@ NAN, POS_INF, NEG_INF = 1, 2, 4
 
 
 AFTER = "after"
-"""The phase of ops behind the update: measurements, which no value spreads to."""
+"""The phase of ops after the update: measurements, which no value spreads to."""
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class StepGraph:
         return strong or edges
 
     def culprit(self, failed: Iterable[Edge]) -> Culprit | None:
-        """The earliest producer behind the ``failed`` tensors; None when they are all finite."""
+        """The earliest producer that the ``failed`` tensors lead back to; None when they are all finite."""
         stack = [edge for edge in failed if edge.kinds]
         if not stack:
             return None
@@ -151,7 +151,7 @@ class StepGraph:
         return found
 
     def ancestors(self, edge: Edge, limit: int) -> list[Node]:
-        """The writers behind a tensor, finite ones too: newest first, at most ``limit``."""
+        """The ops that a tensor was computed from, finite ones too: newest first, at most ``limit``."""
         found: dict[int, Node] = {}
         pending = [edge]
         while pending and len(found) < limit:

@@ -73,7 +73,7 @@ class OpRecorder(TorchDispatchMode):
         for name, parameter in self._parameters.items():
             self.names[self._key(parameter)] = (name, "param")
 
-    # -- what the step tells ------------------------------------------------------------------
+    # -- what the step reports ----------------------------------------------------------------
 
     @contextmanager
     def recording(self) -> Iterator[OpRecorder]:
@@ -285,7 +285,7 @@ class OpRecorder(TorchDispatchMode):
                 self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
             return "backward", module
         if self._stage == "backward":
-            self._stage = "optimizer" if self._updating else "clip"  # an optimizer that calls a closure goes on
+            self._stage = "optimizer" if self._updating else "clip"  # an optimizer resumes after its closure
             self._note_gradients()
         module = self._modules[-1] if self._modules else None
         if self._stage in ("forward", "loss"):

@@ -76,7 +76,7 @@ def examine(
     first = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler))
     culprit = find(first)
     node = culprit and culprit.node
-    wanted = [node, *_behind_the_denominator(first.graph, node)] if node and node.op != SUM_OVER_RANKS else []
+    wanted = [node, *_ops_of_the_denominator(first.graph, node)] if node and node.op != SUM_OVER_RANKS else []
     second = first
     if any_rank(bool(wanted)):
         before.restore()
@@ -89,7 +89,7 @@ def examine(
 
 
 def find(recorder: OpRecorder) -> Culprit | None:
-    """The culprit of a recorded step: behind the loss, else the gradients, else parameters and states."""
+    """The culprit of a recorded step: what the loss leads back to, else the gradients, else parameters and states."""
     found = (recorder.graph.culprit(recorder.failed[kind]) for kind in ("loss", "grad", "param"))
     return next((culprit for culprit in found if culprit is not None), None)
 
@@ -100,24 +100,24 @@ def _record(step: int, run_step: StepFunction, recorder: OpRecorder) -> OpRecord
     return recorder
 
 
-def _behind_the_denominator(graph: StepGraph, node: Node) -> list[Node]:
+def _ops_of_the_denominator(graph: StepGraph, node: Node) -> list[Node]:
     """The ops of the same phase that made what the culprit divides by."""
     if not divides(node.op):
         return []
-    behind = [ancestor for edge in node.inputs for ancestor in graph.ancestors(edge, DENOMINATOR_ANCESTORS)]
-    return list({n.index: n for n in behind if n.phase == node.phase}.values())[:DENOMINATOR_ANCESTORS]
+    ancestors = [ancestor for edge in node.inputs for ancestor in graph.ancestors(edge, DENOMINATOR_ANCESTORS)]
+    return list({n.index: n for n in ancestors if n.phase == node.phase}.values())[:DENOMINATOR_ANCESTORS]
 
 
-def _conclude(culprit: Culprit, behind: list[Node], first: OpRecorder, second: OpRecorder) -> Examination:
+def _conclude(culprit: Culprit, denominator: list[Node], first: OpRecorder, second: OpRecorder) -> Examination:
     node, names = culprit.node, first.names | second.names
     named = first.names.get(node.storage)
     tensor = named[1] if named else "grad" if node.phase in ("backward", "unscale", "clip") else "output"
     diagnosis = diagnose(node, second.captured[node.index]) if node.index in second.captured else None
     cause = diagnosis.cause if diagnosis else "overflow" if node.op == SUM_OVER_RANKS else "invalid"
     source = None
-    if diagnosis and diagnosis.zero_denominators:
-        rounded = any(n.index in second.captured and underflowed(n, second.captured[n.index]) for n in behind)
-        source = _state_behind(first, node)
+    if diagnosis and diagnosis.output.zero_denominators:
+        rounded = any(n.index in second.captured and underflowed(n, second.captured[n.index]) for n in denominator)
+        source = _state_in_denominator(first, node)
         if rounded or source is not None:
             cause = "underflow_then_divide"
     phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
@@ -138,7 +138,7 @@ def _conclude(culprit: Culprit, behind: list[Node], first: OpRecorder, second: O
     )
 
 
-def _state_behind(recorder: OpRecorder, node: Node) -> str | None:
+def _state_in_denominator(recorder: OpRecorder, node: Node) -> str | None:
     """The second moment that a denominator was made of, by its name."""
     storages = {edge.storage for edge in node.inputs}
     for edge in node.inputs:

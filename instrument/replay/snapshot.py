@@ -41,7 +41,7 @@ class NamedState:
 
 class Snapshot:
     """Weights, buffers, gradients, optimizer states, loss scaler and random states (torch's, Python's, NumPy's)
-    behind ``step`` steps."""
+    after ``step`` steps."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ def _keep(value: Any) -> Any:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory; from a GPU into pinned memory, queued behind the work so far, without a sync."""
+    """A copy in host memory; from a GPU into pinned memory, queued after the work so far, without a sync."""
     if tensor.device.type == "cpu":
         return tensor.detach().clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -211,7 +211,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _restore_scaler(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
-    """A scaler's state, its per-step bookkeeping dropped: an interrupted step leaves ``unscaled`` behind."""
+    """A scaler's state, its per-step bookkeeping dropped: an interrupted step leaves ``unscaled`` in it."""
     if state:
         scaler.load_state_dict(state)
         if scaler._scale is not None:

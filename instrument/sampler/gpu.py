@@ -1,11 +1,8 @@
-"""The GPU's part of a look: NVML's quick sensors of one device, asked with patience.
+"""The sensors of one GPU: NVML's quick questions, asked with `Patience`, since a driver may never answer.
 
-Asking a library that may never answer.
-
-A call into a driver that hangs cannot be interrupted, so questions are asked on a daemon thread,
-which a process does not wait for at its exit. Whoever asks waits a moment, takes what is there, and
-asks nothing again that took too long: the thread that is stuck in it is left behind and replaced,
-once per question at most.
+A call into a driver that hangs cannot be interrupted, so questions are asked on a daemon thread, which a process does not
+wait for at its exit. The caller waits a moment, takes the answers that are there, and never repeats a question that took
+too long: the thread that is stuck in it is abandoned and replaced, once per question at most.
 """
 
 from __future__ import annotations
@@ -141,7 +138,7 @@ class GpuSensors:
     def company(self) -> dict[str, Any]:
         """Whether other processes are on the device: ``others`` is how many at least, or null with ``why``.
 
-        In a container NVML lists the host's process ids, among which this process cannot be told.
+        In a container NVML lists the host's process ids, among which this process cannot be found.
         """
         answers, why = self.patience.ask({LIST: self._list}, wait_s=LISTING_WAIT_S)
         if LIST not in answers:

@@ -177,7 +177,7 @@ class Sampler:
         self._uuid = gpu_uuid
         self._gpu: GpuSensors | None = None
         self._marks: deque[Mark] = deque()
-        self._told: dict[str, str] = {}
+        self._reasons_written: dict[str, str] = {}
         self._company: dict[str, Any] = {}
         self._samples = 0
         self._cpu_s = 0.0
@@ -203,7 +203,7 @@ class Sampler:
     def stop(self, timeout_s: float = 2.0, *, window: str | None = None) -> dict[str, Any]:
         """Stop looking and sum up (`summary.summarize`); waits at most ``timeout_s`` for the thread.
 
-        A thread that does not end in time is left behind, and the summary is of what it wrote.
+        A thread that does not end in time is abandoned, and the summary is of what it wrote.
         A second call sums up again.
         """
         self._stop.set()
@@ -225,7 +225,7 @@ class Sampler:
         try:
             for record in read(self.path, HardwareRecord):
                 records.append(record)
-        except (OSError, RecordError) as error:  # the last line of a thread left behind may be torn
+        except (OSError, RecordError) as error:  # the last line of an abandoned thread may be torn
             self.failure = self.failure or str(error)
         known = [look["others"] for look in self._company.values() if look["others"] is not None]
         return summarize(records, window=window) | {
@@ -240,7 +240,7 @@ class Sampler:
         try:
             with JsonlLog(self.path, fresh=True) as log:
                 self._look_until_stopped(log)
-        except Exception as error:  # a full disk, say: the run goes on without the sampler
+        except Exception as error:  # a full disk, say: the run continues without the sampler
             self.failure = f"{type(error).__name__}: {error}"
 
     def _look_until_stopped(self, log: JsonlLog) -> None:
@@ -264,13 +264,13 @@ class Sampler:
             self._gpu.close()
 
     def _look(self) -> HardwareRecord:
-        """Everything once. The reason of a null is told when it is new."""
+        """Everything once. The reason of a null is written when it is new."""
         time_s, unix_s = time.monotonic() - self._start_s, time.time()
         gpu, gpu_unknown = self._gpu.read() if self._gpu is not None else ({}, NO_GPU_FIELDS)
         host, host_unknown = self._host.read()
         unknown = gpu_unknown | host_unknown
-        news = {field: reason for field, reason in unknown.items() if self._told.get(field) != reason}
-        self._told |= news
+        news = {field: reason for field, reason in unknown.items() if self._reasons_written.get(field) != reason}
+        self._reasons_written |= news
         marks = [self._marks.popleft() for _ in range(len(self._marks))]
         self._samples += 1
         self._cpu_s = time.thread_time() + (self._gpu.patience.cpu_s if self._gpu is not None else 0.0)

@@ -1,10 +1,9 @@
-"""Joules over windows of time, from a counter where there is one. Pure functions.
+"""The summary of ``hardware.jsonl``, and joules over windows of time, from a counter where there is one. Pure functions,
+torch-free.
 
 A window's ends fall between two looks, so the counter is interpolated there; what lies between
 those looks, at most, is on the wrong side: ``energy_edge_j``. Below `SHORTEST_S` no energy is
 stated: the counters move in steps, and most cards' power is an average over a second.
-
-What the looks at the machine add up to: a pure function of ``hardware.jsonl``. Torch-free.
 """
 
 from __future__ import annotations
@@ -202,7 +201,7 @@ def _mig_reason(mig: bool) -> str | None:
 
 def _unknown(records: list[HardwareRecord]) -> dict[str, str]:
     """The last reason of every field that was missing, and how often it was. The first look and looks
-    close to another have no shares of processor time, which is nothing to tell."""
+    close to another have no shares of processor time, which is not worth a reason."""
     reasons = {field: reason for record in records for field, reason in record.unknown.items()}
     missing = {field: sum(getattr(record, field) is None for record in records) for field in reasons}
     return {
@@ -217,7 +216,7 @@ def _series(records: list[HardwareRecord], field: str) -> list[tuple[float, floa
 
 
 def _rapl(records: list[HardwareRecord]) -> list[tuple[float, float]]:
-    """The processor's counter, which speaks only for a run on the processor."""
+    """The processor's counter, which counts only for a run on the processor."""
     on_processor = bool(records) and records[0].unknown.get("gpu_power_w") == NO_GPU
     return _series(records, "cpu_energy_counter_j") if on_processor else []
 

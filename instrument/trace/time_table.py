@@ -26,7 +26,7 @@ ENGINE = "autograd::engine::evaluate_function: "
 DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCH_CATEGORIES = ("cuda_runtime", "cuda_driver")
 PARENTS = ("Optimizer.step#", "ddb.ours")
-"""Annotations that tell what the ops in them are for; their own time is nobody's."""
+"""Annotations that say what the ops in them are for; their own time counts for nothing."""
 _PREVAIL = ("attention", "optimizer", "ours")
 """Classes that everything inside an op of theirs has."""
 
@@ -184,7 +184,7 @@ def _host_time(ops: list[_Op], phases: _Phases) -> list[_Spent]:
 
 
 def _device_time(kernels: list[dict[str, Any]], events: list[dict[str, Any]], ops: list[_Op], phases: _Phases) -> list[_Spent]:
-    """Kernels with the phase of their launch and the class of the op that launched them, where names tell less."""
+    """Kernels with the phase of their launch and the class of the op that launched them, where names say less."""
     launched_us = {
         e["args"]["correlation"]: e["ts"]
         for e in events

@@ -6,12 +6,9 @@
     trace.table()                                # seconds by kernel class and phase
 
 Open the file at https://ui.perfetto.dev. Profiling slows the window down: never inside a timed one.
-
-Largest |x| of every module's output and of its gradient while a window is traced, as counters with the time
-at which they were made.
-
-Only for the few steps of a trace: one reduction per module and direction. The numbers stay on the
-device until `samples` reads them, so no wait is added. Times are the host's (on CUDA: of the launch).
+`ModuleMagnitudes` adds the largest |x| of every module's output and of its gradient as counters. Only for the few steps
+of a trace: one reduction per module and direction. The numbers stay on the device until `samples` reads them, so no wait
+is added. Times are the host's (on CUDA: of the launch).
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ from instrument.watch.hooks import blocks, leaves, tensors_in
 class TraceWindow:
     """Profiles from `start` to `stop`, then writes ``path`` (``.json.gz``).
 
-    An exception inside still leaves a trace and goes on; a trace that cannot be written leaves its
+    An exception inside still leaves a trace and is raised again; a trace that cannot be written leaves its
     reason in ``failure``. Phase slices are the host's times: on CUDA the kernels run later.
     """
 
@@ -53,7 +50,7 @@ class TraceWindow:
         self._ours: dict[type, list] = {CounterSample: [], Marker: [], PhaseSlice: [], Flow: []}
         self._events: list[dict[str, Any]] | None = None
         self._now: tuple[record_function, str, int | None, int] | None = None
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells the terminal of every start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints every start and stop
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         # One cycle, so there is nothing to accumulate; but torch 2.11 warns of every profile that would not.
         self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
@@ -73,7 +70,7 @@ class TraceWindow:
 
     def stop(self) -> None:
         """End the window, wait for the device, and write the file. Never raises: an error that ended the window
-        must go on, and neither a broken device nor a full disk may hide it."""
+        must be raised on, and neither a broken device nor a full disk may hide it."""
         if not self._running:
             return
         self._running = False
@@ -202,7 +199,7 @@ class ModuleMagnitudes:
         return after_forward
 
     def _keep(self, name: str, direction: str, tensor: torch.Tensor) -> None:
-        if not self._handles:  # a backward pass behind the window
+        if not self._handles:  # a backward pass after the window
             return
         with torch.no_grad(), record_function(OURS):
             lowest, highest = torch.aminmax(tensor.detach())
@@ -210,7 +207,7 @@ class ModuleMagnitudes:
 
 
 def flows_from(producer: str, samples: Sequence[CounterSample], *, limit: int = 8) -> list[Flow]:
-    """Arrows from the first non-finite sample of ``producer`` to the first modules that are non-finite behind it.
+    """Arrows from the first non-finite sample of ``producer`` to the first modules that are non-finite after it.
 
     ``producer`` is the diagnosis' to name: the first in time may have been absorbed. None when it has
     no non-finite sample.

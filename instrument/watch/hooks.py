@@ -1,6 +1,6 @@
 """Hooks on what a loop owns: a model's modules (which of them are blocks, which leaves) and its loss scaler.
 
-A hook stays behind when what carries it is copied or pickled, and each one comes with what takes it off again.
+A copied or pickled model has no hooks, and each one comes with what takes it off again.
 """
 
 from __future__ import annotations

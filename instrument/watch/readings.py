@@ -1,4 +1,4 @@
-"""Readings of modules put together: those of several processes as one, and the headroom that all of them leave to
+"""Readings of modules combined: those of several processes as one, and the headroom that all of them leave to
 fp16's limits. Torch-free.
 """
 

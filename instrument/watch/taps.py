@@ -36,7 +36,7 @@ class ModuleTaps:
     share a run and all read at the same time; they come out as one.
 
     Use as ``begin_step(step)`` ... ``end_step()``; outside of steps and under ``torch.no_grad`` nothing is
-    measured. ``close()`` leaves no hook behind.
+    measured. ``close()`` takes every hook off.
     """
 
     def __init__(

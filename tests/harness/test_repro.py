@@ -111,13 +111,13 @@ def test_the_script_says_what_the_replay_found(name, tmp_path, capsys):
     out = said(script, capsys)
     d = found.diagnosis
     counts = read_culprit(run)["failed"]["counts"]
-    assert sum(counts.values()) == d.nonfinite and counts[d.kind]
-    assert f"{d.nonfinite:,} of {d.numel:,} elements are not finite: " in out
+    assert sum(counts.values()) == d.output.nonfinite and counts[d.kind]
+    assert f"{d.output.nonfinite:,} of {d.output.numel:,} elements are not finite: " in out
     assert out.rstrip().endswith("The same as in the run, kind by kind.")
     assert ("Overflow: float64" in out) == (d.cause == "overflow")
-    assert ("divides by exactly 0" in out) == bool(d.zero_denominators)
-    if d.exact_absmax is not None:
-        assert f"up to {d.exact_absmax:.6g};" in out
+    assert ("divides by exactly 0" in out) == bool(d.output.zero_denominators)
+    if d.output.exact_absmax is not None:
+        assert f"up to {d.output.exact_absmax:.6g};" in out
     assert re.search(r"-> float64 +float64 ", out), "the same op must have run in float64"
 
 

@@ -63,7 +63,7 @@ def test_causes(name, function, weight, x, cause, kind, op):
 def test_the_diagnosis_says_what_float64_gives_and_what_was_left():
     found = why(lambda w, x: w * x, [300.0, 1.0], [300.0, 1.0])
     d = found.diagnosis
-    assert (d.exact_absmax, d.input_absmax, d.nonfinite, d.numel) == (90_000.0, 300.0, 1, 2)
+    assert (d.output.exact_absmax, d.input_absmax, d.output.nonfinite, d.output.numel) == (90_000.0, 300.0, 1, 2)
     assert d.headroom_bits == pytest.approx(7.77, abs=0.01)  # log2(65,504 / 300)
     assert [(o.argument, o.dtype, o.absmax) for o in d.operands] == [("self", "float16", 300.0), ("other", "float16", 300.0)]
 
@@ -72,7 +72,7 @@ def test_the_same_op_in_fp32_is_healthy():
     assert why(lambda w, x: w * x, [300.0], [300.0], torch.float32) is None
 
 
-def test_adamw_in_fp16_dies_of_its_epsilon():
+def test_adamw_in_fp16_fails_by_its_epsilon():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).half()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
@@ -91,4 +91,4 @@ def test_adamw_in_fp16_dies_of_its_epsilon():
         "exp_avg_sq",
     )
     assert found.cause == "underflow_then_divide" and found.parameter == "0.weight" and found.module == "0"
-    assert found.diagnosis.zero_denominators == found.diagnosis.nonfinite > 0
+    assert found.diagnosis.output.zero_denominators == found.diagnosis.output.nonfinite > 0
