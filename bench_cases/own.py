@@ -110,10 +110,7 @@ def _is_causal(model_type: str, task_id: str) -> bool:
     """Masked LMs are bidirectional, causal LMs causal; for classification the library's tables tell."""
     if task_id in ("clm", "mlm"):
         return task_id == "clm"
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

@@ -16,14 +16,7 @@ from transformers import (
 )
 
 from bench_cases import ARCHITECTURES, TASKS
-from bench_cases.models import (
-    ModelError,
-    ModelRequest,
-    WeightsUnavailable,
-    build_model,
-    padded_vocabulary,
-    weights_sha256,
-)
+from bench_cases.models import ModelError, ModelRequest, WeightsUnavailable, build_model, padded_vocabulary, weights_sha256
 from bench_cases.own import case_for_model
 
 VOCABULARY = 1_000

@@ -175,10 +175,7 @@ def test_a_tokenizer_that_encodes_nothing(law_folder, cache_dir):
 
 @pytest.mark.parametrize(
     "arch,task,vocab,specials",
-    [
-        ("gpt2", "multi_cls", 50_258, (50_257, None, 50_256, None)),
-        ("roberta", "mlm", 50_265, (1, 0, 2, 50_264)),
-    ],
+    [("gpt2", "multi_cls", 50_258, (50_257, None, 50_256, None)), ("roberta", "mlm", 50_265, (1, 0, 2, 50_264))],
 )
 def test_real_data_as_they_are(shared_data, cache_dir, arch, task, vocab, specials):
     data = load_data(str(shared_data), arch=arch, task=task, max_documents=60, validation_documents=10, cache_dir=cache_dir)
