@@ -111,6 +111,7 @@ def test_what_we_lean_on_is_there(place):
         found = getattr(found, name)
 
 
+@pytest.mark.process
 def test_another_constraints_file_is_taken_and_one_that_is_not_there_refused(tmp_path):
     """`make CONSTRAINTS=...` reaches the installer, which names the files there are."""
     shutil.copy(ROOT / "install.sh", tmp_path)

@@ -11,6 +11,7 @@ def modules_after(statement: str, *watched: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "statement",
     [
@@ -27,6 +28,7 @@ def test_what_must_be_light_imports_no_torch(statement):
     assert modules_after(statement, "torch", "triton", "transformers", "datasets") == []
 
 
+@pytest.mark.process
 def test_the_whole_report_imports_no_torch():
     """Every module of it, each command's and each figure's."""
     everything = (
@@ -46,6 +48,7 @@ def test_the_whole_report_imports_no_torch():
     ]
 
 
+@pytest.mark.process
 def test_the_layers_hold():
     code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -64,6 +67,7 @@ def test_our_kernels_define_no_get_kernel():
     assert not hasattr(kernels, "get_kernel")
 
 
+@pytest.mark.process
 def test_bitsandbytes_loads_without_a_warning_about_our_kernels():
     pytest.importorskip("bitsandbytes")
     code = (

@@ -10,8 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/contributing.md", "instrument/README.md", "kernels/README.md")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", README, re.DOTALL), ids=["case", "configuration"])
 def test_a_shown_diff_applies_and_its_entry_is_listed(diff, tmp_path):
     for room in ("bench_cases", "harness", "instrument"):
@@ -29,9 +31,10 @@ def test_a_shown_diff_applies_and_its_entry_is_listed(diff, tmp_path):
     assert f"{new} *" in listed
 
 
-def test_every_linked_file_exists():
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_every_linked_file_exists(page):
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def test_the_two_commands_open_it():
