@@ -35,7 +35,8 @@ quick: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not process"
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -k "not all_trials_lose_nothing"
+	$(BIN)/python -m tests.soak.reliability
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .
@@ -49,7 +50,8 @@ matrix: $(READY)
 	$(BIN)/python -m report build $(OUT)
 
 bench: $(READY)
-	$(BIN)/python -m harness bench
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m harness bench overhead
 
 # One command for a machine with a GPU: correctness on the device, the kernels' and the instruments' figures, a first
 # matrix and its dossier.
@@ -59,7 +61,8 @@ gpu: $(READY)
 	$(BIN)/python -m pytest tests/kernels tests/harness/test_gpu.py tests/harness/test_precision.py
 	$(BIN)/python -m harness doctor --measure --out $(OUT)
 	$(BIN)/python -m kernels bench --out $(OUT)/kernels.json
-	$(BIN)/python -m harness bench forensics overhead --out $(OUT)
+	$(BIN)/python -m tests.soak.forensics
+	$(BIN)/python -m harness bench overhead --out $(OUT)
 	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 

@@ -1,12 +1,15 @@
-"""``bench trainer``: our loop against `transformers.Trainer`, arms interleaved in one process."""
+"""``python -m benchmarks trainer``: our loop against `transformers.Trainer`, arms interleaved in one process."""
 
 from __future__ import annotations
 
 from importlib import util
 from statistics import median
 
+import torch
+
 from bench_cases import CASES, DTYPE_CONFIGS
-from harness.overhead.figure import Figure, summarize
+from harness.figures import Figure, summarize
+from harness.planning import plan_run
 from harness.settings import Request
 from instrument.terminal import count
 
@@ -33,7 +36,7 @@ def measure(repeats: int, case_ids: tuple[str, ...] = CASE_IDS, **sizes) -> list
     """Steps per second of both arms and their ratio, for each case; ``sizes`` go into the request.
 
     The arms take turns step by step, and a repetition's ratio is that of the median step times
-    behind the preset's untimed steps; beside it stands the ratio of processor time, which other
+    after the preset's untimed steps; beside it stands the ratio of processor time, which other
     work on the machine touches less.
     """
     if util.find_spec("accelerate") is None:
@@ -45,10 +48,7 @@ def measure(repeats: int, case_ids: tuple[str, ...] = CASE_IDS, **sizes) -> list
 
 
 def _measure_case(case_id: str, repeats: int, sizes: dict) -> list[Figure]:
-    import torch
-
     from benchmarks.trainer_arms import run_both, work_for
-    from harness.planning import plan_run
 
     settings = plan_run(
         CASES[case_id],

@@ -1,4 +1,4 @@
-"""The two arms of ``bench trainer``: our loop, and `transformers.Trainer`, on the same work.
+"""The two arms of ``benchmarks trainer``: our loop, and `transformers.Trainer`, on the same work.
 
 Shared by both: initial weights, pre-collated batches in their order, micro-batches, AdamW
 (foreach), schedule, clipping norm, attention backend, thread count. Ours runs

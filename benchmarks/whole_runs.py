@@ -1,19 +1,72 @@
-"""``bench help``: the command line must be instant, so ``--help`` is measured against torch's import.
+"""Whole commands as processes of their own: ``--help`` against torch's import, one tiny run broken down, the tiny matrix of
+6 cases x 7 configurations.
 
-``bench run``: one tiny run as a fresh process, broken down.
-
-``bench matrix``: the tiny matrix of 6 cases x 7 configurations, whole, as one command.
+Linux counts into a process's peak what its parent held when it was started. So a command is not started from here, where
+torch may be loaded, but from a launcher: a bare interpreter of some MB that starts it, waits, and reports.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.process import ChildFailed, run_python
-from harness.overhead.figure import Figure, summarize
+from harness.figures import Figure, summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Where ``python -m harness`` finds the package, installed or not."""
+
+LAUNCHER = """
+import os, sys, time
+started = time.perf_counter()
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+with open(sys.argv[1], "w") as report:
+    print([time.perf_counter() - started, os.waitstatus_to_exitcode(status),
+           usage.ru_maxrss, usage.ru_utime + usage.ru_stime], file=report)
+"""
+
+
+class ChildFailed(RuntimeError):
+    """A measured command that ended badly; the message ends with its standard error."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """``peak_rss_bytes``: the largest resident set of any single process of the command's tree that
+    was waited for (``wait4``), not their sum. ``cpu_s``: processor time of that whole tree, which other
+    work on the machine lengthens less than the wall time."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    stdout: str
+
+
+def run_python(*arguments: str) -> Finished:
+    """Run ``python arguments`` and wait; raises `ChildFailed` when its exit code is not 0."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", LAUNCHER, str(report), sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        printed = done.stderr.decode(errors="replace").strip()[-600:]
+        if not report.exists():
+            raise ChildFailed(f"python {' '.join(arguments)} could not be measured: {printed}")
+        wall_s, code, peak_kib, cpu_s = json.loads(report.read_text())
+    if code != 0:
+        raise ChildFailed(f"python {' '.join(arguments)} ended with exit code {code}: {printed}")
+    return Finished(wall_s, cpu_s, peak_kib * 1024, done.stdout.decode(errors="replace"))
+
 
 TARGET_RATIO = 0.15
 HEAVY = ("torch", "numpy")

@@ -34,7 +34,7 @@ COMMANDS = {
     "campaign": "harness.campaign.command:campaign_command",
     "fit": "harness.fit.command:fit_command",
     "repair": "harness.commands.repair:repair_command",
-    "bench": "benchmarks.command:bench_command",
+    "bench": "harness.overhead:bench_command",
 }
 """Subcommand -> its function, imported when it runs: most of them need torch."""
 

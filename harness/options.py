@@ -466,32 +466,10 @@ def _doctor(command: argparse.ArgumentParser) -> None:
 
 
 def _bench(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "what",
-        nargs="*",
-        metavar="what",
-        help="help, run, matrix, trainer, forensics, overhead (default: all of these), reliability",
-    )
-    command.add_argument("--repeats", type=int, default=5, help="repetitions of each measurement (default 5)")
-    command.add_argument("--trials", type=at_least_one, default=500, metavar="N", help="forensics: faults (default 500)")
-    command.add_argument(
-        "--pairs", type=at_least_one, default=48, metavar="N", help="overhead: rounds of the arms (default 48)"
-    )
-    command.add_argument(
-        "--trials-share",
-        type=share,
-        default=1.0,
-        metavar="X",
-        help="reliability: make this share of the trials (default 1: all, about an hour on two cores)",
-    )
-    command.add_argument("--only", nargs="+", default=[], metavar="KIND", help="reliability: only these kinds of trials")
-    command.add_argument("--at-most", type=float, metavar="SECONDS", help="overhead: no other round behind so many seconds")
-    command.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="overhead: write DIR/overhead.json for the dossier, too; reliability: DIR/reliability.json",
-    )
+    command.add_argument("what", nargs="*", metavar="overhead", help="what the instruments cost a training step")
+    command.add_argument("--pairs", type=at_least_one, default=48, metavar="N", help="rounds of the arms (default 48)")
+    command.add_argument("--at-most", type=float, metavar="SECONDS", help="no other round after so many seconds")
+    command.add_argument("--out", type=Path, metavar="DIR", help="write DIR/overhead.json for the dossier, too")
     _json(command)
 
 

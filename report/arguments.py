@@ -52,9 +52,6 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: DIR/export/<format>")
     _json(export)
-    bench = commands.add_parser("bench", help="measure the report itself on simulated runs")
-    bench.add_argument("--repeats", type=_positive, default=3, help="repetitions of each measurement (default 3)")
-    _json(bench)
     return top
 
 

@@ -202,12 +202,6 @@ def _export(options: argparse.Namespace) -> int:
     return OK
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from benchmarks.report.command import bench_command
-
-    return bench_command(options)
-
-
 COMMANDS = {
     "build": _build,
     "verdict": _verdict,
@@ -215,7 +209,6 @@ COMMANDS = {
     "import": _import,
     "compare": _compare,
     "export": _export,
-    "bench": _bench,
 }
 
 

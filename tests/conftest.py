@@ -38,3 +38,12 @@ def shared_data() -> Path:
     if not (SHARED_DATA / "eurlex.jsonl.gz").is_file():
         pytest.skip("no real data beside the checkout (../shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture
+def one_thread():
+    """A single CPU thread, as the tiny preset has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -87,7 +87,7 @@ def asked_config(options: argparse.Namespace) -> DtypeConfig:
 
 
 def _dry_run(settings: RunSettings, out: Path, as_json: bool) -> int:
-    from harness.estimate.command import print_estimate
+    from harness.estimate import print_estimate
 
     print_estimate(settings, out, as_json)
     return 0

@@ -52,7 +52,7 @@ def flops_command(options: argparse.Namespace) -> int:
 def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, object]:
     """The step's FLOPs as plain data; raises `bench_cases.models.ModelError` for a model that cannot be counted."""
     from bench_cases.models import ModelError
-    from harness.estimate.fake_model import data_facts, shapes_of
+    from harness.fake_model import data_facts, shapes_of
     from harness.precision import DEFAULT_ATTENTION
     from harness.run.step_flops import closed_row_flops, counter_of, dtypes_of, meaningful_outputs, step_flops
     from instrument.flop_counter import ModelCounter, Uncountable

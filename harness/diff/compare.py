@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from harness.overhead.figure import half_width_95
+from harness.figures import half_width_95
 from instrument.results.read import Run, differences, why_not_paired
 
 FEWEST_STEPS = 9

@@ -258,7 +258,7 @@ def within(found: Found) -> int | None:
 
 def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, Any]:
     """The same search in the memory model of ``case --dry-run``. No speed: none was measured."""
-    from harness.estimate.command import estimate
+    from harness.estimate import estimate
 
     why: dict[str, str] = {}
 

@@ -373,8 +373,8 @@ def refuse_too_little(budget: Budget) -> None:
 
 
 def estimated(runs: list[RunSettings], out: Path) -> dict[tuple[str, str], float | None]:
-    """Seconds of a run of each kind, by `harness.estimate.command`; half a second a kind."""
-    from harness.estimate.command import estimate
+    """Seconds of a run of each kind, by `harness.estimate`; half a second a kind."""
+    from harness.estimate import estimate
 
     first = {kind(run): run for run in reversed(runs)}
     times = {name: estimate(run, out)["time"] for name, run in first.items()}

@@ -36,15 +36,6 @@ def plan():
 
 
 @pytest.fixture
-def one_thread():
-    """A single CPU thread, as the tiny preset has it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def command_environment():
     """The environment for ``python -m harness`` in a process of its own."""
     return {**os.environ, "COLUMNS": "200"}

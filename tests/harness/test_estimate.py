@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from harness.estimate import command as estimate_memory
-from harness.estimate import fake_model as estimate_time
-from harness.estimate.command import estimate, print_estimate
-from harness.estimate.fake_model import data_facts, trace
+from harness import estimate as estimate_memory
+from harness import fake_model as estimate_time
+from harness.estimate import estimate, print_estimate
+from harness.fake_model import data_facts, trace
 from harness.precision import Precision
 from harness.run.execute import execute, load_run_data, model_request
 from instrument.flops import ProductDtypes, StepFlops
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_traced_still_has_its_run_resolved(plan, tmp_path
     def trace(*_):
         raise RuntimeError("asks for a value\nand more")
 
-    monkeypatch.setattr("harness.estimate.fake_model.trace", trace)
+    monkeypatch.setattr("harness.fake_model.trace", trace)
     print_estimate(plan("gpt2_clm", "fp32_true"), tmp_path, as_json=True)
     printed = capsys.readouterr()
     found = json.loads(printed.out)

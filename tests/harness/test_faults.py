@@ -15,10 +15,10 @@ from harness.supervisor.process_monitor import Rules
 from instrument.results.folder import finished_runs
 from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
-from tests.soak.reliability.faults import HANG_RULES, KINDS, Trial, case_with, planned, run_faults
+from tests.soak.reliability.faults import FAULTS, HANG_RULES, FaultTrial, case_with, planned, run_faults
 from tests.soak.reliability.plants import Plant
 
-QUICK = [kind for kind in KINDS if not kind.startswith("hang")]
+QUICK = [kind for kind in FAULTS if not kind.startswith("hang")]
 
 
 @pytest.mark.parametrize("kind", QUICK)
@@ -31,7 +31,7 @@ def test_every_way_to_hang_is_noticed_and_ended_and_the_next_run_is_bit_for_bit_
     """All at once: they wait. Striking in a step, so that the short limit holds."""
     healthy = plan("gpt2_clm", "amp_bf16", max_steps=3)
     alone = execute(healthy, tmp_path / "alone")
-    kinds = [kind for kind in KINDS if kind.startswith("hang")]
+    kinds = [kind for kind in FAULTS if kind.startswith("hang")]
     plants = [Plant(kind, "forward", 3) for kind in kinds]
     template = planned("exception", 0, tmp_path)[1]
     runs = [replace(template, case=case_with(plant)) for plant in plants]
@@ -130,14 +130,14 @@ def test_a_killed_run_goes_on_and_one_that_crashed_starts_over(plan, tmp_path):
 
 
 def test_a_wrong_row_is_not_taken_for_a_right_one():
-    right = Trial("segfault", "forward", 3, "error", "segfault", 2, 2, "")
+    right = FaultTrial("segfault", "forward", 3, "error", "segfault", 2, 2, "")
     assert right.right
     for wrong in ({"status": "oom"}, {"cause": "killed"}, {"cause": None}, {"steps_done": 1}, {"kind": "sigkill"}):
         assert not replace(right, **wrong).right
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAULTS)
 def test_fifty_of_each_are_classified(kind, tmp_path):
     wrong = [str(trial) for trial in run_faults(kind, 50, tmp_path / "out") if not trial.right]
     assert not wrong, wrong

@@ -13,7 +13,7 @@ from bench_cases.models import build_model
 from harness.cli import main
 from harness.commands.flops import count, groups
 from harness.doctor.measured import merge_measured
-from harness.estimate.fake_model import conversions_left_out, converted, data_facts, shape_only, shapes_of
+from harness.fake_model import conversions_left_out, converted, data_facts, shape_only, shapes_of
 from harness.loop import LoopOptions, train
 from harness.precision import Precision
 from harness.run.execute import load_run_data, make_batches, model_request

@@ -16,8 +16,8 @@ from instrument.results.contents import NoResults, load
 from instrument.results.folder import write_index
 from instrument.results.repair import repair_folder
 from instrument.results.schemas import EvaluationRecord, RunRecord, encode
-from tests.soak.reliability.damage import flipped
-from tests.soak.reliability.damage import step as step_record
+from tests.soak.reliability.logs_and_claims import flipped
+from tests.soak.reliability.logs_and_claims import step as step_record
 
 STEPS = 12
 

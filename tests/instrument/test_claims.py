@@ -20,7 +20,7 @@ import pytest
 from instrument.results import claims, crash_hook, files
 from instrument.results.claims import FILE, RunClaimed, claim, owner_of
 from instrument.results.files import TEMPORARY
-from tests.soak.reliability.contention import leave_dead_claim
+from tests.soak.reliability.logs_and_claims import leave_dead_claim
 
 SPAWN = multiprocessing.get_context("spawn")
 

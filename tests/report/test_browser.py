@@ -8,7 +8,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
-from benchmarks.report.simulate import simulate  # noqa: E402
+from benchmarks.simulated_results import simulate  # noqa: E402
 from instrument.results.contents import load  # noqa: E402
 from report.dossier import build  # noqa: E402
 

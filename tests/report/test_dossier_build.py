@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import msgspec
 import pytest
 
-from benchmarks.report.simulate import simulate
+from benchmarks.simulated_results import simulate
 from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode, encode
 from report.dossier import build

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from benchmarks.report.simulate import simulate
+from benchmarks.simulated_results import simulate
 from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode
 from report.dossier import build, measurements

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("weasyprint")
 pypdf = pytest.importorskip("pypdf")
 
-from benchmarks.report.simulate import simulate  # noqa: E402
+from benchmarks.simulated_results import simulate  # noqa: E402
 from instrument.results.contents import load  # noqa: E402
 from report.dossier import build  # noqa: E402
 from report.dossier.page import figures_as_images, write_pdf  # noqa: E402

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.report.simulate import simulate
+from benchmarks.simulated_results import simulate
 from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite
 from report.plots.draw import draw

@@ -9,6 +9,7 @@ first is not; the plant says which module and phase. A fault that harms nothing 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -16,11 +17,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from harness.figures import Figure, summarize
 from instrument.replay.recorder import OpRecorder
 from instrument.results.schemas import FirstNonfinite
 from instrument.watch.watch import Watch
-from tests.soak.forensics.models import KINDS, Subject, build, make_gelu_overflow
-from tests.soak.forensics.plants import PLANTS, Planted, plant
+from tests.soak.forensics.planted_models import MODELS, PLANTS, Planted, Subject, build, make_gelu_overflow, plant
 
 STEPS = 4
 LIVING_STATES = ("state_nan", "state_inf")
@@ -89,7 +90,7 @@ def healthy_trials(n: int, seed: int = 0, device: str = "cpu") -> Iterator[Resul
 
 def _draw(seed: int, device: str, healthy: bool = False) -> Trial:
     chance = random.Random(f"trial {seed}")
-    model = chance.choice(KINDS)
+    model = chance.choice(MODELS)
     dtype = chance.choice(["float32", "float32", "bfloat16", "float16"])
     attention = chance.choice(["eager", "sdpa"])
     kind = None if healthy else chance.choice(PLANTS)
@@ -245,3 +246,52 @@ def _note_first_bad_module(model: nn.Module, seen: list[str]) -> None:
 
     for name, module in model.named_modules():
         module.register_forward_hook(note(name))
+
+
+HEALTHY_SHARE = 0.4
+"""Healthy runs for every injected one: 200 for 500."""
+
+
+def measure(trials: int) -> list[Figure]:
+    """The share of ``trials`` injected faults that were named right (step, phase, module; cause where the
+    plant fixes it), by plant and together, and of healthy runs in which nothing was named."""
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    injected = list(injection_trials(trials, device=device))
+    healthy = list(healthy_trials(max(1, round(trials * HEALTHY_SHARE)), device=device))
+    figures = []
+    for name in dict.fromkeys(result.trial.plant for result in sorted(injected, key=lambda r: r.trial.plant)):
+        figures.append(_share(f"right_{name}", [r for r in injected if r.trial.plant == name]))
+    wrong = [r for r in (*injected, *healthy) if r.why_wrong]
+    figures.append(_share("right", injected, at_least=1.0, note=_summary(injected)))
+    figures.append(
+        _share(
+            "healthy_left_alone",
+            healthy,
+            at_least=1.0,
+            note=(f"{sum(r.infinities > 0 for r in healthy)} of {len(healthy)} held infinities that died out or a mask's"),
+        )
+    )
+    figures += [summarize("forensics", f"wrong: {r.why_wrong}", [1.0], "count", note=str(r.as_row())) for r in wrong[:20]]
+    return figures
+
+
+def _share(name: str, results: list, *, at_least: float | None = None, note: str = "") -> Figure:
+    right = [0.0 if r.why_wrong else 1.0 for r in results]
+    return summarize(
+        "forensics",
+        name,
+        [sum(right) / len(right)],
+        "ratio",
+        at_least=at_least,
+        note=note or f"{int(sum(right))} of {len(right)}",
+    )
+
+
+def _summary(injected: list) -> str:
+    models = Counter(r.trial.model for r in injected)
+    right = sum(not r.why_wrong for r in injected)
+    harmless = sum(r.expected is None for r in injected)
+    return f"{right} of {len(injected)}; {harmless} did no harm and were left alone; " + ", ".join(
+        f"{name} {count}" for name, count in sorted(models.items())
+    )

@@ -1,5 +1,5 @@
 """A disk that fills up, a folder that cannot be written, a folder that goes away: exit code 5, one sentence, earlier lines
-intact, and the same command goes on when that is mended.
+intact, and the same command resumes when that is put right.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from harness.run.resume import log_paths
 from harness.settings import RunSettings
 from instrument.results.folder import finished_run
 from tests.soak.reliability import same_run
-from tests.soak.reliability.aftermath import contents, finished_well, goes_on, left_alone
 from tests.soak.reliability.processes import Ended, asked_to_stop, run, small
-from tests.soak.reliability.trial import Trial, share_of
+from tests.soak.reliability.same_run import contents, finished_well, left_alone, resumes_well
+from tests.soak.reliability.trials import Trial, share_of
 
 FULL, GONE = 20, 12
 SMALLEST_BYTES, PAGE_BYTES = 300, 4096
@@ -38,17 +38,21 @@ def full(share: float, folder: Path) -> Iterator[Trial]:
     for number in range(share_of(FULL, share)):
         settings, measured = ((storing, folder / "half"), (plain, whole))[number // 2 % 2]
         sizes = [path.stat().st_size for path in measured.rglob("*") if path.is_file()]
-        words = f"{'with' if settings is storing else 'without'} checkpoints"
+        checkpoints = f"{'with' if settings is storing else 'without'} checkpoints"
         if mounts and number % 2:
             size_bytes = PAGE_BYTES * (_up_to(sum(sizes), rng) // PAGE_BYTES + 1)
             with disk(folder / "disk", size_bytes) as (place, resize):
                 yield _full(
-                    f"a disk of {size_bytes:,} bytes, {words}", settings, place / "out", whole, room=partial(resize, 1 << 28)
+                    f"a disk of {size_bytes:,} bytes, {checkpoints}",
+                    settings,
+                    place / "out",
+                    whole,
+                    room=partial(resize, 1 << 28),
                 )
         else:
             size_bytes = _up_to(max(sizes), rng)
             yield _full(
-                f"files of {size_bytes:,} bytes at most, {words}",
+                f"files of {size_bytes:,} bytes at most, {checkpoints}",
                 settings,
                 out,
                 whole,
@@ -80,23 +84,23 @@ def read_only(share: float, folder: Path) -> Iterator[Trial]:
             losses = _ended_well(settings, out, part) + ([] if contents(place) == held else ["its files have changed"])
             losses += same_run.lost_rows(before, settings.run_id, out) if before else []
             allow()
-            yield Trial(f"read-only, {state}", losses + goes_on(settings, out, whole, before))
+            yield Trial(f"read-only, {state}", losses + resumes_well(settings, out, whole, before))
 
 
 def disappearing(share: float, folder: Path) -> Iterator[Trial]:
-    """The folder is renamed or removed behind a random step, or the run's log is: nothing is made again in its place; put
-    back, the run goes on."""
+    """The folder is renamed or removed after a random step, or the run's log is: nothing is made again in its place; put
+    back, the run resumes."""
     settings, out, away, rng = _settings(), folder / "out", folder / "away", random.Random(9)
     whole = left_alone(settings, folder)
 
-    goes = {
+    remove = {
         "renamed": partial(out.rename, away),
         "removed": partial(out.rename, away),
         "its log removed": (out / log_paths(settings.run_id)["steps"]).unlink,
     }
     for number in range(share_of(GONE, share)):
-        what, behind = list(goes)[number % 3], rng.randint(1, settings.max_steps)
-        part = run(settings, out, then=(behind, goes[what]))
+        what, after = list(remove)[number % 3], rng.randint(1, settings.max_steps)
+        part = run(settings, out, then=(after, remove[what]))
         losses = _ended_well(settings, away if away.exists() else out, part, logs_there=what == "renamed")
         losses += ["the folder was made again"] if away.exists() and out.exists() else []
         if what == "renamed":
@@ -104,9 +108,9 @@ def disappearing(share: float, folder: Path) -> Iterator[Trial]:
             away.rename(out)
         elif what == "removed":
             shutil.rmtree(away)
-        losses += goes_on(settings, out, whole, [part] if what == "renamed" else [])
+        losses += resumes_well(settings, out, whole, [part] if what == "renamed" else [])
         shutil.rmtree(out)
-        yield Trial(f"{what} behind step {behind}", losses, {"acknowledged rows": len(part.acknowledged)})
+        yield Trial(f"{what} after step {after}", losses, {"acknowledged rows": len(part.acknowledged)})
 
 
 def _settings() -> RunSettings:
@@ -127,14 +131,14 @@ def _full(
         return Trial(name, finished_well(settings, out, whole, [part]), counts)
     losses = _ended_well(settings, out, part)
     room()
-    return Trial(name, losses + goes_on(settings, out, whole, [part]), counts)
+    return Trial(name, losses + resumes_well(settings, out, whole, [part]), counts)
 
 
 def _ended_well(settings: RunSettings, out: Path, part: Ended, *, logs_there: bool = True) -> list[str]:
     """Exit code 5, one sentence, what was acknowledged is there, and no row says that the run is over."""
     losses = [] if part.exit_code == ENVIRONMENT else [f"exit code {part.exit_code}: {part.sentence}"]
-    said = [line for line in part.heard.splitlines() if line.startswith("harness: ")]
-    losses += [] if len(said) == 1 and "Traceback" not in part.heard else [f"{len(said)} sentences: {part.heard[-300:]!r}"]
+    said = [line for line in part.stderr.splitlines() if line.startswith("harness: ")]
+    losses += [] if len(said) == 1 and "Traceback" not in part.stderr else [f"{len(said)} sentences: {part.stderr[-300:]!r}"]
     if logs_there:
         losses += same_run.lost_rows([part], settings.run_id, out)
         losses += ["a torn line"] if same_run.torn_lines(settings.run_id, out) else []

@@ -1,4 +1,4 @@
-"""Runs that die on purpose, and whether their rows say of what.
+"""Runs that fail on purpose, and whether their rows name the cause.
 
 Every trial is a tiny run in a process of its own, under the same supervision as any run of a matrix; the fault's phase
 and step are drawn by the trial's number.
@@ -21,6 +21,7 @@ from harness.supervisor.pool import Pool, ProcessExit
 from harness.supervisor.process_monitor import Rules
 from instrument.results.schemas import RunRecord
 from tests.soak.reliability.plants import PHASES, Plant
+from tests.soak.reliability.trials import Trial, share_of
 
 EXPECTED = {
     "segfault": ("error", "segfault"),
@@ -42,7 +43,7 @@ EXPECTED = {
     "device_assert": ("error", "poisoned_context"),
 }
 """By kind of fault: the status and ``flags["death"]["cause"]`` of the row that it should leave."""
-KINDS = tuple(EXPECTED)
+FAULTS = tuple(EXPECTED)
 MAX_STEPS = 4
 HANGS_AT_A_TIME = 6
 """A hanging run waits, so several can wait together."""
@@ -62,7 +63,7 @@ SIZES = Request(
 
 
 @dataclass(frozen=True)
-class Trial:
+class FaultTrial:
     """One fault and what was made of it. ``steps_expected``: steps that the run must have kept (None: not told by the
     place of the fault)."""
 
@@ -87,7 +88,7 @@ class Trial:
         )
 
 
-def run_faults(kind: str, trials: int, out: Path, *, first: int = 0) -> list[Trial]:
+def run_faults(kind: str, trials: int, out: Path, *, first: int = 0) -> list[FaultTrial]:
     """``trials`` runs with a fault of ``kind`` (one of `KINDS`), into the results folder ``out``; those numbered from
     ``first`` on."""
     numbers = range(first, first + trials)
@@ -118,22 +119,22 @@ def case_with(plant: Plant, builder: str = "build") -> Case:
     return replace(CASES["gpt2_clm"], id=f"gpt2_clm_{plant.what}", architecture=architecture, in_default_matrix=False)
 
 
-def _run(kind: str, numbers: range | list[int], out: Path, rules: Rules, jobs: int = 1) -> list[Trial]:
+def _run(kind: str, numbers: range | list[int], out: Path, rules: Rules, jobs: int = 1) -> list[FaultTrial]:
     plants = [planned(kind, number, out) for number in numbers]
     ended = {one.settings.run_id: one for one in _supervised([settings for _, settings in plants], out, rules, jobs)}
     return [_trial(kind, plant, ended[settings.run_id]) for plant, settings in plants]
 
 
 def _supervised(runs: list[RunSettings], out: Path, rules: Rules, jobs: int) -> Iterator[ProcessExit]:
-    for settings in runs:  # of an earlier round: a killed run would go on, a row be taken for this one's
+    for settings in runs:  # of an earlier round: a killed run would resume, and its row be taken for this one's
         shutil.rmtree(out / "runs" / settings.run_id, ignore_errors=True)
     return Pool(list(runs), out, jobs=jobs, rules=rules).run(lambda: None, seconds_between_ticks=0.1)
 
 
-def _trial(kind: str, plant: Plant, ended: ProcessExit) -> Trial:
+def _trial(kind: str, plant: Plant, ended: ProcessExit) -> FaultTrial:
     row: RunRecord | None = ended.record
     in_a_step = plant.phase in ("forward", "backward")
-    return Trial(
+    return FaultTrial(
         kind=kind,
         phase=plant.phase,
         step=plant.step,
@@ -158,3 +159,16 @@ def _bad_data(out: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "openwebtext.jsonl").write_text('{"text": "a document"}\n{"text": "another one, torn in the mid')
     return folder
+
+
+OF_EACH = 50
+AT_A_TIME = 10
+
+
+def all_faults(share: float, folder: Path) -> Iterator[Trial]:
+    """A trial a fault; lost where the row has another status or cause, or not the steps that were made before it."""
+    for kind in FAULTS:
+        count = share_of(OF_EACH, share)
+        for first in range(0, count, AT_A_TIME):
+            for fault in run_faults(kind, min(AT_A_TIME, count - first), folder / kind, first=first):
+                yield Trial(f"{kind}, in {fault.phase} of step {fault.step}", [] if fault.right else [str(fault)], {kind: 1})

@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.process import ROOT
-from tests.soak.reliability.trial import Trial
+from benchmarks.whole_runs import ROOT
+from tests.soak.reliability.trials import Trial
 
 SECRETS = {
     "HF_TOKEN": "hf_PlantedSecretOfTheHub00",

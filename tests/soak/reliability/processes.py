@@ -1,4 +1,4 @@
-"""``python -m harness case`` with a small run, each time in a process of its own; what it told before it ended."""
+"""``python -m harness case`` with a small run, each time in a process of its own; what it reported before it ended."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness import cli
+from harness.options import option_words
 from harness.planning import plan_run
 from harness.settings import Request, RunSettings
 from instrument.results import crash_hook
@@ -36,18 +37,26 @@ SMALL = {
     "documents": 400,
     "validation_documents": 2,
 }
-WORDS = (*SMALL, "max_steps", "eval_every", "checkpoint_every")
+PRELOADED = [
+    "sklearn.metrics",
+    "harness.commands.case",
+    "harness.run.terminal",
+    "harness.supervisor.worker_without_gpu",
+    __name__,
+]
+"""Imported by the fork server, so that a process costs a third of a second."""
+ASKED = (*SMALL, "max_steps", "eval_every", "checkpoint_every")
 
 
 @dataclass
 class Ended:
     """``acknowledged``: the rows that a person was shown, in order. ``exit_code`` as of `multiprocessing`: negative for a
-    signal, None where the process had to be killed for hanging. ``heard``: standard error. ``operations``: on files,
+    signal, None where the process had to be killed for hanging. ``stderr``: what it printed. ``operations``: on files,
     where they were counted."""
 
     acknowledged: list[Record] = field(default_factory=list)
     exit_code: int | None = None
-    heard: str = ""
+    stderr: str = ""
     operations: int | None = None
 
     @property
@@ -57,22 +66,22 @@ class Ended:
 
     @property
     def sentence(self) -> str:
-        """The last line that was heard."""
-        return (self.heard.strip().splitlines() or ["nothing"])[-1]
+        """The last line on standard error."""
+        return (self.stderr.strip().splitlines() or ["nothing"])[-1]
 
 
 @dataclass(frozen=True)
 class Blow:
-    """``strike(process id)`` is called ``delay_s`` after the process has shown ``behind`` steps (0: after it has begun)."""
+    """``strike(process id)`` is called ``delay_s`` after the process has shown ``after`` steps (0: after it has begun)."""
 
     strike: Callable[[int], object]
-    behind: int
+    after: int
     delay_s: float = 0.0
 
 
-def signalled(number: signal.Signals, behind: int, delay_s: float) -> Blow:
+def signalled(number: signal.Signals, after: int, delay_s: float) -> Blow:
     """A signal as a blow."""
-    return Blow(lambda process_id: os.kill(process_id, number), behind, delay_s)
+    return Blow(lambda process_id: os.kill(process_id, number), after, delay_s)
 
 
 def small(config: str = "amp_fp16", case: str = "gpt2_single_cls", **asked: Any) -> RunSettings:
@@ -83,7 +92,7 @@ def small(config: str = "amp_fp16", case: str = "gpt2_single_cls", **asked: Any)
 def start(target: Callable, *arguments: object) -> tuple[multiprocessing.process.BaseProcess, Connection]:
     """Call ``target(reports, *arguments)`` in a process forked from a server that has everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.soak.reliability.preloaded"])
+    context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(there, *arguments), daemon=True)
     process.start()
@@ -108,21 +117,21 @@ def run(
     """Give the command and wait for its end: it dies before its file operation number ``crash_at``, does something when it
     has shown a step (``then``: which, and what), or suffers a blow. ``prepare`` is called first, in its process."""
     words = ["case", settings.case.id, settings.config.id, "--out", str(out)]
-    words += [word for name in WORDS for word in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))]
+    words += option_words({name: getattr(settings, name) for name in ASKED})
     reading, writing = os.pipe()  # a file would count among the operations, and against a limit on files
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, MOST_HEARD_BYTES)
     process, reports = start(_case, words, f"/proc/{os.getpid()}/fd/{writing}", crash_at, then, prepare)
     ended = _listen(process, reports, blow)
     os.close(writing)
     with open(reading, "rb") as heard:
-        ended.heard = heard.read().decode(errors="replace")
+        ended.stderr = heard.read().decode(errors="replace")
     return ended
 
 
 def _listen(process: multiprocessing.process.BaseProcess, reports: Connection, blow: Blow | None) -> Ended:
     ended, until_s, begun = Ended(), time.monotonic() + HUNG_S, False
     while True:
-        if blow is not None and begun and ended.steps >= blow.behind:
+        if blow is not None and begun and ended.steps >= blow.after:
             time.sleep(blow.delay_s)
             if process.is_alive():
                 blow.strike(process.pid)
@@ -160,13 +169,13 @@ def _case(
     os.dup2(errors, 1)
     os.dup2(errors, 2)
 
-    def told(screen: CaseScreen, record: Record) -> None:
+    def show_and_send(screen: CaseScreen, record: Record) -> None:
         show(screen, record)
         reports.send(record)
         if then is not None and isinstance(record, StepRecord) and record.step == then[0]:
             then[1]()
 
-    CaseScreen.show = told
+    CaseScreen.show = show_and_send
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does first of all
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a bench in the background ignores it, and passes that on
     reports.send(0)

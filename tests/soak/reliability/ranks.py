@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.process import ROOT
+from benchmarks.whole_runs import ROOT
 from instrument.results.claims import owner_of
 from instrument.results.folder import finished_runs
 from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 from tests.soak.reliability.plants import Plant
-from tests.soak.reliability.trial import Trial, share_of
+from tests.soak.reliability.trials import Trial, share_of
 
 LAUNCHES = ((2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"))
 CASES = ("gpt2_clm", "roberta_mlm", "gpt2_multi_cls")

@@ -26,7 +26,7 @@ from instrument.results.folder import finished_run, indexed_rows
 from instrument.results.layout import INDEX
 from instrument.results.lines import read
 from instrument.results.schemas import RunRecord, StepRecord
-from tests.soak.reliability.trial import Trial, share_of
+from tests.soak.reliability.trials import Trial, share_of
 
 SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq_len=16, validation_documents=2, documents=400)
 CPU = torch.device("cpu")

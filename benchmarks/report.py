@@ -1,14 +1,11 @@
-"""``python -m report bench``: 126 simulated runs x 1,000 steps, and what a dossier of them costs.
+"""``python -m benchmarks report``: 126 simulated runs x 1,000 steps, and what a dossier of them costs.
 
-Every arm is a fresh process. The arms alternate within each repetition, so that a busy minute hits
-all of them. Ratios are taken within a repetition.
-
-One command in a fresh process: how long it took, and how much memory its processes held together.
+Every arm is a fresh process, whose wall time and memory are measured. The arms alternate within each repetition, so that a
+busy minute hits all of them. Ratios are taken within a repetition.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,14 +18,14 @@ from statistics import median
 
 import psutil
 
-from benchmarks.report.simulate import simulate
+from benchmarks.simulated_results import simulate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY_S = 0.05
 
 
 class BenchFailed(RuntimeError):
-    """A measured command ended with an error; carries the end of what it said."""
+    """A measured command ended with an error; carries the end of its standard error."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,9 @@ def spend(*arguments: str) -> Spent:
         peak_bytes = max(peak_bytes, _tree_bytes(child.pid))
         time.sleep(LOOK_EVERY_S)
     wall_s = time.perf_counter() - began
-    told = child.stderr.read().decode(errors="replace")
+    stderr = child.stderr.read().decode(errors="replace")
     if child.returncode:
-        raise BenchFailed(f"{' '.join(arguments[:3])} ended with {child.returncode}: {told.strip()[-300:]}")
+        raise BenchFailed(f"{' '.join(arguments[:3])} ended with {child.returncode}: {stderr.strip()[-300:]}")
     return Spent(wall_s, peak_bytes)
 
 
@@ -73,7 +70,17 @@ def _tree_bytes(pid: int) -> int:
 
 
 STEPS, MORE = 1_000, 10
-PLAIN, EIGHT = (str(ROOT / "report" / "bench" / name) for name in ("plain_script.py", "eight_figures.py"))
+PLAIN = (str(ROOT / "benchmarks" / "plain_script.py"),)
+EIGHT = (
+    "-c",
+    """import sys
+from pathlib import Path
+from instrument.results.contents import load
+from report.plots.draw import draw_all
+from report.tables import all_tables
+draw_all(all_tables(load(Path(sys.argv[1]))), Path(sys.argv[2]), ("svg", "png"), 300, lambda letter: None)""",
+)
+"""The figures A to H and their CSV alone, without verdicts and page: what the plain script is compared with."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +105,13 @@ def measured(name: str, unit: str, values: list[float], at_most: float | None) -
     return Measured(name, unit, len(values), median(values), min(values), max(values), at_most)
 
 
-def bench_command(options: argparse.Namespace) -> int:
-    """Measure, print a table on standard error, and with ``--json`` the rows on standard output. A
-    missed target is a result: the exit code is 0."""
+def bench_command(repeats: int, as_json: bool) -> int:
+    """Measure, print a table on standard error, and as JSON the rows on standard output. A missed target is a result: the
+    exit code is 0."""
     with tempfile.TemporaryDirectory(prefix="report-bench-") as place:
-        rows = measure(Path(place), options.repeats)
+        rows = measure(Path(place), repeats)
     show(rows)
-    if options.json:
+    if as_json:
         json.dump({"schema": 1, "rows": [asdict(row) | {"met": row.met} for row in rows]}, sys.stdout)
         sys.stdout.write("\n")
     return 0
@@ -113,15 +120,15 @@ def bench_command(options: argparse.Namespace) -> int:
 def measure(place: Path, repeats: int, *, seeds: int = 3, steps: int = STEPS) -> list[Measured]:
     """All figures; ``place`` is an empty folder that takes the simulated runs and what is built of them."""
     once, tenfold = place / "once", place / "tenfold"
-    _say(f"simulating {42 * seeds} runs x {steps:,} and x {MORE * steps:,} steps")
+    _progress(f"simulating {42 * seeds} runs x {steps:,} and x {MORE * steps:,} steps")
     simulate(once, seeds=seeds, steps=steps)
     simulate(tenfold, seeds=seeds, steps=MORE * steps)
     page, full, eight, plain, larger = [], [], [], [], []
     for number in range(1, repeats + 1):
-        _say(f"repetition {number} of {repeats}")
+        _progress(f"repetition {number} of {repeats}")
         page.append(_built(once, place / "page", "--no-pdf"))
-        plain.append(spend(PLAIN, str(once), str(place / "plain")))
-        eight.append(spend(EIGHT, str(once), str(place / "eight")))
+        plain.append(spend(*PLAIN, str(once), str(place / "plain")))
+        eight.append(spend(*EIGHT, str(once), str(place / "eight")))
         full.append(_built(once, place / "full"))
         larger.append(_built(tenfold, place / "larger", "--no-pdf"))
     size_bytes = (place / "page" / "dossier" / "index.html").stat().st_size
@@ -147,8 +154,8 @@ def _ratios(ours: list[Spent], theirs: list[Spent]) -> list[float]:
     return [a.wall_s / b.wall_s for a, b in zip(ours, theirs, strict=True)]
 
 
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def show(rows: list[Measured]) -> None:
@@ -163,16 +170,16 @@ def show(rows: list[Measured]) -> None:
         table.add_column(Text(name), justify="left" if name in ("figure", "") else "right", no_wrap=True)
     for row in rows:
         bounded = row.at_most is not None
-        spread = f", {_words(row.least, row.unit)} to {_words(row.most, row.unit)}" if row.n > 1 else ""
+        spread = f", {_with_unit(row.least, row.unit)} to {_with_unit(row.most, row.unit)}" if row.n > 1 else ""
         table.add_row(
             row.name,
-            _words(row.median, row.unit) + spread,
+            _with_unit(row.median, row.unit) + spread,
             str(row.n),
-            f"≤ {_words(row.at_most, row.unit)}" if bounded else "",
+            f"≤ {_with_unit(row.at_most, row.unit)}" if bounded else "",
             ("met" if row.met else "missed") if bounded else "",
         )
     Console(stderr=True, highlight=False).print(table)
 
 
-def _words(value: float, unit: str) -> str:
+def _with_unit(value: float, unit: str) -> str:
     return {"s": f"{value:.1f} s", "bytes": f"{value / 1e6:,.0f} MB", "ratio": f"{value:.2f}x"}[unit]

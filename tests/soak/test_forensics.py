@@ -8,9 +8,8 @@ import torch
 
 from instrument.watch.surface import surfaced
 from tests.soak.forensics import trials
-from tests.soak.forensics.command import measure
-from tests.soak.forensics.models import KINDS, build
-from tests.soak.forensics.plants import PLANTS
+from tests.soak.forensics.planted_models import MODELS, PLANTS, build
+from tests.soak.forensics.trials import measure
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def _one_thread(one_thread):
 def test_a_sample_of_injected_faults_is_named_right():
     results = list(trials.injection_trials(45, seed=3))
     assert [r.as_row() for r in results if r.why_wrong] == []
-    assert {r.trial.plant for r in results} == set(PLANTS) and {r.trial.model for r in results} == set(KINDS)
+    assert {r.trial.plant for r in results} == set(PLANTS) and {r.trial.model for r in results} == set(MODELS)
     assert {r.expected[1] for r in results if r.expected} == {"forward", "backward", "unscale", "optimizer"}
 
 
@@ -85,7 +84,7 @@ def test_the_twin_knows_a_fault_that_does_no_harm():
     assert result.expected == (2, "forward", "deep.1") and result.why_wrong == ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODELS)
 def test_models_are_the_same_each_time_and_small(kind):
     first, second = (build(kind, torch.float32, "eager", 7) for _ in range(2))
     assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))

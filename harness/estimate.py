@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.estimate.fake_model import Trace
+from harness.fake_model import Trace
 from harness.options import option_words
 from harness.settings import SETTINGS, RunSettings
 from instrument.results.folder import finished_run
@@ -47,7 +47,7 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
     import torch
 
     from bench_cases.models import ModelError, WeightsUnavailable
-    from harness.estimate.fake_model import data_facts, duration, shapes_of, trace
+    from harness.fake_model import data_facts, duration, shapes_of, trace
     from harness.precision import Precision, Unsupported
     from harness.run.step_flops import meaningful_outputs, step_flops
 

@@ -1,4 +1,4 @@
-"""Deaths while a folder is mended or an index written: the next repair ends what was begun."""
+"""Crashes during a repair or an index write: the next repair finishes what was begun."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from instrument.results.folder import finished_run, indexed_rows, write_terminal
 from instrument.results.layout import INDEX
 from instrument.results.repair import TORN, repair_folder
 from instrument.results.schemas import RunRecord
-from tests.soak.reliability.aftermath import completed, contents, left_alone, repaired, repaired_twice
 from tests.soak.reliability.processes import run, small, start
-from tests.soak.reliability.trial import Trial, share_of
+from tests.soak.reliability.same_run import completed, contents, left_alone, repaired, repaired_twice
+from tests.soak.reliability.trials import Trial, share_of
 
 SETTINGS = {"max_steps": 5, "eval_every": 2}
 
@@ -33,7 +33,7 @@ def in_repair(share: float, folder: Path) -> Iterator[Trial]:
     repair_folder(straight)
     expected = _contents(straight)
     for nth, out in _deaths(share, damaged, folder, _repair):
-        losses = repaired_twice(out)[1]  # what was planted is lost, and told
+        losses = repaired_twice(out)[1]  # what was planted is lost, and reported
         found = _contents(out)
         losses += [
             f"{name} is not what an undisturbed repair makes of it"
@@ -63,13 +63,13 @@ def in_index(share: float, folder: Path) -> Iterator[Trial]:
         there = (out / "runs" / row.run_id / "run.json").exists()
         losses += ["run.json is there and cannot be read"] if there and finished_run(out, row.run_id) != row else []
         losses += repaired(out)
-        losses += [] if len(indexed_rows(out)) == 2 + there else ["behind repair the index is not the runs' rows"]
+        losses += [] if len(indexed_rows(out)) == 2 + there else ["after repair the index is not the runs' rows"]
         yield Trial(f"operation {nth} of a terminal row", losses)
 
 
 def damage(out: Path, run_id: str) -> list[tuple[str, str]]:
     """What repair is for, all at once, by other means than the program's own: in which file, and what is to lie beside it
-    when it is mended."""
+    after the repair."""
     log, row = f"training_logs/run_{run_id}.jsonl", f"runs/{run_id}/run.json"
     lines = (out / log).read_bytes().splitlines(keepends=True)
     (out / log).write_bytes(b"".join([*lines[:2], b"no json\n", *lines[2:], b'{"sch']))

@@ -1,11 +1,12 @@
-"""One measured figure: its repetitions summarised, its target, and whether that is met.
-
-Benchmark figures for a person, on standard error.
+"""A benchmark's figure: its repetitions summarised, its target, whether that is met, and where it was measured; shown as a
+table on standard error.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -94,6 +95,22 @@ def half_width_95(values: Sequence[float]) -> float | None:
 
 
 CONSOLE = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 180)
+
+
+def machine() -> dict[str, object]:
+    """Where figures hold: processor, usable cores, memory, load before the start, versions."""
+    import psutil
+
+    from instrument.environment import cpu_name, version
+
+    return {
+        "cpu": cpu_name(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_1min": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
 
 
 def show_machine(machine: dict[str, object], repeats: int | None) -> None:
