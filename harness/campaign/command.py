@@ -171,7 +171,7 @@ def _require_datasets(data: str) -> None:
 
 def _estimate(label: str, config: str, settings) -> dict[str, Any]:
     """As `case --dry-run` estimates it; null seconds where it cannot."""
-    from harness.estimate.command import estimate
+    from harness.estimate import estimate
 
     found = estimate(settings, Path("results"))
     time_s, memory = found["time"] or {}, found["memory"] or {}
