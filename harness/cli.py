@@ -17,7 +17,7 @@ from harness.parallel.ranks import is_spokesman
 from instrument.terminal import reader_may_leave
 
 if TYPE_CHECKING:
-    from harness.supervisor.heartbeat import HeartbeatSender
+    from harness.run.heartbeat import HeartbeatSender
 
 WRITES_FILES = ("case", "matrix", "campaign", "fit", "bench", "repair", "predict")
 """Commands that continue when nobody reads their output any more: their results are files."""
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
     return run_command(options)
 
 
-def run_command(options: argparse.Namespace, pulse: HeartbeatSender | None = None) -> int:
-    """Run a parsed command; returns its exit code. ``pulse``: to the supervisor of this process, which a single run has."""
+def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None = None) -> int:
+    """Run a parsed command; returns its exit code. ``heartbeat``: to the supervisor of this process, which a single run has."""
     with reader_may_leave() as reader:
-        options.pulse, reader.needed = pulse, not _writes_files(options)
+        options.heartbeat, reader.needed = heartbeat, not _writes_files(options)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: rows written, exit 75
         try:
@@ -64,8 +64,8 @@ def run_command(options: argparse.Namespace, pulse: HeartbeatSender | None = Non
             print("interrupted: give the same command again", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
-            if pulse is not None:
-                pulse.fault(error)
+            if heartbeat is not None:
+                heartbeat.failed(error)
             code = exit_code_of(error)
             if code is None:
                 raise

@@ -27,7 +27,7 @@ def evaluate(
     *,
     valid_vocab: int | None,
     step: int,
-    team: DistributedContext = SINGLE_PROCESS,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> EvaluationRecord:
     """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training. Ranks are dealt batches and
     combine their results: the record is every rank's, and that of one process."""
@@ -35,7 +35,7 @@ def evaluate(
     model.eval()
     losses, targets_seen, samples = [], 0, 0
     scores, truths = [], []
-    for mine, batch in team.dealt(batches):
+    for mine, batch in context.dealt(batches):
         targets_seen += batch.n_targets
         samples += batch.samples
         if case.task.metric == "f1":
@@ -58,7 +58,7 @@ def evaluate(
         if case.task.metric == "f1":
             scores.append(logits.float().cpu())
     model.train()
-    losses, scores = team.collected(losses), team.collected(scores)
+    losses, scores = context.collected(losses), context.collected(scores)
     loss = float(torch.stack(losses).double().sum()) / targets_seen
     quality = _f1(torch.cat(scores).numpy(), torch.cat(truths).numpy()) if scores else {}
     return EvaluationRecord(

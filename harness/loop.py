@@ -39,10 +39,10 @@ def train(
     options: LoopOptions,
     steps: Iterable[int] | None = None,
     cut: Callable[[int], bool] = lambda step: False,
-    share: ParallelStrategy = NO_PARALLELISM,
+    strategy: ParallelStrategy = NO_PARALLELISM,
 ) -> Iterator[Reading]:
     """Train step by step (all of them, or ``steps``); yields a `Reading` at every log point and wherever
-    ``cut(step)`` asks for one, and ends after a divergence. ``share``: this process' part of each step."""
+    ``cut(step)`` asks for one, and ends after a divergence. ``strategy``: this process' part of each step."""
     steps = list(range(1, options.max_steps + 1) if steps is None else steps)
     for step in steps:
         lr = learning_rate(step, peak=options.peak_lr, warmup_steps=options.warmup_steps, max_steps=options.max_steps)
@@ -54,7 +54,7 @@ def train(
         batch = batches.step(step)
         meter.count(batch)
 
-        for micro in share.of(batch.micro_batches(options.micro_batch)):
+        for micro in strategy.of(batch.micro_batches(options.micro_batch)):
             micro = micro.to(precision.device)
             with precision.forward():
                 logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
@@ -71,7 +71,7 @@ def train(
             )
             meter.add_loss(loss)
             loss.backward()
-        share.sum_gradients()
+        strategy.sum_gradients()
 
         gradients = precision.measure_gradients(optimizer)
         norm = precision.clip(gradients.total_norm, options.max_norm)

@@ -9,9 +9,8 @@ import torch
 
 from bench_cases.data.batches import Batches
 from harness.loop import LoopOptions, train
-from harness.parallel.choice import strategy_for
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
-from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy, SummedGradients
+from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy, SummedGradients, strategy_for
 from harness.precision import Precision
 from harness.settings import MAX_NORM, RunSettings
 from instrument.replay.recorder import OpRecorder
@@ -26,7 +25,7 @@ DROPOUT_OF_RANKS = 15_485_863
 @dataclass
 class Training:
     """``model`` is prepared (device, dtypes, head); ``forward`` is the same model, compiled where asked. Of several
-    processes (``team``) each trains its ``share`` of a step, and replays its ``replayed`` one on the bare model."""
+    processes (``context``) each trains its ``strategy`` of a step, and replays its ``replayed`` one on the bare model."""
 
     settings: RunSettings
     model: torch.nn.Module
@@ -35,8 +34,8 @@ class Training:
     batches: Batches
     precision: Precision
     valid_vocab: int | None
-    team: DistributedContext = SINGLE_PROCESS
-    share: ParallelStrategy = NO_PARALLELISM
+    context: DistributedContext = SINGLE_PROCESS
+    strategy: ParallelStrategy = NO_PARALLELISM
     replayed: ParallelStrategy = NO_PARALLELISM
 
     @classmethod
@@ -47,14 +46,14 @@ class Training:
         batches: Batches,
         precision: Precision,
         valid_vocab: int | None,
-        team: DistributedContext = SINGLE_PROCESS,
+        context: DistributedContext = SINGLE_PROCESS,
     ) -> Training:
         """Put a freshly built model and its optimizer under the configuration."""
         model = precision.prepare(model)
         forward = torch.compile(model) if settings.compile else model
-        share = strategy_for(settings, team, model, forward, batches, precision)
+        strategy = strategy_for(settings, context, model, forward, batches, precision)
         optimizer = precision.make_optimizer(
-            lr=settings.lr, weight_decay=settings.case.weight_decay, seed=share.seed(settings.seed)
+            lr=settings.lr, weight_decay=settings.case.weight_decay, seed=strategy.seed(settings.seed)
         )
         return cls(
             settings,
@@ -64,9 +63,9 @@ class Training:
             batches,
             precision,
             valid_vocab,
-            team,
-            share,
-            NO_PARALLELISM if team.ranks.world == 1 else SummedGradients(team, precision.parameters),
+            context,
+            strategy,
+            NO_PARALLELISM if context.ranks.world == 1 else SummedGradients(context, precision.parameters),
         )
 
     @property
@@ -80,7 +79,7 @@ class Training:
             peak_lr=s.lr,
             max_norm=MAX_NORM,
             valid_vocab=self.valid_vocab,
-            seed=s.seed + DROPOUT_OF_RANKS * self.team.ranks.rank,
+            seed=s.seed + DROPOUT_OF_RANKS * self.context.ranks.rank,
         )
 
     def meter(self, window: int, taps: ModuleTaps | None = None, recorder: OpRecorder | None = None) -> StepMeter:
@@ -93,10 +92,10 @@ class Training:
             window=window,
             taps=taps,
             recorder=recorder,
-            gather=self.team.gather,
-            micro_batches=self.share.count(s.batch_size // s.micro_batch),
+            gather=self.context.gather,
+            micro_batches=self.strategy.count(s.batch_size // s.micro_batch),
             warmup_steps=s.warmup_steps,
-            named_parameters=self.share.named_parameters(self.model),
+            named_parameters=self.strategy.named_parameters(self.model),
         )
 
     def train(
@@ -105,7 +104,7 @@ class Training:
         """Train, all steps or the given ones; ``cut`` asks for a reading after a step."""
         return train(
             self.settings.case,
-            self.share.trained(self.forward),
+            self.strategy.trained(self.forward),
             self.optimizer,
             self.batches,
             self.precision,
@@ -113,7 +112,7 @@ class Training:
             self.options,
             steps,
             cut,
-            self.share,
+            self.strategy,
         )
 
     def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
@@ -128,7 +127,7 @@ class Training:
             meter,
             self.options,
             [step],
-            share=self.replayed,
+            strategy=self.replayed,
         )
         return reading
 
@@ -138,8 +137,8 @@ class Training:
 
     def state(self, step: int) -> NamedState | None:
         """The state after ``step`` steps, for a checkpoint: rank 0's; None on the others. All ranks call it."""
-        return self.share.state(step, self.model, self.optimizer, self.precision.scaler)
+        return self.strategy.state(step, self.model, self.optimizer, self.precision.scaler)
 
     def restore(self, state: NamedState) -> None:
         """Put a stored state into this freshly prepared training; raises `ValueError` when it does not fit."""
-        self.share.restore(state, self.model, self.optimizer, self.precision.scaler)
+        self.strategy.restore(state, self.model, self.optimizer, self.precision.scaler)

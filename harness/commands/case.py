@@ -1,18 +1,29 @@
-"""``python -m harness case``: one run in this process, which `supervise.case_parent` has made for it."""
+"""``python -m harness case``: one run, in this process, which `harness.supervisor.case_parent` started, or on several
+ranks, which torchrun started."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
 from bench_cases.own import case_for_model, find_case
 from harness import options as arguments
-from harness.matrix.budget import asked_budget
+from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
+from harness.matrix.budget import Budget, asked_budget
 from harness.parallel.ranks import Ranks, on_ranks
 from harness.settings import RunSettings, SettingsError
+from instrument.results import files
+
+if TYPE_CHECKING:
+    from instrument.results.schemas import RunRecord
 
 
 def case_command(options: argparse.Namespace) -> int:
@@ -31,21 +42,86 @@ def case_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(settings, out, options.json) if ranks.is_first else 0
     if ranks.world > 1:
-        from harness.parallel.command import run_rank
-
-        return run_rank(settings, out, ranks, options, started_s, budget)
-    from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
+        return _run_rank(settings, out, ranks, options, started_s, budget)
     from harness.matrix.budget import ending_in_time
     from harness.run.execute import execute
     from harness.run.signals import Stop
     from harness.run.terminal import CaseScreen
     from instrument.results.schemas import encode
 
-    with CaseScreen(settings, out) as screen, Stop(pulse=options.pulse).listening() as stop, ending_in_time(budget, stop):
+    with (
+        CaseScreen(settings, out) as screen,
+        Stop(heartbeat=options.heartbeat).listening() as stop,
+        ending_in_time(budget, stop),
+    ):
         record = execute(settings, out, screen.show, started_s, stop, fresh=options.fresh)
     screen.summary(record)
     if options.json:
         sys.stdout.write(encode(record).decode() + "\n")
+    return _exit_code(record)
+
+
+def _run_rank(
+    settings: RunSettings, out: Path, ranks: Ranks, options: argparse.Namespace, started_s: float, budget: Budget | None
+) -> int:
+    """Execute this rank's part of the run; rank 0 shows it. Returns the exit code, the same on all; where a rank failed it does
+    not return but ends the process, since destroying a broken process group may wait for ever."""
+    import torch
+
+    from harness.matrix.budget import ending_in_time, refuse_too_little
+    from harness.parallel.context import RankFailed
+    from harness.parallel.process_group import joined
+    from harness.run.execute import execute
+    from harness.run.signals import StopTogether
+    from harness.run.terminal import CaseScreen
+    from instrument.results.schemas import encode
+
+    if budget is not None:
+        refuse_too_little(budget)  # before the ranks wait for each other
+    screen = CaseScreen(settings, out) if ranks.is_first else None
+    show = screen.show if screen else lambda row: None
+    try:
+        with (
+            joined(ranks, torch.device(settings.device), options.hang_after_s) as context,
+            _folder_of(ranks, out) as folder,
+            screen or nullcontext(),
+            StopTogether(context).listening() as stop,
+            ending_in_time(budget, stop),
+        ):
+            record = execute(settings, folder, show, started_s, stop, fresh=options.fresh, context=context)
+            if not context.broken:
+                context.gather(None)  # rank 0 has written the row: torchrun ends it as soon as another leaves with 75
+    except RankFailed as error:  # before there was a run to write a row of; that rank says why
+        print(f"harness: {error}", file=sys.stderr)
+        _end_process(RUN_FAILED)
+    if screen:
+        screen.summary(record)
+        if options.json:
+            sys.stdout.write(encode(record).decode() + "\n")
+    if context.broken:
+        _end_process(_exit_code(record))
+    return _exit_code(record)
+
+
+@contextmanager
+def _folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
+    """``out`` for rank 0. The other ranks execute the whole run too, each into a temporary folder. What killed ranks left is
+    deleted."""
+    files.sweep(Path(tempfile.gettempdir()))
+    if ranks.is_first:
+        yield out
+        return
+    with files.temporary_folder(f"ddb-rank{ranks.rank}") as temporary:
+        yield temporary
+
+
+def _end_process(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _exit_code(record: RunRecord) -> int:
     if record.status == "preempted":
         return INTERRUPTED
     return RUN_FAILED if record.status in ("oom", "error", "hung") else OK

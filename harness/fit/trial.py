@@ -15,6 +15,7 @@ import transformers.models.roberta.modeling_roberta  # noqa: F401  (paid here, o
 
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model
+from harness.failure import of_exception
 from harness.precision import Precision, Unsupported
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.settings import RunSettings
@@ -24,13 +25,6 @@ LONGEST_STEPS, WARM_STEPS = 2, 2
 """Steps of the longest rows (the second has the optimizer's states), then ordinary ones, untimed."""
 LEAST_TIMED, MOST_TIMED, ENOUGH_S = 3, 20, 5.0
 """Timed steps: as many as take `ENOUGH_S`."""
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-    "Cannot allocate memory",
-    "could not create a primitive",
-)  # the last: oneDNN, with no room for its code
 
 
 @dataclass(frozen=True)
@@ -70,12 +64,9 @@ def enter(settings: RunSettings, timed: bool, memory_limit_bytes: int | None, re
         trial = measure(settings, timed=timed)
     except Unsupported as error:
         trial = Trial(settings.batch_size, "unsupported", str(error))
-    except (RuntimeError, MemoryError) as error:
-        words = _first_line(error)
-        oom = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in OUT_OF_MEMORY)
-        trial = Trial(settings.batch_size, "oom" if oom else "error", words)
     except Exception as error:
-        trial = Trial(settings.batch_size, "error", _first_line(error))
+        status = "oom" if of_exception(error).status == "oom" else "error"
+        trial = Trial(settings.batch_size, status, _first_line(error))
     reports.send(trial)
     reports.close()
 

@@ -145,10 +145,10 @@ def investigate(
 ) -> ForensicsRecord:
     """Everything about one failure; leaves the training as it is after the failed step. The culprit's operands
     are kept in ``operands_path``."""
-    share, micro_batches = training.replayed, training.settings.batch_size // training.settings.micro_batch
+    strategy, micro_batches = training.replayed, training.settings.batch_size // training.settings.micro_batch
     replayed, modules = _replay(training, divergence, replays, last)
     found, mine = replayed.found, replayed.completed(divergence.first_nonfinite)
-    winner = first_of_all(share, of_this_rank(mine, share, micro_batches) if found else None)
+    winner = first_of_all(strategy, of_this_rank(mine, strategy, micro_batches) if found else None)
     if winner is None:
         return ForensicsRecord(
             run_id=run_id,
@@ -159,14 +159,14 @@ def investigate(
         )
     rank, first = winner
     record = None
-    if rank == training.team.ranks.rank:  # the other ranks know nothing of it
+    if rank == training.context.ranks.rank:  # the other ranks know nothing of it
         record = _record(training, replayed, modules, first, run_id, trace_path, operands_path)
     elif trace_path is not None:
         replayed.before.restore()
         training.again(divergence.step)
-    record = training.team.broadcast(record, rank)
+    record = training.context.broadcast(record, rank)
     for path in (trace_path, operands_path):
-        if path is not None and (content := training.team.hand_over(path, rank)) is not None:
+        if path is not None and (content := training.context.hand_over(path, rank)) is not None:
             replace(path, content)
     return record
 

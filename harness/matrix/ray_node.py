@@ -16,12 +16,12 @@ import ray
 import torch
 
 from bench_cases.data import fingerprint
+from harness.failure import Failure, failure_of
 from harness.matrix.ray_cluster import EngineError
 from harness.planning import data_options, sources_fingerprint
 from harness.run.outcome import Outcome, summarize
 from harness.run.signals import Stop
 from harness.settings import RunSettings
-from harness.supervisor.failure import Failure, failure_of
 from harness.supervisor.pool import supervise
 from harness.supervisor.process_monitor import Rules
 from instrument.environment import device_slug

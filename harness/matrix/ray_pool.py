@@ -15,12 +15,12 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from harness.failure import Failure
 from harness.matrix.ray_cluster import EngineError
 from harness.matrix.ray_node import Board, Progress, execute_on_node, failed_row, project_sha256
-from harness.run import checkpoint_files
+from harness.run.progress import checkpoint_steps
 from harness.run.signals import Stop
 from harness.settings import RunSettings
-from harness.supervisor.failure import Failure
 from harness.supervisor.pool import ProcessExit
 from harness.supervisor.process_monitor import Rules
 from instrument.results.claims import Claim, RunClaimed, claim
@@ -127,7 +127,7 @@ class RayPool:
         ):
             own.release()
             return ProcessExit(settings, row, None, 0.0)
-        packed = pack(self.out, run_id) if checkpoint_files.steps(self.out / "runs" / run_id) else []
+        packed = pack(self.out, run_id) if checkpoint_steps(self.out / "runs" / run_id) else []
         room = {"num_gpus": 1, "num_cpus": 0} if self.on_gpus else {"num_cpus": self._processors()}
         task = ray.remote(execute_on_node).options(max_retries=RETRIES, **room)
         self.running.append(Running(settings, own, task.remote(self._board, settings, *self._given, packed)))

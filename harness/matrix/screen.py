@@ -17,8 +17,8 @@ from rich.text import Text
 
 from harness.matrix.shards import EVERYTHING, Shard
 from harness.matrix.stability import LEGEND, STYLES, cell_words, stability_table
+from harness.run.progress import disturbance
 from harness.settings import RunSettings
-from harness.supervisor.crash_record import disturbance
 from harness.supervisor.pool import Pool, Running
 from instrument.results.files import replace
 from instrument.results.schemas import RunRecord

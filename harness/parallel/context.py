@@ -1,6 +1,5 @@
-"""What the ranks of a run tell each other outside of training: small objects, in host memory.
-
-Facts of a run's row that every rank measured on its own.
+"""What the ranks of a run exchange outside of training, as small objects in host memory: here for a single process, which has
+nobody to exchange them with (`harness.parallel.process_group` has several), and the row's facts that every rank measured.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from harness.failure import Failure
 from harness.parallel.ranks import Ranks
-from harness.supervisor.failure import Failure
 
 T = TypeVar("T")
 
@@ -25,8 +24,7 @@ class RanksDiffer(Exception):
 
 
 class RankFailed(Exception):
-    """Another rank of the run failed or went away. ``status`` is what the run's row gets; ``flags`` what the row's get
-    beside the rank, see `supervise.death.Death.flags`."""
+    """Another rank of the run failed or is gone. ``status``, ``traceback`` and ``flags`` are for the run's row."""
 
     def __init__(
         self, rank: int | None, status: str, sentence: str, traceback: str | None = None, flags: dict[str, Any] | None = None
@@ -35,22 +33,22 @@ class RankFailed(Exception):
         self.rank, self.status, self.traceback, self.flags = rank, status, traceback, flags or {}
 
     @classmethod
-    def of(cls, death: Failure, rank: int | None = None) -> RankFailed:
-        """Of a death that nobody but the others can tell."""
-        return cls(rank, death.status, death.error, flags=death.flags)
+    def of(cls, failure: Failure, rank: int | None = None) -> RankFailed:
+        """A failure that the rank itself could not report."""
+        return cls(rank, failure.status, failure.error, flags=failure.flags)
 
 
 class DistributedContext:
-    """The ranks of a run: here the only one, which has nobody to talk to."""
+    """The ranks of a run: here the only one."""
 
     ranks = Ranks()
 
     def gather(self, mine: T) -> list[T]:
-        """What every rank gives, by rank; all must call it."""
+        """The objects of all ranks, by rank; all must call it."""
         return [mine]
 
     def broadcast(self, mine: T, source: int = 0) -> T:
-        """What rank ``source`` gives; all must call it."""
+        """The object of rank ``source``; all must call it."""
         return mine
 
     def any(self, mine: bool) -> bool:
@@ -59,16 +57,16 @@ class DistributedContext:
 
     def same(self, what: str, mine: str) -> str:
         """``mine``, which is the same on every rank; raises `RanksDiffer` naming the first that has another."""
-        told = self.gather(mine)
-        other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
+        values = self.gather(mine)
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
-            raise RanksDiffer(f"{what} of rank {other} are not those of rank 0 ({told[other][:12]} and {told[0][:12]})")
+            raise RanksDiffer(f"{what} of rank {other} are not those of rank 0 ({values[other][:12]} and {values[0][:12]})")
         return mine
 
     def dealt(self, items: Iterable[T]) -> Iterator[tuple[bool, T]]:
         """All ``items``, and whether each is this rank's to do: they are dealt in turn."""
         for place, item in enumerate(items):
-            self.moved()
+            self.progressed()
             yield place % self.ranks.world == self.ranks.rank, item
 
     def collected(self, mine: list[T]) -> list[T]:
@@ -84,46 +82,48 @@ class DistributedContext:
         content = self.broadcast(mine, source)
         return content if self.ranks.is_first else None
 
-    def moved(self) -> None:
-        """This rank got on: another micro-batch, another batch of an evaluation."""
+    def progressed(self) -> None:
+        """This rank has got to another micro-batch, or another batch of an evaluation."""
 
     def in_turn(self, make: Callable[[], T]) -> T:
-        """``make()``, on rank 0 first: what it leaves in a cache is the others'."""
+        """``make()``, on rank 0 first: the others find what it leaves in a cache."""
         return make()
 
     @contextmanager
-    def telling(self, if_lost: Callable[[RankFailed], None]) -> Iterator[None]:
-        """Around a run: an error on one rank ends all. Where another rank failed, raises `RankFailed`; ``if_lost``
-        is called in another thread, before the process ends, when this one is stuck waiting for it."""
+    def reporting_failures(
+        self, write_row: Callable[[RankFailed], None], describe: Callable[[BaseException], Failure]
+    ) -> Iterator[None]:
+        """Around a run: an error on one rank, which is ``describe``d to the others, ends all. Raises `RankFailed` where another
+        rank failed; where this one is stuck waiting for it, ``write_row`` is called in another thread and the process ends."""
         yield
 
 
 SINGLE_PROCESS = DistributedContext()
 
 
-OF_ONE_PROCESS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_rss_bytes")
+PEAKS_OF_ONE_PROCESS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_rss_bytes")
 
 
-def facts_of_all(team: DistributedContext, mine: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The instruments' facts (`Instruments.facts`) of all ranks: the largest GPU's memory, the GPUs' joules added up
-    (on a CPU all ranks read one counter); None where a rank does not know."""
-    told = team.gather(mine)
-    if len(told) == 1 or not mine:
+def facts_of_all(context: DistributedContext, mine: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The instruments' facts (`Instruments.facts`) of all ranks: the largest GPU's memory, the GPUs' joules added up (on a CPU
+    all ranks read one counter); None where a rank does not know."""
+    facts = context.gather(mine)
+    if len(facts) == 1 or not mine:
         return mine
-    peaks, joules = ([theirs[name] for theirs in told] for name in ("peak_device_bytes", "energy_j"))
+    peaks, joules = ([one[name] for one in facts] for name in ("peak_device_bytes", "energy_j"))
     return mine | {
         "peak_device_bytes": None if None in peaks else max(peaks),
         "energy_j": joules[0] if device.type == "cpu" else None if None in joules else sum(joules),
     }
 
 
-def peaks_by_rank(team: DistributedContext, device: torch.device, instrument_bytes: int) -> dict[str, Any]:
-    """``ranks`` for the row's ``flags``: where each rank ran and the most memory that it held, allocated bytes without
-    the instruments' own. Nothing for one process, whose peaks are the row's."""
-    if team.ranks.world == 1:
+def peaks_by_rank(context: DistributedContext, device: torch.device, instrument_bytes: int) -> dict[str, Any]:
+    """``ranks`` for the row's ``flags``: where each rank ran and the most memory that it held, allocated bytes without the
+    instruments' own. Nothing for one process, whose peaks are the row's."""
+    if context.ranks.world == 1:
         return {}
     mine: dict[str, Any] = {
-        "rank": team.ranks.rank,
+        "rank": context.ranks.rank,
         "host": socket.gethostname(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -133,11 +133,11 @@ def peaks_by_rank(team: DistributedContext, device: torch.device, instrument_byt
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) - instrument_bytes,
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
         }
-    return {"ranks": team.gather(mine)}
+    return {"ranks": context.gather(mine)}
 
 
 def largest_peaks(flags: dict[str, Any]) -> dict[str, int]:
-    """The rank's that comes first to run out of memory, as fields of the row; nothing where ``ranks`` is not known: then
-    the row has rank 0's."""
+    """Of the rank that runs out of memory first, as fields of the row; nothing where ``ranks`` is not known: then the row has
+    rank 0's."""
     ranks = flags.get("ranks", [])
-    return {name: max(rank[name] for rank in ranks) for name in OF_ONE_PROCESS if ranks and name in ranks[0]}
+    return {name: max(rank[name] for rank in ranks) for name in PEAKS_OF_ONE_PROCESS if ranks and name in ranks[0]}

@@ -1,6 +1,5 @@
-"""Every rank replays its own micro-batches of a failed step; which of what they found came first.
-
-Where a failure is that cannot be replayed, since no rank has the whole state: by the modules' own counters.
+"""Which rank, micro-batch and module of a step that failed on several ranks came first: from the ranks' own replays, or by the
+modules' counters where no rank has the whole state that a replay needs.
 """
 
 from __future__ import annotations
@@ -16,40 +15,40 @@ from instrument.watch.meter import Divergence
 from instrument.watch.surface import innermost, prevailing
 from instrument.watch.taps import ModuleTaps
 
-BEHIND_THE_LOSS = ("forward", "loss")
+BEFORE_GRADIENTS = ("forward", "loss")
 
 
-def of_this_rank(found: FirstNonfinite, share: ParallelStrategy, micro_batches: int) -> FirstNonfinite:
+def of_this_rank(found: FirstNonfinite, strategy: ParallelStrategy, micro_batches: int) -> FirstNonfinite:
     """A rank's own finding with its rank, its micro-batch counted through the whole step. A sum over ranks that
     overflows is nobody's: each one's gradients were finite."""
-    if share.team.ranks.world == 1:
+    if strategy.context.ranks.world == 1:
         return found
     place = found.microbatch
     return msgspec.structs.replace(
         found,
-        rank=None if found.op == SUM_OVER_RANKS else share.team.ranks.rank,
-        microbatch=None if found.op == SUM_OVER_RANKS or place is None else share.first(micro_batches) + place,
+        rank=None if found.op == SUM_OVER_RANKS else strategy.context.ranks.rank,
+        microbatch=None if found.op == SUM_OVER_RANKS or place is None else strategy.first(micro_batches) + place,
     )
 
 
-def first_of_all(share: ParallelStrategy, mine: FirstNonfinite | None) -> tuple[int, FirstNonfinite] | None:
+def first_of_all(strategy: ParallelStrategy, mine: FirstNonfinite | None) -> tuple[int, FirstNonfinite] | None:
     """The rank whose finding came first and that finding, on every rank; None where there is none. In the order in
     which one process would have blamed them: what made a loss non-finite, by micro-batch, before gradients, these
-    before what comes behind the sum; that sum itself last, since it only passes on what a rank put in."""
-    told = share.team.gather(mine)
-    candidates = [(_order(first), rank) for rank, first in enumerate(told) if first is not None]
+    before what comes after the sum; that sum itself last, since it only passes on what a rank put in."""
+    findings = strategy.context.gather(mine)
+    candidates = [(_order(first), rank) for rank, first in enumerate(findings) if first is not None]
     if not candidates:
         return None
     _, rank = min(candidates)
-    first = told[rank]
-    if len(told) > 1:
-        alike = [r for r, other in enumerate(told) if other is not None and _what(other) == _what(first)]
+    first = findings[rank]
+    if len(findings) > 1:
+        alike = [r for r, other in enumerate(findings) if other is not None and _what(other) == _what(first)]
         first = msgspec.structs.replace(first, replay=(first.replay or {}) | {"ranks": alike})
     return rank, first
 
 
 def _order(first: FirstNonfinite) -> tuple[int, int]:
-    stage = 3 if first.op == SUM_OVER_RANKS else 0 if first.phase in BEHIND_THE_LOSS else 1 if first.phase == "backward" else 2
+    stage = 3 if first.op == SUM_OVER_RANKS else 0 if first.phase in BEFORE_GRADIENTS else 1 if first.phase == "backward" else 2
     return stage, first.microbatch or 0
 
 
@@ -60,14 +59,14 @@ def _what(first: FirstNonfinite) -> tuple:
 DIRECTIONS = {"forward": "fwd", "loss": "fwd", "backward": "bwd"}
 
 
-def located(divergence: Divergence, team: DistributedContext, taps: ModuleTaps | None) -> Divergence:
+def located(divergence: Divergence, context: DistributedContext, taps: ModuleTaps | None) -> Divergence:
     """The divergence with the rank and the module that first showed it: the innermost that was measured in that
     step, blocks at every step, leaf modules at those of the level's cadence. All ranks call it."""
     first = divergence.first_nonfinite
     mine = _of(first, taps.mine if taps is not None else [])
-    told = team.gather(mine and (mine.module, prevailing(mine.nan - mine.inf), mine.dtype))
-    rank = first.rank if first.rank is not None else next((r for r, found in enumerate(told) if found is not None), None)
-    found = told[rank] if rank is not None else None
+    findings = context.gather(mine and (mine.module, prevailing(mine.nan - mine.inf), mine.dtype))
+    rank = first.rank if first.rank is not None else next((r for r, found in enumerate(findings) if found is not None), None)
+    found = findings[rank] if rank is not None else None
     if found is not None:
         module, kind, dtype = found
         first = msgspec.structs.replace(first, rank=rank, module=module, kind=kind, dtype=dtype or None)

@@ -1,15 +1,11 @@
 """FSDP2 (`fully_shard`): every rank keeps a slice of each parameter, gradient and optimizer state.
 
-The optimizer sees the slices as plain tensors, so that every implementation that works element by element is the
-same as on whole tensors; statistics of gradients are put together over the ranks before anything is decided by them.
-What needs a whole tensor is refused, with the reason; a checkpoint has whole ones (`whole_state`).
+The optimizer sees the slices as plain tensors, so that every implementation that works element by element is the same as on
+whole tensors; statistics of gradients are combined over the ranks, by one exchange without a host sync, before anything is
+decided by them. What needs a whole tensor is refused, with the reason.
 
-Statistics of tensors of which every rank has a slice: one exchange, no host sync.
-
-The state of a sharded run as one process would have it: put together for a checkpoint, and taken apart again.
-
-A tensor at a time goes through a rank's device, and only rank 0 keeps what it gets. Random states are every rank's own:
-rank 0's have the names that one process uses, the others' begin with ``random/rank<n>/``.
+A checkpoint has whole tensors: they are gathered one at a time through the ranks' devices, and only rank 0 keeps them. Random
+states are every rank's own: rank 0's have the names that one process uses, the others' begin with ``random/rank<n>/``.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ from instrument.replay.snapshot import NamedState, Snapshot
 from kernels import TensorStats
 from kernels.multi_tensor_stats.stats import ABSMAX, FIRST_NONFINITE, FOUND_INF_F32, NAN, NORM, NOT_COUNTED, NUMEL, SUMSQ
 
-NOBODY = torch.iinfo(torch.int64).max
+NO_PLACE = torch.iinfo(torch.int64).max
 
 
 def over_ranks(mine: TensorStats) -> TensorStats:
@@ -48,8 +44,8 @@ def over_ranks(mine: TensorStats) -> TensorStats:
     counts = slice(NAN, NUMEL + 1)  # NaN, infinities, zeros, what fp16 would flush, elements
     words[:, counts] = torch.where(words[:, counts] == NOT_COUNTED, NOT_COUNTED, gathered[..., counts].sum(0))
     firsts = gathered[:, -1, FIRST_NONFINITE]
-    first = torch.where(firsts < 0, NOBODY, firsts).amin()
-    words[-1, FIRST_NONFINITE] = torch.where(first == NOBODY, -1, first)
+    first = torch.where(firsts < 0, NO_PLACE, firsts).amin()
+    words[-1, FIRST_NONFINITE] = torch.where(first == NO_PLACE, -1, first)
     found = gathered.view(torch.float32)[:, -1, FOUND_INF_F32]
     words.view(torch.float32)[-1, FOUND_INF_F32] = found.amax()
     return TensorStats(words)
@@ -73,25 +69,25 @@ class SlicedModel(nn.Module):
 
 
 @torch.no_grad()
-def gather_full_state(mine: NamedState, sharded: Mapping[str, DTensor], team: DistributedContext) -> NamedState | None:
+def gather_full_state(mine: NamedState, sharded: Mapping[str, DTensor], context: DistributedContext) -> NamedState | None:
     """The whole state, on rank 0, from the slices that each rank has of it; None on the others. ``sharded``: the model's
     parameters. All ranks call it; raises `RanksDiffer` where they have other states or other single numbers, `ValueError`
     for a state that is neither a slice like its parameter's nor a single number."""
     parts = {name: part for name, part in mine.tensors.items() if not name.startswith(RANDOM)}
     alike = [(name, None if part.ndim else part.item()) for name, part in parts.items()], mine.scaler
-    team.same("names and counters of the states", hashlib.sha256(repr(alike).encode()).hexdigest())
+    context.same("names and counters of the states", hashlib.sha256(repr(alike).encode()).hexdigest())
     tensors = {}
     for name, part in parts.items():
-        team.moved()
+        context.progressed()
         like = _parameter_of(name, sharded)
         if like is not None and _is_slice(name, part, like.to_local().shape):
             part = _whole(part, like)
-        if team.ranks.is_first:
+        if context.ranks.is_first:
             tensors[name] = part.cpu()
-    told = team.gather({name: state for name, state in mine.tensors.items() if name.startswith(RANDOM)})
-    for rank, theirs in enumerate(told):
+    states = context.gather({name: state for name, state in mine.tensors.items() if name.startswith(RANDOM)})
+    for rank, theirs in enumerate(states):
         tensors |= {f"{_random_of(rank)}{name.removeprefix(RANDOM)}": state for name, state in theirs.items()}
-    return replace(mine, tensors=tensors) if team.ranks.is_first else None
+    return replace(mine, tensors=tensors) if context.ranks.is_first else None
 
 
 @torch.no_grad()
@@ -152,8 +148,8 @@ class FsdpStrategy(ParallelStrategy):
     deals_evaluations = False
     """Every forward pass gathers weights from all ranks: all run all batches."""
 
-    def __init__(self, team: DistributedContext, model: nn.Module, slices: Sequence[nn.Parameter]) -> None:
-        super().__init__(team)
+    def __init__(self, context: DistributedContext, model: nn.Module, slices: Sequence[nn.Parameter]) -> None:
+        super().__init__(context)
         self._model = model
         self._sharded = dict(model.named_parameters())
         self._slices = dict(zip(self._sharded, slices, strict=True))
@@ -162,7 +158,7 @@ class FsdpStrategy(ParallelStrategy):
     def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
         own = self._own(micro_batches)
         for micro in own:
-            self.team.moved()
+            self.context.progressed()
             self._model.set_requires_gradient_sync(micro is own[-1])
             yield micro
 
@@ -177,7 +173,7 @@ class FsdpStrategy(ParallelStrategy):
 
     def seed(self, seed: int) -> int:
         """Slices are rounded stochastically by numbers of their own."""
-        return seed + self.team.ranks.rank
+        return seed + self.context.ranks.rank
 
     def weights_sha256(self, model: nn.Module) -> str:
         """That of the whole weights, gathered one by one."""
@@ -193,13 +189,13 @@ class FsdpStrategy(ParallelStrategy):
     def state(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
     ) -> NamedState | None:
-        return gather_full_state(Snapshot(step, self._sliced, optimizer, scaler).named(), self._sharded, self.team)
+        return gather_full_state(Snapshot(step, self._sliced, optimizer, scaler).named(), self._sharded, self.context)
 
     def restore(
         self, state: NamedState, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
     ) -> None:
         """This rank's slices of it."""
-        mine = shard_state(state, self._sharded, self.team.ranks.rank)
+        mine = shard_state(state, self._sharded, self.context.ranks.rank)
         Snapshot.from_named(mine, self._sliced, optimizer, scaler).restore()
 
     def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
@@ -207,13 +203,13 @@ class FsdpStrategy(ParallelStrategy):
         facts = [super().optimizer_facts(optimizer)["optimizer_states"]]
         squares = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
         counts = sum(int((s == 0).sum()) for s in squares), sum(s.numel() for s in squares)
-        told = self.team.gather((facts[0], counts))
-        dtypes = {name: sum(states.get(name, 0) for states, _ in told) for states, _ in told for name in states}
-        zeros, total = (sum(pair[which] for _, pair in told) for which in (0, 1))
+        gathered = self.context.gather((facts[0], counts))
+        dtypes = {name: sum(states.get(name, 0) for states, _ in gathered) for states, _ in gathered for name in states}
+        zeros, total = (sum(pair[which] for _, pair in gathered) for which in (0, 1))
         return {"optimizer_states": dtypes, "exp_avg_sq_zero_frac": zeros / total if total else None}
 
 
-def fsdp_strategy(team: DistributedContext, model: nn.Module, precision: Precision) -> FsdpStrategy:
+def fsdp_strategy(context: DistributedContext, model: nn.Module, precision: Precision) -> FsdpStrategy:
     """Shard a prepared model in place, its layers one by one, and give ``precision`` the slices to measure, clip and
     update. Raises `Unsupported` for a configuration that needs whole tensors."""
     config = precision.config
@@ -226,7 +222,7 @@ def fsdp_strategy(team: DistributedContext, model: nn.Module, precision: Precisi
         )
     if not all(parameter.requires_grad for parameter in model.parameters()):
         raise Unsupported("under --parallel fsdp: some parameters are frozen, which is not supported; use --parallel ddp")
-    mesh = init_device_mesh(precision.device.type, (team.ranks.world,))
+    mesh = init_device_mesh(precision.device.type, (context.ranks.world,))
     for module in (*_layers(model), model):
         fully_shard(module, mesh=mesh)
     for module in _fsdp_modules(model):
@@ -236,7 +232,7 @@ def fsdp_strategy(team: DistributedContext, model: nn.Module, precision: Precisi
     precision.parameters, precision.over_ranks = slices, over_ranks
     if precision.scaler is not None:
         precision.scaler.measured, precision.scaler.over_ranks = slices, over_ranks
-    return FsdpStrategy(team, model, slices)
+    return FsdpStrategy(context, model, slices)
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:

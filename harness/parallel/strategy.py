@@ -1,10 +1,8 @@
-"""A rank's share of a training step: its micro-batches, and the sum of everybody's gradients.
+"""How the ranks of a run share a training step: each runs its micro-batches, then the gradients are summed.
 
-The loss is divided by the targets of the whole step on every rank, so gradients are summed over ranks and not
-averaged: a rank with more targets counts for more, as a micro-batch does in one process. The sum is made in the
-gradients' own dtype, as the sum over micro-batches is.
-
-`DistributedDataParallel` over a prepared model.
+The loss is divided by the targets of the whole step on every rank, so gradients are summed over ranks and not averaged: a rank
+with more targets counts for more, as a micro-batch does in one process. The sum is made in the gradients' own dtype, as the sum
+over micro-batches is. Here: one process, and `DistributedDataParallel`; sharding is in `harness.parallel.fsdp`.
 """
 
 from __future__ import annotations
@@ -18,19 +16,22 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from bench_cases.data.batches import Batches
 from bench_cases.models import weights_sha256
 from harness.optimizer import state_dtypes, zero_share
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
+from harness.precision import Precision
+from harness.settings import RunSettings
 from instrument.replay.snapshot import NamedState, Snapshot
 
 Micro = TypeVar("Micro")
 
 
 class ParallelStrategy:
-    """The whole step, of one process; and what the others have in common."""
+    """One process runs the whole step; and what the other strategies have in common."""
 
-    def __init__(self, team: DistributedContext = SINGLE_PROCESS) -> None:
-        self.team = team
+    def __init__(self, context: DistributedContext = SINGLE_PROCESS) -> None:
+        self.context = context
 
     keeps_state = True
     """Whether each rank has all of the weights and states: for snapshots in memory and replays."""
@@ -45,7 +46,7 @@ class ParallelStrategy:
         return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def seed(self, seed: int) -> int:
-        """Of the optimizer's random numbers: alike where the weights are."""
+        """Of the optimizer's random numbers: the same on ranks that update the same weights."""
         return seed
 
     def weights_sha256(self, model: torch.nn.Module) -> str:
@@ -59,8 +60,8 @@ class ParallelStrategy:
     def state(
         self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
     ) -> NamedState | None:
-        """The whole state behind ``step`` steps, for rank 0 to store; None on the others. All ranks call it."""
-        return Snapshot(step, model, optimizer, scaler).named() if self.team.ranks.is_first else None
+        """The whole state after ``step`` steps, for rank 0 to store; None on the others. All ranks call it."""
+        return Snapshot(step, model, optimizer, scaler).named() if self.context.ranks.is_first else None
 
     def restore(
         self, state: NamedState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
@@ -70,16 +71,16 @@ class ParallelStrategy:
 
     def count(self, micro_batches: int) -> int:
         """How many of a step's micro-batches this rank runs."""
-        return micro_batches // self.team.ranks.world
+        return micro_batches // self.context.ranks.world
 
     def first(self, micro_batches: int) -> int:
         """The place of its first one in the step: they are dealt in blocks, rank 0 the first."""
-        return self.team.ranks.rank * self.count(micro_batches)
+        return self.context.ranks.rank * self.count(micro_batches)
 
     def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
         """The micro-batches of a step that this rank runs."""
         for micro in self._own(micro_batches):
-            self.team.moved()
+            self.context.progressed()
             yield micro
 
     def _own(self, micro_batches: Sequence[Micro]) -> Sequence[Micro]:
@@ -87,7 +88,7 @@ class ParallelStrategy:
         return micro_batches[first : first + self.count(len(micro_batches))]
 
     def sum_gradients(self) -> None:
-        """Behind the last backward pass: now every rank's gradients are the step's."""
+        """Called after the last backward pass: from now on every rank's gradients are the step's."""
 
 
 NO_PARALLELISM = ParallelStrategy()
@@ -96,8 +97,8 @@ NO_PARALLELISM = ParallelStrategy()
 class DdpStrategy(ParallelStrategy):
     """Trained through `DistributedDataParallel`, which sums while the last backward pass still runs."""
 
-    def __init__(self, team: DistributedContext, wrapped: DistributedDataParallel) -> None:
-        super().__init__(team)
+    def __init__(self, context: DistributedContext, wrapped: DistributedDataParallel) -> None:
+        super().__init__(context)
         self.wrapped = wrapped
         wrapped.register_comm_hook(None, _summed)
 
@@ -107,7 +108,7 @@ class DdpStrategy(ParallelStrategy):
     def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
         own = self._own(micro_batches)
         for micro in own:
-            self.team.moved()
+            self.context.progressed()
             with nullcontext() if micro is own[-1] else self.wrapped.no_sync():
                 yield micro
 
@@ -115,8 +116,8 @@ class DdpStrategy(ParallelStrategy):
 class SummedGradients(ParallelStrategy):
     """Trained on the bare model, for replays: the sum is one op, which a recorder sees."""
 
-    def __init__(self, team: DistributedContext, parameters: Sequence[torch.nn.Parameter]) -> None:
-        super().__init__(team)
+    def __init__(self, context: DistributedContext, parameters: Sequence[torch.nn.Parameter]) -> None:
+        super().__init__(context)
         self._parameters = parameters
 
     @torch.no_grad()
@@ -145,14 +146,16 @@ NO_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
-"""Torch's word for sending rank 0's buffers round before every forward pass."""
+"""The argument by which rank 0's buffers are sent to all before every forward pass, by torch's version."""
 
 
-def ddp_share(team: DistributedContext, forward: torch.nn.Module, device: torch.device, *, some_unused: bool) -> DdpStrategy:
+def ddp_strategy(
+    context: DistributedContext, forward: torch.nn.Module, device: torch.device, *, some_unused: bool
+) -> DdpStrategy:
     """``forward`` under DDP. ``some_unused``: not every parameter takes part in the loss, which DDP has to look
     for in each step. Buffers stay every rank's own: they are made alike and no model here changes them."""
     return DdpStrategy(
-        team,
+        context,
         DistributedDataParallel(
             forward,
             device_ids=[device.index or torch.cuda.current_device()] if device.type == "cuda" else None,
@@ -177,3 +180,31 @@ def takes_part(model: torch.nn.Module, logits: torch.Tensor) -> set[str]:
             found.add(names[id(variable)])
         pending += [following for following, _ in node.next_functions]
     return found
+
+
+def strategy_for(
+    settings: RunSettings,
+    context: DistributedContext,
+    model: torch.nn.Module,
+    forward: torch.nn.Module,
+    batches: Batches,
+    precision: Precision,
+) -> ParallelStrategy:
+    """The strategy of a prepared model; all ranks make theirs at the same time, before the optimizer."""
+    if context.ranks.world == 1:
+        return NO_PARALLELISM
+    if settings.parallel == "fsdp":
+        from harness.parallel.fsdp import fsdp_strategy
+
+        return fsdp_strategy(context, model, precision)
+    return ddp_strategy(context, forward, precision.device, some_unused=_some_unused(model, batches, precision))
+
+
+def _some_unused(model: torch.nn.Module, batches: Batches, precision: Precision) -> bool:
+    """Whether a parameter takes no part in the loss, found by one forward pass of one row."""
+    (row, *_) = batches.step(1).micro_batches(1)
+    row = row.to(precision.device)
+    with precision.forward():
+        logits = model(row.input_ids, row.attention_mask, row.last_token)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return bool(trained - takes_part(model, logits))

@@ -12,19 +12,18 @@ from bench_cases.data import load_data
 from bench_cases.data.batches import Batches
 from bench_cases.data.tokenized import TokenizedData
 from bench_cases.models import ModelRequest, build_model, weights_sha256
+from harness.failure import Failure, chain, failure_of
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext, RankFailed
-from harness.parallel.scratch import resumed_by_all
 from harness.planning import data_options
 from harness.precision import Unsupported
 from harness.run import resume
+from harness.run.heartbeat import OPENING
 from harness.run.outcome import Outcome, machine_of, summarize
 from harness.run.output_errors import output_error
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.trainer import Progress, Trainer
 from harness.settings import RunSettings
-from harness.supervisor.failure import chain, failure_of
-from harness.supervisor.heartbeat import OPEN
 from instrument.results.claims import claim
 from instrument.results.folder import RunFolder, require_writable, write_machine
 from instrument.results.schemas import EventRecord, RunRecord
@@ -38,27 +37,26 @@ def execute(
     stop: Stop | None = None,
     *,
     fresh: bool = False,
-    team: DistributedContext = SINGLE_PROCESS,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> RunRecord:
     """Run and write ``settings``' experiment into the results folder ``out``, from its last checkpoint on where
     it was stopped before, or with ``fresh`` from the beginning.
 
     ``started_s`` (``time.perf_counter``) is when the process began to work on it; ``stop`` may ask it to end with a
     checkpoint (``preempted``). Bad data and unreachable sources raise before anything is written (`DataError`,
-    `DataUnavailable`, `ModelError`, `WeightsUnavailable`, `OutputError`; `RunClaimed` when another living process
-    has the run), a folder that can no longer be written
-    raises `OutputError`; whatever else happens later is a row. ``team``: the ranks that share the run; all of
-    them execute it, each into an ``out`` of its own, and rank 0's is the one that counts.
+    `DataUnavailable`, `ModelError`, `WeightsUnavailable`, `OutputError`; `RunClaimed` when another living process has the
+    run), a folder that can no longer be written raises `OutputError`; whatever else happens later is a row. ``context``: the
+    ranks of the run; all of them execute it, each into an ``out`` of its own, and rank 0's is the one that counts.
     """
     began_s, stop = time.perf_counter(), stop or Stop()
     started_s = began_s if started_s is None else started_s
     outcome = Outcome(timings_s={"imports": began_s - started_s}, began_s=started_s, machine=machine_of(settings))
-    stop.pulse.draft(lambda: summarize(settings, outcome), out)
-    stop.pulse.device = settings.device
-    stop.pulse.at("data")
-    data = team.in_turn(lambda: load_run_data(settings))
+    stop.heartbeat.draft(lambda: summarize(settings, outcome), out)
+    stop.heartbeat.device = settings.device
+    stop.heartbeat.enter("data")
+    data = context.in_turn(lambda: load_run_data(settings))
     outcome.timings_s["data"] = time.perf_counter() - began_s
-    stop.pulse.at("build")
+    stop.heartbeat.enter("build")
     model = build_model(model_request(settings, data))
     outcome.timings_s["model"] = time.perf_counter() - began_s - outcome.timings_s["data"]
     batches = make_batches(settings, data)
@@ -75,7 +73,7 @@ def execute(
     with own:
         if fresh:
             resume.discard(out, settings.run_id)
-        return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches, team)
+        return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches, context)
 
 
 def _execute_claimed(
@@ -87,29 +85,34 @@ def _execute_claimed(
     data: TokenizedData,
     model: torch.nn.Module,
     batches: Batches,
-    team: DistributedContext,
+    context: DistributedContext,
 ) -> RunRecord:
     """The part of `execute` that writes: nobody else runs this run meanwhile."""
-    resumption, skipped = resumed_by_all(team, out, settings.run_id, lambda: resume.find(settings, out, outcome.facts))
-    folder = resume.ContinuedFolder(out, settings.run_id, resumption) if resumption else resume.start_over(out, settings.run_id)
-    _go_on(outcome, resumption, skipped, progress)
-    stop.pulse.draft(lambda: summarize(settings, outcome), out)
-    stop.pulse.at(OPEN, len(outcome.steps))
+    resume_state, skipped = resume.find_on_rank_0(context, settings, out, outcome.facts)
+    folder = (
+        resume.resumed_folder(out, settings.run_id, resume_state) if resume_state else resume.fresh_folder(out, settings.run_id)
+    )
+    _take_over(outcome, resume_state, skipped, progress)
+    stop.heartbeat.draft(lambda: summarize(settings, outcome), out)
+    stop.heartbeat.enter(OPENING, len(outcome.steps))
     stop.patient = True
     try:
         write_machine(out, outcome.machine[1])
-        with team.telling(lambda failed: _finish(folder, summarize(settings, outcome.failed(failed)))):
+        with context.reporting_failures(
+            lambda failed: _finish(folder, summarize(settings, outcome.failed_with(failed))),
+            lambda error: failure_of(error, phase=stop.heartbeat.phase),
+        ):
             for name in ("init_sha256", "data_sha256"):
-                team.same(name, outcome.facts[name])
-            Trainer(settings, folder, outcome, progress, stop, resumption, team).run(
-                data, model, batches, model_request(settings, data)
-            )
-    except Unsupported as error:
-        outcome.status, outcome.error = "unsupported", str(error)
-    except Stopped as error:
-        outcome.status, outcome.error = "preempted", str(error)
+                context.same(name, outcome.facts[name])
+            try:
+                Trainer(settings, folder, outcome, progress, stop, resume_state, context).run(
+                    data, model, batches, model_request(settings, data)
+                )
+            except (Unsupported, Stopped) as error:  # on every rank alike
+                outcome.status = "unsupported" if isinstance(error, Unsupported) else "preempted"
+                outcome.error = str(error)
     except RankFailed as error:
-        outcome.failed(error)
+        outcome.failed_with(error)
     except KeyboardInterrupt:
         outcome.status, outcome.error = "preempted", "interrupted"
         folder.finish(summarize(settings, outcome))
@@ -117,42 +120,41 @@ def _execute_claimed(
     except (Exception, SystemExit) as error:  # a crash is a row with its cause, not a lost run
         if isinstance(error, OSError) and (failure := output_error(error, out)):
             raise failure from error
-        _note_death(error, outcome, settings.device)
+        _note_failure(error, outcome, failure_of(error, settings.device, stop.heartbeat.phase))
     outcome.timings_s = outcome.timings_now_s()
     record = summarize(settings, outcome)
     _finish(folder, record)
     return record
 
 
-def _note_death(error: BaseException, outcome: Outcome, device: str) -> None:
-    """What killed the run, where, and how memory stood; what the failed frames hold of it is freed."""
-    death = failure_of(error, device)
-    outcome.status, outcome.error = death.status, death.error
-    outcome.flags |= death.flags | {"traceback": "".join(traceback.format_exception(error))}
+def _note_failure(error: BaseException, outcome: Outcome, failure: Failure) -> None:
+    """Keep what ended the run for its row, and free the tensors that the failed frames hold."""
+    outcome.status, outcome.error = failure.status, failure.error
+    outcome.flags |= failure.flags | {"traceback": "".join(traceback.format_exception(error))}
     for link in chain(error):
         traceback.clear_frames(link.__traceback__)
 
 
-def _go_on(outcome: Outcome, resumption: ResumeState | None, skipped: list[str], progress: Progress) -> None:
-    """Take over what the parts before have done; say so, and which checkpoints could not be used."""
-    if resumption is None and not skipped:
+def _take_over(outcome: Outcome, resume_state: ResumeState | None, skipped: list[str], progress: Progress) -> None:
+    """Count what was done before the resume; report it, and which checkpoints could not be used."""
+    if resume_state is None and not skipped:
         return
-    told = {
-        "behind_steps": resumption.resumed_behind if resumption else [],
+    resumed = {
+        "behind_steps": resume_state.resumed_after if resume_state else [],
         "skipped": skipped,
-        "instrument_before": resumption.progress.instrument if resumption else None,
+        "instrument_before": resume_state.progress.instrument if resume_state else None,
     }
-    outcome.flags["resumed"] = told
-    progress(EventRecord(step=resumption.step if resumption else 0, kind="resumed", detail=told))
-    if resumption is not None:
-        outcome.steps, outcome.evaluations = list(resumption.steps), list(resumption.evaluations)
-        outcome.resumed_behind = resumption.resumed_behind
-        for name, seconds in resumption.progress.timings_s.items():
+    outcome.flags["resumed"] = resumed
+    progress(EventRecord(step=resume_state.step if resume_state else 0, kind="resumed", detail=resumed))
+    if resume_state is not None:
+        outcome.steps, outcome.evaluations = list(resume_state.steps), list(resume_state.evaluations)
+        outcome.resumed_after = resume_state.resumed_after
+        for name, seconds in resume_state.progress.timings_s.items():
             outcome.add_time(name, seconds)
 
 
 def _finish(folder: RunFolder, record: RunRecord) -> None:
-    """The terminal row; what a run could go on from goes when there is nothing left to do."""
+    """Write the terminal row; a run with nothing left to do needs no checkpoint any more."""
     try:
         folder.finish(record)
         if record.status in ("completed", "diverged", "unsupported"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
+from harness.failure import cleanup
 from harness.forensics.investigate import PhaseTrace, investigate
 from harness.forensics.stored import Stored, store
 from harness.optimizer import rounded_away_share
@@ -21,7 +22,6 @@ from harness.parallel.failure_location import first_of_all, located, of_this_ran
 from harness.run.resume import ResumeState
 from harness.run.signals import Stopped
 from harness.settings import RunSettings
-from harness.supervisor.crash_record import cleanup
 from harness.training import Training
 from instrument.memory import memory_split, with_activations
 from instrument.replay.replays import Replays, skip_surfaced
@@ -61,7 +61,7 @@ class Instruments:
     """Everything beside the meter; a context around the training steps."""
 
     def __init__(
-        self, settings: RunSettings, training: Training, folder: RunFolder, resumption: ResumeState | None = None
+        self, settings: RunSettings, training: Training, folder: RunFolder, resume_state: ResumeState | None = None
     ) -> None:
         self.level: Level | None = LEVELS[settings.instrument]
         self.training, self.folder, self.settings = training, folder, settings
@@ -74,14 +74,14 @@ class Instruments:
         self.replays: Replays | None = None
         """None: nothing is replayed, as where no rank has the whole state."""
         self.hardware: dict[str, object] | None = None
-        self._resumption = resumption
+        self._resume_state = resume_state
         self._taps_state: dict[str, object] | None = None
         self._running = False
         self._timed: list[int] | None = None
         """Steps and real tokens since the sampler's window began."""
         if self.level is None:
             return
-        earlier = resumption.progress.taps if resumption else None
+        earlier = resume_state.progress.taps if resume_state else None
         if not settings.compile:  # hooks would break the compiled graph
             self.taps = ModuleTaps(
                 training.model,
@@ -89,24 +89,24 @@ class Instruments:
                 every=self.level.leaf_every,
                 skip_output=True,
                 kept_steps=max(KEPT_STEPS, 2 * settings.log_every),
-                gather=training.team.gather,
+                gather=training.context.gather,
             )
             if earlier is not None:
                 self.taps.load_state_dict(earlier)
-        self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resumption is None)
+        self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resume_state is None)
         self.sampler = Sampler(folder.path / "hardware.jsonl", gpu_uuid=_gpu_uuid(training.precision.device))
-        if training.share.keeps_state:
+        if training.strategy.keeps_state:
             self.replays = Replays(
                 training.again,
                 training.model,
                 training.optimizer,
                 training.precision.scaler,
                 every=self.level.snapshot_every,
-                explained_skips=self.level.explained_skips - (resumption.scaler_skips if resumption else 0),
-                any_rank=training.team.any,
-                exact=training.precision.device.type == "cpu" and training.team.ranks.world <= 2,  # more have an order
+                explained_skips=self.level.explained_skips - (resume_state.scaler_skips if resume_state else 0),
+                any_rank=training.context.any,
+                exact=training.precision.device.type == "cpu" and training.context.ranks.world <= 2,  # more have an order
             )
-            self.replays.keep(1 + (resumption.step if resumption else 0))
+            self.replays.keep(1 + (resume_state.step if resume_state else 0))
 
     def __enter__(self) -> Instruments:
         if self.sampler is not None:
@@ -178,8 +178,8 @@ class Instruments:
         with self.replays.undone():
             replayed = self.replays.again(now - event.step + 1)
         mine = replayed.completed(skip_surfaced(event.step)) if replayed.found is not None else None
-        share, micro_batches = training.replayed, self.settings.batch_size // self.settings.micro_batch
-        found = first_of_all(share, mine and of_this_rank(mine, share, micro_batches))
+        strategy, micro_batches = training.replayed, self.settings.batch_size // self.settings.micro_batch
+        found = first_of_all(strategy, mine and of_this_rank(mine, strategy, micro_batches))
         if found is None:
             return event
         _, first = found
@@ -190,7 +190,7 @@ class Instruments:
         if self.sampler is None:
             return {}
         # A part's joules under the run's name would disguise that the others are missing; its peak is one of equals.
-        energy_j = None if self._resumption else self.hardware.get("energy_j")
+        energy_j = None if self._resume_state else self.hardware.get("energy_j")
         return {"energy_j": energy_j, "peak_device_bytes": self.hardware.get("peak_device_bytes")}
 
     def flags(self) -> dict[str, object]:
@@ -205,7 +205,7 @@ class Instruments:
                 peak_bytes,
                 instrument_bytes=self.own_bytes()["device"],
             )
-            if self.training.share.keeps_state
+            if self.training.strategy.keeps_state
             else None
         )
         return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": self.own_bytes()}
@@ -217,8 +217,8 @@ class Instruments:
         steps, real_tokens = self._timed or (0, 0)
         energy = energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
         hardware = self.hardware | energy
-        if self._resumption:
-            step = self._resumption.step
+        if self._resume_state:
+            step = self._resume_state.step
             hardware |= {"part": f"after step {step}; what was before is in hardware.until-{step}.jsonl"}
         return {"hardware": hardware}
 
@@ -263,10 +263,10 @@ class Instruments:
         if self.level is None or divergence.first_nonfinite is None:
             return divergence
         if self.replays is None:
-            return located(divergence, self.training.team, self.taps)
+            return located(divergence, self.training.context, self.taps)
         run_id = self.settings.run_id
         trace = self.folder.out / "traces" / f"{run_id}-step{divergence.step}.json.gz"
-        stored = store(self.replays.snapshot, self.folder.path, run_id) if self.training.team.ranks.is_first else NOT_OURS
+        stored = store(self.replays.snapshot, self.folder.path, run_id) if self.training.context.ranks.is_first else NOT_OURS
         self.traced["snapshot"] = {"file": stored.file, "bytes": stored.nbytes, "why": stored.why}
         self.forensics = investigate(
             self.training, divergence, self.replays, last, run_id, trace, self.folder.path / "culprit.safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from harness.parallel.context import RankFailed
+from harness.run.progress import progress_summary, warm_steps
 from harness.settings import RunSettings
-from harness.supervisor.crash_record import progress_summary, warm_steps
 from instrument.environment import capture, device_slug
 from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord
 from instrument.watch.meter import Divergence
@@ -29,7 +29,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
     timings_s: dict[str, float] = field(default_factory=dict)
-    resumed_behind: list[int] = field(default_factory=list)
+    resumed_after: list[int] = field(default_factory=list)
     began_s: float = field(default_factory=time.perf_counter)
     machine: tuple[str, dict[str, Any]] | None = None
     """The device's slug and the environment, captured before anything can go wrong: a poisoned CUDA context names
@@ -39,8 +39,8 @@ class Outcome:
         """Count ``seconds`` more for a part of the run."""
         self.timings_s[name] = self.timings_s.get(name, 0.0) + seconds
 
-    def failed(self, other: RankFailed) -> Outcome:
-        """End as another rank of the run did; itself."""
+    def failed_with(self, other: RankFailed) -> Outcome:
+        """End as another rank of the run did; returns itself."""
         self.status, self.error = other.status, str(other)
         self.flags |= other.flags | {"failed_rank": other.rank}
         if other.traceback:
@@ -52,8 +52,8 @@ class Outcome:
         return self.timings_s | {"total": self.timings_s.get("total", 0.0) + time.perf_counter() - self.began_s}
 
     def warm_steps(self, untimed_steps: int) -> list[StepRecord]:
-        """The steps, those of every part's beginning without their time."""
-        return warm_steps(self.steps, untimed_steps, self.resumed_behind)
+        """The steps, without the timings of warm-up steps after a resume."""
+        return warm_steps(self.steps, untimed_steps, self.resumed_after)
 
 
 def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
@@ -87,7 +87,7 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         f1_micro=last and last.f1_micro,
         f1_macro=last and last.f1_macro,
         f1_micro_tuned=last and last.f1_micro_tuned,
-        **progress_summary(outcome.steps, settings.untimed_steps, outcome.resumed_behind),
+        **progress_summary(outcome.steps, settings.untimed_steps, outcome.resumed_after),
         instrument=settings.instrument,
         env=environment,
         config=settings.as_config(),

@@ -21,7 +21,7 @@ def output_error(error: OSError, out: Path) -> OutputError | None:
     if ours and (error.errno in OF_THE_DISK or (error.errno in OF_THE_FOLDER and where is not None)):
         return OutputError(
             f"cannot write {where or out}: {os.strerror(error.errno)}; what was written before is intact, and "
-            f"the same command goes on when that is mended (or choose another folder with --out)"
+            f"the same command resumes the run when that is mended (or choose another folder with --out)"
         )
     return None
 

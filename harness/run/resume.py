@@ -1,43 +1,28 @@
-"""Going on where a run stopped: which checkpoint, which lines of its logs, and everything that looks back.
+"""Resuming a run: which checkpoint, which lines of its logs, and what looks back at the steps before.
 
-A run with a checkpoint and no terminal row, a ``preempted`` one, or one of a death from outside (`supervise.death.GOES_ON`)
-goes on from its newest usable checkpoint;
-log lines behind that are dropped, since they are written again, the same. What is not part of the settings hash
-may differ from the part before: a log window or an instrument level holds from the checkpoint on, and the row's
-``instrument`` is the last part's, ``flags["resumed"]`` has the others'.
+A run resumes from its newest usable checkpoint if it has no terminal row, a ``preempted`` one, or one of a failure from outside
+(`harness.failure.RESUMABLE`). Log lines after the checkpoint are dropped, since they are written again, the same. What is not
+part of the settings hash may change: a log window or an instrument level holds from the checkpoint on; the row's ``instrument``
+is the last part's, ``flags["resumed"]`` has the others'.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from harness.run import checkpoint_files
-from harness.run.checkpoint_files import CheckpointError, Progress
+from harness.parallel.context import DistributedContext
+from harness.run.checkpoints import CheckpointError, Progress, discard_checkpoints, machine_facts, read_checkpoint
+from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps
 from harness.settings import RunSettings
 from harness.training import Training
-from instrument.environment import capture
 from instrument.replay.snapshot import NamedState
-from instrument.results.files import remove, remove_folder, sync_file, truncate
-from instrument.results.folder import OF_THE_OLD_RUN, OutputError, RunFolder, finished_run, require_no_links
-from instrument.results.log import JsonlLog
+from instrument.results.files import remove
+from instrument.results.folder import OutputError, RunFolder, finished_run, log_paths, require_no_links
 from instrument.results.ranges import ModuleRecord
-from instrument.results.schemas import (
-    AnyRecord,
-    EvaluationRecord,
-    EventRecord,
-    RecordError,
-    RunRecord,
-    StepRecord,
-    decode,
-    require_safe,
-)
-
-SAME_MACHINE = {"cpu": ("torch_version", "cpu", "cpu_capability"), "cuda": ("torch_version", "gpu")}
-"""What must be as it was when the checkpoint was written: a row has one environment, and its numbers with it."""
+from instrument.results.schemas import AnyRecord, EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
 
 
 @dataclass(frozen=True)
@@ -53,13 +38,13 @@ class ResumeState:
 
     @property
     def step(self) -> int:
-        """The step behind which the run goes on."""
+        """The step after which the run resumes."""
         return self.state.step
 
     @property
-    def resumed_behind(self) -> list[int]:
-        """The steps behind which the run has been continued, this time included."""
-        return [*self.progress.resumed_behind, self.step]
+    def resumed_after(self) -> list[int]:
+        """The steps after which the run was resumed, this time included."""
+        return [*self.progress.resumed_after, self.step]
 
     @property
     def scaler_skips(self) -> int:
@@ -71,64 +56,57 @@ class ResumeState:
         try:
             training.restore(self.state)
         except ValueError as error:
-            raise CheckpointError(f"checkpoint-{self.step}: {error}") from error
-
-
-def log_paths(run_id: str) -> dict[str, str]:
-    """A run's logs that a checkpoint pins, by their paths in the results folder."""
-    return {
-        "steps": f"training_logs/run_{run_id}.jsonl",
-        **{name: f"runs/{run_id}/{name}.jsonl" for name in ("evaluations", "events", "activations")},
-    }
-
-
-def log_bytes(out: Path, run_id: str) -> dict[str, int]:
-    """How long the logs are now, down to the disk."""
-    sizes = {}
-    for path in (out / name for name in log_paths(run_id).values()):
-        if path.exists():  # without instruments there is no activations.jsonl
-            sync_file(path)
-            sizes[str(path.relative_to(out))] = path.stat().st_size
-    return sizes
+            raise CheckpointError(f"{CHECKPOINT_PREFIX}{self.step}: {error}") from error
 
 
 def find(settings: RunSettings, out: Path, facts: dict[str, Any]) -> tuple[ResumeState | None, list[str]]:
-    """What the run can go on from, and why newer checkpoints or all of them were skipped. ``facts`` has the
-    hashes of its initial weights and batches now."""
+    """What the run resumes from, and why newer checkpoints or all of them were skipped. ``facts`` has the hashes of its
+    initial weights and batches now."""
     row = finished_run(out, settings.run_id)
-    if row is not None and row.status != "preempted" and not died_from_outside(row):
+    if row is not None and row.status != "preempted" and not failed_from_outside(row):
         return None, []
     folder, skipped = out / "runs" / settings.run_id, []
-    for step in checkpoint_files.steps(folder):
+    for step in checkpoint_steps(folder):
         try:
-            state, progress = checkpoint_files.read(folder, settings.run_id, step)
-            _refuse_another(settings, progress, facts)
+            state, progress = read_checkpoint(folder, settings.run_id, step)
+            _require_same_run(settings, progress, facts)
             return ResumeState(state, progress, *_logged(settings.run_id, out, step, progress), skipped), skipped
         except CheckpointError as error:
-            skipped.append(f"checkpoint-{step}: {error}")
+            skipped.append(f"{CHECKPOINT_PREFIX}{step}: {error}")
     return None, skipped
 
 
-def died_from_outside(row: RunRecord) -> bool:
+def find_on_rank_0(
+    context: DistributedContext, settings: RunSettings, out: Path, facts: dict[str, Any]
+) -> tuple[ResumeState | None, list[str]]:
+    """As `find`, for every rank: the records as rank 0 read them, the state from the checkpoint's own files, which all ranks
+    must be able to read. Its tensors are mapped and not loaded: a rank that needs a slice of each pays for that only."""
+    if context.ranks.world == 1:
+        return find(settings, out, facts)
+    found, skipped = find(settings, out, facts) if context.ranks.is_first else (None, [])
+    shared = found and (out.absolute(), replace(found, state=None), found.step)
+    shared, skipped = context.broadcast((shared, skipped))
+    if shared is None or context.ranks.is_first:
+        return found, skipped
+    folder, resume_state, step = shared
+    state, _ = read_checkpoint(folder / "runs" / settings.run_id, settings.run_id, step)
+    return replace(resume_state, state=state), skipped
+
+
+def failed_from_outside(row: RunRecord) -> bool:
     """Killed or hung: its checkpoint is as good as that of a run whose machine went away without a row."""
     death = row.flags.get("death")
     return isinstance(death, dict) and death.get("goes_on") is True
 
 
-def _refuse_another(settings: RunSettings, progress: Progress, facts: dict[str, Any]) -> None:
-    for name in ("init_sha256", "data_sha256"):
+def _require_same_run(settings: RunSettings, progress: Progress, facts: dict[str, Any]) -> None:
+    for name, what in (("init_sha256", "weights"), ("data_sha256", "batches")):
         if getattr(progress, name) != facts[name]:
-            raise CheckpointError(f"it began from other {'weights' if name == 'init_sha256' else 'batches'} ({name} differs)")
-    here = machine(settings)
+            raise CheckpointError(f"it began from other {what} ({name} differs)")
+    here = machine_facts(settings)
     for name, before in progress.environment.items():
         if before != here.get(name):
             raise CheckpointError(f"{name} was {before} and is {here.get(name)}")
-
-
-def machine(settings: RunSettings) -> dict[str, Any]:
-    """What of this machine a checkpoint holds on to."""
-    here = capture(torch.device(settings.device))
-    return {name: here.get(name) for name in SAME_MACHINE[settings.device]}
 
 
 def _logged(run_id: str, out: Path, step: int, progress: Progress) -> tuple[list, list, list]:
@@ -156,32 +134,21 @@ def _records(path: Path, kind: type[AnyRecord], size_bytes: int) -> list[AnyReco
     return [decode(line, kind) for line in data.splitlines()]
 
 
-class ContinuedFolder(RunFolder):
-    """The folder of a run that goes on: its logs up to the checkpoint, everything later removed."""
+def resumed_folder(out: Path, run_id: str, resume_state: ResumeState) -> RunFolder:
+    """The folder of a run that resumes: its logs up to the checkpoint, everything later removed."""
+    require_no_links(out, run_id)
+    folder = out / "runs" / run_id
 
-    def __init__(self, out: Path, run_id: str, resumption: ResumeState) -> None:
-        require_safe(run_id)
-        require_no_links(out, run_id)
-        self.out = out
-        self.path = out / "runs" / run_id
-        try:
-            checkpoint_files.discard(self.path, keep=resumption.step)
-            if (self.path / "hardware.jsonl").exists():  # the sampler begins another
-                (self.path / "hardware.jsonl").replace(self.path / f"hardware.until-{resumption.step}.jsonl")
-            for name in set(OF_THE_OLD_RUN) - {"activations.jsonl"}:
-                remove(self.path / name)
-            remove_folder(self.path / "snapshot")
-            for path in log_paths(run_id).values():
-                if (out / path).exists():
-                    truncate(out / path, resumption.progress.log_bytes.get(path, 0))
-            self.steps, self.evaluations, self.events = (
-                JsonlLog(out / log_paths(run_id)[name]) for name in ("steps", "evaluations", "events")
-            )
-        except OSError as error:
-            raise _cannot_write(error, out) from error
+    def prepare() -> None:
+        discard_checkpoints(folder, keep=resume_state.step)
+        if (folder / "hardware.jsonl").exists():  # the sampler begins another
+            (folder / "hardware.jsonl").replace(folder / f"hardware.until-{resume_state.step}.jsonl")
+
+    _writing(out, prepare)
+    return RunFolder(out, run_id, kept_bytes=resume_state.progress.log_bytes)
 
 
-def start_over(out: Path, run_id: str) -> RunFolder:
+def fresh_folder(out: Path, run_id: str) -> RunFolder:
     """The folder of a run that begins at step 1."""
     discard(out, run_id)
     for earlier in (out / "runs" / run_id).glob("hardware.until-*.jsonl"):
@@ -190,12 +157,14 @@ def start_over(out: Path, run_id: str) -> RunFolder:
 
 
 def discard(out: Path, run_id: str) -> None:
-    """Remove what a run could go on from."""
+    """Remove what a run could resume from."""
+    _writing(out, lambda: discard_checkpoints(out / "runs" / run_id))
+
+
+def _writing(out: Path, change: Callable[[], None]) -> None:
     try:
-        checkpoint_files.discard(out / "runs" / run_id)
+        change()
     except OSError as error:
-        raise _cannot_write(error, out) from error
-
-
-def _cannot_write(error: OSError, out: Path) -> OutputError:
-    return OutputError(f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out")
+        raise OutputError(
+            f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"
+        ) from error

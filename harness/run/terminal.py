@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from harness.matrix.stability import STYLES
+from harness.run.progress import disturbance
 from harness.settings import RunSettings
-from harness.supervisor.crash_record import disturbance
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord
 from instrument.terminal import count
 
@@ -32,15 +32,15 @@ class CaseScreen:
         self._bar = self._make_bar() if self.console.is_terminal else None
 
     def _make_bar(self) -> Progress:
-        """A bar that fits: the words give way on a narrow terminal, counter and time left stay."""
+        """A bar that fits: on a narrow terminal the description is cut, counter and time left stay."""
         wide = [BarColumn(bar_width=24)] if self.console.width >= 120 else []
-        words = Column(no_wrap=True, overflow="ellipsis", max_width=self.console.width - (47 if wide else 22))
+        description = Column(no_wrap=True, overflow="ellipsis", max_width=self.console.width - (47 if wide else 22))
         counter = TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=12))
         return Progress(
             counter,
             *wide,
             TimeRemainingColumn(table_column=Column(min_width=7)),
-            TextColumn("{task.description}", table_column=words),
+            TextColumn("{task.description}", table_column=description),
             console=self.console,
             transient=True,
         )
@@ -60,12 +60,12 @@ class CaseScreen:
         """One record of the running run."""
         self._announce()
         if isinstance(record, EvaluationRecord):
-            self.console.print(f"  evaluation at step {record.step}: {evaluation_words(record)}")
+            self.console.print(f"  evaluation at step {record.step}: {describe_evaluation(record)}")
         elif isinstance(record, EventRecord) and record.kind == "resumed":
             for why in record.detail["skipped"]:
                 self.console.print(f"  skipped {why}", style="yellow", markup=False)
             self.console.print(
-                f"  goes on behind step {record.step}, from checkpoint-{record.step}"
+                f"  resumes after step {record.step}, from checkpoint-{record.step}"
                 if record.step
                 else "  no checkpoint can be used: starts over",
                 markup=False,
@@ -73,9 +73,9 @@ class CaseScreen:
         elif isinstance(record, EventRecord):
             self.console.print(f"  step {record.step}: {record.kind} {record.detail}", style="yellow", markup=False)
         elif self._bar:
-            self._bar.update(self._task, completed=record.step, description=step_words(record))
+            self._bar.update(self._task, completed=record.step, description=describe_step(record))
         elif record.step == 1 or record.step % self._every == 0:
-            self.console.print(f"  step {record.step}/{self.settings.max_steps}: {step_words(record)}")
+            self.console.print(f"  step {record.step}/{self.settings.max_steps}: {describe_step(record)}")
 
     def _announce(self) -> None:
         """The run's heading, once it is under way: what refuses to start is an error line alone."""
@@ -116,7 +116,7 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
         + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else "")
     )
     if record.first_nonfinite is not None:
-        say("  " + first_nonfinite_words(record), style="red", markup=False)
+        say("  " + describe_first_nonfinite(record), style="red", markup=False)
     elif record.error:
         say(f"  {record.error}", style=style, markup=False)
     replayed = record.first_nonfinite is not None and record.first_nonfinite.replay is not None
@@ -130,11 +130,11 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
         )
     if (disturbed := disturbance(record)) is not None:
         say(f"  {disturbed}", style="yellow", markup=False)
-    say(f"  memory: {memory_words(record)}")
+    say(f"  memory: {describe_memory(record)}")
     say(f"  {out / 'runs' / record.run_id}", style="dim", markup=False)
 
 
-def step_words(record: StepRecord) -> str:
+def describe_step(record: StepRecord) -> str:
     """Loss, gradient norm, largest logit and speed of a step."""
     rate = record.tokens / record.step_time_s if record.step_time_s else 0.0
     logit = "none finite" if record.logit_absmax is None else f"{record.logit_absmax:.3g}"
@@ -146,19 +146,19 @@ def step_words(record: StepRecord) -> str:
     )
 
 
-def evaluation_words(record: EvaluationRecord) -> str:
+def describe_evaluation(record: EvaluationRecord) -> str:
     """The scores of an evaluation."""
-    words = [f"validation loss {record.val_loss:.4g}"]
+    parts = [f"validation loss {record.val_loss:.4g}"]
     if record.perplexity is not None:
-        words.append(f"perplexity {record.perplexity:,.1f}")
+        parts.append(f"perplexity {record.perplexity:,.1f}")
     if record.f1_micro is not None:
-        words.append(f"F1 micro {record.f1_micro:.3f}, macro {record.f1_macro:.3f}")
+        parts.append(f"F1 micro {record.f1_micro:.3f}, macro {record.f1_macro:.3f}")
     if record.f1_micro_tuned is not None:
-        words.append(f"micro with tuned threshold {record.f1_micro_tuned:.3f}")
-    return ", ".join(words)
+        parts.append(f"micro with tuned threshold {record.f1_micro_tuned:.3f}")
+    return ", ".join(parts)
 
 
-def first_nonfinite_words(record: RunRecord) -> str:
+def describe_first_nonfinite(record: RunRecord) -> str:
     """Step, phase, place and kind of the first non-finite value; the whole sentence where it was replayed."""
     first = record.first_nonfinite
     if first.replay is not None and record.error:
@@ -170,7 +170,7 @@ def first_nonfinite_words(record: RunRecord) -> str:
     return f"first non-finite value: step {first.step}{micro}, {first.phase}: {place} is {first.kind}{dtype}"
 
 
-def memory_words(record: RunRecord) -> str:
+def describe_memory(record: RunRecord) -> str:
     """Peak memory by the measures there are."""
     parts = [
         ("allocated on the GPU", record.peak_allocated_bytes),

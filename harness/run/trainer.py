@@ -11,6 +11,7 @@ from bench_cases.data.batches import Batches
 from bench_cases.data.tokenized import TokenizedData
 from bench_cases.models import ModelRequest
 from harness.evaluate import evaluate
+from harness.failure import cleanup
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext, facts_of_all, largest_peaks, peaks_by_rank
 from harness.precision import Precision
 from harness.run.checkpoints import Checkpointing
@@ -21,7 +22,6 @@ from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.step_flops import utilisation
 from harness.settings import RunSettings
-from harness.supervisor.crash_record import cleanup
 from harness.training import Training
 from instrument.environment import capture
 from instrument.memory import Snapshot as MemorySnapshot
@@ -35,7 +35,7 @@ Progress = Callable[[StepRecord | EvaluationRecord | EventRecord], None]
 
 
 class Trainer:
-    """One process' part in a run, all of it or behind a checkpoint; fills ``outcome`` as it goes."""
+    """Trains and evaluates one run in this process, from its beginning or a checkpoint on; fills ``outcome`` as it goes."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class Trainer:
         outcome: Outcome,
         progress: Progress,
         stop: Stop,
-        resumption: ResumeState | None,
-        team: DistributedContext = SINGLE_PROCESS,
+        resume_state: ResumeState | None,
+        context: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         self.settings, self.folder, self.outcome, self.progress = settings, folder, outcome, progress
-        self.stop, self.resumption, self.team = stop, resumption, team
+        self.stop, self.resume_state, self.context = stop, resume_state, context
         self.device = torch.device(settings.device)
         self.checkpointing: Checkpointing | None = None
         self.figures: Utilisation | None = None
@@ -56,9 +56,9 @@ class Trainer:
         self.memory: MemorySnapshot | None = None
 
     def run(self, data: TokenizedData, model: torch.nn.Module, batches: Batches, request: ModelRequest) -> None:
-        """Train and evaluate. Raises `Stopped` with a sentence, behind a checkpoint, when asked to stop."""
+        """Train and evaluate. When asked to stop, writes a checkpoint and raises `Stopped` with a sentence."""
         s, outcome = self.settings, self.outcome
-        struck: BaseException | None = None
+        error: BaseException | None = None
         outcome.flags["data"] = data.facts | {"vocabulary": data.valid_vocab}
         precision = Precision(s.config, self.device, attention=s.attention, threads=s.threads, compiled=s.compile)
         try:
@@ -68,36 +68,38 @@ class Trainer:
                 "attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
                 "autocast": precision.autocast_name,
             }
+            self.stop.heartbeat.enter("build")
             self.training = Training.prepare(
-                s, model, batches, precision, data.valid_vocab if s.case.task.head != "classification" else None, self.team
+                s, model, batches, precision, data.valid_vocab if s.case.task.head != "classification" else None, self.context
             )
-            if self.resumption is not None:
-                self.resumption.restore(self.training)
-            self.presence = DeletedFileCheck(self.folder)
-            self.checkpointing = Checkpointing(s, self.training, self.folder, outcome, self.stop, self.resumption)
+            if self.resume_state is not None:
+                self.resume_state.restore(self.training)
+            self.deleted_files = DeletedFileCheck(self.folder)
+            resumed_after = self.resume_state.step if self.resume_state else 0
+            self.checkpointing = Checkpointing(s, self.training, self.folder, outcome, self.stop, resumed_after)
             try:
                 self._evaluate(0)
                 self._count_flops(request)
                 self._train()
                 self._conclude()
-            except Stopped as who:
-                raise Stopped(self._last_words(who)) from None
-            outcome.flags |= peaks_by_rank(self.team, self.device, self.instruments.own_bytes()["device"])
+            except Stopped as stopped:
+                raise Stopped(self._store_and_describe(stopped)) from None
+            outcome.flags |= peaks_by_rank(self.context, self.device, self.instruments.own_bytes()["device"])
             outcome.status = "diverged" if outcome.divergence else "completed"
-        except BaseException as error:
-            struck = error
+        except BaseException as raised:
+            error = raised
             raise
         finally:
-            self._memory_and_speed(struck)
-            with cleanup(struck, outcome.flags, "taking back the switches"):
+            self._memory_and_speed(error)
+            with cleanup(error, outcome.flags, "taking back the switches"):
                 precision.close()
-            del struck
+            del error  # it refers to this frame
 
     def _evaluate(self, step: int) -> None:
         if any(done.step == step for done in self.outcome.evaluations):  # before the run was stopped
             return
         began_s, s, training = time.perf_counter(), self.settings, self.training
-        self.stop.pulse.at("evaluation", step)
+        self.stop.heartbeat.enter("evaluation", step)
         held_out = self.stop.between(training.batches.evaluation(s.validation_documents, s.micro_batch))
         record = evaluate(
             training.forward,
@@ -106,7 +108,7 @@ class Trainer:
             training.precision,
             valid_vocab=training.valid_vocab,
             step=step,
-            team=self.team if training.share.deals_evaluations else SINGLE_PROCESS,
+            context=self.context if training.strategy.deals_evaluations else SINGLE_PROCESS,
         )
         self.outcome.evaluations.append(record)
         self.folder.evaluations.write(record)
@@ -115,7 +117,7 @@ class Trainer:
 
     def _count_flops(self, request: ModelRequest) -> None:
         training = self.training
-        self.stop.pulse.at("counting", len(self.outcome.steps))
+        self.stop.heartbeat.enter("counting", len(self.outcome.steps))
         self.figures = utilisation(
             self.settings,
             training.model,
@@ -126,9 +128,9 @@ class Trainer:
             threads=torch.get_num_threads(),
         )
         self.outcome.flags |= self.figures.flags()
-        for step in self.outcome.steps:  # of the parts before: the log has their work, but not by dtype
+        for step in self.outcome.steps:  # from before the resume: the log has their work, but not by dtype
             self.figures.fill(step, training.batches.step(step.step).lengths.tolist())
-        if self.figures.warning() and self.resumption is None:
+        if self.figures.warning() and self.resume_state is None:
             self.folder.events.write(EventRecord(step=0, kind="warning", detail={"what": self.figures.warning()}))
 
     def _train(self) -> None:
@@ -139,7 +141,7 @@ class Trainer:
             snapshot_on_oom(
                 self.folder.path / "memory_snapshot.pickle", self.device, history=s.memory_snapshot, always=s.memory_snapshot
             ) as self.memory,
-            Instruments(s, self.training, self.folder, self.resumption) as self.instruments,
+            Instruments(s, self.training, self.folder, self.resume_state) as self.instruments,
         ):
             meter = self.training.meter(s.log_every, self.instruments.taps)
             meter.resume(outcome.steps)
@@ -155,12 +157,12 @@ class Trainer:
                 if outcome.divergence is None:
                     self._between_steps(len(outcome.steps))
                 began_s = time.perf_counter()
-        outcome.facts |= facts_of_all(self.team, self.instruments.facts(), self.device)
-        outcome.flags |= self.instruments.flags() | self.training.share.optimizer_facts(self.training.optimizer)
+        outcome.facts |= facts_of_all(self.context, self.instruments.facts(), self.device)
+        outcome.flags |= self.instruments.flags() | self.training.strategy.optimizer_facts(self.training.optimizer)
 
     def _cut(self, step: int) -> bool:
-        """What is evaluated or stored is the state behind a step whose records are read."""
-        self.stop.pulse.beat(step)
+        """Read the meter before evaluating or checkpointing."""
+        self.stop.heartbeat.alive(step)
         return self._evaluation_due(step) or self.checkpointing.cut(step)
 
     def _evaluation_due(self, step: int) -> bool:
@@ -175,53 +177,53 @@ class Trainer:
             self.folder.steps.write(record)
         for event in reading.events:
             self.folder.events.write(event)
-        self.presence.check()
+        self.deleted_files.check()
         for record in (*reading.steps, *reading.events):
             self.progress(record)
 
     def _between_steps(self, step: int) -> None:
-        """What is due behind ``step``; none of it counts as training."""
+        """Evaluate, write a checkpoint, or stop, as due after ``step``; none of it counts as training."""
         evaluation, checkpoint = self._evaluation_due(step), self.checkpointing.due(step)
         if evaluation or checkpoint:  # a pause wakes the sampler: not at every step
             with self.instruments.pause():
                 if evaluation:
                     self._evaluate(step)
                 if checkpoint:
-                    self.stop.pulse.at("checkpoint", step)
+                    self.stop.heartbeat.enter("checkpoint", step)
                     self.checkpointing.write(self.instruments)
         if step < self.settings.max_steps:
-            self.stop.pulse.at("training", step)
+            self.stop.heartbeat.enter("training", step)
             self.stop.check()
 
     def _conclude(self) -> None:
-        """The last evaluation, or the search for what went wrong."""
+        """Evaluate for the last time, or find out what went wrong."""
         outcome, instruments = self.outcome, self.instruments
         if outcome.divergence is None:
             self._evaluate(self.settings.max_steps)
-            self.stop.pulse.at("closing", self.settings.max_steps)
-            outcome.facts["final_weights_sha256"] = self.team.same(
-                "final weights", self.training.share.weights_sha256(self.training.model)
+            self.stop.heartbeat.enter("closing", self.settings.max_steps)
+            outcome.facts["final_weights_sha256"] = self.context.same(
+                "final weights", self.training.strategy.weights_sha256(self.training.model)
             )
             outcome.flags |= instruments.rounded_away()
             instruments.trace_steps()
         else:
             began_s = time.perf_counter()
-            self.stop.pulse.at("forensics", len(outcome.steps))
+            self.stop.heartbeat.enter("forensics", len(outcome.steps))
             outcome.divergence = instruments.investigate(outcome.divergence, outcome.steps[-1])
             outcome.add_time("forensics", time.perf_counter() - began_s)
         outcome.flags |= instruments.traced
 
-    def _last_words(self, who: Stopped) -> str:
-        """Write a checkpoint; what there is to know about a run that was asked to stop."""
-        self.stop.pulse.at("checkpoint", len(self.outcome.steps))
+    def _store_and_describe(self, stopped: Stopped) -> str:
+        """Write a checkpoint; says where the run stopped and what the same command does next."""
+        self.stop.heartbeat.enter("checkpoint", len(self.outcome.steps))
         name, step = self.checkpointing.write(self.instruments), len(self.outcome.steps)
         return (
-            f"stopped by {who} {f'behind step {step}' if step else 'before its first step'}; the same command "
-            f"{f'goes on from {name}' if name else 'starts it over'}"
+            f"stopped by {stopped} {f'after step {step}' if step else 'before its first step'}; the same command "
+            f"{f'resumes from {name}' if name else 'starts it over'}"
         )
 
-    def _memory_and_speed(self, struck: BaseException | None) -> None:
-        """Facts of the part that was run, however it ended (``struck`` by an error)."""
+    def _memory_and_speed(self, error: BaseException | None) -> None:
+        """Facts of this process' part of the run, however it ended (with an ``error``)."""
         outcome, s = self.outcome, self.settings
         memory = self.memory
         if memory is not None and (memory.path is not None or s.memory_snapshot):
@@ -230,12 +232,12 @@ class Trainer:
             outcome.flags |= self.checkpointing.flags()
         if self.instruments is not None:
             outcome.flags |= self.instruments.failed
-            if struck is not None:  # who else was there is part of why memory ran out
+            if error is not None:  # who else used the GPU is part of why memory ran out
                 outcome.flags |= self.instruments.hardware_flags()
-        with cleanup(struck, outcome.flags, "the figures of speed"):
+        with cleanup(error, outcome.flags, "the figures of speed"):
             if self.figures is not None:
                 outcome.facts |= self.figures.summary(outcome.warm_steps(s.untimed_steps), s.untimed_steps)
-        with cleanup(struck, outcome.flags, "the allocator's peaks"):
+        with cleanup(error, outcome.flags, "the allocator's peaks"):
             if self.device.type == "cuda":
                 ours_bytes = self.instruments.own_bytes()["device"] if self.instruments else 0  # published apart, in flags
                 outcome.facts |= {

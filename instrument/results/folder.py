@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from instrument.results.files import locked, remove, replace, require_there
+from instrument.results.files import locked, remove, replace, require_there, truncate
 from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, RUNS, STEP_LOGS, TRACES, RunFiles, runs_of
 from instrument.results.lines import Defect, defect, read_one, read_records, record
 from instrument.results.log import JsonlLog
@@ -22,9 +23,10 @@ class OutputError(Exception):
 
 
 class RunFolder:
-    """``runs/<run_id>/`` and ``training_logs/run_<run_id>.jsonl`` of one run, started over."""
+    """``runs/<run_id>/`` and ``training_logs/run_<run_id>.jsonl`` of one run: started over, or with ``kept_bytes`` (sizes of
+    `log_paths`, by path) resumed, its logs cut to these sizes."""
 
-    def __init__(self, out: Path, run_id: str) -> None:
+    def __init__(self, out: Path, run_id: str, kept_bytes: Mapping[str, int] | None = None) -> None:
         require_safe(run_id)
         require_writable(out)
         require_no_links(out, run_id)
@@ -32,11 +34,16 @@ class RunFolder:
         self.path = out / "runs" / run_id
         try:
             for name in OF_THE_OLD_RUN:  # its terminal row and what explains it must not outlive its logs
-                remove(self.path / name)
+                if kept_bytes is None or name != "activations.jsonl":
+                    remove(self.path / name)
             shutil.rmtree(self.path / "snapshot", ignore_errors=True)
-            self.steps = JsonlLog(out / "training_logs" / f"run_{run_id}.jsonl", fresh=True)
-            self.evaluations = JsonlLog(self.path / "evaluations.jsonl", fresh=True)
-            self.events = JsonlLog(self.path / "events.jsonl", fresh=True)
+            logs = log_paths(run_id)
+            for path in logs.values() if kept_bytes is not None else ():
+                if (out / path).exists():
+                    truncate(out / path, kept_bytes.get(path, 0))
+            self.steps, self.evaluations, self.events = (
+                JsonlLog(out / logs[name], fresh=kept_bytes is None) for name in ("steps", "evaluations", "events")
+            )
         except OSError as error:
             raise OutputError(
                 f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"
@@ -52,6 +59,11 @@ class RunFolder:
         """Sync and close the logs."""
         for log in (self.steps, self.evaluations, self.events):
             log.close()
+
+
+def log_paths(run_id: str) -> dict[str, str]:
+    """A run's logs that a checkpoint keeps the sizes of, by their paths in the results folder."""
+    return {name: RunFiles(Path(), run_id).log(name).as_posix() for name in ("steps", "evaluations", "events", "activations")}
 
 
 def write_terminal(out: Path, record: RunRecord) -> None:

@@ -177,7 +177,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     mean over the last tenth of the finite steps. Rates are total over total of the timed steps.
     Memory is the run's own process. Fields of measurements not yet made are null.
 
-    ``flags["death"]`` of a run that failed: ``cause`` (`harness.supervisor.failure.CAUSES`), ``goes_on`` (whether the same
+    ``flags["death"]`` of a run that failed: ``cause`` (`harness.failure.CAUSES`), ``goes_on`` (whether the same
     command resumes from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
     memory stood when it ran out. ``flags["hardware"]``: ``throttled`` and ``contended`` are true, false, or null for unknown.
     ``flags["case_spelled"]``: a case from outside the project, as the command line spells it.

@@ -18,12 +18,12 @@ from harness.parallel.context import RanksDiffer
 from harness.parallel.fsdp import fsdp_strategy, shard_state
 from harness.parallel.process_group import joined
 from harness.parallel.ranks import Ranks
-from harness.run import checkpoint_files
-from harness.run.checkpoint_files import Progress
+from harness.run import checkpoints
+from harness.run.checkpoints import Progress
 
 CPU = torch.device("cpu")
 NOTHING = Progress(
-    init_sha256="", data_sha256="", environment={}, instrument="off", log_bytes={}, timings_s={}, resumed_behind=[], taps=None
+    init_sha256="", data_sha256="", environment={}, instrument="off", log_bytes={}, timings_s={}, resumed_after=[], taps=None
 )
 
 
@@ -42,32 +42,32 @@ class Small(nn.Module):
         return hidden @ self.embedding.weight.T
 
 
-def sharded(team, implementation, dtype, seed):
-    """A sharded model, its share and its optimizer."""
+def sharded(context, implementation, dtype, seed):
+    """A sharded model, its strategy and its optimizer."""
     model = Small(seed).to(dtype)
     precision = SimpleNamespace(config=SimpleNamespace(optimizer=implementation, clip="fp32"), device=CPU, scaler=None)
-    share = fsdp_strategy(team, model, precision)
+    strategy = fsdp_strategy(context, model, precision)
     return (
         model,
-        share,
-        adamw_for(implementation, precision.parameters, lr=1e-2, eps=1e-8, weight_decay=0.1, seed=share.seed(seed)),
+        strategy,
+        adamw_for(implementation, precision.parameters, lr=1e-2, eps=1e-8, weight_decay=0.1, seed=strategy.seed(seed)),
     )
 
 
-def train(model, share, optimizer, steps):
+def train(model, strategy, optimizer, steps):
     for step in steps:
         torch.manual_seed(step)
         loss = model(torch.randint(0, 7, (4,))).float().square().sum()
         loss.backward()
-        share.sum_gradients()
+        strategy.sum_gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def mine(share, optimizer):
+def mine(strategy, optimizer):
     """This rank's part of everything, by name."""
-    held = {f"model/{name}": part.detach() for name, part in share.named_parameters(None)}
-    for name, part in share.named_parameters(None):
+    held = {f"model/{name}": part.detach() for name, part in strategy.named_parameters(None)}
+    for name, part in strategy.named_parameters(None):
         held |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[part].items()}
     if hasattr(optimizer, "_generator"):
         held["random"] = optimizer._generator.get_state()
@@ -78,16 +78,16 @@ def same(one, two):
     return one.keys() == two.keys() and all(one[n].dtype == two[n].dtype and torch.equal(one[n], two[n]) for n in one)
 
 
-def stored_and_put_back(team, folder, implementation, dtype):
-    model, share, optimizer = sharded(team, implementation, dtype, seed=1)
-    train(model, share, optimizer, range(1, 4))
-    state, before = share.state(3, model, optimizer, None), mine(share, optimizer)
-    assert (state is not None) == team.ranks.is_first
+def stored_and_put_back(context, folder, implementation, dtype):
+    model, strategy, optimizer = sharded(context, implementation, dtype, seed=1)
+    train(model, strategy, optimizer, range(1, 4))
+    state, before = strategy.state(3, model, optimizer, None), mine(strategy, optimizer)
+    assert (state is not None) == context.ranks.is_first
     if state is not None:
-        checkpoint_files.write(folder, implementation, state, NOTHING)
-    told = team.gather({name: value for name, value in before.items() if value.ndim and name != "random"})
+        checkpoints.write_checkpoint(folder, implementation, state, NOTHING)
+    told = context.gather({name: value for name, value in before.items() if value.ndim and name != "random"})
     assert [rank for rank, parts in enumerate(told) if not parts["model/layers.1.weight"].numel()] == [1]
-    stored, _ = checkpoint_files.read(folder, implementation, 3)
+    stored, _ = checkpoints.read_checkpoint(folder, implementation, 3)
     expected = {name: torch.cat([parts[name] for parts in told]) for name in before if name in told[0]}
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -103,14 +103,14 @@ def stored_and_put_back(team, folder, implementation, dtype):
     if generators:
         assert not torch.equal(*(stored.tensors[name] for name in generators))  # slices are rounded by other numbers
 
-    again = sharded(team, implementation, dtype, seed=2)
+    again = sharded(context, implementation, dtype, seed=2)
     train(*again, range(1, 2))  # as if something had been done with it
     again[1].restore(stored, again[0], again[2], None)
     assert same(mine(*again[1:]), before) and torch.equal(again[0].shift, model.shift)
-    train(model, share, optimizer, range(4, 6))
+    train(model, strategy, optimizer, range(4, 6))
     train(*again, range(4, 6))
-    assert same(mine(*again[1:]), mine(share, optimizer)) and not same(mine(share, optimizer), before)
-    return stored, share
+    assert same(mine(*again[1:]), mine(strategy, optimizer)) and not same(mine(strategy, optimizer), before)
+    return stored, strategy
 
 
 def refused(words, call, *arguments):
@@ -122,15 +122,15 @@ def refused(words, call, *arguments):
         raise AssertionError(f"not refused: {words}")
 
 
-def what_does_not_fit(team, stored, share):
+def what_does_not_fit(context, stored, strategy):
     """Another model, another number of ranks, and a state that can be no slice."""
-    parts, rank = dict(share._sharded), team.ranks.rank
+    parts, rank = dict(strategy._sharded), context.ranks.rank
     other = copy.copy(stored)
     other.tensors["model/layers.0.bias"] = torch.zeros(4)
     refused("model/layers.0.bias has shape (4,) where its parameter has (5,)", shard_state, other, parts, rank)
     other.tensors.pop("model/layers.0.bias")
     refused("no random states of rank 2", shard_state, other, parts, 2)
-    model, fresh, optimizer = sharded(team, "foreach", torch.float32, seed=3)
+    model, fresh, optimizer = sharded(context, "foreach", torch.float32, seed=3)
     refused("the stored state is of another model: layers.0.bias differs", fresh.restore, other, model, optimizer, None)
     train(model, fresh, optimizer, range(1, 2))
     some = next(iter(optimizer.state.values()))
@@ -143,7 +143,7 @@ def what_does_not_fit(team, stored, share):
 
 if __name__ == "__main__":
     ranks = Ranks.from_environment()
-    with joined(ranks, CPU, 60.0) as team:
+    with joined(ranks, CPU, 60.0) as context:
         for implementation, dtype in (
             ("stochastic_rounding", torch.bfloat16),
             ("fp32_states", torch.float16),
@@ -151,9 +151,9 @@ if __name__ == "__main__":
             ("foreach", torch.float32),
         ):
             folder = Path(sys.argv[1]) / implementation
-            if team.ranks.is_first:
+            if context.ranks.is_first:
                 folder.mkdir()
-            stored, share = stored_and_put_back(team, folder, implementation, dtype)
-        what_does_not_fit(team, stored, share)
-        team.gather(None)
+            stored, strategy = stored_and_put_back(context, folder, implementation, dtype)
+        what_does_not_fit(context, stored, strategy)
+        context.gather(None)
     os.write(1, b"all is well\n")

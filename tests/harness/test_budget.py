@@ -265,7 +265,7 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
     said = capsys.readouterr().err
     assert "budget of this call: 22 machine-seconds (0.012 USD)" in said and "2 runs left" in said and "To go on" in said
     (row,) = finished_runs(tmp_path / "out")
-    assert row.status == "preempted" and "stopped by SIGTERM behind step" in row.error and 14 <= row.steps_done < 60
+    assert row.status == "preempted" and "stopped by SIGTERM after step" in row.error and 14 <= row.steps_done < 60
     assert cli.main([*words, "0.035"]) == INTERRUPTED  # 63 s
     rows = {row.status: row for row in finished_runs(tmp_path / "out")}
     assert rows["completed"].flags["resumed"]["behind_steps"] == [row.steps_done] and set(rows) == {"completed", "preempted"}

@@ -62,7 +62,7 @@ def test_a_crash_of_a_single_run_is_a_row_and_exit_code_3(case, tmp_path):
     assert process.returncode == 3, heard
     assert (row.status, row.steps_done, row.flags["death"]["cause"]) == ("error", 2, "segfault")
     assert json.loads(told)["run_id"] == row.run_id
-    assert "error after 2 steps" in heard and "killed by SIGSEGV in training behind step 2, at " in heard
+    assert "error after 2 steps" in heard and "killed by SIGSEGV in training after step 2, at " in heard
     assert "string_at" in (tmp_path / "out" / "runs" / row.run_id / "output.log").read_text()
 
 

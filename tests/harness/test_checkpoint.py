@@ -12,16 +12,14 @@ from dataclasses import replace
 
 import pytest
 
-from harness.run import checkpoint_files
-from harness.run.checkpoint_files import CheckpointError
-from harness.run.checkpoints import CheckpointInterval, young_daly_s
+from harness.run import checkpoints
+from harness.run.checkpoints import CheckpointError, CheckpointInterval, young_daly_s
 from harness.run.execute import execute
 from harness.run.output_errors import output_error
-from harness.run.resume import log_paths
 from harness.run.signals import Stop
 from harness.settings import SettingsError
 from instrument.results.files import TEMPORARY
-from instrument.results.folder import OutputError, finished_run
+from instrument.results.folder import OutputError, finished_run, log_paths
 from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 
@@ -50,12 +48,12 @@ def goes_on(settings, out):
 
 def test_two_are_kept_without_a_pickle(stopped):
     settings, _, folder = stopped
-    assert checkpoint_files.steps(folder) == [5, 4]
+    assert checkpoints.checkpoint_steps(folder) == [5, 4]
     assert sorted(p.name for p in (folder / "checkpoint-5").iterdir()) == ["snapshot.json", "tensors.safetensors"]
-    state, progress = checkpoint_files.read(folder, settings.run_id, 5)
+    state, progress = checkpoints.read_checkpoint(folder, settings.run_id, 5)
     assert state.step == 5 and state.scaler["scale"] > 0 and progress.taps["steps"] == 5
     with pytest.raises(CheckpointError, match="not of another"):
-        checkpoint_files.read(folder, "another", 5)
+        checkpoints.read_checkpoint(folder, "another", 5)
 
 
 def flip_a_bit(path, rng):
@@ -91,12 +89,12 @@ def test_no_flipped_bit_passes(stopped):
         whole = path.read_bytes()
         flip_a_bit(path, rng)
         try:
-            state, progress = checkpoint_files.read(folder, settings.run_id, 5)
+            state, progress = checkpoints.read_checkpoint(folder, settings.run_id, 5)
         except CheckpointError:
             pass
         else:  # between two tokens of the JSON, say: then nothing else is read than was written
             path.write_bytes(whole)
-            before = checkpoint_files.read(folder, settings.run_id, 5)
+            before = checkpoints.read_checkpoint(folder, settings.run_id, 5)
             assert (progress, state.groups, state.states, state.scaler) == (
                 before[1],
                 before[0].groups,
@@ -126,7 +124,7 @@ def test_a_log_that_lost_lines_is_not_gone_on_from(stopped, log, used):
 def test_another_torch_or_processor_starts_over(stopped, monkeypatch):
     settings, out, _ = stopped
     monkeypatch.setattr(
-        "harness.run.resume.capture", lambda device: {"torch_version": "1.0", "cpu": "x", "cpu_capability": "y"}
+        "harness.run.checkpoints.capture", lambda device: {"torch_version": "1.0", "cpu": "x", "cpu_capability": "y"}
     )
     step, skipped, _ = goes_on(settings, out)
     assert step is None and "torch_version was" in skipped[0] and "and is 1.0" in skipped[0]
@@ -228,7 +226,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(stopped, monkeypat
     monkeypatch.setattr("harness.forensics.stored.save_file", full)
     with pytest.raises(OutputError, match="No space left on device"):
         execute(settings, out)
-    assert checkpoint_files.steps(folder) == [5, 4] and not list(folder.glob(".checkpoint*"))
+    assert checkpoints.checkpoint_steps(folder) == [5, 4] and not list(folder.glob(".checkpoint*"))
     monkeypatch.undo()
     assert goes_on(settings, out)[0] == 5
 
@@ -313,6 +311,6 @@ def test_an_unwritable_folder_is_refused_in_one_sentence(stopped, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out / "runs"))
 
-    monkeypatch.setattr("harness.run.resume.truncate", denied)
+    monkeypatch.setattr("instrument.results.folder.truncate", denied)
     with pytest.raises(OutputError, match="Permission denied"):
         execute(replace(settings, log_every=2), out)

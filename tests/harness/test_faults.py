@@ -10,7 +10,8 @@ import pytest
 
 from harness.run.execute import execute
 from harness.run.signals import Stop
-from harness.supervisor.pool import Pool, _is_dying, supervise
+from harness.supervisor.child_process import is_ending
+from harness.supervisor.pool import Pool, supervise
 from harness.supervisor.process_monitor import Rules
 from instrument.results.folder import finished_runs
 from instrument.results.lines import read
@@ -93,21 +94,21 @@ def test_a_run_that_dies_behind_its_fork_server_died_in_a_way_that_nobody_knows(
     def kill_both():
         if any(run.last_step is not None for run in pool.running):
             os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
-            os.kill(pool.running[0].process.pid, signal.SIGKILL)
+            os.kill(pool.running[0].child.pid, signal.SIGKILL)
 
     (ended,) = pool.run(kill_both, 0.05)
     assert (ended.record.status, ended.record.flags["death"]["cause"]) == ("error", "killed")
     assert "how it ended is not known" in ended.record.error and "signal" not in ended.record.flags["death"]
 
 
-def test_a_process_is_dying_from_its_kill_on_until_it_is_gone():
+def test_a_processis_ending_from_its_kill_on_until_it_is_gone():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    assert not _is_dying(os.getpid()) and not _is_dying(process.pid)
+    assert not is_ending(os.getpid()) and not is_ending(process.pid)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert _is_dying(process.pid)
+    assert is_ending(process.pid)
     process.wait()
-    assert _is_dying(process.pid)
+    assert is_ending(process.pid)
 
 
 def test_one_run_is_supervised_without_a_matrix(plan, tmp_path):

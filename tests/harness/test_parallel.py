@@ -166,7 +166,7 @@ def test_a_killed_rank_ends_the_run_with_a_row_and_the_claim_is_free(tmp_path, c
     failed_launch("kill", ids_of(3, 2), tmp_path, command_environment)
     row, steps, _ = one_run(tmp_path)
     assert (row.status, row.flags["failed_rank"], [s.step for s in steps]) == ("error", 1, [1, 2])
-    assert "rank 1 (process " in row.error and "died without a word" in row.error
+    assert "rank 1 (process " in row.error and "ended without reporting an error" in row.error
     assert row.flags["death"] == {"cause": "killed", "goes_on": True}
     assert owner_of(tmp_path, row.run_id) is None
 
@@ -174,7 +174,7 @@ def test_a_killed_rank_ends_the_run_with_a_row_and_the_claim_is_free(tmp_path, c
 def test_a_rank_that_hangs_is_found_where_it_is(tmp_path, command_environment):
     err = failed_launch("hang", ids_of(3, 2), tmp_path, command_environment, "--hang-after", "12")
     row, steps, _ = one_run(tmp_path)
-    assert (row.status, len(steps)) == ("hung", 2) and "no rank has got on for 12 s" in row.error
+    assert (row.status, len(steps)) == ("hung", 2) and "no rank has made progress for 12 s" in row.error
     assert row.flags["death"] == {"cause": "hung", "goes_on": True, "hang_after_s": 12.0}
     assert "rank 1 is at faulty_case.py:" in row.error and "rank 0 is at loop.py:" in row.error and row.error in err
 

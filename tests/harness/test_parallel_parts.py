@@ -1,5 +1,6 @@
 """The parts of a run on several ranks that need no second process."""
 
+import json
 import threading
 import time
 
@@ -7,28 +8,28 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from harness.failure import failure_of
 from harness.parallel.context import DistributedContext, RanksDiffer, facts_of_all, largest_peaks
 from harness.parallel.failure_location import first_of_all, of_this_rank
-from harness.parallel.process_group import StopTogether
 from harness.parallel.rank_monitor import RankMonitor, place_of
 from harness.parallel.ranks import Ranks
 from harness.parallel.strategy import ParallelStrategy, takes_part
 from harness.run.outcome import Outcome
-from harness.run.signals import Stopped
+from harness.run.signals import Stopped, StopTogether
 from instrument.replay.diagnosis import SUM_OVER_RANKS
 from instrument.watch.surface import surfaced
 
 
-class Told(DistributedContext):
+class Scripted(DistributedContext):
     """A rank whose others say what the test makes them say."""
 
     def __init__(self, rank, *others):
         self.ranks, self.others = Ranks(rank, len(others) + 1, rank, len(others) + 1), others
 
     def gather(self, mine):
-        told = list(self.others)
-        told.insert(self.ranks.rank, mine)
-        return told
+        values = list(self.others)
+        values.insert(self.ranks.rank, mine)
+        return values
 
 
 def found(phase, microbatch, op="aten.mul"):
@@ -37,10 +38,10 @@ def found(phase, microbatch, op="aten.mul"):
 
 
 def test_a_finding_gets_its_rank_and_its_place_in_the_whole_step():
-    mine = of_this_rank(found("forward", 1), ParallelStrategy(Told(2, None, None, None)), 8)
+    mine = of_this_rank(found("forward", 1), ParallelStrategy(Scripted(2, None, None, None)), 8)
     assert (mine.rank, mine.microbatch) == (2, 5)
-    assert of_this_rank(found("optimizer", None), ParallelStrategy(Told(1, None)), 4).microbatch is None
-    summed = of_this_rank(found("backward", 1, SUM_OVER_RANKS), ParallelStrategy(Told(1, None)), 4)
+    assert of_this_rank(found("optimizer", None), ParallelStrategy(Scripted(1, None)), 4).microbatch is None
+    summed = of_this_rank(found("backward", 1, SUM_OVER_RANKS), ParallelStrategy(Scripted(1, None)), 4)
     assert (summed.rank, summed.microbatch) == (None, None)
     assert of_this_rank(mine, ParallelStrategy(), 4) is mine
 
@@ -58,49 +59,49 @@ def test_a_finding_gets_its_rank_and_its_place_in_the_whole_step():
     ],
 )
 def test_the_earliest_producer_is_the_one_that_one_process_would_blame(findings, winner):
-    rank, first = first_of_all(ParallelStrategy(Told(0, *findings[1:])), findings[0])
+    rank, first = first_of_all(ParallelStrategy(Scripted(0, *findings[1:])), findings[0])
     assert rank == winner and first.op == findings[winner].op and winner in first.replay["ranks"]
 
 
 def test_nothing_found_anywhere_is_nothing():
-    assert first_of_all(ParallelStrategy(Told(0, None)), None) is None
+    assert first_of_all(ParallelStrategy(Scripted(0, None)), None) is None
 
 
 def test_ranks_that_must_be_alike_and_are_not_are_named():
-    assert Told(0, "abc").same("weights", "abc") == "abc"
+    assert Scripted(0, "abc").same("weights", "abc") == "abc"
     with pytest.raises(RanksDiffer, match=r"weights of rank 1 are not those of rank 0 \(def and abc\)"):
-        Told(0, "def").same("weights", "abc")
+        Scripted(0, "def").same("weights", "abc")
 
 
 def test_what_was_dealt_comes_back_in_order():
     items = list("abcde")
-    hands = [[item for mine, item in Told(rank, None).dealt(items) if mine] for rank in (0, 1)]
+    hands = [[item for mine, item in Scripted(rank, None).dealt(items) if mine] for rank in (0, 1)]
     assert hands == [["a", "c", "e"], ["b", "d"]]
-    assert Told(0, hands[1]).collected(hands[0]) == items == Told(1, hands[0]).collected(hands[1])
+    assert Scripted(0, hands[1]).collected(hands[0]) == items == Scripted(1, hands[0]).collected(hands[1])
 
 
 def test_micro_batches_are_dealt_in_blocks():
-    assert [list(ParallelStrategy(Told(rank, None)).of(range(6))) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert [list(ParallelStrategy(Scripted(rank, None)).of(range(6))) for rank in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_a_wish_to_stop_on_any_rank_stops_all():
-    quiet = StopTogether(Told(0, None))
+def test_a_stop_requested_on_any_rank_stops_all():
+    quiet = StopTogether(Scripted(0, None))
     quiet.check()
-    asked = StopTogether(Told(1, None))
+    asked = StopTogether(Scripted(1, None))
     asked.request("SIGTERM")
-    assert asked.requested is None and asked.heard == "SIGTERM"  # nobody leaves a step in the middle
+    assert asked.requested is None and asked.requested_here == "SIGTERM"  # nobody leaves a step in the middle
     with pytest.raises(Stopped, match="SIGTERM"):
         asked.check()
     with pytest.raises(Stopped, match="SIGINT"):
-        StopTogether(Told(0, "SIGINT")).check()
+        StopTogether(Scripted(0, "SIGINT")).check()
 
 
 def test_energy_adds_up_over_gpus_and_memory_does_not():
     mine, other = {"energy_j": 10.0, "peak_device_bytes": 7}, {"energy_j": 5.0, "peak_device_bytes": 9}
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert facts_of_all(Told(0, other), mine, cuda) == {"energy_j": 15.0, "peak_device_bytes": 9}
-    assert facts_of_all(Told(0, other), mine, cpu)["energy_j"] == 10.0  # the same counter, read twice
-    assert facts_of_all(Told(0, {**other, "energy_j": None}), mine, cuda)["energy_j"] is None
+    assert facts_of_all(Scripted(0, other), mine, cuda) == {"energy_j": 15.0, "peak_device_bytes": 9}
+    assert facts_of_all(Scripted(0, other), mine, cpu)["energy_j"] == 10.0  # the same counter, read twice
+    assert facts_of_all(Scripted(0, {**other, "energy_j": None}), mine, cuda)["energy_j"] is None
     ranks = [{"peak_allocated_bytes": 3, "peak_rss_bytes": 5}, {"peak_allocated_bytes": 4, "peak_rss_bytes": 2}]
     assert largest_peaks({"ranks": ranks}) == {"peak_allocated_bytes": 4, "peak_rss_bytes": 5} and largest_peaks({}) == {}
 
@@ -110,32 +111,33 @@ def test_a_parameter_that_takes_no_part_is_found():
     assert takes_part(model, model["used"](torch.ones(1, 2))) == {"used.weight", "used.bias"}
 
 
-def test_last_words_and_silent_deaths_are_told_apart():
+def test_a_reported_failure_and_a_silent_end_are_told_apart(tmp_path, monkeypatch):
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
     store = HashStore()
     mine, other = RankMonitor(Ranks(0, 2, 0, 2), store, 60.0), RankMonitor(Ranks(1, 2, 1, 2), store, 60.0)
     try:
         assert mine._failed() is None
         other.stop()
-        beat = mine._get("beat/1")
-        mine._set("beat/1", {**beat, "began": beat["began"] - 100})  # the process id is another's by now
+        heartbeat = mine._get("heartbeat/1")
+        mine._set("heartbeat/1", {**heartbeat, "began": heartbeat["began"] - 100})  # the process id is another's by now
         silent = mine._failed()
         assert "rank 1 (process " in str(silent) and silent.status == "error"
         assert silent.flags == {"death": {"cause": "killed", "goes_on": True}}  # as a single process that was killed
-        other.say("oom", "OutOfMemoryError: too much", "the trace", {"death": {"cause": "cuda_oom", "goes_on": False}})
-        failed = mine.who_failed(RuntimeError("gloo: connection closed by peer"))
-        assert (failed.rank, failed.status, str(failed), failed.traceback) == (
-            1,
-            "oom",
-            "rank 1: OutOfMemoryError: too much",
-            "the trace",
-        )
-        row = Outcome().failed(failed)
+        error = torch.OutOfMemoryError("too much")
+        other.report(error, failure_of(error))
+        failed = mine.failed_rank(RuntimeError("gloo: connection closed by peer"))
+        assert (failed.rank, failed.status, str(failed)) == (1, "oom", "rank 1: OutOfMemoryError: too much")
+        assert "OutOfMemoryError: too much" in failed.traceback
+        launchers = json.loads(error_file.read_text())["message"]  # what torchrun's summary is made of
+        assert launchers["message"] == "OutOfMemoryError: too much"
+        row = Outcome().failed_with(failed)
         assert row.flags["death"]["cause"] == "cuda_oom" and row.flags["failed_rank"] == 1
     finally:
         mine.stop()
 
 
-def test_a_watchman_is_waited_for_when_its_store_is_slow(monkeypatch):
+def test_stopping_waits_for_a_monitor_whose_store_is_slow(monkeypatch):
     class Slow:
         store = HashStore()
 
@@ -147,10 +149,10 @@ def test_a_watchman_is_waited_for_when_its_store_is_slow(monkeypatch):
             return self.store.check(keys)
 
     monkeypatch.setattr("harness.parallel.rank_monitor.PERIOD_S", 0.01)
-    watchman = RankMonitor(Ranks(), Slow(), 60.0)
+    monitor = RankMonitor(Ranks(), Slow(), 60.0)
     time.sleep(0.2)  # now it is in the store
-    watchman.stop()
-    assert not watchman._thread.is_alive()
+    monitor.stop()
+    assert not monitor._thread.is_alive()
 
 
 def test_a_thread_is_seen_where_it_is():

@@ -9,12 +9,11 @@ import pytest
 
 from bench_cases import DTYPE_CONFIGS
 from harness.cli import main
-from harness.run import checkpoint_files
+from harness.run import checkpoints
 from harness.run.checkpoints import Checkpointing
 from harness.run.execute import execute
-from harness.run.resume import log_paths
 from harness.run.signals import Stop
-from instrument.results.folder import finished_run
+from instrument.results.folder import finished_run, log_paths
 from instrument.results.schemas import EvaluationRecord, StepRecord
 from tests.soak.reliability import same_run
 
@@ -70,7 +69,7 @@ def test_stopped_twice_a_run_equals_the_one_that_was_not(small, tmp_path, config
     if whole.status == "completed":
         assert [part.status for part in parts] == ["preempted"] * 2 and [part.steps_done for part in parts] == [2, 6]
         assert last.flags["resumed"]["behind_steps"] == [2, 6]
-        assert whole.final_weights_sha256 is not None and not checkpoint_files.steps(
+        assert whole.final_weights_sha256 is not None and not checkpoints.checkpoint_steps(
             tmp_path / "parts" / "runs" / settings.run_id
         )
     else:
@@ -163,7 +162,7 @@ def test_a_stop_in_a_log_window_does_not_wait_for_its_end(small, tmp_path, monke
 
     monkeypatch.setattr(Checkpointing, "cut", asked_at_5)
     record = execute(settings, tmp_path, stop=stop)
-    assert seen == [1, 2, 3, 4, 5] and record.steps_done == 5 and "goes on from checkpoint-5" in record.error
+    assert seen == [1, 2, 3, 4, 5] and record.steps_done == 5 and "resumes from checkpoint-5" in record.error
 
 
 def test_cold_steps_behind_a_continuation_are_not_timed(small, tmp_path):
@@ -182,7 +181,7 @@ def test_a_finished_run_and_a_failed_one_start_over(small, tmp_path):
     row = json.loads((folder / "run.json").read_bytes())
     (folder / "run.json").write_text(json.dumps(row | {"status": "error", "error": "x"}))
     record = execute(settings, tmp_path)
-    assert "resumed" not in record.flags and record.steps_done == 7 and checkpoint_files.steps(folder) == []
+    assert "resumed" not in record.flags and record.steps_done == 7 and checkpoints.checkpoint_steps(folder) == []
 
 
 def test_fresh_starts_over(small, tmp_path, capsys):
@@ -220,4 +219,4 @@ def test_fresh_starts_over(small, tmp_path, capsys):
         row = json.loads(told.out)
         assert row["run_id"] == settings.run_id and row["status"] == "completed"
         assert row["flags"].get("resumed", {}).get("behind_steps") == behind
-        assert ("goes on behind step 3, from checkpoint-3" in told.err) == (behind is not None)
+        assert ("resumes after step 3, from checkpoint-3" in told.err) == (behind is not None)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from harness.run import checkpoint_files
+from harness.run import checkpoints
 from harness.run.signals import Stop, Stopped
 from instrument.results.folder import finished_runs
 
@@ -68,11 +68,11 @@ def test_a_case_ends_behind_a_checkpoint_and_the_same_command_goes_on(tmp_path, 
     row = json.loads(told)
     step = row["steps_done"]
     assert row["status"] == "preempted"
-    assert row["error"] == f"stopped by {number.name} behind step {step}; the same command goes on from checkpoint-{step}"
+    assert row["error"] == f"stopped by {number.name} after step {step}; the same command resumes from checkpoint-{step}"
     assert lines(tmp_path) == [row["steps_done"]] and "Traceback" not in heard
     again = started(words, command_environment)
     told, heard = again.communicate(timeout=120)
-    assert again.returncode == 0 and f"goes on behind step {row['steps_done']}" in heard
+    assert again.returncode == 0 and f"resumes after step {row['steps_done']}" in heard
     assert json.loads(told)["steps_done"] == 120 and lines(tmp_path) == [120]
 
 
@@ -132,7 +132,7 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_it_goes_on(tmp_path, command
     rows = finished_runs(tmp_path)
     assert [row.status for row in rows] == ["preempted"] * 2
     for row in rows:
-        assert checkpoint_files.steps(tmp_path / "runs" / row.run_id) == [row.steps_done]
+        assert checkpoints.checkpoint_steps(tmp_path / "runs" / row.run_id) == [row.steps_done]
     assert not_running(process.pid)
     again = started([*words, "--json"], command_environment)
     told, heard = again.communicate(timeout=240)

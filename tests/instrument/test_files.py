@@ -372,7 +372,7 @@ ALLOWED = {
     "harness/campaign/call.py": "a campaign's lock, with the number of the process that holds it",
     "harness/campaign/pack.py": "fills a temporary folder that is placed whole, and temporary files of the module",
     "harness/campaign/stages.py": "a stage's standard output and error",
-    "harness/supervisor/heartbeat.py": "a temporary file that a process' stacks go through",
+    "harness/run/heartbeat.py": "a temporary file that a process' stacks go through",
     "harness/commands/list.py": "JSON to standard output",
     "report/plots/write.py": "draws into memory",
     "benchmarks/report.py": "JSON to standard output",

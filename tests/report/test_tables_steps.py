@@ -306,6 +306,6 @@ def test_a_run_without_a_result_says_what_ended_it(plant, status, death, says, c
 
 
 def test_every_cause_of_death_has_its_words():
-    from harness.supervisor.failure import CAUSES as DEATHS_OF_RUNS
+    from harness.failure import CAUSES as DEATHS_OF_RUNS
 
     assert set(DEATHS) == set(DEATHS_OF_RUNS)

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from harness.exit_codes import OK, RUN_FAILED, USAGE
-from harness.run.resume import log_paths
+from instrument.results.folder import log_paths
 from tests.soak.reliability import processes, ranks, same_run, trials
 from tests.soak.reliability.__main__ import main
 from tests.soak.reliability.trials import FILE, KINDS, Kind, Tally, Trial, chosen_kinds, tally

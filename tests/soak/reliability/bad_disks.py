@@ -16,9 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from harness.exit_codes import ENVIRONMENT, OK
-from harness.run.resume import log_paths
 from harness.settings import RunSettings
-from instrument.results.folder import finished_run
+from instrument.results.folder import finished_run, log_paths
 from tests.soak.reliability import same_run
 from tests.soak.reliability.processes import Ended, asked_to_stop, run, small
 from tests.soak.reliability.same_run import contents, finished_well, left_alone, resumes_well

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.exit_codes import INTERRUPTED, OK
-from harness.run import checkpoint_files
+from harness.run.progress import checkpoint_steps
 from harness.settings import RunSettings
 from instrument.results.crash_hook import CRASHED
 from instrument.results.folder import finished_run
@@ -171,6 +171,6 @@ def _stopped_well(settings: RunSettings, out: Path, part: Ended) -> list[str]:
     if row is None:
         return losses + (["no row"] if part.acknowledged else [])
     losses += [] if row.status == "preempted" else [f"its row says {row.status}"]
-    newest = checkpoint_files.steps(out / "runs" / settings.run_id)[:1]
+    newest = checkpoint_steps(out / "runs" / settings.run_id)[:1]
     losses += [] if newest == [row.steps_done] * (row.steps_done > 0) else [f"{row.steps_done} steps, checkpoint {newest}"]
     return losses + same_run.terminal_records(settings.run_id, out)

@@ -41,7 +41,7 @@ PRELOADED = [
     "sklearn.metrics",
     "harness.commands.case",
     "harness.run.terminal",
-    "harness.supervisor.worker_without_gpu",
+    "harness.supervisor.worker",
     __name__,
 ]
 """Imported by the fork server, so that a process costs a third of a second."""

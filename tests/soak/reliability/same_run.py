@@ -11,11 +11,10 @@ from typing import Any
 import msgspec
 
 from harness.exit_codes import OK
-from harness.run import checkpoint_files
-from harness.run.resume import log_paths
+from harness.run.progress import checkpoint_steps
 from harness.settings import RunSettings
 from instrument.results.files import TEMPORARY
-from instrument.results.folder import finished_run
+from instrument.results.folder import finished_run, log_paths
 from instrument.results.layout import INDEX
 from instrument.results.lines import read
 from instrument.results.ranges import ModuleRecord
@@ -96,7 +95,7 @@ def lost_rows(parts: Sequence[Ended], run_id: str, out: Path) -> list[str]:
     before, those up to the newest checkpoint. What an earlier part did beyond is done again, and so is
     everything where there is no checkpoint: of a finished run every row of every part must be there, but for times.
     """
-    newest = max(checkpoint_files.steps(out / "runs" / run_id), default=-1)
+    newest = max(checkpoint_steps(out / "runs" / run_id), default=-1)
     everything, times = finished_run(out, run_id) is not None, len(parts) == 1
     wrong = []
     for name, kind in LOGGED.items():

@@ -5,12 +5,11 @@ import sys
 
 import pytest
 
-from harness.run import checkpoint_files
+from harness.failure import Failure
 from harness.run.execute import execute
+from harness.run.heartbeat import Heartbeat
 from harness.run.outcome import Outcome, summarize
-from harness.supervisor.crash_record import PREFIX, amend, remains, write_crash_record
-from harness.supervisor.failure import Failure
-from harness.supervisor.heartbeat import Heartbeat
+from harness.supervisor.crash_record import amend, logged_steps, write_crash_record
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
 from instrument.results.claims import RunClaimed
 from instrument.results.folder import finished_run, finished_runs
@@ -25,72 +24,71 @@ def dead(plan, tmp_path):
     settings = plan("gpt2_clm", "fp32_true", max_steps=3)
     execute(settings, tmp_path)
     (tmp_path / "runs" / settings.run_id / "run.json").unlink()
-    vigil = ProcessMonitor(Rules(oom_counters=[]))
-    vigil.begin(1 << 30)
-    vigil.hear(Heartbeat("training", 2))
-    yield settings, summarize(settings, Outcome()), vigil
-    vigil.close()
+    monitor = ProcessMonitor(Rules(oom_counters=[]))
+    monitor.begin(1 << 30)
+    monitor.alive(Heartbeat("training", 2))
+    yield settings, summarize(settings, Outcome()), monitor
+    monitor.close()
 
 
 def test_a_dead_run_keeps_what_it_had_reached(dead, tmp_path):
-    settings, draft, vigil = dead
+    settings, draft, monitor = dead
     log = tmp_path / "training_logs" / f"run_{settings.run_id}.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:2]) + lines[2][:50])  # the third was being written
-    row = write_crash_record(draft, tmp_path, vigil, -9)
+    row = write_crash_record(draft, tmp_path, monitor, -9)
     assert (row.status, row.steps_done, row.flags["death"]["cause"]) == ("error", 2, "killed")
-    assert "behind step 2" in row.error and row.loss_initial == remains(tmp_path, settings.run_id, True)[0].loss
+    assert "after step 2" in row.error and row.loss_initial == logged_steps(tmp_path, settings.run_id, True)[0].loss
     assert row.env == draft.env and row.config == draft.config and row.val_loss is None
     assert finished_runs(tmp_path) == [row]
 
 
 def test_a_row_that_the_dead_process_had_written_stands(dead, tmp_path):
-    settings, draft, vigil = dead
+    settings, draft, monitor = dead
     execute(settings, tmp_path)
-    row = write_crash_record(draft, tmp_path, vigil, -9)  # killed between its row and its last word
+    row = write_crash_record(draft, tmp_path, monitor, -9)  # killed between its row and its last word
     assert row.status == "completed" and finished_run(tmp_path, settings.run_id) == row
 
 
 def test_a_run_that_had_not_begun_to_write_has_nothing_of_the_one_before(dead, tmp_path):
-    settings, draft, vigil = dead
-    vigil.opened = False
-    row = write_crash_record(draft, tmp_path, vigil, 1, Failure("bad_data", "DataError: x"))
+    settings, draft, monitor = dead
+    monitor.opened = False
+    row = write_crash_record(draft, tmp_path, monitor, 1, Failure("bad_data", "DataError: x"))
     assert (row.steps_done, row.loss_initial, row.error) == (0, None, "DataError: x")
     (tmp_path / "runs" / settings.run_id / "checkpoint-2").mkdir()  # but one that was to go on has its part before
-    assert write_crash_record(draft, tmp_path, vigil, -9).steps_done == 3
+    assert write_crash_record(draft, tmp_path, monitor, -9).steps_done == 3
 
 
 def test_a_killed_run_with_a_checkpoint_says_that_it_goes_on(dead, tmp_path):
-    settings, draft, vigil = dead
-    assert PREFIX == checkpoint_files.PREFIX
+    settings, draft, monitor = dead
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
         (tmp_path / "runs" / settings.run_id / name).mkdir()
-    assert write_crash_record(draft, tmp_path, vigil, -9).error.endswith("; the same command goes on from checkpoint-10")
+    assert write_crash_record(draft, tmp_path, monitor, -9).error.endswith("; the same command resumes from checkpoint-10")
     (tmp_path / "runs" / settings.run_id / "run.json").unlink()
-    assert "goes on" not in write_crash_record(draft, tmp_path, vigil, -11).error  # a segfault does not
+    assert "resumes" not in write_crash_record(draft, tmp_path, monitor, -11).error  # a segfault does not
 
 
 def test_a_run_that_another_process_has_by_now_is_left_to_it(dead, tmp_path):
-    settings, draft, vigil = dead
+    settings, draft, monitor = dead
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), settings.run_id], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(RunClaimed):
-            write_crash_record(draft, tmp_path, vigil, -9)
+            write_crash_record(draft, tmp_path, monitor, -9)
         assert finished_runs(tmp_path) == []
-        vigil.pid = other.pid  # unless it is the very one, and nobody can end it
-        assert write_crash_record(draft, tmp_path, vigil, None).status == "error"
+        monitor.pid = other.pid  # unless it is the very one, and nobody can end it
+        assert write_crash_record(draft, tmp_path, monitor, None).status == "error"
     finally:
         other.kill()
         other.wait()
 
 
 def test_a_hung_run_that_still_got_behind_a_checkpoint_is_hung_and_says_so(dead, tmp_path):
-    settings, draft, vigil = dead
-    stopped = summarize(settings, Outcome(status="preempted", error="stopped by SIGTERM behind step 2; it goes on"))
+    settings, draft, monitor = dead
+    stopped = summarize(settings, Outcome(status="preempted", error="stopped by SIGTERM after step 2; it resumes"))
     stack = 'Current thread 0x1 (most recent call first):\n  File "a", line 1 in b\n'
     death = Failure("hung", "no sign of life for 9 s", stack=stack)
     row = amend(stopped, tmp_path, death)
     assert (row.status, row.flags["death"]["goes_on"]) == ("hung", True) and row == finished_run(tmp_path, settings.run_id)
-    assert row.error.startswith("no sign of life for 9 s; stopped by SIGTERM behind step 2")
+    assert row.error.startswith("no sign of life for 9 s; stopped by SIGTERM after step 2")
     assert 'File "a", line 1 in b' in (tmp_path / "runs" / settings.run_id / "output.log").read_text()

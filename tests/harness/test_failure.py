@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bench_cases.data.documents import DataError, DataUnavailable
 from bench_cases.models import ModelError
-from harness.supervisor.failure import CAUSES, GOES_ON, Evidence, Failure, of_exception, of_exit, of_hang
+from harness.failure import CAUSES, RESUMABLE, Evidence, Failure, of_exception, of_exit, of_hang
 
 STACK = """Fatal Python error: Segmentation fault
 
@@ -22,7 +22,7 @@ Current thread 0x02 (most recent call first):
 """
 
 
-def behind(outer: Exception, inner: Exception) -> Exception:
+def raised_while_handling(outer: Exception, inner: Exception) -> Exception:
     """``outer``, raised while ``inner`` was handled."""
     try:
         try:
@@ -42,6 +42,8 @@ def behind(outer: Exception, inner: Exception) -> Exception:
         (MemoryError(), "oom", "host_oom"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "oom", "host_oom"),
         (OSError(12, "Cannot allocate memory"), "oom", "host_oom"),
+        (RuntimeError("could not create a primitive"), "oom", "host_oom"),  # oneDNN
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), "error", "exception"),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "error", "illegal_access"),
         (RuntimeError("CUDA error: misaligned address"), "error", "illegal_access"),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error", "poisoned_context"),
@@ -60,13 +62,19 @@ def behind(outer: Exception, inner: Exception) -> Exception:
         (SystemExit(4), "error", "exit"),
         (ZeroDivisionError("division by zero"), "error", "exception"),
         (ValueError("the file says: CUDA out of memory"), "error", "exception"),  # quoted, not met
-        (behind(ModelError("cannot be trained"), MemoryError("x")), "oom", "host_oom"),
+        (raised_while_handling(ModelError("cannot be trained"), MemoryError("x")), "oom", "host_oom"),
         (
-            behind(RuntimeError("clean-up failed"), torch.AcceleratorError("CUDA error: an illegal memory access")),
+            raised_while_handling(
+                RuntimeError("clean-up failed"), torch.AcceleratorError("CUDA error: an illegal memory access")
+            ),
             "error",
             "illegal_access",
         ),
-        (behind(KeyError("instead"), MemoryError()), "error", "exception"),  # raised "from None": the first is disowned
+        (
+            raised_while_handling(KeyError("instead"), MemoryError()),
+            "error",
+            "exception",
+        ),  # raised "from None": the first is disowned
     ],
 )
 def test_an_exception_has_the_cause_of_the_first_that_has_one(error, status, cause):
@@ -76,7 +84,9 @@ def test_an_exception_has_the_cause_of_the_first_that_has_one(error, status, cau
 
 
 def test_the_sentence_is_that_of_the_error_which_has_the_cause():
-    error = behind(RuntimeError("clean-up failed"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."))
+    error = raised_while_handling(
+        RuntimeError("clean-up failed"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+    )
     assert of_exception(error).error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."
     assert of_exception(ValueError("first\nsecond")).error == "ValueError: first"
 
@@ -85,7 +95,7 @@ def test_a_sigkill_is_the_kernels_only_on_evidence():
     seen = {"phase": "training", "steps_done": 7, "rss_bytes": 12_300_000_000}
     kernel = of_exit(-9, Evidence(oom_kills=1, oom_counter="/sys/fs/cgroup/memory.events", **seen))
     assert (kernel.status, kernel.cause) == ("oom", "host_oom_kill")
-    assert "in training behind step 7" in kernel.error and "rose by 1, /sys/fs/cgroup/memory.events" in kernel.error
+    assert "in training after step 7" in kernel.error and "rose by 1, /sys/fs/cgroup/memory.events" in kernel.error
     assert "12.30 GB resident when last seen" in kernel.error
     somebody, nobody_knows = (of_exit(-9, Evidence(oom_kills=kills, **seen)) for kills in (0, None))
     assert (somebody.status, somebody.cause, nobody_knows.cause) == ("error", "killed", "killed")
@@ -96,7 +106,7 @@ def test_a_sigkill_is_the_kernels_only_on_evidence():
 def test_a_crash_says_where_python_was(name):
     death = of_exit(-signal.Signals[name], Evidence(phase="training", steps_done=2, stack=STACK))
     assert (death.status, death.cause, death.detail["signal"]) == ("error", "segfault", name)
-    assert death.error == f"the run's process was killed by {name} in training behind step 2, at /c/d.py:7 in strike"
+    assert death.error == f"the run's process was killed by {name} in training after step 2, at /c/d.py:7 in strike"
     assert death.detail["stack"] == ['File "/c/d.py", line 7 in strike', 'File "/c/e.py", line 9 in run']
     assert death.stack == STACK
 
@@ -127,7 +137,7 @@ def test_an_exit_and_an_unknown_end():
 
 
 def test_a_hang_says_for_how_long_where_and_what_ended_it():
-    death = of_hang(Evidence(phase="evaluation", steps_done=0, beat_age_s=901.23, stack=STACK), 900, "SIGKILL")
+    death = of_hang(Evidence(phase="evaluation", steps_done=0, heartbeat_age_s=901.23, stack=STACK), 900, "SIGKILL")
     assert (death.status, death.flags["death"]["beat_age_s"]) == ("hung", 901.2)
     assert death.error == "no sign of life for 900 s in evaluation, at /c/d.py:7 in strike; ended by SIGKILL"
 
@@ -135,7 +145,7 @@ def test_a_hang_says_for_how_long_where_and_what_ended_it():
 @given(st.integers(-70, 300), st.integers(0, 3) | st.none(), st.text(), st.text())
 def test_every_end_has_a_cause_and_only_those_from_outside_go_on(exit_code, oom_kills, stack, output):
     death = of_exit(exit_code, Evidence(oom_kills=oom_kills, stack=stack, output=output))
-    assert death.cause in CAUSES and death.flags["death"]["goes_on"] == (death.cause in GOES_ON)
+    assert death.cause in CAUSES and death.flags["death"]["goes_on"] == (death.cause in RESUMABLE)
     assert (death.cause == "host_oom_kill") == (exit_code == -9 and bool(oom_kills))
 
 

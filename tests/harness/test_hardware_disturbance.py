@@ -11,8 +11,8 @@ from rich.console import Console
 
 from harness.run import instruments
 from harness.run.execute import execute
+from harness.run.progress import disturbance
 from harness.run.terminal import show_summary
-from harness.supervisor.crash_record import disturbance
 from instrument.sampler.sampler import Sampler
 
 SW_POWER_CAP, SW_THERMAL, HW_THERMAL = 0x4, 0x20, 0x40
