@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import msgspec
 import numpy as np
 
 from instrument.results.lines import Defect, chunks, record, too_large
-from instrument.results.schemas import KINDS, SCHEMA, UNREADABLE, AnyRecord, Record
+from instrument.results.schemas import KINDS, SCHEMA, UNREADABLE, Record
 
 NOT_COLUMNS = ("schema", "nonfinite")
 NUMPY_TYPES = {int: np.int64, bool: np.bool_, float: np.float64, int | None: np.float64, float | None: np.float64}
@@ -49,7 +49,7 @@ def column_dtypes(kind: type[Record]) -> dict[str, np.dtype]:
     return {field: np.dtype(NUMPY_TYPES.get(hints[field], object)) for field in fields}
 
 
-def _decode_chunk(chunk: list[bytes], kind: type[AnyRecord]) -> list[AnyRecord] | None:
+def _decode_chunk(chunk: list[bytes], kind: type[Any]) -> list[Any] | None:
     """All rows at once; None unless all are good."""
     try:
         rows = msgspec.json.Decoder(kind).decode_lines(b"".join(chunk))
@@ -59,7 +59,7 @@ def _decode_chunk(chunk: list[bytes], kind: type[AnyRecord]) -> list[AnyRecord] 
     return rows if good and not any(map(too_large, rows)) else None
 
 
-def _honest(row: Record) -> bool:
+def _honest(row: Any) -> bool:
     """Whether the ``nonfinite`` map names only known kinds, at fields that are null."""
     return all(kind in KINDS and getattr(row, field, 0) is None for field, kind in row.nonfinite.items())
 

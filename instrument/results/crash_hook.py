@@ -51,7 +51,7 @@ def _install() -> None:
         _operation()
         fsync(fd)
 
-    os.write, os.fsync = counted_write, counted_fsync
+    os.write, os.fsync = counted_write, counted_fsync  # type: ignore[assignment]
     sys.addaudithook(_audit)
 
 

@@ -117,8 +117,8 @@ def locate(name: str, out: Path | None) -> RunFiles:
     if not found:
         raise RunNotFound(f"no run {name!r} in {where}; {_near(name, [run.run_id for run in runs])}")
     if len({run.run_id for run in found}) == 1:
-        folders = _some([str(run.out) for run in found])
-        raise RunNotFound(f"{name!r} is in several results folders: {folders}; choose with --out")
+        several = _some([str(run.out) for run in found])
+        raise RunNotFound(f"{name!r} is in several results folders: {several}; choose with --out")
     raise RunNotFound(f"{name!r} begins {len(found)} runs in {where}: {_some([run.run_id for run in found])}; give more of it")
 
 

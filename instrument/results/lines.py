@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
 
@@ -178,7 +178,7 @@ def outside(path: Path, name: str) -> list[Defect]:
     return []
 
 
-def _bounded(file: gzip.GzipFile, chunk_bytes: int) -> list[bytes]:
+def _bounded(file: IO[bytes] | gzip.GzipFile, chunk_bytes: int) -> list[bytes]:
     """As ``readlines``, but no line is longer than `LARGEST_BYTES`, which ends the reading."""
     found, size = [], 0
     while size < chunk_bytes and (line := file.readline(LARGEST_BYTES + 1)):

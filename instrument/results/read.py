@@ -91,7 +91,7 @@ class Run:
         """All that was decided for the run, flat, by dotted name."""
         r = self.record
         named = {name: getattr(r, name) for name in NAMED}
-        switches = {key: r.flags.get(key) for key in ("switches", "fp16_products") if key in r.flags}
+        switches: dict[str, Any] = {key: r.flags.get(key) for key in ("switches", "fp16_products") if key in r.flags}
         decided = named | dict(flat({**r.config, **switches}))
         return {name: value for name, value in decided.items() if name not in ("config.id", "case.id")}  # named already
 

@@ -4,9 +4,10 @@ separated; how many lines of each file are intact or lost. Nothing here writes."
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,7 +53,7 @@ class SortedLines:
 
 def sort_lines(content: bytes, kind: type[Record] | None) -> SortedLines:
     """Sort a log of ``kind`` (None: any JSON objects)."""
-    found, seen = SortedLines(), set()
+    found, seen = SortedLines(), set[tuple[int, bytes]]()
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -160,10 +161,11 @@ def object_state(out: Path, name: str) -> FileState:
         state.foreign, state.notes = 1, ["is a link or no plain file: not read"]
         return state
     is_row = path.name == "run.json"
-    found, defects = read_one(path, (lambda content: record(content, RunRecord)) if is_row else json_object, name)
+    parse: Callable[[bytes], Any] = (lambda content: record(content, RunRecord)) if is_row else json_object
+    found, defects = read_one(path, parse, name)
     if defects:
         state.lost, state.notes = 1, [f"cannot be read ({defects[0].what[:120]}); left as it is"]
-    elif is_row and found.run_id != path.parent.name:
+    elif is_row and found is not None and found.run_id != path.parent.name:
         state.foreign, state.notes = 1, ["holds another run's row"]
     else:
         state.intact = 1

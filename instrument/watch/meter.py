@@ -7,6 +7,7 @@ read once per log window (`instrument.watch.counters`); where a failure surfaced
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -194,7 +195,7 @@ class StepMeter:
     def resume(self, earlier: Iterable[StepRecord]) -> None:
         """Take in the steps of a run that is resumed, in order: the explosion detector looks back at them."""
         for record in earlier:
-            self._explosion.exploded(record.step, record.loss)
+            self._explosion.exploded(record.step, math.nan if record.loss is None else record.loss)
 
     def begin_step(self, step: int, lr: float, loss_scale: torch.Tensor | None) -> None:
         """Start the clock of attempted update ``step``; ``loss_scale`` is a device scalar or None."""

@@ -60,9 +60,8 @@ class HeadroomTable:
         for r in readings:
             key = (r.order, r.module, r.direction)
             old = self._rows.get(key)
-            larger = old is None or r.absmax > old.absmax
-            absmax = r.absmax if larger else old.absmax
-            shares = [share for share in (r.flush_frac, old and old.flush_frac) if share is not None]
+            absmax, step = (r.absmax, r.step) if old is None or r.absmax > old.absmax else (old.absmax, old.step)
+            shares = [known.flush_frac for known in (r, old) if known is not None and known.flush_frac is not None]
             self._rows[key] = Headroom(
                 r.module,
                 r.direction,
@@ -70,7 +69,7 @@ class HeadroomTable:
                 FP16.headroom_bits(absmax),
                 max(shares, default=None),
                 r.nan + r.inf + (old.nonfinite if old else 0),
-                r.step if larger else old.step,
+                step,
             )
 
     def rows(self) -> list[Headroom]:

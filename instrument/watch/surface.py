@@ -104,7 +104,7 @@ class Surface:
         for microbatch, slot in enumerate(self.logits):
             counts = {"nan": slot["nan"], "inf": slot["pos_inf"], "-inf": slot["neg_inf"]}
             if any(counts.values()):
-                return self._of_microbatch("forward", max(counts, key=counts.get), microbatch)
+                return self._of_microbatch("forward", max(counts, key=counts.__getitem__), microbatch)
         return None
 
     def _in_loss(self) -> FirstNonfinite | None:
@@ -119,6 +119,7 @@ class Surface:
 
     def _in_gradients(self) -> FirstNonfinite:
         where = self.bad_gradients
+        assert where is not None  # asked for only after bad gradients were seen
         backward = [r for r in self.modules if r.direction == "bwd" and (r.nan or r.inf)]
         if where == "backward" and backward:
             return self._in_module(backward, "backward", "grad")
@@ -174,7 +175,7 @@ def prevailing(nan_surplus: float) -> str:
 def surfaced(step: int, phase: str, tensor: str, kind: str, **known: Any) -> FirstNonfinite:
     """A failure as the counters show it, with what is ``known`` of module, microbatch, dtype and rank; op, cause and
     headroom are the replay's to fill."""
-    unknown = dict.fromkeys(
+    unknown: dict[str, Any] = dict.fromkeys(
         ("microbatch", "module", "op", "source_tensor", "dtype", "cause", "input_absmax", "headroom_bits", "rank")
     )
     return FirstNonfinite(step=step, phase=phase, phase_surfaced=phase, tensor=tensor, kind=kind, **unknown | known)

@@ -76,7 +76,8 @@ class ModuleTaps:
         self._turns = 0
         self._measured: set[int] = set()  # in this step's forward passes
         self._skip_output = skip_output
-        self._block_handles, self._step_handles = [], []
+        self._block_handles: list[Any] = []
+        self._step_handles: list[Any] = []
         self._earlier: list[TapReading] = []
         self._earlier_steps = 0
         if order:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import msgspec
 import torch
@@ -76,7 +77,9 @@ class Watch:
         self.taps = ModuleTaps(model, device, granularity=granularity, every=every)
         self.events: list[EventRecord] = []
         self.examination: Examination | None = None
-        self._scaler, self._run_step, self._recorder = scaler, replay, None
+        self._scaler = scaler
+        self._recorder: OpRecorder | None = None
+        self._run_step: Any = replay  # called by a replay, which there is only with it
         self._replays = replay and Replays(
             self._recorded, model, optimizer, scaler, every=snapshot_every, explained_skips=explained_skips
         )
@@ -225,7 +228,7 @@ class Watch:
     def _skip(self, surface: Surface, steps_ago: int) -> EventRecord:
         """A scaler's skip; the first few with their producer, by replay."""
         found, scale = surface.where_skipped(), surface.row["loss_scale"]
-        detail = {
+        detail: dict[str, Any] = {
             "loss_scale": scale if scale >= 0 else None,
             "phase": found.phase,
             "module": found.module,
@@ -243,7 +246,7 @@ class Watch:
     def _examine(self, surface: Surface, steps_ago: int) -> None:
         """Replay the failed step from the last snapshot and complete the record; where it fails in another way (its
         examination is kept), the record stays as it surfaced."""
-        if self._replays is None:
+        if self._replays is None or self._found is None:
             return
         replayed = self._replay(surface, steps_ago)
         self.examination = replayed.found
@@ -255,12 +258,14 @@ class Watch:
 
     def _replay(self, surface: Surface, steps_ago: int) -> Replayed:
         """Replay a step and put the run back. The loop's own code may fail outside of its loop: the run continues."""
+        replays = self._replays
+        assert replays is not None and replays.snapshot is not None
         self._replaying, self._backward_awaited = True, False
         try:
-            with self._replays.undone():
-                return self._replays.again(steps_ago, surface.seen(), self._measured)
+            with replays.undone():
+                return replays.again(steps_ago, surface.seen(), self._measured)
         except Exception as error:
-            return Replayed(None, False, self._replays.snapshot.step, error=f"{type(error).__name__}: {error}")
+            return Replayed(None, False, replays.snapshot.step, error=f"{type(error).__name__}: {error}")
         finally:
             self._replaying, self._recorder = False, None
             self.counters.drop()
