@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def add_settings(
             option["type"] = at_least_one
         if not defaults:
             option["default"] = None
-        _both(command, flag_of(name, declared), **option | (changes or {}).get(name, {}))
+        _both(command, flag_of(name, declared), **{**option, **(changes or {}).get(name, {})})
 
 
 def flag_of(name: str, declared: Setting) -> str:
@@ -116,7 +116,7 @@ def settings_table() -> str:
     rows = ["| option | setting | default | part of the run id | what it is |", "|---|---|---|---|---|"]
     for name, declared in SETTINGS.items():
         values = "\\|".join(declared.choices or ()) or (declared.metavar or "").replace("|", "\\|")
-        hashed = {True: "yes", False: "no"}.get(declared.hashed, declared.hashed)
+        hashed = {True: "yes", False: "no", "when changed": "when changed"}[declared.hashed]
         default = "" if declared.default is None or declared.parse is bool else f"`{declared.default}`"
         option = f"`{flag_of(name, declared)}{' ' + values if values else ''}`"
         rows.append(f"| {option} | `{name}` | {default} | {hashed} | {declared.help} |")
@@ -145,7 +145,7 @@ exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, erro
 class Grammar(argparse.ArgumentParser):
     """Names may stand behind options too (``case CASE --max-steps 3 CONFIG``), where argparse would not look for them."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As `argparse.ArgumentParser.parse_args`."""
         options, rest = self.parse_known_args(args, namespace)
         at = rest.index("--") if "--" in rest else len(rest)  # behind it a name may begin with a dash
@@ -356,7 +356,7 @@ def _campaign(command: argparse.ArgumentParser) -> None:
     )
     place.add_argument("--results", type=Path, metavar="DIR", help="the working results folder; default: results/<device>")
     what = command.add_argument_group("what is measured")
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "preset": {"choices": list(PRESETS), "help": "default: full on a GPU; on a CPU only tiny makes sense"},
         "max_steps": {"help": "instead of as many as fit"},
     }

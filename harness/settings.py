@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bench_cases import PRESETS, Case, DtypeConfig, lookup
 
@@ -175,8 +175,11 @@ class RunSettings:
 
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(RunSettings) if "setting" in f.metadata}
 """Every setting that can be asked for, by name, in their order."""
-Request = make_dataclass("Request", [(name, Any, s.default) for name, s in SETTINGS.items()], frozen=True)
-Request.__module__, Request.__doc__ = __name__, "What a person asked for; None means the preset's or the case's own value."
+if TYPE_CHECKING:
+    Request = Any  # its fields are made of the settings, which no checker can follow
+else:
+    Request = make_dataclass("Request", [(name, Any, s.default) for name, s in SETTINGS.items()], frozen=True)
+    Request.__module__, Request.__doc__ = __name__, "What a person asked for; None means the preset's or the case's own value."
 
 
 def resolve(
