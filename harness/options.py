@@ -324,6 +324,8 @@ OPS = (
     "exponent_histogram",
 )
 """The kernels, in the order in which their figures matter."""
+NOT_TIMED = ("exponent_histogram",)
+"""Plain torch, and only after a failure: it is checked, and not benched."""
 CAMPAIGN_DESCRIPTION = """\
 Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (behind the matrix where the minutes
 are few), a calibration of every case, the matrix at real size, what fits at most, and the dossier. Each stage is a process

@@ -22,9 +22,7 @@ OUR_KERNELS = (
     "logit_stats_rows",
     "activation_kernel",
     "stats_kernel",
-    "clip_kernel",
     "scale_kernel",
-    "histogram_kernel",
 )
 """Every Triton kernel that this project launches."""
 

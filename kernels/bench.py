@@ -15,11 +15,10 @@ Each op has a module with `bench_arms(device, dtypes) -> list[BenchArm]`. How a 
 
 import math
 import platform
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
-
-from kernels.timers import CpuTimer, CudaTimer
 
 SCHEMA = 1
 PAIRS = 32
@@ -33,7 +32,6 @@ MODULES = {
     "multi_tensor_stats": "kernels.multi_tensor_stats.bench_arms",
     "unscale": "kernels.unscale.bench_arms",
     "scale": "kernels.scale.bench_arms",
-    "exponent_histogram": "kernels.exponent_histogram.bench_arms",
     "activation_stats": "kernels.activation_stats.bench_arms",
 }
 
@@ -57,7 +55,6 @@ class BenchArm:
     name: str
     setup: Callable[[], Callable[[], object]]
     bytes_moved: int
-    reference: str = "copy"
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,11 @@ class BenchRow:
 
     def as_row(self) -> dict:
         return asdict(self)
+
+
+def own_name(device: str) -> str:
+    """How our own arm is called: by the implementation that `impl="auto"` takes there."""
+    return "triton" if device == "cuda" else "torch"
 
 
 def collect(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[list[BenchArm]]:
@@ -235,3 +237,47 @@ def _copy(bytes_moved: int, device: str) -> Callable[[], object]:
     source = torch.randn(max(1, bytes_moved // 8), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+class CudaTimer:
+    """Times callables with events, each after an L2 flush, with the host running ahead of the device."""
+
+    BUSY_CYCLES = 1_000_000  # about half a millisecond: longer than the host needs to queue a sample
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.empty(max(4 * l2, 2**26), dtype=torch.int8, device="cuda")
+
+    def samples(self, calls: list[Callable]) -> list[float]:
+        events = []
+        for call in calls:
+            self.flush.fill_(1)
+            self.torch.cuda._sleep(self.BUSY_CYCLES)
+            start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        self.torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+    def release(self):
+        self.torch.cuda.empty_cache()
+
+
+class CpuTimer:
+    """Times callables with the host's clock."""
+
+    def samples(self, calls: list[Callable]) -> list[float]:
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return times
+
+    def release(self):
+        pass

@@ -13,21 +13,25 @@ from importlib import import_module
 
 import torch
 
+from kernels.dispatch import DTYPES
+from kernels.float_formats import FP16
+
 SCHEMA = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Op -> the module whose checks() judges it, by hand, in the order of the README.
 MODULES = {
-    "logit_stats": "kernels.logit_stats.check",
-    "cross_entropy": "kernels.cross_entropy.check",
-    "bce_with_logits": "kernels.bce_with_logits.check",
-    "multi_tensor_stats": "kernels.multi_tensor_stats.check",
-    "unscale": "kernels.unscale.check",
-    "scale": "kernels.scale.check",
-    "exponent_histogram": "kernels.exponent_histogram.check",
-    "activation_stats": "kernels.activation_stats.check",
+    "logit_stats": "kernels.logit_stats.bench_arms",
+    "cross_entropy": "kernels.cross_entropy.bench_arms",
+    "bce_with_logits": "kernels.bce_with_logits.bench_arms",
+    "multi_tensor_stats": "kernels.multi_tensor_stats.bench_arms",
+    "unscale": "kernels.unscale.bench_arms",
+    "scale": "kernels.scale.bench_arms",
+    "exponent_histogram": "kernels.exponent_histogram",
+    "activation_stats": "kernels.activation_stats.bench_arms",
 }
-SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 65504.0, -65504.0, 65536.0, 1e30, 2.0**-25, 2.0**-24, 1e-40)
+SMALLEST = FP16.smallest_subnormal
+SPECIAL = (*(sign * value for value in (0.0, float("inf"), FP16.max) for sign in (1, -1)), float("nan"), 65536.0, 1e30,
+           SMALLEST / 2, SMALLEST, 1e-40)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def with_special(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def counted(x: torch.Tensor, below: float = 2.0**-24) -> dict[str, int | float]:
+def counted(x: torch.Tensor, below: float = SMALLEST) -> dict[str, int | float]:
     """What the statistics ops count, by torch's comparisons in float64 on x's device; fp16 by a conversion."""
     a = x.detach().reshape(-1).double()
     half, finite = a.float().half().double(), a[a.isfinite()].abs()
@@ -120,7 +124,7 @@ def counted(x: torch.Tensor, below: float = 2.0**-24) -> dict[str, int | float]:
         "inf": int(a.isinf().sum()),
         "zeros": int((a == 0).sum()),
         "fp16_flush": int(((a != 0) & (half == 0)).sum()),
-        "fp16_subnormal": int(((half != 0) & (half.abs() < 2.0**-14)).sum()),
+        "fp16_subnormal": int(((half != 0) & (half.abs() < FP16.smallest_normal)).sum()),
         "below": int(((finite > 0) & (finite < below)).sum()),
-        "over_fp16": int((finite > 65504).sum()),
+        "over_fp16": int((finite > FP16.max).sum()),
     }

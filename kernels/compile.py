@@ -2,64 +2,64 @@
 
     python -m kernels compile [--arch sm_75 ...] [--op NAME ...] [--json]
 
-Each op module with Triton kernels exposes `compile_specs() -> list[CompileSpec]`. What is
-printed is read from the machine code itself, with the `cuobjdump` that the triton wheel
-carries: registers, shared memory, stack, and every instruction that touches global or
-local memory.
+Each module with Triton kernels exposes `compile_specs() -> list[CompileSpec]`. A spec comes from a launcher that is called
+with tensors of the real shape but without memory (device "meta"): the kernel's own signature and the arguments of that
+call say its types, constants and alignment, by Triton's rules. What is printed is read from the machine code itself, with
+the `cuobjdump` that the triton wheel carries: registers, shared memory, stack, and every instruction that touches global
+or local memory.
 """
 
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from kernels.float_formats import float_format
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
-# Modules that expose compile_specs(), by hand, in the order of the README.
-MODULES = (
-    "kernels.logit_stats",
-    "kernels.fused_loss_kernel",
-    "kernels.cross_entropy",
-    "kernels.bce_with_logits",
-    "kernels.multi_tensor_stats",
-    "kernels.unscale",
-    "kernels.scale",
-    "kernels.exponent_histogram",
-    "kernels.activation_stats",
-)
+# Op -> the module whose compile_specs() lists its kernels, by hand, in the order of the README.
+MODULES = {
+    "logit_stats": "kernels.logit_stats.triton_kernel",
+    "fused_loss_kernel": "kernels.fused_loss_kernel",
+    "cross_entropy": "kernels.cross_entropy.triton_kernel",
+    "bce_with_logits": "kernels.bce_with_logits.triton_kernel",
+    "multi_tensor_stats": "kernels.multi_tensor_stats.triton_kernel",
+    "unscale": "kernels.unscale.triton_kernel",
+    "scale": "kernels.scale.triton_kernel",
+    "activation_stats": "kernels.activation_stats.triton_kernel",
+}
 
 
 @dataclass(frozen=True)
 class CompileSpec:
     """One kernel as it is really launched: its types, constants and alignment.
 
-    kernel       name printed in the table, e.g. "cross_entropy_forward"
-    dtype        label printed in the table, e.g. "bf16"
-    fn           zero-argument callable that returns the `triton.JITFunction` (imports triton when called)
-    signature    argument name -> Triton type of every non-constexpr argument: "*bf16", "*i64", "i32", "fp32"
+    kernel, dtype, shape  printed in the table: "cross_entropy_rows", "bf16", the real shape that the constants stand for
+    fn           the `triton.JITFunction`
+    signature    argument name -> Triton type: "*bf16", "*i64", "i32", "fp32", or "constexpr"
     constexprs   argument name -> value of every constexpr argument
-    divisible    names of arguments (pointers, strides, sizes) known to be multiples of 16,
-                 as they are for the real vocabulary and strides
+    divisible    names of arguments (pointers, strides, sizes) known to be multiples of 16
+    options      what the launch sets beside arguments: num_warps, maxnreg
     streaming    the kernel reads or writes big tensors: a test demands 128-bit global accesses
-    shape        the real shape the constants stand for, printed in the table
-    maxnreg      limit of registers a thread that the launch sets, None: the compiler's choice
     """
 
     kernel: str
     dtype: str
-    fn: Callable[[], object]
+    shape: str
+    fn: Any
     signature: Mapping[str, str]
-    constexprs: Mapping[str, object] = field(default_factory=dict)
-    divisible: tuple[str, ...] = ()
-    num_warps: int = 4
-    num_stages: int = 3
-    streaming: bool = False
-    shape: str = ""
-    maxnreg: int | None = None
+    constexprs: Mapping[str, object]
+    divisible: tuple[str, ...]
+    options: Mapping[str, int]
+    streaming: bool
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,63 @@ class CompileError(RuntimeError):
 
 def collect(ops: list[str] | None = None) -> list[CompileSpec]:
     """The specs of all op modules, or of those named ("cross_entropy")."""
-    names = {module.rpartition(".")[2]: module for module in MODULES}
     for op in ops or ():
-        if op not in names:
-            raise ValueError(f"unknown op {op!r}; one of {', '.join(names)}")
-    return [spec for op in (ops or names) for spec in import_module(names[op]).compile_specs()]
+        if op not in MODULES:
+            raise ValueError(f"unknown op {op!r}; one of {', '.join(MODULES)}")
+    if find_spec("triton") is None:
+        raise CompileError("compilation needs the triton package, which is not installed")
+    return [spec for op in (ops or MODULES) for spec in import_module(MODULES[op]).compile_specs()]
+
+
+def as_launched(
+    labels: Sequence[tuple[str, str, str]], launch: Callable, *args, streaming: bool = True, **options
+) -> list[CompileSpec]:
+    """The specs of the kernels that `launch(*args, **options)` starts, which is called but starts none of them.
+
+    labels     (kernel, dtype, shape) of each, in order
+    streaming  whether they read or write big tensors
+    """
+    from triton.runtime.jit import JITFunction
+
+    from kernels.dispatch import interpreted
+
+    if interpreted():
+        raise CompileError("Triton runs as an interpreter here (TRITON_INTERPRET); unset it to compile")
+    calls: list[tuple[Any, tuple, dict]] = []
+
+    def note(kernel, *arguments, grid, warmup, **named):
+        calls.append((kernel, arguments, named))
+
+    with mock.patch.object(JITFunction, "run", note):
+        launch(*args, **options)
+    return [_spec(*label, streaming, *call) for label, call in zip(labels, calls, strict=True)]
+
+
+def _spec(name: str, dtype: str, shape: str, streaming: bool, fn, arguments: tuple, named: dict) -> CompileSpec:
+    """From one call of a kernel, as Triton itself specialises it: None and 1 are constants, multiples of 16 are known."""
+    values = dict(zip(fn.arg_names, arguments, strict=False)) | {n: v for n, v in named.items() if n in fn.arg_names}
+    signature, constexprs, divisible = {}, {}, []
+    for parameter in fn.params:
+        value = values[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = _triton_type(value)
+        place = value.storage_offset() * value.element_size() if hasattr(value, "data_ptr") else value
+        if specialised and type(place) is int and place % 16 == 0:
+            divisible.append(parameter.name)
+    options = {n: v for n, v in named.items() if n not in fn.arg_names}
+    return CompileSpec(name, dtype, shape, fn, signature, constexprs, tuple(divisible), options, streaming)
+
+
+def _triton_type(value) -> str:
+    if hasattr(value, "data_ptr"):
+        known = float_format(value.dtype)
+        return "*" + (known.name if known else str(value.dtype).removeprefix("torch.").replace("int", "i"))
+    if isinstance(value, float):
+        return "fp32"
+    return "i1" if isinstance(value, bool) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def compile_all(archs: list[str] | None = None, ops: list[str] | None = None) -> Iterator[Compiled]:
@@ -133,7 +185,7 @@ def compile_one(spec: CompileSpec, arch: str) -> Compiled:
         store_bits=max(stores, default=0),
         loads={str(bits): n for bits, n in sorted(loads.items())},
         stores={str(bits): n for bits, n in sorted(stores.items())},
-        num_warps=spec.num_warps,
+        num_warps=spec.options["num_warps"],
         streaming=spec.streaming,
     )
 
@@ -162,31 +214,19 @@ def _width(parts: list[str]) -> int:
 
 
 def _cubin(spec: CompileSpec, arch: str) -> tuple[bytes, int]:
-    try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-    except ImportError as e:
-        raise CompileError(f"compilation needs the triton package: {e}") from e
-    fn = spec.fn()
-    if not isinstance(fn, triton.JITFunction):
-        raise CompileError("Triton runs as an interpreter here (TRITON_INTERPRET); unset it to compile")
-    constexprs = {**spec.constexprs}
-    order = {name: i for i, name in enumerate(fn.arg_names)}
-    unknown = (set(spec.signature) | set(constexprs)) ^ set(order)
-    if unknown:
-        raise CompileError(f"{spec.kernel}: arguments of the kernel and of its spec differ: {sorted(unknown)}")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    order = {name: i for i, name in enumerate(spec.fn.arg_names)}
     source = ASTSource(
-        fn=fn,
-        signature={name: "constexpr" if name in constexprs else spec.signature[name] for name in fn.arg_names},
-        constexprs={(order[name],): value for name, value in constexprs.items()},
-        attrs={(order[name],): [["tt.divisibility", 16]] for name in spec.divisible if name not in constexprs},
+        fn=spec.fn,
+        signature=spec.signature,
+        constexprs={(order[name],): value for name, value in spec.constexprs.items()},
+        attrs={(order[name],): [["tt.divisibility", 16]] for name in spec.divisible},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
-    if spec.maxnreg is not None:
-        options["maxnreg"] = spec.maxnreg
-    kernel = triton.compile(source, target=target, options=options)
+    kernel = triton.compile(source, target=target, options={"enable_fp_fusion": True, **spec.options})
     return kernel.asm["cubin"], kernel.metadata.shared
 
 

@@ -1,4 +1,4 @@
-"""Which implementation runs, and the argument checks that every op shares.
+"""Which implementation runs, the argument checks that every op shares, and how an op is registered with torch.
 
 `impl="auto"` is Triton on CUDA tensors and plain torch elsewhere. `impl="triton"`
 on CPU tensors works only under Triton's interpreter (TRITON_INTERPRET=1, for
@@ -8,14 +8,16 @@ choice that cannot run raises.
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 IMPLS = ("auto", "triton", "torch")
 operators_watched = torch._C._len_torch_dispatch_stack  # 0 without a FlopCounterMode or its kin
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Every dtype that the ops take, by the name that check, bench and compile print."""
+FLOAT_DTYPES = tuple(DTYPES.values())
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -66,3 +68,31 @@ def check_device_scalar(op: str, name: str, x, device: torch.device) -> None:
         check_same_device(op, device, **{name: x})
     elif x is not None and not isinstance(x, (int, float)):
         raise TypeError(f"{op}: {name} must be a number or a one-element tensor, got {type(x).__name__}")
+
+
+def number_or_tensor(x: int | float | torch.Tensor, absent: float = 1.0) -> tuple[torch.Tensor | None, float]:
+    """(device scalar or None, number): how an argument that may be either enters an operator."""
+    return (x, absent) if isinstance(x, torch.Tensor) else (None, float(x))
+
+
+def _nothing(*args) -> None:
+    """What an operator that only mutates its arguments returns, by shape alone."""
+
+
+def _no_model_flops(*args, **kwargs) -> int:
+    """Model FLOPs are matmuls: losses, measuring and scaling add none. An op's elementwise work is in its `flops`."""
+    return 0
+
+
+def register(library: torch.library.Library, schema: str, run: Callable, fake: Callable | None = _nothing):
+    """Define an operator with one implementation for every device, and return it (`torch.ops.<library>.<name>`).
+
+    fake  what it returns by shape alone, under `torch.compile`; None: it is not meant to be traced
+    """
+    name = library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    operator = getattr(getattr(torch.ops, library.ns), name)
+    register_flop_formula(operator)(_no_model_flops)
+    return operator

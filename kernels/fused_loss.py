@@ -1,6 +1,6 @@
 """The autograd protocol of a loss whose gradient is made in the forward pass when that saves a read.
 
-A loss implements `LossJob`; `fused_loss` decides *when* the gradient is made:
+A loss subclasses `LossCall`; `fused_loss` decides *when* the gradient is made:
 
     fused     forward writes factor * dloss/dlogits, rounded once. backward hands it out, multiplied
               on the device by grad_output (the kernel leaves at once when that is 1; the host never looks).
@@ -11,35 +11,83 @@ A loss implements `LossJob`; `fused_loss` decides *when* the gradient is made:
 Either way the gradient exists once: a fused or in-place loss can go backward one time only.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
+from kernels.dispatch import check_device_scalar
 
-class LossJob(Protocol):
-    """One call of a loss: its targets and options, bound to an implementation."""
 
-    name: str
+@dataclass
+class LossCall:
+    """One call of a loss: its arguments, bound to "triton" or "torch". A loss is a subclass.
+
+    normalizer, grad_scale  numbers, one-element tensors or None, as the public op takes them
+    counters                of the current slot of a LogitStats, or None
+    options                 keyword arguments of the loss's own operators
+    state                   what a deferred forward keeps of its rows for the backward pass, or None
+    """
+
     impl: str
+    targets: torch.Tensor
+    reduction: str
+    normalizer: int | float | torch.Tensor | None
+    grad_scale: int | float | torch.Tensor | None
+    counters: torch.Tensor | None
+    options: dict
+    state: torch.Tensor | None = None
+
+    name = "loss"
 
     def forward(self, logits: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """Return the loss, fp32 (); when `grad` is given, write the gradient there (it may be `logits` itself)."""
+        factor = self._loss_factor(logits)
+        self.grad_factor = factor if self.grad_scale is None else scalar(self.grad_scale)
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        self.write_rows(logits, grad, losses)
+        return sum_rows(losses, factor, self.impl)
 
-    def backward(self, logits: torch.Tensor, grad: torch.Tensor, grad_output: torch.Tensor) -> None:
-        """Write grad_output times the gradient, from the state that `forward` kept."""
+    def _loss_factor(self, logits: torch.Tensor) -> float | torch.Tensor:
+        if self.reduction == "sum":
+            return 1.0
+        return self.default_factor(logits) if self.normalizer is None else reciprocal(self.normalizer)
+
+    def default_factor(self, logits: torch.Tensor) -> float | torch.Tensor:
+        """One over the divisor of a mean without `normalizer`."""
+        raise NotImplementedError
+
+    def write_rows(self, logits: torch.Tensor, grad: torch.Tensor | None, losses: torch.Tensor) -> None:
+        """Write the row losses, fp32 (rows,), and the gradient times `grad_factor` where `grad` is given."""
+        raise NotImplementedError
+
+    def write_gradient(self, logits: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> None:
+        """Write the gradient times `factor`, an fp32 device scalar, from the state that `forward` kept."""
+        raise NotImplementedError
+
+
+def check_factors(op: str, reduction: str, reductions: tuple[str, ...], normalizer, grad_scale, device: torch.device) -> None:
+    """The arguments that divide and scale a loss, or ValueError and TypeError say what is wrong."""
+    if reduction not in reductions:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(reductions)}, got {reduction!r}")
+    if reduction == "sum" and normalizer is not None:
+        raise ValueError(f"{op}: normalizer divides a mean; reduction is 'sum'")
+    if isinstance(normalizer, (int, float)) and not normalizer > 0:
+        raise ValueError(f"{op}: normalizer must be positive, got {normalizer}")
+    check_device_scalar(op, "normalizer", normalizer, device)
+    check_device_scalar(op, "grad_scale", grad_scale, device)
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, job, inplace_grad, fused):
-        ctx.job, ctx.inplace_grad, ctx.fused, ctx.spent = job, inplace_grad, fused, False
+    def forward(ctx, logits, call, inplace_grad, fused):
+        ctx.call, ctx.inplace_grad, ctx.fused, ctx.spent = call, inplace_grad, fused, False
         data = logits.detach()
         ctx.grad = None
         if not fused:
             ctx.save_for_backward(logits)
-            return job.forward(data, None)
+            return call.forward(data, None)
         ctx.grad = data if inplace_grad else empty_gradient(data)
-        loss = job.forward(data, ctx.grad)
+        loss = call.forward(data, ctx.grad)
         if inplace_grad:
             # Kernels write through raw pointers and autograd does not notice. Whoever saved these
             # logits for backward must fail, not read gradients in their place.
@@ -51,18 +99,18 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         if ctx.spent:
             raise RuntimeError(
-                f"{ctx.job.name}: second backward: the gradient was computed "
+                f"{ctx.call.name}: second backward: the gradient was computed "
                 f"{'in place of the logits' if ctx.inplace_grad else 'in the forward pass'} and is already handed out"
             )
         ctx.spent = ctx.fused or ctx.inplace_grad
         if ctx.fused:
             grad, ctx.grad = ctx.grad, None
-            scale_rows(grad, grad_output, ctx.job.impl)
+            scale_rows(grad, grad_output, ctx.call.impl)
             return grad, None, None, None
         (logits,) = ctx.saved_tensors
         data = logits.detach()
         grad = data if ctx.inplace_grad else empty_gradient(data)
-        ctx.job.backward(data, grad, grad_output)
+        ctx.call.write_gradient(data, grad, grad_output.float() * ctx.call.grad_factor)
         if ctx.inplace_grad:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None
@@ -77,25 +125,25 @@ def empty_gradient(data: torch.Tensor) -> torch.Tensor:
     return buffer[:, :width]
 
 
-def fused_loss(logits: torch.Tensor, job: LossJob, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
-    """The loss of `job` as an fp32 scalar with a gradient for `logits` (rows, columns).
+def fused_loss(logits: torch.Tensor, call: LossCall, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
+    """The loss of `call` as an fp32 scalar with a gradient for `logits` (rows, columns).
 
     factor_given  the caller passed grad_scale, so that the stored gradient cannot underflow unnoticed
     Under torch.compile only `inplace_grad` comes here, and is a graph break; see compiled_loss.py for the rest.
     """
     # Not a decorator: `torch.compiler.disable` imports the whole compiler, a second for those who never compile.
     run = torch.compiler.disable(_fused_loss) if torch.compiler.is_compiling() else _fused_loss
-    return run(logits, job, inplace_grad=inplace_grad, factor_given=factor_given)
+    return run(logits, call, inplace_grad=inplace_grad, factor_given=factor_given)
 
 
-def _fused_loss(logits: torch.Tensor, job: LossJob, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
+def _fused_loss(logits: torch.Tensor, call: LossCall, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace_grad:
-        _check_inplace(job.name, logits, wants_grad)
+        _check_inplace(call.name, logits, wants_grad)
     if not wants_grad:
-        return job.forward(logits.detach(), None)
+        return call.forward(logits.detach(), None)
     fused = factor_given or logits.dtype != torch.float16
-    return _FusedLoss.apply(logits, job, inplace_grad, fused)
+    return _FusedLoss.apply(logits, call, inplace_grad, fused)
 
 
 def _check_inplace(name: str, logits: torch.Tensor, wants_grad: bool) -> None:

@@ -1,9 +1,11 @@
 """Triton kernels that every fused loss shares: sum its rows, count its targets, fold in grad_output."""
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.compile import CompileSpec
+from kernels.compile import CompileSpec, as_launched
+from kernels.dispatch import DTYPES
 
 _BLOCK = 1024
 _SCALE_BLOCK = 4096
@@ -51,8 +53,9 @@ def scale_rows(grad, grad_output, rows, stride, width, BLOCK: tl.constexpr):
 
 def launch_sum(row_loss, out, factor) -> None:
     """factor: a Python float, or an fp32 device scalar."""
-    pointer, number = (None, factor) if isinstance(factor, float) else (factor, 1.0)
-    sum_rows[(1,)](row_loss, out, pointer, number, row_loss.shape[0], HAS_FACTOR=pointer is not None, BLOCK=_BLOCK, num_warps=8)
+    factor_at, number = (None, factor) if isinstance(factor, float) else (factor, 1.0)
+    rows, has_factor = row_loss.shape[0], factor_at is not None
+    sum_rows[(1,)](row_loss, out, factor_at, number, rows, HAS_FACTOR=has_factor, BLOCK=_BLOCK, num_warps=8)
 
 
 def launch_inverse_count(targets, out, ignore_index) -> None:
@@ -67,40 +70,11 @@ def launch_scale(grad, grad_output) -> None:
 
 
 def compile_specs() -> list[CompileSpec]:
-    specs = [
-        CompileSpec(
-            "sum_rows",
-            "fp32",
-            lambda: sum_rows,
-            {"row_loss": "*fp32", "out": "*fp32", "factor_ptr": "*fp32", "factor": "fp32", "rows": "i32"},
-            {"HAS_FACTOR": True, "BLOCK": _BLOCK},
-            divisible=("row_loss", "out", "factor_ptr", "rows"),
-            num_warps=8,
-            shape="8192",
-        ),
-        CompileSpec(
-            "inverse_count",
-            "i64",
-            lambda: inverse_count,
-            {"targets": "*i64", "out": "*fp32", "rows": "i32", "ignore_index": "i32"},
-            {"BLOCK": _BLOCK},
-            divisible=("targets", "out", "rows"),
-            num_warps=8,
-            shape="8192",
-        ),
-    ]
-    for dtype in ("fp32", "bf16", "fp16"):
-        specs.append(
-            CompileSpec(
-                "scale_rows",
-                dtype,
-                lambda: scale_rows,
-                {"grad": f"*{dtype}", "grad_output": "*fp32", "rows": "i32", "stride": "i32", "width": "i32"},
-                {"BLOCK": _SCALE_BLOCK},
-                divisible=("grad", "grad_output", "rows", "stride", "width"),
-                num_warps=8,
-                streaming=True,
-                shape="8192x50304",
-            )
-        )
+    losses, targets = torch.empty(8192, device="meta"), torch.empty(8192, dtype=torch.int64, device="meta")
+    scalar = torch.empty((), device="meta")
+    specs = as_launched([("sum_rows", "fp32", "8192")], launch_sum, losses, scalar, scalar, streaming=False)
+    specs += as_launched([("inverse_count", "i64", "8192")], launch_inverse_count, targets, scalar, -100, streaming=False)
+    for name, dtype in DTYPES.items():
+        grad = torch.empty(8192, 50304, dtype=dtype, device="meta")
+        specs += as_launched([("scale_rows", name, "8192x50304")], launch_scale, grad, scalar)
     return specs

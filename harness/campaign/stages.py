@@ -19,7 +19,7 @@ import psutil
 
 from harness.campaign.plan import CALIBRATION_STEPS, CampaignPlan, Variant, representatives
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
-from harness.options import OPS
+from harness.options import NOT_TIMED, OPS
 from harness.run.signals import Stop
 from instrument.results.files import make_folder
 
@@ -154,7 +154,8 @@ def _fit_their_shares(stages: Sequence[Stage], total_s: float) -> bool:
 def _per_kernel(what: str, asked: Mapping[str, Any], results: Path, *options: str) -> list[Stage]:
     device = ("--device", asked["device"]) if asked["device"] else ()
     stages = []
-    for op in (op for op in OPS if op in (asked["ops"] or OPS)):
+    left_out = NOT_TIMED if what == "bench" else ()
+    for op in (op for op in OPS if op in (asked["ops"] or OPS) and op not in left_out):
         out = ("--out", str(results / FOLDER / f"{what}-{op}.json"))
         stages.append(Stage(f"{what}-{op}", what, ("kernels", what, "--op", op, *device, *options, *out)))
     return stages

@@ -129,7 +129,6 @@ OURS = {
     "cross_entropy": "cross_entropy",
     "stats": "multi_tensor_stats",
     "activation": "activation_stats",
-    "histogram": "exponent_histogram",
     "bce": "bce_with_logits",
 }
 """Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
@@ -221,7 +220,7 @@ def _needs(namespace: str) -> tuple[str, str]:
         return "Needs torch and safetensors alone.", ""
     if namespace.startswith("dtype_dynamics_"):
         room = OURS.get(namespace.removeprefix("dtype_dynamics_"), "")
-        module = f"{kernels.__name__}.{room}.op" if room else kernels.__name__
+        module = f"{kernels.__name__}.{room}" if room else kernels.__name__
         return (
             "The op is this project's own: run the script where the project can be imported.",
             f"\nimport {module}  # noqa: F401 (registers the op)",

@@ -131,7 +131,7 @@ class ModuleTaps:
     @property
     def nbytes(self) -> int:
         """Device memory of the ring."""
-        return self._ring.words.nbytes if self._names else 0
+        return self._ring.cells.nbytes if self._names else 0
 
     def read(self) -> list[TapReading]:
         """The readings since the last call, by step and module; waits for the device."""

@@ -15,9 +15,18 @@ and targets read once, gradient written once, T L (2 b + c). Sparse targets, K l
 T L 2 b + 8 T K; at L = 4,271, K = 8 and bf16 that is 0.67 of the dense traffic.
 """
 
-from importlib import import_module
+import torch
+from torch.compiler import is_compiling
 
-_LAZY = {"bce_with_logits": "op", "compile_specs": "triton_kernel"}
+from kernels.bce_with_logits import reference
+from kernels.compiled_loss import register_compiled
+from kernels.dispatch import FLOAT_DTYPES, check_float, check_same_device, register, resolve_impl
+from kernels.fused_loss import LossCall, check_factors, fused_loss, split_factor
+from kernels.logit_stats import LogitStats
+from kernels.small_loss import is_small
+
+REDUCTIONS = ("mean", "sum", "label_sum")
+_library = torch.library.Library("dtype_dynamics_bce", "DEF")
 
 
 def bytes_moved(
@@ -39,7 +48,108 @@ def flops(rows: int, width: int, mode: str = "fused") -> int:
     return {"fused": 34, "forward": 26, "backward": 12}[mode] * rows * width
 
 
-def __getattr__(name):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+def bce_with_logits(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    pos_weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: int | float | torch.Tensor | None = None,
+    grad_scale: float | torch.Tensor | None = None,
+    stats: LogitStats | None = None,
+    inplace_grad: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Binary cross-entropy with logits, fp32 (), with logit statistics and the gradient in one pass.
+
+    logits        (T, L) fp32, bf16 or fp16: T documents, L labels; row stride free, columns contiguous (others copied)
+    targets       dense (T, L), floating (in [0, 1]) or bool; or sparse (T, K) int64: the label indices of each
+                  document in any order, filled up with -1; an index given twice counts once
+    pos_weight    (L,) weight of the positive term, or None for 1
+    reduction     "sum"; "mean", over all T L elements; "label_sum", sum over labels and mean over documents
+    normalizer    number or device scalar that replaces the divisor, T L of "mean" or T of "label_sum": the
+                  elements or documents of a whole accumulation step
+    grad_scale    number or device scalar that *replaces* 1/divisor in the gradient: the loss scale times 1/divisor,
+                  multiplied in before the gradient is rounded; see `cross_entropy`
+    stats         a LogitStats: statistics of all logits, and a count of label indices out of range
+    inplace_grad  overwrite the logits with their gradient; anyone else who saved them fails in backward
+
+    Logits of +-Inf: the loss is the limit, 0 where the sign agrees with a hard target and +Inf where it does not,
+    and the gradient is finite. NaN makes loss and gradient NaN. A label index out of range raises IndexError at once
+    on a CPU (impl "torch"); elsewhere its row becomes NaN and `stats.read()` raises. Never syncs on CUDA.
+    Deterministic. TypeError, ValueError: dtype, shape, device, options. RuntimeError: as in `cross_entropy`.
+    """
+    if is_small(logits, impl, inplace_grad):
+        loss = reference.small_bce(logits, targets, pos_weight, reduction, normalizer, grad_scale, stats)
+        if loss is not None:
+            return loss
+    check_float("bce_with_logits", "logits", logits)
+    choice = resolve_impl("bce_with_logits", impl, logits.device)
+    sparse = _check(logits, targets, pos_weight, reduction, normalizer, grad_scale)
+    if logits.stride(1) != 1 and not inplace_grad:
+        logits = logits.contiguous()
+    targets = targets if targets.shape[1] <= 1 or targets.stride(1) == 1 else targets.contiguous()
+    pos_weight = None if pos_weight is None else pos_weight.float().contiguous()
+    counters = None if stats is None else stats.bind(*logits.shape, logits.device)
+    options = {"sparse": sparse, "pos_weight": pos_weight}
+    call = BceCall(choice, targets, reduction, normalizer, grad_scale, counters, options)
+    if is_compiling() and not inplace_grad:
+        return _compiled(call, logits)
+    return fused_loss(logits, call, inplace_grad=inplace_grad, factor_given=grad_scale is not None)
+
+
+def _check(logits, targets, pos_weight, reduction, normalizer, grad_scale) -> bool:
+    """Raise on misuse; return whether the targets are sparse."""
+    op = "bce_with_logits"
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits must have shape (T, L) with L >= 1, got {tuple(logits.shape)}")
+    sparse = targets.dtype == torch.int64
+    if not sparse and targets.dtype not in (*FLOAT_DTYPES, torch.bool):
+        raise TypeError(f"{op}: targets must be floating or bool (dense) or int64 (sparse), got {str(targets.dtype)[6:]}")
+    if targets.dim() != 2 or targets.shape[0] != logits.shape[0]:
+        raise ValueError(f"{op}: targets must have shape ({logits.shape[0]}, ...), got {tuple(targets.shape)}")
+    if not sparse and targets.shape != logits.shape:
+        raise ValueError(f"{op}: dense targets must have shape {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    if pos_weight is not None and pos_weight.shape != logits.shape[1:]:
+        raise ValueError(f"{op}: pos_weight must have shape ({logits.shape[1]},), got {tuple(pos_weight.shape)}")
+    check_same_device(op, logits.device, targets=targets, pos_weight=pos_weight)
+    check_factors(op, reduction, REDUCTIONS, normalizer, grad_scale, logits.device)
+    return sparse
+
+
+class BceCall(LossCall):
+    """One call of bce_with_logits. Options: sparse (targets are label lists) and pos_weight."""
+
+    name = "bce_with_logits"
+
+    def default_factor(self, logits):
+        divisor = logits.numel() if self.reduction == "mean" else logits.shape[0]
+        return 1.0 / divisor if divisor else float("inf")  # the mean of nothing is 0 * Inf = NaN, as in torch
+
+    def write_rows(self, logits, grad, losses):
+        factor_at, factor = split_factor(self.grad_factor)
+        _rows_of(logits, self.targets, grad, losses, factor_at, factor, self.counters, *self.options.values(), self.impl)
+
+    def write_gradient(self, logits, grad, factor):
+        _rows_of(logits, self.targets, grad, None, factor, 1.0, None, *self.options.values(), self.impl)
+
+
+def _rows(logits, targets, grad, losses, factor_at, factor, counters, sparse, pos_weight, impl) -> None:
+    factor = factor if factor_at is None else factor_at
+    options = {"sparse": sparse, "pos_weight": pos_weight}
+    if impl == "torch":
+        reference.rows(logits, targets, grad, losses, factor, counters=counters, **options)
+    elif logits.shape[0]:
+        from kernels.bce_with_logits import triton_kernel
+
+        triton_kernel.launch(logits, targets, grad, losses, factor, counters, **options)
+
+
+_rows_of = register(
+    _library,
+    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!)? losses, Tensor? factor_at, float factor, "
+    "Tensor(c!)? counters, bool sparse, Tensor? pos_weight, str impl) -> ()",
+    _rows,
+    fake=None,
+)
+_compiled = register_compiled(_library, {"sparse": "bool", "pos_weight": "Tensor?"}, BceCall, state_columns=0)

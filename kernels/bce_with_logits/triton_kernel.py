@@ -1,15 +1,15 @@
 """Triton kernel for BCE with logits. The maths and the traffic are in the package docstring."""
 
-from dataclasses import dataclass
-
+import torch
 import triton
 import triton.language as tl
 
-from kernels.compile import CompileSpec
-from kernels.logit_stats.triton_kernel import abs_bits, load_key, record_tile
+from kernels.compile import CompileSpec, as_launched
+from kernels.dispatch import DTYPES
+from kernels.fused_loss import split_factor
+from kernels.logit_stats.triton_kernel import Tiling, abs_bits, counters_on_meta, load_key, on_meta, record_tile
 
 _WARPS = 4
-_REGISTERS = 96
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def target_tile(targets, cols, start, width, LABELS: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
-def bce_tile(row_ptr, grad_ptr, targets, pos_weight, row, start, width, scale, total, seen, words,
+def bce_tile(row_ptr, grad_ptr, targets, pos_weight, row, start, width, scale, total, seen, counters,
              LOSS: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, WEIGHTED: tl.constexpr,
              LABELS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Add one tile to the row's loss and to the statistics, and write its gradient."""
@@ -65,7 +65,7 @@ def bce_tile(row_ptr, grad_ptr, targets, pos_weight, row, start, width, scale, t
         bits = abs_bits(x)
         if MASKED:
             bits = tl.where(inside, bits, -1)
-        record_tile(x, bits, cols, row, width, seen, words)
+        record_tile(x, bits, cols, row, width, seen, counters)
     size = tl.abs(x)
     u = tl.exp(-size)
     if LOSS:
@@ -87,7 +87,7 @@ def bce_tile(row_ptr, grad_ptr, targets, pos_weight, row, start, width, scale, t
 
 
 @triton.jit
-def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, words,
+def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, counters,
              stride, grad_stride, target_stride, width, factor,
              LOSS: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, WEIGHTED: tl.constexpr,
              HAS_FACTOR: tl.constexpr, LABELS: tl.constexpr, LABELS_BLOCK: tl.constexpr,
@@ -101,7 +101,7 @@ def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, words,
     target_ptr = targets + row * target_stride
     seen = 0
     if STATS:
-        seen = tl.max(load_key(words, THREADS), 0)
+        seen = tl.max(load_key(counters, THREADS), 0)
     scale = factor
     if HAS_FACTOR:
         scale *= tl.load(factor_ptr).to(tl.float32)
@@ -114,117 +114,58 @@ def bce_rows(logits, grad, row_loss, targets, pos_weight, factor_ptr, words,
         scale += flaw
         if STATS:  # noqa: SIM102 (a constant decides at compile time, a value at run time)
             if bad > 0:
-                tl.atomic_add(words + 5, bad, sem="relaxed")
+                tl.atomic_add(counters + 5, bad, sem="relaxed")
     total = tl.zeros([BLOCK], tl.float32)
     whole = width // BLOCK * BLOCK  # columns in tiles that need no mask
     for start in range(0, whole, BLOCK):
-        total = bce_tile(row_ptr, grad_ptr, target_ptr, pos_weight, row, start, width, scale, total, seen, words,
+        total = bce_tile(row_ptr, grad_ptr, target_ptr, pos_weight, row, start, width, scale, total, seen, counters,
                          LOSS, GRAD, STATS, WEIGHTED, LABELS, False, BLOCK)  # fmt: skip
     if whole < width:
-        total = bce_tile(row_ptr, grad_ptr, target_ptr, pos_weight, row, whole, width, scale, total, seen, words,
+        total = bce_tile(row_ptr, grad_ptr, target_ptr, pos_weight, row, whole, width, scale, total, seen, counters,
                          LOSS, GRAD, STATS, WEIGHTED, LABELS, True, BLOCK)  # fmt: skip
     if LOSS:
         tl.store(row_loss + row, tl.sum(total, 0) + flaw)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a launch was made: dense targets have labels = 0."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    block: int
-    num_warps: int
-    labels: int
-
-
-def plan(rows: int, width: int, element_bytes: int, labels: int = 0) -> Plan:
+def tiling_of(width: int, element_bytes: int) -> Tiling:
     """One 128-bit load of logits a thread and tile: the arithmetic per element is long, and registers are few."""
     per_thread = 16 // element_bytes
     block = min(_WARPS * 32 * per_thread, max(32, triton.next_power_of_2(width)))
-    return Plan("bce_rows", (rows,), block, max(1, block // (32 * per_thread)), labels)
+    return Tiling(block, max(1, block // (32 * per_thread)), registers=96)
 
 
-def launch(logits, targets, grad, row_loss, factor, words, *, sparse, pos_weight) -> Plan:
-    """Row losses and gradient, whichever buffer is not None; returns the plan.
+def launch(logits, targets, grad, row_loss, factor, counters, *, sparse, pos_weight) -> None:
+    """Row losses and gradient, whichever buffer is not None.
 
     targets  dense (T, L), any float dtype or bool, or sparse int64 (T, K); unit column stride
     factor   of the gradient: a Python float, or an fp32 device scalar
     """
     rows, width = logits.shape
     labels = targets.shape[1] if sparse else 0
-    p = plan(rows, width, logits.element_size(), labels)
-    pointer, number = (None, factor) if isinstance(factor, float) else (factor, 1.0)
-    bce_rows[p.grid](
-        logits, grad, row_loss, targets, pos_weight, pointer, words,
+    factor_at, number = split_factor(factor)
+    bce_rows[(rows,)](
+        logits, grad, row_loss, targets, pos_weight, factor_at, counters,
         logits.stride(0), 0 if grad is None else grad.stride(0), targets.stride(0), width, number,
-        LOSS=row_loss is not None, GRAD=grad is not None, STATS=words is not None, WEIGHTED=pos_weight is not None,
-        HAS_FACTOR=pointer is not None, LABELS=labels, LABELS_BLOCK=triton.next_power_of_2(max(1, labels)),
-        BLOCK=p.block, THREADS=32 * p.num_warps, num_warps=p.num_warps, maxnreg=_REGISTERS,
+        LOSS=row_loss is not None, GRAD=grad is not None, STATS=counters is not None, WEIGHTED=pos_weight is not None,
+        HAS_FACTOR=factor_at is not None, LABELS=labels, LABELS_BLOCK=triton.next_power_of_2(max(1, labels)),
+        **tiling_of(width, logits.element_size()).constants,
     )  # fmt: skip
-    return p
 
 
 def compile_specs() -> list[CompileSpec]:
-    specs = []
-    for dtype, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-        dense, sparse = (plan(8192, 4272, size, labels) for labels in (0, 8))
-        specs += [
-            _spec("bce_rows_dense", dtype, dense),
-            _spec("bce_rows_sparse", dtype, sparse),
-            _spec("bce_rows_weighted", dtype, dense, WEIGHTED=True),
-            _spec("bce_rows_gradient", dtype, sparse, LOSS=False, STATS=False, row_loss=None, words=None),
-        ]
+    """8,192 documents of 4,272 labels, padded; 8 labels a document where the targets are sparse."""
+    rows, width, specs = 8192, 4272, []
+    losses, weight = torch.empty(rows, device="meta"), torch.empty(width, device="meta")
+    for name, dtype in DTYPES.items():
+        dense, sparse = on_meta(rows, width, dtype), on_meta(rows, 8, torch.int64)
+        for kernel, targets, loss, counters, pos_weight in (
+            ("bce_rows_dense", dense, losses, counters_on_meta(), None),
+            ("bce_rows_sparse", sparse, losses, counters_on_meta(), None),
+            ("bce_rows_weighted", dense, losses, counters_on_meta(), weight),
+            ("bce_rows_gradient", sparse, None, None, None),
+        ):
+            specs += as_launched(
+                [(kernel, name, f"{rows}x{width}")], launch, dense, targets, dense, loss, 1.0 / rows, counters,
+                sparse=targets is sparse, pos_weight=pos_weight,
+            )  # fmt: skip
     return specs
-
-
-def _spec(kernel, dtype, p, **changed) -> CompileSpec:
-    """A pointer changed to None is a branch compiled away."""
-    return CompileSpec(
-        kernel=kernel,
-        dtype=dtype,
-        fn=lambda: bce_rows,
-        signature={
-            "logits": f"*{dtype}",
-            "grad": f"*{dtype}",
-            "row_loss": "*fp32",
-            "targets": "*i64" if p.labels else f"*{dtype}",
-            "pos_weight": "*fp32",
-            "factor_ptr": "*fp32",
-            "words": "*i64",
-            "stride": "i32",
-            "grad_stride": "i32",
-            "target_stride": "i32",
-            "width": "i32",
-            "factor": "fp32",
-        },
-        constexprs={
-            "LOSS": True,
-            "GRAD": True,
-            "STATS": True,
-            "WEIGHTED": False,
-            "HAS_FACTOR": False,
-            "LABELS": p.labels,
-            "LABELS_BLOCK": max(1, p.labels),
-            "BLOCK": p.block,
-            "THREADS": 32 * p.num_warps,
-            **changed,
-        },
-        divisible=(
-            "logits",
-            "grad",
-            "row_loss",
-            "targets",
-            "pos_weight",
-            "factor_ptr",
-            "words",
-            "stride",
-            "grad_stride",
-            "target_stride",
-            "width",
-        ),
-        num_warps=p.num_warps,
-        streaming=True,
-        shape="8192x4272",
-        maxnreg=_REGISTERS,
-    )

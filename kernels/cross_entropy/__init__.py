@@ -16,11 +16,20 @@ finds it in L1 or L2. Forward alone reads T V b; a deferred backward adds 2 T V 
 Extra memory: 20 bytes a row.
 """
 
-from importlib import import_module
+import torch
+from torch.compiler import is_compiling
 
-_LAZY = {"cross_entropy": "op", "compile_specs": "specs"}
+from kernels.compiled_loss import register_compiled
+from kernels.cross_entropy import reference
+from kernels.dispatch import check_float, check_same_device, register, resolve_impl
+from kernels.fused_loss import LossCall, check_factors, fused_loss, split_factor
+from kernels.logit_stats import LogitStats
+from kernels.small_loss import is_small
 
+MAX_WIDTH = 262_144
 ROW_BYTES = 8 + 4  # target read, row loss written
+_OPTIONS = {"ignore_index": "int", "smoothing": "float", "z_loss": "float", "valid": "int"}
+_library = torch.library.Library("dtype_dynamics_cross_entropy", "DEF")
 
 
 def bytes_moved(rows: int, width: int, element_bytes: int, mode: str = "fused") -> int:
@@ -38,7 +47,144 @@ def flops(rows: int, width: int, mode: str = "fused") -> int:
     return per_element * rows * width
 
 
-def __getattr__(name):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+def cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    normalizer: int | float | torch.Tensor | None = None,
+    grad_scale: float | torch.Tensor | None = None,
+    valid_vocab: int | None = None,
+    stats: LogitStats | None = None,
+    inplace_grad: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Softmax cross-entropy, fp32 (), with logit statistics and the gradient in one pass.
+
+    logits           (T, V) fp32, bf16 or fp16, V <= 262,144; row stride free, columns contiguous (others are copied)
+    targets          (T,) int64: a column below valid_vocab, or ignore_index (loss and gradient 0)
+    label_smoothing  e in [0, 1]: the target is (1 - e) one-hot plus e / V on every valid column
+    z_loss           weight of lse^2, added to each row's loss
+    reduction        "sum", or "mean": the sum over `normalizer`, by default over the targets not ignored (0: NaN)
+    normalizer       number or device scalar, with "mean" only: the targets of a whole accumulation step
+    grad_scale       number or device scalar: *replaces* 1/normalizer in the gradient, so it is the loss scale times
+                     1/normalizer; the loss is not scaled. dlogits = grad_scale * d(sum)/dlogits * grad_output, with
+                     grad_scale multiplied in before the gradient is rounded. Call `loss.backward()`, not
+                     `scaler.scale(loss).backward()`, which would scale twice. Without it, fp16 gradients are made
+                     in the backward pass, where grad_output is known, and are just as exact for one more read.
+    valid_vocab      columns from here on are padding: no part in loss, statistics or gradient (0)
+    stats            a LogitStats: statistics of the rows not ignored, and a count of targets out of range
+    inplace_grad     overwrite the logits with their gradient; anyone else who saved them fails in backward
+
+    A target out of range raises IndexError at once on a CPU (impl "torch"); elsewhere its row's loss and
+    gradient are NaN and `stats.read()` raises IndexError. Never syncs on CUDA. Deterministic: row losses are
+    summed in a fixed order in fp64, statistics are exact. TypeError, ValueError: dtype, shape, device, options.
+    RuntimeError: inplace_grad without a gradient wanted; a second backward of a gradient made in forward. Small logits
+    on a CPU get eager torch's loss and gradient (small_loss.py). One graph under torch.compile, but for inplace_grad.
+    """
+    if is_small(logits, impl, inplace_grad):
+        loss = reference.small_cross_entropy(
+            logits, targets, valid_vocab, ignore_index, label_smoothing, z_loss, reduction, normalizer, grad_scale, stats
+        )
+        if loss is not None:
+            return loss
+    check_float("cross_entropy", "logits", logits)
+    choice = resolve_impl("cross_entropy", impl, logits.device)
+    valid = logits.shape[-1] if valid_vocab is None and logits.dim() else valid_vocab
+    _check(logits, targets, valid, label_smoothing, reduction, normalizer, grad_scale)
+    if logits.stride(1) != 1 and not inplace_grad:
+        logits = logits.contiguous()
+    options = {"ignore_index": ignore_index, "smoothing": float(label_smoothing), "z_loss": float(z_loss), "valid": valid}
+    counters = None if stats is None else stats.bind(*logits.shape, logits.device)
+    call = CrossEntropyCall(choice, targets.contiguous(), reduction, normalizer, grad_scale, counters, options)
+    if is_compiling() and not inplace_grad:
+        return _compiled(call, logits)
+    return fused_loss(logits, call, inplace_grad=inplace_grad, factor_given=grad_scale is not None)
+
+
+def _check(logits, targets, valid, label_smoothing, reduction, normalizer, grad_scale):
+    op = "cross_entropy"
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits must have shape (T, V) with V >= 1, got {tuple(logits.shape)}")
+    if logits.shape[1] > MAX_WIDTH:
+        raise ValueError(f"{op}: at most {MAX_WIDTH} columns, got {logits.shape[1]}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must be int64, got {str(targets.dtype)[6:]}")
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(f"{op}: targets must have shape ({logits.shape[0]},), got {tuple(targets.shape)}")
+    check_same_device(op, logits.device, targets=targets)
+    if not 1 <= valid <= logits.shape[1]:
+        raise ValueError(f"{op}: valid_vocab must be in [1, {logits.shape[1]}], got {valid}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_factors(op, reduction, ("mean", "sum"), normalizer, grad_scale, logits.device)
+
+
+class CrossEntropyCall(LossCall):
+    """One call of cross_entropy. Options: ignore_index, smoothing, z_loss and valid (columns that are no padding)."""
+
+    name = "cross_entropy"
+
+    def default_factor(self, logits):
+        """1 over the targets that are not ignored, on the device."""
+        ignore_index = self.options["ignore_index"]
+        if self.impl == "torch":
+            return (self.targets != ignore_index).sum().float().reciprocal()
+        from kernels import fused_loss_kernel
+
+        out = torch.empty((), dtype=torch.float32, device=self.targets.device)
+        fused_loss_kernel.launch_inverse_count(self.targets, out, ignore_index)
+        return out
+
+    def write_rows(self, logits, grad, losses):
+        if self.impl == "triton" and grad is None:
+            self.state = torch.empty(logits.shape[0], 2, dtype=torch.float32, device=logits.device)
+        factor_at, factor = split_factor(self.grad_factor)
+        _rows_of(
+            logits, self.targets, grad, losses, self.state, factor_at, factor, self.counters, *self.options.values(), self.impl
+        )
+
+    def write_gradient(self, logits, grad, factor):
+        _gradient_of(logits, self.targets, self.state, grad, factor, *self.options.values(), self.impl)
+
+
+def _rows(logits, targets, grad, losses, state, factor_at, factor, counters, *values) -> None:
+    *values, impl = values
+    options, factor = dict(zip(_OPTIONS, values, strict=True)), factor if factor_at is None else factor_at
+    if impl == "torch":
+        losses.copy_(reference.forward(logits, targets, grad, factor, counters=counters, **options))
+    elif logits.shape[0]:
+        from kernels.cross_entropy import triton_kernel
+
+        triton_kernel.launch_rows(logits, targets, grad, losses, state, factor, counters, **options)
+
+
+def _gradient(logits, targets, state, grad, factor, *values) -> None:
+    *values, impl = values
+    options = dict(zip(_OPTIONS, values, strict=True))
+    if impl == "torch":
+        reference.backward(logits, targets, grad, factor, **options)
+    elif logits.shape[0]:
+        from kernels.cross_entropy import triton_kernel
+
+        triton_kernel.launch_gradient(logits, targets, state, grad, factor, **options)
+
+
+_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items()) + ", str impl"
+_rows_of = register(
+    _library,
+    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor(c!)? state, Tensor? factor_at, "
+    f"float factor, Tensor(d!)? counters, {_SCHEMA}) -> ()",
+    _rows,
+    fake=None,
+)
+_gradient_of = register(
+    _library,
+    f"gradient(Tensor logits, Tensor targets, Tensor? state, Tensor(a!) grad, Tensor factor, {_SCHEMA}) -> ()",
+    _gradient,
+    fake=None,
+)
+_compiled = register_compiled(_library, _OPTIONS, CrossEntropyCall, state_columns=2)

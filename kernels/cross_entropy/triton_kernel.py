@@ -5,12 +5,14 @@ neighbouring columns that sit in one thread, so that the loop over the row has n
 1 + 1/GROUP exponentials per element; the groups meet once, at the end of the row.
 """
 
-from dataclasses import dataclass
-
+import torch
 import triton
 import triton.language as tl
 
-from kernels.logit_stats.triton_kernel import abs_bits, load_key, record_row
+from kernels.compile import CompileSpec, as_launched
+from kernels.dispatch import DTYPES
+from kernels.fused_loss import split_factor
+from kernels.logit_stats.triton_kernel import Tiling, abs_bits, counters_on_meta, load_key, on_meta, record_row
 
 _WARPS = 8
 _NO_MAX = tl.constexpr(float("-inf"))
@@ -80,7 +82,7 @@ def zero_row(grad_ptr, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, words,
+def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, counters,
                        stride, grad_stride, width, valid, ignore_index, factor, smoothing, z_loss,
                        GRAD: tl.constexpr, STATE: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
                        HAS_FACTOR: tl.constexpr, ONE_TILE: tl.constexpr,
@@ -95,7 +97,7 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, w
             zero_row(grad + row * grad_stride, width, BLOCK)
     else:
         if STATS:
-            seen = load_key(words, THREADS)
+            seen = load_key(counters, THREADS)
         in_range = (target >= 0) & (target < valid)
         z_t = tl.load(row_ptr + tl.where(in_range, target, 0)).to(tl.float32)
         anchor = tl.where(tl.abs(z_t) < float("inf"), z_t, 0.0)
@@ -126,8 +128,8 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, w
             tl.store(row_state + 2 * row + 1, s)
         if STATS:
             if not in_range:
-                tl.atomic_add(words + 5, 1, sem="relaxed")
-            record_row(row_ptr, row, width, valid, tl.max(top_g, 0), tl.max(seen, 0), words, THREADS)
+                tl.atomic_add(counters + 5, 1, sem="relaxed")
+            record_row(row_ptr, row, width, valid, tl.max(top_g, 0), tl.max(seen, 0), counters, THREADS)
 
         if GRAD:
             weight = factor
@@ -167,74 +169,74 @@ def cross_entropy_gradient(logits, grad, row_state, targets, factor_ptr,
         store_gradient(grad_ptr, z, cols, target, shift, slope, flat, hit, width, valid, True, "evict_first")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a launch was made: `one_tile` keeps the row in registers, otherwise it is read twice, once from HBM."""
+def rows_tiling(width: int, element_bytes: int) -> Tiling:
+    """Two 128-bit loads a thread and tile. With 80 registers a thread, three blocks of 8 warps share an SM.
 
-    kernel: str
-    grid: tuple[int, ...]
-    block: int
-    group: int
-    num_warps: int
-    registers: int
-    one_tile: bool
-
-
-def plan_rows(rows: int, width: int, element_bytes: int) -> Plan:
-    """Two 128-bit loads a thread and tile. With 80 registers a thread, three blocks of 8 warps share an SM."""
+    `one_tile`: the row is kept in registers, otherwise it is read twice, once from HBM.
+    """
     per_thread = 32 // element_bytes
     block = min(_WARPS * 32 * per_thread, max(64, triton.next_power_of_2(width)))
     num_warps = max(1, block // (32 * per_thread))
-    return Plan(
-        kernel="cross_entropy_rows",
-        grid=(rows,),
-        block=block,
-        group=16 // element_bytes,  # the columns of one 128-bit load
-        num_warps=num_warps,
-        registers=80 if num_warps == _WARPS else 128,
-        one_tile=width <= block,
-    )
+    return Tiling(block, num_warps, registers=80 if num_warps == _WARPS else 128, one_tile=width <= block)
 
 
-def plan_gradient(rows: int, width: int) -> Plan:
+def gradient_tiling(width: int) -> Tiling:
     block = min(4096, max(64, triton.next_power_of_2(width)))
-    return Plan(
-        kernel="cross_entropy_gradient",
-        grid=(rows, triton.cdiv(width, block)),
-        block=block,
-        group=1,
-        num_warps=max(1, min(8, block // 512)),
-        registers=80,
-        one_tile=width <= block,
-    )
+    return Tiling(block, max(1, min(8, block // 512)), registers=80, one_tile=width <= block)
 
 
-def launch_rows(logits, targets, grad, row_loss, row_state, factor, words, *, ignore_index, smoothing, z_loss, valid) -> Plan:
-    """Row losses, and the gradient (`grad`) or the row state, whichever is not None; returns the plan.
+def launch_rows(
+    logits, targets, grad, row_loss, row_state, factor, counters, *, ignore_index, smoothing, z_loss, valid
+) -> Tiling:
+    """Row losses, and the gradient (`grad`) or the row state, whichever is not None; returns the tiling.
 
     factor: a Python float, or an fp32 device scalar.
     """
     rows, width = logits.shape
-    p = plan_rows(rows, width, logits.element_size())
-    pointer, number = (None, factor) if isinstance(factor, float) else (factor, 1.0)
-    cross_entropy_rows[p.grid](
-        logits, grad, row_loss, row_state, targets, pointer, words,
+    tiling = rows_tiling(width, logits.element_size())
+    factor_at, number = split_factor(factor)
+    cross_entropy_rows[(rows,)](
+        logits, grad, row_loss, row_state, targets, factor_at, counters,
         logits.stride(0), 0 if grad is None else grad.stride(0), width, valid, ignore_index,
         number, smoothing, z_loss,
-        GRAD=grad is not None, STATE=row_state is not None, SMOOTH=smoothing != 0, STATS=words is not None,
-        HAS_FACTOR=pointer is not None, ONE_TILE=p.one_tile, GROUP=p.group, BLOCK=p.block,
-        THREADS=32 * p.num_warps, num_warps=p.num_warps, maxnreg=p.registers,
+        GRAD=grad is not None, STATE=row_state is not None, SMOOTH=smoothing != 0, STATS=counters is not None,
+        HAS_FACTOR=factor_at is not None, ONE_TILE=tiling.one_tile,
+        GROUP=16 // logits.element_size(),  # the columns of one 128-bit load
+        **tiling.constants,
     )  # fmt: skip
-    return p
+    return tiling
 
 
-def launch_gradient(logits, targets, row_state, grad, factor, *, ignore_index, smoothing, z_loss, valid) -> Plan:
-    """The deferred gradient times `factor`, an fp32 device scalar; returns the plan."""
+def launch_gradient(logits, targets, row_state, grad, factor, *, ignore_index, smoothing, z_loss, valid) -> None:
+    """The deferred gradient times `factor`, an fp32 device scalar."""
     rows, width = logits.shape
-    p = plan_gradient(rows, width)
-    cross_entropy_gradient[p.grid](
+    tiling = gradient_tiling(width)
+    cross_entropy_gradient[(rows, triton.cdiv(width, tiling.block))](
         logits, grad, row_state, targets, factor,
         logits.stride(0), grad.stride(0), width, valid, ignore_index, smoothing, z_loss,
-        BLOCK=p.block, num_warps=p.num_warps, maxnreg=p.registers,
+        BLOCK=tiling.block, num_warps=tiling.num_warps, maxnreg=tiling.registers,
     )  # fmt: skip
-    return p
+
+
+def compile_specs() -> list[CompileSpec]:
+    """8,192 rows, as many valid columns as GPT-2 has tokens; in the deferred way, with smoothing, where rows are long."""
+    rows, specs = 8192, []
+    targets = torch.empty(rows, dtype=torch.int64, device="meta")
+    losses, state, factor = (torch.empty(shape, device="meta") for shape in (rows, (rows, 2), ()))
+    for name, dtype in DTYPES.items():
+        for width in (50304, 8192, 1024):
+            logits, label = on_meta(rows, width, dtype), (name, f"{rows}x{width}")
+            options = {"ignore_index": -100, "smoothing": 0.0, "z_loss": 0.0, "valid": width - 47}
+            specs += as_launched(
+                [("cross_entropy_rows", *label)],
+                launch_rows, logits, targets, logits, losses, None, factor, counters_on_meta(), **options,
+            )  # fmt: skip
+            if width == 50304:
+                options["smoothing"] = 0.1
+                specs += as_launched(
+                    [("cross_entropy_loss", *label)], launch_rows, logits, targets, None, losses, state, factor, None, **options
+                )
+                specs += as_launched(
+                    [("cross_entropy_gradient", *label)], launch_gradient, logits, targets, state, logits, factor, **options
+                )
+    return specs

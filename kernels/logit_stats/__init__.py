@@ -17,13 +17,17 @@ one 64-bit word, |x| bits above, complement of the flat index below, raised with
 Memory traffic of the standalone pass: x read once. Inside a loss kernel: nothing.
 """
 
-from importlib import import_module
+import struct
+from collections.abc import Callable
 
-_LAZY = {
-    "LogitStats": "accumulator",
-    "logit_stats": "op",
-    "compile_specs": "triton_kernel",
-}
+import torch
+
+from kernels.dispatch import check_float, register, resolve_impl
+from kernels.logit_stats import reference
+from kernels.logit_stats.reference import BAD_TARGETS, COUNTERS, KEY, NAN, NEG_INF, OVER_FP16, POS_INF
+
+MAX_ELEMENTS = 2**32 - 1
+_library = torch.library.Library("dtype_dynamics_logit_stats", "DEF")
 
 
 def bytes_moved(rows: int, width: int, element_bytes: int) -> int:
@@ -36,7 +40,144 @@ def flops(rows: int, width: int) -> int:
     return 2 * rows * width
 
 
-def __getattr__(name):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+class LogitStats:
+    """Largest finite |logit| with its place, and counts of NaN, +Inf, -Inf and values beyond fp16.
+
+    device  where the accumulator lives: that of the logits
+    slots   length of the ring; `advance()` moves to the next slot, so that every step of a
+            log window has its own and none is read before the window ends
+
+    Rows are counted from 0 within each call that feeds the slot. A slot holds logits of one
+    width (ValueError otherwise) and at most 2^32 - 1 elements a call.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", slots: int = 1):
+        if slots < 1:
+            raise ValueError(f"LogitStats: slots must be at least 1, got {slots}")
+        self.counters = torch.zeros(slots, COUNTERS, dtype=torch.int64, device=device)
+        self.device = self.counters.device
+        self.slots = slots
+        self._widths: list[int | None] = [None] * slots  # of the slots before the current one
+        self._used = 1
+        self._move_to(0)
+
+    def _move_to(self, slot: int) -> None:
+        """`current`: the counters of the current slot, int64 (8,), which a kernel writes to.
+
+        `bind` uses these attributes and not the index: `torch.compile` would compile again for every slot.
+        """
+        self._slot, self.current = slot, self.counters[slot]
+        self._width: int | None = None
+
+    def bind(self, rows: int, width: int, device: torch.device) -> torch.Tensor:
+        """Check that (rows, width) logits on `device` may enter the current slot, and return its counters."""
+        if device != self.device:
+            raise ValueError(f"LogitStats lives on {self.device}, the logits on {device}")
+        if rows * width > MAX_ELEMENTS:
+            raise ValueError(f"LogitStats: {rows} x {width} logits exceed {MAX_ELEMENTS} elements; split the rows")
+        if self._width is not None and self._width != width:
+            raise ValueError(f"LogitStats: this slot holds logits of width {self._width}, got {width}; advance() or reset()")
+        self._width = width
+        return self.current
+
+    def advance(self) -> None:
+        """Move to the next slot of the ring and clear it on the device. No sync."""
+        self._widths[self._slot] = self._width
+        self._move_to((self._slot + 1) % self.slots)
+        self._used = min(self._used + 1, self.slots)
+        self.current.zero_()
+
+    def reset(self) -> None:
+        """Clear every slot and start again at the first. No sync."""
+        self.counters.zero_()
+        self._widths = [None] * self.slots
+        self._move_to(0)
+        self._used = 1
+
+    def read(self) -> dict[str, float | int | None]:
+        """The current slot as plain numbers. The one call here that waits for the device.
+
+        `absmax`, `row` and `col` are None when no finite value was seen. IndexError when a
+        loss kernel met targets that were out of range.
+        """
+        return decode(self.current.tolist(), self._width)
+
+    def read_async(self) -> Callable[[], list[dict[str, float | int | None]]]:
+        """Start copying the ring to the host; call the result, on any thread, for its slots, oldest first.
+
+        The copy is ordered after the work already queued on the current stream. Only the
+        returned callable waits, and only for that copy.
+        """
+        order = [(self._slot - self._used + 1 + i) % self.slots for i in range(self._used)]
+        widths = [*(self._widths[i] for i in order[:-1]), self._width]
+        on_cuda = self.device.type == "cuda"
+        host = torch.empty(self.counters.shape, dtype=torch.int64, pin_memory=on_cuda)
+        host.copy_(self.counters, non_blocking=True)
+        done = None
+        if on_cuda:
+            done = torch.cuda.Event()
+            done.record()
+
+        def finish():
+            if done is not None:
+                done.synchronize()
+            rows = host.tolist()
+            return [decode(rows[i], width) for i, width in zip(order, widths, strict=True)]
+
+        return finish
+
+
+def decode(counters: list[int], width: int | None) -> dict[str, float | int | None]:
+    """One slot's eight integers as names and plain numbers (no torch, no device)."""
+    if counters[BAD_TARGETS]:
+        n = counters[BAD_TARGETS]
+        raise IndexError(
+            f"{n} {'target' if n == 1 else 'targets'} out of range for logits of width {width}: loss and gradient "
+            f"of such a row are NaN"
+        )
+    absmax = row = col = None
+    if counters[KEY]:
+        absmax = struct.unpack("<f", struct.pack("<I", counters[KEY] >> 32))[0]
+        row, col = divmod(0xFFFFFFFF - (counters[KEY] & 0xFFFFFFFF), width)
+    return {
+        "absmax": absmax,
+        "row": row,
+        "col": col,
+        "nan": counters[NAN],
+        "pos_inf": counters[POS_INF],
+        "neg_inf": counters[NEG_INF],
+        "over_fp16": counters[OVER_FP16],
+    }
+
+
+@torch.no_grad()
+def logit_stats(x: torch.Tensor, stats: LogitStats, *, impl: str = "auto") -> None:
+    """Fold `x` into the current slot of `stats`. No sync, no gradient.
+
+    x      (..., width), fp32, bf16 or fp16; row stride free, columns contiguous (others are copied)
+    stats  a LogitStats on x's device; rows are x's leading dimensions, flattened
+
+    TypeError for another dtype, ValueError for a scalar, another device or another width
+    than the slot already holds.
+    """
+    check_float("logit_stats", "x", x)
+    if x.dim() == 0:
+        raise ValueError("logit_stats: x must have at least one dimension")
+    choice = resolve_impl("logit_stats", impl, x.device)
+    x = x.detach().reshape(-1, x.shape[-1]) if x.numel() else x.detach().new_empty(0, x.shape[-1])
+    counters = stats.bind(*x.shape, x.device)
+    if x.numel() == 0:
+        return
+    x = x if x.stride(1) == 1 else x.contiguous()
+    _accumulate(x, counters, choice)
+
+
+def _run(x, counters, impl) -> None:
+    if impl == "torch":
+        return reference.accumulate(counters, x)
+    from kernels.logit_stats import triton_kernel
+
+    triton_kernel.launch(x, counters)
+
+
+_accumulate = register(_library, "logit_stats(Tensor x, Tensor(a!) counters, str impl) -> ()", _run)

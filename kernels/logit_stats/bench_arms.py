@@ -1,25 +1,24 @@
-"""What `python -m kernels bench` compares for logit_stats."""
+"""What `python -m kernels bench` and `check` ask of logit_stats: its time, exact counts, and the place of the largest."""
+
+from collections.abc import Iterator
 
 import torch
 
-from kernels.bench import BenchArm
-from kernels.logit_stats import bytes_moved
-from kernels.logit_stats.accumulator import LogitStats
-from kernels.logit_stats.op import logit_stats
+from kernels.bench import BenchArm, own_name
+from kernels.check import Judged, counted, differing, with_special
+from kernels.dispatch import DTYPES
+from kernels.float_formats import FP16
+from kernels.logit_stats import LogitStats, bytes_moved, logit_stats
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"cuda": [(8192, 50304)], "cpu": [(128, 50304)]}
+CHECKED = {"cuda": (2048, 50304), "cpu": (12, 1009)}
 
 
 def bench_arms(device: str, dtypes: list[str] | None = None) -> list[BenchArm]:
-    arms = []
-    for rows, width in SHAPES[device]:
-        for dtype in dtypes or DTYPES:
-            arms += _case(device, dtype, rows, width)
-    return arms
+    return [arm for shape in SHAPES[device] for dtype in dtypes or DTYPES for arm in _case(device, dtype, *shape)]
 
 
-def _case(device, dtype, rows, width):
+def _case(device: str, dtype: str, rows: int, width: int) -> list[BenchArm]:
     def logits():
         return torch.randn(rows, width, device=device).to(DTYPES[dtype])
 
@@ -31,10 +30,9 @@ def _case(device, dtype, rows, width):
         x = logits()
         return lambda: five_statistics(x)
 
-    case = f"{dtype} {rows}x{width}"
-    size = bytes_moved(rows, width, DTYPES[dtype].itemsize)
-    name = "triton" if device == "cuda" else "torch"
-    return [BenchArm("logit_stats", case, name, ours, size), BenchArm("logit_stats", case, "eager", eager, 0)]
+    case, size = f"{dtype} {rows}x{width}", bytes_moved(rows, width, DTYPES[dtype].itemsize)
+    arms = [(own_name(device), ours, size), ("eager", eager, 0)]
+    return [BenchArm("logit_stats", case, name, setup, moved) for name, setup, moved in arms]
 
 
 def five_statistics(x):
@@ -46,5 +44,18 @@ def five_statistics(x):
         x.isnan().sum(),
         (x == torch.inf).sum(),
         (x == -torch.inf).sum(),
-        ((size > 65504) & finite).sum(),
+        ((size > FP16.max) & finite).sum(),
     )
+
+
+def checks(device: torch.device, dtype: torch.dtype, impl: str) -> Iterator[Judged]:
+    x = (torch.randn(CHECKED[device.type], device=device) * 8).to(dtype)
+    for case, values in (("random", x), ("special values", with_special(x.clone()))):
+        stats = LogitStats(device)
+        logit_stats(values, stats, impl=impl)
+        got, want = stats.read(), counted(values)
+        want = {"absmax": want["absmax"], "nan": want["nan"], "over_fp16": want["over_fp16"],
+                "pos_inf": int((values == float("inf")).sum()), "neg_inf": int((values == -float("inf")).sum())}  # fmt: skip
+        yield Judged(case, "counts", *differing(got, want))
+        there = values[got["row"], got["col"]].double().abs().item() if got["row"] is not None else float("nan")
+        yield Judged(case, "place of the largest", abs(there - want["absmax"]), 0.0, "its distance from the largest")

@@ -1,77 +1,97 @@
-"""The kernel: one program per piece of multi_tensor_stats' tables."""
+"""The kernel of scale_ and of the clip in unscale_and_stats_, and its launcher: one program per tile of a list."""
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.multi_tensor_stats.piece import rounded, widened
+from kernels.compile import CompileSpec, as_launched
+from kernels.multi_tensor_stats.triton_kernel import LISTS, list_on_meta
+from kernels.tensor_list import TENSOR_COLUMNS, TensorTables, copy_back, flat, launched, tables_of
+from kernels.tile_stats import rounded, widened
+
+BLOCK, TAIL, NUM_WARPS = 4096, 512, 4
 
 
 @triton.jit
-def _scale_piece(p, n, factor, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def _product(x, first, factor, TWICE: tl.constexpr):
+    """round(x factor); TWICE: round(round(x first) factor), the two roundings of unscale and clip."""
+    if TWICE:
+        y = rounded(widened(x) * first, x)
+        return rounded(widened(y) * factor, x)
+    else:
+        return rounded(widened(x) * factor, x)
+
+
+@triton.jit
+def _scale_tile(p, n, first, factor, BLOCK: tl.constexpr, TAIL: tl.constexpr, TWICE: tl.constexpr):
     """n elements at p: whole blocks in 16-byte loads and stores, then the end under a mask."""
     lanes = tl.arange(0, BLOCK)
     whole = n - n % BLOCK
     for start in range(0, whole, BLOCK):
         block = p + tl.multiple_of(start, BLOCK)
-        x = tl.load(block + lanes)
-        tl.store(block + lanes, rounded(widened(x) * factor, x))
+        tl.store(block + lanes, _product(tl.load(block + lanes), first, factor, TWICE))
     ends = tl.arange(0, TAIL)
     for start in range(whole, n, TAIL):
         mask = start + ends < n
         x = tl.load(p + start + ends, mask=mask)
-        tl.store(p + start + ends, rounded(widened(x) * factor, x), mask=mask)
+        tl.store(p + start + ends, _product(x, first, factor, TWICE), mask=mask)
 
 
 @triton.jit
 def scale_kernel(
-    tensors, pieces, factor_at, n_pieces,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, TENSOR_WORDS: tl.constexpr,
-    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr,
+    tensors, tiles, first_at, factor_at, first, n_tiles,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, TENSOR_COLUMNS: tl.constexpr,
+    FP32: tl.constexpr, BF16: tl.constexpr, FP16: tl.constexpr, TWICE: tl.constexpr, FIRST_AT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pieces,), last piece first: whatever measured the list just now left its end in the L2 cache."""
-    piece = n_pieces - 1 - tl.program_id(0)
-    head = tl.load(pieces + piece * 2)
-    start = tl.load(pieces + piece * 2 + 1)
+    """Grid (tiles,), last tile first: whatever measured the list just now left its end in the L2 cache."""
+    tile = n_tiles - 1 - tl.program_id(0)
+    head = tl.load(tiles + tile * 2)
+    start = tl.load(tiles + tile * 2 + 1)
     n = (head >> 32).to(tl.int32)
-    record = tensors + (head & 0xFFFFFFFF) * TENSOR_WORDS
+    record = tensors + (head & 0xFFFFFFFF) * TENSOR_COLUMNS
     address = tl.load(record)
     dtype = tl.load(record + 4)
     factor = tl.load(factor_at)
+    if FIRST_AT:
+        first = tl.load(first_at)
     if FP32:  # noqa: SIM102 (one known at compile time, one at run time)
         if dtype == 0:
             p = tl.multiple_of((address + start * 4).to(tl.pointer_type(tl.float32)), 16)
-            _scale_piece(p, n, factor, BLOCK, TAIL)
+            _scale_tile(p, n, first, factor, BLOCK, TAIL, TWICE)
     if BF16:  # noqa: SIM102 (one known at compile time, one at run time)
         if dtype == 1:
             p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.bfloat16)), 16)
-            _scale_piece(p, n, factor, BLOCK, TAIL)
+            _scale_tile(p, n, first, factor, BLOCK, TAIL, TWICE)
     if FP16:  # noqa: SIM102 (one known at compile time, one at run time)
         if dtype == 2:
             p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.float16)), 16)
-            _scale_piece(p, n, factor, BLOCK, TAIL)
+            _scale_tile(p, n, first, factor, BLOCK, TAIL, TWICE)
 
 
-def compile_specs():
-    """Each dtype alone, and a list that mixes all."""
-    from kernels.compile import CompileSpec
-    from kernels.multi_tensor_stats.triton_kernel import TENSOR_WORDS
-    from kernels.scale import launch
+def launch_over(
+    tables: TensorTables, factor: torch.Tensor, first_at: torch.Tensor | None = None, first: float | None = None
+) -> TensorTables:
+    """One launch over the tensors of `tables`: times `factor`, after a first product where `first` is given."""
+    with torch.cuda.device_of(factor):
+        scale_kernel[(tables.n_tiles,)](
+            tables.tensors, tables.tiles, first_at, factor, 1.0 if first is None else float(first), tables.n_tiles,
+            BLOCK=BLOCK, TAIL=TAIL, TENSOR_COLUMNS=TENSOR_COLUMNS, **tables.dtypes,
+            TWICE=first is not None, FIRST_AT=first_at is not None, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return launched(tables)
 
-    mixes = {"fp32": (1, 0, 0), "bf16": (0, 1, 0), "fp16": (0, 0, 1), "mixed": (1, 1, 1)}
+
+def launch_scale(tensors: list[torch.Tensor], factor: torch.Tensor) -> TensorTables:
+    """Tensors (at least one; any strides, a copy and back where they are not dense) in place. Returns the tables."""
+    flats = [flat(x) for x in tensors]
+    tables = launch_over(tables_of(flats, factor.device), factor)
+    copy_back(tensors, flats)
+    return tables
+
+
+def compile_specs() -> list[CompileSpec]:
+    factor = torch.empty((), device="meta")
     return [
-        CompileSpec(
-            kernel="scale",
-            dtype=dtype,
-            fn=lambda: scale_kernel,
-            signature={"tensors": "*i64", "pieces": "*i64", "factor_at": "*fp32", "n_pieces": "i32"},
-            constexprs={
-                "BLOCK": launch.BLOCK, "TAIL": launch.TAIL, "TENSOR_WORDS": TENSOR_WORDS,
-                **dict(zip(("FP32", "BF16", "FP16"), map(bool, present), strict=True)),
-            },
-            divisible=("tensors", "pieces"),
-            num_warps=launch.NUM_WARPS,
-            streaming=True,
-            shape="124M in 148 tensors",
-        )
-        for dtype, present in mixes.items()
-    ]  # fmt: skip
+        as_launched([("scale", dtype, "124M in 148 tensors")], launch_scale, list_on_meta(dtypes), factor)[0]
+        for dtype, dtypes in LISTS.items()
+    ]

@@ -14,7 +14,7 @@ writes, the norm reads, the clip reads and writes: 5. Here:
     clip=False: one kernel reads g, writes y:                                    2
                 (the caller folds `clip_factor` into the optimizer, or multiplies: 4)
     clip=True:  a kernel reads g and measures y without writing it; a second     3
-                reads g and writes round(y * factor), pieces in reverse order,
+                reads g and writes round(y * factor), tiles in reverse order,
                 so that it starts with what the first left in the L2 cache
 
 The second kernel rounds twice, as torch does (y to the gradient's dtype, then the product), so the
@@ -22,13 +22,19 @@ result differs from torch only where the norm itself does (torch sums in fp32, h
 bf16 on CUDA, where torch also rounds the factor to bf16 (kernels/scale).
 """
 
-from importlib import import_module
+from collections.abc import Sequence
 
-_LAZY = {
-    "unscale_and_stats_": "op",
-    "compile_specs": "triton_kernel",
-    "bench_arms": "bench_arms",
-}
+import torch
+
+from kernels.dispatch import check_device_scalar, number_or_tensor, register, resolve_impl
+from kernels.multi_tensor_stats import fitting_out, list_device
+from kernels.multi_tensor_stats.cpu import cpu_stats
+from kernels.multi_tensor_stats.reference import UNDERFLOW_BELOW, TensorStats, reference_stats
+from kernels.scale import reference_scale_
+from kernels.tensor_list import check_tensors, copy_back, flat, increment_versions
+
+_OP = "unscale_and_stats_"
+_library = torch.library.Library("dtype_dynamics_unscale", "DEF")
 
 
 def bytes_moved(numels: list[int], element_bytes: list[int], clip: bool) -> int:
@@ -41,7 +47,96 @@ def flops(numels: list[int], clip: bool) -> int:
     return (5 if clip else 3) * sum(numels)
 
 
-def __getattr__(name):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+def unscale_and_stats_(
+    grads: Sequence[torch.Tensor],
+    inv_scale: float | torch.Tensor,
+    *,
+    out: TensorStats | None = None,
+    max_norm: float | None = None,
+    clip: bool = False,
+    underflow_below: float | torch.Tensor = UNDERFLOW_BELOW,
+    impl: str = "auto",
+) -> TensorStats:
+    """Multiply gradients by `inv_scale` in place, and measure them on the way. No host sync on CUDA.
+
+    grads            fp32 or bf16, mixed; as for multi_tensor_stats otherwise
+    inv_scale        1 / loss scale: a one-element float32 tensor on the device, or a number
+    max_norm         the result's `clip_factor` is min(1, max_norm / (norm + 1e-6)); 1 without it
+    clip             also multiply by `clip_factor`: 3 memory passes (2 without, and the factor is yours to apply)
+    underflow_below  `below` counts gradients with 0 < |g| < this *before* unscaling
+
+    Returns TensorStats of the unscaled, not yet clipped gradients, with `found_inf` (float32 0-d, 1 when a
+    gradient was NaN or Inf before unscaling) and `clip_factor`. With found_inf the gradients are multiplied
+    all the same, as in torch: skip the step.
+
+    Raises TypeError for fp16 gradients, as GradScaler does: a gradient that fp16 could not hold is already lost
+    when it is unscaled. multi_tensor_stats measures them. Other errors as there; ValueError for `clip` without
+    `max_norm`. The gradients' autograd version counters are bumped. Deterministic.
+    """
+    grads = list(grads)
+    for index, g in enumerate(grads):
+        if isinstance(g, torch.Tensor) and g.dtype == torch.float16:
+            raise TypeError(
+                f"{_OP}: grads[{index}] is float16; a loss scaler unscales fp32 or bf16 gradients only (keep fp32 "
+                "master weights; multi_tensor_stats measures fp16 gradients)"
+            )
+    device = list_device(grads, out)
+    check_tensors(_OP, grads, device)
+    if clip and max_norm is None:
+        raise ValueError(f"{_OP}: clip=True needs max_norm")
+    out = fitting_out(_OP, out, len(grads), device)
+    check_device_scalar(_OP, "inv_scale", inv_scale, device)
+    check_device_scalar(_OP, "underflow_below", underflow_below, device)
+    _unscale_all(
+        grads, out.table, *number_or_tensor(inv_scale), *number_or_tensor(underflow_below), max_norm, clip,
+        resolve_impl(_OP, impl, device),
+    )  # fmt: skip
+    return out
+
+
+def reference_unscale_(
+    grads: list[torch.Tensor],
+    out: TensorStats,
+    inv_scale: torch.Tensor,
+    underflow_below: float | torch.Tensor,
+    max_norm: float | None,
+    clip: bool,
+) -> None:
+    """The definition, slow, any device: GradScaler's kernel, float64 statistics, clip_grad_norm_'s factor."""
+    raw = [g.clone() for g in grads]
+    found_inf = torch.zeros((), device=out.table.device)
+    if grads:
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale.float().reshape(()))
+    reference_stats(grads, out, underflow_below, raw, max_norm)
+    if clip:
+        reference_scale_(grads, out.clip_factor)
+
+
+def _run(grads, table, inv_scale_at, inv_scale, below_at, below, max_norm, clip, impl) -> None:
+    grads = [g.detach() for g in grads]
+    if impl == "triton":
+        from kernels.unscale.triton_kernel import launch_unscale  # imports triton
+
+        launch_unscale(grads, table, inv_scale_at, inv_scale, below_at, below, max_norm, clip)
+        return increment_versions(grads)
+    out = TensorStats(table)
+    if table.device.type == "cpu":
+        inv_scale = inv_scale if inv_scale_at is None else inv_scale_at.item()
+        below = below if below_at is None else below_at.item()
+        flats = [flat(g) for g in grads]
+        cpu_stats(flats, out, below, inv_scale, max_norm)
+        copy_back(grads, flats)
+        if clip and grads:
+            torch._foreach_mul_(grads, out.clip_factor)
+        increment_versions(grads)
+    else:
+        scale = torch.tensor(inv_scale, device=table.device) if inv_scale_at is None else inv_scale_at
+        reference_unscale_(grads, out, scale, below if below_at is None else below_at, max_norm, clip)
+
+
+_unscale_all = register(
+    _library,
+    "unscale_and_stats_(Tensor(a!)[] grads, Tensor(b!) table, Tensor? inv_scale_at, float inv_scale, "
+    "Tensor? below_at, float below, float? max_norm, bool clip, str impl) -> ()",
+    _run,
+)

@@ -1,83 +1,43 @@
-"""The second pass of clip=True. The first, and the only one of clip=False, is multi_tensor_stats' kernel."""
+"""The launcher: multi_tensor_stats' kernel unscales and measures; with `clip` scale_'s kernel unscales and clips after it."""
 
-import triton
-import triton.language as tl
+import torch
 
-from kernels.multi_tensor_stats.piece import rounded, widened
-
-
-@triton.jit
-def _clip_piece(p, n, inv_scale, factor, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """round(round(x inv_scale) factor): the two roundings of unscale and clip."""
-    lanes = tl.arange(0, BLOCK)
-    whole = n - n % BLOCK
-    for start in range(0, whole, BLOCK):
-        block = p + tl.multiple_of(start, BLOCK)
-        x = tl.load(block + lanes)
-        y = rounded(widened(x) * inv_scale, x)
-        tl.store(block + lanes, rounded(widened(y) * factor, x))
-    ends = tl.arange(0, TAIL)
-    for start in range(whole, n, TAIL):
-        mask = start + ends < n
-        x = tl.load(p + start + ends, mask=mask)
-        y = rounded(widened(x) * inv_scale, x)
-        tl.store(p + start + ends, rounded(widened(y) * factor, x), mask=mask)
+from kernels.compile import CompileSpec, as_launched
+from kernels.multi_tensor_stats.reference import TensorStats
+from kernels.multi_tensor_stats.triton_kernel import launch_stats, list_on_meta, table_on_meta
+from kernels.scale.triton_kernel import launch_over
+from kernels.tensor_list import TensorTables, copy_back, flat
 
 
-@triton.jit
-def clip_kernel(
-    tensors, pieces, inv_scale_at, factor_at, inv_scale, n_pieces,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, TENSOR_WORDS: tl.constexpr,
-    FP32: tl.constexpr, BF16: tl.constexpr, INV_SCALE_AT: tl.constexpr,
-):  # fmt: skip
-    """Grid (pieces,), last piece first: its values are the ones still in the L2 cache."""
-    piece = n_pieces - 1 - tl.program_id(0)
-    head = tl.load(pieces + piece * 2)
-    start = tl.load(pieces + piece * 2 + 1)
-    n = (head >> 32).to(tl.int32)
-    record = tensors + (head & 0xFFFFFFFF) * TENSOR_WORDS
-    address = tl.load(record)
-    dtype = tl.load(record + 4)
-    factor = tl.load(factor_at)
-    if INV_SCALE_AT:
-        inv_scale = tl.load(inv_scale_at)
-    if FP32:  # noqa: SIM102 (one known at compile time, one at run time)
-        if dtype == 0:
-            p = tl.multiple_of((address + start * 4).to(tl.pointer_type(tl.float32)), 16)
-            _clip_piece(p, n, inv_scale, factor, BLOCK, TAIL)
-    if BF16:  # noqa: SIM102 (one known at compile time, one at run time)
-        if dtype == 1:
-            p = tl.multiple_of((address + start * 2).to(tl.pointer_type(tl.bfloat16)), 16)
-            _clip_piece(p, n, inv_scale, factor, BLOCK, TAIL)
+def launch_unscale(
+    grads: list[torch.Tensor],
+    table: torch.Tensor,
+    inv_scale_at: torch.Tensor | None,
+    inv_scale: float,
+    below_at: torch.Tensor | None,
+    below: float,
+    max_norm: float | None,
+    clip: bool,
+) -> TensorTables | None:
+    """Grads (any strides; a copy and back where they are not dense) in place. Returns their tables, None for no grads."""
+    flats = [flat(g) for g in grads]
+    tables = launch_stats(
+        flats, table, below_at, below, True, inv_scale_at=inv_scale_at, inv_scale=inv_scale, max_norm=max_norm, scale=True,
+        store=not clip,
+    )  # fmt: skip
+    if clip and tables is not None:
+        launch_over(tables, TensorStats(table).clip_factor, inv_scale_at, inv_scale)
+    copy_back(grads, flats)
+    return tables
 
 
-def compile_specs():
-    """The pass that unscales in place, the one that only measures what unscaling would give, and the clip."""
-    from kernels.compile import CompileSpec
-    from kernels.multi_tensor_stats.triton_kernel import TENSOR_WORDS, stats_spec
-    from kernels.unscale import launch
-
-    specs = []
-    for dtype, present in {"fp32": (1, 0, 0), "bf16": (0, 1, 0), "mixed": (1, 1, 0)}.items():
-        specs.append(stats_spec("unscale_in_place", dtype, present, scale=True, store=True))
-        specs.append(stats_spec("unscale_measure", dtype, present, scale=True))
-        specs.append(
-            CompileSpec(
-                kernel="unscale_clip",
-                dtype=dtype,
-                fn=lambda: clip_kernel,
-                signature={
-                    "tensors": "*i64", "pieces": "*i64", "inv_scale_at": "*fp32", "factor_at": "*fp32",
-                    "inv_scale": "fp32", "n_pieces": "i32",
-                },
-                constexprs={
-                    "BLOCK": launch.BLOCK, "TAIL": launch.TAIL, "TENSOR_WORDS": TENSOR_WORDS,
-                    "FP32": bool(present[0]), "BF16": bool(present[1]), "INV_SCALE_AT": True,
-                },
-                divisible=("tensors", "pieces", "inv_scale_at"),
-                num_warps=launch.NUM_WARPS,
-                streaming=True,
-                shape="124M in 148 tensors",
-            )
-        )  # fmt: skip
+def compile_specs() -> list[CompileSpec]:
+    """The pass that unscales in place; the one that only measures what unscaling would give, and the clip after it."""
+    specs, inv_scale, shape = [], torch.empty((), device="meta"), "124M in 148 tensors"
+    for dtype, dtypes in {"fp32": ("fp32",), "bf16": ("bf16",), "mixed": ("fp32", "bf16")}.items():
+        for labels, clip in (["unscale_in_place"], False), (["unscale_measure", "unscale_clip"], True):
+            specs += as_launched(
+                [(label, dtype, shape) for label in labels], launch_unscale,
+                list_on_meta(dtypes), table_on_meta(), inv_scale, 1.0, None, 2.0**-24, 1.0, clip,
+            )  # fmt: skip
     return specs

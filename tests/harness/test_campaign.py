@@ -42,7 +42,7 @@ SMALL = (
     "--validation-documents",
     "2",
     "--ops",
-    "exponent_histogram",
+    "logit_stats",
     "--pairs",
     "2",
     "--minutes",

@@ -179,7 +179,7 @@ def test_every_op_of_ours_has_an_import():
     sources = "\n".join(path.read_text() for path in (REPOSITORY / "kernels").rglob("*.py"))
     namespaces = set(re.findall(r'Library\("dtype_dynamics_(\w+)"', sources))
     assert namespaces == set(OURS)
-    assert all((REPOSITORY / "kernels" / room / "op.py").is_file() for room in OURS.values())
+    assert all((REPOSITORY / "kernels" / room / "__init__.py").is_file() for room in OURS.values())
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_every_op_of_ours_has_an_import():
     [
         ("aten::exp", "cuda", "device = 'cuda'"),
         ("bitsandbytes::optimizer_update", "cpu", "import bitsandbytes"),
-        ("dtype_dynamics_cross_entropy::forward", "cuda", "import kernels.cross_entropy.op"),
+        ("dtype_dynamics_cross_entropy::forward", "cuda", "import kernels.cross_entropy"),
     ],
 )
 def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, words, tmp_path):

@@ -156,7 +156,7 @@ def test_triton_launches(device):
     x = [torch.randn(5, device=device) for _ in range(9)]
     activation_stats(x[:1], ring.at(0), impl="triton")
     floats, ints = ring.scratch
-    assert launch_activation(x, ring.words, ring.state, floats, ints, list(range(9))) == 2
+    assert launch_activation(x, ring.cells, ring.state, floats, ints, list(range(9))) == 2
     assert len(ring.read()) == 9
 
 

@@ -73,7 +73,7 @@ def test_every_kernel_on_every_generation(arch):
 
 
 def test_every_op_lists_its_kernels():
-    assert [module.rpartition(".")[2] for module in MODULES] == [
+    assert list(MODULES) == [
         "logit_stats",
         "fused_loss_kernel",
         "cross_entropy",
@@ -81,7 +81,6 @@ def test_every_op_lists_its_kernels():
         "multi_tensor_stats",
         "unscale",
         "scale",
-        "exponent_histogram",
         "activation_stats",
     ]
 

@@ -76,14 +76,14 @@ def test_without_statistics_or_gradient(device, kind):
 def test_operators_keep_their_word(device):
     """torch's own checks: schema, fake tensors against real ones, autograd registration."""
     logits, targets = torch.randn(4, 20, device=device, requires_grad=True), torch.tensor([1, 2, -100, 0], device=device)
-    words = LogitStats(device).current
+    counters = LogitStats(device).current
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for make_grad in (True, False):
         options = (-100, 0.1, 0.0, 20, "torch")
-        arguments = (logits, targets, None, 3.0, None, None, words, True, make_grad, *options)
+        arguments = (logits, targets, None, 3.0, None, None, counters, "mean", make_grad, *options)
         torch.library.opcheck(torch.ops.dtype_dynamics_cross_entropy.compiled.default, arguments, test_utils=checks)
         labels = targets[:, None].clamp(min=-1)
-        arguments = (logits, labels, None, None, None, 2.0, words, "mean", make_grad, True, None, "torch")
+        arguments = (logits, labels, None, None, None, 2.0, counters, "mean", make_grad, True, None, "torch")
         torch.library.opcheck(torch.ops.dtype_dynamics_bce.compiled.default, arguments, test_utils=checks)
 
 

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import exponent_histogram
-from kernels.exponent_histogram import ExponentHistogram, bytes_moved, flops
+from kernels.exponent_histogram import CHUNK, ExponentHistogram
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IMPLS = ("torch", "triton")
 
 
 def truth(x: torch.Tensor) -> dict:
@@ -37,26 +36,23 @@ def assert_matches(histogram: ExponentHistogram, *tensors: torch.Tensor) -> None
     assert reading.numel == sum(t.numel() for t in tensors)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_edge(device, impl, dtype):
+def test_every_edge(device, dtype):
     powers = torch.tensor([2.0**k for k in range(-149, 128)], dtype=torch.float64)
     x = torch.cat([powers, powers * (1 - 2**-8), powers * (2 - 2**-7), -powers])
     x = torch.cat([x, torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, math.inf, 65504.0, 3e-45]).double()])
     x = x.to(dtype).to(device)
-    assert_matches(exponent_histogram(x, impl=impl), x)
+    assert_matches(exponent_histogram(x), x)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("numel", [0, 1, 1009, 4095, 4096, 4097, 20011])
-def test_every_size(device, impl, dtype, numel):
+@pytest.mark.parametrize("numel", [0, 1, 1009, CHUNK["cpu"] + 1])
+def test_every_size(device, dtype, numel):
     x = (torch.randn(numel) * torch.logspace(-12, 6, max(numel, 1))[:numel]).to(dtype).to(device)
-    assert_matches(exponent_histogram(x, impl=impl), x)
+    assert_matches(exponent_histogram(x), x)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_accumulates_strided_and_mixed_tensors(device, impl):
+def test_accumulates_strided_and_mixed_tensors(device):
     tensors = [
         torch.randn(30, 40, device=device)[:, ::3],
         torch.randn(20, 30, device=device).bfloat16().T,
@@ -66,7 +62,7 @@ def test_accumulates_strided_and_mixed_tensors(device, impl):
     ]
     out = ExponentHistogram(device)
     for x in tensors:
-        assert exponent_histogram(x, out=out, impl=impl) is out
+        assert exponent_histogram(x, out=out) is out
     assert_matches(out, *tensors)
     out.reset()
     assert out.read().numel == 0
@@ -74,11 +70,10 @@ def test_accumulates_strided_and_mixed_tensors(device, impl):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(width=32), max_size=60), st.sampled_from(DTYPES))
-@pytest.mark.parametrize("impl", IMPLS)
-def test_any_values(impl, values, dtype):
+def test_any_values(values, dtype):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
-    assert_matches(exponent_histogram(x, impl=impl), x)
+    assert_matches(exponent_histogram(x), x)
 
 
 def test_reading(device):
@@ -97,7 +92,7 @@ def test_modes_and_misuse(device):
     x = torch.randn(100, device=device, requires_grad=True)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         assert exponent_histogram(x).read().numel == 100
-    assert counter.get_total_flops() == flops(100) == 0 and bytes_moved(100, 2) == 200
+    assert counter.get_total_flops() == 0
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got int64"):
         exponent_histogram(torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="out is on cpu, the first argument on meta"):
@@ -105,10 +100,9 @@ def test_modes_and_misuse(device):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_16_bit_pattern(device, impl, dtype):
+def test_every_16_bit_pattern(device, dtype):
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32)
     x = (patterns << 16).view(torch.float32) if dtype == torch.float32 else patterns.to(torch.int16).view(dtype)
     x = x.to(device)
-    assert_matches(exponent_histogram(x, impl=impl), x)
+    assert_matches(exponent_histogram(x), x)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels import LogitStats, logit_stats
-from kernels.logit_stats.accumulator import BAD_TARGETS
+from kernels.logit_stats.reference import BAD_TARGETS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, 1.0, -2.5, 65504.0, -65504.0, 6e-8, -3e-41, 70000.0, -3e38, math.inf, -math.inf, math.nan]
@@ -107,7 +107,7 @@ def test_a_slot_holds_one_width(device):
     logit_stats(torch.ones(1, 5, device=device), stats)
 
 
-def test_bad_targets_are_told_when_read(device):
+def test_bad_targets_raise_when_read(device):
     stats = LogitStats(device)
     stats.current[BAD_TARGETS] = 2
     with pytest.raises(IndexError, match="2 target"):
@@ -130,9 +130,9 @@ def test_misuse_is_refused(device):
 
 def test_repeats_bit_for_bit(device):
     x = torch.randn(64, 300, device=device).bfloat16()
-    words = []
+    counters = []
     for _ in range(3):
         stats = LogitStats(device)
         logit_stats(x, stats, impl="triton")
-        words.append(stats.words.clone())
-    assert torch.equal(words[0], words[1]) and torch.equal(words[1], words[2])
+        counters.append(stats.counters.clone())
+    assert torch.equal(counters[0], counters[1]) and torch.equal(counters[1], counters[2])

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import TensorStats, multi_tensor_stats
+from kernels import TensorStats, multi_tensor_stats, tensor_list
 from kernels.multi_tensor_stats import bytes_moved, decode, flops
-from kernels.multi_tensor_stats.host import PIECE as HOST_PIECE
-from kernels.multi_tensor_stats.host import SMALL
+from kernels.multi_tensor_stats.cpu import CHUNK, SMALL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = ("torch", "triton")
@@ -194,10 +193,10 @@ def test_empty_list(device, impl):
 def test_out_is_overwritten_and_bits_repeat(device, impl):
     x = [draw(9000, torch.float32, device), draw(700, torch.bfloat16, device), draw(20001, torch.float32, device)]
     out = TensorStats.allocate(3, device)
-    first = multi_tensor_stats(x, out=out, impl=impl).words.clone()
-    out.words.fill_(-7)
+    first = multi_tensor_stats(x, out=out, impl=impl).table.clone()
+    out.table.fill_(-7)
     assert multi_tensor_stats(x, out=out, impl=impl) is out
-    assert torch.equal(out.words, first)
+    assert torch.equal(out.table, first)
 
 
 def test_views_agree_with_the_reading(device):
@@ -206,8 +205,8 @@ def test_views_agree_with_the_reading(device):
     reading = stats.read()
     assert stats.norm.tolist() == [r.norm for r in reading.tensors]
     assert stats.total_zeros.item() == reading.total.zeros and stats.numel.tolist() == [100, 50]
-    assert stats.total_absmax.device == stats.words.device and len(stats) == 2
-    assert decode(stats.words[-1:].cpu()).total == reading.total
+    assert stats.total_absmax.device == stats.table.device and len(stats) == 2
+    assert decode(stats.table[-1:].cpu()).total == reading.total
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         stats.nonsense  # noqa: B018
 
@@ -242,48 +241,44 @@ def test_any_size_and_scale(impl, numel, dtype, offset, log_scale):
 
 
 def test_tables_are_reused_and_follow_the_tensors(device, monkeypatch):
-    from kernels.multi_tensor_stats import launch
-
-    monkeypatch.setattr(launch, "_plans", OrderedDict())
-    monkeypatch.setattr(launch, "_layouts", OrderedDict())
+    monkeypatch.setattr(tensor_list, "_tables", OrderedDict())
+    monkeypatch.setattr(tensor_list, "_layouts", OrderedDict())
     x = [draw(5000, torch.float32, device), draw(300, torch.bfloat16, device)]
     multi_tensor_stats(x, impl="triton")
-    before = launch.launches
-    assert launch.last_plan.reused == "nothing" and launch.last_plan.present == (True, True, False)
+    before = tensor_list.launches
+    assert tensor_list.last_tables.reused == "nothing" and tensor_list.last_tables.present == (True, True, False)
     multi_tensor_stats(x, impl="triton")
-    assert launch.last_plan.reused == "all" and launch.launches == before + 1
+    assert tensor_list.last_tables.reused == "all" and tensor_list.launches == before + 1
     x[0].mul_(3)  # same place, other values
     assert_matches(multi_tensor_stats(x, impl="triton"), x)
     y = [x[0].clone(), x[1]]  # elsewhere
     assert_matches(multi_tensor_stats(y, impl="triton"), y)
-    assert launch.last_plan.reused == "pieces"
+    assert tensor_list.last_tables.reused == "tiles"
     z = [y[0][:4999], y[1]]  # same place, other size
     assert_matches(multi_tensor_stats(z, impl="triton"), z)
-    assert launch.last_plan.reused == "nothing"
+    assert tensor_list.last_tables.reused == "nothing"
     w = [y[0].view(torch.bfloat16), y[1]]  # same place, other dtype
     assert_matches(multi_tensor_stats(w, impl="triton"), w)
 
 
-def test_pieces_start_on_16_bytes(device):
-    """Every piece long enough for the vectorised path is aligned, and the pieces tile the tensors."""
-    from kernels.multi_tensor_stats import launch
-
+def test_tiles_start_on_16_bytes(device):
+    """Every tile long enough for the vectorised path is aligned, and the tiles cover the tensors."""
     x = [draw(50000, torch.float32, device)[1:], draw(40000, torch.bfloat16, device)[3:], draw(3, torch.float16, device)[1:]]
     multi_tensor_stats(x, impl="triton")
-    plan, seen = launch.last_plan, [0, 0, 0]
-    for head, start in plan.pieces.tolist():
+    tables, seen = tensor_list.last_tables, [0, 0, 0]
+    for head, start in tables.tiles.tolist():
         row, length = head & 0xFFFFFFFF, head >> 32
         assert start == seen[row]
         seen[row] += length
         address = x[row].data_ptr() + start * x[row].element_size()
         assert address % 16 == 0 or length < 8
-        assert length <= launch.PIECE
+        assert length <= tensor_list.TILE
     assert seen == [t.numel() for t in x]
 
 
 def test_small_tensors_are_packed_and_large_ones_cut():
-    """The CPU path's own boundaries: packed batches that overflow one piece, and tensors of several pieces."""
-    sizes = [(SMALL - 1), (SMALL - 1) + 1, 1, 0, 3 * HOST_PIECE + 5] + [(SMALL - 1)] * (HOST_PIECE // (SMALL - 1) + 2)
+    """The CPU path's own boundaries: packed batches that overflow one chunk, and tensors of several chunks."""
+    sizes = [(SMALL - 1), (SMALL - 1) + 1, 1, 0, 3 * CHUNK + 5] + [(SMALL - 1)] * (CHUNK // (SMALL - 1) + 2)
     x = [draw(n, torch.float32, "cpu", 1e-6) for n in sizes] + [draw(n, torch.bfloat16, "cpu") for n in sizes[:4]]
     x[2].fill_(math.inf)
     x[-3][5] = math.nan

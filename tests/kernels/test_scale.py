@@ -7,11 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import scale_
+from kernels import scale_, tensor_list
 from kernels.check import SPECIAL
-from kernels.multi_tensor_stats import launch
-from kernels.scale import bytes_moved, flops
-from kernels.scale.reference import reference_scale_
+from kernels.scale import bytes_moved, flops, reference_scale_
 
 IMPLS = ("torch", "triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
@@ -98,10 +96,10 @@ def test_a_mixed_list_takes_one_launch_and_shares_the_tables_of_the_statistics(d
     factor = torch.tensor([0.7], device=device)
     want = in_float64(mixed, factor[0])
     multi_tensor_stats(mixed, impl="triton")
-    start = launch.launches
+    start = tensor_list.launches
     scale_(mixed, factor, impl="triton")
-    assert launch.launches == start + 1
-    assert launch.last_plan.present == (True, True, True) and launch.last_plan.reused == "all"
+    assert tensor_list.launches == start + 1
+    assert tensor_list.last_tables.present == (True, True, True) and tensor_list.last_tables.reused == "all"
     assert_same_bits(mixed, want)
 
 

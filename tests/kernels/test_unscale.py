@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import TensorStats, multi_tensor_stats, unscale_and_stats_
+from kernels import TensorStats, multi_tensor_stats, tensor_list, unscale_and_stats_
 from kernels.unscale import bytes_moved, flops
 
 IMPLS = ("torch", "triton")
@@ -150,18 +150,16 @@ def test_any_values(impl, values, inv_scale, clip, dtype):
 
 
 def test_launches_and_repeats(device):
-    from kernels.multi_tensor_stats import launch
-
     grads, out = gradients(device), TensorStats.allocate(8, device)
-    start = launch.launches
+    start = tensor_list.launches
     unscale_and_stats_(grads, POWER, out=out, impl="triton")
-    assert launch.launches == start + 1
+    assert tensor_list.launches == start + 1
     grads = gradients(device)
-    first = unscale_and_stats_(grads, POWER, max_norm=1.0, clip=True, out=out, impl="triton").words.clone()
-    assert launch.launches == start + 3 and launch.last_plan.present == (True, True, False)
-    out.words.fill_(-5)
+    first = unscale_and_stats_(grads, POWER, max_norm=1.0, clip=True, out=out, impl="triton").table.clone()
+    assert tensor_list.launches == start + 3 and tensor_list.last_tables.present == (True, True, False)
+    out.table.fill_(-5)
     unscale_and_stats_(gradients(device), POWER, max_norm=1.0, clip=True, out=out, impl="triton")
-    assert torch.equal(out.words, first)
+    assert torch.equal(out.table, first)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

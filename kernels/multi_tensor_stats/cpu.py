@@ -1,27 +1,28 @@
-"""The CPU path: cache-sized pieces, and numpy where its loops beat torch's.
+"""What runs on a CPU: cache-sized chunks, and numpy where its loops beat torch's.
 
 Measured on 128K fp32 values, one core of an EPYC, ns an element: |x| 0.06, a maximum of the bits 0.02 (of the floats
-0.04, aminmax 0.14), a comparison 0.03 (torch 0.33) and counting its mask 0.02, dot products 0.04. So every piece
-(PIECE elements, half a megabyte of fp32) stays in the L2 cache and is passed over there as often as its
-values ask for: nothing below a threshold is nothing below a smaller one. Small tensors are packed into one piece,
+0.04, aminmax 0.14), a comparison 0.03 (torch 0.33) and counting its mask 0.02, dot products 0.04. So every chunk
+(CHUNK elements, half a megabyte of fp32) stays in the L2 cache and is passed over there as often as its
+values ask for: nothing below a threshold is nothing below a smaller one. Small tensors are packed into one chunk,
 because a call costs more than their bytes. One thread does it all.
 
-The largest |x| of a piece proves that it holds no NaN and no Inf; only a piece that fails the proof is counted
-the careful way. Sums of squares run in fp32 within a piece, float64 across pieces, and are redone in float64
+The largest |x| of a chunk proves that it holds no NaN and no Inf; only a chunk that fails the proof is counted
+the careful way. Sums of squares run in fp32 within a chunk, float64 across chunks, and are redone in float64
 where fp32 would overflow or lose small squares. Deterministic: the same list gives the same bits. Needs numpy 2.
 """
 
 import threading
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from kernels.float_bits import INFINITY, bits_of, extremes, value_of
-from kernels.multi_tensor_stats import stats as s
-from kernels.multi_tensor_stats.reference import clip_factor
-from kernels.multi_tensor_stats.thresholds import Limits
+from kernels.float_bits import INFINITY, bit_limit, bits_of, extremes, value_of
+from kernels.float_formats import FP32
+from kernels.multi_tensor_stats import reference as r
 
-PIECE = 1 << 17  # elements; 512 KB of fp32
+CHUNK = 1 << 17  # elements; 512 KB of fp32
 BLOCK = 1 << 10  # elements per fp32 dot product: bounds its rounding error
 SMALL = 1 << 12  # tensors below this are packed
 SERIAL = 1 << 15  # elements that torch converts in the calling thread: waking others costs 10 ms on a busy machine
@@ -29,35 +30,50 @@ SERIAL = 1 << 15  # elements that torch converts in the calling thread: waking o
 _local = threading.local()
 
 
+@dataclass(frozen=True)
+class Limits:
+    """|x| < limit exactly where the bits of |x| are below the pattern; in fp32 where |x| is below the float."""
+
+    flush_end: int  # zero or flushed
+    normal_from: int  # zero, flushed or subnormal in fp16
+    below: int
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, dtype: torch.dtype, below: float) -> "Limits":
+        after_flush = float(np.nextafter(np.float32(r.FP16_FLUSH_AT), np.float32(1)))
+        return cls(*(max(0, bit_limit(value, dtype)) for value in (after_flush, r.FP16_NORMAL_FROM, below)))
+
+
 class _Scratch:
     """Buffers of one thread, allocated once: fresh blocks of this size would page-fault at every call."""
 
     def __init__(self):
-        self.sizes = {4: np.empty(PIECE, np.int32), 2: np.empty(PIECE, np.int16)}
-        self.mask = np.empty(PIECE, np.bool_)
-        self.upcast = torch.empty(PIECE)
+        self.sizes = {4: np.empty(CHUNK, np.int32), 2: np.empty(CHUNK, np.int16)}
+        self.mask = np.empty(CHUNK, np.bool_)
+        self.upcast = torch.empty(CHUNK)
         self.upcast_np = self.upcast.numpy()
 
 
-def host_stats(
+def cpu_stats(
     tensors: list[torch.Tensor],
-    out: s.TensorStats,
+    out: r.TensorStats,
     underflow_below: float,
     inv_scale: float | None = None,
     max_norm: float | None = None,
     counts: str = "all",
 ) -> None:
     """Fill `out` from flat CPU tensors; with `inv_scale` they are multiplied by it in place on the way."""
-    table = out.words.numpy()
+    table = out.table.numpy()
     found_inf = _fill(table, tensors, underflow_below, inv_scale, counts)
     scaler = table.view(np.float32)
-    scaler[-1, s.FOUND_INF_F32] = found_inf
-    scaler[-1, s.CLIP_FACTOR_F32] = 1.0 if max_norm is None else clip_factor(out.total_norm.float(), max_norm).item()
+    scaler[-1, r.FOUND_INF_F32] = found_inf
+    scaler[-1, r.CLIP_FACTOR_F32] = 1.0 if max_norm is None else r.clip_factor(out.total_norm.float(), max_norm).item()
 
 
-def host_table(tensors: list[torch.Tensor], underflow_below: float) -> np.ndarray:
+def cpu_table(tensors: list[torch.Tensor], underflow_below: float) -> np.ndarray:
     """The rows of a TensorStats as an array of their own, int64 (n + 1, 12), every count made."""
-    table = np.empty((len(tensors) + 1, s.WORDS), np.int64)
+    table = np.empty((len(tensors) + 1, r.COLUMNS), np.int64)
     _fill(table, tensors, underflow_below, None, "all")
     return table
 
@@ -75,34 +91,34 @@ def _fill(table: np.ndarray, tensors: list[torch.Tensor], underflow_below: float
                 small.setdefault(x.dtype, []).append(row)
             else:
                 bits = bits_of(x).reshape(-1)
-                for start in range(0, bits.size, PIECE):
-                    work.piece(bits[start : start + PIECE], x.dtype, row, None)
+                for start in range(0, bits.size, CHUNK):
+                    work.chunk(bits[start : start + CHUNK], x.dtype, row, None)
         for dtype, rows in small.items():
             _packed(work, dtype, rows, tensors)
-        table[:-1, s.NUMEL] = [x.numel() for x in tensors]
+        table[:-1, r.NUMEL] = [x.numel() for x in tensors]
         _totals(table)
-    left_out = {"all": [], "underflow": [s.FP16_FLUSH, s.FP16_SUBNORMAL], "none": slice(s.ZEROS, s.BELOW + 1)}
-    table[:, left_out[counts]] = s.NOT_COUNTED
+    left_out = {"all": [], "underflow": [r.FP16_FLUSH, r.FP16_SUBNORMAL], "none": slice(r.ZEROS, r.BELOW + 1)}
+    table[:, left_out[counts]] = r.NOT_COUNTED
     return work.found_inf
 
 
 def _packed(work: "_Pass", dtype: torch.dtype, rows: list[int], tensors: list[torch.Tensor]) -> None:
-    """Small tensors of one dtype, copied side by side into pieces of at most PIECE elements."""
-    rows = [r for r in rows if tensors[r].numel()]
+    """Small tensors of one dtype, copied side by side into chunks of at most CHUNK elements."""
+    rows = [row for row in rows if tensors[row].numel()]
     while rows:
-        ends = np.cumsum([tensors[r].numel() for r in rows])
-        count = int(np.searchsorted(ends, PIECE, side="right"))
+        ends = np.cumsum([tensors[row].numel() for row in rows])
+        count = int(np.searchsorted(ends, CHUNK, side="right"))
         batch, rows = rows[:count], rows[count:]
-        parts = [tensors[r].detach() for r in batch]
+        parts = [tensors[row].detach() for row in batch]
         buffer = parts[0] if count == 1 else torch._C._nn.flatten_dense_tensors(parts)
         starts = None if count == 1 else np.concatenate(([0], ends[: count - 1]))
-        work.piece(bits_of(buffer).reshape(-1), dtype, batch[0] if count == 1 else np.array(batch), starts)
+        work.chunk(bits_of(buffer).reshape(-1), dtype, batch[0] if count == 1 else np.array(batch), starts)
         if work.inv_scale is not None and count > 1:
             torch._foreach_mul_(parts, work.inv_scale)
 
 
 class _Pass:
-    """One pass over the list: adds pieces to the rows of `table`."""
+    """One pass over the list: adds chunks to the rows of `table`."""
 
     def __init__(self, scratch: _Scratch, table: np.ndarray, below: float, inv_scale: float | None, counts: str):
         self.scratch, self.table, self.below, self.counts = scratch, table, below, counts
@@ -110,8 +126,8 @@ class _Pass:
         self.inv_scale = None if inv_scale is None else torch.tensor(inv_scale, dtype=torch.float32)
         self.found_inf = False
 
-    def piece(self, bits: np.ndarray, dtype: torch.dtype, rows: int | np.ndarray, starts: np.ndarray | None) -> None:
-        """`bits` (contiguous, at most PIECE) belong to the row `rows`, or, segment by segment, to several."""
+    def chunk(self, bits: np.ndarray, dtype: torch.dtype, rows: int | np.ndarray, starts: np.ndarray | None) -> None:
+        """`bits` (contiguous, at most CHUNK) belong to the row `rows`, or, segment by segment, to several."""
         row = self.table[rows]  # a view for one row, a copy for several: hence the assignment below
         limits = Limits.of(dtype, self.below)
         sizes = None if self.counts == "none" and self.inv_scale is None and starts is None else self._sizes(bits)
@@ -120,7 +136,7 @@ class _Pass:
         if self.counts == "underflow" or self.inv_scale is not None:
             zeros = self._count_below(row, sizes, limits, top, starts)
             if self.counts == "underflow":
-                row[..., s.ZEROS] += zeros
+                row[..., r.ZEROS] += zeros
         if self.inv_scale is not None:
             values = torch.from_numpy(bits).view(dtype)
             if dtype == torch.float32:
@@ -144,7 +160,7 @@ class _Pass:
         under = self._smaller(sizes, limits.below, top, starts) if limits.below else 0
         zeros = self._smaller(sizes, 1, top, starts) if not limits.below or _some(under) else 0
         if limits.below:
-            row[..., s.BELOW] += under - zeros
+            row[..., r.BELOW] += under - zeros
         return zeros
 
     def _count_all(self, row: np.ndarray, sizes: np.ndarray, limits: Limits, top: int, starts) -> None:
@@ -152,12 +168,12 @@ class _Pass:
         tiny = self._smaller(sizes, limits.normal_from, top, starts)
         flushed = self._smaller(sizes, limits.flush_end, top, starts) if _some(tiny) else 0
         zeros = self._smaller(sizes, 1, top, starts) if _some(flushed) else 0
-        row[..., s.ZEROS] += zeros
-        row[..., s.FP16_FLUSH] += flushed - zeros
-        row[..., s.FP16_SUBNORMAL] += tiny - flushed
+        row[..., r.ZEROS] += zeros
+        row[..., r.FP16_FLUSH] += flushed - zeros
+        row[..., r.FP16_SUBNORMAL] += tiny - flushed
         if self.inv_scale is None and limits.below:
             known = limits.below <= limits.normal_from and not _some(tiny)
-            row[..., s.BELOW] += 0 if known else self._smaller(sizes, limits.below, top, starts) - zeros
+            row[..., r.BELOW] += 0 if known else self._smaller(sizes, limits.below, top, starts) - zeros
 
     def _smaller(self, sizes: np.ndarray, pattern: int, top: int, starts) -> np.ndarray | int:
         """How many of `sizes` are below the pattern, in all or in each segment (0: in none)."""
@@ -171,7 +187,7 @@ class _Pass:
         return _per_segment(mask, starts)
 
     def _sums(self, bits: np.ndarray, dtype: torch.dtype, row: np.ndarray, starts, top: int) -> None:
-        """Sum of squares and largest finite |x|; NaN and Inf counted only where the piece holds some."""
+        """Sum of squares and largest finite |x|; NaN and Inf counted only where the chunk holds some."""
         floats, infinity = row.view(np.float64), INFINITY[dtype]
         values = self._fp32(bits, dtype)
         if top < infinity and starts is None:
@@ -180,16 +196,16 @@ class _Pass:
             largest = np.maximum.reduceat(values, starts)
         else:
             sizes = np.abs(values)
-            row[..., s.NAN] += _per_segment(np.isnan(sizes), starts)
-            row[..., s.INF] += _per_segment(np.isinf(sizes), starts)
+            row[..., r.NAN] += _per_segment(np.isnan(sizes), starts)
+            row[..., r.INF] += _per_segment(np.isinf(sizes), starts)
             finite = np.where(sizes < np.inf, sizes, np.float32(0))
             largest = finite.max() if starts is None else np.maximum.reduceat(finite, starts)
         if starts is None:
-            floats[s.ABSMAX] = max(floats[s.ABSMAX], largest)
+            floats[r.ABSMAX] = max(floats[r.ABSMAX], largest)
         else:
-            floats[..., s.ABSMAX] = np.maximum(floats[..., s.ABSMAX], largest)
+            floats[..., r.ABSMAX] = np.maximum(floats[..., r.ABSMAX], largest)
         if top:
-            floats[..., s.SUMSQ] += _sum_of_squares(values, starts)
+            floats[..., r.SUMSQ] += _sum_of_squares(values, starts)
 
     def _fp32(self, bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         """The same numbers in fp32, exactly."""
@@ -223,7 +239,7 @@ def _sum_of_squares(values: np.ndarray, starts: np.ndarray | None) -> np.ndarray
     dots, rest = np.vecdot(blocks, blocks), values[whole:]
     total = float(dots.sum(dtype=np.float64)) + float(np.dot(rest, rest))
     # Squares below 2^-126 lose up to 2^-150 each; above the bound that is less than one rounding of the sum.
-    if values.size * 2.0**-126 <= total < float("inf"):
+    if values.size * FP32.smallest_normal <= total < float("inf"):
         return total
     return np.square(values, dtype=np.float64).sum()
 
@@ -232,8 +248,8 @@ def _totals(table: np.ndarray) -> None:
     """Norms and the last row, from the rows before it."""
     floats = table.view(np.float64)
     table[-1] = table[:-1].sum(0)
-    floats[-1, s.SUMSQ] = floats[:-1, s.SUMSQ].sum()
-    floats[:, s.NORM] = np.sqrt(floats[:, s.SUMSQ])
-    floats[-1, s.ABSMAX] = floats[:-1, s.ABSMAX].max(initial=0.0)
-    bad = np.flatnonzero(table[:-1, s.NAN] + table[:-1, s.INF])
-    table[-1, s.FIRST_NONFINITE] = bad[0] if bad.size else -1
+    floats[-1, r.SUMSQ] = floats[:-1, r.SUMSQ].sum()
+    floats[:, r.NORM] = np.sqrt(floats[:, r.SUMSQ])
+    floats[-1, r.ABSMAX] = floats[:-1, r.ABSMAX].max(initial=0.0)
+    bad = np.flatnonzero(table[:-1, r.NAN] + table[:-1, r.INF])
+    table[-1, r.FIRST_NONFINITE] = bad[0] if bad.size else -1
