@@ -53,6 +53,17 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
+def number(value: object) -> float | None:
+    """A plain finite number of a file, or None: JSON may hold anything."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if plain else None
+
+
+def objects(rows: object) -> list[dict]:
+    """The JSON objects in a list of a file; empty for anything else."""
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list | tuple) else []
+
+
 def sentence(text: str) -> str:
     """With a capital letter unless it begins with an identifier, and a full stop."""
     text = text.strip()

@@ -13,7 +13,7 @@ from instrument.terminal import count
 from report.statistics import mean_interval
 from report.tables.judgement import Judged, Judgements, divergence_kind, gap_text, judge_runs
 from report.tables.selection import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order
-from report.tables.table import Table, data_text, frame
+from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened, signed
 
 COLUMNS = tuple("case column arch loss_reduction dtype_config state n_seeds n_bad step phase sign line1 line2 run_ids".split())
@@ -33,14 +33,14 @@ VERBS = {
     "failed": ("fails to finish", "fail to finish"),
 }
 RESOLVED = "*"
-"""Behind a difference that the seeds tell from 0; a cell has room for a sign and not for the word."""
+"""After a difference that the seeds resolve from 0; a cell has room for a sign and not for the word."""
 SHORT_PHASES = {"optimizer": "optim", "backward": "backw."}
 WORST_FIRST = ("diverged", "poor", "failed", "unjudged", "completed", "unsupported", "unfinished")
 
 
 def table(folder: Folder) -> Table:
     """One row a cell; a cell takes the worst state of its seeds and says how many they are. Runs that were ended from
-    outside are no seeds of it, unless there is nothing else."""
+    outside do not count as seeds, unless there is nothing else."""
     judgements = judge_runs(folder)
     runs = judgements.selection.runs
     cases = {run.case: run for run in reversed(runs)}
@@ -50,15 +50,8 @@ def table(folder: Folder) -> Table:
     )
     data = frame([_cell(judgements, cases[case], config) for case in order for config in configs], COLUMNS)
     absent = [column for column in TASK_COLUMNS if column not in set(data["column"])]
-    return Table(
-        "A",
-        "a_stability_matrix",
-        data,
-        _title(data, judgements),
-        _caption(folder, judgements, absent),
-        excluded=judgements.selection.excluded,
-        marks=folder.marks,
-    )
+    title, caption, excluded = _title(data, judgements), _caption(folder, judgements, absent), judgements.selection.excluded
+    return Table("A", "a_stability_matrix", data, title, caption, excluded=excluded, marks=folder.marks)
 
 
 def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
@@ -67,19 +60,15 @@ def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
     state = next((s for s in WORST_FIRST if any(j.state == s for j in judged)), "missing")
     bad = [j for j in judged if j.state == state]
     line1, line2 = _lines(state, bad, len(judged), config, judgements)
-    dead = bad if state == "diverged" else []
-    return {
-        "case": case.case,
-        "column": column_of(case),
-        "arch": case.arch,
-        "loss_reduction": case.loss_reduction,
+    diverged = bad if state == "diverged" else []
+    return identity(case) | {
         "dtype_config": config,
         "state": state,
         "n_seeds": len(judged),
         "sign": SIGNS[state],
         "n_bad": len(bad) if state in ("diverged", "poor", "failed") else 0,
-        "step": min((j.run.divergence_step for j in dead), default=None),
-        "phase": _phase(dead),
+        "step": min((j.run.divergence_step for j in diverged), default=None),
+        "phase": _phase(diverged),
         "line1": line1,
         "line2": line2,
         "run_ids": " ".join(j.run.run_id for j in judged),
@@ -91,7 +80,7 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
     seeds = f"{len(bad)} of {count(n, 'seed')}"
     if state == "diverged":
         phase = _phase(bad)
-        return _death(bad), f"{_short_phase(phase)}, {len(bad)}/{n}" if phase else seeds
+        return _divergence(bad), f"{_short_phase(phase)}, {len(bad)}/{n}" if phase else seeds
     if state == "missing":
         return "not run", ""
     if state in ("unsupported", "unfinished"):
@@ -119,16 +108,16 @@ def _gap_line(judged: list[Judged]) -> str:
     return gap_text(gaps.value, judged[0].unit) + resolved if gaps.n else ""
 
 
-def _death(dead: list[Judged]) -> str:
+def _divergence(diverged: list[Judged]) -> str:
     """``NaN @ 50``, or the range of steps."""
-    steps = sorted(j.run.divergence_step for j in dead)
-    kinds = "/".join(dict.fromkeys("loss↑" if (kind := divergence_kind(j.run)) == "exploded" else kind for j in dead))
+    steps = sorted(j.run.divergence_step for j in diverged)
+    kinds = "/".join(dict.fromkeys("loss↑" if (kind := divergence_kind(j.run)) == "exploded" else kind for j in diverged))
     return f"{kinds} @ {steps[0]}" + (f"–{steps[-1]}" if steps[-1] != steps[0] else "")
 
 
-def _phase(dead: list[Judged]) -> str | None:
+def _phase(diverged: list[Judged]) -> str | None:
     """The phases in which the first non-finite values were produced."""
-    phases = dict.fromkeys(j.run.first_nonfinite.phase for j in dead if j.run.first_nonfinite)
+    phases = dict.fromkeys(j.run.first_nonfinite.phase for j in diverged if j.run.first_nonfinite)
     return "/".join(phases) or None
 
 

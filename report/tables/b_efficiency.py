@@ -11,9 +11,9 @@ from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.statistics import NOTHING, mean_interval
 from report.tables.judgement import judge_runs
-from report.tables.selection import case_order, column_of, series_order
+from report.tables.selection import in_order, series_order
 from report.tables.speed import FIELD, NOT_MEASURED, eligible, y_kind
-from report.tables.table import Table, data_text, frame
+from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
 
 COLUMNS = tuple(
@@ -29,31 +29,14 @@ def table(folder: Folder) -> Table:
     runs, excluded = eligible(folder, judgements.selection)
     kind = y_kind(runs)
     memory = memory_kind(runs)
-    rows = []
-    for case in case_order({run.case for run in runs}):
-        of_case = [run for run in runs if run.case == case]
-        rows += [
-            _row(
-                config,
-                [run for run in of_case if run.dtype_config == config],
-                kind,
-                memory,
-                [j.state for j in judgements.of(case, config)],
-            )
-            for config in series_order({run.dtype_config for run in of_case})
-        ]
+    cells: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in in_order(runs):
+        cells.setdefault((run.case, run.dtype_config), []).append(run)
+    rows = [_row(cell, kind, memory, [j.state for j in judgements.of(*key)]) for key, cell in cells.items()]
     data = _with_frontier(frame([row for row in rows if row is not None], COLUMNS))
     empty = None if not data.empty else NOT_MEASURED if kind is None and runs else "no completed run has enough timed steps"
-    return Table(
-        "B",
-        "b_efficiency_frontier",
-        data,
-        _title(data, empty),
-        _caption(folder, runs, kind, memory),
-        excluded=excluded,
-        marks=folder.marks,
-        empty=empty,
-    )
+    title, caption = _title(data, empty), _caption(folder, runs, kind, memory)
+    return Table("B", "b_efficiency_frontier", data, title, caption, excluded=excluded, marks=folder.marks, empty=empty)
 
 
 def memory_kind(runs: list[RunRecord]) -> str | None:
@@ -73,7 +56,7 @@ def shares_process(run: RunRecord) -> bool:
     return bool((run.flags.get("imported") or {}).get("memory_shares_process"))
 
 
-def _row(config: str, runs: list[RunRecord], kind: str | None, memory: str | None, states: list[str]) -> dict | None:
+def _row(runs: list[RunRecord], kind: str | None, memory: str | None, states: list[str]) -> dict | None:
     values = [value for run in runs if kind and (value := getattr(run, FIELD[kind])) is not None]
     peaks = [getattr(run, MEMORY[memory]) for run in runs] if memory else []
     if not values or not peaks:
@@ -81,12 +64,7 @@ def _row(config: str, runs: list[RunRecord], kind: str | None, memory: str | Non
     mfu = mean_interval(values)
     own = [run.mfu for run in runs if run.mfu is not None]
     shared = any(shares_process(run) for run in runs)
-    first = runs[0]
-    return {
-        "case": first.case,
-        "column": column_of(first),
-        "arch": first.arch,
-        "dtype_config": config,
+    return identity(runs[0]) | {
         "state": next((s for s in ("poor", "unjudged") if s in states), "completed"),
         "n": len(runs),
         "peak_bytes": peak_of(runs, memory),

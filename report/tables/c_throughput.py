@@ -7,9 +7,9 @@ import math
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.tables.judgement import divergence_text
-from report.tables.selection import REFERENCE, TASK_COLUMNS, Selection, case_order, column_of, is_control, select, series_order
+from report.tables.selection import REFERENCE, TASK_COLUMNS, column_of, in_order, is_control, select, series_order
 from report.tables.speed import eligible, fair_pairs, paired_ratio, pooled_rate
-from report.tables.table import Table, data_text, frame
+from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
 
 COLUMNS = ("case", "column", "arch", "dtype_config", "n", "relative", "low", "high", "samples_per_s", "word", "run_ids")
@@ -19,53 +19,27 @@ def table(folder: Folder) -> Table:
     """One row a case and configuration: a bar with its paired interval, or a word."""
     selection = select(folder)
     runs, excluded = eligible(folder, selection)
-    cases = {run.case: run for run in reversed(selection.runs)}
-    order = sorted(case_order(cases), key=lambda case: TASK_COLUMNS.index(column_of(cases[case])))
-    rows = [
-        _row(selection, runs, cases[case], config, dict(excluded))
-        for case in order
-        for config in series_order({run.dtype_config for run in selection.of_case(case)})
-    ]
-    data = frame(rows, COLUMNS)
-    empty = (
-        None
-        if data["relative"].notna().any() or data["samples_per_s"].notna().any()
-        else "no completed run has enough timed steps"
-    )
-    return Table(
-        "C",
-        "c_throughput",
-        data,
-        _title(data),
-        _caption(folder, selection.runs),
-        excluded=excluded,
-        marks=folder.marks,
-        empty=empty,
-    )
+    cells: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in sorted(in_order(selection.runs), key=lambda run: TASK_COLUMNS.index(column_of(run))):
+        cells.setdefault((run.case, run.dtype_config), []).append(run)
+    data = frame([_row(cell, runs, dict(excluded)) for cell in cells.values()], COLUMNS)
+    measured = data["relative"].notna().any() or data["samples_per_s"].notna().any()
+    empty = None if measured else "no completed run has enough timed steps"
+    title, caption = _title(data), _caption(folder, selection.runs)
+    return Table("C", "c_throughput", data, title, caption, excluded=excluded, marks=folder.marks, empty=empty)
 
 
-def _row(selection: Selection, runs: list[RunRecord], case: RunRecord, config: str, reasons: dict[str, str]) -> dict:
-    entered = [run for run in runs if (run.case, run.dtype_config) == (case.case, config)]
-    row = {
-        "case": case.case,
-        "column": column_of(case),
-        "arch": case.arch,
-        "dtype_config": config,
-        "n": len(entered),
-        "relative": math.nan,
-        "low": math.nan,
-        "high": math.nan,
-        "samples_per_s": math.nan,
-        "word": None,
-        "run_ids": " ".join(run.run_id for run in entered),
-    }
+def _row(cell: list[RunRecord], runs: list[RunRecord], reasons: dict[str, str]) -> dict:
+    """A case and configuration; ``runs`` are all that may enter."""
+    entered = [run for run in cell if run.run_id not in reasons]
+    row = identity(cell[0]) | {"n": len(entered), "word": None, "run_ids": " ".join(run.run_id for run in entered)}
+    row |= dict.fromkeys(("relative", "low", "high", "samples_per_s"), math.nan)
     if not entered:
-        absent = [run for run in selection.of_case(case.case) if run.dtype_config == config]
-        return row | {"word": _word(absent, reasons)}
+        return row | {"word": _word(cell, reasons)}
     row["samples_per_s"] = pooled_rate([run.samples_per_s for run in entered])
-    if config == REFERENCE:
+    if cell[0].dtype_config == REFERENCE:
         return row | {"relative": 1.0}
-    pairs = fair_pairs(entered, [run for run in runs if (run.case, run.dtype_config) == (case.case, REFERENCE)])
+    pairs = fair_pairs(entered, [run for run in runs if (run.case, run.dtype_config) == (cell[0].case, REFERENCE)])
     ratio = paired_ratio(pairs, lambda run: run.samples_per_s)
     if ratio.n == 0:
         return row | {"word": "no fp32_true to compare with"}
@@ -73,9 +47,9 @@ def _row(selection: Selection, runs: list[RunRecord], case: RunRecord, config: s
 
 
 def _word(absent: list[RunRecord], reasons: dict[str, str]) -> str:
-    """Why there is no bar: the first death, else the first reason."""
-    dead = [run for run in absent if run.status == "diverged"]
-    return divergence_text(min(dead, key=lambda run: run.divergence_step)) if dead else reasons[absent[0].run_id]
+    """Why there is no bar: the first divergence, else the first reason."""
+    diverged = [run for run in absent if run.status == "diverged"]
+    return divergence_text(min(diverged, key=lambda run: run.divergence_step)) if diverged else reasons[absent[0].run_id]
 
 
 def _title(data) -> str:

@@ -1,4 +1,4 @@
-"""D: gradient norm before clipping, step by step: deaths, loss-scaler skips and spikes."""
+"""D: gradient norm before clipping, step by step: divergence, loss-scaler skips and spikes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.errors import UsageError
 from report.statistics import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
-from report.tables.selection import REFERENCE, Selection, case_order, select, series_order
-from report.tables.table import Table, data_text, frame, long_frame
+from report.tables.selection import REFERENCE, Selection, in_order, select, series_order
+from report.tables.table import Table, data_text, frame, identity, long_frame
 from report.text import joined, sentence, shortened
 
 COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
@@ -31,27 +31,12 @@ def table(folder: Folder, more: tuple[str, ...] = ()) -> Table:
     if unknown := [config for config in more if config not in ran]:
         raise UsageError(f"no run of {shortened(unknown)} for the heartbeat; this folder has {joined(ran)}")
     configs = tuple(dict.fromkeys((*SHOWN, *more)))
-    runs = [
-        run
-        for case in case_order({run.case for run in selection.runs})
-        for config in series_order(configs)
-        for run in sorted(selection.of_case(case), key=lambda run: run.seed)
-        if run.dtype_config == config
-    ]
-    runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]
+    runs = [run for run in in_order(selection.runs) if run.dtype_config in configs and len(folder.steps(run.run_id)["step"])]
     data = long_frame(runs, COLUMNS, lambda run: _steps(folder, run))
     summary = _summary(folder, runs, selection)
-    return Table(
-        "D",
-        "d_grad_norm_heartbeat",
-        data,
-        _title(summary),
-        _caption(folder, runs),
-        summary,
-        selection.excluded,
-        folder.marks,
-        None if runs else f"none of {', '.join(configs)} was run",
-    )
+    empty = None if runs else f"none of {', '.join(configs)} was run"
+    title, caption = _title(summary), _caption(folder, runs)
+    return Table("D", "d_grad_norm_heartbeat", data, title, caption, summary, selection.excluded, folder.marks, empty)
 
 
 def _steps(folder: Folder, run: RunRecord) -> dict:
@@ -77,18 +62,9 @@ def _summary(folder: Folder, runs: list[RunRecord], selection: Selection) -> pd.
         reference = selection.reference(run)
         base = rates[reference.run_id][2] if reference and reference.run_id in rates else math.nan
         rows.append(
-            {
-                "case": run.case,
-                "dtype_config": run.dtype_config,
-                "seed": run.seed,
-                "n_steps": n,
-                "spikes": found,
-                "spikes_per_1000": rate,
-                "relative_to_fp32": rate / base if base else math.nan,
-                "skips": run.scaler_skips,
-                "died_at": run.divergence_step,
-                "run_id": run.run_id,
-            }
+            identity(run)
+            | {"n_steps": n, "spikes": found, "spikes_per_1000": rate, "relative_to_fp32": rate / base if base else math.nan}
+            | {"skips": run.scaler_skips, "died_at": run.divergence_step}
         )
     return frame(rows, SUMMARY)
 
@@ -105,14 +81,14 @@ def _title(summary: pd.DataFrame) -> str:
     parts = []
     for config in series_order(summary["dtype_config"]):
         rows = summary[summary["dtype_config"] == config]
-        dead = rows[rows["died_at"].notna()]
-        if len(dead):
-            steps = sorted({int(step) for step in dead["died_at"]})
+        diverged = rows[rows["died_at"].notna()]
+        if len(diverged):
+            steps = sorted({int(step) for step in diverged["died_at"]})
             when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-            parts.append(f"{config} dies at {when} in {len(dead)} of {count(len(rows), 'run')}")
+            parts.append(f"{config} diverges at {when} in {len(diverged)} of {count(len(rows), 'run')}")
     rates = summary.dropna(subset="spikes_per_1000").groupby("dtype_config")["spikes_per_1000"].mean()
-    alive = [f"{config} {rates[config]:.1f}" for config in series_order(rates.index)]
-    return sentence("; ".join([*parts, f"spikes per 1,000 steps: {shortened(alive, 4)}"] if alive else parts))
+    spiking = [f"{config} {rates[config]:.1f}" for config in series_order(rates.index)]
+    return sentence("; ".join([*parts, f"spikes per 1,000 steps: {shortened(spiking, 4)}"] if spiking else parts))
 
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:

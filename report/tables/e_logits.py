@@ -12,8 +12,8 @@ from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from kernels.float_formats import FP16
-from report.tables.selection import case_order, is_lm, select, series_order
-from report.tables.table import Table, data_text, frame, long_frame
+from report.tables.selection import in_order, is_lm, select
+from report.tables.table import Table, data_text, frame, identity, long_frame
 from report.text import sentence
 
 FORWARD = ("forward", "loss")
@@ -28,14 +28,7 @@ def table(folder: Folder) -> Table:
     selection = select(folder)
     runs = [
         run
-        for case in case_order({run.case for run in selection.runs})
-        for config in series_order({run.dtype_config for run in selection.of_case(case)})
-        for run in sorted(selection.of_case(case), key=lambda run: run.seed)
-        if run.dtype_config == config
-    ]
-    runs = [
-        run
-        for run in runs
+        for run in in_order(selection.runs)
         if np.isfinite(folder.steps(run.run_id)["logit_absmax"]).any() or nonfinite_logits(folder, run).any()
     ]
     data = long_frame(
@@ -48,17 +41,9 @@ def table(folder: Folder) -> Table:
         },
     )
     summary = frame([_row(folder, run) for run in runs], SUMMARY)
-    return Table(
-        "E",
-        "e_logit_magnitude",
-        data,
-        _title(summary),
-        _caption(folder, runs, summary),
-        summary,
-        selection.excluded,
-        folder.marks,
-        None if runs else "no run logged its logits",
-    )
+    empty = None if runs else "no run logged its logits"
+    title, caption = _title(summary), _caption(folder, runs, summary)
+    return Table("E", "e_logit_magnitude", data, title, caption, summary, selection.excluded, folder.marks, empty)
 
 
 def nonfinite_logits(folder: Folder, run: RunRecord) -> np.ndarray:
@@ -75,13 +60,13 @@ def over_fp16(folder: Folder, run: RunRecord) -> np.ndarray:
 
 
 def overflows(folder: Folder, run: RunRecord) -> np.ndarray:
-    """Steps at which the logits left fp16's range of themselves. From the step of death on they are
-    non-finite because a parameter is, unless the run died in its forward pass."""
-    first, died_at = run.first_nonfinite, run.divergence_step
+    """Steps at which the logits themselves left fp16's range. From the step of divergence on they are
+    non-finite because a parameter is, unless the run diverged in its forward pass."""
+    first, diverged_at = run.first_nonfinite, run.divergence_step
     beyond = over_fp16(folder, run) | nonfinite_logits(folder, run)
-    if died_at is None:
+    if diverged_at is None:
         return beyond
-    last = died_at if first is not None and first.phase in FORWARD else died_at - 1
+    last = diverged_at if first is not None and first.phase in FORWARD else diverged_at - 1
     return beyond & (folder.steps(run.run_id)["step"] <= last)
 
 
@@ -100,10 +85,7 @@ def logits_per_step(folder: Folder, run: RunRecord) -> float:
 def _row(folder: Folder, run: RunRecord) -> dict:
     absmax = folder.steps(run.run_id)["logit_absmax"]
     finite = absmax[np.isfinite(absmax)]
-    return {
-        "case": run.case,
-        "dtype_config": run.dtype_config,
-        "seed": run.seed,
+    return identity(run) | {
         "max": float(finite.max()) if len(finite) else math.nan,
         "median": float(np.median(finite)) if len(finite) else math.nan,
         "over_fp16_steps": int(over_fp16(folder, run).sum()),
@@ -111,7 +93,6 @@ def _row(folder: Folder, run: RunRecord) -> dict:
         "overflow_steps": int(overflows(folder, run).sum()),
         "logits_per_step": logits_per_step(folder, run),
         "n_steps": len(absmax),
-        "run_id": run.run_id,
     }
 
 
@@ -141,5 +122,5 @@ def _caption(folder: Folder, runs: list[RunRecord], summary: pd.DataFrame) -> st
         f"{data_text(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
         f"({per_step}; pad columns and ignored targets left out). Line: 65,504, the largest fp16 number. What lies "
         "beyond it would overflow in fp16; in bf16 and fp32 it did not. Steps with non-finite logits are marks on top; "
-        "from a run's death on they follow from dead parameters and are no overflow of the logits."
+        "from a run's divergence on they follow from non-finite parameters and are no overflow of the logits."
     )

@@ -10,9 +10,9 @@ import pandas as pd
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.statistics import block_bootstrap, coefficient_of_variation
-from report.tables.selection import REFERENCE, case_order, is_bucketed, is_lm, select, series_order
+from report.tables.selection import REFERENCE, in_order, is_bucketed, is_lm, select, series_order
 from report.tables.speed import FIELD, TOKENS, eligible, timed, y_kind
-from report.tables.table import Table, data_text, frame, long_frame
+from report.tables.table import Table, data_text, frame, identity, long_frame
 from report.text import sentence
 
 COLUMNS = tuple(
@@ -24,7 +24,7 @@ SUMMARY = tuple(
     "n_steps run_id".split()
 )
 FAVOURITE = "amp_bf16"
-NO_REAL_TOKENS = "its log does not tell real tokens from padding"
+NO_REAL_TOKENS = "its log does not separate real tokens from padding"
 KINDS = {"classification": "classification", "LM": "language modelling"}
 RATES = {False: ("mfu_real", "mfu_all"), True: ("real_tokens_per_s", "tokens_per_s")}
 """By whether tokens per second stand in for an MFU that was not measured."""
@@ -38,30 +38,18 @@ def table(folder: Folder, config: str | None = None) -> Table:
     reasons = [pair for _, pairs in chosen for pair in pairs]
     reasons += [(run.run_id, NO_REAL_TOKENS) for runs, _ in chosen for run in runs if not real_tokens_known(run)]
     config = config or favourite(entered)
-    runs = [
-        run
-        for case in case_order({run.case for run in entered})
-        for run in entered
-        if run.case == case and run.dtype_config == config
-    ]
+    runs = [run for run in in_order(entered) if run.dtype_config == config]
     kind = y_kind(runs) or TOKENS
     data = long_frame(runs, COLUMNS, lambda run: _by_length(folder, run, kind))
     summary = frame([padding_of(folder, run, kind) for run in runs], SUMMARY)
-    return Table(
-        "F",
-        "f_padding_tax",
-        data,
-        _title(summary),
-        _caption(folder, runs, config, kind),
-        summary,
-        tuple(pair for pair in reasons if folder.by_id[pair[0]].dtype_config == config),
-        folder.marks,
-        None if runs else "no completed run has enough timed steps and known real tokens",
-    )
+    excluded = tuple(pair for pair in reasons if folder.by_id[pair[0]].dtype_config == config)
+    empty = None if runs else "no completed run has enough timed steps and known real tokens"
+    title, caption = _title(summary), _caption(folder, runs, config, kind)
+    return Table("F", "f_padding_tax", data, title, caption, summary, excluded, folder.marks, empty)
 
 
 def real_tokens_known(run: RunRecord) -> bool:
-    """Whether the log tells real tokens from padding; an imported one may not."""
+    """Whether the log separates real tokens from padding; an imported one may not."""
     return (run.flags.get("imported") or {}).get("real_tokens_known", True)
 
 
@@ -73,12 +61,8 @@ def padding_of(folder: Folder, run: RunRecord, kind: str) -> dict:
     time_s = steps["step_time_s"][known]
     work_real, work_all = (float((rate[known] * time_s).sum()) for rate in (real, both))
     variation = block_bootstrap(real, coefficient_of_variation)  # in order of time: neighbours are alike
-    return {
-        "case": run.case,
+    return identity(run) | {
         "kind": _kind(run),
-        "arch": run.arch,
-        "dtype_config": run.dtype_config,
-        "seed": run.seed,
         "tax": 1 - work_real / work_all if known.any() else math.nan,
         "cv_real": variation.value,
         "cv_real_low": variation.low,
@@ -89,7 +73,6 @@ def padding_of(folder: Folder, run: RunRecord, kind: str) -> dict:
         "y_kind": kind,
         "bucketed": is_bucketed(run),
         "n_steps": int(known.sum()),
-        "run_id": run.run_id,
     }
 
 

@@ -1,4 +1,4 @@
-"""Failed runs, one card each: what was first, why, the road to it, and what helps."""
+"""Failed runs, one card each: what failed first, why, the largest values before it, and what helps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from instrument.terminal import count
 from report.tables.judgement import divergence_text, is_unfinished
+from report.text import objects
 
 FAILED = ("diverged", "oom", "error", "hung")
 CAUSES = {
@@ -16,7 +18,7 @@ CAUSES = {
     "invalid": "an invalid operation, such as inf - inf or 0 / 0",
     "from_input": "a value that was non-finite before this run's first operation",
 }
-DEATHS = {
+FAILURE_CAUSES = {
     "cuda_oom": "the GPU's memory ran out",
     "host_oom": "the machine's memory ran out",
     "host_oom_kill": "the kernel killed the process for want of memory",
@@ -29,7 +31,7 @@ DEATHS = {
     "import_failure": "a library could not be loaded",
     "bad_data": "the data",
     "exception": "an exception in Python",
-    "hung": "no sign of life",
+    "hung": "no heartbeat",
     "node_lost": "its node went away",
 }
 """``flags["death"]["cause"]`` of a run that ended without a result, in words."""
@@ -59,25 +61,22 @@ def failures(folder: Folder) -> tuple[Failure, ...]:
 
 def _card(folder: Folder, run: RunRecord) -> Failure:
     forensics = folder.forensics(run.run_id)
-    told = forensics.get("sentence")
-    trace = forensics.get("trace_file")
+    text = {key: value for key in ("sentence", "trace_file") if isinstance(value := forensics.get(key), str)}
     return Failure(
         run.run_id,
-        told if isinstance(told, str) and told else failure_sentence(run),
+        text.get("sentence") or failure_sentence(run),
         _cause(run),
-        *(_rows(forensics, key) for key in ("remedies", "chain", "kernels")),
-        trace if isinstance(trace, str) else None,
-        _rows(forensics, "history"),
-        run.status,
+        **{key: tuple(objects(forensics.get(key))) for key in ("remedies", "chain", "kernels", "history")},
+        trace_file=text.get("trace_file"),
+        status=run.status,
     )
 
 
 def failure_sentence(run: RunRecord) -> str:
     """What happened, from the row alone."""
     if run.status != "diverged":
-        steps = f"{run.steps_done} step{'s' if run.steps_done != 1 else ''}"
         end = "stopped from outside" if is_unfinished(run) else ENDS.get(run.status, run.status)
-        return f"{end} after {steps}" + (f": {run.error}" if run.error else "") + "."
+        return f"{end} after {count(run.steps_done, 'step')}" + (f": {run.error}" if run.error else "") + "."
     first = run.first_nonfinite
     if first is None:
         return f"{divergence_text(run)}: {run.error or 'the loss exploded with finite values'}."
@@ -90,10 +89,5 @@ def failure_sentence(run: RunRecord) -> str:
 def _cause(run: RunRecord) -> str | None:
     if run.first_nonfinite:
         return CAUSES.get(run.first_nonfinite.cause)
-    death = run.flags.get("death")
-    return DEATHS.get(str(death.get("cause"))) if isinstance(death, dict) else None
-
-
-def _rows(forensics: dict[str, Any], key: str) -> tuple[dict[str, Any], ...]:
-    rows = forensics.get(key)
-    return tuple(row for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()
+    failure = run.flags.get("death")
+    return FAILURE_CAUSES.get(str(failure.get("cause"))) if isinstance(failure, dict) else None

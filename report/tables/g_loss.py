@@ -11,8 +11,8 @@ from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.tables.judgement import divergence_text
-from report.tables.selection import Selection, case_order, column_of, incomparable_reason, is_lm, select, series_order
-from report.tables.table import Table, data_text, frame, long_frame
+from report.tables.selection import Selection, column_of, in_order, incomparable_reason, is_lm, select, series_order
+from report.tables.table import Table, data_text, frame, identity, long_frame
 from report.text import joined, sentence, shortened
 
 COLUMNS = ("case", "kind", "loss_reduction", "arch", "dtype_config", "seed", "step", "loss", "minus_reference")
@@ -23,28 +23,12 @@ KINDS = {"Cls-Single": "Single-label", "Cls-Multi": "Multi-label"}
 def table(folder: Folder) -> Table:
     """All steps of all classification runs."""
     selection = select(folder)
-    cases = case_order({run.case for run in selection.runs if not is_lm(run)})
-    runs = [
-        run
-        for case in cases
-        for config in series_order({run.dtype_config for run in selection.of_case(case)})
-        for run in sorted(selection.of_case(case), key=lambda run: run.seed)
-        if run.dtype_config == config
-    ]
-    runs = [run for run in runs if len(folder.steps(run.run_id)["step"])]
+    runs = [run for run in in_order(selection.runs) if not is_lm(run) and len(folder.steps(run.run_id)["step"])]
     data = long_frame(runs, COLUMNS, lambda run: _steps(folder, run, selection))
     summary = frame([_row(folder, run, selection) for run in runs], SUMMARY)
-    return Table(
-        "G",
-        "g_loss_scale_inversion",
-        data,
-        _title(summary),
-        _caption(folder, runs),
-        summary,
-        selection.excluded,
-        folder.marks,
-        None if runs else "no classification run",
-    )
+    empty = None if runs else "no classification run"
+    title, caption = _title(summary), _caption(folder, runs)
+    return Table("G", "g_loss_scale_inversion", data, title, caption, summary, selection.excluded, folder.marks, empty)
 
 
 def minus_reference(folder: Folder, run: RunRecord, selection: Selection) -> np.ndarray:
@@ -76,41 +60,35 @@ def _row(folder: Folder, run: RunRecord, selection: Selection) -> dict:
     difference = minus_reference(folder, run, selection)
     tail = difference[-max(1, len(difference) // 10) :]
     tail = tail[np.isfinite(tail)]
-    dead = run.status == "diverged"
-    return {
-        "case": run.case,
+    diverged = run.status == "diverged"
+    return identity(run) | {
         "kind": KINDS[column_of(run)],
-        "loss_reduction": run.loss_reduction,
-        "arch": run.arch,
-        "dtype_config": run.dtype_config,
-        "seed": run.seed,
         "died_at": run.divergence_step,
-        "death": divergence_text(run) if dead else None,
-        "run_id": run.run_id,
-        "final_minus_reference": float(tail.mean()) if len(tail) and not dead else math.nan,
+        "death": divergence_text(run) if diverged else None,
+        "final_minus_reference": float(tail.mean()) if len(tail) and not diverged else math.nan,
     }
 
 
 def _title(summary: pd.DataFrame) -> str:
-    """Where fp16_naive and its controls die, by kind."""
+    """Where fp16_naive and its controls diverge, by kind."""
     if summary.empty:
         return "Not decided: no classification run."
     stressed = summary[summary["dtype_config"].str.startswith("fp16_naive")]
     if stressed.empty:
         return "Not decided: fp16_naive was not run on classification."
     configs = series_order(stressed["dtype_config"])
-    deaths = {config: _deaths(stressed[stressed["dtype_config"] == config]) for config in configs}
-    alive = [config for config in configs if not any(dead for dead, _ in deaths[config].values())]
-    dying = [config for config in configs if config not in alive]
-    parts = [_death_words(config, deaths[config], first=config == dying[0]) for config in dying]
-    if alive:
-        n = sum(runs for config in alive for _, runs in deaths[config].values())
-        parts.append(f"{joined(alive)} {'does' if len(alive) == 1 else 'do'} not die ({count(n, 'run')})")
+    counts = {config: _diverged(stressed[stressed["dtype_config"] == config]) for config in configs}
+    stable = [config for config in configs if not any(diverged for diverged, _ in counts[config].values())]
+    unstable = [config for config in configs if config not in stable]
+    parts = [_divergences(config, counts[config], first=config == unstable[0]) for config in unstable]
+    if stable:
+        n = sum(runs for config in stable for _, runs in counts[config].values())
+        parts.append(f"{joined(stable)} {'does' if len(stable) == 1 else 'do'} not diverge ({count(n, 'run')})")
     return sentence("; ".join(parts))
 
 
-def _deaths(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
-    """Kind -> (runs that died, runs), of the kinds that ran."""
+def _diverged(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Kind -> (runs that diverged, runs), of the kinds that ran."""
     return {
         kind: (int(of_kind["died_at"].notna().sum()), len(of_kind))
         for kind in KINDS.values()
@@ -118,12 +96,12 @@ def _deaths(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
     }
 
 
-def _death_words(config: str, of_kind: dict[str, tuple[int, int]], *, first: bool) -> str:
-    """The first says what the numbers are; those after it would only repeat it."""
+def _divergences(config: str, of_kind: dict[str, tuple[int, int]], *, first: bool) -> str:
+    """The first configuration's text says what the numbers are; those after it need not repeat it."""
     if first:
-        words = [f"{dead} of {count(n, f'{kind.lower()} run')}" for kind, (dead, n) in of_kind.items()]
-        return f"{config} dies in {joined(words)}"
-    return f"{config} in {joined(f'{dead} of {n}' for dead, n in of_kind.values())}"
+        parts = [f"{bad} of {count(n, f'{kind.lower()} run')}" for kind, (bad, n) in of_kind.items()]
+        return f"{config} diverges in {joined(parts)}"
+    return f"{config} in {joined(f'{bad} of {n}' for bad, n in of_kind.values())}"
 
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:

@@ -18,6 +18,7 @@ from report.text import joined, sentence, shortened
 COLUMNS = ("dtype_config", "side", "relative", "low", "high", "n", "rank", "tie_group")
 SUMMARY = ("tau", "tau_low", "tau_high", "n_configs", "note")
 SIDES = ("LM", "classification")
+TOO_FEW = "fewer than two configurations finished every case of both language modelling and classification beside fp32_true"
 
 
 def table(folder: Folder) -> Table:
@@ -29,40 +30,17 @@ def table(folder: Folder) -> Table:
     both = set.intersection(*(set(scores[side]) for side in SIDES))
     rows = [row for side in SIDES for row in _rows(side, {c: v for c, v in scores[side].items() if c in both})]
     data, summary = frame(rows, COLUMNS), _summary(scores, both)
-    empty = (
-        None
-        if len(both) > 1
-        else "fewer than two configurations finished every case of both language modelling and classification beside fp32_true"
-    )
-    return Table(
-        "H",
-        "h_rank_correlation",
-        data,
-        _title(data, summary, empty),
-        _caption(folder, runs),
-        summary,
-        excluded,
-        folder.marks,
-        empty,
-    )
+    empty = None if len(both) > 1 else TOO_FEW
+    title, caption = _title(data, summary, empty), _caption(folder, runs)
+    return Table("H", "h_rank_correlation", data, title, caption, summary, excluded, folder.marks, empty)
 
 
 def _rows(side: str, scores: dict[str, list[float]]) -> list[dict]:
     rows = []
     for ranked in rank_with_ties(scores):
         speed = exponential(mean_interval(scores[ranked.name]))
-        rows.append(
-            {
-                "dtype_config": ranked.name,
-                "side": side,
-                "relative": speed.value,
-                "low": speed.low,
-                "high": speed.high,
-                "n": speed.n,
-                "rank": ranked.rank,
-                "tie_group": ranked.tie_group,
-            }
-        )
+        values = (ranked.name, side, speed.value, speed.low, speed.high, speed.n, ranked.rank, ranked.tie_group)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 

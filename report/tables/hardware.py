@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from instrument.results.contents import Folder
-from report.tables.selection import case_order, series_order
+from report.tables.selection import one_a_cell
 from report.tables.table import Table, data_text, long_frame
 from report.text import gigabytes
 
-LETTER, NAME = "hardware", "hardware"
+NAME = "hardware"
 READINGS = {
     "gpu_memory_bytes": "gpu_memory_used_bytes",
     "rss_bytes": "process_rss_bytes",
@@ -22,25 +21,10 @@ COLUMNS = ("case", "dtype_config", "seed", "time_s", *READINGS, "disk_growth_byt
 
 def table(folder: Folder) -> Table:
     """Readings of ``hardware.jsonl`` of the lowest seed of every case and configuration that has one."""
-    chosen = {}
-    for run in sorted(folder.runs, key=lambda run: run.seed):
-        if folder.hardware(run.run_id) is not None:
-            chosen.setdefault((run.case, run.dtype_config), run)
-    runs = [
-        chosen[case, config]
-        for case in case_order(case for case, _ in chosen)
-        for config in series_order(c for at, c in chosen if at == case)
-    ]
+    runs = one_a_cell(folder.runs, lambda run: folder.hardware(run.run_id) is not None)
     if not runs:
-        return Table(
-            LETTER,
-            NAME,
-            pd.DataFrame(columns=list(COLUMNS)),
-            "Memory, utilisation and disk",
-            "",
-            marks=folder.marks,
-            empty="not measured: no run holds a hardware.jsonl.",
-        )
+        why = "not measured: no run holds a hardware.jsonl."
+        return Table.without_data(NAME, COLUMNS, "Memory, utilisation and disk", why, folder.marks)
     data = long_frame(runs, COLUMNS, lambda run: _readings(folder.hardware(run.run_id)))
     measure = "gpu_memory_bytes" if data["gpu_memory_bytes"].notna().any() else "rss_bytes"
     peaks = data.groupby("dtype_config", observed=True)[measure].max()
@@ -53,7 +37,7 @@ def table(folder: Folder) -> Table:
         f"{data_text(folder, runs)} One seed a case and configuration. GPU memory is that of all processes and the "
         "driver; utilisation of the processor is that of all cores. Dashed: median. Disk: growth since the start."
     )
-    return Table(LETTER, NAME, data, title, caption, marks=folder.marks)
+    return Table(NAME, NAME, data, title, caption, marks=folder.marks)
 
 
 def _readings(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,7 +13,13 @@ from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from kernels.float_formats import float_format
 from report.tables.table import Table
+from report.text import objects
 
+NAME = "headroom"
+MOST_RUNS, MOST_MODULES = 2, 32
+FEWEST_WINDOWS = 3
+"""Fewer columns than these show no development."""
+COLUMNS = ("run_id", "case", "dtype_config", "seed", "step", "module", "order", "direction", "absmax", "headroom_bits")
 READ_COLUMNS = ("step", "module", "order", "direction", "dtype", "absmax", "headroom_bits", "underflow_frac")
 
 
@@ -56,27 +62,12 @@ def _bits(dtype: str | None, absmax: float) -> float:
         return float(np.log2(largest) - np.log2(absmax)) if not math.isnan(absmax) else math.nan
 
 
-LETTER, NAME = "headroom", "headroom"
-MOST_RUNS, MOST_MODULES = 2, 32
-FEWEST_WINDOWS = 3
-"""Fewer columns than these show no road to anything."""
-COLUMNS = ("run_id", "case", "dtype_config", "seed", "step", "module", "order", "direction", "absmax", "headroom_bits")
-
-
 def table(folder: Folder) -> Table:
     """Forward headroom by module and step of up to two runs, and of each the modules with the least: runs that
     overflowed in the forward pass come first, then runs in fp16 by how little headroom they had."""
     pieces = _chosen(folder)
     if not pieces:
-        return Table(
-            LETTER,
-            NAME,
-            pd.DataFrame(columns=list(COLUMNS)),
-            "Headroom by layer over steps",
-            "",
-            marks=folder.marks,
-            empty=_why_empty(folder),
-        )
+        return Table.without_data(NAME, COLUMNS, "Headroom by layer over steps", _why_empty(folder), folder.marks)
     data = pd.concat(pieces, ignore_index=True)[list(COLUMNS)]
     caption = (
         f"Headroom in bits (doublings) between a module's largest output and the largest number of its dtype, up to "
@@ -84,7 +75,7 @@ def table(folder: Folder) -> Table:
         f"magnitudes were read. Shown: runs that overflowed in the forward pass, else runs in fp16 with at least "
         f"{FEWEST_WINDOWS} columns, the tightest first."
     )
-    return Table(LETTER, NAME, data, _title(folder, data), caption, marks=folder.marks)
+    return Table(NAME, NAME, data, _title(folder, data), caption, marks=folder.marks)
 
 
 def _chosen(folder: Folder) -> list[pd.DataFrame]:
@@ -104,25 +95,23 @@ def _chosen(folder: Folder) -> list[pd.DataFrame]:
             named = rows.assign(run_id=run.run_id, case=run.case, dtype_config=run.dtype_config, seed=run.seed)
             found.append((_rank(run), float(rows["headroom_bits"].min()), run.run_id, named))
     if any(rank < 2 for rank, *_ in found):
-        found = [piece for piece in found if piece[0] < 2]  # beside fp16, a wider range has nothing to tell
+        found = [piece for piece in found if piece[0] < 2]  # beside fp16, a wider range explains nothing
     found.sort(key=lambda piece: piece[:3])
     return [named for *_, named in found[:MOST_RUNS]]
 
 
 def _with_history(folder: Folder, run: RunRecord, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``activations.jsonl``, and those that the replay read of the module in which the value was made: its
-    turn may not have come in the last steps of the run."""
+    """The rows of ``activations.jsonl``, and those that the replay read of the module that produced the non-finite value:
+    the run reads its modules in rotation, and may not have read that one in its last steps."""
     first = run.first_nonfinite
     place = rows.loc[rows["module"] == first.module, "order"] if first else []
     if not len(place):
         return rows
     read = {(row.step, row.module) for row in rows[rows["direction"] == "fwd"].itertuples()}
-    told = folder.forensics(run.run_id).get("history")
-    told = [row for row in (told if isinstance(told, list) else []) if isinstance(row, dict)]
     given = {"module": first.module, "order": int(place.iloc[0]), "direction": "fwd", "dtype": first.dtype}
     found = [
         headroom_row({"step": row.get("step"), "absmax": row.get("absmax_fwd"), **given})
-        for row in told
+        for row in objects(folder.forensics(run.run_id).get("history"))
         if row.get("module") == first.module
     ]
     more = [row for row in found if row is not None and (row["step"], row["module"]) not in read]
@@ -130,13 +119,13 @@ def _with_history(folder: Folder, run: RunRecord, rows: pd.DataFrame) -> pd.Data
 
 
 def _overflowed(run: RunRecord) -> bool:
-    """Whether it died of a value that left its dtype's range on the way forward."""
+    """Whether it diverged by a value that left its dtype's range in the forward pass."""
     first = run.first_nonfinite
     return run.status == "diverged" and first is not None and first.cause == "overflow" and first.phase in ("forward", "loss")
 
 
 def _rank(run: RunRecord) -> int:
-    """Lower tells more."""
+    """Runs with a lower rank explain more."""
     if _overflowed(run):
         return 0
     return 1 if getattr(DTYPE_CONFIGS.get(run.dtype_config), "compute", None) == "fp16" else 2
@@ -149,16 +138,16 @@ def _why_empty(folder: Folder) -> str:
 
 
 def _title(folder: Folder, data: pd.DataFrame) -> str:
-    """The tightest place, how it came there, and whether the run died of it."""
+    """The module with the least headroom, how it got there, and whether the run overflowed."""
     least = data.loc[data["headroom_bits"].idxmin()]
     own = data[(data["run_id"] == least["run_id"]) & (data["module"] == least["module"])]
     before = own.loc[own["step"].idxmin()]
     came = f", down from {before['headroom_bits']:.1f} at step {before['step']:.0f}" if before["step"] < least["step"] else ""
     run = folder.by_id[least["run_id"]]
-    died = f"; the run overflows at step {run.divergence_step}" if _overflowed(run) else ""
+    overflow = f"; the run overflows at step {run.divergence_step}" if _overflowed(run) else ""
     return (
         f"Least headroom: {least['module']} of {least['dtype_config']} on {least['case']}, "
-        f"{least['headroom_bits']:.1f} bits at step {least['step']:.0f}{came}{died}."
+        f"{least['headroom_bits']:.1f} bits at step {least['step']:.0f}{came}{overflow}."
     )
 
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pandas as pd
@@ -15,10 +14,11 @@ from instrument.kernel_classes import CLASSES
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.tables.selection import case_order, series_order
-from report.tables.table import Table, data_text, frame
+from report.tables.selection import one_a_cell
+from report.tables.table import Table, data_text, frame, identity
+from report.text import number, objects
 
-LETTER, NAME = "kernel_time", "kernel_time"
+NAME = "kernel_time"
 IDLE = "idle"
 """Wall time of a step during which no kernel ran."""
 COLUMNS = ("case", "dtype_config", "seed", "run_id", "class", "phase", "seconds_per_step")
@@ -30,19 +30,11 @@ MOST_TOP, MOST_PROFILES = 5, 8
 def table(folder: Folder) -> Table:
     """One profiled run a case and configuration, the lowest seed that has a profile. ``summary`` holds the
     kernels that took longest (``TOP``)."""
-    runs = _profiled(folder)
+    runs = one_a_cell(folder.runs, lambda run: isinstance(run.flags.get("time_by_kernel"), dict) and _steps(run))
     rows = [row for run in runs for row in _seconds(run)]
     if not rows:
-        return Table(
-            LETTER,
-            NAME,
-            frame([], COLUMNS),
-            "Time by class of kernel",
-            "",
-            frame([], TOP),
-            marks=folder.marks,
-            empty="not measured: no run holds a profile; python -m harness case CASE CONFIG --trace makes one.",
-        )
+        why = "not measured: no run holds a profile; python -m harness case CASE CONFIG --trace makes one."
+        return Table.without_data(NAME, COLUMNS, "Time by class of kernel", why, folder.marks, summary=frame([], TOP))
     data = frame(rows, COLUMNS)
     sources = {
         SOURCES.get(source, "of an unknown source")
@@ -57,20 +49,7 @@ def table(folder: Folder) -> Table:
         "project's kernels."
     )
     top = frame([row for run in runs[:MOST_PROFILES] for row in _top(run)], TOP)
-    return Table(LETTER, NAME, data, _title(data), caption, top, marks=folder.marks)
-
-
-def _profiled(folder: Folder) -> list[RunRecord]:
-    """Runs with a profile and a number of steps to divide it by."""
-    chosen: dict[tuple[str, str], RunRecord] = {}
-    for run in sorted(folder.runs, key=lambda run: (run.seed, run.run_id)):
-        if isinstance(run.flags.get("time_by_kernel"), dict) and _steps(run):
-            chosen.setdefault((run.case, run.dtype_config), run)
-    return [
-        chosen[case, config]
-        for case in case_order(case for case, _ in chosen)
-        for config in series_order(config for at, config in chosen if at == case)
-    ]
+    return Table(NAME, NAME, data, _title(data), caption, top, marks=folder.marks)
 
 
 def _steps(run: RunRecord) -> int:
@@ -82,7 +61,7 @@ def _steps(run: RunRecord) -> int:
 def _seconds(run: RunRecord) -> list[dict[str, Any]]:
     """A row a class and phase, in the order of the classes; idle last."""
     profile, steps = run.flags["time_by_kernel"], _steps(run)
-    who = {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "run_id": run.run_id}
+    who = identity(run)
     by_class = profile.get("seconds")
     by_class = by_class if isinstance(by_class, dict) else {}
     classes = [*(name for name in CLASSES if name in by_class), *sorted(name for name in by_class if name not in CLASSES)]
@@ -91,36 +70,31 @@ def _seconds(run: RunRecord) -> list[dict[str, Any]]:
         for name in classes
         if isinstance(by_class[name], dict)
         for phase, value in by_class[name].items()
-        if (seconds := _number(value)) is not None
+        if (seconds := _duration(value)) is not None
     ]
-    idle = _number(profile.get("idle_s"))
+    idle = _duration(profile.get("idle_s"))
     if rows and idle is not None:
         rows.append(who | {"class": IDLE, "phase": "", "seconds_per_step": idle / steps})
     return rows
 
 
 def _top(run: RunRecord) -> list[dict[str, Any]]:
-    steps, found = _steps(run), run.flags["time_by_kernel"].get("top")
-    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    steps = _steps(run)
     return [
-        {
-            "case": run.case,
-            "dtype_config": run.dtype_config,
-            "name": row.get("name"),
-            "class": row.get("class"),
-            "phase": row.get("phase"),
+        identity(run)
+        | {name: row.get(name) for name in ("name", "class", "phase", "input_shapes")}
+        | {
             "seconds_per_step": total / steps,
-            "input_shapes": row.get("input_shapes"),
-            "calls_per_step": None if (calls := _number(row.get("count"))) is None else calls / steps,
+            "calls_per_step": None if (calls := _duration(row.get("count"))) is None else calls / steps,
         }
-        for row in rows[:MOST_TOP]
-        if (total := _number(row.get("total_s"))) is not None
+        for row in objects(run.flags["time_by_kernel"].get("top"))[:MOST_TOP]
+        if (total := _duration(row.get("total_s"))) is not None
     ]
 
 
-def _number(value: object) -> float | None:
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-    return float(value) if fine else None
+def _duration(value: object) -> float | None:
+    known = number(value)
+    return known if known is not None and known >= 0 else None
 
 
 def _title(data: pd.DataFrame) -> str:

@@ -10,9 +10,9 @@ import pandas as pd
 from instrument.results.contents import Folder
 from instrument.terminal import count
 from report.tables.table import Table, frame
-from report.text import printable, sentence
+from report.text import number, objects, printable, sentence
 
-LETTER, NAME = "overhead", "overhead"
+NAME = "overhead"
 ARMS = ("bare", "light", "full")
 """Instruments off, as they are by default, and all on: the figure; the table has every arm."""
 BARE = ARMS[0]
@@ -32,27 +32,14 @@ def table(folder: Folder) -> Table:
     summary = ratios(document)
     data = _rounds(document)
     if data.empty and summary.empty:
-        return Table(LETTER, NAME, data, "Instrumentation on beside off", "", summary, marks=marks, empty=EMPTY)
-    return Table(
-        LETTER,
-        NAME,
-        data,
-        _title(summary),
-        _caption(document, data),
-        summary,
-        marks=marks,
-        empty=None if len(data) else "overhead.json holds ratios and no step times of single rounds.",
-    )
+        return Table.without_data(NAME, COLUMNS, "Instrumentation on beside off", EMPTY, marks, summary=summary)
+    empty = None if len(data) else "overhead.json holds ratios and no step times of single rounds."
+    return Table(NAME, NAME, data, _title(summary), _caption(document, data), summary, marks=marks, empty=empty)
 
 
 def ratios(document: dict[str, Any]) -> pd.DataFrame:
     """The rows in unit ``ratio``, wall clock and processor time of an arm side by side; nan where there is none."""
-    rows = document.get("rows")
-    rows = (
-        [row for row in rows if isinstance(row, dict) and row.get("unit") == "ratio" and isinstance(row.get("name"), str)]
-        if isinstance(rows, list)
-        else []
-    )
+    rows = [row for row in objects(document.get("rows")) if row.get("unit") == "ratio" and isinstance(row.get("name"), str)]
     by_name = {row["name"]: row for row in rows}
     found = []
     for name, row in by_name.items():
@@ -119,5 +106,5 @@ def _marks(folder: Folder, document: dict[str, Any]) -> tuple[str, ...]:
 
 def _number(value: object) -> float:
     """A plain finite number, else nan."""
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fine else math.nan
+    known = number(value)
+    return math.nan if known is None else known

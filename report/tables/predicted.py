@@ -1,4 +1,4 @@
-"""What the fp32 run foretold of every narrower configuration, beside what came of it.
+"""What the fp32 run predicted for every narrower configuration, beside what happened.
 
 Read from ``predictions/<case>.json`` (``python -m harness predict CASE``) as plain data: what is not of the
 expected kind is left out, and a prediction for a run that is no row of this folder does not count.
@@ -15,7 +15,8 @@ import pandas as pd
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
 from report.tables.selection import REFERENCE, case_order
-from report.tables.table import frame
+from report.tables.table import frame, identity
+from report.text import objects
 
 VERDICTS = (
     "predicted and happened",
@@ -73,7 +74,7 @@ def predicted(folder: Folder) -> Predicted:
             if run is None or run.case != case or run.run_id in seen:
                 continue
             seen.add(run.run_id)
-            who = {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "run_id": run.run_id}
+            who = identity(run)
             outcomes += [who | row for row in _outcomes(config)]
             if (end := _end(config)) is not None:
                 ends.append(who | end)
@@ -88,40 +89,36 @@ def _could_be_predicted(folder: Folder, case: str) -> bool:
 
 
 def _configs(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for reference in _objects(content.get("references")):
-        yield from _objects(reference.get("configs"))
+    for reference in objects(content.get("references")):
+        yield from objects(reference.get("configs"))
 
 
 def _outcomes(config: dict[str, Any]) -> list[dict[str, Any]]:
     steps: dict[str, int] = {}
-    for hazard in _objects(config.get("hazards")):
+    for hazard in objects(config.get("hazards")):
         if isinstance(hazard.get("kind"), str) and (step := _step(hazard.get("step"))) is not None:
             steps[hazard["kind"]] = min(step, steps.get(hazard["kind"], step))
     return [
         {"kind": row["kind"], "verdict": row["verdict"], "step": steps.get(row["kind"])}
-        for row in _objects(config.get("outcomes"))
+        for row in objects(config.get("outcomes"))
         if row.get("verdict") in VERDICTS and isinstance(row.get("kind"), str)
     ]
 
 
 def _end(config: dict[str, Any]) -> dict[str, Any] | None:
     """What the run was predicted to end of, and what it ended of; None when it was compared with nothing, or neither."""
-    told = config.get("ends") if isinstance(config.get("ends"), dict) else {}
+    end = config.get("ends") if isinstance(config.get("ends"), dict) else {}
     happened = config.get("happened") if isinstance(config.get("happened"), str) else None
-    if not config.get("outcomes") or not (told.get("kind") or happened):
+    if not config.get("outcomes") or not (end.get("kind") or happened):
         return None
     return {
-        "predicted": told.get("kind"),
-        "predicted_step": _step(told.get("step")),
-        "predicted_module": told.get("module"),
+        "predicted": end.get("kind"),
+        "predicted_step": _step(end.get("step")),
+        "predicted_module": end.get("module"),
         "happened": happened,
         "happened_step": _step(config.get("ended_at")),
         "happened_module": config.get("happened_in"),
     }
-
-
-def _objects(rows: object) -> list[dict[str, Any]]:
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _step(value: object) -> int | None:

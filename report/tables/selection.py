@@ -47,6 +47,23 @@ def case_order(cases: Iterable[str]) -> list[str]:
     return _in_order(cases, CASES)
 
 
+def in_order(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Runs by case, configuration (in the registries' orders) and seed."""
+    runs = list(runs)
+    cases = {case: at for at, case in enumerate(case_order(run.case for run in runs))}
+    configs = {config: at for at, config in enumerate(series_order(run.dtype_config for run in runs))}
+    return sorted(runs, key=lambda run: (cases[run.case], configs[run.dtype_config], run.seed, run.run_id))
+
+
+def one_a_cell(runs: Iterable[RunRecord], has: Callable[[RunRecord], object]) -> list[RunRecord]:
+    """In order, the lowest seed of every case and configuration among the runs that ``has`` takes."""
+    chosen: dict[tuple[str, str], RunRecord] = {}
+    for run in in_order(runs):
+        if (run.case, run.dtype_config) not in chosen and has(run):
+            chosen[run.case, run.dtype_config] = run
+    return list(chosen.values())
+
+
 def is_control(config: str) -> bool:
     """Whether a configuration is run to explain another's death, not to be recommended."""
     return any(config in declared.controls for declared in DTYPE_CONFIGS.values())

@@ -7,10 +7,10 @@ import pandas as pd
 
 from instrument.results.contents import Folder
 from report.statistics import rolling_median
-from report.tables.selection import case_order, series_order
+from report.tables.selection import one_a_cell
 from report.tables.table import Table, data_text, long_frame
 
-LETTER, NAME = "step_times", "step_times"
+NAME = "step_times"
 COLUMNS = ("case", "dtype_config", "seed", "step", "step_time_s", "rolling_median_s")
 WINDOW_STEPS = 25
 FEWEST_STEPS = 10
@@ -18,30 +18,14 @@ FEWEST_STEPS = 10
 
 def table(folder: Folder) -> Table:
     """Step times of the lowest seed of every case and configuration, warm-up left out."""
-    chosen, excluded = {}, []
-    for run in sorted(folder.runs, key=lambda run: run.seed):
-        if run.timed_steps >= FEWEST_STEPS:
-            chosen.setdefault((run.case, run.dtype_config), run)
-        else:
-            excluded.append((run.run_id, f"{run.timed_steps} timed steps of at least {FEWEST_STEPS}"))
-    runs = [
-        chosen[key]
-        for case in case_order(case for case, _ in chosen)
-        for key in [(case, config) for config in series_order(c for at, c in chosen if at == case)]
-    ]
+    short = [run for run in sorted(folder.runs, key=lambda run: run.seed) if run.timed_steps < FEWEST_STEPS]
+    excluded = tuple((run.run_id, f"{run.timed_steps} timed steps of at least {FEWEST_STEPS}") for run in short)
+    runs = one_a_cell(folder.runs, lambda run: run.timed_steps >= FEWEST_STEPS)
     data = long_frame(runs, COLUMNS, lambda run: _timed(folder.steps(run.run_id), run.timed_steps))
-    summary = pd.DataFrame([_summary(run, data) for run in runs])
     if data.empty:
-        return Table(
-            LETTER,
-            NAME,
-            data,
-            "Step times",
-            "",
-            excluded=tuple(excluded),
-            marks=folder.marks,
-            empty=f"not measured: no run has {FEWEST_STEPS} timed steps.",
-        )
+        why = f"not measured: no run has {FEWEST_STEPS} timed steps."
+        return Table.without_data(NAME, COLUMNS, "Step times", why, folder.marks, excluded=excluded)
+    summary = pd.DataFrame([_summary(run, data) for run in runs])
     slowest_tail = summary.loc[(summary["p95_s"] / summary["median_s"]).idxmax()]
     title = (
         f"The longest tail of step times: {slowest_tail['dtype_config']} on {slowest_tail['case']}, "
@@ -52,7 +36,7 @@ def table(folder: Folder) -> Table:
         "the third quartile, line at the median, diamond at the mean, tick at the 95th percentile. One seed a "
         "configuration; steps of warm-up left out."
     )
-    return Table(LETTER, NAME, data, title, caption, summary, tuple(excluded), folder.marks)
+    return Table(NAME, NAME, data, title, caption, summary, excluded, folder.marks)
 
 
 def _timed(steps: dict[str, np.ndarray], timed: int) -> dict[str, np.ndarray]:
@@ -64,15 +48,6 @@ def _timed(steps: dict[str, np.ndarray], timed: int) -> dict[str, np.ndarray]:
 def _summary(run, data: pd.DataFrame) -> dict:
     own = data[(data["case"] == run.case) & (data["dtype_config"] == run.dtype_config)]["step_time_s"].to_numpy()
     own = own[np.isfinite(own)]
-    low, middle, high, p95 = np.percentile(own, [25, 50, 75, 95]) if len(own) else [np.nan] * 4
-    return {
-        "case": run.case,
-        "dtype_config": run.dtype_config,
-        "seed": run.seed,
-        "n": len(own),
-        "q1_s": low,
-        "median_s": middle,
-        "q3_s": high,
-        "p95_s": p95,
-        "mean_s": own.mean() if len(own) else np.nan,
-    }
+    facts = [*np.percentile(own, [25, 50, 75, 95]), own.mean()] if len(own) else [np.nan] * 5
+    who = {"case": run.case, "dtype_config": run.dtype_config, "seed": run.seed, "n": len(own)}
+    return who | dict(zip(("q1_s", "median_s", "q3_s", "p95_s", "mean_s"), facts, strict=True))

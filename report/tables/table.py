@@ -11,6 +11,7 @@ import pandas as pd
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
+from report.tables.selection import column_of
 from report.text import shortened
 
 
@@ -33,13 +34,21 @@ class Table:
     marks: tuple[str, ...] = ()
     empty: str | None = None
 
+    @classmethod
+    def without_data(cls, name: str, columns: Iterable[str], title: str, why: str, marks: tuple[str, ...], **more) -> Table:
+        """The table of a figure that has nothing to draw, under its name for a letter."""
+        return cls(name, name, pd.DataFrame(columns=list(columns)), title, "", marks=marks, empty=why, **more)
+
+
+def identity(run: RunRecord) -> dict[str, object]:
+    """What a row says of its run; `frame` takes the columns that its table has."""
+    names = ("case", "arch", "loss_reduction", "dtype_config", "seed", "run_id")
+    return {name: getattr(run, name) for name in names} | {"column": column_of(run)}
+
 
 def frame(rows: list[dict], columns: tuple[str, ...]) -> pd.DataFrame:
-    """Rows as a frame with these columns, also when there is no row."""
+    """Rows as a frame with these columns and no others, also when there is no row."""
     return pd.DataFrame(rows, columns=list(columns))
-
-
-IDENTITY = ("case", "dtype_config", "seed")
 
 
 def long_frame(
@@ -51,7 +60,7 @@ def long_frame(
     """
     pieces = []
     for run in runs:
-        values = {name: getattr(run, name) for name in IDENTITY if name in columns} | of_run(run)
+        values = {name: getattr(run, name) for name in ("case", "dtype_config", "seed") if name in columns} | of_run(run)
         length = next(len(value) for value in values.values() if isinstance(value, np.ndarray))
         pieces.append({name: value if isinstance(value, np.ndarray) else [value] * length for name, value in values.items()})
     return pd.DataFrame({name: _joined([piece[name] for piece in pieces]) for name in columns})

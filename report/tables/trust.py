@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from instrument.results.contents import Folder
 from instrument.terminal import count
@@ -11,7 +10,7 @@ from report.statistics import FEWEST_SEEDS
 from report.tables.judgement import is_unfinished, judge_runs
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, select
 from report.tables.speed import eligible
-from report.text import shortened
+from report.text import number, objects, shortened
 
 DISTURBED = ("throttled", "contended")
 
@@ -145,16 +144,13 @@ def _overhead(folder: Folder) -> Check:
     """The benchmark's own rows with an aim; the one that is furthest beyond it speaks."""
     rows = [
         row
-        for row in (folder.overhead or {}).get("rows", [])
-        if isinstance(row, dict)
-        and row.get("unit") == "ratio"
-        and _number(row, "median") is not None
-        and _number(row, "at_most") is not None
+        for row in objects((folder.overhead or {}).get("rows"))
+        if row.get("unit") == "ratio" and number(row.get("median")) is not None and number(row.get("at_most")) is not None
     ]
     if not rows:
         return Check("overhead", None, "The instruments' own cost on this machine was not measured (no overhead.json).")
     worst = max(rows, key=lambda row: row["median"] / row["at_most"])
-    low, high = _number(worst, "low95"), _number(worst, "high95")
+    low, high = number(worst.get("low95")), number(worst.get("high95"))
     span = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
     missed = [row for row in rows if row["median"] > row["at_most"]]
     return Check(
@@ -167,8 +163,7 @@ def _overhead(folder: Folder) -> Check:
 
 def _kernels(folder: Folder) -> tuple[Check, ...]:
     """What `python -m kernels check` found on this device."""
-    found = (folder.kernel_check or {}).get("rows")
-    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    rows = objects((folder.kernel_check or {}).get("rows"))
     if not rows:
         return ()
     ops = {str(row.get("op")) for row in rows}
@@ -190,8 +185,3 @@ def _kernels(folder: Folder) -> tuple[Check, ...]:
             f"{len(wrong)} of {len(rows)} quantities do not agree with float64 on this device ({where}); the first: {what}.",
         ),
     )
-
-
-def _number(row: dict[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -12,7 +12,7 @@ from instrument.results.schemas import FirstNonfinite, StepRecord, decode, encod
 from report.errors import UsageError
 from report.plots.style import TITLE_PT, wrap
 from report.tables import TABLES, all_tables, d_grad_norm, e_logits, g_loss
-from report.tables.failures import DEATHS, failures
+from report.tables.failures import FAILURE_CAUSES, failures
 from report.tables.headroom import headroom
 from report.tables.trust import trust
 
@@ -121,7 +121,7 @@ def test_loss_minus_reference_is_taken_on_the_same_batch_only(plant):
     assert data[data["dtype_config"] == "bf16_pure"]["minus_reference"].isna().all()
 
 
-def test_where_each_kind_dies_is_the_title(plant):
+def test_where_each_kind_diverges_is_the_title(plant):
     folder = plant(
         ("gpt2_single_cls", "gpt2_multi_cls"),
         ("fp32_true", "fp16_naive"),
@@ -129,7 +129,7 @@ def test_where_each_kind_dies_is_the_title(plant):
         lambda case, config, seed: {"dies_at": 9} if config == "fp16_naive" and "multi" in case else {},
     )
     table = g_loss.table(folder)
-    assert table.title == "fp16_naive dies in 0 of 1 single-label run and 1 of 1 multi-label run."
+    assert table.title == "fp16_naive diverges in 0 of 1 single-label run and 1 of 1 multi-label run."
     assert table.summary.set_index(["case", "dtype_config"]).loc[("gpt2_multi_cls", "fp16_naive"), "death"] == "NaN @ 9"
 
 
@@ -144,8 +144,8 @@ def test_the_title_of_g_names_each_configuration_once_and_fits_two_lines(plant):
     )
     title = g_loss.table(folder).title
     assert title == (
-        "fp16_naive dies in 2 of 2 single-label runs and 2 of 2 multi-label runs; fp16_naive_eps1e4 in 1 of 2 and "
-        "1 of 2; fp16_naive_fp32_states does not die (4 runs)."
+        "fp16_naive diverges in 2 of 2 single-label runs and 2 of 2 multi-label runs; fp16_naive_eps1e4 in 1 of 2 and "
+        "1 of 2; fp16_naive_fp32_states does not diverge (4 runs)."
     )
     assert len(wrap(title, 6.9, TITLE_PT, 9)) <= 2
 
@@ -283,7 +283,7 @@ def test_the_kernels_speak_where_they_were_checked(plant, content, ok, says):
     ("status", "death", "says", "cause"),
     [
         ("oom", {"cause": "cuda_oom"}, "ran out of memory after 1 step: CUDA", "the GPU's memory ran out"),
-        ("hung", {"cause": "hung"}, "hung after 1 step: CUDA", "no sign of life"),
+        ("hung", {"cause": "hung"}, "hung after 1 step: CUDA", "no heartbeat"),
         ("error", {"cause": "killed"}, "stopped from outside after 1 step: CUDA", "the process was killed from outside"),
         ("error", None, "failed after 1 step: CUDA", None),
     ],
@@ -306,6 +306,6 @@ def test_a_run_without_a_result_says_what_ended_it(plant, status, death, says, c
 
 
 def test_every_cause_of_death_has_its_words():
-    from harness.failure import CAUSES as DEATHS_OF_RUNS
+    from harness.failure import CAUSES
 
-    assert set(DEATHS) == set(DEATHS_OF_RUNS)
+    assert set(FAILURE_CAUSES) == set(CAUSES)
