@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="two devices or more side by side")
     compare.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="results folders, one a device")
     compare.add_argument("--price-per-hour", type=_price, nargs="+", metavar="P", help="one a folder, in their order")
-    compare.add_argument("--currency", type=_currency, metavar="WORD", help="the word behind prices, such as EUR")
+    compare.add_argument("--currency", type=_currency, metavar="WORD", help="the word after prices, such as EUR")
     _json(compare)
     _import(commands.add_parser("import", help="bring another program's logs in, marked IMPORTED"))
     export = commands.add_parser("export", help="the results in another tool's format")
@@ -98,7 +98,7 @@ def _folder(command: argparse.ArgumentParser) -> None:
 
 def _priced(command: argparse.ArgumentParser) -> None:
     command.add_argument("--price-per-hour", type=_price, metavar="P", help="of this machine, to give the cost in money")
-    command.add_argument("--currency", type=_currency, metavar="WORD", help="the word behind prices, such as EUR")
+    command.add_argument("--currency", type=_currency, metavar="WORD", help="the word after prices, such as EUR")
 
 
 def _json(command: argparse.ArgumentParser) -> None:

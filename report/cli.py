@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from report import arguments
 from report.errors import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
 MAKING = ("build", "import", "export")
-"""Commands that go on when nobody reads their words any more: what they make goes into files."""
+"""Commands that finish although nobody reads their output any more: what they make goes into files."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +59,7 @@ def _build(options: argparse.Namespace) -> int:
         price=_price(options),
     )
     if options.json:
-        _print(
-            {
-                "paths": [str(path) for path in result.paths],
-                "seconds": result.seconds,
-                "defects": [asdict(defect) for defect in result.defects],
-            }
-        )
+        _print({"paths": [str(path) for path in result.paths], "seconds": result.seconds, "defects": result.defects})
         return OK
     pages = [path for path in result.paths if path.suffix == ".html" or path.name == "dossier.pdf"]
     for path in pages:
@@ -89,7 +82,7 @@ def _pdf_possible(options: argparse.Namespace) -> bool:
     try:
         require_pdf()
     except PdfUnavailable as why:
-        print(f"report: going on without dossier.pdf: {why}", file=sys.stderr)
+        print(f"report: no dossier.pdf: {why}", file=sys.stderr)
         return False
     return True
 
@@ -100,7 +93,7 @@ def _verdict(options: argparse.Namespace) -> int:
 
     folder = load(options.folder)
     if options.json:
-        _print(asdict(verdict(folder, _price(options))))
+        _print(verdict(folder, _price(options)))
     else:
         print(verdict_text(folder, _price(options)))
     return OK
@@ -129,7 +122,7 @@ def _validate(options: argparse.Namespace) -> int:
             raise
         runs, defects, refusal = 0, error.defects, str(error)
     if options.json:
-        _print({"runs": runs, "defects": [asdict(defect) for defect in defects]})
+        _print({"runs": runs, "defects": defects})
     else:
         for defect in defects:
             print(defect, file=sys.stderr)
@@ -144,13 +137,7 @@ def _import(options: argparse.Namespace) -> int:
 
     records, defects = import_dtype_bench(options.folder, options.out, options.gpu)
     if options.json:
-        _print(
-            {
-                "out": str(options.out),
-                "runs": [record.run_id for record in records],
-                "defects": [asdict(defect) for defect in defects],
-            }
-        )
+        _print({"out": str(options.out), "runs": [record.run_id for record in records], "defects": defects})
         return OK
     for defect in defects:
         print(defect, file=sys.stderr)
@@ -174,15 +161,8 @@ def _compare(options: argparse.Namespace) -> int:
     comparison = compare([load(path) for path in options.folders], options.price_per_hour, options.currency or "")
     if options.json:
         rows = comparison.data.astype(object).where(comparison.data.notna(), None).to_dict("records")
-        _print(
-            {
-                "devices": comparison.devices,
-                "rows": rows,
-                "differences": comparison.differences,
-                "notes": comparison.notes,
-                "currency": comparison.currency,
-            }
-        )
+        names = ("devices", "differences", "notes", "currency")
+        _print({name: getattr(comparison, name) for name in names} | {"rows": rows})
         return OK
     from rich.console import Console
 
@@ -213,18 +193,9 @@ COMMANDS = {
 
 
 def _print(content: Any) -> None:
-    """Strict JSON: what is not finite is null."""
-    print(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False))
+    from report.text import plain_json
 
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    if isinstance(content, float):
-        return content if abs(content) < float("inf") else None
-    return content.item() if hasattr(content, "item") else content
+    print(json.dumps(plain_json(content), ensure_ascii=False, allow_nan=False))
 
 
 def _common(paths: list[Path]) -> Path:

@@ -134,11 +134,11 @@ def _differences(data: pd.DataFrame) -> tuple[str, ...]:
     for (case, config), rows in data.groupby(["case", "dtype_config"], sort=False):
         rows = rows[rows["state"].isin(JUDGED)]
         if rows["state"].nunique() > 1:
-            words = ", ".join(
+            states = ", ".join(
                 f"{row.device} {row.state}" + (f" ({row.line1})" if row.state == "diverged" else "")
                 for row in rows.itertuples()
             )
-            found.append(f"{case}, {config}: {words}")
+            found.append(f"{case}, {config}: {states}")
     return tuple(found)
 
 
@@ -180,8 +180,8 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(table)
         console.print()
     if comparison.data["price_per_hour"].notna().any():
-        words = f"cost/M: {comparison.currency or 'price'} per million samples; per 10^9 real tokens: see --json"
-        console.print(words, style="dim", markup=False)
+        unit = f"cost/M: {comparison.currency or 'price'} per million samples; per 10^9 real tokens: see --json"
+        console.print(unit, style="dim", markup=False)
     if comparison.differences:
         console.print("[bold]not the same on every device[/]")
     for line in comparison.differences:

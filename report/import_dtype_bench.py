@@ -11,7 +11,7 @@ What its source (ParkerWilliams/dtype-bench, ``src/benchmark.py``) does, and wha
   `instrument.flops` and divide by the dense peak of the dtype; the first step compiles and is not timed.
 - ``loss_scale`` is read after the scaler's update; ours is the scale at which backward ran, so it is
   shifted by a step. A non-finite gradient under the scaler is a skipped step.
-- All runs shared a process: a peak holds what earlier runs left behind.
+- All runs shared a process: a peak holds what earlier runs did not free.
 - The card's name, the learning rate, hashes and (masked LM pads to 512) real tokens are not in the logs.
 """
 

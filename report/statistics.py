@@ -34,6 +34,10 @@ class Interval:
         """Whether there is an interval at all."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def negated(self) -> Interval:
+        """The interval of minus the value."""
+        return Interval(-self.value, -self.high, -self.low, self.n)
+
     def above(self, bound: float) -> bool:
         """Whether the whole interval lies above ``bound``."""
         return self.known and self.low > bound
@@ -49,7 +53,7 @@ NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Mean and t-interval of independent values; apply it to paired differences for a comparison.
 
-    Raises ValueError on a non-finite value: what a dead run measured is no value.
+    Raises ValueError on a non-finite value: a diverged run has no value.
     """
     array = np.asarray(values, dtype=np.float64)
     if not np.isfinite(array).all():

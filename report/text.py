@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from report.statistics import Interval  # which imports pandas: an error must be printed without it, too
 
 
-def joined(words: Iterable[str]) -> str:
+def joined(names: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
-    *first, last = [*words] or [""]
+    *first, last = [*names] or [""]
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def shortened(words: Iterable[str], most: int = 3) -> str:
+def shortened(names: Iterable[str], most: int = 3) -> str:
     """At most ``most`` of them by name, the rest as a number."""
-    words = list(words)
-    return joined(words) if len(words) <= most else f"{', '.join(words[:most])} and {len(words) - most} more"
+    names = list(names)
+    return joined(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def times(interval: Interval) -> str:
@@ -64,6 +65,18 @@ def objects(rows: object) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list | tuple) else []
 
 
+def plain_json(value: Any) -> Any:
+    """Dataclasses, tuples and numpy numbers as what strict JSON can hold; a number that is not finite is null."""
+    if is_dataclass(value):
+        return plain_json(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def sentence(text: str) -> str:
     """With a capital letter unless it begins with an identifier, and a full stop."""
     text = text.strip()
@@ -74,7 +87,7 @@ def sentence(text: str) -> str:
 
 LABEL_LIMIT = 60
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# Control characters, and the marks that turn the reading direction of the text around them.
+# Control characters, and the marks that change the reading direction of the text.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
 

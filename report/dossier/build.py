@@ -3,60 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from instrument.results.files import replace
 from report.dossier.context import context
-from report.dossier.page import page
+from report.dossier.page import page, require_pdf, write_pdf
 from report.hypotheses import judge
 from report.plots.draw import draw_all
 from report.tables import all_tables, hardware, headroom, kernel_time, overhead, step_times
 from report.tables.failures import failures
 from report.tables.predicted import predicted
 from report.tables.trust import trust
+from report.text import plain_json
 from report.verdict import Price, verdict
-
-
-class Progress:
-    """A context manager; ``step`` names what begins (or, of the figures, what is done)."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        console = Console(stderr=True)
-        columns = (
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        self._bar = Bar(*columns, console=console, transient=True) if enabled and console.is_terminal else None
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task("reading", total=None)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def expect(self, steps: int) -> None:
-        """How many steps are still to come."""
-        if self._bar:
-            self._bar.update(self._task, total=steps, completed=0)
-
-    def step(self, what: str) -> None:
-        if self._bar:
-            self._bar.update(self._task, advance=1, description=what)
-
 
 SECTION_TABLES = {
     "kernel_time": kernel_time,
@@ -97,45 +61,44 @@ def build(
     """
     out = folder.path if out is None else Path(out)
     if pdf:
-        from report.dossier.page import require_pdf
-
         require_pdf()
     clock = _Clock()
-    with Progress(enabled=progress) as bar:
-        bar.step("tables")
+    with _bar(progress) as bar:
+        task = bar.add_task("tables", total=None)
         tables = all_tables(folder, heartbeat) | {key: module.table(folder) for key, module in SECTION_TABLES.items()}
         findings, decision, checks, cards = judge(folder), verdict(folder, price), trust(folder), failures(folder)
         forecast = predicted(folder)
         clock.lap("tables")
-        bar.expect(len(tables) + 1 + pdf)
-        drawn = draw_all(tables, out / "plots", formats, dpi, lambda letter: bar.step(f"figure {letter}"))
-        clock.lap("figures")
-        bar.step("page")
-        content = context(
-            folder,
-            drawn,
-            tables,
-            findings=findings,
-            verdict=decision,
-            checks=checks,
-            failures=cards,
-            forecast=forecast,
-            defects=folder.defects,
+        bar.update(task, total=len(tables) + 1 + pdf)
+        drawn = draw_all(
+            tables, out / "plots", formats, dpi, lambda letter: bar.update(task, advance=1, description=f"figure {letter}")
         )
-        html = page(content)
+        clock.lap("figures")
+        bar.update(task, advance=1, description="page")
+        html = page(context(folder, drawn, tables, findings, decision, checks, cards, forecast))
         paths = [out / "plots" / file for figure in drawn.values() for file in figure.files]
         paths += [out / "summary.json", out / "dossier" / "index.html"]
         replace(paths[-1], html.encode())
         replace(paths[-2], _summary(folder, tables, findings, decision, checks, forecast).encode())
         clock.lap("page")
         if pdf:
-            from report.dossier.page import write_pdf
-
-            bar.step("pdf")
+            bar.update(task, advance=1, description="pdf")
             paths.append(out / "dossier" / "dossier.pdf")
             write_pdf(html, paths[-1])
             clock.lap("pdf")
     return BuildResult(tuple(paths), clock.seconds, folder.defects)
+
+
+def _bar(enabled: bool) -> Progress:
+    """What a person sees while a dossier is built: a bar on standard error, on a terminal only."""
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(30),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
 
 
 class _Clock:
@@ -162,28 +125,9 @@ def _summary(folder, tables: dict, findings, decision, checks, forecast) -> str:
         "checks": checks,
         "predictions": {"counts": forecast.counts, "not_predicted": forecast.missing},
         "figures": {
-            key: {
-                "name": table.name,
-                "title": table.title,
-                "caption": table.caption,
-                "empty": table.empty,
-                "excluded": table.excluded,
-            }
+            key: {name: getattr(table, name) for name in ("name", "title", "caption", "empty", "excluded")}
             for key, table in tables.items()
         },
         "defects": [str(defect) for defect in folder.defects],
     }
-    return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and numpy numbers as plain JSON values."""
-    if is_dataclass(value):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain_json(content), indent=1, allow_nan=False) + "\n"

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from markupsafe import Markup
 
 from instrument.terminal import count
 from report.dossier import measurements
 from report.dossier.failure_cards import failure_cards
-from report.dossier.measurements import HEADS as FIT_HEADS
-from report.dossier.measurements import fit_rows
-from report.dossier.prediction import prediction_words
+from report.dossier.prediction import prediction_text
 from report.dossier.reproduce import commands, versions
 from report.dossier.rows import HEADS, RowNumbers, run_rows
 from report.plots.draw import Drawn
 from report.tables.selection import select
 from report.tables.speed import eligible
+from report.tables.table import Table
 from report.text import clean, gigabytes, joined
 
-MARK_WORDS = {
+MARK_MEANINGS = {
     "TINY PRESET": "Two-layer models and some dozen steps: mechanisms show, speeds and scores do not carry over.",
     "EMBEDDED DATA": "Generated documents, not EUR-Lex and OpenWebText.",
     "CPU": "Measured on a processor: its fp16 and bf16 arithmetic says nothing about a GPU's speed.",
     "IMPORTED": "Logs of another program, converted; what it did not record is missing here.",
     "SIMULATED": "These numbers are made up, to measure the report. They say nothing about any device.",
 }
+
+
+EXECUTIVE = "ACB"
+PEAK_KINDS = {"rss": "resident", "device": "on the device", "reserved": "reserved"}
+MACHINE = ("step_times", "hardware")
+SECTIONS = (
+    ("decision", "Decision"),
+    ("trust", "Can you trust this?"),
+    ("summary", "Executive summary"),
+    ("hypotheses", "Hypotheses"),
+    ("failures", "Failures"),
+    ("time", "Where the time goes"),
+    ("hardware", "Memory, energy, hardware"),
+    ("runs", "All runs"),
+    ("methods", "Methods"),
+    ("reproduce", "Reproduce"),
+)
+MOST_DEFECTS, MOST_EXCLUDED = 200, 12
 
 
 def header(folder) -> dict:
@@ -44,12 +64,12 @@ def header(folder) -> dict:
                 for field, word in (("case", "case"), ("dtype_config", "configuration"), ("seed", "seed"))
             ),
         ),
-        ("Outcomes", _outcomes(runs)),
+        ("Outcomes", joined(f"{n} {status}" for status, n in Counter(run.status for run in runs).most_common())),
     ]
     return {
         "device": clean(folder.device, 60),
         "facts": facts,
-        "marks": [{"name": mark, "words": MARK_WORDS.get(mark, "")} for mark in folder.marks],
+        "marks": [{"name": mark, "meaning": MARK_MEANINGS.get(mark, "")} for mark in folder.marks],
     }
 
 
@@ -57,55 +77,15 @@ def _values(values: Iterable[object]) -> list[str]:
     return [clean(value, 60) for value in dict.fromkeys(values) if value]
 
 
-def _outcomes(runs) -> str:
-    numbers: dict[str, int] = {}
-    for run in runs:
-        numbers[run.status] = numbers.get(run.status, 0) + 1
-    return joined(f"{n} {status}" for status, n in sorted(numbers.items(), key=lambda item: -item[1]))
-
-
-EXECUTIVE = "ACB"
-PEAK_KINDS = {"rss": "resident", "device": "on the device", "reserved": "reserved"}
-MACHINE = ("step_times", "hardware")
-SECTIONS = (
-    ("decision", "Decision"),
-    ("trust", "Can you trust this?"),
-    ("summary", "Executive summary"),
-    ("hypotheses", "Hypotheses"),
-    ("failures", "Failures"),
-    ("time", "Where the time goes"),
-    ("hardware", "Memory, energy, hardware"),
-    ("runs", "All runs"),
-    ("methods", "Methods"),
-    ("reproduce", "Reproduce"),
-)
-KERNEL_COLUMNS = (
-    ("op", ""),
-    ("case", ""),
-    ("arm", ""),
-    ("status", ""),
-    ("time_s", "us"),
-    ("time_over_ours", ""),
-    ("bytes_per_s", "GB/s"),
-    ("share_of_copy", ""),
-    ("pairs", ""),
-    ("note", ""),
-)
-KERNEL_HEADS = ("op", "case", "way", "status", "time (us)", "time over ours", "GB/s", "share of copy", "pairs", "note")
-MOST_DEFECTS, MOST_EXCLUDED = 200, 12
-
-
 def context(
     folder,
     drawn: dict[str, Drawn],
-    tables: dict,
-    *,
+    tables: dict[str, Table],
     findings: Sequence,
     verdict,
     checks: Sequence,
     failures: Sequence,
     forecast,
-    defects: Sequence,
 ) -> dict[str, Any]:
     """The template's values. ``drawn``: figures by letter; the rest as their modules return it."""
     numbers = RowNumbers(folder.runs)
@@ -122,42 +102,39 @@ def context(
         "checks": [_check(check, numbers) for check in checks],
         "findings": _findings(findings, numbers),
         "failures": failure_cards(failures, folder, numbers),
-        "predicted": prediction_words(forecast, folder),
+        "predicted": prediction_text(forecast, folder),
         "class_heads": class_heads,
         "class_rows": class_rows,
         "top_heads": measurements.TOP_HEADS,
         "top_rows": measurements.top_kernels(tables["kernel_time"].summary),
         "mfu_rows": measurements.mfu_rows(eligible(folder, select(folder))[0]),
-        "kernel_heads": KERNEL_HEADS,
-        "kernel_rows": measurements.bench_table(folder.kernels, KERNEL_COLUMNS),
+        "kernel_heads": measurements.KERNEL_HEADS,
+        "kernel_rows": measurements.kernel_rows(folder.kernels),
         "overhead_heads": measurements.OVERHEAD_HEADS,
         "overhead_rows": measurements.overhead_rows(tables["overhead"].summary),
-        "fit_heads": FIT_HEADS,
-        "fit_rows": fit_rows(folder.fit, verdict.price_per_hour),
+        "fit_heads": measurements.FIT_HEADS,
+        "fit_rows": measurements.fit_rows(folder.fit, verdict.price_per_hour),
         "peaks": _peaks(folder.runs),
         "run_heads": HEADS,
         "run_rows": run_rows(folder.runs, numbers),
         "commands": commands(folder.runs, numbers),
         "versions": versions(folder.runs, folder.machine),
-        "defects": [clean(defect, 400) for defect in defects[:MOST_DEFECTS]],
-        "n_defects": len(defects),
+        "defects": [clean(defect, 400) for defect in folder.defects[:MOST_DEFECTS]],
+        "n_defects": len(folder.defects),
     }
 
 
-def _figure(figure: Drawn, table, numbers: RowNumbers) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    label = f"Figure {figure.letter}" if len(figure.letter) == 1 else figure.letter.replace("_", " ").capitalize()
+def _figure(figure: Drawn, table: Table, numbers: RowNumbers) -> dict[str, Any]:
     return {
-        "letter": figure.letter,
-        "label": label,
-        "name": figure.name,
-        "title": clean(figure.title, 400),
-        "caption": clean(figure.caption, 3_000),
+        "letter": table.letter,
+        "label": f"Figure {table.letter}" if len(table.letter) == 1 else table.letter.replace("_", " ").capitalize(),
+        "name": table.name,
+        "title": clean(table.title, 400),
+        "caption": clean(table.caption, 3_000),
         "svg": Markup(figure.svg),
         "files": figure.files,
-        "empty": figure.empty and clean(figure.empty, 600),
-        "n_excluded": figure.n_excluded,
+        "empty": table.empty and clean(table.empty, 600),
+        "n_excluded": len(table.excluded),
         "excluded": _excluded(table.excluded, numbers),
     }
 
@@ -249,9 +226,9 @@ def _finding(finding, numbers: RowNumbers) -> dict[str, Any]:
 
 def _peaks(runs: Sequence) -> list[tuple[str, str, str]]:
     """Peak, source and number of rows: what an MFU of these rows is divided by."""
-    found: dict[tuple[float, str], int] = {}
-    for run in runs:
-        if run.peak_flops_per_s is not None:
-            key = run.peak_flops_per_s, clean(run.peak_flops_source or "source not recorded", 200)
-            found[key] = found.get(key, 0) + 1
+    found = Counter(
+        (run.peak_flops_per_s, clean(run.peak_flops_source or "source not recorded", 200))
+        for run in runs
+        if run.peak_flops_per_s is not None
+    )
     return [(f"{peak / 1e12:,.1f} TFLOP/s", source, f"{n}") for (peak, source), n in sorted(found.items())]

@@ -12,44 +12,19 @@ from markupsafe import Markup
 
 from instrument.terminal import count
 from report.dossier.rows import ABSENT, RowNumbers, run_href
-from report.text import clean, short
-
-WIDTH_PX, HEIGHT_PX, EDGE_PX = 110, 22, 3
-
-
-def sparkline(points: Sequence[tuple[float, float]], label: str) -> Markup | None:
-    """An inline SVG of (step, magnitude >= 0), a dot on the last; zeros stand on the ground line. None for
-    fewer than two points, or when all are zero: there is no line to see."""
-    sizes = [value for _, value in points if value > 0]
-    if len(points) < 2 or not sizes:
-        return None
-    low, high = math.log2(min(sizes)), math.log2(max(sizes))
-    first, last = points[0][0], points[-1][0]
-    drawn = []
-    for step, value in points:
-        x = EDGE_PX + (WIDTH_PX - 2 * EDGE_PX) * ((step - first) / (last - first) if last > first else 0.5)
-        share = ((math.log2(value) - low) / (high - low) if high > low else 0.5) if value > 0 else 0.0
-        drawn.append((x, HEIGHT_PX - EDGE_PX - (HEIGHT_PX - 2 * EDGE_PX) * share))
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
-    x, y = drawn[-1]
-    return Markup(
-        f'<svg class="spark" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(label, quote=True)}" '
-        f'width="{WIDTH_PX}" height="{HEIGHT_PX}" viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}">'
-        f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.3"/>'
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="currentColor"/></svg>'
-    )
-
+from report.text import clean, number, objects, short
 
 MOST_CARDS, MOST_LINKS, MOST_REMEDIES = 24, 8, 12
 """Cards in full; further failures are rows of the table of all runs."""
 BESIDE = 3
 """Kernels shown before the culprit, and as many after it."""
 FEWEST_STEPS = 3
-"""A magnitude over fewer steps is said in words; from here on it is drawn as well."""
+"""A magnitude over fewer steps is printed; from here on it is drawn as well."""
 REMEDY_HEADS = ("change", "survives", "time", "memory", "confirms, or why not")
 CHAIN_HEADS = ("", "phase", "module", "op", "kind", "dtype")
 KERNEL_HEADS = ("", "kernel", "module", "phase", "us", "shapes", "dtype")
 DIRECTIONS = (("absmax_fwd", "output"), ("absmax_bwd", "gradient"))
+WIDTH_PX, HEIGHT_PX, EDGE_PX = 110, 22, 3
 
 
 def failure_cards(failures: Sequence, folder, numbers: RowNumbers) -> dict[str, Any]:
@@ -65,7 +40,7 @@ def failure_cards(failures: Sequence, folder, numbers: RowNumbers) -> dict[str, 
 
 def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
     run = folder.by_id.get(failure.run_id)
-    chain = _objects(failure.chain)
+    chain = objects(failure.chain)
     if chain and run and run.first_nonfinite:  # a link names NaN before Inf; of the culprit it is known what prevails
         chain[0] = {**chain[0], "kind": run.first_nonfinite.kind}
     return {
@@ -75,11 +50,11 @@ def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
         "status": run.status if run else "",
         "sentence": clean(failure.sentence, 900),
         "cause": clean(failure.cause or "", 600),
-        "remedies": [_remedy(remedy) for remedy in _objects(failure.remedies)[:MOST_REMEDIES]],
+        "remedies": [_remedy(remedy) for remedy in objects(failure.remedies)[:MOST_REMEDIES]],
         "chain": [[str(at), *_link(link)] for at, link in enumerate(chain[:MOST_LINKS], start=1)],
         "chain_further": max(0, len(chain) - MOST_LINKS),
-        "kernels": _kernels(_objects(failure.kernels)),
-        "history": _history(_objects(failure.history)),
+        "kernels": _kernels(objects(failure.kernels)),
+        "history": _history(objects(failure.history)),
         "trace": clean(failure.trace_file, 200) if failure.trace_file else None,
         "rows": numbers.cite([failure.run_id]),
         "href": run_href(failure.run_id),
@@ -88,12 +63,14 @@ def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
 
 def _remedy(remedy: dict) -> list[str]:
     """A change tried on the snapshot, and what it costs against the run that failed."""
-    outcome = {True: "yes", False: "no"}.get(_flag(remedy.get("survives")), "not tried")
-    steps, failed_at = _number(remedy.get("steps")), _number(remedy.get("failed_at"))
+    outcome = {True: "yes", False: "no"}.get(
+        remedy.get("survives") if isinstance(remedy.get("survives"), bool) else None, "not tried"
+    )
+    steps, failed_at = number(remedy.get("steps")), number(remedy.get("failed_at"))
     if outcome == "yes" and steps:
         outcome += f", {count(round(steps), 'step')}"
     elif outcome == "no" and failed_at is not None:
-        outcome += f", dies at step {failed_at:.0f}"
+        outcome += f", diverges at step {failed_at:.0f}"
     confirms = remedy.get("why")
     if isinstance(remedy.get("confirms"), str):
         confirms = f"confirms {remedy['confirms'].replace('_', ' ')}"
@@ -125,7 +102,7 @@ def _kernels(kernels: list[dict]) -> list[dict[str, Any]]:
 
 
 def _kernel(kernel: dict) -> list[str]:
-    duration_s = _number(kernel.get("duration_s"))
+    duration_s = number(kernel.get("duration_s"))
     mark = "→" if kernel.get("here") is True else "✗" if kernel.get("nonfinite") is True else ""
     return [
         mark,
@@ -142,53 +119,59 @@ def _shapes(shapes: object) -> str:
     """The first shapes of an op's outputs; a foreach op has one a parameter."""
     if not isinstance(shapes, list) or not shapes:
         return ABSENT
-    words = [clean(str(shape), 40) for shape in shapes[:2]]
-    return ", ".join(words) + (f" and {len(shapes) - 2} more" if len(shapes) > 2 else "")
+    parts = [clean(str(shape), 40) for shape in shapes[:2]]
+    return ", ".join(parts) + (f" and {len(shapes) - 2} more" if len(shapes) > 2 else "")
 
 
 def _history(rows: list[dict]) -> list[dict[str, Any]]:
-    """The culprit's largest |x| before it died, a line of words for its output and for its gradient."""
+    """The culprit's largest |x| before it failed, a line for its output and one for its gradient."""
     found = []
     for key, name in DIRECTIONS:
         points = [
             (step, value)
             for row in rows
-            if (step := _number(row.get("step"))) is not None and (value := _number(row.get(key))) is not None
+            if (step := number(row.get("step"))) is not None and (value := number(row.get(key))) is not None
         ]
         if points:
-            found.append({"words": f"{name}: {_span_words(points)}", "line": _line(name, points)})
+            line = sparkline(points, f"largest {name} by step") if len(points) >= FEWEST_STEPS else None
+            found.append({"text": f"{name}: {_span(points)}", "line": line})
     return found
 
 
-def _span_words(points: list[tuple[float, float]]) -> str:
+def _span(points: list[tuple[float, float]]) -> str:
     (first, before), (last, after) = points[0], points[-1]
     if len(points) == 1:
         return f"{short(before)} at step {first:.0f}"
     return f"{short(before)} at step {first:.0f}, {short(after)} at step {last:.0f}"
 
 
-def _line(name: str, points: list[tuple[float, float]]) -> Markup | None:
-    return sparkline(points, f"largest {name} by step") if len(points) >= FEWEST_STEPS else None
-
-
-def _objects(rows: object) -> list[dict]:
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, (list, tuple)) else []
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _number(value: object) -> float | None:
-    """A plain finite number, or None."""
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if fine else None
-
-
 def _ratio(value: object) -> str:
-    number = _number(value)
-    return ABSENT if number is None else f"{number:.2f}x"
+    known = number(value)
+    return ABSENT if known is None else f"{known:.2f}x"
 
 
 def _word(value: object, limit: int) -> str:
     return ABSENT if value is None or value == "" else clean(value, limit)
+
+
+def sparkline(points: Sequence[tuple[float, float]], label: str) -> Markup | None:
+    """An inline SVG of (step, magnitude >= 0), a dot on the last; zeros stand on the ground line. None for
+    fewer than two points, or when all are zero: there is no line to see."""
+    sizes = [value for _, value in points if value > 0]
+    if len(points) < 2 or not sizes:
+        return None
+    low, high = math.log2(min(sizes)), math.log2(max(sizes))
+    first, last = points[0][0], points[-1][0]
+    drawn = []
+    for step, value in points:
+        x = EDGE_PX + (WIDTH_PX - 2 * EDGE_PX) * ((step - first) / (last - first) if last > first else 0.5)
+        share = ((math.log2(value) - low) / (high - low) if high > low else 0.5) if value > 0 else 0.0
+        drawn.append((x, HEIGHT_PX - EDGE_PX - (HEIGHT_PX - 2 * EDGE_PX) * share))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
+    x, y = drawn[-1]
+    return Markup(
+        f'<svg class="spark" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(label, quote=True)}" '
+        f'width="{WIDTH_PX}" height="{HEIGHT_PX}" viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}">'
+        f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.3"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="currentColor"/></svg>'
+    )

@@ -10,23 +10,31 @@ from typing import Any
 import pandas as pd
 
 from instrument.results.schemas import RunRecord
-from report.dossier.rows import in_order
+from report.dossier.rows import ABSENT
 from report.tables.kernel_time import IDLE
-from report.text import clean, short
+from report.tables.selection import by_cell
+from report.text import clean, number, objects, short
 
-ABSENT = "–"
-DENOMINATORS = (("own dtype's peak", "mfu"), ("bf16 peak", "mfu_bf16_peak"), ("measured peak", "mfu_measured_peak"))
+DENOMINATORS = ("mfu", "mfu_bf16_peak", "mfu_measured_peak")
 MAX_ROWS = 60
 TOP_HEADS = ("case", "configuration", "kernel", "class", "phase", "calls a step", "ms a step", "inputs")
+KERNEL_HEADS = ("op", "case", "way", "status", "time (us)", "time over ours", "GB/s", "share of copy", "pairs", "note")
+KERNEL_FIELDS = ("op", "case", "arm", "status", "time_s", "time_over_ours", "bytes_per_s", "share_of_copy", "pairs", "note")
+KERNEL_UNITS = {"time_s": 1e6, "bytes_per_s": 1e-9}
+"""Field of ``kernels.json`` -> how many of the printed unit make one of its own."""
 OVERHEAD_HEADS = ("arm", "step time, ratio to bare", "processor time, ratio", "aim", "", "n", "note")
+FIT_HEADS = tuple(
+    "case, configuration, tokens a row, rows, within, peak GB, tokens/s, real tokens/s, at 32 rows, cost of 10⁹ real "
+    "tokens, at 32 rows, the next batch met".split(", ")
+)
 
 
 def mfu_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     """Case, configuration, and the six MFUs (three denominators x all and real tokens), in per cent:
     medians over seeds. Rows without any are left out."""
-    fields = [field + tokens for _, field in DENOMINATORS for tokens in ("", "_real_tokens")]
+    fields = [field + tokens for field in DENOMINATORS for tokens in ("", "_real_tokens")]
     rows = []
-    for (case, config), group in _groups(runs).items():
+    for (case, config), group in by_cell(runs).items():
         values = [[v for run in group if (v := getattr(run, field)) is not None and math.isfinite(v)] for field in fields]
         if any(values):
             rows.append([clean(case), clean(config), *(f"{100 * median(v):.1f}" if v else ABSENT for v in values)])
@@ -48,8 +56,8 @@ def kernel_classes(data: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 def _share(name: str, seconds: pd.Series, total: float) -> str:
     if name not in seconds:
         return ABSENT
-    words = short(1e3 * seconds[name])
-    return words if name == IDLE or not total else f"{words} ({100 * seconds[name] / total:.0f} %)"
+    time = short(1e3 * seconds[name])
+    return time if name == IDLE or not total else f"{time} ({100 * seconds[name] / total:.0f} %)"
 
 
 def top_kernels(top: pd.DataFrame) -> list[list[str]]:
@@ -74,7 +82,7 @@ def _shapes(shapes: object) -> str:
 
 
 def overhead_rows(ratios: pd.DataFrame) -> list[list[str]]:
-    """The ratios to the bare loop (`report.tables.overhead.SUMMARY`) as words."""
+    """The ratios to the bare loop (`report.tables.overhead.SUMMARY`) as text."""
     rows = []
     for row in ratios.head(MAX_ROWS).to_dict("records"):
         known = not math.isnan(row["at_most"]) and not math.isnan(row["ratio"])
@@ -99,53 +107,30 @@ def _interval(row: dict, kind: str) -> str:
     return f"{value:.3f}" + ("" if math.isnan(low) or math.isnan(high) else f" [{low:.3f}, {high:.3f}]")
 
 
-def bench_table(document: dict | None, columns: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Rows of a benchmark's JSON (``{"rows": [{...}]}``) by column: (field, how it is printed)."""
-    rows = (document or {}).get("rows")
-    if not isinstance(rows, list):
-        return []
-    return [[_printed(row.get(field), kind) for field, kind in columns] for row in rows[:MAX_ROWS] if isinstance(row, dict)]
+def kernel_rows(document: dict | None) -> list[list[str]]:
+    """The rows of ``kernels.json`` by ``KERNEL_FIELDS``."""
+    rows = objects((document or {}).get("rows"))[:MAX_ROWS]
+    return [[_printed(row.get(field), KERNEL_UNITS.get(field, 1.0)) for field in KERNEL_FIELDS] for row in rows]
 
 
-def _printed(value: object, kind: str) -> str:
+def _printed(value: object, scale: float) -> str:
     if value is None or value == []:
         return ABSENT
-    if kind == "interval" and isinstance(value, (list, tuple)):
-        return " to ".join(short(float(v)) for v in value if isinstance(v, (int, float)))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if not isinstance(value, (int, float)):
-        return clean(value, 160)
-    scaled = {"us": 1e6, "ms": 1e3, "percent": 100, "GB/s": 1e-9}.get(kind, 1.0)
-    return short(value * scaled)
-
-
-def _groups(runs: Sequence[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]:
-    groups: dict[tuple[str, str], list[RunRecord]] = {}
-    for run in in_order(runs):
-        groups.setdefault((run.case, run.dtype_config), []).append(run)
-    return groups
-
-
-HEADS = tuple(
-    "case, configuration, tokens a row, rows, within, peak GB, tokens/s, real tokens/s, at 32 rows, cost of 10⁹ real "
-    "tokens, at 32 rows, the next batch met".split(", ")
-)
+    return short(value * scale) if isinstance(value, int | float) else clean(value, 160)
 
 
 def fit_rows(document: dict | None, price_per_hour: float | None = None) -> list[list[str]]:
     """A row a search. ``price_per_hour`` gives costs, at the largest batch and at 32 rows; without it they are absent."""
-    rows = (document or {}).get("rows")
-    if not isinstance(rows, list):
-        return []
-    return [_row(row, price_per_hour) for row in rows[:MAX_ROWS] if isinstance(row, dict)]
+    return [_row(row, price_per_hour) for row in objects((document or {}).get("rows"))[:MAX_ROWS]]
 
 
 def _row(row: dict[str, Any], price_per_hour: float | None) -> list[str]:
     small = row.get("at_32") if isinstance(row.get("at_32"), dict) else {}
-    real, real_small = _number(row.get("real_tokens_per_s")), _number(small.get("real_tokens_per_s"))
-    peak = _number(row.get("peak_bytes"))
-    seq_len, within, tokens = (_fit_number(_number(row.get(name))) for name in ("seq_len", "within_rows", "tokens_per_s"))
+    real, real_small = _positive(row.get("real_tokens_per_s")), _positive(small.get("real_tokens_per_s"))
+    peak = _positive(row.get("peak_bytes"))
+    seq_len, within, tokens = (_fit_number(_positive(row.get(name))) for name in ("seq_len", "within_rows", "tokens_per_s"))
     return [
         clean(row.get("case"), 40),
         clean(row.get("config"), 40),
@@ -163,7 +148,7 @@ def _row(row: dict[str, Any], price_per_hour: float | None) -> list[str]:
 
 
 def _largest(row: dict[str, Any]) -> str:
-    batch = _number(row.get("largest_batch"))
+    batch = _positive(row.get("largest_batch"))
     if batch is None:
         return clean(str(row.get("status")).replace("_", " "), 40)
     return ("≥ " if row.get("status") == "at_least" else "") + f"{batch:.0f}"
@@ -177,7 +162,6 @@ def _fit_number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}" if value >= 1000 else short(value)
 
 
-def _number(value: Any) -> float | None:
-    """A finite number that is not negative, or None."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-    return float(value) if known else None
+def _positive(value: object) -> float | None:
+    known = number(value)
+    return known if known is not None and known >= 0 else None

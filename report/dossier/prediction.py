@@ -1,4 +1,4 @@
-"""Predicted against observed as words: configuration x case, and every run that ended or was to end."""
+"""Predicted against observed as text: configuration x case, and every run that ended or was to end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ END_HEADS = ("case", "configuration", "seed", "predicted", "happened", "verdict"
 MOST_ROWS = 40
 
 
-def prediction_words(found: Predicted, folder) -> dict[str, Any]:
+def prediction_text(found: Predicted, folder) -> dict[str, Any]:
     """The section's tables. ``rows`` empty: nothing was compared, and ``missing`` says why."""
     cases = case_order(found.outcomes["case"].unique())
     ends = [_end(row) for row in found.ends.head(MOST_ROWS).to_dict("records")]
@@ -48,25 +48,25 @@ def _cell(outcomes: pd.DataFrame) -> str:
     there was none."""
     if outcomes.empty:
         return ABSENT + " not run"
-    told = outcomes[outcomes["verdict"] != NEITHER]
-    if told.empty:
+    hazards = outcomes[outcomes["verdict"] != NEITHER]
+    if hazards.empty:
         return f"{SIGNS[NEITHER]} nothing"
-    n, words = outcomes["run_id"].nunique(), []
-    for (kind, verdict), rows in told.groupby(["kind", "verdict"], sort=False):
+    n, parts = outcomes["run_id"].nunique(), []
+    for (kind, verdict), rows in hazards.groupby(["kind", "verdict"], sort=False):
         seeds = f" {len(rows)}/{n}" if n > 1 else ""
         at = f" @ {int(rows['step'].min())}" if rows["step"].notna().any() else ""
-        words.append(f"{SIGNS[verdict]} {KINDS.get(kind, clean(kind, 30))}{at}{seeds}")
-    return "; ".join(words)
+        parts.append(f"{SIGNS[verdict]} {KINDS.get(kind, clean(kind, 30))}{at}{seeds}")
+    return "; ".join(parts)
 
 
 def _sentence(found: Predicted) -> str:
     """How often the fp32 run was right, from the counts."""
-    told = found.counts
+    counts = found.counts
     runs = found.outcomes["run_id"].nunique()
     return (
-        f"From the fp32 run alone, for {count(runs, 'narrower run')} of its case and seed: {count(told[HIT], 'hazard')} "
-        f"predicted and seen, {told[FALSE_ALARM]} predicted and not seen, {told[MISSED]} seen and not predicted, "
-        f"{told[NOT_REACHED]} predicted beyond the run's end, {told[NEITHER]} neither. @: the step of the prediction."
+        f"From the fp32 run alone, for {count(runs, 'narrower run')} of its case and seed: {count(counts[HIT], 'hazard')} "
+        f"predicted and seen, {counts[FALSE_ALARM]} predicted and not seen, {counts[MISSED]} seen and not predicted, "
+        f"{counts[NOT_REACHED]} predicted beyond the run's end, {counts[NEITHER]} neither. @: the step of the prediction."
     )
 
 
@@ -95,11 +95,11 @@ def _happening(row: dict[str, Any], key: str) -> str:
 
 
 def _command(case: str, folder) -> str:
-    """How to predict for a case; nothing where ``predict`` cannot be told which it is."""
-    words = next((words for run in folder.runs if run.case == case and (words := case_arguments(run))), [])
+    """How to predict for a case; nothing where ``predict`` has no name for it."""
+    case_words = next((words for run in folder.runs if run.case == case and (words := case_arguments(run))), [])
     return (
-        f": python -m harness predict {shlex.quote(words[0])} --out {shlex.quote(clean(folder.path, 200))}"
-        if len(words) == 1
+        f": python -m harness predict {shlex.quote(case_words[0])} --out {shlex.quote(clean(folder.path, 200))}"
+        if len(case_words) == 1
         else ""
     )
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.dossier.rows import RowNumbers, in_order
-from report.harness_commands import case_arguments, option_words, unusual_options
+from report.dossier.rows import RowNumbers
+from report.harness_commands import case_arguments, option_arguments, unusual_options
+from report.tables.selection import in_order
 from report.text import clean, gigabytes
 
 OPTIONS = {
@@ -32,12 +33,12 @@ PARTS = ("gpu", "cpu", "cpu_count", "memory_bytes", "system", "python")
 
 def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
     """``rows``: number and command of every row that this program's harness can make again; ``foreign``: the
-    citations of those that it did not make; ``unnamed``: of those whose case nobody can name to it."""
+    citations of those that it did not make; ``unnamed``: of those whose case has no name on its command line."""
     found = [(run, command(run)) for run in in_order(runs)]
     return {
-        "rows": [{"number": numbers[run.run_id], "command": words} for run, words in found if words],
-        "foreign": numbers.cite(run.run_id for run, words in found if not words and _is_foreign(run)),
-        "unnamed": numbers.cite(run.run_id for run, words in found if not words and not _is_foreign(run)),
+        "rows": [{"number": numbers[run.run_id], "command": line} for run, line in found if line],
+        "foreign": numbers.cite(run.run_id for run, line in found if not line and _is_foreign(run)),
+        "unnamed": numbers.cite(run.run_id for run, line in found if not line and not _is_foreign(run)),
     }
 
 
@@ -50,14 +51,14 @@ def command(run: RunRecord) -> str | None:
     world = run.config.get("world")
     many = isinstance(world, int) and world > 1
     program = f"torchrun --nproc-per-node {world} -m harness" if many else "python -m harness"
-    words = ["case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
+    arguments = ["case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
     for key, option in OPTIONS.items():
         if run.config.get(key) is not None:
-            words += option_words(option, run.config[key])
+            arguments += option_arguments(option, run.config[key])
     for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
         if run.config.get(key) is True:
-            words.append(option)
-    return f"{program} {shlex.join(words)}{unusual_options([run], RARE)}"
+            arguments.append(option)
+    return f"{program} {shlex.join(arguments)}{unusual_options([run], RARE)}"
 
 
 def _is_foreign(run: RunRecord) -> bool:

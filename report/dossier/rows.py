@@ -7,8 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from instrument.results.schemas import RunRecord
-from report.tables.selection import case_order, series_order
+from report.tables.selection import in_order
 from report.text import clean, short
+
+ABSENT = "–"
+HEADS = tuple(
+    "#, case, configuration, seed, status, diverged at, val. loss, F1 micro, samples/s, real tokens/s, step p50 (ms), "
+    "MFU bf16 (%), memory (GB), energy (kJ), skips, run".split(", ")
+)
 
 
 class Citation(NamedTuple):
@@ -16,14 +22,6 @@ class Citation(NamedTuple):
 
     text: str
     anchor: str
-
-
-def in_order(runs: Iterable[RunRecord]) -> list[RunRecord]:
-    """Runs by case, configuration (in the registries' orders) and seed: the order of the run table."""
-    runs = list(runs)
-    cases = {case: at for at, case in enumerate(case_order(run.case for run in runs))}
-    configs = {config: at for at, config in enumerate(series_order(run.dtype_config for run in runs))}
-    return sorted(runs, key=lambda run: (cases[run.case], configs[run.dtype_config], run.seed, run.run_id))
 
 
 class RowNumbers:
@@ -50,21 +48,12 @@ class RowNumbers:
         return [Citation(str(low) if low == high else f"{low}–{high}", f"row-{low}") for low, high in ranges]
 
 
-ABSENT = "–"
-
-
 class Cell(NamedTuple):
     """``value``: what sorting compares, as text (empty: absent, None: sort by the text itself)."""
 
     text: str
     value: str | None = None
     kind: str = "number"
-
-
-HEADS = tuple(
-    "#, case, configuration, seed, status, died at, val. loss, F1 micro, samples/s, real tokens/s, step p50 (ms), MFU "
-    "bf16 (%), memory (GB), energy (kJ), skips, run".split(", ")
-)
 
 
 def run_rows(runs: Sequence[RunRecord], numbers: RowNumbers) -> list[dict]:

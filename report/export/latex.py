@@ -45,8 +45,8 @@ BREAKABLE = "_-/"
 
 def escape(text: object, limit: int = 2_000) -> str:
     """Text for LaTeX: special characters escaped, whatever pdfLaTeX's fonts lack shown as ``?``."""
-    words = " ".join(str(text)[:limit].split())
-    return "".join(SPECIAL.get(c, c if " " <= c <= "~" else "?") for c in words)
+    text = " ".join(str(text)[:limit].split())
+    return "".join(SPECIAL.get(c, c if " " <= c <= "~" else "?") for c in text)
 
 
 def identifier(text: object) -> str:
@@ -88,7 +88,7 @@ def export_latex(folder: Folder, out: Path) -> list[Path]:
 
 
 def stability(data: pd.DataFrame) -> str:
-    """Configurations by cases: state in words, never by colour alone."""
+    """Configurations by cases: state as text, never by colour alone."""
     cases = case_order(data["case"].unique())
     rows = []
     for config in series_order(data["dtype_config"].unique()):
@@ -231,8 +231,8 @@ def _figure(table: Table, out: Path) -> str:
 def _inputs() -> str:
     names = {"stability": "Stability.", "throughput": "Throughput.", "efficiency": "Efficiency.", "findings": "Claims."}
     return "\n".join(
-        f"\\begin{{table}}[htbp]\n\\centering\\footnotesize\n\\caption{{{words}}}\n"
+        f"\\begin{{table}}[htbp]\n\\centering\\footnotesize\n\\caption{{{caption}}}\n"
         f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{\\input{{tables/{name}}}}}\n"
         "\\end{table}"
-        for name, words in names.items()
+        for name, caption in names.items()
     )

@@ -94,43 +94,40 @@ def finding(
     unit: str,
     evidence: Sequence[Evidence],
     verdict: str,
-    *,
     missing: str,
-    more: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> Finding:
-    """A finding that speaks for the place which decides it (else for the one with most seeds).
+    """A finding with the sentence of the place that decides it (else of the one with most seeds).
 
     ``missing`` says what would decide it; where there is no evidence at all it is the sentence too.
     """
     deciding = [e for e in evidence if e.verdict == verdict] or list(evidence)
-    speaker = max(deciding, key=lambda e: e.interval.n, default=Evidence("", NOT_DECIDED, NOTHING, f"Not tested: {missing}"))
-    value = speaker.interval
-    known = value.n > 0
+    chosen = max(deciding, key=lambda e: e.interval.n, default=Evidence("", NOT_DECIDED, NOTHING, f"Not tested: {missing}"))
+    value = chosen.interval
+    measured = value.n > 0
     return Finding(
         id,
         claim,
         verdict if evidence else NOT_DECIDED,
-        _sentence(verdict, speaker, evidence),
-        value.value if known else None,
+        _split(verdict, evidence) or (f"{chosen.place}: " if chosen.place else "") + chosen.sentence,
+        value.value if measured else None,
         value.low if value.known else None,
         value.high if value.known else None,
-        unit if known else None,
+        unit if measured else None,
         value.n,
         tuple(dict.fromkeys(i for e in evidence for i in e.run_ids)),
         missing if verdict == NOT_DECIDED or not evidence else "",
         plot,
-        (*(f"{e.place}: {e.verdict}. {e.sentence}" for e in evidence), *more),
+        (*(f"{e.place}: {e.verdict}. {e.sentence}" for e in evidence), *notes),
     )
 
 
-def _sentence(verdict: str, speaker: Evidence, evidence: Sequence[Evidence]) -> str:
-    verdicts = {e.verdict for e in evidence}
-    if verdict == NOT_DECIDED and {SUPPORTED, REFUTED} <= verdicts:
-        supported = ", ".join(e.place for e in evidence if e.verdict == SUPPORTED)
-        refuted = ", ".join(e.place for e in evidence if e.verdict == REFUTED)
-        return f"The evidence is split: supported for {supported}; refuted for {refuted}."
-    place = f"{speaker.place}: " if speaker.place else ""
-    return place + speaker.sentence
+def _split(verdict: str, evidence: Sequence[Evidence]) -> str | None:
+    """A sentence for places that contradict one another; None where they do not."""
+    places = {kind: ", ".join(e.place for e in evidence if e.verdict == kind) for kind in (SUPPORTED, REFUTED)}
+    if verdict != NOT_DECIDED or not all(places.values()):
+        return None
+    return f"The evidence is split: supported for {places[SUPPORTED]}; refuted for {places[REFUTED]}."
 
 
 BySeed = dict[int, RunRecord]
@@ -169,21 +166,24 @@ class EvidenceBase:
 
     def timed(self, case: str, config: str) -> BySeed:
         """The runs of a cell that may enter a figure of speed, by seed."""
-        return {seed: run for seed, run in self.runs(case, config).items() if run.run_id in self._timed}
+        return {seed: run for seed, run in self.runs(case, config).items() if self.is_timed(run)}
+
+    def is_timed(self, run: RunRecord) -> bool:
+        """Whether a run may enter a figure of speed."""
+        return run.run_id in self._timed
 
     def state(self, run: RunRecord) -> str:
         """A run's judged state."""
         return self.judgements.by_id[run.run_id].state
 
 
-def log_ratios(over: BySeed, under: BySeed, value: Callable[[RunRecord], float | None]) -> dict[int, float]:
-    """log(over / under) for every seed that both have and whose rows may be compared."""
-    found = {}
-    for seed in sorted(over.keys() & under.keys()):
-        a, b = value(over[seed]), value(under[seed])
-        if a and b and incomparable_reason(over[seed], under[seed]) is None:
-            found[seed] = float(np.log(a / b))
-    return found
+def log_speed_ratios(over: BySeed, under: BySeed) -> dict[int, float]:
+    """log(samples/s over samples/s) for every seed that both have and whose rows may be compared."""
+    return {
+        seed: float(np.log(over[seed].samples_per_s / under[seed].samples_per_s))
+        for seed in sorted(over.keys() & under.keys())
+        if over[seed].samples_per_s and under[seed].samples_per_s and incomparable_reason(over[seed], under[seed]) is None
+    }
 
 
 def difference(first: dict[int, float], second: dict[int, float]) -> Interval:

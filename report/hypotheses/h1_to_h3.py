@@ -18,7 +18,7 @@ from report.hypotheses.evidence import (
     decide_count,
     difference,
     finding,
-    log_ratios,
+    log_speed_ratios,
     run_ids,
     unanimous,
 )
@@ -27,13 +27,13 @@ from report.tables.judgement import divergence_text
 from report.tables.selection import REFERENCE, column_of, is_lm, series_order
 from report.text import bounds, joined, shortened
 
-H1 = "Loss-scale inversion: fp16_naive survives single-label classification and dies on multi-label."
+H1 = "Loss-scale inversion: fp16_naive trains on single-label classification and diverges on multi-label."
 STRESSED, CLEAN = "fp16_naive", "fp16_naive_fp32_states"
 SETTLED = ("completed", "diverged")
 
 
 def judge_h1(base: EvidenceBase) -> Finding:
-    """Per architecture and loss reduction; where AdamW's epsilon kills fp16_naive in both tasks, the
+    """Per architecture and loss reduction; where AdamW's epsilon makes fp16_naive diverge in both tasks, the
     control with fp32 AdamW states is judged instead: it shows what precision itself does."""
     pairs = _label_pairs(base)
     evidence = [e for single, multi, place in pairs if (e := _h1_evidence(base, single, multi, place)) is not None]
@@ -43,20 +43,12 @@ def judge_h1(base: EvidenceBase) -> Finding:
         for config in (STRESSED, *DTYPE_CONFIGS[STRESSED].controls)
         if (line := _line(base, single, multi, place, config)) is not None
     ]
-    return finding(
-        "H1",
-        H1,
-        "G",
-        "share of seeds with the inversion",
-        evidence,
-        unanimous(evidence),
-        more=controls,
-        missing=f"single- and multi-label runs (mean and label_sum) of {STRESSED} and its controls with seeds 0 1 2",
-    )
+    missing = f"single- and multi-label runs (mean and label_sum) of {STRESSED} and its controls with seeds 0 1 2"
+    return finding("H1", H1, "G", "share of seeds with the inversion", evidence, unanimous(evidence), missing, controls)
 
 
 def _label_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
-    """(single-label case, multi-label case, words) of every architecture and reduction."""
+    """(single-label case, multi-label case, place) of every architecture and reduction."""
     singles = {run.arch: case for case, run in base.cases.items() if column_of(run) == "Cls-Single"}
     return [
         (singles[run.arch], case, f"{run.arch}, {run.loss_reduction}")
@@ -66,7 +58,7 @@ def _label_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
 
 
 def _settled(base: EvidenceBase, single: str, multi: str, config: str) -> tuple[BySeed, BySeed]:
-    """Runs of both cases that lived or died, for the seeds that both have."""
+    """Runs of both cases that completed or diverged, for the seeds that both have."""
     cells = [{seed: run for seed, run in base.runs(case, config).items() if run.status in SETTLED} for case in (single, multi)]
     seeds = cells[0].keys() & cells[1].keys()
     first, second = ({seed: cell[seed] for seed in sorted(seeds)} for cell in cells)
@@ -76,9 +68,8 @@ def _settled(base: EvidenceBase, single: str, multi: str, config: str) -> tuple[
 def _h1_evidence(base: EvidenceBase, single: str, multi: str, place: str) -> Evidence | None:
     cells = _settled(base, single, multi, STRESSED)
     judged, why = STRESSED, ""
-    dead = [run for cell in cells for run in cell.values() if run.status == "diverged"]
-    if cells[0] and len(dead) == 2 * len(cells[0]) and all(_in_optimizer(run) for run in dead):
-        why = f"{STRESSED} dies in the optimizer in both tasks"
+    if cells[0] and all(_diverged_in_optimizer(run) for cell in cells for run in cell.values()):
+        why = f"{STRESSED} diverges in the optimizer in both tasks"
         control = _settled(base, single, multi, CLEAN)
         if control[0]:
             judged, cells, why = CLEAN, control, f"{why}, so its control with fp32 AdamW states is judged. "
@@ -89,26 +80,27 @@ def _h1_evidence(base: EvidenceBase, single: str, multi: str, place: str) -> Evi
     hits = sum(cells[0][seed].status == "completed" and cells[1][seed].status == "diverged" for seed in cells[0])
     share = share_interval(hits, len(cells[0]))
     sentence = (
-        f"{why}{judged} survives single-label and dies on multi-label with {hits} of {count(share.n, 'seed')} "
+        f"{why}{judged} trains on single-label and diverges on multi-label with {hits} of {count(share.n, 'seed')} "
         f"[{share.low:.2f}, {share.high:.2f}]."
     )
     return Evidence(place, decide_count(hits, share.n), share, sentence, run_ids(*cells))
 
 
-def _in_optimizer(run: RunRecord) -> bool:
-    return run.first_nonfinite is not None and run.first_nonfinite.phase == "optimizer"
+def _diverged_in_optimizer(run: RunRecord) -> bool:
+    return run.status == "diverged" and run.first_nonfinite is not None and run.first_nonfinite.phase == "optimizer"
 
 
 def _line(base: EvidenceBase, single: str, multi: str, place: str, config: str) -> str | None:
-    """How many runs of a configuration died in each task, and of what."""
+    """How many runs of a configuration diverged in each task, and how."""
     cells = _settled(base, single, multi, config)
     if not cells[0]:
         return None
-    words = []
+    parts = []
     for name, cell in zip(("single-label", "multi-label"), cells, strict=True):
-        dead = [divergence_text(run) for run in cell.values() if run.status == "diverged"]
-        words.append(f"{name} {len(dead)} of {len(cell)} dead" + (f" ({', '.join(sorted(set(dead)))})" if dead else ""))
-    return f"{place}, {config}: {'; '.join(words)}."
+        diverged = [divergence_text(run) for run in cell.values() if run.status == "diverged"]
+        how = f" ({', '.join(sorted(set(diverged)))})" if diverged else ""
+        parts.append(f"{name} {len(diverged)} of {len(cell)} diverged{how}")
+    return f"{place}, {config}: {'; '.join(parts)}."
 
 
 H2 = "Architecture inversion: bf16_pure speeds RoBERTa up more than GPT-2, relative to fp32_true."
@@ -130,17 +122,11 @@ def judge_h2(base: EvidenceBase) -> Finding:
             not_compared.append(f"{gpt2.case} and {roberta.case} are not compared: {why}.")
         elif (found := _h2_evidence(partner, base, gpt2.case, roberta)) is not None:
             evidence.append(found)
-    return finding(
-        "H2",
-        H2,
-        "B",
-        "ratio of gains",
-        evidence,
-        unanimous(evidence),
-        more=not_compared,
-        missing=f"{CONFIG} and {REFERENCE} of both architectures at one sequence length, seeds 0 1 2 "
-        "(for LM: gpt2_clm with --seq-len 512)",
+    missing = (
+        f"{CONFIG} and {REFERENCE} of both architectures at one sequence length, seeds 0 1 2 "
+        "(for LM: gpt2_clm with --seq-len 512)"
     )
+    return finding("H2", H2, "B", "ratio of gains", evidence, unanimous(evidence), missing, not_compared)
 
 
 def _counterpart(base: EvidenceBase, roberta: RunRecord) -> RunRecord | None:
@@ -176,7 +162,7 @@ def _h2_evidence(small: EvidenceBase, large: EvidenceBase, gpt2: str, roberta: R
     gains, cells = [], []
     for base, case in ((large, roberta.case), (small, gpt2)):
         pure, reference = base.timed(case, CONFIG), base.timed(case, REFERENCE)
-        gains.append(log_ratios(pure, reference, lambda run: run.samples_per_s))
+        gains.append(log_speed_ratios(pure, reference))
         cells += [pure, reference]
     ratio = difference(*gains)
     if ratio.n == 0:
@@ -201,21 +187,13 @@ def judge_h3(base: EvidenceBase) -> Finding:
     """Share of 16-bit configurations that diverge or train worse, GPT-2 minus RoBERTa, seed by seed."""
     evidence, notes = [], []
     for gpt2, roberta, place in _architecture_pairs(base):
-        ill = [case for case in (gpt2, roberta) if case in base.judgements.unhealthy]
-        if ill:
-            notes.append(f"{place} is not judged: the reference of {' and '.join(ill)} is unhealthy.")
+        unhealthy = [case for case in (gpt2, roberta) if case in base.judgements.unhealthy]
+        if unhealthy:
+            notes.append(f"{place} is not judged: the reference of {' and '.join(unhealthy)} is unhealthy.")
         elif (found := _h3_evidence(base, gpt2, roberta, place)) is not None:
             evidence.append(found)
-    return finding(
-        "H3",
-        H3,
-        "A",
-        "share of 16-bit configurations",
-        evidence,
-        unanimous(evidence),
-        more=notes,
-        missing="classification runs of both architectures in 16-bit configurations beside a healthy fp32_true, seeds 0 1 2",
-    )
+    missing = "classification runs of both architectures in 16-bit configurations beside a healthy fp32_true, seeds 0 1 2"
+    return finding("H3", H3, "A", "share of 16-bit configurations", evidence, unanimous(evidence), missing, notes)
 
 
 def _architecture_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
@@ -237,14 +215,14 @@ def _h3_evidence(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> Evi
         if config in DTYPE_CONFIGS and DTYPE_CONFIGS[config].compute != "fp32"
     ]
     pairs: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
-    run_ids: list[str] = []
+    compared: list[str] = []
     for config in configs:
         first, second = base.runs(gpt2, config), base.runs(roberta, config)
         for seed in sorted(first.keys() & second.keys()):
             failed = [_failed(base.state(cell[seed])) for cell in (first, second)]
             if None not in failed:
                 pairs[seed].append((config, *failed))
-                run_ids += [first[seed].run_id, second[seed].run_id]
+                compared += [first[seed].run_id, second[seed].run_id]
     if not pairs:
         return None
     # Every seed is judged on the same configurations, so that a seed with fewer runs moves nothing.
@@ -262,7 +240,7 @@ def _h3_evidence(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> Evi
         f"{100 * sum(shares[1]) / gap.n:.0f} % on RoBERTa: {100 * gap.value:+.0f} {bounds(_percent(gap), '.0f')} points"
         + (f" (only on GPT-2: {shortened(series_order(only))})." if only else ".")
     )
-    return Evidence(place, decide(gap, SMALLEST_GAP), gap, sentence, tuple(run_ids))
+    return Evidence(place, decide(gap, SMALLEST_GAP), gap, sentence, tuple(compared))
 
 
 def _failed(state: str) -> int | None:

@@ -23,7 +23,7 @@ from report.hypotheses.evidence import (
     difference,
     everywhere,
     finding,
-    log_ratios,
+    log_speed_ratios,
     run_ids,
     somewhere,
     unanimous,
@@ -42,15 +42,8 @@ P1 = "Classification heads overflow fp16: some logit passes 65,504."
 def judge_p1(base: EvidenceBase) -> Finding:
     """Per classification case, over all configurations: with how many seeds some logit left fp16's range."""
     evidence = [e for case, run in base.cases.items() if not is_lm(run) and (e := _p1_evidence(base, case)) is not None]
-    return finding(
-        "P1",
-        P1,
-        "E",
-        "share of 65,504",
-        evidence,
-        somewhere(evidence),
-        missing="classification runs with logged logits, seeds 0 1 2",
-    )
+    missing = "classification runs with logged logits, seeds 0 1 2"
+    return finding("P1", P1, "E", "share of 65,504", evidence, somewhere(evidence), missing)
 
 
 def _p1_evidence(base: EvidenceBase, case: str) -> Evidence | None:
@@ -93,16 +86,8 @@ def judge_p2(base: EvidenceBase) -> Finding:
             notes.append(f"{case} is not judged: its reference is unhealthy.")
         elif (found := _p2_evidence(base, case)) is not None:
             evidence.append(found)
-    return finding(
-        "P2",
-        P2,
-        "B",
-        "speed over its best rival",
-        evidence,
-        everywhere(evidence),
-        more=notes,
-        missing="a GPU (peak memory of the allocator), a healthy fp32_true, seeds 0 1 2",
-    )
+    missing = "a GPU (peak memory of the allocator), a healthy fp32_true, seeds 0 1 2"
+    return finding("P2", P2, "B", "speed over its best rival", evidence, everywhere(evidence), missing, notes)
 
 
 def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
@@ -114,8 +99,8 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     }
     if not ours or not rivals:
         return None
-    gains = {config: log_ratios(cell, reference, lambda run: run.samples_per_s) for config, cell in rivals.items()}
-    own = log_ratios(ours, reference, lambda run: run.samples_per_s)
+    gains = {config: log_speed_ratios(cell, reference) for config, cell in rivals.items()}
+    own = log_speed_ratios(ours, reference)
     leads = {config: difference(own, gain) for config, gain in gains.items()}
     leads = {config: lead for config, lead in leads.items() if lead.n}
     if not leads:
@@ -123,10 +108,10 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     rival = min(leads, key=lambda config: leads[config].value)
     lead = leads[rival]
     speed = _worst([_no_slower(each) for each in leads.values()])
-    memory, memory_words = _memory(ours, rivals)
+    memory, memory_text = _memory(ours, rivals)
     verdict = _worst([speed, memory])
     shown = exponential(lead)
-    sentence = f"{CONFIG} runs {shown.value:.2f}x {bounds(shown, '.2f')} as fast as {rival}, its best rival; {memory_words}."
+    sentence = f"{CONFIG} runs {shown.value:.2f}x {bounds(shown, '.2f')} as fast as {rival}, its best rival; {memory_text}."
     return Evidence(case, verdict, shown, sentence, run_ids(ours, *rivals.values()))
 
 
@@ -152,10 +137,10 @@ def _memory(ours: BySeed, rivals: dict[str, BySeed]) -> tuple[str, str]:
     if any(shares_process(run) for cell in cells.values() for run in cell.values()):
         return NOT_DECIDED, "its peak memory is not known, since its runs shared a process with others"
     least = min(rivals, key=lambda config: max(peaks[config]))
-    words = f"it needs {gigabytes(max(peaks[CONFIG]))}, the leanest rival ({least}) {gigabytes(max(peaks[least]))}"
+    text = f"it needs {gigabytes(max(peaks[CONFIG]))}, the leanest rival ({least}) {gigabytes(max(peaks[least]))}"
     if len(ours) < FEWEST_SEEDS:
-        return NOT_DECIDED, words
-    return (SUPPORTED if max(peaks[CONFIG]) <= MEMORY_TOLERANCE * max(peaks[least]) else REFUTED), words
+        return NOT_DECIDED, text
+    return (SUPPORTED if max(peaks[CONFIG]) <= MEMORY_TOLERANCE * max(peaks[least]) else REFUTED), text
 
 
 P3 = "Classification uses the machine less, and less evenly, than language modelling (MFU of real tokens)."
@@ -182,16 +167,8 @@ def judge_p3(base: EvidenceBase) -> Finding:
         if kind is not None and not is_lm(run) and model is not None:
             found = _p3_evidence(plain, plain.timed(case, config), plain.timed(model, config), f"{case} / {model}", kind)
             evidence += [found] if found else []
-    return finding(
-        "P3",
-        P3,
-        "F",
-        "MFU relative to the language model",
-        evidence,
-        unanimous(evidence),
-        more=notes,
-        missing=f"{config} with a measured MFU on a classification case and its architecture's language model, seeds 0 1 2",
-    )
+    missing = f"{config} with a measured MFU on a classification case and its architecture's language model, seeds 0 1 2"
+    return finding("P3", P3, "F", "MFU relative to the language model", evidence, unanimous(evidence), missing, notes)
 
 
 def _p3_evidence(base: EvidenceBase, classification: BySeed, model: BySeed, place: str, kind: str) -> Evidence | None:
@@ -204,7 +181,7 @@ def _p3_evidence(base: EvidenceBase, classification: BySeed, model: BySeed, plac
     lower, noisier = difference(logs[1], logs[0]), difference(*variations)
     if lower.n == 0 or noisier.n == 0:
         return None
-    shown = exponential(Interval(-lower.value, -lower.high, -lower.low, lower.n))
+    shown = exponential(lower.negated())
     sentence = (
         f"classification reaches {shown.value:.2f} {bounds(shown, '.2f')} of the language model's MFU, and its "
         f"coefficient of variation is {noisier.value:+.3f} {bounds(noisier, '+.3f')} higher"
@@ -236,11 +213,7 @@ ByConfig = dict[str, list[float]]
 
 def judge_p4(base: EvidenceBase) -> Finding:
     """Pairs of tasks, among configurations that completed both with good quality."""
-    good = [
-        run
-        for run in base.selection.runs
-        if base.state(run) == "completed" and run.run_id in {r.run_id for r in base.timed(run.case, run.dtype_config).values()}
-    ]
+    good = [run for run in base.selection.runs if base.state(run) == "completed" and base.is_timed(run)]
     scores = group_scores(good, column_of)
     columns = [column for column in TASK_COLUMNS if len(scores.get(column, {})) > 1]
     evidence = [
@@ -250,6 +223,7 @@ def judge_p4(base: EvidenceBase) -> Finding:
     ]
     run_ids = tuple(run.run_id for run in good)
     evidence = [Evidence(e.place, e.verdict, e.interval, e.sentence, run_ids) for e in evidence]
+    missing = "two tasks with healthy references and two configurations each, seeds 0 1 2"
     return finding(
         "P4",
         P4,
@@ -257,7 +231,7 @@ def judge_p4(base: EvidenceBase) -> Finding:
         "speed of the one task's best on the other, relative to that one's best",
         evidence,
         somewhere(evidence),
-        missing="two tasks with healthy references and two configurations each, seeds 0 1 2",
+        missing,
     )
 
 
@@ -270,7 +244,7 @@ def _p4_evidence(first: str, second: str, scores: ByConfig, others: ByConfig) ->
     best = [max(common, key=lambda config, side=side: float(np.mean(side[config]))) for side in sides]
     lead_first, lead_second = (_lead(side, *pair) for side, pair in zip(sides, (best, best[::-1]), strict=True))
     n = min(len(side[common[0]]) for side in sides)
-    loss = exponential(_negative(lead_second))
+    loss = exponential(lead_second.negated())
     if best[0] == best[1]:
         sentence = f"{best[0]} is fastest on both."
     else:
@@ -289,10 +263,6 @@ def _p4_evidence(first: str, second: str, scores: ByConfig, others: ByConfig) ->
 
 def _lead(side: ByConfig, config: str, rival: str) -> Interval:
     return mean_interval(np.subtract(side[config], side[rival]))
-
-
-def _negative(interval: Interval) -> Interval:
-    return Interval(-interval.value, -interval.high, -interval.low, interval.n)
 
 
 def _serves(side: ByConfig, config: str) -> bool:

@@ -1,4 +1,4 @@
-"""A: which configuration survives which task, at a glance."""
+"""A: which configuration trains on which task, at a glance."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def _cell(axes: Axes, x: int, y: int, cell: dict, room: int) -> None:
         )
     )
     lines = [f"{cell['sign']} {cell['line1']}" if cell["line1"] else str(cell["sign"]), cell["line2"] or ""]
-    words = "\n".join(clean(line, room) for line in lines if line)
+    text = "\n".join(clean(line, room) for line in lines if line)
     box = {"facecolor": state.fill, "edgecolor": "none", "pad": 0.6} if state.hatch else None
-    axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", size=SMALL_PT, color=state.ink, linespacing=1.12, bbox=box)
+    axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", size=SMALL_PT, color=state.ink, linespacing=1.12, bbox=box)
 
 
 def _headers(axes: Axes, columns: list[dict]) -> None:
@@ -94,7 +94,7 @@ def _legend(figure: Figure, data: pd.DataFrame) -> None:
             edgecolor=MUTED,
             hatch=look.hatch and look.hatch * 2,
             linewidth=0.6,
-            label=f"{seen[state]} {look.words}",
+            label=f"{seen[state]} {look.label}",
         )
         for state, look in STATES.items()
         if state in seen

@@ -16,7 +16,7 @@ BAR_IN, FRAME_IN = 0.168, 0.5
 
 
 def draw(table) -> Figure:
-    """Bars from 0, a facet a task and architecture; a run that gave no speed is a word."""
+    """Bars from 0, a facet a task and architecture; a run that gave no speed is a text."""
     data = table.data
     rows = cases_in_rows(data)
     heights = [BAR_IN * max((data["case"] == case).sum() for case in row) + FRAME_IN for row in rows]
@@ -34,8 +34,8 @@ def _panel(axes: Axes, data: pd.DataFrame, longest: float) -> None:
     for at, row in enumerate(data.to_dict("records")):
         style = look(row["dtype_config"])
         if pd.notna(row["word"]) or not np.isfinite(row["relative"]):
-            word = row["word"] if pd.notna(row["word"]) else "no speed"
-            axes.text(0.015 * longest, at, clean(word, 40), va="center", size=SMALL_PT, color=MUTED)
+            text = row["word"] if pd.notna(row["word"]) else "no speed"
+            axes.text(0.015 * longest, at, clean(text, 40), va="center", size=SMALL_PT, color=MUTED)
             continue
         axes.barh(at, row["relative"], height=0.62, color=style.colour, linewidth=0)
         end = row["relative"]

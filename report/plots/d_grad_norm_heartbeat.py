@@ -16,7 +16,7 @@ ROW_IN, FRAME_IN = 1.12, 0.3
 
 
 def draw(table) -> Figure:
-    """A row a case: steps linear at the left, logarithmic at the right, where an early death is seen."""
+    """A row a case: steps linear at the left, logarithmic at the right, where an early divergence is seen."""
     data = table.data
     cases = list(data["case"].unique())
     figure = table_figure(
@@ -77,22 +77,22 @@ def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
 
 
 def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
-    """Each configuration by name at the right: where it died, or its rate of spikes against fp32."""
+    """Each configuration by name at the right: where it diverged, or its rate of spikes against fp32."""
     labels = []
     for config, runs in rows.groupby("dtype_config", sort=False):
         finite = runs[np.isfinite(runs["grad_norm"])]
         y = float(finite["grad_norm"].iloc[-1]) if len(finite) else axes.get_ylim()[0]
-        labels.append((y, _words(config, summary[summary["dtype_config"] == config]), look(config)))
+        labels.append((y, _label(config, summary[summary["dtype_config"] == config]), look(config)))
     label_right(axes, labels, height_in=ROW_IN - 0.3)
 
 
-def _words(config: str, summary: pd.DataFrame) -> str:
+def _label(config: str, summary: pd.DataFrame) -> str:
     name = clean(config, 24)
-    died = summary["died_at"].dropna()
-    if len(died):
-        steps = sorted({int(step) for step in died})
+    diverged_at = summary["died_at"].dropna()
+    if len(diverged_at):
+        steps = sorted({int(step) for step in diverged_at})
         where = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        seeds = f", {len(died)} of {len(summary)} seeds" if len(summary) > 1 else ""
+        seeds = f", {len(diverged_at)} of {len(summary)} seeds" if len(summary) > 1 else ""
         return f"{name} × @ {where}{seeds}"
     relative = summary["relative_to_fp32"].dropna()
     if len(relative) and config != "fp32_true":

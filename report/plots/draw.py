@@ -59,16 +59,11 @@ def draw(table: Table) -> Figure:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure as the page needs it: the table's words, the inline SVG, the files written."""
+    """A drawn table: its SVG as a page takes it, and the files written."""
 
     letter: str
-    name: str
-    title: str
-    caption: str
     svg: str
     files: tuple[str, ...]
-    n_excluded: int
-    empty: str | None
 
 
 def draw_all(
@@ -121,13 +116,5 @@ def draw_one(table: Table, folder: Path, formats: tuple[str, ...], dpi: int) -> 
     for kind in formats:
         replace(folder / f"{table.name}.{kind}", pictures[kind])
     write_csv(table.data, folder / f"{table.name}.csv")
-    return Drawn(
-        table.letter,
-        table.name,
-        table.title,
-        table.caption,
-        inline(svg, table.letter.lower(), f"{table.letter}: {table.title}"),
-        tuple(f"{table.name}.{kind}" for kind in (*formats, "csv")),
-        len(table.excluded),
-        table.empty,
-    )
+    svg = inline(svg, table.letter.lower(), f"{table.letter}: {table.title}")
+    return Drawn(table.letter, svg, tuple(f"{table.name}.{kind}" for kind in (*formats, "csv")))

@@ -55,12 +55,12 @@ def _beside(configs: list[str]) -> list[str]:
     if not set(pair) <= set(configs):
         return configs
     rest = [config for config in configs if config != pair[1]]
-    behind = rest.index(pair[0]) + 1
-    return [*rest[:behind], pair[1], *rest[behind:]]
+    after = rest.index(pair[0]) + 1
+    return [*rest[:after], pair[1], *rest[after:]]
 
 
 def _broken(name: str) -> list[str]:
-    """A configuration's name on lines of at most about 13 characters, broken behind an underscore."""
+    """A configuration's name on lines of at most about 13 characters, broken after an underscore."""
     lines = [""]
     for part in name.replace("_", "_ ").split(" "):
         if lines[-1] and len(lines[-1]) + len(part) > NAME_CHARACTERS:
@@ -128,12 +128,12 @@ class _Violins:
 def _largest(axes: Axes, at: float, values: np.ndarray, nonfinite_steps: int, slot_in: float) -> None:
     """The maximum over the violin, and how many steps had a non-finite logit."""
     narrow = slot_in < WIDE_SLOT_IN
-    words = short(values.max(), 2 if narrow else 3) if len(values) else "none\nfinite"
+    text = short(values.max(), 2 if narrow else 3) if len(values) else "none\nfinite"
     if nonfinite_steps:
-        words += f"\n{nonfinite_steps} ✗"
+        text += f"\n{nonfinite_steps} ✗"
     y = values.max() if len(values) else 1.0
     axes.annotate(
-        words,
+        text,
         (at, y),
         xytext=(0, 2),
         textcoords="offset points",

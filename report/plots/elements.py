@@ -156,10 +156,10 @@ def panels(grid: np.ndarray, rows: list[list]) -> list[tuple[Axes, object]]:
     return pairs
 
 
-def label_lowest(grid: np.ndarray, words: str) -> None:
-    """``words`` under the lowest frame in use of each column."""
+def label_lowest(grid: np.ndarray, text: str) -> None:
+    """``text`` under the lowest frame in use of each column."""
     for column in grid.T:
         used = [axes for axes in column if axes.axison]
         if used:
-            used[-1].set_xlabel(words)
+            used[-1].set_xlabel(text)
             used[-1].tick_params(labelbottom=True)

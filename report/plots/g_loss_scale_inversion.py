@@ -28,7 +28,7 @@ def draw(table) -> Figure:
     figure = table_figure(
         table,
         sum(heights) + FRAME_IN,
-        "Cross: the last finite step of a run that died. Lower rows: training loss minus that of "
+        "Cross: the last finite step of a run that diverged. Lower rows: training loss minus that of "
         "fp32_true on the same batch of the same seed.",
     )
     grid = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
@@ -55,19 +55,19 @@ def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) ->
     whole_steps(lower)
     lower.axhline(0, color=MUTED, linewidth=0.8)
     reach = _reach(lower, rows["minus_reference"].to_numpy(float))
-    dead = summary[summary["died_at"].notna()].set_index(["case", "dtype_config", "seed"])["died_at"]
+    divergence = summary[summary["died_at"].notna()].set_index(["case", "dtype_config", "seed"])["died_at"]
     for (case, config, seed), run in rows.groupby(["case", "dtype_config", "seed"], sort=False):  # own cases share a facet
-        died = (case, config, seed) in dead.index
-        _run(upper, run["step"].to_numpy(), run["loss"].to_numpy(float), config, died, np.inf)
+        diverged = (case, config, seed) in divergence.index
+        _run(upper, run["step"].to_numpy(), run["loss"].to_numpy(float), config, diverged, np.inf)
         if config != "fp32_true":
-            _run(lower, run["step"].to_numpy(), run["minus_reference"].to_numpy(float), config, died, reach)
+            _run(lower, run["step"].to_numpy(), run["minus_reference"].to_numpy(float), config, diverged, reach)
     for axes in pair:
         axes.margins(x=0.02)
     upper.tick_params(labelbottom=False)
     _names(upper, rows, summary, LOSS_IN - 0.25)
 
 
-def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, died: bool, reach: float) -> None:
+def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, diverged: bool, reach: float) -> None:
     """One run's line, and a cross at its last finite step (at the frame when that is beyond it)."""
     style = look(config)
     shown = decimate(x, y)
@@ -80,7 +80,7 @@ def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, died: bool, reac
         alpha=0.85,
     )
     finite = np.flatnonzero(np.isfinite(y))
-    if died and len(finite):
+    if diverged and len(finite):
         axes.plot(
             x[finite[-1]],
             np.clip(y[finite[-1]], -reach, reach),
@@ -117,7 +117,7 @@ def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: flo
     labels = []
     for config, runs in rows.groupby("dtype_config", sort=False):
         finite = runs.loc[np.isfinite(runs["loss"]), "loss"]
-        died = summary.loc[(summary["dtype_config"] == config) & summary["case"].isin(rows["case"]), "died_at"].dropna()
-        words = clean(config, 23) + (f" × @ {int(died.min())}" if len(died) else "")
-        labels.append((float(finite.iloc[-1]) if len(finite) else 0.0, words, look(config)))
+        diverged_at = summary.loc[(summary["dtype_config"] == config) & summary["case"].isin(rows["case"]), "died_at"].dropna()
+        label = clean(config, 23) + (f" × @ {int(diverged_at.min())}" if len(diverged_at) else "")
+        labels.append((float(finite.iloc[-1]) if len(finite) else 0.0, label, look(config)))
     label_right(axes, labels, height_in=height_in)

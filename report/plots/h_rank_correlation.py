@@ -17,7 +17,7 @@ OFFSET = {"LM": -0.17, "classification": 0.17}
 
 
 def draw(table) -> Figure:
-    """Left: ranks joined by lines, ties bracketed. Right: the relative speeds behind them."""
+    """Left: ranks joined by lines, ties bracketed. Right: the relative speeds that they rank."""
     data = table.data
     configs = list(dict.fromkeys(data.sort_values(["side", "rank"], ascending=True)["dtype_config"]))
     figure = table_figure(table, ROW_IN * len(configs) + FRAME_IN, *_tau_note(table.summary))
@@ -34,11 +34,11 @@ def _tau_note(summary: pd.DataFrame) -> tuple[str, ...]:
     row = summary.iloc[0]
     if pd.isna(row["tau"]):
         return (clean(row["note"], 300),) if row["note"] else ()
-    words = (
+    text = (
         f"Kendall's tau {row['tau']:+.2f} [{row['tau_low']:+.2f}, {row['tau_high']:+.2f}] over "
         f"{int(row['n_configs'])} configurations"
     )
-    return (words + (f"; {clean(row['note'], 240)}" if row["note"] else ""),)
+    return (text + (f"; {clean(row['note'], 240)}" if row["note"] else ""),)
 
 
 def _slopes(axes: Axes, data: pd.DataFrame, n: int) -> None:
@@ -60,12 +60,12 @@ def _slopes(axes: Axes, data: pd.DataFrame, n: int) -> None:
         for config, at in places[side].items():
             style = look(config)
             axes.plot(x, at, style.marker, color=style.colour, markersize=5.5, mec="white", mew=0.4, zorder=3)
-            words = (
+            label = (
                 f"{sides[side].loc[config, 'rank']:g}  {clean(config, 24)}"
                 if x == 0
                 else f"{clean(config, 24)}  {sides[side].loc[config, 'rank']:g}"
             )
-            axes.annotate(words, (x, at), xytext=(pad, 0), textcoords="offset points", ha=align, va="center", size=SMALL_PT)
+            axes.annotate(label, (x, at), xytext=(pad, 0), textcoords="offset points", ha=align, va="center", size=SMALL_PT)
         _brackets(axes, x, sides[side])
     axes.set(xlim=(-1.75, 2.75), ylim=(n - 0.4, -0.9), yticks=[], xticks=[0, 1], xticklabels=SIDES)
     axes.set_title("Rank by throughput (bracket: not separated by the seeds)")
@@ -75,7 +75,7 @@ def _slopes(axes: Axes, data: pd.DataFrame, n: int) -> None:
 
 
 def _brackets(axes: Axes, x: int, rows: pd.DataFrame) -> None:
-    """A bracket around each group of neighbours that the seeds do not tell apart."""
+    """A bracket around each group of neighbours that the seeds do not separate."""
     at = pd.Series(range(len(rows)), index=rows.index)
     outward = -1 if x == 0 else 1
     for _, group in at.groupby(rows["tie_group"]):

@@ -21,9 +21,9 @@ USE = (("gpu_percent", "GPU utilisation (%)"), ("cpu_percent", "CPU utilisation 
 def draw(table) -> Figure:
     """Memory over time and as boxes, densities of utilisation, growth of the disk."""
     data = table.data
-    memory, use = ([(column, words) for column, words in readings if data[column].notna().any()] for readings in (MEMORY, USE))
-    frames = [frame for column, words in memory for frame in ((_over_time, column, words), (_boxes, column, words))]
-    frames += [(_densities, column, words) for column, words in use]
+    memory, use = ([(column, label) for column, label in readings if data[column].notna().any()] for readings in (MEMORY, USE))
+    frames = [frame for column, label in memory for frame in ((_over_time, column, label), (_boxes, column, label))]
+    frames += [(_densities, column, label) for column, label in use]
     frames += [(_over_time, *DISK)] if data[DISK[0]].notna().any() else []
     down = (len(frames) + 2) // 2  # and a frame for the key
     heights = [ROW_IN] * down
@@ -31,8 +31,8 @@ def draw(table) -> Figure:
         heights[-1] = KEY_IN  # the key has a row to itself
     figure = table_figure(table, sum(heights) + FRAME_IN, *_absent(data))
     grid = figure.subplots(down, 2, squeeze=False, height_ratios=heights).flat
-    for axes, (draw_one, column, words) in zip(grid, frames, strict=False):
-        draw_one(axes, data, column, words)
+    for axes, (draw_one, column, label) in zip(grid, frames, strict=False):
+        draw_one(axes, data, column, label)
     _key(grid[len(frames)], data)
     for spare in grid[len(frames) + 1 :]:
         spare.axis("off")
@@ -41,12 +41,12 @@ def draw(table) -> Figure:
 
 def _absent(data: pd.DataFrame) -> tuple[str, ...]:
     """A note that names what no run measured; it gets no empty frame."""
-    absent = [words.rpartition(" (")[0] for column, words in (*MEMORY, *USE, DISK) if not data[column].notna().any()]
+    absent = [label.rpartition(" (")[0] for column, label in (*MEMORY, *USE, DISK) if not data[column].notna().any()]
     return (f"Not measured: {', '.join(absent)}.",) if absent else ()
 
 
-def _over_time(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
-    axes.set(ylabel=words, xlabel="time since the run's start (s)")
+def _over_time(axes: Axes, data: pd.DataFrame, column: str, label: str) -> None:
+    axes.set(ylabel=label, xlabel="time since the run's start (s)")
     for (_, config), run in data.groupby(["case", "dtype_config"], sort=False, observed=True):
         x, y = run["time_s"].to_numpy(), run[column].to_numpy(float) / 1e9
         shown = decimate(x, y)
@@ -55,7 +55,7 @@ def _over_time(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _boxes(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
+def _boxes(axes: Axes, data: pd.DataFrame, column: str, label: str) -> None:
     """Box from the first to the third quartile, whiskers at the extremes, a configuration a row."""
     groups = [
         (config, run[column].dropna().to_numpy(float) / 1e9)
@@ -68,14 +68,14 @@ def _boxes(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
             axes.plot([values.min(), values.max()], [at, at], color=colour, linewidth=0.9)
             axes.barh(at, high - low, left=low, height=0.55, color=colour, alpha=0.6, linewidth=0)
             axes.plot([middle, middle], [at - 0.28, at + 0.28], color=INK, linewidth=1.2)
-    axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.4, -0.6), xlabel=words)
+    axes.set(yticks=range(len(groups)), ylim=(len(groups) - 0.4, -0.6), xlabel=label)
     axes.set_yticklabels([clean(config, 24) for config, _ in groups])
     axes.set_xlim(left=0)
     axes.grid(False, axis="y")
 
 
-def _densities(axes: Axes, data: pd.DataFrame, column: str, words: str) -> None:
-    axes.set(xlabel=words, yticks=[], xlim=(0, 100))
+def _densities(axes: Axes, data: pd.DataFrame, column: str, label: str) -> None:
+    axes.set(xlabel=label, yticks=[], xlim=(0, 100))
     for config, run in data.groupby("dtype_config", sort=False, observed=True):
         values = run[column].dropna().to_numpy(float)
         if len(values):

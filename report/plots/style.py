@@ -1,4 +1,4 @@
-"""The figures' common dress: seaborn's theme at final print size, the frame around each picture.
+"""What all figures share: seaborn's theme at final print size, and the frame around each picture.
 
 Nothing here knows what is drawn. Text is at least 6.5 pt and lines at least 0.6 pt at the final
 size (7.0 in wide for a full column, 3.4 in for half). The colours of ink and paper are named, so
@@ -143,9 +143,9 @@ def new_figure(
         )
     )
     left = 0.05 / width_in
-    for line, words in enumerate(heading):
+    for line, text in enumerate(heading):
         y_in = whole_in - 0.05 - TITLE_LINE_IN * (line + 0.78)
-        figure.text(left, y_in / whole_in, words, size=TITLE_PT, weight=600, va="baseline")
+        figure.text(left, y_in / whole_in, text, size=TITLE_PT, weight=600, va="baseline")
     if marks:
         figure.text(
             left + 0.03 / width_in,
@@ -157,8 +157,8 @@ def new_figure(
             color=WARNING_INK,
             bbox={"facecolor": WARNING_PAPER, "edgecolor": "none", "pad": 1.8},
         )
-    for line, words in enumerate(reversed(foot)):
-        figure.text(left, (0.05 + NOTE_LINE_IN * line) / whole_in, words, size=SMALL_PT, color=MUTED, va="baseline")
+    for line, text in enumerate(reversed(foot)):
+        figure.text(left, (0.05 + NOTE_LINE_IN * line) / whole_in, text, size=SMALL_PT, color=MUTED, va="baseline")
     return figure
 
 

@@ -91,7 +91,7 @@ def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judge
         unhealthy = bad[0].run.case in judgements.unhealthy
         if config == REFERENCE:
             return ("ends higher", "unhealthy") if unhealthy else ("not judged", seeds)
-        why = "unhealthy ref" if unhealthy else "no fair pair" if "not comparable" in bad[0].reason else "no reference"
+        why = "unhealthy ref" if unhealthy else "incomparable" if "not comparable" in bad[0].reason else "no reference"
         return "not judged", why
     if state == "poor":
         worst = max(bad, key=lambda j: j.gap if j.gap is not None else 0)

@@ -11,7 +11,7 @@ from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.statistics import NOTHING, mean_interval
 from report.tables.judgement import judge_runs
-from report.tables.selection import in_order, series_order
+from report.tables.selection import by_cell, series_order
 from report.tables.speed import FIELD, NOT_MEASURED, eligible, y_kind
 from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
@@ -29,10 +29,7 @@ def table(folder: Folder) -> Table:
     runs, excluded = eligible(folder, judgements.selection)
     kind = y_kind(runs)
     memory = memory_kind(runs)
-    cells: dict[tuple[str, str], list[RunRecord]] = {}
-    for run in in_order(runs):
-        cells.setdefault((run.case, run.dtype_config), []).append(run)
-    rows = [_row(cell, kind, memory, [j.state for j in judgements.of(*key)]) for key, cell in cells.items()]
+    rows = [_row(cell, kind, memory, [j.state for j in judgements.of(*key)]) for key, cell in by_cell(runs).items()]
     data = _with_frontier(frame([row for row in rows if row is not None], COLUMNS))
     empty = None if not data.empty else NOT_MEASURED if kind is None and runs else "no completed run has enough timed steps"
     title, caption = _title(data, empty), _caption(folder, runs, kind, memory)
@@ -103,11 +100,14 @@ def _title(data: pd.DataFrame, empty: str | None) -> str:
         return sentence(f"{highest}; no case has a healthy reference, so no frontier is drawn")
     alone = frontier.groupby("case").filter(lambda rows: len(rows) == 1)["dtype_config"].value_counts()
     cases = frontier["case"].nunique()
-    words = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
+    alone_in = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
     return sentence(
         "; ".join(
             [
-                *(words or [f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"]),
+                *(
+                    alone_in
+                    or [f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"]
+                ),
                 highest,
             ]
         )
@@ -121,7 +121,9 @@ def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: st
         None: "not measured",
     }[memory]
     if any(shares_process(run) for run in runs):
-        measure += "; runs shared a process and left memory behind, so the smallest of the seeds is drawn, without interval"
+        measure += (
+            "; runs shared a process and did not free all memory, so the smallest of the seeds is drawn, without interval"
+        )
     against = {
         "bf16 peak": "against the card's dense bf16 peak",
         "measured peak": "against the matmul rate measured on this machine (a CPU or an unknown card has no datasheet peak)",

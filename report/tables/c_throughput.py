@@ -7,7 +7,7 @@ import math
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.tables.judgement import divergence_text
-from report.tables.selection import REFERENCE, TASK_COLUMNS, column_of, in_order, is_control, select, series_order
+from report.tables.selection import REFERENCE, TASK_COLUMNS, by_cell, column_of, is_control, select, series_order
 from report.tables.speed import eligible, fair_pairs, paired_ratio, pooled_rate
 from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
@@ -19,10 +19,8 @@ def table(folder: Folder) -> Table:
     """One row a case and configuration: a bar with its paired interval, or a word."""
     selection = select(folder)
     runs, excluded = eligible(folder, selection)
-    cells: dict[tuple[str, str], list[RunRecord]] = {}
-    for run in sorted(in_order(selection.runs), key=lambda run: TASK_COLUMNS.index(column_of(run))):
-        cells.setdefault((run.case, run.dtype_config), []).append(run)
-    data = frame([_row(cell, runs, dict(excluded)) for cell in cells.values()], COLUMNS)
+    cells = sorted(by_cell(selection.runs).values(), key=lambda cell: TASK_COLUMNS.index(column_of(cell[0])))
+    data = frame([_row(cell, runs, dict(excluded)) for cell in cells], COLUMNS)
     measured = data["relative"].notna().any() or data["samples_per_s"].notna().any()
     empty = None if measured else "no completed run has enough timed steps"
     title, caption = _title(data), _caption(folder, selection.runs)

@@ -129,10 +129,10 @@ def _title(summary: pd.DataFrame) -> str:
         if len(rows := plain[plain["kind"] == kind])
     ]
     (name, tax, variation), *others = found
-    words = f"padding is {100 * tax:.0f} % of {name}'s work (coefficient of variation {variation:.2f})"
+    text = f"padding is {100 * tax:.0f} % of {name}'s work (coefficient of variation {variation:.2f})"
     for name, tax, variation in others:
-        words += f" and {100 * tax:.0f} % of {name}'s ({variation:.2f})"
-    return sentence(words)
+        text += f" and {100 * tax:.0f} % of {name}'s ({variation:.2f})"
+    return sentence(text)
 
 
 def _caption(folder: Folder, runs: list[RunRecord], config: str, kind: str) -> str:

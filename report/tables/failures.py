@@ -34,13 +34,13 @@ FAILURE_CAUSES = {
     "hung": "no heartbeat",
     "node_lost": "its node went away",
 }
-"""``flags["death"]["cause"]`` of a run that ended without a result, in words."""
+"""``flags["death"]["cause"]`` of a run that ended without a result -> text."""
 ENDS = {"oom": "ran out of memory", "hung": "hung", "error": "failed"}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """``cause`` in words or None; lists are plain data from ``runs/<run_id>/forensics.json``, empty when
+    """``cause`` as text or None; lists are plain data from ``runs/<run_id>/forensics.json``, empty when
     there is none."""
 
     run_id: str

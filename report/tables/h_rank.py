@@ -62,16 +62,18 @@ def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
         return "Not decided: too few configurations finished both sides."
     first = {side: data[(data["side"] == side) & (data["tie_group"] == 0)]["dtype_config"].tolist() for side in SIDES}
     tau = summary.iloc[0]
-    words = "" if math.isnan(tau["tau"]) else f" (Kendall's tau {tau['tau']:.2f} [{tau['tau_low']:.2f}, {tau['tau_high']:.2f}])"
+    correlation = (
+        "" if math.isnan(tau["tau"]) else f" (Kendall's tau {tau['tau']:.2f} [{tau['tau_low']:.2f}, {tau['tau_high']:.2f}])"
+    )
     if data["n"].max() < 2:
-        return f"Not decided: one seed separates no ranks{words}."
+        return f"Not decided: one seed separates no ranks{correlation}."
     if set(first["LM"]) & set(first["classification"]):
         shared = series_order(set(first["LM"]) & set(first["classification"]))
         verb = "is" if len(shared) == 1 else "are"
-        return sentence(f"{shortened(shared)} {verb} first, or tied for it, on both sides{words}")
+        return sentence(f"{shortened(shared)} {verb} first, or tied for it, on both sides{correlation}")
     return sentence(
         f"the fastest changes with the task: {joined(first['LM'])} for language models, "
-        f"{joined(first['classification'])} for classification{words}"
+        f"{joined(first['classification'])} for classification{correlation}"
     )
 
 

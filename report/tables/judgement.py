@@ -24,13 +24,13 @@ FEWEST_F1 = 0.05
 
 FAILED = ("oom", "error", "hung")
 FROM_OUTSIDE = ("killed", "node_lost")
-"""Causes of deaths that say nothing of the run."""
+"""Causes of failures that say nothing about the run."""
 
 
 @dataclass(frozen=True)
 class Judged:
     """A run with its ``state`` (``completed``, ``poor``, ``diverged``, ``unsupported``, ``failed``, ``unjudged``,
-    ``unfinished``: ended from outside), the ``reason`` in words, and its distance from the reference: ``gap`` in ``unit``
+    ``unfinished``: ended from outside), the ``reason`` as text, and its distance from the reference: ``gap`` in ``unit``
     (nats, or a share of the reference's loss), ``f1_gap`` as a difference of micro-F1."""
 
     run: RunRecord
@@ -111,8 +111,8 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
 
 def is_unfinished(run: RunRecord) -> bool:
     """Whether a run was stopped or killed from outside."""
-    death = run.flags.get("death")
-    return run.status == "preempted" or (isinstance(death, dict) and death.get("cause") in FROM_OUTSIDE)
+    failure = run.flags.get("death")
+    return run.status == "preempted" or (isinstance(failure, dict) and failure.get("cause") in FROM_OUTSIDE)
 
 
 def _against(run: RunRecord, reference: RunRecord) -> Judged:
@@ -144,7 +144,7 @@ def gap_text(gap: float, unit: str) -> str:
 
 
 def divergence_text(run: RunRecord) -> str:
-    """``NaN @ 50``: what a run died of and at which step."""
+    """``NaN @ 50``: how a run diverged and at which step."""
     return f"{divergence_kind(run)} @ {run.divergence_step}"
 
 

@@ -78,12 +78,12 @@ def _rounds(document: dict[str, Any]) -> pd.DataFrame:
 
 def _title(summary: pd.DataFrame) -> str:
     """The ratio of each instrumented arm, and whether the interval is clear of 1."""
-    words = []
+    parts = []
     for row in summary[summary["arm"].isin(ARMS)].to_dict("records"):
         span = f" [{row['low']:.3f}, {row['high']:.3f}]" if math.isfinite(row["low"]) and math.isfinite(row["high"]) else ""
         unresolved = " (not resolved from 1)" if span and row["low"] <= 1 <= row["high"] else ""
-        words.append(f"{row['ratio']:.3f}{span} times as long with {row['arm']}{unresolved}")
-    return sentence("A step takes " + ", ".join(words)) if words else "Not decided: no ratio of an instrumented step."
+        parts.append(f"{row['ratio']:.3f}{span} times as long with {row['arm']}{unresolved}")
+    return sentence("A step takes " + ", ".join(parts)) if parts else "Not decided: no ratio of an instrumented step."
 
 
 def _caption(document: dict[str, Any], data: pd.DataFrame) -> str:
@@ -91,7 +91,7 @@ def _caption(document: dict[str, Any], data: pd.DataFrame) -> str:
     n = data["round"].nunique() if len(data) else 0
     device = printable(document.get("device") or "device not recorded")
     return (
-        f"{device}, {count(n, 'round')}; {what}. Every arm has its own copy of the model and takes its step in turn, in an "
+        f"{device}, {count(n, 'round')}; {what}. Every arm has its own copy of the model and takes its step in rotation, in an "
         "order reversed from round to round. Left: the step's time. Right: its ratio to the bare loop's step of the same "
         "round; line at the median, bar: its 95 % interval where recorded."
     )

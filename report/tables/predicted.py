@@ -36,7 +36,7 @@ KINDS = {
     "gradient_flush": "gradients flushed",
     "other": "something else",
 }
-"""Kind of hazard, as `instrument.prediction` names it -> words."""
+"""Kind of hazard, as `instrument.prediction` names it -> text."""
 OUTCOMES = ("case", "dtype_config", "seed", "run_id", "kind", "verdict", "step")
 ENDS = tuple(
     "case dtype_config seed run_id predicted predicted_step predicted_module happened happened_step happened_module".split()

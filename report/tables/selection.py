@@ -55,17 +55,22 @@ def in_order(runs: Iterable[RunRecord]) -> list[RunRecord]:
     return sorted(runs, key=lambda run: (cases[run.case], configs[run.dtype_config], run.seed, run.run_id))
 
 
+def by_cell(runs: Iterable[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]:
+    """Runs by case and configuration, in order."""
+    cells: dict[tuple[str, str], list[RunRecord]] = {}
+    for run in in_order(runs):
+        cells.setdefault((run.case, run.dtype_config), []).append(run)
+    return cells
+
+
 def one_a_cell(runs: Iterable[RunRecord], has: Callable[[RunRecord], object]) -> list[RunRecord]:
     """In order, the lowest seed of every case and configuration among the runs that ``has`` takes."""
-    chosen: dict[tuple[str, str], RunRecord] = {}
-    for run in in_order(runs):
-        if (run.case, run.dtype_config) not in chosen and has(run):
-            chosen[run.case, run.dtype_config] = run
-    return list(chosen.values())
+    firsts = (next((run for run in cell if has(run)), None) for cell in by_cell(runs).values())
+    return [run for run in firsts if run is not None]
 
 
 def is_control(config: str) -> bool:
-    """Whether a configuration is run to explain another's death, not to be recommended."""
+    """Whether a configuration is run to explain another's divergence, not to be recommended."""
     return any(config in declared.controls for declared in DTYPE_CONFIGS.values())
 
 
@@ -145,11 +150,11 @@ def _key(run: RunRecord) -> str:
 
 
 def _difference(key: str, main: str) -> str:
-    """What differs between two variants, in a few words."""
+    """What differs between two variants, briefly."""
     this, that = json.loads(key), json.loads(main)
     changed = [name for name in sorted({*this, *that}) if this.get(name) != that.get(name)]
-    words = [f"{name} {_short(this.get(name))} instead of {_short(that.get(name))}" for name in changed[:3]]
-    return ", ".join(words) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    parts = [f"{name} {_short(this.get(name))} instead of {_short(that.get(name))}" for name in changed[:3]]
+    return ", ".join(parts) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def _short(value: Any) -> str:

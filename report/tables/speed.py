@@ -26,7 +26,7 @@ def eligible(folder: Folder, selection: Selection) -> tuple[list[RunRecord], tup
 
 
 def ineligible_reason(folder: Folder, run: RunRecord) -> str | None:
-    """Why a run's speed says nothing, or None."""
+    """Why a run's speed does not count, or None."""
     if run.status == "diverged":
         return divergence_text(run)
     if run.status != "completed":
@@ -48,12 +48,12 @@ def timed(folder: Folder, run: RunRecord) -> np.ndarray:
 
 def untimed_steps(run: RunRecord) -> int:
     """Steps at the start that no speed counts (allocation, kernel selection, compilation)."""
-    told = run.config.get("untimed_steps")
-    return told if isinstance(told, int) else run.steps_done - run.timed_steps
+    given = run.config.get("untimed_steps")
+    return given if isinstance(given, int) else run.steps_done - run.timed_steps
 
 
 def disturbed(run: RunRecord) -> str | None:
-    """A card that slowed itself down, or that others used: ``flags["hardware"]`` says so."""
+    """Whether the GPU throttled or was shared with others, by ``flags["hardware"]``."""
     hardware = run.flags.get("hardware") or {}
     if not isinstance(hardware, dict):
         return None
@@ -106,7 +106,7 @@ Scores = dict[str, dict[str, list[float]]]
 
 def group_scores(runs: Iterable[RunRecord], group_of: Callable[[RunRecord], str]) -> Scores:
     """A configuration counts in a group with every (case, seed) that fp32_true has there, or not at all:
-    a mean over other cases would rank the cases. Controls are left out: they explain deaths."""
+    a mean over other cases would rank the cases. Controls are left out: they explain divergence."""
     runs = list(runs)
     by_key = {(run.case, run.dtype_config, run.seed): run for run in runs}
     cells: dict[str, set[tuple[str, int]]] = defaultdict(set)

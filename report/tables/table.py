@@ -20,7 +20,7 @@ class Table:
     """One figure's content.
 
     ``name``: the file's stem. ``data``: exactly what is drawn (base units), the CSV. ``summary``:
-    one row per series or facet where the figure needs words. ``title`` states the finding.
+    one row per series or facet where the figure needs text. ``title`` states the finding.
     ``excluded``: (run_id, reason). ``empty``: why there is nothing to draw, else None.
     """
 
@@ -56,7 +56,7 @@ def long_frame(
 ) -> pd.DataFrame:
     """One row a step: the run's identity and what ``of_run`` gives (arrays of one length, or constants).
 
-    Words are categories: a hundred thousand rows repeat some tens of them.
+    Text is categorical: a hundred thousand rows repeat some tens of them.
     """
     pieces = []
     for run in runs:
@@ -71,9 +71,9 @@ def _joined(parts: list) -> np.ndarray | pd.Categorical:
     if not parts:
         return np.empty(0)
     if all(isinstance(part, list) and isinstance(part[0], str) for part in parts):
-        words = list(dict.fromkeys(part[0] for part in parts))
-        codes = np.concatenate([np.full(len(part), words.index(part[0]), dtype=np.int16) for part in parts])
-        return pd.Categorical.from_codes(codes, categories=words)
+        categories = list(dict.fromkeys(part[0] for part in parts))
+        codes = np.concatenate([np.full(len(part), categories.index(part[0]), dtype=np.int16) for part in parts])
+        return pd.Categorical.from_codes(codes, categories=categories)
     return np.concatenate([np.asarray(part) for part in parts])
 
 

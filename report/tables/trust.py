@@ -67,7 +67,7 @@ def _fairness(selection: Selection) -> Check:
             "fairness",
             None,
             f"{len(unknown)} of {count(len(pairs), 'pair')} have no hashes of weights and batches: "
-            f"that they are the same is the word of their source.",
+            f"that they are the same is not verified.",
             tuple(run.run_id for run in unknown),
         )
     return Check(
@@ -99,12 +99,12 @@ def _health(folder: Folder) -> Check:
     ended = [run for run in references if run.status == "completed"]
     if not ended:
         return Check("reference", None, "No fp32_true run has completed: nothing can be judged.")
-    words = (
+    text = (
         "The one fp32_true run that completed ends below its start."
         if len(ended) == 1
         else f"All {len(ended)} fp32_true runs that completed end below their start."
     )
-    return Check("reference", True, words)
+    return Check("reference", True, text)
 
 
 def _seeds(selection: Selection) -> Check:
@@ -141,7 +141,7 @@ def _exclusions(folder: Folder, selection: Selection) -> Check:
 
 
 def _overhead(folder: Folder) -> Check:
-    """The benchmark's own rows with an aim; the one that is furthest beyond it speaks."""
+    """The benchmark's own rows with an aim; the check is that of the arm furthest beyond it."""
     rows = [
         row
         for row in objects((folder.overhead or {}).get("rows"))

@@ -11,7 +11,7 @@ from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.harness_commands import ALL_BUT_LR, OF_ANY_CASE, cases_option, unusual_options
-from report.hypotheses.evidence import EvidenceBase, log_ratios
+from report.hypotheses.evidence import EvidenceBase, log_speed_ratios
 from report.statistics import FEWEST_SEEDS, exponential, mean_interval
 from report.tables.judgement import Judged, divergence_text, is_unfinished
 from report.tables.selection import REFERENCE, case_order, is_control, series_order
@@ -57,7 +57,7 @@ def _words(judged: Judged, state: str) -> str:
 def _slow(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None:
     """Slower than fp32_true in some case, resolved by three seeds or more."""
     for case in cases:
-        gains = log_ratios(base.timed(case, config), base.timed(case, REFERENCE), lambda run: run.samples_per_s)
+        gains = log_speed_ratios(base.timed(case, config), base.timed(case, REFERENCE))
         speed = mean_interval([*gains.values()])
         if speed.n >= FEWEST_SEEDS and speed.below(0.0):
             return f"slower than fp32_true, {times(exponential(speed))} on {case}"
@@ -75,15 +75,15 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     if "IMPORTED" in folder.marks or "SIMULATED" in folder.marks:
         return f"{MATRIX} --seeds 0 1 2"
     alone = [case for case in base.cases if not _ended_references(base, case)]
-    if told := _told(base, alone):
-        return f"{MATRIX} {told}{out}"
-    ill = [case for case in case_order(base.judgements.unhealthy) if _of(base, case)][:1]
-    rate = base.cases[ill[0]].config.get("lr") if ill else None
-    if told := _told(base, ill, f" --lr {rate / 3:.2g}" if isinstance(rate, float) else "", ALL_BUT_LR):
-        return f"{MATRIX} {told}{out}"
+    if options := _matrix_options(base, alone):
+        return f"{MATRIX} {options}{out}"
+    unhealthy = [case for case in case_order(base.judgements.unhealthy) if _of(base, case)][:1]
+    rate = base.cases[unhealthy[0]].config.get("lr") if unhealthy else None
+    if options := _matrix_options(base, unhealthy, f" --lr {rate / 3:.2g}" if isinstance(rate, float) else "", ALL_BUT_LR):
+        return f"{MATRIX} {options}{out}"
     few = [case for case in base.cases if 0 < _ended_references(base, case) < FEWEST_SEEDS]
-    if told := _told(base, few, f" --seeds {' '.join(map(str, range(FEWEST_SEEDS)))}"):
-        return f"{MATRIX} {told}{out}"
+    if options := _matrix_options(base, few, f" --seeds {' '.join(map(str, range(FEWEST_SEEDS)))}"):
+        return f"{MATRIX} {options}{out}"
     missing = [case.id for case in CASES.values() if case.in_default_matrix and case.id not in base.cases]
     some = [run for case in base.cases for run in _of(base, case)]
     presets = sorted({run.preset for run in some})
@@ -97,7 +97,7 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     return f"python -m report build {shlex.quote(str(folder.path))}"
 
 
-def _told(
+def _matrix_options(
     base: EvidenceBase, cases: Sequence[str], more: str = "", settings: Sequence[str] = ("lr", *ALL_BUT_LR)
 ) -> str | None:
     """The options that name the first of ``cases`` that the command line knows and those that share its settings, ``more``,
@@ -109,7 +109,7 @@ def _told(
     if not named:
         return None
     first = next(iter(named.values()))
-    return f"{cases_option(base.cases[case] for case, words in named.items() if words == first)}{more}{first}"
+    return f"{cases_option(base.cases[case] for case, text in named.items() if text == first)}{more}{first}"
 
 
 def _of(base: EvidenceBase, case: str) -> list[RunRecord]:

@@ -39,10 +39,10 @@ def cost_text(
 ) -> str:
     """Cost against fp32_true's, and per million samples and 10^9 real tokens: in money where a price is known,
     else in hours."""
-    words = f"{relative_cost:.2f} of fp32_true's"
+    relative = f"{relative_cost:.2f} of fp32_true's"
     say = price.of if price else lambda hours: f"{plain_number(hours)} hours"
     tokens = f", {say(hours_per_billion_real_tokens)} per 10⁹ real tokens" if hours_per_billion_real_tokens else ""
-    return f"{words}, {say(hours_per_million_samples)} per million samples{tokens}"
+    return f"{relative}, {say(hours_per_million_samples)} per million samples{tokens}"
 
 
 def plain_number(value: float) -> str:
@@ -54,7 +54,7 @@ def plain_number(value: float) -> str:
 class TaskVerdict:
     """One task. ``use`` None: nothing can be recommended, and ``reason`` says why. ``relative_speed`` with
     ``low`` and ``high`` is against fp32_true, ``relative_cost`` its inverse (the same machine by the
-    hour); ``cost`` says it in words, in money where the price of an hour is known. ``quality`` in words.
+    hour); ``cost`` is the same as text, in money where the price of an hour is known. ``quality`` is text.
     ``confidence``: ``high`` (3 seeds or more, ahead of every rival), ``medium`` (3 seeds or more, tied, or
     a rival is unfinished), ``low``."""
 
@@ -99,11 +99,7 @@ def verdict(folder: Folder, price: Price | None = None) -> Verdict:
     """The decision, computed from the rows alone; ``price`` turns hours into money."""
     base = EvidenceBase.of(folder)
     findings = judge(folder)
-    good = [
-        run
-        for run in base.selection.runs
-        if base.state(run) == "completed" and run.seed in base.timed(run.case, run.dtype_config)
-    ]
+    good = [run for run in base.selection.runs if base.state(run) == "completed" and base.is_timed(run)]
     scores = group_scores(good, column_of)
     columns = [column for column in TASK_COLUMNS if any(column_of(run) == column for run in base.selection.runs)]
     return Verdict(

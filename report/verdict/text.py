@@ -15,11 +15,11 @@ from report.verdict.decision import Price, TaskVerdict, Verdict, verdict
 
 WIDTH, HEIGHT = 80, 24
 INDENT = 12
-MEMORY_WORDS = {"allocated": "", "rss": " resident", None: ""}
+MEMORY_KINDS = {"allocated": "", "rss": " resident", None: ""}
 
 
 def verdict_text(folder: Folder, price: Price | None = None) -> str:
-    """The last words of a matrix: per task what to use and what to avoid; what is open; what is next."""
+    """The decision in 24 lines: per task what to use and what to avoid; what is open; what is next."""
     return "\n".join(lines(verdict(folder, price), price))
 
 
@@ -45,12 +45,12 @@ def lines(decision: Verdict, price: Price | None = None) -> list[str]:
 
 
 def _task(task: TaskVerdict, room: int, price: Price | None) -> list[str]:
-    use = _fitted(use_words(task, price), f"{task.column:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
+    use = _fitted(use_text(task, price), f"{task.column:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
     left = room - len(use)
     return use + (_fitted("avoid " + "; ".join(task.avoid), " " * INDENT, left) if task.avoid and left else [])
 
 
-def use_words(task: TaskVerdict, price: Price | None = None) -> str:
+def use_text(task: TaskVerdict, price: Price | None = None) -> str:
     """What to use and why, or why nothing can be said."""
     if task.use is None:
         return f"no recommendation: {task.reason}"
@@ -66,7 +66,7 @@ def use_words(task: TaskVerdict, price: Price | None = None) -> str:
     )
     parts = [
         f"use {task.use}: {against}",
-        f"{gigabytes(task.peak_bytes)}{MEMORY_WORDS[task.peak_kind]}",
+        f"{gigabytes(task.peak_bytes)}{MEMORY_KINDS[task.peak_kind]}",
         *([task.quality] if task.quality and task.use != REFERENCE else []),
         cost,
         f"confidence {task.confidence}",
@@ -79,12 +79,12 @@ def _claims(decision: Verdict) -> str:
     by_verdict: dict[str, list[str]] = {}
     for name, outcome in decision.claims:
         by_verdict.setdefault(outcome, []).append(name)
-    words = [
+    parts = [
         f"{outcome}: {' '.join(by_verdict[outcome])}"
         for outcome in ("supported", "refuted", "not decided")
         if outcome in by_verdict
     ]
-    return "claims      " + "; ".join(words)
+    return "claims      " + "; ".join(parts)
 
 
 def command_lines(command: str) -> list[str]:
@@ -101,10 +101,10 @@ def command_lines(command: str) -> list[str]:
     return found
 
 
-def _options(words: list[str]) -> list[list[str]]:
-    """The words of a command, each option with its values."""
+def _options(arguments: list[str]) -> list[list[str]]:
+    """The arguments of a command, each option with its values."""
     found: list[list[str]] = [[]]
-    for word in words:
+    for word in arguments:
         if word.startswith("--"):
             found.append([])
         found[-1].append(word)

@@ -170,7 +170,7 @@ def test_without_weasyprint_the_page_is_built_and_a_line_says_what_is_missing(ca
     monkeypatch.setattr("report.dossier.page.find_spec", lambda name: None)
     code, out, err = run(capsys, "build", small.path, "--format", "svg", "--out", tmp_path)
     assert code == 0 and (tmp_path / "dossier" / "index.html").is_file() and not (tmp_path / "dossier" / "dossier.pdf").exists()
-    assert err.startswith("report: going on without dossier.pdf: no PDF without WeasyPrint: install weasyprint")
+    assert err.startswith("report: no dossier.pdf: no PDF without WeasyPrint: install weasyprint")
     assert str(tmp_path / "dossier" / "index.html") in err and "--no-pdf" in err
 
 

@@ -16,10 +16,10 @@ from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode
 from report.dossier import build, measurements
 from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards, sparkline
-from report.dossier.measurements import ABSENT, HEADS, fit_rows
+from report.dossier.measurements import ABSENT, FIT_HEADS, fit_rows
 from report.dossier.reproduce import command, commands, versions
 from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
-from report.harness_commands import option_words
+from report.harness_commands import option_arguments
 from report.tables import kernel_time
 
 
@@ -210,8 +210,8 @@ def test_absent_numbers_are_dashes_and_sort_last(runs):
 
 
 def test_a_value_that_begins_with_a_dash_is_no_option():
-    assert option_words("--data", "-m.jsonl") == ["--data=-m.jsonl"] and option_words("--lr", 0.1) == ["--lr", "0.1"]
-    assert option_words("--compile", True) == ["--compile"]
+    assert option_arguments("--data", "-m.jsonl") == ["--data=-m.jsonl"] and option_arguments("--lr", 0.1) == ["--lr", "0.1"]
+    assert option_arguments("--compile", True) == ["--compile"]
 
 
 def test_mfu_is_the_median_over_seeds_in_per_cent(runs):
@@ -283,15 +283,14 @@ def test_a_profile_without_steps_or_seconds_is_not_measured(runs, flags):
 
 @pytest.mark.parametrize("document", [None, {}, {"rows": "text"}, {"rows": [3, None]}])
 def test_a_benchmark_that_is_none_is_no_table(document):
-    assert measurements.bench_table(document, (("op", ""),)) == []
+    assert measurements.kernel_rows(document) == []
 
 
 def test_a_benchmark_is_printed_in_its_units():
-    rows = measurements.bench_table(
-        {"rows": [{"op": "ce", "time_s": 2.5e-6, "bytes_per_s": 1.5e12, "met": True}]},
-        (("op", ""), ("time_s", "us"), ("bytes_per_s", "GB/s"), ("met", ""), ("pairs", "")),
-    )
-    assert rows == [["ce", "2.5", "1,500", "yes", "–"]]
+    rows = measurements.kernel_rows({"rows": [{"op": "ce", "time_s": 2.5e-6, "bytes_per_s": 1.5e12, "note": True}]})
+    assert [dict(zip(measurements.KERNEL_HEADS, row, strict=True)) for row in rows] == [
+        dict.fromkeys(measurements.KERNEL_HEADS, "–") | {"op": "ce", "time (us)": "2.5", "GB/s": "1,500", "note": "yes"}
+    ]
 
 
 def card_of(runs, **fields):
@@ -309,7 +308,7 @@ def card_of(runs, **fields):
     return failure_cards([SimpleNamespace(**empty | fields)], folder, RowNumbers(runs))["cards"][0]
 
 
-def test_a_card_tells_remedies_in_columns(runs):
+def test_a_card_shows_remedies_in_columns(runs):
     card = card_of(
         runs,
         remedies=(
@@ -329,7 +328,7 @@ def test_a_card_tells_remedies_in_columns(runs):
     assert card["remedies"] == [
         ["eps 1e-4", "yes, 20 steps", "1.04x", "1.00x", "confirms underflow then divide"],
         ["clip", "not tried", "–", "–", "no GPU"],
-        ["scaler", "no, dies at step 6", "–", "–", "2 of 5 skipped"],
+        ["scaler", "no, diverges at step 6", "–", "–", "2 of 5 skipped"],
     ]
 
 
@@ -368,8 +367,8 @@ def test_the_culprit_stands_marked_between_its_neighbours(runs, here, n, shown):
 def test_magnitudes_are_drawn_from_three_steps_on(runs):
     rows = [{"step": step, "absmax_fwd": 2.0**step, "absmax_bwd": None if step < 3 else 0.5} for step in (1, 2, 3)]
     output, gradient = card_of(runs, history=tuple(rows))["history"]
-    assert output["words"] == "output: 2 at step 1, 8 at step 3" and output["line"].count("<polyline") == 1
-    assert gradient == {"words": "gradient: 0.5 at step 3", "line": None}
+    assert output["text"] == "output: 2 at step 1, 8 at step 3" and output["line"].count("<polyline") == 1
+    assert gradient == {"text": "gradient: 0.5 at step 3", "line": None}
     assert card_of(runs, history=tuple(rows[:2]))["history"][0]["line"] is None
     assert card_of(runs, history=({"step": "x", "absmax_fwd": 1}, {"step": 1, "absmax_fwd": float("nan")}))["history"] == []
 
@@ -409,7 +408,7 @@ FOUND = {
 
 
 def cells(row, price=None):
-    return dict(zip(HEADS, fit_rows({"rows": [row]}, price)[0], strict=False))
+    return dict(zip(FIT_HEADS, fit_rows({"rows": [row]}, price)[0], strict=False))
 
 
 def test_a_row_in_words():

@@ -129,7 +129,7 @@ def test_h1_looks_at_the_control_when_adamws_epsilon_kills_both(plant):
     assert finding.verdict == REFUTED and "control with fp32 AdamW states" in finding.sentence
     inverted = of(fp16(plant, lambda c, f, s: f == "fp16_naive" or (f != "fp32_true" and c == MULTI), "optimizer"), "H1")
     assert inverted.verdict == SUPPORTED and "fp16_naive_fp32_states" in inverted.run_ids[0]
-    assert any("fp16_naive_fp32_states" in line and "3 of 3 dead" in line for line in inverted.details)
+    assert any("fp16_naive_fp32_states" in line and "3 of 3 diverged" in line for line in inverted.details)
 
 
 def test_h1_is_judged_under_both_reductions_and_a_split_decides_nothing(plant):

@@ -8,7 +8,7 @@ from harness.predict.gather import Predictions
 from instrument.prediction import KINDS as HAZARD_KINDS
 from instrument.prediction import VERDICTS as OUTCOME_VERDICTS
 from instrument.results.contents import load
-from report.dossier.prediction import prediction_words
+from report.dossier.prediction import prediction_text
 from report.tables.predicted import HIT, KINDS, MISSED, NEITHER, VERDICTS, predicted
 
 CASE, CONFIGS = "gpt2_clm", ("fp32_true", "amp_fp16", "fp16_naive", "amp_bf16")
@@ -78,7 +78,7 @@ def test_outcomes_are_counted_and_an_end_stands_beside_its_prediction(folder):
 
 def test_the_matrix_says_hit_miss_and_nothing(folder):
     folder = told(folder, DIED, SKIPPED, CALM)
-    words = prediction_words(predicted(folder), folder)
+    words = prediction_text(predicted(folder), folder)
     assert words["heads"] == ("configuration", CASE)
     assert words["rows"] == [["amp_fp16", "✗ scaler skip"], ["amp_bf16", "– nothing"], ["fp16_naive", "✓ division by zero @ 1"]]
     assert words["ends"] == [
@@ -94,7 +94,7 @@ def test_seeds_are_counted_in_their_cell(plant):
         for seed in range(3)
     ]
     folder = told(folder, *runs)
-    assert prediction_words(predicted(folder), folder)["rows"] == [["amp_fp16", "✓ scaler skip 2/3"]]
+    assert prediction_text(predicted(folder), folder)["rows"] == [["amp_fp16", "✓ scaler skip 2/3"]]
 
 
 @pytest.mark.parametrize(
@@ -107,18 +107,18 @@ def test_seeds_are_counted_in_their_cell(plant):
 )
 def test_a_wrong_prediction_of_the_end_is_not_hidden(folder, fields, says):
     folder = told(folder, of("fp16_naive", ("scaler_skip", NEITHER)) | fields)
-    assert prediction_words(predicted(folder), folder)["ends"][0][-1] == says
+    assert prediction_text(predicted(folder), folder)["ends"][0][-1] == says
 
 
 def test_a_case_that_nobody_asked_about_names_the_command(plant):
     real = plant((CASE,), CONFIGS, (0,), lambda *_: {"flags": {}})
     assert predicted(real).missing == (CASE,)
-    (line,) = prediction_words(predicted(real), real)["missing"]
+    (line,) = prediction_text(predicted(real), real)["missing"]
     assert f"not measured: python -m harness predict {CASE} --out " in line
     mine = plant((CASE,), CONFIGS, (0,), lambda *_: {"flags": {"case_spelled": ["my dir/mine.py:C"]}, "case": "mine"}, "mine")
-    assert ": python -m harness predict 'my dir/mine.py:C' --out " in prediction_words(predicted(mine), mine)["missing"][0]
+    assert ": python -m harness predict 'my dir/mine.py:C' --out " in prediction_text(predicted(mine), mine)["missing"][0]
     lone = plant((CASE,), ("amp_fp16",), (0,), lambda *_: {"flags": {}}, "lone")
-    assert predicted(lone).missing == () and "no run can be compared" in prediction_words(predicted(lone), lone)["missing"][0]
+    assert predicted(lone).missing == () and "no run can be compared" in prediction_text(predicted(lone), lone)["missing"][0]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,6 @@ def test_hostile_words_are_shortened_and_stay_words(folder):
     folder = told(
         folder, of("fp16_naive", (evil, HIT), ends={"kind": evil, "module": evil, "step": 1}, happened=evil, happened_in=evil)
     )
-    words = prediction_words(predicted(folder), folder)
+    words = prediction_text(predicted(folder), folder)
     cells = [cell for row in (*words["rows"], *words["ends"]) for cell in row]
     assert max(map(len, cells)) < 150 and not any("\u202e" in cell for cell in cells)
