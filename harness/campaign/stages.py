@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +18,8 @@ from harness.campaign.plan import CALIBRATION_STEPS, CampaignPlan, Variant, repr
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.options import NOT_TIMED, OPS
 from harness.run.signals import Stop
+from harness.supervisor.child_process import CommandProcess
+from harness.supervisor.process_monitor import kill_group
 from instrument.results.files import make_folder
 
 FOLDER = "campaign"
@@ -39,7 +38,6 @@ FIT_CASES = ("gpt2_multi_cls", "gpt2_clm")
 SIZES = ("preset", "device", "data", "weights", "seq_len", "documents", "threads")
 TRAINING_SIZES = ("batch_size", "micro_batch", "validation_documents")
 POLL_S, REPORT_S = 0.1, 5.0
-PR_SET_PDEATHSIG = 1
 ROOMS = ("harness", "kernels", "report")
 """What a stage runs with ``python -m``."""
 PACKAGE = __package__.partition("harness")[0]
@@ -211,41 +209,31 @@ def run_process(
     """
     make_folder(files.parent)
     out, log = files.with_name(files.name + ".out"), files.with_name(files.name + ".log")
-    began_s, cut, kill_at_s, report_at_s, seconds = time.monotonic(), None, float("inf"), 0.0, 0.0
+    began_s, cut, report_at_s, seconds = time.monotonic(), None, 0.0, 0.0
     with out.open("wb") as output, log.open("ab") as errors, log.open("rb") as tail:
         tail.seek(0, os.SEEK_END)
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", PACKAGE + command[0], *command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-        try:
-            while process.poll() is None and seconds < kill_at_s:
+        words = [sys.executable, "-u", "-m", PACKAGE + command[0], *command[1:]]
+        with CommandProcess(words, stdout=output, stderr=errors) as child:  # whatever it leaves running is killed
+            while child.running():
                 if seconds >= report_at_s:
                     report_at_s = seconds + REPORT_S
-                    report(process.pid, seconds)
+                    report(child.pid, seconds)
                 time.sleep(POLL_S)
                 _echo(tail, echo)
                 seconds = time.monotonic() - began_s
                 if cut is None and (stop.requested or seconds > min(limit_s, call_s)):
                     cut = "signal" if stop.requested else "call" if call_s <= limit_s else "limit"
-                    kill_at_s = seconds + grace_s
-                    process.terminate()
-        finally:
-            _kill_group(process.pid)  # what it left running, too; an error of ours must not leave a GPU busy
-            process.wait()
+                    child.monitor.end(grace_s)
+                child.monitor.look()
         _echo(tail, echo)
     with log.open("rb") as tail:
         tail.seek(max(0, log.stat().st_size - 4000))
         lines = [line.strip() for line in tail.read().decode(errors="replace").splitlines() if line.strip()]
-    return StageExit(process.returncode, time.monotonic() - began_s, cut, lines[-1][:300] if lines else "it said nothing")
+    return StageExit(child.exit_code(), time.monotonic() - began_s, cut, lines[-1][:300] if lines else "it said nothing")
 
 
 def end_orphan(pid: int | None, grace_s: float) -> bool:
-    """End what a killed call's stage left running: it was asked to stop when its parent died (Linux), and is given time
+    """End what a killed call's stage left running: it was asked to stop when its parent ended (on Linux), and is given time
     for its checkpoint. Returns whether there was anything. Another process that came by the same number leads no session of
     its own or runs something else."""
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -254,7 +242,7 @@ def end_orphan(pid: int | None, grace_s: float) -> bool:
         if "-m" in command and command[command.index("-m") + 1].removeprefix(PACKAGE) in ROOMS:
             process.terminate()
             psutil.wait_procs([process], timeout=grace_s)
-            _kill_group(pid)
+            kill_group(pid)
             return True
     return False
 
@@ -266,15 +254,3 @@ def _echo(tail, echo: Callable[[str], None]) -> None:
             tail.seek(-len(line), os.SEEK_CUR)
             return
         echo(line.decode(errors="replace").rstrip())
-
-
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _end_with_parent() -> None:
-    """In the child, before its program: when the campaign is killed, ask to stop. On other systems than Linux the next call
-    asks (`end_orphan`)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -147,8 +147,11 @@ class ProcessMonitor:
         """Send a signal to the process, SIGKILL to its whole group, if it is still there."""
         if self.pid is None:
             return
-        with suppress(ProcessLookupError, PermissionError):
-            (os.killpg if self.leads_group and number == signal.SIGKILL else os.kill)(self.pid, number)
+        if self.leads_group and number == signal.SIGKILL:
+            kill_group(self.pid)
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def failure(self, exit_code: int | None, steps_done: int, output: Path | None = None) -> Failure:
         """Why the process ended, which reported nothing. ``steps_done`` as its log has it, ``output`` is where it wrote."""
@@ -184,6 +187,12 @@ class ProcessMonitor:
         """The process is gone."""
         if "stacks" in self.__dict__:
             self.stacks.close()
+
+
+def kill_group(pid: int) -> None:
+    """Kill what is left of the process group that ``pid`` leads or led."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 # -- what can be seen of a process from outside; None where it cannot be read -----------------
