@@ -1,7 +1,4 @@
-"""``python -m harness diff RUN RUN``: where two runs part, and what each of them costs.
-
-Two compared runs for a person, within 80 columns. No comparing here.
-"""
+"""``python -m harness diff RUN RUN``: where two runs part, and what each of them costs; within 80 columns."""
 
 from __future__ import annotations
 
@@ -15,46 +12,36 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from harness.diff.compare import compare
 from harness.exit_codes import OK
+from instrument.results.read import load
+from instrument.results.schemas import strict_json
 from instrument.terminal import count
+
+HASH = 12
+"""Digits of a hash that are shown."""
 
 
 def diff_command(options: argparse.Namespace) -> int:
     """Print the comparison; ``--json`` prints it as one object on standard output."""
-    from harness.diff.compare import compare
-    from instrument.results.read import load
-
     found = compare(load(options.runs, options.out))
     if options.json:
-        from harness.inspect.findings import strict_json
-
         print(strict_json(found))
     else:
         show(found)
     return OK
 
 
-HASH = 12
-"""Digits of a hash that are shown."""
-
-
 def show(found: dict[str, Any], console: Console | None = None) -> None:
     """Everything that differs, most telling first."""
     console = console or Console(highlight=False)
     for side in "ab":
-        who = found[side]
-        console.print(
-            Text.assemble(
-                (side, "bold cyan" if side == "a" else "bold magenta"),
-                "  ",
-                (who["run_id"], "bold"),
-                (f"  in {who['results_folder']}", "dim"),
-            ),
-            soft_wrap=True,
-        )
+        run, style = found[side], "bold cyan" if side == "a" else "bold magenta"
+        name = Text.assemble((side, style), "  ", (run["run_id"], "bold"), (f"  in {run['results_folder']}", "dim"))
+        console.print(name, soft_wrap=True)
     console.print()
-    for words, style in headline(found):
-        console.print(Text(words, style=style))
+    for line, style in headline(found):
+        console.print(Text(line, style=style))
     if found["same_run"]:
         return
     for title, table in (
@@ -78,36 +65,23 @@ def headline(found: dict[str, Any]) -> list[tuple[str, str]]:
         return [("Both names mean the same run: no difference.", "green")]
     lines = []
     if not found["paired"]:
-        what = ", ".join(
-            f"{row['name']} {value(row['name'], row['a'])} / {value(row['name'], row['b'])}"
-            for row in found["not_paired_because"]
-        )
-        lines.append(
-            (
-                f"Not the same experiment ({what}): their steps are no pairs, and differences of loss "
-                "mix that with everything else.",
-                "yellow",
-            )
-        )
+        rows = found["not_paired_because"]
+        what = ", ".join(f"{row['name']} {value(row['name'], row['a'])} / {value(row['name'], row['b'])}" for row in rows)
+        mixed = "their steps are no pairs, and differences of loss mix that with everything else"
+        lines.append((f"Not the same experiment ({what}): {mixed}.", "yellow"))
+    steps, beyond = found["common_steps"], found["first_beyond_rounding"]
     if found["no_difference"]:
-        return [
-            *lines,
-            (
-                f"No difference: settings, environment, all {found['common_steps']} steps, "
-                f"{found['comparable_windows']:,} module readings and the outcome are equal.",
-                "green",
-            ),
-        ]
-    beyond = found["first_beyond_rounding"]
-    if not found["common_steps"]:
-        return [*lines, ("They have no step in common.", "yellow")]
-    if beyond:
-        name = beyond["fields"][0]["name"]
-        lines.append((f"They differ beyond rounding from step {beyond['step']} on, first in {name}.", "bold"))
+        equal = f"all {steps} steps, {found['comparable_windows']:,} module readings and the outcome are equal"
+        lines.append((f"No difference: settings, environment, {equal}.", "green"))
+    elif not steps:
+        lines.append(("They have no step in common.", "yellow"))
+    elif beyond:
+        first = beyond["fields"][0]["name"]
+        lines.append((f"They differ beyond rounding from step {beyond['step']} on, first in {first}.", "bold"))
     elif found["first_difference"]:
-        lines.append((f"They differ by no more than rounding over {found['common_steps']} common steps.", "bold"))
+        lines.append((f"They differ by no more than rounding over {steps} common steps.", "bold"))
     else:
-        lines.append((f"All {found['common_steps']} common steps are equal, number for number.", "bold"))
+        lines.append((f"All {steps} common steps are equal, number for number.", "bold"))
     return lines
 
 
@@ -122,11 +96,11 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
             f"    {f['name']:<14} {value(f['name'], f['a'])} / {value(f['name'], f['b'])}  {_apart(f['relative'])}"
             for f in (step["fields"] if step else ())
         ]
-    for title, key in _once(
-        found,
+    modules = (
         ("first module at all", "first_module_difference"),
         ("first module beyond rounding", "first_module_beyond_rounding"),
-    ):
+    )
+    for title, key in _once(found, *modules):
         module = found[key]
         if module is None:
             n = found["comparable_windows"]
@@ -136,10 +110,8 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
         first, last = module["first_step"], module["step"]
         steps = f"step {last}" if first == last else f"steps {first}-{last}"
         what = "gradient of " if module["direction"] == "bwd" else ""
-        lines += [
-            f"{title}: {what}{module['module'] or 'the model'}",
-            f"    largest |x|, {steps}: {module['a']:.6g} / {module['b']:.6g}  {_apart(module['relative'])}",
-        ]
+        values = f"{module['a']:.6g} / {module['b']:.6g}  {_apart(module['relative'])}"
+        lines += [f"{title}: {what}{module['module'] or 'the model'}", f"    largest |x|, {steps}: {values}"]
     lines.append(
         f"Beyond rounding: apart by more than {rule['epsilons']} epsilons of the coarsest dtype in use "
         f"({rule['relative']:.2g} relative); counts and skips exactly."
@@ -165,11 +137,11 @@ def loss_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"{kind}: {loss['mean']:+.4g}{interval} over {count(loss['n'], 'step')}{method}{left_out}")
     else:
         lines.append("no common step has a finite loss in both")
-    for name, words in (("final", "at the end of training"), ("val_loss", "held out")):
+    for name, when in (("final", "at the end of training"), ("val_loss", "held out")):
         x, y = loss[f"{name}_a"], loss[f"{name}_b"]
         if x is not None or y is not None:
             change = f" ({y - x:+.4g})" if x is not None and y is not None and math.isfinite(y - x) else ""
-            lines.append(f"{words}: {value('loss', x)} / {value('loss', y)}{change}")
+            lines.append(f"{when}: {value('loss', x)} / {value('loss', y)}{change}")
     return lines
 
 
@@ -177,11 +149,10 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
     """Ratios of b to a."""
     speed = found["speed"]
     lines = []
-    for key, words in (("step_time_ratio", "step time b / a"), ("real_tokens_per_s_ratio", "real tokens a second b / a")):
+    for key, what in (("step_time_ratio", "step time b / a"), ("real_tokens_per_s_ratio", "real tokens a second b / a")):
         ratio = speed[key]
-        if ratio["mean"] is None:
-            continue
-        lines.append(f"{words}: {ratio['mean']:.3f}{_interval(ratio, '.3f')} over {count(ratio['n'], 'timed step')}")
+        if ratio["mean"] is not None:
+            lines.append(f"{what}: {ratio['mean']:.3f}{_interval(ratio, '.3f')} over {count(ratio['n'], 'timed step')}")
     if not lines:
         return ["no timed step in common"]
     if speed["step_time_p50_s_a"] and speed["step_time_p50_s_b"]:
@@ -218,22 +189,18 @@ def _memory(console: Console, found: dict[str, Any]) -> None:
         table.add_row(row["name"].removesuffix("_bytes").replace("_", " "), _bytes(row["a"]), _bytes(row["b"]), ratio)
     missing = [f"no split in {side}: it ran with --instrument off, or ended before" for side in memory["split_missing_in"]]
     if table.rows or missing:
-        _section(console, "Memory", *([table] if table.rows else []), *(Text(words, style="dim") for words in missing))
+        _section(console, "Memory", *([table] if table.rows else []), *(Text(line, style="dim") for line in missing))
 
 
 def value(name: str, x: Any) -> str:
     """A value in few characters: hashes shortened, absent as a dash."""
-    if x is None:
-        return "–"
     if isinstance(x, str) and ("sha256" in name or "fingerprint" in name):
         return x[:HASH] or "none"
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        return str(x)
-    if isinstance(x, int):
-        return f"{x:,}" if name not in ("seed",) else str(x)
-    if name == "lr" or name.endswith("eps"):
-        return f"{x:g}"
-    return f"{x:.6g}"
+    if isinstance(x, int) and not isinstance(x, bool):
+        return str(x) if name == "seed" else f"{x:,}"
+    if isinstance(x, float):
+        return f"{x:g}" if name == "lr" or name.endswith("eps") else f"{x:.6g}"
+    return "–" if x is None else str(x)
 
 
 def _interval(found: dict[str, Any], style: str) -> str:
@@ -248,10 +215,8 @@ def _apart(relative: float) -> str:
 def _bytes(n: int | None) -> str:
     if n is None:
         return "–"
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= size:
-            return f"{n / size:,.2f} {unit}"
-    return f"{n} B"
+    size, unit = next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if n >= size), (1, "B"))
+    return f"{n / size:,.2f} {unit}" if size > 1 else f"{n} B"
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:

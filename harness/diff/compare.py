@@ -1,16 +1,10 @@
-"""The comparison of two runs as plain data.
+"""The comparison of two runs as plain data: the first step and module at which they differ, and what each of them costs.
 
-Differences over the common steps of two runs, with their uncertainty.
-
-Neighbouring steps are alike, so single steps would make intervals too narrow: the 95 % t-interval is
-over the means of consecutive blocks (batch means), about as many blocks as steps in each.
-
-The first step, and the first module, at which two runs differ: at all, and beyond rounding. Torch-free.
-
-The rule: two numbers differ *beyond rounding* when they are more than `EPSILONS_APART` epsilons of the
-coarser run's coarsest dtype apart, relative to the larger. One epsilon is the spacing of that dtype's
-numbers at 1 (fp32 1.2e-7, fp16 and TF32 9.8e-4, bf16 7.8e-3). What is counted or decided (a skipped
-step, non-finite elements) is compared exactly. Gradients of modules are compared without the loss scale.
+Two numbers differ *beyond rounding* when they are more than `EPSILONS_APART` epsilons of the coarser run's coarsest dtype
+apart, relative to the larger. One epsilon is the spacing of that dtype's numbers at 1 (fp32 1.2e-7, fp16 and TF32 9.8e-4,
+bf16 7.8e-3). What is counted or decided (a skipped step, non-finite elements) is compared exactly. Gradients of modules are
+compared without the loss scale. Differences over steps carry a 95 % t-interval over the means of consecutive blocks, about
+as many blocks as steps in each, since neighbouring steps are alike: over single steps it would be too narrow. Torch-free.
 """
 
 from __future__ import annotations
@@ -21,179 +15,16 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from msgspec.structs import asdict
+
 from harness.figures import half_width_95
 from instrument.results.read import Run, differences, why_not_paired
 
 FEWEST_STEPS = 9
 """Below three blocks of three there is no interval."""
-
-
-def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
-    """``mean``, ``low95``, ``high95`` (null for too few values), over ``n`` values in ``blocks`` blocks."""
-    n = len(values)
-    if n < FEWEST_STEPS:
-        return {"mean": fmean(values) if values else None, "low95": None, "high95": None, "n": n, "blocks": 0}
-    blocks = math.isqrt(n)
-    edges = [round(i * n / blocks) for i in range(blocks + 1)]
-    half = half_width_95([fmean(values[start:end]) for start, end in zip(edges, edges[1:], strict=False)])
-    mean = fmean(values)
-    return {"mean": mean, "low95": mean - half, "high95": mean + half, "n": n, "blocks": blocks}
-
-
-def loss_difference(a: Run, b: Run) -> dict[str, Any]:
-    """Training loss of ``b`` minus that of ``a``, over the steps in which both are finite; then at the end."""
-    pairs = [(a.steps[s].loss, b.steps[s].loss) for s in sorted(a.steps.keys() & b.steps.keys())]
-    finite = [y - x for x, y in pairs if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
-    return mean_with_interval(finite) | {
-        "left_out": len(pairs) - len(finite),
-        "final_a": a.record.train_loss_final,
-        "final_b": b.record.train_loss_final,
-        "val_loss_a": a.record.val_loss,
-        "val_loss_b": b.record.val_loss,
-    }
-
-
-def speed(a: Run, b: Run) -> dict[str, Any]:
-    """Ratios of ``b`` to ``a``: step time, and real tokens per second, as geometric means over the timed steps that
-    both have."""
-    untimed = max(run.record.config.get("untimed_steps", 0) for run in (a, b))
-    common = [
-        s for s in sorted(a.steps.keys() & b.steps.keys()) if s > untimed and a.steps[s].step_time_s and b.steps[s].step_time_s
-    ]
-    times = [math.log(b.steps[s].step_time_s / a.steps[s].step_time_s) for s in common]
-    tokens = [
-        math.log(b.steps[s].real_tokens / a.steps[s].real_tokens) - t
-        for s, t in zip(common, times, strict=True)
-        if a.steps[s].real_tokens and b.steps[s].real_tokens
-    ]
-    rates = {
-        f"{name}_{side}": getattr(run.record, name)
-        for side, run in (("a", a), ("b", b))
-        for name in ("step_time_p50_s", "real_tokens_per_s")
-    }
-    return {"step_time_ratio": _ratio(times), "real_tokens_per_s_ratio": _ratio(tokens)} | rates
-
-
-def _ratio(logs: Sequence[float]) -> dict[str, Any]:
-    found = mean_with_interval(logs)
-    return found | {key: None if found[key] is None else math.exp(found[key]) for key in ("mean", "low95", "high95")}
-
-
 EPSILONS_APART = 8
 MEASURED = ("loss", "grad_norm", "logit_absmax")
 COUNTED = ("grad_nonfinite", "logit_nonfinite", "step_skipped")
-
-
-def tolerance(a: Run, b: Run) -> float:
-    """The largest relative difference that still counts as rounding."""
-    return EPSILONS_APART * max(a.epsilon, b.epsilon)
-
-
-def first_step(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
-    """The first common step with a relative difference above ``limit`` (0: with any), and what differs in it."""
-    for step in sorted(a.steps.keys() & b.steps.keys()):
-        left, right = a.steps[step], b.steps[step]
-        fields = [
-            {
-                "name": name,
-                "a": getattr(left, name),
-                "b": getattr(right, name),
-                "relative": relative(getattr(left, name), getattr(right, name)),
-            }
-            for name in (*MEASURED, *COUNTED)
-        ]
-        apart = [f for f in fields if (f["relative"] > limit if f["name"] in MEASURED else f["a"] != f["b"])]
-        if apart:
-            return {"step": step, "fields": apart}
-    return None
-
-
-def first_module(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
-    """The first module and direction, by window and then in the model's order, whose largest |x| differs by more
-    than ``limit``. None when none does, or nothing can be compared: then `comparable_windows` is 0. Of two windows
-    the common steps are named; of the longer one, ``a`` or ``b`` is over all of it, so that they differ by at least
-    ``relative``."""
-    left, right = _cells(a), _cells(b)
-    places = _model_order(a)
-    for key in sorted(left.keys() & right.keys(), key=lambda key: _when(key, places)):
-        x, y = left[key], right[key]
-        if _comparable(x, y) and relative(x.absmax, y.absmax) > limit:
-            first, direction, module = key
-            return {
-                "first_step": first,
-                "step": min(x.last, y.last),
-                "module": module,
-                "direction": direction,
-                "a": x.absmax,
-                "b": y.absmax,
-                "relative": relative(x.absmax, y.absmax),
-            }
-    return None
-
-
-def comparable_windows(a: Run, b: Run) -> int:
-    """How many readings (module, direction, window) of the two runs can be compared."""
-    left, right = _cells(a), _cells(b)
-    return sum(_comparable(left[key], right[key]) for key in left.keys() & right.keys())
-
-
-def relative(x: float | None, y: float | None) -> float:
-    """|x - y| over the larger; infinite when only one is there, or only one is finite; 0 for the same non-finite value."""
-    if x is None or y is None:
-        return 0.0 if x is y else math.inf
-    if not (math.isfinite(x) and math.isfinite(y)):
-        return 0.0 if x == y or (math.isnan(x) and math.isnan(y)) else math.inf
-    return abs(x - y) / max(abs(x), abs(y)) if x != y else 0.0
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Largest |x| of a module in a window up to step ``last``, reached at step ``at``; of a gradient, without the loss
-    scale."""
-
-    absmax: float
-    at: int
-    last: int
-    forward: bool
-
-
-def _cells(run: Run) -> dict[tuple, _Cell]:
-    """By (first step of the window, direction, module)."""
-    cells = {}
-    for row in run.modules:
-        step = run.steps.get(row.absmax_step)
-        scale = (step.loss_scale if step and row.direction == "bwd" else None) or 1.0
-        cell = _Cell(row.absmax / scale, row.absmax_step, row.step, row.direction == "fwd")
-        cells[row.first_step, row.direction, row.module] = cell
-    return cells
-
-
-def _comparable(x: _Cell, y: _Cell) -> bool:
-    """Whether two windows with the same start tell something of the same steps. Of unequal lengths (a run that failed
-    has a short last one), when the longer's maximum lies in the shorter, or is surpassed by the shorter's."""
-    short, long = sorted((x, y), key=lambda cell: cell.last)
-    return short.last == long.last or long.at <= short.last or (short.forward and short.absmax > long.absmax)
-
-
-def _model_order(run: Run) -> dict[str, int]:
-    """Module -> its place: as the model lists them, but what a module contains before it, since its output comes
-    last. Siblings may run in another order than they are listed in."""
-    listed = sorted({(row.order, row.module) for row in run.modules})
-
-    def ready(entry: tuple[int, str]) -> tuple[int, int]:
-        order, module = entry
-        inside = [o for o, m in listed if not module or m.startswith(f"{module}.")]
-        return max([order, *inside]), -order
-
-    return {module: place for place, (_, module) in enumerate(sorted(listed, key=ready))}
-
-
-def _when(key: tuple, places: dict[str, int]) -> tuple:
-    """By the window's first step, then forward through the model, then backward through it."""
-    first, direction, module = key
-    return first, direction == "bwd", -places[module] if direction == "bwd" else places[module]
-
-
 OUTCOME = (
     "status",
     "steps_done",
@@ -247,16 +78,8 @@ def compare(runs: tuple[Run, Run]) -> dict[str, Any]:
 
 
 def _who(run: Run) -> dict[str, Any]:
-    r = run.record
-    return {
-        "run_id": r.run_id,
-        "results_folder": str(run.place.out),
-        "case": r.case,
-        "dtype_config": r.dtype_config,
-        "seed": r.seed,
-        "device": r.device,
-        "error": r.error,
-    }
+    named = {name: getattr(run.record, name) for name in ("case", "dtype_config", "seed", "device", "error")}
+    return {"run_id": run.record.run_id, "results_folder": str(run.place.out), **named}
 
 
 def settings(a: Run, b: Run) -> list[dict[str, Any]]:
@@ -267,18 +90,21 @@ def settings(a: Run, b: Run) -> list[dict[str, Any]]:
 
 def outcome(a: Run, b: Run) -> list[dict[str, Any]]:
     """How each ended; a row for every figure that one of them has."""
-    rows = [{"name": name, "a": getattr(a.record, name), "b": getattr(b.record, name)} for name in OUTCOME]
+    return _pairs(OUTCOME, asdict(a.record), asdict(b.record))
+
+
+def _pairs(names: Sequence[str], a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for every name of which one of the two has a value."""
+    rows = [{"name": name, "a": a.get(name), "b": b.get(name)} for name in names]
     return [row for row in rows if not (row["a"] is None and row["b"] is None)]
 
 
 def memory(a: Run, b: Run) -> dict[str, Any]:
     """Bytes by kind (null where a run has no split: ``--instrument off``), and the peaks."""
     splits = [run.record.flags.get("memory_split") or {} for run in (a, b)]
-    rows = [{"name": name, "a": splits[0].get(name), "b": splits[1].get(name)} for name in SPLIT]
-    rows += [{"name": name, "a": getattr(a.record, name), "b": getattr(b.record, name)} for name in PEAKS]
     return {
         "split_missing_in": [side for side, split in zip("ab", splits, strict=True) if not split],
-        "rows": [row for row in rows if not (row["a"] is None and row["b"] is None)],
+        "rows": _pairs(SPLIT, *splits) + _pairs(PEAKS, asdict(a.record), asdict(b.record)),
     }
 
 
@@ -311,3 +137,143 @@ def _classes(table: dict[str, Any], steps: int | None) -> dict[str, dict[str, fl
         kind: {"share": spent_s / total if total else 0.0, "s_per_step": spent_s / steps if steps else None}
         for kind, spent_s in seconds.items()
     }
+
+
+def tolerance(a: Run, b: Run) -> float:
+    """The largest relative difference that still counts as rounding."""
+    return EPSILONS_APART * max(a.epsilon, b.epsilon)
+
+
+def first_step(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
+    """The first common step with a relative difference above ``limit`` (0: with any), and what differs in it."""
+    for step in sorted(a.steps.keys() & b.steps.keys()):
+        left, right = a.steps[step], b.steps[step]
+        pairs = [(name, getattr(left, name), getattr(right, name)) for name in (*MEASURED, *COUNTED)]
+        fields = [{"name": name, "a": x, "b": y, "relative": relative(x, y)} for name, x, y in pairs]
+        apart = [f for f in fields if (f["relative"] > limit if f["name"] in MEASURED else f["a"] != f["b"])]
+        if apart:
+            return {"step": step, "fields": apart}
+    return None
+
+
+def first_module(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
+    """The first module and direction, by window and then in the model's order, whose largest |x| differs by more
+    than ``limit``. None when none does, or nothing can be compared: then `comparable_windows` is 0. Of two windows
+    the common steps are named; of the longer one, ``a`` or ``b`` is over all of it, so that they differ by at least
+    ``relative``."""
+    left, right = _cells(a), _cells(b)
+    places = _model_order(a)
+    for key in sorted(left.keys() & right.keys(), key=lambda key: _when(key, places)):
+        x, y = left[key], right[key]
+        if _comparable(x, y) and relative(x.absmax, y.absmax) > limit:
+            found = dict(zip(("first_step", "direction", "module"), key, strict=True)) | {"step": min(x.last, y.last)}
+            return found | {"a": x.absmax, "b": y.absmax, "relative": relative(x.absmax, y.absmax)}
+    return None
+
+
+def comparable_windows(a: Run, b: Run) -> int:
+    """How many readings (module, direction, window) of the two runs can be compared."""
+    left, right = _cells(a), _cells(b)
+    return sum(_comparable(left[key], right[key]) for key in left.keys() & right.keys())
+
+
+def relative(x: float | None, y: float | None) -> float:
+    """|x - y| over the larger; infinite when only one is there, or only one is finite; 0 for the same non-finite value."""
+    if x is None or y is None:
+        return 0.0 if x is y else math.inf
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return 0.0 if x == y or (math.isnan(x) and math.isnan(y)) else math.inf
+    return abs(x - y) / max(abs(x), abs(y)) if x != y else 0.0
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Largest |x| of a module in a window up to step ``last``, found at step ``at``; of a gradient, without the loss
+    scale."""
+
+    absmax: float
+    at: int
+    last: int
+    forward: bool
+
+
+def _cells(run: Run) -> dict[tuple, _Cell]:
+    """By (first step of the window, direction, module)."""
+    cells = {}
+    for row in run.modules:
+        step = run.steps.get(row.absmax_step)
+        scale = (step.loss_scale if step and row.direction == "bwd" else None) or 1.0
+        cell = _Cell(row.absmax / scale, row.absmax_step, row.step, row.direction == "fwd")
+        cells[row.first_step, row.direction, row.module] = cell
+    return cells
+
+
+def _comparable(x: _Cell, y: _Cell) -> bool:
+    """Whether two windows with the same start measured some of the same steps. Of unequal lengths (a run that failed
+    has a short last one), when the longer's maximum lies in the shorter, or is surpassed by the shorter's."""
+    short, long = sorted((x, y), key=lambda cell: cell.last)
+    return short.last == long.last or long.at <= short.last or (short.forward and short.absmax > long.absmax)
+
+
+def _model_order(run: Run) -> dict[str, int]:
+    """Module -> its place: as the model lists them, but what a module contains before it, since its output comes
+    last. Siblings may run in another order than they are listed in."""
+    listed = sorted({(row.order, row.module) for row in run.modules})
+
+    def ready(entry: tuple[int, str]) -> tuple[int, int]:
+        order, module = entry
+        inside = [o for o, m in listed if not module or m.startswith(f"{module}.")]
+        return max([order, *inside]), -order
+
+    return {module: place for place, (_, module) in enumerate(sorted(listed, key=ready))}
+
+
+def _when(key: tuple, places: dict[str, int]) -> tuple:
+    """By the window's first step, then forward through the model, then backward through it."""
+    first, direction, module = key
+    return first, direction == "bwd", -places[module] if direction == "bwd" else places[module]
+
+
+def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
+    """``mean``, ``low95``, ``high95`` (null for too few values), over ``n`` values in ``blocks`` blocks."""
+    n = len(values)
+    if n < FEWEST_STEPS:
+        return {"mean": fmean(values) if values else None, "low95": None, "high95": None, "n": n, "blocks": 0}
+    blocks = math.isqrt(n)
+    edges = [round(i * n / blocks) for i in range(blocks + 1)]
+    half = half_width_95([fmean(values[start:end]) for start, end in zip(edges, edges[1:], strict=False)])
+    mean = fmean(values)
+    return {"mean": mean, "low95": mean - half, "high95": mean + half, "n": n, "blocks": blocks}
+
+
+def loss_difference(a: Run, b: Run) -> dict[str, Any]:
+    """Training loss of ``b`` minus that of ``a``, over the steps in which both are finite; then at the end."""
+    pairs = [(a.steps[s].loss, b.steps[s].loss) for s in sorted(a.steps.keys() & b.steps.keys())]
+    finite = [y - x for x, y in pairs if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
+    return mean_with_interval(finite) | {
+        "left_out": len(pairs) - len(finite),
+        "final_a": a.record.train_loss_final,
+        "final_b": b.record.train_loss_final,
+        "val_loss_a": a.record.val_loss,
+        "val_loss_b": b.record.val_loss,
+    }
+
+
+def speed(a: Run, b: Run) -> dict[str, Any]:
+    """Ratios of ``b`` to ``a``: step time, and real tokens per second, as geometric means over the timed steps that
+    both have."""
+    untimed = max(run.record.config.get("untimed_steps", 0) for run in (a, b))
+    common = [(a.steps[s], b.steps[s]) for s in sorted(a.steps.keys() & b.steps.keys()) if s > untimed]
+    timed = [(x, y, math.log(y.step_time_s / x.step_time_s)) for x, y in common if x.step_time_s and y.step_time_s]
+    tokens = [math.log(y.real_tokens / x.real_tokens) - t for x, y, t in timed if x.real_tokens and y.real_tokens]
+    rates = {
+        f"{name}_{side}": getattr(run.record, name)
+        for side, run in (("a", a), ("b", b))
+        for name in ("step_time_p50_s", "real_tokens_per_s")
+    }
+    return {"step_time_ratio": _ratio([t for *_, t in timed]), "real_tokens_per_s_ratio": _ratio(tokens)} | rates
+
+
+def _ratio(logs: Sequence[float]) -> dict[str, Any]:
+    found = mean_with_interval(logs)
+    return found | {key: None if found[key] is None else math.exp(found[key]) for key in ("mean", "low95", "high95")}

@@ -1,13 +1,9 @@
-"""``python -m harness inspect RUN_ID``: why a run failed, or how far a healthy one stayed from failing.
-
-An inspected run for a person.
-"""
+"""``python -m harness inspect RUN_ID``: why a run failed, or how far a healthy one stayed from failing."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +11,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from harness.exit_codes import OK
-from harness.inspect.findings import UNFINISHED
+from harness.inspect.findings import UNFINISHED, gather
+from harness.inspect.repro_script import write_repro
 from harness.inspect.tables import (
     BACKWARD,
     FORWARD,
@@ -33,43 +30,29 @@ from harness.inspect.tables import (
 )
 from harness.matrix.stability import STYLES
 from harness.settings import SettingsError
+from instrument.results.layout import locate
+from instrument.results.read import failure_of, run_record
+from instrument.results.schemas import strict_json
 from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
 
 def inspect_command(options: argparse.Namespace) -> int:
     """Print the findings; ``--json`` prints them as one object on standard output, ``--repro`` writes a script."""
-    from harness.inspect.findings import gather
-    from instrument.results.layout import locate
-
     if options.steps is not None:
         raise SettingsError("--steps goes with --try")
     run = locate(options.run, options.out)
     if options.repro is not None:
-        return _repro(run, options)
-    found = gather(run)
-    if options.json:
-        from harness.inspect.findings import strict_json
-
-        print(strict_json(found))
+        record = run_record(run)
+        script, tensors = write_repro(run, record, failure_of(run, record), options.repro)
+        if options.json:
+            print(strict_json({"run_id": run.run_id, "script": str(script), "tensors": str(tensors)}))
+        else:
+            print(f"{script} and {tensors}: python {script}")
+    elif options.json:
+        print(strict_json(gather(run)))
     else:
-        InspectScreen().show(found)
-    return OK
-
-
-def _repro(run, options: argparse.Namespace) -> int:
-    """Write the script and say how to run it."""
-    import json
-
-    from harness.inspect.repro_script import write_repro
-    from instrument.results.read import failure_of, run_record
-
-    record = run_record(run)
-    script, tensors = write_repro(run, record, failure_of(run, record), options.repro)
-    if options.json:
-        sys.stdout.write(json.dumps({"run_id": run.run_id, "script": str(script), "tensors": str(tensors)}) + "\n")
-    else:
-        print(f"{script} and {tensors}: python {script}")
+        InspectScreen().show(gather(run))
     return OK
 
 
@@ -84,7 +67,7 @@ class InspectScreen:
         if found.get("chain") is not None:
             self._failure(found)
         elif found["status"] in ("completed", UNFINISHED, "preempted"):
-            self._headroom(found)
+            self._smallest_headroom(found)
         if found.get("stack") is not None:
             self._stack(found["stack"])
         if found["events"]:
@@ -96,21 +79,17 @@ class InspectScreen:
     def _head(self, found: dict[str, Any]) -> None:
         status = found["status"]
         style = STYLES.get(status, "yellow")
-        at = (
-            f" at step {found['divergence_step']}"
-            if found.get("divergence_step")
-            else f" after {count(found['steps_done'], 'step')}"
-        )
+        diverged = found.get("divergence_step")
+        at = f" at step {diverged}" if diverged else f" after {count(found['steps_done'], 'step')}"
         of = f" of {found['max_steps']}" if found.get("max_steps") else ""
         self.console.print(Text(found["run_id"], style="bold"))
-        words = [found[name] for name in ("preset", "device") if found.get(name)]
-        self.console.print(Text.assemble((f"{status}{at}{of}", style), ("  ·  " + "  ·  ".join(words) if words else "", "dim")))
+        where = "".join(f"  ·  {found[name]}" for name in ("preset", "device") if found.get(name))
+        self.console.print(Text.assemble((f"{status}{at}{of}", style), (where, "dim")))
         self.console.print()
         self.console.print(Text(_sentence(found["verdict"]), style="green" if status == "completed" else style))
         if found.get("matched") is False:
-            self.console.print(
-                Text("The replay did not fail in the same way as the run: what follows is a near case.", style="yellow")
-            )
+            near = "The replay did not fail in the same way as the run: what follows is a near case."
+            self.console.print(Text(near, style="yellow"))
 
     def _stack(self, stack: dict[str, Any]) -> None:
         self._section("Where it failed", "the model's and our own code, the innermost frame last")
@@ -141,11 +120,10 @@ class InspectScreen:
             for line in histogram_lines(found["histograms"], width - 2):
                 self._indented(line)
         if found["kernels"]:
+            unseen = any(row["duration_s"] is None for row in found["kernels"])
             self._section(
-                "Kernels around the failure" if found["device_type"] == "cuda" else "Ops around the failure",
-                "times from the profiled replay; – where it saw no such op"
-                if any(row["duration_s"] is None for row in found["kernels"])
-                else "times from the profiled replay",
+                f"{'Kernels' if found['device_type'] == 'cuda' else 'Ops'} around the failure",
+                "times from the profiled replay" + ("; – where it saw no such op" if unseen else ""),
             )
             self._indented(kernel_table(found["kernels"], width))
 
@@ -183,7 +161,7 @@ class InspectScreen:
         if since is not None:
             self._line(f"less than one bit of headroom since step {since}")
 
-    def _headroom(self, found: dict[str, Any]) -> None:
+    def _smallest_headroom(self, found: dict[str, Any]) -> None:
         smallest = found["smallest_headroom"]
         if smallest is None:
             if found["status"] == "completed":
@@ -191,9 +169,9 @@ class InspectScreen:
             return
         self._section("Smallest headroom", "largest |x| of any measured module against the end of a dtype")
         own, fp16 = smallest["own_dtype"], smallest["float16"]
-        self._line(f"of its own dtype: {_headroom_words(own, own['dtype'])}")
+        self._line(f"of its own dtype: {_headroom(own, own['dtype'])}")
         if own["dtype"] != "float16":
-            self._line(f"of fp16: {_headroom_words(fp16, 'float16')}")
+            self._line(f"of fp16: {_headroom(fp16, 'float16')}")
 
     def _next(self, found: dict[str, Any]) -> None:
         if found.get("chain") is None:
@@ -217,22 +195,22 @@ class InspectScreen:
         self.console.print()
         self.console.print(Text.assemble((title, "bold"), (f"  {note}" if note else "", "dim")))
 
-    def _line(self, words: str, style: str = "") -> None:
-        self._indented(Text(words, style=style))
+    def _line(self, text: str, style: str = "") -> None:
+        self._indented(Text(text, style=style))
 
     def _indented(self, what) -> None:
         self.console.print(Padding.indent(what, 2))
 
-    def _to_copy(self, words: str) -> None:
+    def _to_copy(self, text: str) -> None:
         """A command or a path: never broken by us, whatever the width."""
-        self.console.print(Text("  " + words), soft_wrap=True)
+        self.console.print(Text("  " + text), soft_wrap=True)
 
 
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:] + ("" if words.endswith(".") else ".")
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def _headroom_words(row: dict[str, Any], against: str) -> str:
+def _headroom(row: dict[str, Any], against: str) -> str:
     where = "output" if row["direction"] == "fwd" else "gradient"
     name = row["module"] or "the model"
     if row["headroom_bits"] < 0:

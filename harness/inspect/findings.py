@@ -1,13 +1,8 @@
-"""Everything that a run's files say about its end, as plain data.
-
-Where in the code a run failed: the innermost frames that are not a library's, out of its row. Torch-free.
-
-Findings as strict JSON: a non-finite number is written by its name (``"nan"``, ``"inf"``, ``"-inf"``). Torch-free.
-"""
+"""Everything that a run's files say about its end, as plain data: the verdict, where in the code it failed, how far values
+stayed from the ends of dtypes. Torch-free."""
 
 from __future__ import annotations
 
-import math
 import re
 import sysconfig
 from collections.abc import Sequence
@@ -20,7 +15,7 @@ from instrument.results.files import plain_inside
 from instrument.results.forensics import ForensicsRecord, Magnitude
 from instrument.results.layout import RunFiles
 from instrument.results.read import failure_of, records, run_record
-from instrument.results.schemas import FirstNonfinite, RunRecord, nonfinite_name
+from instrument.results.schemas import FirstNonfinite, RunRecord
 from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
@@ -34,6 +29,49 @@ FRAME = re.compile(
 LIBRARY = re.compile(r"[/\\](?:site|dist)-packages[/\\]|^<")
 BETWEEN = re.compile(r"\n\n(?:During handling of the above|The above exception was)[^\n]*\n\n")
 ROOT = Path(__file__).resolve().parents[2]
+UNFINISHED = "unfinished"
+RUN_FIELDS = (
+    "case",
+    "dtype_config",
+    "seed",
+    "preset",
+    "device",
+    "max_steps",
+    "divergence_step",
+    "scaler_skips",
+    "instrument",
+    "attention_backend",
+    "first_nonfinite",
+    "error",
+)
+KIND_NAMES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+
+
+def gather(run: RunFiles) -> dict[str, Any]:
+    """Read the run and say what became of it; raises `RunUnreadable` for files that break their schema."""
+    record = run_record(run)
+    forensics = failure_of(run, record)
+    events = records(run, "events")
+    steps = record.steps_done if record else len(records(run, "steps"))
+    modules = records(run, "activations")
+    found = {
+        "run_id": run.run_id,
+        "results_folder": str(run.out),
+        "status": record.status if record else UNFINISHED,
+        "steps_done": steps,
+        **({name: getattr(record, name) for name in RUN_FIELDS} if record else {}),
+        "device_type": record.config.get("device") if record else None,
+        "events": msgspec.to_builtins(events),
+        "smallest_headroom": smallest_headroom(modules),
+    }
+    if (stack := stack_of(run, record)) is not None:
+        found["stack"] = stack
+    if forensics is not None:
+        found |= {name: value for name, value in msgspec.to_builtins(forensics).items() if name not in ("schema", "nonfinite")}
+        found["trace_file"] = _trace(run, forensics.trace_file)
+        found["earlier_history"] = earlier_history(modules, forensics.history)
+        found["repro_kept"] = run.culprit.is_file()
+    return found | {"verdict": verdict(record, forensics, steps)}
 
 
 def stack_of(run: RunFiles, record: RunRecord | None) -> dict[str, Any] | None:
@@ -74,51 +112,6 @@ def _is_a_librarys(file: str) -> bool:
     return LIBRARY.search(file) is not None or Path(file).is_relative_to(standard)
 
 
-UNFINISHED = "unfinished"
-RUN_FIELDS = (
-    "case",
-    "dtype_config",
-    "seed",
-    "preset",
-    "device",
-    "max_steps",
-    "divergence_step",
-    "scaler_skips",
-    "instrument",
-    "attention_backend",
-    "first_nonfinite",
-    "error",
-)
-KIND_WORDS = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
-
-
-def gather(run: RunFiles) -> dict[str, Any]:
-    """Read the run and say what became of it; raises `RunUnreadable` for files that break their schema."""
-    record = run_record(run)
-    forensics = failure_of(run, record)
-    events = records(run, "events")
-    steps = record.steps_done if record else len(records(run, "steps"))
-    modules = records(run, "activations")
-    found = {
-        "run_id": run.run_id,
-        "results_folder": str(run.out),
-        "status": record.status if record else UNFINISHED,
-        "steps_done": steps,
-        **({name: getattr(record, name) for name in RUN_FIELDS} if record else {}),
-        "device_type": record.config.get("device") if record else None,
-        "events": msgspec.to_builtins(events),
-        "smallest_headroom": smallest_headroom(modules),
-    }
-    if (stack := stack_of(run, record)) is not None:
-        found["stack"] = stack
-    if forensics is not None:
-        found |= {name: value for name, value in msgspec.to_builtins(forensics).items() if name not in ("schema", "nonfinite")}
-        found["trace_file"] = _trace(run, forensics.trace_file)
-        found["earlier_history"] = earlier_history(modules, forensics.history)
-        found["repro_kept"] = run.culprit.is_file()
-    return found | {"verdict": verdict(run, record, forensics, steps, found["smallest_headroom"])}
-
-
 def smallest_headroom(modules: Sequence) -> dict[str, dict[str, Any]] | None:
     """The values that came nearest to the end of ``own_dtype`` and of ``float16``, whatever they were stored in."""
     measured = [row for row in modules if row.absmax and float_format(row.dtype)]
@@ -156,50 +149,30 @@ def earlier_history(modules: Sequence, history: Sequence[Magnitude]) -> list[dic
     ]
 
 
-def verdict(
-    run: RunFiles,
-    record: RunRecord | None,
-    found: ForensicsRecord | None,
-    steps: int,
-    headroom: dict[str, dict[str, Any]] | None,
-) -> str:
+def verdict(record: RunRecord | None, found: ForensicsRecord | None, steps: int) -> str:
     """The outcome in one sentence."""
     if record is None:
         return f"no end was written: it is still running or was killed, {count(steps, 'step')} logged so far"
     if found is not None:
         return found.sentence
     if record.status == "completed":
-        skips = record.scaler_skips
-        skipped = count(skips, "step") if skips else "no step"
+        skipped = count(record.scaler_skips, "step") if record.scaler_skips else "no step"
         scaler = f"; the loss scaler skipped {skipped}" if record.config.get("config", {}).get("scaler") else ""
         return f"healthy: {count(steps, 'step')}, every loss, gradient that was applied, parameter and state finite{scaler}"
     if record.status == "diverged" and record.first_nonfinite is not None:
-        return f"{surfaced_words(record.first_nonfinite)}; the failure was not replayed (instrument level {record.instrument})"
+        return f"{surfaced(record.first_nonfinite)}; the failure was not replayed (instrument level {record.instrument})"
     return f"{record.status} after {count(steps, 'step')}" + (f": {record.error}" if record.error else "")
 
 
-def surfaced_words(first: FirstNonfinite) -> str:
+def surfaced(first: FirstNonfinite) -> str:
     """Where a failure surfaced, without a replay."""
-    micro = f", rank {first.rank}" if first.rank is not None else ""
-    micro += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
+    rank = f", rank {first.rank}" if first.rank is not None else ""
+    micro = f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     module = f"{first.module}, " if first.module else ""
     dtype = f" in {first.dtype}" if first.dtype else ""
-    return f"step {first.step}{micro}, {first.phase}, {module}{first.tensor} is {KIND_WORDS[first.kind]}{dtype}"
+    return f"step {first.step}{rank}{micro}, {first.phase}, {module}{first.tensor} is {KIND_NAMES[first.kind]}{dtype}"
 
 
 def _trace(run: RunFiles, name: str | None) -> str | None:
     path = run.out / "traces" / name if name else None
     return str(path) if path is not None and plain_inside(run.out, path) else None
-
-
-def strict_json(found: Any) -> str:
-    """One line of JSON."""
-    return msgspec.json.encode(_named(msgspec.to_builtins(found))).decode()
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else nonfinite_name(value)
-    if isinstance(value, dict):
-        return {key: _named(item) for key, item in value.items()}
-    return [_named(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,4 @@
-"""``inspect RUN --repro FILE.py``: a script that runs the failing op with torch alone, its tensors beside it. Torch-free.
-
-The script that ``inspect --repro`` writes; ``$words`` are filled in by `harness.inspect.repro_script`.
-"""
+"""``inspect RUN --repro FILE.py``: a script that runs the failing op with torch alone, its tensors beside it. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,6 +16,26 @@ from instrument.results.layout import RunFiles
 from instrument.results.read import RunUnreadable
 from instrument.results.schemas import RunRecord
 
+METADATA_KEY, SCHEMA = "culprit", 1
+FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+"""The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
+OURS = {
+    "logit_stats": "logit_stats",
+    "unscale": "unscale",
+    "scale": "scale",
+    "cross_entropy": "cross_entropy",
+    "stats": "multi_tensor_stats",
+    "activation": "activation_stats",
+    "bce": "bce_with_logits",
+}
+"""Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
+FLOAT_SOFTMAX = ("aten::_softmax", "aten::_log_softmax")
+"""Their third argument asks for fp32 out of fp16, which float64 refuses."""
+LAYOUT = (
+    "tensors[{name!r}] = tensors[{name!r}].new_empty_strided(tensors[{name!r}].shape, {stride}).copy_(tensors[{name!r}])"
+    "  # laid out as it was\n"
+)
+CALL = "torch.ops.{namespace}.{name}.{overload}({args}, **kwargs)"
 SCRIPT = '''\
 """$sentence.
 
@@ -72,7 +89,7 @@ def count(t):
     return {"nan": int(t.isnan().sum()), "inf": int((t == float("inf")).sum()), "-inf": int((t == float("-inf")).sum())}
 
 
-def words(counts):
+def listed(counts):
     names = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
     return ", ".join(f"{n:,} {names[kind]}" for kind, n in counts.items() if n) or "none"
 
@@ -100,8 +117,8 @@ except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
 
 print()
 if not bad.any():
-    sys.exit(f"It stays finite here; in the run, with torch $version: {words(counts)}.")
-print(f"{bad.sum():,} of {out.numel():,} elements are not finite: {words(count(out))}.")
+    sys.exit(f"It stays finite here; in the run, with torch $version: {listed(counts)}.")
+print(f"{bad.sum():,} of {out.numel():,} elements are not finite: {listed(count(out))}.")
 zero = int(((divisor == 0) & bad).sum()) if torch.is_tensor(divisor) else 0
 if any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all() for t in tree_leaves((args, kwargs))):
     print("An input is not finite already.")
@@ -114,31 +131,9 @@ elif at_failure is not None and at_failure.isfinite().any():
 elif at_failure is not None:
     print("An invalid operation: float64 gives nothing finite there either.")
 if (count(out), out.dtype) != (counts, dtype):
-    sys.exit(f"Not as in the run, with torch $version: {words(counts)} in {str(dtype)[6:]}.")
+    sys.exit(f"Not as in the run, with torch $version: {listed(counts)} in {str(dtype)[6:]}.")
 print("The same as in the run, kind by kind.")
 '''
-
-
-METADATA_KEY, SCHEMA = "culprit", 1
-FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-"""The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
-OURS = {
-    "logit_stats": "logit_stats",
-    "unscale": "unscale",
-    "scale": "scale",
-    "cross_entropy": "cross_entropy",
-    "stats": "multi_tensor_stats",
-    "activation": "activation_stats",
-    "bce": "bce_with_logits",
-}
-"""Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
-FLOAT_SOFTMAX = ("aten::_softmax", "aten::_log_softmax")
-"""Their third argument asks for fp32 out of fp16, which float64 refuses."""
-LAYOUT = (
-    "tensors[{name!r}] = tensors[{name!r}].new_empty_strided(tensors[{name!r}].shape, {stride}).copy_(tensors[{name!r}])"
-    "  # laid out as it was\n"
-)
-CALL = "torch.ops.{namespace}.{name}.{overload}({args}, **kwargs)"
 
 
 def write_repro(run: RunFiles, record: RunRecord | None, found: ForensicsRecord | None, script: Path) -> tuple[Path, Path]:
@@ -215,7 +210,7 @@ def _safe(text: str) -> str:
 
 
 def _needs(namespace: str) -> tuple[str, str]:
-    """What a script needs beside torch: in words, and its import."""
+    """What a script needs beside torch: a sentence, and its import."""
     if namespace in ("aten", "prims"):
         return "Needs torch and safetensors alone.", ""
     if namespace.startswith("dtype_dynamics_"):

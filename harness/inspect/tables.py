@@ -1,7 +1,5 @@
-"""The tables of an inspected run. No reading and no arithmetic beyond formats.
-
-Magnitudes over steps and exponents of tensors, drawn with characters. No data is computed here.
-"""
+"""What an inspected run's figures look like in characters: tables of ops and tensors, magnitudes over steps, exponents.
+No reading, and no arithmetic beyond formats."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from harness.inspect.findings import KIND_WORDS
+from harness.inspect.findings import KIND_NAMES
 from instrument.terminal import count
 from kernels.float_formats import FP16
 
@@ -49,8 +47,7 @@ def history_chart(history: Sequence[dict[str, Any]], width: int, limit: float = 
         here[column] = mark if here[column] in (" ", LIMIT, mark) else BOTH
     labels = {0: 10**high, ROWS // 2: 10 ** (high - (high - low) * (ROWS // 2) / (ROWS - 1)), ROWS - 1: 10**low}
     labels[row_of(limit)] = limit
-    words = [number(labels[i]) if i in labels else "" for i in range(ROWS)]
-    lines = [_styled(f"{word:>{LABEL_WIDTH}} ┤" + "".join(row)) for word, row in zip(words, grid, strict=True)]
+    lines = [_styled(f"{number(labels[i]) if i in labels else '':>{LABEL_WIDTH}} ┤{''.join(grid[i])}") for i in range(ROWS)]
     axis = f"step {first}"
     if last > first:
         axis += f"{f'step {last}':>{max(columns - len(axis), len(f'  step {last}'))}}"
@@ -101,15 +98,15 @@ def _ruler(low: int, high: int, step: int, indent: int) -> list[Text]:
 
     start, normal, end = column(FP16_SMALLEST_EXPONENT), column(FP16.min_exponent), column(FP16.max_exponent)
     line = " " * start + "╶" + "┄" * (normal - start - 1) + "├" + "─" * (end - normal - 1) + "┤"
-    words = [" "] * (end + 8)
-    for place, word in ((start, "2^-24"), (normal, "2^-14"), (end - 3, "2^16")):
-        words[place : place + len(word)] = word
+    labels = [" "] * (end + 8)
+    for place, label in ((start, "2^-24"), (normal, "2^-14"), (end - 3, "2^16")):
+        labels[place : place + len(label)] = label
     middle = "fp16 normal"
     at = normal + 6 + max(0, (end - 3 - normal - 6 - len(middle)) // 2)
     if at + len(middle) < end - 3:
-        words[at : at + len(middle)] = middle
+        labels[at : at + len(middle)] = middle
     pad = " " * indent
-    return [Text(pad + line, style="red"), Text(pad + "".join(words).rstrip(), style="dim")]
+    return [Text(pad + line, style="red"), Text(pad + "".join(labels).rstrip(), style="dim")]
 
 
 def number(value: float | None) -> str:
@@ -133,12 +130,8 @@ def plain_table(*columns: str, right: Sequence[str] = (), fold: Sequence[str] = 
     """A borderless table; ``fold`` names the columns that may break."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for name in columns:
-        table.add_column(
-            name,
-            justify="right" if name in right else "left",
-            no_wrap=name not in fold,
-            overflow="fold" if name in fold else "ellipsis",
-        )
+        breaking = {"no_wrap": False, "overflow": "fold"} if name in fold else {"no_wrap": True, "overflow": "ellipsis"}
+        table.add_column(name, justify="right" if name in right else "left", **breaking)
     return table
 
 
@@ -155,7 +148,7 @@ def chain_table(links: Sequence[dict[str, Any]], width: int, culprit_kind: str |
             link["phase"],
             Text(tail(link["tensor"] or link["module"] or "–", room)),
             op,
-            KIND_WORDS[culprit_kind if place == 1 and culprit_kind else link["kind"]],
+            KIND_NAMES[culprit_kind if place == 1 and culprit_kind else link["kind"]],
             dtype(link["dtype"]),
             style="bold red" if place == 1 and culprit_kind else None,
         )
@@ -167,26 +160,12 @@ def operands_table(found: dict[str, Any]) -> Table:
     numbers = ("largest |x|", "zeros", "not finite")
     table = plain_table("", "dtype", "shape", *numbers, right=numbers)
     for o in found["operands"]:
-        elements = _numel(o["shape"])
-        table.add_row(
-            Text(o["argument"]),
-            dtype(o["dtype"]),
-            shape(o["shape"]),
-            number(o["absmax"]) if o["absmax"] is not None else "none finite",
-            _share(o["zeros"], elements),
-            _share(o["nonfinite"], elements),
-        )
-    out = found["output"]
-    if out:
-        table.add_row(
-            "→ output",
-            dtype(out["dtype"]),
-            shape(out["shape"]),
-            "",
-            "",
-            _share(out["nonfinite"], out["numel"]),
-            style="bold red",
-        )
+        largest = number(o["absmax"]) if o["absmax"] is not None else "none finite"
+        shares = [_share(o[what], math.prod(o["shape"])) for what in ("zeros", "nonfinite")]
+        table.add_row(Text(o["argument"]), dtype(o["dtype"]), shape(o["shape"]), largest, *shares)
+    if out := found["output"]:
+        nonfinite = _share(out["nonfinite"], out["numel"])
+        table.add_row("→ output", dtype(out["dtype"]), shape(out["shape"]), "", "", nonfinite, style="bold red")
     return table
 
 
@@ -197,18 +176,9 @@ def kernel_table(rows: Sequence[dict[str, Any]], width: int) -> Table:
     shapes = [" ".join(map(shape, row["shapes"])) for row in rows]
     room = max(12, width - 36 - max(map(len, names), default=0) - max(map(len, shapes), default=0))
     for row, name, sizes in zip(rows, names, shapes, strict=True):
-        module = row["module"] or ""
         style = "bold red" if row["here"] else "red" if row["nonfinite"] else None
-        table.add_row(
-            "→" if row["here"] else "",
-            name,
-            row["phase"],
-            Text(tail(module, room)),
-            time_words(row["duration_s"]),
-            sizes,
-            dtype(row["dtype"]),
-            style=style,
-        )
+        module, time = Text(tail(row["module"] or "", room)), duration(row["duration_s"])
+        table.add_row("→" if row["here"] else "", name, row["phase"], module, time, sizes, dtype(row["dtype"]), style=style)
     return table
 
 
@@ -224,13 +194,8 @@ def remedy_table(rows: Sequence[dict[str, Any]]) -> Table:
             outcome, style = f"survives {count(row['steps'], 'step')}", "green"
         else:
             outcome, style = f"fails again at step {row['failed_at']}", "red"
-        table.add_row(
-            Text(row["change"]),
-            Text(outcome, style=style),
-            _times(row["step_time_ratio"]),
-            _times(row["bytes_ratio"]),
-            Text(row["confirms"] or "–"),
-        )
+        ratios = ["–" if row[name] is None else f"{row[name]:.2f}x" for name in ("step_time_ratio", "bytes_ratio")]
+        table.add_row(Text(row["change"]), Text(outcome, style=style), *ratios, Text(row["confirms"] or "–"))
     return table
 
 
@@ -241,14 +206,14 @@ def event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
         detail = event["detail"]
         first = detail.get("first_nonfinite")
         if event["kind"] == "scaler_skip":
-            words = f"loss scaler skipped the update at scale {detail.get('loss_scale', float('nan')):,.0f}"
+            what = f"loss scaler skipped the update at scale {detail.get('loss_scale', float('nan')):,.0f}"
             if first:
-                words += f": {first['phase']}, {first['module'] or 'outside of modules'}, {first['op']}, {first['cause']}"
+                what += f": {first['phase']}, {first['module'] or 'outside of modules'}, {first['op']}, {first['cause']}"
             elif detail.get("tensor"):
-                words += f": gradient of {detail['tensor']} not finite"
+                what += f": gradient of {detail['tensor']} not finite"
         else:
-            words = f"{event['kind']} " + ", ".join(f"{key} {value}" for key, value in detail.items())
-        lines.append(f"step {event['step']}: {words}")
+            what = f"{event['kind']} " + ", ".join(f"{key} {value}" for key, value in detail.items())
+        lines.append(f"step {event['step']}: {what}")
     more = len(events) - MOST_EVENTS
     return [*lines, f"and {more} more (--json has all)"] if more > 0 else lines
 
@@ -259,7 +224,7 @@ def bare(op: str, width: int) -> str:
 
 
 def tail(name: str, room: int) -> str:
-    """The end of a dotted name, which tells modules apart."""
+    """The end of a dotted name, which is what differs between modules."""
     return name if len(name) <= room else "…" + name[-(room - 1) :]
 
 
@@ -273,18 +238,11 @@ def shape(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes)) or "scalar"
 
 
-def time_words(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """Microseconds or milliseconds; a dash where the profiler saw none."""
     if seconds is None:
         return "–"
     return f"{seconds * 1e3:,.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.0f} us"
-
-
-def _numel(sizes: Sequence[int]) -> int:
-    elements = 1
-    for size in sizes:
-        elements *= size
-    return elements
 
 
 def _share(count: int, of: int) -> str:
@@ -292,7 +250,3 @@ def _share(count: int, of: int) -> str:
         return "0"
     share = count / of
     return f"{count:,} ({'100 %' if count == of else f'{min(share, 0.999):.1%}' if share >= 0.001 else '<0.1%'})"
-
-
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}x"

@@ -316,3 +316,16 @@ def _typed(row: dict[str, Any], kind: type[AnyRecord]) -> AnyRecord:
 def nonfinite_name(value: float) -> str:
     """``nan``, ``inf`` or ``-inf``."""
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+def strict_json(found: Any) -> str:
+    """Any findings as one line of JSON; a non-finite number is written by its name (``"nan"``, ``"inf"``, ``"-inf"``)."""
+    return msgspec.json.encode(_named(msgspec.to_builtins(found))).decode()
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else nonfinite_name(value)
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    return [_named(item) for item in value] if isinstance(value, list) else value

@@ -15,7 +15,7 @@ from rich.console import Console
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
 from harness.inspect.command import InspectScreen
-from harness.inspect.findings import gather, strict_json
+from harness.inspect.findings import gather
 from harness.inspect.tables import BACKWARD, BARS, FORWARD, LIMIT, histogram_lines, history_chart, number
 from harness.options import parser
 from harness.planning import plan_run
@@ -23,7 +23,7 @@ from harness.run.execute import execute
 from harness.settings import Request
 from instrument.results.forensics import ForensicsRecord, Link, Magnitude, Remedy
 from instrument.results.layout import RunNotFound, locate
-from instrument.results.schemas import RunRecord, decode, encode
+from instrument.results.schemas import RunRecord, decode, encode, strict_json
 
 SMALL = {
     "preset": "tiny",
