@@ -41,7 +41,7 @@ REPORTED = (
     *_places("backward", "state", "param"),
 )
 """A row where the loop reports. ``loss_microbatch``: the first one with a non-finite loss, or -1; ``grad_below``: gradients
-that underflow; ``clip_norm``: the norm that clipping used."""
+that underflow; ``clip_norm``: the norm that clipping used. Such a loop's tensors are dense, of 16 or 32 bits."""
 
 
 class StepCounters:
@@ -71,6 +71,8 @@ class StepCounters:
         self.states: list[tuple[str, str, torch.Tensor]] = []
         self.window = window
         self._columns, self._optimizer, self._scaler = columns, optimizer, scaler
+        self._hooked = "updated" in columns
+        self._state_tensors: list[torch.Tensor] = []
         self._states_of: tuple[object, int] = (None, 0)
         self._ring = torch.zeros(window, len(columns), dtype=torch.float64, device=self.device)
         self._used = 0
@@ -172,11 +174,11 @@ class StepCounters:
     @torch.no_grad()
     def measure_update(self) -> None:
         """Parameters and optimizer states after the update."""
-        if "updated" in self._row and self._optimizer is None and self._scaler is None:
+        if self._hooked and self._optimizer is None and self._scaler is None:
             self._row["updated"] = self._zero + 1.0  # an update by hand, which no hook sees
         self._refresh_states()
         self._row |= self._first_bad("param", self.parameters)
-        self._row |= self._first_bad("state", [tensor for *_, tensor in self.states])
+        self._row |= self._first_bad("state", self._state_tensors)
 
     @torch.no_grad()
     def end(self) -> None:
@@ -192,7 +194,8 @@ class StepCounters:
 
     def _first_bad(self, kind: str, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """``{kind}_tensor`` and ``{kind}_nan`` of a list."""
-        tensors = [_countable(tensor) for tensor in tensors]
+        if self._hooked:
+            tensors = [_countable(tensor) for tensor in tensors]
         if not tensors or (self.device.type == "cpu" and _all_finite(tensors)):
             return {
                 f"{kind}_tensor": torch.full((), -1.0, dtype=torch.float64, device=self.device),
@@ -215,6 +218,7 @@ class StepCounters:
             for key, value in self._optimizer.state.get(parameter, {}).items()
             if torch.is_tensor(value) and value.is_floating_point() and key not in ("step", "qmap1", "qmap2")
         ]
+        self._state_tensors = [tensor for *_, tensor in self.states]
 
 
 def _first_of(kind: str, stats: TensorStats) -> dict[str, torch.Tensor]:
