@@ -156,7 +156,7 @@ def test_on_the_command_line(optimizer_failure, copied, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("arguments", "code", "message"),
     [
         (["--try", "epss"], 2, "'epss' is no change"),
         (["--try", "fp32:transformer.h.9"], 2, "near: transformer.h."),
@@ -165,10 +165,10 @@ def test_on_the_command_line(optimizer_failure, copied, capsys, monkeypatch):
         (["--try", "eps", "--repro", "x.py"], 2, "give one of them"),
     ],
 )
-def test_wrong_commands_say_what_is_allowed(optimizer_failure, capsys, arguments, code, words):
+def test_wrong_commands_say_what_is_allowed(optimizer_failure, capsys, arguments, code, message):
     assert main(["inspect", optimizer_failure.name, "--out", str(optimizer_failure.parent.parent), *arguments]) == code
     error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
 def test_a_healthy_run_has_nothing_to_try(plan, tmp_path, capsys):

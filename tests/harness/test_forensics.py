@@ -19,7 +19,7 @@ def forensics(out, settings):
     return decode((out / "runs" / settings.run_id / "forensics.json").read_bytes(), ForensicsRecord)
 
 
-def test_fp16_adamw_is_told_from_overflow(plan, tmp_path):
+def test_fp16_adamw_is_distinguished_from_overflow(plan, tmp_path):
     settings = plan("roberta_single_cls", "fp16_naive")
     record = execute(settings, tmp_path)
     found = forensics(tmp_path, settings)
@@ -40,7 +40,7 @@ def test_fp16_adamw_is_told_from_overflow(plan, tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_forward_overflow_is_named_with_its_road(plan, tmp_path, log_every):
+def test_a_forward_overflow_is_named_with_its_history(plan, tmp_path, log_every):
     settings = plan("roberta_mlm", "amp_fp16_unscaled", max_steps=30, lr=3.0, log_every=log_every)
     record = execute(settings, tmp_path)
     found, first = forensics(tmp_path, settings), record.first_nonfinite
@@ -104,13 +104,13 @@ def test_off_writes_neither_modules_nor_hardware_nor_a_replay(plan, tmp_path):
     ]
 
 
-def test_the_sampler_is_told_where_timing_begins_and_ends_and_not_every_step(plan, tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr("instrument.sampler.sampler.Sampler.mark", lambda self, name, edge: told.append(edge))
+def test_the_sampler_gets_where_timing_begins_and_ends_and_not_every_step(plan, tmp_path, monkeypatch):
+    edges = []
+    monkeypatch.setattr("instrument.sampler.sampler.Sampler.mark", lambda self, name, edge: edges.append(edge))
     settings = plan("gpt2_single_cls", "fp32_true", max_steps=12, eval_every=6, checkpoint_every=8)
     execute(settings, tmp_path)
     assert settings.untimed_steps < 6
-    assert told == ["begin", "end", "begin", "end", "begin", "end"]  # apart: the evaluation at 6, the checkpoint at 8
+    assert edges == ["begin", "end", "begin", "end", "begin", "end"]  # apart: the evaluation at 6, the checkpoint at 8
 
 
 def test_every_block_is_in_the_module_log_at_every_window(plan, tmp_path):

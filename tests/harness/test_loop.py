@@ -1,4 +1,4 @@
-"""The loop: accumulation changes nothing, configurations share what they must, fp16 dies where it should."""
+"""The loop: accumulation changes nothing, configurations share what they must, fp16 fails where it should."""
 
 import math
 
@@ -90,7 +90,7 @@ def run_steps(settings, steps):
 
 
 @pytest.mark.parametrize("case", ["gpt2_clm", "roberta_mlm", "gpt2_multi_cls"])
-def test_fp16_naive_dies_in_the_optimizer_and_its_fp32_state_twin_does_not(plan, case):
+def test_fp16_naive_fails_in_the_optimizer_and_its_fp32_state_twin_does_not(plan, case):
     readings, _ = run_steps(plan(case, "fp16_naive"), 3)
     divergence = readings[-1].divergence
     first, record = divergence.first_nonfinite, readings[-1].steps[-1]
@@ -138,7 +138,7 @@ def test_the_loop_follows_a_plain_torch_loop(plan, one_thread):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_window_of_several_steps_tells_the_same_story(plan):
+def test_a_window_of_several_steps_reads_the_same(plan):
     settings = plan("gpt2_single_cls", "fp32_true")
     one = [step for reading in run_steps(settings, 4)[0] for step in reading.steps]
     data = load_run_data(settings)

@@ -56,7 +56,7 @@ def test_fp32_states_over_fp16_weights_lose_only_the_weights_rounding():
         torch.testing.assert_close(got.double(), expected, rtol=5 * 2.0**-11, atol=1e-3)
 
 
-def test_fp16_foreach_dies_of_its_epsilon_at_the_first_update():
+def test_fp16_foreach_fails_by_its_epsilon_at_the_first_update():
     param = torch.nn.Parameter(torch.ones(4, 4).half())
     optimizer = adamw_for("foreach", [param], **OPTIONS)
     param.grad = torch.full_like(param, 1e-3)

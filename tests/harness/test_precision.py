@@ -34,7 +34,7 @@ def test_the_proof_notices_a_product_that_rounds(monkeypatch):
         precision.set_switches(CPU, tf32=False, threads=0)
 
 
-def test_the_accumulation_proof_tells_fp32_from_fp16_partial_sums(monkeypatch):
+def test_the_accumulation_proof_distinguishes_fp32_from_fp16_partial_sums(monkeypatch):
     assert precision.accumulates_in_fp32(CPU, torch.float32)
 
     def in_pieces(a, b):

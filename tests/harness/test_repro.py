@@ -183,14 +183,14 @@ def test_every_op_of_ours_has_an_import():
 
 
 @pytest.mark.parametrize(
-    ("op", "device", "words"),
+    ("op", "device", "message"),
     [
         ("aten::exp", "cuda", "device = 'cuda'"),
         ("bitsandbytes::optimizer_update", "cpu", "import bitsandbytes"),
         ("dtype_dynamics_cross_entropy::forward", "cuda", "import kernels.cross_entropy"),
     ],
 )
-def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, words, tmp_path):
+def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, message, tmp_path):
     run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
     switches = {
         "threads": 2,
@@ -202,11 +202,12 @@ def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, words, 
     made = SimpleNamespace(flags={"switches": switches}, env={"torch_version": "9.9"})
     text = script_text(run.run_id, made, record, read_culprit(run) | {"op": op, "device": device})
     compile(text, "alone.py", "exec")
-    assert words in text and "with torch 9.9" in text
+    assert message in text and "with torch 9.9" in text
     assert ("allow_fp16_accumulation = False" in text) == (device == "cuda")
     assert ("set_num_threads(2)" in text) == (device == "cpu")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("case", "config", "asked", "op"),
     [

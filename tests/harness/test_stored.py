@@ -1,4 +1,4 @@
-"""The snapshot on disk: a fresh process' training goes on from it bit for bit, and damage is noticed."""
+"""The snapshot on disk: a fresh process' training resumes from it bit for bit, and damage is noticed."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def records(training, steps):
         ("gpt2_single_cls", "fp16_naive_fp32_states"),
     ],
 )
-def test_a_fresh_training_goes_on_from_the_file_bit_for_bit(plan, fresh, tmp_path, monkeypatch, case, config):
+def test_a_fresh_training_resumes_from_the_file_bit_for_bit(plan, fresh, tmp_path, monkeypatch, case, config):
     settings = plan(case, config, max_steps=6, dropout=0.1)  # dropout: the random state counts, too
     with monkeypatch.context() as another_scale:
         another_scale.setattr("harness.precision.FIRST_LOSS_SCALE", 2.0**12)

@@ -69,7 +69,7 @@ def test_a_shared_storage_counts_once():
     assert memory_split(model)["weights_bytes"] == 100 * 8 * 4 + 400  # the whole of what two views keep alive
 
 
-def test_meta_tensors_are_told_apart():
+def test_meta_tensors_are_distinct():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(7, 5), nn.Linear(7, 5))
     assert memory_split(model)["weights_bytes"] == 2 * 40 * 4
@@ -130,7 +130,7 @@ def test_what_is_saved_for_backward_is_counted_by_the_closed_form():
     assert nothing.bytes == 0
 
 
-def test_a_cpu_has_no_snapshot_and_the_error_goes_on(tmp_path):
+def test_a_cpu_has_no_snapshot_and_the_error_is_raised_again(tmp_path):
     with pytest.raises(torch.OutOfMemoryError), snapshot_on_oom(tmp_path / "snapshot.pickle", CPU) as outcome:
         raise torch.OutOfMemoryError("out of memory")
     assert outcome.path is None and "CPU" in outcome.why
@@ -198,6 +198,7 @@ def test_what_cannot_be_read_is_a_reason_and_no_number(monkeypatch):
     assert on_a_cpu["allocated_bytes"] is None and "on a CPU" in on_a_cpu["unknown"]["allocator"]
 
 
+@pytest.mark.process
 def test_the_hosts_figures_under_a_limit():
     code = """
 import resource, torch

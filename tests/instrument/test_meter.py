@@ -162,7 +162,7 @@ def test_underflow_is_judged_at_the_scale_of_backward():
 
 
 @pytest.mark.parametrize("spoilt", [True, False])
-def test_a_norm_that_overflows_in_clipping_is_the_culprit_only_if_parameters_die(spoilt):
+def test_a_norm_that_overflows_in_clipping_is_the_culprit_only_if_parameters_fail(spoilt):
     model, optimizer, meter = make()
 
     def spoil(at):

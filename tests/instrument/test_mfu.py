@@ -207,6 +207,7 @@ def test_flags_say_how_the_figures_came_about():
     assert "CPU" in flags["datasheet_unknown"] and flags["measured_unknown"] == "the measurement has no rate for fp32 products"
 
 
+@pytest.mark.process
 def test_the_room_below_needs_no_torch():
     code = "import sys, instrument.mfu, instrument.flops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -152,7 +152,7 @@ def test_a_norm_beyond_fp16_overflows_where_it_is_accumulated_in_fp16():
     assert kinds(hazards(large, replace(NAIVE, clip="fp16"))) == ["norm_overflow"] and hazards(large, NAIVE) == []
 
 
-def test_flushed_gradients_are_told_only_without_a_loss_scale():
+def test_flushed_gradients_are_reported_only_without_a_loss_scale():
     rows = reference(*(row(name, 0.5, "bwd", flush=share) for name, share in (("a", 0.9), ("a", 0.6), ("b", 0.4))), n_params=4)
     (found,) = hazards(rows, NAIVE)
     assert (found.kind, found.module, found.share) == ("gradient_flush", "a", 0.9) and not found.fatal
@@ -263,6 +263,7 @@ def test_skipped_steps_are_compared():
     assert verdicts([], Happened(None, None, 1, None))["scaler_skip"] == MISSED
 
 
+@pytest.mark.process
 def test_it_needs_no_torch():
     code = "import sys, instrument.prediction; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -160,6 +160,7 @@ def test_a_mark_during_a_look_is_followed_by_another(tmp_path, monkeypatch):
     assert records[-1].time_s >= max(mark.time_s for record in records for mark in record.marks)
 
 
+@pytest.mark.process
 def test_a_process_that_never_stops_its_sampler_ends_at_once(tmp_path):
     code = f"""
 from pathlib import Path
@@ -170,6 +171,7 @@ Sampler(Path({str(tmp_path)!r}) / "hardware.jsonl", period_s=0.01).start()
     assert done.returncode == 0 and not done.stderr
 
 
+@pytest.mark.process
 def test_a_process_with_hung_nvml_ends_at_once(tmp_path):
     """No join, no atexit handler waits for the stuck thread."""
     code = f"""
@@ -225,16 +227,16 @@ def test_marks_at_every_step_do_not_make_the_sampler_busy(tmp_path):
     assert sum(len(record.marks) for record in read(tmp_path / "hardware.jsonl", HardwareRecord)) == marks > 50
 
 
-def test_a_reason_is_told_once(tmp_path, nvml):
+def test_a_reason_is_written_once(tmp_path, nvml):
     nvml(fail={"nvmlDeviceGetPowerUsage": pynvml.NVMLError(3)})
     with Sampler(tmp_path / "hardware.jsonl", gpu_uuid="a", period_s=0.01):
         time.sleep(0.06)
-    told = [
+    reasons = [
         record.unknown["gpu_power_w"]
         for record in read(tmp_path / "hardware.jsonl", HardwareRecord)
         if "gpu_power_w" in record.unknown
     ]
-    assert len(told) == 1 and told[0].startswith("NVML:")
+    assert len(reasons) == 1 and reasons[0].startswith("NVML:")
 
 
 def test_a_file_that_cannot_be_written_does_not_stop_the_run(tmp_path):
@@ -253,7 +255,7 @@ def test_an_earlier_runs_looks_are_not_summed_up(tmp_path):
     assert Sampler(path).start().stop()["samples"] <= 3
 
 
-def test_company_is_told_no_further_than_the_listing_goes():
+def test_other_processes_are_claimed_no_further_than_the_listing_goes():
     mine, other, unsized = ({"pid": pid, "used_bytes": used} for pid, used in ((5, 10), (6, 20), (7, None)))
     assert company_of([mine, other], 5) == {"others": 1, "others_bytes": 20, "why": None}
     assert company_of([mine], 5)["others"] == 0
@@ -262,6 +264,7 @@ def test_company_is_told_no_further_than_the_listing_goes():
     assert company_of([other], 5)["others"] is None and company_of([], 5)["others"] is None
 
 
+@pytest.mark.process
 def test_records_can_be_read_without_torch():
     code = "import sys, instrument.results.hardware, instrument.sampler.summary; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Joules, throttling and medians are those of the looks, and null with a reason where the looks do not tell."""
+"""Joules, throttling and medians are those of the samples, and null with a reason where the samples do not say."""
 
 import pytest
 
@@ -63,7 +63,7 @@ def test_without_a_counter_power_is_integrated_and_said_to_be():
         ([(0, 30)], [], "no energy counter"),
     ],
 )
-def test_energy_that_cannot_be_told_is_null_with_the_reason(windows, counter, reason):
+def test_energy_that_is_unknown_is_null_with_the_reason(windows, counter, reason):
     energy = energy_of(windows, counter_j=counter)
     assert energy.energy_j is None and energy.energy_source is None and reason in energy.why
 

@@ -17,7 +17,7 @@ ROOMS = ("harness", "instrument", "kernels", "bench_cases", "report")
 
 
 @pytest.mark.parametrize(
-    ("n", "words", "told"),
+    ("n", "nouns", "text"),
     [
         (0, ("run",), "0 runs"),
         (1, ("run",), "1 run"),
@@ -27,8 +27,8 @@ ROOMS = ("harness", "instrument", "kernels", "bench_cases", "report")
         (3, ("process", "processes"), "3 processes"),
     ],
 )
-def test_one_is_singular_and_all_else_is_not(n, words, told):
-    assert count(n, *words) == told
+def test_one_is_singular_and_all_else_is_not(n, nouns, text):
+    assert count(n, *nouns) == text
 
 
 def test_no_text_of_the_program_leaves_the_plural_open():
@@ -53,7 +53,7 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path):
     [
         FileNotFoundError(errno.ENOENT, "no such file", "x"),
         OSError(errno.ENOSPC, "full"),
-        OSError("words"),
+        OSError("message"),
         BrokenPipeError(errno.EPIPE, "broken", "x"),
         KeyError("x"),
     ],
@@ -62,27 +62,27 @@ def test_all_else_is_not_the_disk_s(error):
     assert sentence_of(error) is None
 
 
-TELLS = """
+PRINTS = """
 import sys
 from instrument.terminal import reader_may_leave
 with reader_may_leave() as reader:
     reader.needed = {needed}
     for n in range(3):
-        print("words", n, file=sys.{stream})
+        print("line", n, file=sys.{stream})
     {flush}
     open("made", "w").close()
 sys.exit(3)
 """
 
 
-def unread(words, folder, **streams):
+def unread(arguments, folder, **streams):
     """Run a program whose ``stdout`` and ``stderr`` nobody reads, but for those given; (exit status, what it said there)."""
     end, pipe = os.pipe()
     os.close(end)
     try:
         streams = {"stdout": pipe, "stderr": pipe} | streams
         done = subprocess.run(
-            [sys.executable, *words],
+            [sys.executable, *arguments],
             cwd=folder,
             check=False,
             timeout=300,
@@ -94,29 +94,33 @@ def unread(words, folder, **streams):
     return done.returncode, done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("flush", ["pass", "sys.stdout.flush()"])
-def test_whoever_makes_something_goes_on_to_its_own_end(tmp_path, stream, flush):
-    told = {"stderr": subprocess.PIPE} if stream == "stdout" else {}
-    code, said = unread(["-c", TELLS.format(needed=False, stream=stream, flush=flush)], tmp_path, **told)
+def test_a_command_that_makes_something_continues_to_its_own_end(tmp_path, stream, flush):
+    streams = {"stderr": subprocess.PIPE} if stream == "stdout" else {}
+    code, said = unread(["-c", PRINTS.format(needed=False, stream=stream, flush=flush)], tmp_path, **streams)
     assert code == 3 and not said and (tmp_path / "made").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("flush", "made"), [("pass", True), ("sys.stdout.flush()", False)])
-def test_whoever_only_tells_ends_there_without_a_word(tmp_path, flush, made):
+def test_a_command_that_only_prints_ends_there_in_silence(tmp_path, flush, made):
     """What is small enough to wait in a buffer is found unread at the end."""
-    code, said = unread(["-c", TELLS.format(needed=True, stream="stdout", flush=flush)], tmp_path, stderr=subprocess.PIPE)
+    code, said = unread(["-c", PRINTS.format(needed=True, stream="stdout", flush=flush)], tmp_path, stderr=subprocess.PIPE)
     assert (code, said) == (READER_GONE, b"") and (tmp_path / "made").exists() == made
 
 
+@pytest.mark.process
 def test_without_a_stream_nothing_is_said(tmp_path):
-    program = "import sys; sys.stdout = None\n" + TELLS.format(needed=True, stream="stdout", flush="pass")
+    program = "import sys; sys.stdout = None\n" + PRINTS.format(needed=True, stream="stdout", flush="pass")
     code, _ = unread(["-c", program], tmp_path)
     assert code == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["harness", "list"],
         ["harness", "list", "--json"],
@@ -126,16 +130,17 @@ def test_without_a_stream_nothing_is_said(tmp_path):
         ["kernels", "--help"],
     ],
 )
-def test_commands_end_like_other_tools(tmp_path, words):
-    code, said = unread(["-m", *words], tmp_path, stderr=subprocess.PIPE)
+def test_commands_end_like_other_tools(tmp_path, arguments):
+    code, said = unread(["-m", *arguments], tmp_path, stderr=subprocess.PIPE)
     assert code in (READER_GONE, -13) and said == b""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("needed", "code"), [(True, NO_ROOM), (False, 3)])
-def test_a_full_disk_under_the_words_is_no_one_else_s(tmp_path, needed, code):
+def test_a_full_disk_under_the_output_has_its_own_status(tmp_path, needed, code):
     with open("/dev/full", "w") as full:
         done, said = unread(
-            ["-c", TELLS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")],
+            ["-c", PRINTS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")],
             tmp_path,
             stdout=full,
             stderr=subprocess.PIPE,
@@ -144,19 +149,21 @@ def test_a_full_disk_under_the_words_is_no_one_else_s(tmp_path, needed, code):
     assert (tmp_path / "made").exists() is not needed
 
 
-def test_streams_that_are_closed_from_the_beginning_take_any_words(tmp_path):
-    words = [sys.executable, "-m", "harness", "list", "--json"]
+@pytest.mark.process
+def test_streams_that_are_closed_from_the_beginning_discard_what_is_written(tmp_path):
+    arguments = [sys.executable, "-m", "harness", "list", "--json"]
     for closed in (">&-", "2>&-", ">&- 2>&-"):
-        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], cwd=ROOT, check=False, capture_output=True)
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *arguments], cwd=ROOT, check=False, capture_output=True)
         assert done.returncode == 0 and done.stderr == b"", closed
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("needed", "code"), [(True, READER_GONE), (False, 3)])
 def test_a_terminal_that_vanishes_is_a_reader_that_leaves(tmp_path, needed, code):
     theirs, ours = os.openpty()
     os.close(theirs)
     try:
-        program = TELLS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")
+        program = PRINTS.format(needed=needed, stream="stdout", flush="sys.stdout.flush()")
         done, said = unread(["-c", program], tmp_path, stdout=ours, stderr=subprocess.PIPE)
     finally:
         os.close(ours)

@@ -162,6 +162,7 @@ def test_no_events_give_an_empty_table():
     assert time_table([])["seconds"] == {} and time_table([])["sum_s"] == 0
 
 
+@pytest.mark.process
 def test_tables_can_be_made_without_torch():
     code = (
         "import sys, instrument.trace.time_table, instrument.trace.tracks, tests.instrument.chrome_format; "

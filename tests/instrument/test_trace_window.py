@@ -103,7 +103,7 @@ def test_the_table_adds_up_to_the_wall_time(traced):
     json.dumps(table, allow_nan=False)
 
 
-def test_matmuls_inside_and_outside_attention_are_told_apart_in_both_directions(traced):
+def test_matmuls_inside_and_outside_attention_are_distinguished_in_both_directions(traced):
     """Two linear layers: 1 matmul forward and 2 backward each; attention: 2 and 4."""
     counts = {}
     for row in traced[0].table(top=10_000)["top"]:
@@ -118,7 +118,7 @@ def test_matmuls_inside_and_outside_attention_are_told_apart_in_both_directions(
     }
 
 
-def test_an_exception_goes_on_and_leaves_a_trace(tmp_path):
+def test_an_exception_is_raised_again_and_leaves_a_trace(tmp_path):
     path = tmp_path / "window.json.gz"
     with pytest.raises(KeyError), TraceWindow(path, CPU) as trace, trace.phase("loss"):
         torch.ones(3).sum()
@@ -170,6 +170,7 @@ def test_tracks_can_be_added_later(traced):
     assert violations(after) == [] and any(e["name"] == "found by the replay" for e in after["traceEvents"])
 
 
+@pytest.mark.process
 def test_perfettos_own_processor_reads_every_track(traced):
     queries = {
         "losses": "select name, value from stats where severity in ('error', 'data_loss') and value > 0",
@@ -278,7 +279,7 @@ def test_values_are_the_largest_magnitudes_of_outputs_and_of_their_gradients():
     assert sum(s.name == "head" and s.fwd is not None for s in samples) == 2
 
 
-def test_nothing_is_watched_behind_the_window_and_nothing_is_left():
+def test_nothing_is_watched_after_the_window_and_nothing_is_left():
     net = Net()
     with ModuleMagnitudes(net) as magnitudes:
         loss = net(torch.randn(3, 4))["logits"].sum()
@@ -293,7 +294,7 @@ def test_nothing_is_watched_behind_the_window_and_nothing_is_left():
     assert ModuleMagnitudes(net).samples() == []
 
 
-def test_arrows_go_from_the_producer_to_what_is_bad_behind_it():
+def test_arrows_go_from_the_producer_to_what_is_bad_after_it():
     samples = [
         CounterSample(1, "earlier", fwd=math.inf),
         CounterSample(2, "a", fwd=1.0),

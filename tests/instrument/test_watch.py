@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """Two layers in a list, a head; spoils what it is told to."""
+    """Two layers in a list, a head; spoils what ``spoil`` names."""
 
     def __init__(self):
         super().__init__()
@@ -156,14 +156,14 @@ def test_a_scalers_skip_is_an_event_with_its_place():
     watch = Watch(loop.model, loop.optimizer, scaler=loop.scaler, every=1)
     for step in range(1, 4):
         with watch.step(step):
-            loop.step(step)  # the loss is not told: only gradients show it
+            loop.step(step)  # the loss is not reported: only gradients show it
     assert watch.first_nonfinite is None
     (event,) = watch.events
     assert (event.step, event.kind, event.detail["phase"], event.detail["module"]) == (2, "scaler_skip", "forward", "head")
     assert event.detail["loss_scale"] == 4.0
 
 
-def test_a_skip_is_explained_by_a_replay_and_training_goes_on_as_if_nothing_had_happened():
+def test_a_skip_is_explained_by_a_replay_and_training_continues_as_if_nothing_had_happened():
     plain, watched = Loop(scaled=True, at_2="forward"), Loop(scaled=True, at_2="forward")
     for step in range(1, 5):
         plain.step(step)
@@ -200,7 +200,7 @@ def test_it_raises_where_it_is_asked_to():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"granularity": "op"}, "granularity is 'op'; allowed: off, block, module"),
         ({"every": -1}, "every is -1"),
@@ -208,8 +208,8 @@ def test_it_raises_where_it_is_asked_to():
         ({"snapshot_every": 0}, "snapshot_every is 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         Loop().run(**options)
 
 
