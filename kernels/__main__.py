@@ -4,7 +4,7 @@
     python -m kernels check   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--impl auto] [--out FILE] [--json]
     python -m kernels bench   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--out FILE] [--json]
 
-Results for machines go to stdout as JSON with --json; words for people go to stderr.
+Results for machines go to stdout as JSON with --json; tables for people go to stderr.
 Exit codes: 0 ok, 2 usage, 3 a check that came out wrong, 5 environment (a package, tool or device is missing).
 """
 
@@ -25,7 +25,7 @@ USAGE, WRONG, ENVIRONMENT = 2, 3, 5
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if argv is None and getattr(args, "out", None):
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # the file is made to its end, whoever stops reading the words
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # the file is completed, whoever stops reading the table
     try:
         return {"compile": _compile, "check": _check, "bench": _bench}[args.command](args)
     except ValueError as e:
@@ -44,29 +44,26 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kernels", description="Compile, check and bench the Triton kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
-    ops = list(compile.MODULES)
-    command = commands.add_parser("compile", help="compile every kernel for every GPU generation, without a GPU")
-    command.add_argument("--arch", nargs="+", choices=compile.ARCHS, metavar="ARCH", help=", ".join(compile.ARCHS))
-    command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
-    command.add_argument("--json", action="store_true", help="a JSON list of rows on stdout")
-    ops = [*bench.MODULES, "exponent_histogram"]  # as in kernels.check, which imports torch
-    command = commands.add_parser("check", help="compare every op with float64 on the device that is here")
-    command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
-    command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
-    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    command.add_argument(
+
+    def command(name: str, help: str, ops: list[str], on_a_device: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help)
+        added.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
+        added.add_argument("--json", action="store_true", help="the rows as JSON on stdout")
+        if on_a_device:
+            added.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
+            added.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+            added.add_argument("--out", metavar="FILE", help="write the JSON there too")
+        return added
+
+    compiling = command("compile", "compile every kernel for every GPU generation, without a GPU", list(compile.MODULES), False)
+    compiling.add_argument("--arch", nargs="+", choices=compile.ARCHS, metavar="ARCH", help=", ".join(compile.ARCHS))
+    checked = [*bench.MODULES, "exponent_histogram"]  # as in kernels.check, which imports torch
+    checking = command("check", "compare every op with float64 on the device that is here", checked)
+    checking.add_argument(
         "--impl", choices=("auto", "triton", "torch"), default="auto", help="default: what runs on that device"
     )
-    command.add_argument("--out", metavar="FILE", help="write the JSON there too")
-    command.add_argument("--json", action="store_true", help="the JSON document on stdout")
-    ops = list(bench.MODULES)
-    command = commands.add_parser("bench", help="time every op against eager torch, torch.compile and a copy")
-    command.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
-    command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
-    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    command.add_argument("--pairs", type=int, default=bench.PAIRS, help=f"pairs per ratio, default {bench.PAIRS}")
-    command.add_argument("--out", metavar="FILE", help="write the JSON there too")
-    command.add_argument("--json", action="store_true", help="the JSON document on stdout")
+    benching = command("bench", "time every op against eager torch, torch.compile and a copy", list(bench.MODULES))
+    benching.add_argument("--pairs", type=int, default=bench.PAIRS, help=f"pairs per ratio, default {bench.PAIRS}")
     return parser
 
 
@@ -91,35 +88,18 @@ def _check(args) -> int:
     device, _ = _device(args.device)
     form = "{:<19} {:<5} {:<36} {:<21} {:<6} {}"
     _say(form.format("op", "dtype", "case", "quantity", "", "error (allowed)"))
-    rows, here = [], bench.machine(device)
+    document = {"schema": check.SCHEMA, "machine": bench.machine(device), "judged": 0, "not_right": 0, "rows": []}
     for row in check.run(device, args.impl, args.op, args.dtype):
-        rows.append(row)
-        _write(args, _document(here, rows))  # as it grows: a crash on an unknown device leaves what came before
+        document["judged"] += 1
+        document["not_right"] += row.status != "right"
+        document["rows"].append(row.as_row())
+        _write(args, document)  # as it grows: a crash on an unknown device leaves what came before
         error = row.note if row.error is None else f"{row.error:.3g} ({row.allowed:.3g}) {row.unit}"
         _say(form.format(row.op, row.dtype, row.case, row.quantity, row.status, error))
-    wrong = sum(row.status != "right" for row in rows)
-    _say(f"{len(rows)} quantities judged against float64 on {device}, {wrong} not right")
+    _say(f"{document['judged']} quantities judged against float64 on {device}, {document['not_right']} not right")
     if args.json:
-        _say(json.dumps(_document(here, rows), indent=1, allow_nan=False), sys.stdout)
-    return WRONG if wrong else 0
-
-
-def _document(here: dict, rows: list) -> dict:
-    """The checks as JSON."""
-    from kernels import check
-
-    return {"schema": check.SCHEMA, "machine": here, "judged": len(rows),
-            "not_right": sum(row.status != "right" for row in rows), "rows": [row.as_row() for row in rows]}  # fmt: skip
-
-
-def _device(asked: str) -> tuple[str, bool]:
-    """The device to run on, and whether there is a GPU at all."""
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    if asked == "cuda" and not has_cuda:
-        raise RuntimeError("no CUDA device here; --device cpu takes the CPU path")
-    return ("cuda" if has_cuda and asked != "cpu" else "cpu"), has_cuda
+        _say(json.dumps(document, indent=1, allow_nan=False), sys.stdout)
+    return WRONG if document["not_right"] else 0
 
 
 def _bench(args) -> int:
@@ -137,15 +117,25 @@ def _bench(args) -> int:
     for row in bench.run(device, args.op, args.dtype, args.pairs):
         document["rows"].append(row.as_row())
         _write(args, document)  # as it grows: what is cut has the rows that it had
-        _say(_words(row))
+        _say(_bench_line(row))
     if not has_cuda:
         for row in bench.unmeasured("cuda", args.op, args.dtype):
             document["rows"].append(row.as_row())
-            _say(_words(row))
+            _say(_bench_line(row))
     _write(args, document)
     if args.json:
         _say(json.dumps(document, indent=1, allow_nan=False), sys.stdout)
     return 0
+
+
+def _device(asked: str) -> tuple[str, bool]:
+    """The device to run on, and whether there is a GPU at all."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if asked == "cuda" and not has_cuda:
+        raise RuntimeError("no CUDA device here; --device cpu takes the CPU path")
+    return ("cuda" if has_cuda and asked != "cpu" else "cpu"), has_cuda
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:
@@ -158,16 +148,13 @@ def _say(text: str, stream: TextIO | None = None) -> None:
 
 
 def _write(args, document: dict) -> None:
-    """The JSON where a file was asked for."""
-    if args.out:
-        _replace(pathlib.Path(args.out), json.dumps(document, indent=1, allow_nan=False) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Readers see the old file or the new one. (The harness's own way of writing files is a room above this one.)"""
+    """Replace the JSON file that was asked for: readers see the old one or the new one, never half of it."""
+    if not args.out:
+        return
+    path = pathlib.Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".ddb-tmp", delete=False) as file:
-        file.write(text)
+        file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.chmod(file.name, 0o644)
@@ -179,7 +166,7 @@ def _line(*cells) -> str:
     return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)).rstrip()
 
 
-def _words(row: "bench.BenchRow") -> str:
+def _bench_line(row: "bench.BenchRow") -> str:
     head = (row.op, row.case, row.arm, row.device)
     if row.status != "measured":
         return _line(*head, row.status, row.note)

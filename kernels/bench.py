@@ -38,10 +38,10 @@ MODULES = {
 
 @dataclass(frozen=True)
 class BenchArm:
-    """One way of doing one job; arms with the same (op, case) are interleaved with each other.
+    """One way of computing one thing; arms with the same (op, case) are interleaved with each other.
 
     op           "cross_entropy"
-    case         the job: dtype and shape, e.g. "bf16 8192x50304" or "fp32 gpt2-124m gradients"
+    case         the dtype and shape, e.g. "bf16 8192x50304" or "fp32 gpt2-124m gradients"
     name         the way: "triton", "triton_no_stats", "eager", "compile", "liger", ...
                  The first arm of a case is ours; the others are compared with it.
     setup        called once, on the device; returns the zero-argument callable that is timed.

@@ -198,8 +198,8 @@ def _add_row(
 def _fast_packed(p, n, below_pattern, ROWS: tl.constexpr, THREADS: tl.constexpr):
     """As _fast with counts and without scaling. `below_pattern`: the threshold's bits in both halves of an int32."""
     BF16: tl.constexpr = p.dtype.element_ty == tl.bfloat16
-    COLS: tl.constexpr = THREADS * 4  # int32 words of one row of 16-byte loads
-    words = p.to(tl.pointer_type(tl.int32), bitcast=True)
+    COLS: tl.constexpr = THREADS * 4  # int32 pairs of elements in one row of 16-byte loads
+    pairs = p.to(tl.pointer_type(tl.int32), bitcast=True)
     sumsq = tl.zeros((THREADS,), tl.float32)
     top = tl.zeros((COLS,), tl.float32)
     zeros = tl.zeros((COLS,), tl.int32)
@@ -209,14 +209,14 @@ def _fast_packed(p, n, below_pattern, ROWS: tl.constexpr, THREADS: tl.constexpr)
     n = n // 2
     whole = n - n % (ROWS * COLS)
     for start in range(0, whole, ROWS * COLS):
-        block = words + tl.multiple_of(start, ROWS * COLS)
+        block = pairs + tl.multiple_of(start, ROWS * COLS)
         for row in tl.static_range(ROWS):
             sumsq, top, zeros, flushed, tiny, under = _add_row(
                 block + row * COLS, below_pattern, sumsq, top, zeros, flushed, tiny, under, BF16, THREADS
             )
     for start in range(whole, n, COLS):
         sumsq, top, zeros, flushed, tiny, under = _add_row(
-            words + tl.multiple_of(start, COLS), below_pattern, sumsq, top, zeros, flushed, tiny, under, BF16, THREADS
+            pairs + tl.multiple_of(start, COLS), below_pattern, sumsq, top, zeros, flushed, tiny, under, BF16, THREADS
         )
     zeros_total = _lanes_total(zeros)
     flushed_total = _lanes_total(flushed) if BF16 else zeros_total

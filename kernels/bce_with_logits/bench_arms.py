@@ -53,7 +53,7 @@ def eager_loss(logits, dense):
 
 
 def eager_loss_over_a_step(logits, dense):
-    """The same job as our arms do: the divisor is a number of its own, that of a whole accumulation step."""
+    """What our arms compute: the divisor is a number of its own, that of a whole accumulation step."""
     return F.binary_cross_entropy_with_logits(logits.float(), dense.float(), reduction="sum") / logits.numel()
 
 

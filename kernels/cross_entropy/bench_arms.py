@@ -49,7 +49,7 @@ def eager_loss(logits, targets):
 
 
 def eager_loss_over_a_step(logits, targets):
-    """The same job as our arms do: the divisor is a number of its own, that of a whole accumulation step."""
+    """What our arms compute: the divisor is a number of its own, that of a whole accumulation step."""
     return F.cross_entropy(logits.float(), targets, reduction="sum") / len(targets)
 
 

@@ -11,7 +11,7 @@ sign, and in that order finite < Inf < NaN. So one integer maximum per element (
 NaN trap: `tl.maximum` on floats drops NaN) tells per row whether *anything* unusual is
 there. Only rows whose maximum is beyond 65,504 are counted element by element, and only
 rows that beat the accumulator so far are searched for the column. The accumulator is
-one 64-bit word, |x| bits above, complement of the flat index below, raised with
+one 64-bit integer, |x| bits above, complement of the flat index below, raised with
 `atomic_max`; the counts are integer atomics. All of it is exact and independent of order.
 
 Memory traffic of the standalone pass: x read once. Inside a loss kernel: nothing.

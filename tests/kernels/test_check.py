@@ -90,11 +90,11 @@ def test_a_device_that_is_not_here_is_one_sentence(capsys):
     assert "no CUDA device here" in capsys.readouterr().err
 
 
-def test_the_file_is_made_to_its_end_when_nobody_reads_the_words(tmp_path):
+def test_the_file_is_made_to_its_end_when_nobody_reads_the_table(tmp_path):
     end, pipe = os.pipe()
     os.close(end)
-    words = ["check", "--op", "scale", "--device", "cpu", "--dtype", "fp32", "--json"]
-    command = [sys.executable, "-m", "kernels", *words, "--out", str(tmp_path / "check.json")]
+    arguments = ["check", "--op", "scale", "--device", "cpu", "--dtype", "fp32", "--json"]
+    command = [sys.executable, "-m", "kernels", *arguments, "--out", str(tmp_path / "check.json")]
     try:
         unread = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=pipe, timeout=300, check=False)
     finally:

@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def a_list(dtype, device):
-    """Several pieces, unaligned starts, no elements, strides, gaps, and every bit pattern of the 16-bit dtypes."""
+    """Several tiles, unaligned starts, no elements, strides, gaps, and every bit pattern of the 16-bit dtypes."""
     torch.manual_seed(0)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     every = every.view(dtype) if dtype.itemsize == 2 else torch.randn(2**16) * 10.0 ** torch.randint(-44, 38, (2**16,))
