@@ -1,4 +1,5 @@
-"""Fused Triton kernels with their plain-torch definitions beside them.
+"""Fused Triton kernels with their plain-torch definitions beside them: one folder for each op, parts that ops share, and
+the commands that compile, check and bench them all. Nothing here knows what a run is.
 
 `from kernels import cross_entropy` imports torch (and, on CUDA, Triton) only
 when a name is first used; `import kernels` alone imports neither, so that a
@@ -12,6 +13,23 @@ normally overwrites the attribute of its parent package. Here the op wins:
 import importlib
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kernels.activation_stats import ActivationReading as ActivationReading
+    from kernels.activation_stats import ActivationRing as ActivationRing
+    from kernels.activation_stats import activation_stats as activation_stats
+    from kernels.bce_with_logits import bce_with_logits as bce_with_logits
+    from kernels.cross_entropy import cross_entropy as cross_entropy
+    from kernels.exponent_histogram import ExponentHistogram as ExponentHistogram
+    from kernels.exponent_histogram import exponent_histogram as exponent_histogram
+    from kernels.logit_stats import LogitStats as LogitStats
+    from kernels.logit_stats import logit_stats as logit_stats
+    from kernels.multi_tensor_stats import StatsReading as StatsReading
+    from kernels.multi_tensor_stats import TensorStats as TensorStats
+    from kernels.multi_tensor_stats import multi_tensor_stats as multi_tensor_stats
+    from kernels.scale import scale_ as scale_
+    from kernels.unscale import unscale_and_stats_ as unscale_and_stats_
 
 # Public name -> the module that defines it. By hand, in the order of the README.
 _EXPORTS = {

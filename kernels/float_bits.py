@@ -13,7 +13,7 @@ from kernels.dispatch import FLOAT_DTYPES
 from kernels.float_formats import FP16, float_format
 
 _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-INFINITY = {dtype: float_format(dtype).max_pattern + 1 for dtype in FLOAT_DTYPES}
+INFINITY = {dtype: found.max_pattern + 1 for dtype in FLOAT_DTYPES if (found := float_format(dtype))}
 BEYOND_FP16 = float(np.nextafter(np.float32(FP16.max), np.float32(np.inf)))
 """The first fp32 number beyond fp16's largest: |x| < this exactly where fp16's range holds x."""
 

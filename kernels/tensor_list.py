@@ -78,7 +78,7 @@ class TensorTables:
     ints: torch.Tensor
     tickets: torch.Tensor  # int32 (n + 1,): zero between launches
     tensor_bad: torch.Tensor
-    present: tuple[bool, bool, bool]  # fp32, bf16, fp16
+    present: tuple[bool, ...]  # fp32, bf16, fp16
     reused: str  # "all": nothing was uploaded; "tiles": addresses only; "nothing"
     staging: tuple[torch.Tensor, ...]  # pinned memory that an upload reads
 

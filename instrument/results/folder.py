@@ -38,9 +38,10 @@ class RunFolder:
                     remove(self.path / name)
             shutil.rmtree(self.path / "snapshot", ignore_errors=True)
             logs = log_paths(run_id)
-            for path in logs.values() if kept_bytes is not None else ():
-                if (out / path).exists():
-                    truncate(out / path, kept_bytes.get(path, 0))
+            if kept_bytes is not None:
+                for path in logs.values():
+                    if (out / path).exists():
+                        truncate(out / path, kept_bytes.get(path, 0))
             self.steps, self.evaluations, self.events = (
                 JsonlLog(out / logs[name], fresh=kept_bytes is None) for name in ("steps", "evaluations", "events")
             )

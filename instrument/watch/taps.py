@@ -178,7 +178,7 @@ class ModuleTaps:
                     absmax=cell.absmax,
                     nan=cell.nan,
                     inf=cell.inf,
-                    flush_frac=cell.fp16_flush / nonzero if nonzero else None,
+                    flush_frac=cell.fp16_flush / nonzero if nonzero and cell.fp16_flush is not None else None,
                     called=called[cell.slot],
                 )
             )

@@ -98,7 +98,7 @@ def cross_entropy(
     if logits.stride(1) != 1 and not inplace_grad:
         logits = logits.contiguous()
     options = {"ignore_index": ignore_index, "smoothing": float(label_smoothing), "z_loss": float(z_loss), "valid": valid}
-    counters = None if stats is None else stats.bind(*logits.shape, logits.device)
+    counters = None if stats is None else stats.bind(logits.shape[0], logits.shape[1], logits.device)
     call = CrossEntropyCall(choice, targets.contiguous(), reduction, normalizer, grad_scale, counters, options)
     if is_compiling() and not inplace_grad:
         return _compiled(call, logits)
@@ -152,8 +152,8 @@ class CrossEntropyCall(LossCall):
 
 
 def _rows(logits, targets, grad, losses, state, factor_at, factor, counters, *values) -> None:
-    *values, impl = values
-    options, factor = dict(zip(_OPTIONS, values, strict=True)), factor if factor_at is None else factor_at
+    *numbers, impl = values
+    options, factor = dict(zip(_OPTIONS, numbers, strict=True)), factor if factor_at is None else factor_at
     if impl == "torch":
         losses.copy_(reference.forward(logits, targets, grad, factor, counters=counters, **options))
     elif logits.shape[0]:
@@ -163,8 +163,8 @@ def _rows(logits, targets, grad, losses, state, factor_at, factor, counters, *va
 
 
 def _gradient(logits, targets, state, grad, factor, *values) -> None:
-    *values, impl = values
-    options = dict(zip(_OPTIONS, values, strict=True))
+    *numbers, impl = values
+    options = dict(zip(_OPTIONS, numbers, strict=True))
     if impl == "torch":
         reference.backward(logits, targets, grad, factor, **options)
     elif logits.shape[0]:

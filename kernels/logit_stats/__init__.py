@@ -137,6 +137,7 @@ def decode(counters: list[int], width: int | None) -> dict[str, float | int | No
         )
     absmax = row = col = None
     if counters[KEY]:
+        assert width is not None  # a slot that holds values was bound to logits
         absmax = struct.unpack("<f", struct.pack("<I", counters[KEY] >> 32))[0]
         row, col = divmod(0xFFFFFFFF - (counters[KEY] & 0xFFFFFFFF), width)
     return {
@@ -165,7 +166,7 @@ def logit_stats(x: torch.Tensor, stats: LogitStats, *, impl: str = "auto") -> No
         raise ValueError("logit_stats: x must have at least one dimension")
     choice = resolve_impl("logit_stats", impl, x.device)
     x = x.detach().reshape(-1, x.shape[-1]) if x.numel() else x.detach().new_empty(0, x.shape[-1])
-    counters = stats.bind(*x.shape, x.device)
+    counters = stats.bind(x.shape[0], x.shape[1], x.device)
     if x.numel() == 0:
         return
     x = x if x.stride(1) == 1 else x.contiguous()

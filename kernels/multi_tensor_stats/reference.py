@@ -45,7 +45,7 @@ class Reading:
     def below_frac(self) -> float | None:
         """Share of the nonzero elements below the threshold; None when none is nonzero or none was counted."""
         nonzero = self.numel - self.zeros if self.zeros is not None else 0
-        return self.below / nonzero if nonzero else None
+        return self.below / nonzero if nonzero and self.below is not None else None
 
 
 @dataclass(frozen=True)
