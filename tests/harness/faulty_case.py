@@ -36,7 +36,7 @@ def build(request):
         if hot and what == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def behind_mlp(module, args, output):
+    def after_mlp(module, args, output):
         return output * 1e30 * 1e30 if hot else output
 
     def gather(part, like):
@@ -48,7 +48,7 @@ def build(request):
         whole, fsdp._whole = fsdp._whole, gather
     encoder.register_forward_pre_hook(before, with_kwargs=True)
     if what == "overflow":
-        encoder.h[1].mlp.register_forward_hook(behind_mlp)
+        encoder.h[1].mlp.register_forward_hook(after_mlp)
     if what == "sum":  # 20,000 from every micro-batch
         encoder.h[1].mlp.c_proj.bias.register_hook(lambda gradient: torch.full_like(gradient, 2e4))
     return name, encoder, head

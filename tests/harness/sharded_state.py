@@ -85,10 +85,10 @@ def stored_and_put_back(context, folder, implementation, dtype):
     assert (state is not None) == context.ranks.is_first
     if state is not None:
         checkpoints.write_checkpoint(folder, implementation, state, NOTHING)
-    told = context.gather({name: value for name, value in before.items() if value.ndim and name != "random"})
-    assert [rank for rank, parts in enumerate(told) if not parts["model/layers.1.weight"].numel()] == [1]
+    gathered = context.gather({name: value for name, value in before.items() if value.ndim and name != "random"})
+    assert [rank for rank, parts in enumerate(gathered) if not parts["model/layers.1.weight"].numel()] == [1]
     stored, _ = checkpoints.read_checkpoint(folder, implementation, 3)
-    expected = {name: torch.cat([parts[name] for parts in told]) for name in before if name in told[0]}
+    expected = {name: torch.cat([parts[name] for parts in gathered]) for name in before if name in gathered[0]}
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()

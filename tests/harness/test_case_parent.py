@@ -13,96 +13,60 @@ import pytest
 from harness.options import parser
 from harness.supervisor.case_parent import is_wanted
 from instrument.results.folder import finished_runs
+from tests.harness.commands import SMALL, Forked, logged, wait_until
 
-SMALL = [
-    "fp32_true",
-    "--preset",
-    "tiny",
-    "--data",
-    "embedded",
-    "--batch-size",
-    "2",
-    "--micro-batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--validation-documents",
-    "2",
-    "--documents",
-    "400",
-]
+pytestmark = pytest.mark.process
 OWN = """from tests.soak.reliability.faults import case_with
 from tests.soak.reliability.plants import Plant
 """
 
 
 @pytest.fixture
-def case(tmp_path, command_environment):
-    """``case(Plant(...), *words)``: the command with that fault, started."""
+def case(tmp_path):
+    """``case(Plant(...), out, *words)``: the command with that fault, started."""
 
-    def start(plant: str, *words: str, **environment: str) -> subprocess.Popen:
-        own = tmp_path / "own.py"
+    def start(plant: str, out: str, *words: str) -> Forked:
+        own = tmp_path / f"{out}.py"
         own.write_text(f"{OWN}CASE = case_with({plant})\n")
-        return subprocess.Popen(
-            [sys.executable, "-m", "harness", "case", f"{own}:CASE", *SMALL, "--out", str(tmp_path / "out"), *words],
-            env=command_environment | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return Forked(["case", f"{own}:CASE", "fp32_true", *SMALL, "--out", str(tmp_path / out), *words], tmp_path / out)
 
     return start
 
 
-def test_a_crash_of_a_single_run_is_a_row_and_exit_code_3(case, tmp_path):
-    process = case('Plant("segfault", "forward", 3)', "--max-steps", "5", "--json")
-    told, heard = process.communicate(timeout=300)
-    (row,) = finished_runs(tmp_path / "out")
-    assert process.returncode == 3, heard
+def test_a_crash_and_a_hang_of_a_single_run_are_rows_and_exit_code_3(case, tmp_path):
+    hanging = case('Plant("hang_with_the_lock", "forward", 3)', "hung", "--max-steps", "5", "--hang-after", "6")
+    crashing = case('Plant("segfault", "forward", 3)', "crashed", "--max-steps", "5", "--json")
+    printed, errors = crashing.communicate(timeout=300)
+    (row,) = finished_runs(tmp_path / "crashed")
+    assert crashing.returncode == 3, errors
     assert (row.status, row.steps_done, row.flags["death"]["cause"]) == ("error", 2, "segfault")
-    assert json.loads(told)["run_id"] == row.run_id
-    assert "error after 2 steps" in heard and "killed by SIGSEGV in training after step 2, at " in heard
-    assert "string_at" in (tmp_path / "out" / "runs" / row.run_id / "output.log").read_text()
+    assert json.loads(printed)["run_id"] == row.run_id
+    assert "error after 2 steps" in errors and "killed by SIGSEGV in training after step 2, at " in errors
+    assert "string_at" in (tmp_path / "crashed" / "runs" / row.run_id / "output.log").read_text()
 
-
-def test_a_hang_with_the_lock_held_is_ended(case, tmp_path):
-    process = case('Plant("hang_with_the_lock", "forward", 3)', "--max-steps", "5", "--hang-after", "8")
-    heard = process.communicate(timeout=300)[1]
-    (row,) = finished_runs(tmp_path / "out")
-    assert (process.returncode, row.status, row.steps_done) == (3, "hung", 2), heard
-    assert "_hang_with_the_lock; ended by SIGKILL" in heard
+    errors = hanging.communicate(timeout=300)[1]
+    (row,) = finished_runs(tmp_path / "hung")
+    assert (hanging.returncode, row.status, row.steps_done) == (3, "hung", 2), errors
+    assert "_hang_with_the_lock; ended by SIGKILL" in errors
 
 
 def test_who_kills_the_parent_kills_the_run_and_who_kills_the_run_gets_a_row(case, tmp_path):
     for victim, row_expected in (("parent", False), ("run", True)):
-        process = case('Plant("none", "forward", 1)', "--max-steps", "100000")
-        log = tmp_path / "out" / "training_logs"
-        until = time.monotonic() + 200
-        while not any(path.stat().st_size for path in log.glob("*.jsonl")):
-            assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
-            time.sleep(0.05)
-        (run,) = children(process.pid)
+        process = case('Plant("none", "forward", 1)', victim, "--max-steps", "100000")
+        wait_until(lambda out=tmp_path / victim: any(logged(out)), process, timeout_s=200)
+        (run,) = [child.pid for child in psutil.Process(process.pid).children()]
         os.kill(process.pid if victim == "parent" else run, signal.SIGKILL)
-        heard = process.communicate(timeout=60)[1]
-        while alive(run):
+        errors = process.communicate(timeout=60)[1]
+        until = time.monotonic() + 60
+        while is_alive(run):
             assert time.monotonic() < until
             time.sleep(0.05)
-        assert [row.flags["death"]["cause"] for row in finished_runs(tmp_path / "out")] == ["killed"] * row_expected
-        assert process.returncode == (3 if row_expected else -signal.SIGKILL), heard
-        for path in log.glob("*.jsonl"):
-            path.unlink()
+        assert [row.flags["death"]["cause"] for row in finished_runs(tmp_path / victim)] == ["killed"] * row_expected
+        assert process.returncode == (3 if row_expected else -signal.SIGKILL), errors
 
 
-def children(pid):
-    return [child.pid for child in psutil.Process(pid).children()]
-
-
-def alive(pid):
-    try:
-        return "State:\tZ" not in open(f"/proc/{pid}/status").read()
-    except FileNotFoundError:
-        return False
+def is_alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_who_has_a_parent():

@@ -26,7 +26,7 @@ from instrument.results.schemas import StepRecord
 
 @pytest.fixture
 def stopped(plan, tmp_path):
-    """Settings, results folder and run folder of a run with checkpoints behind steps 2 and 4, stopped behind 5."""
+    """Settings, results folder and run folder of a run with checkpoints after steps 2 and 4, stopped after 5."""
     settings = plan("gpt2_single_cls", "amp_fp16", max_steps=7, batch_size=2, seq_len=16, checkpoint_every=2)
     stop, out = Stop(), tmp_path / "results"
 
@@ -38,12 +38,12 @@ def stopped(plan, tmp_path):
     return settings, out, out / "runs" / settings.run_id
 
 
-def goes_on(settings, out):
+def resumed(settings, out):
     """The run to its end; which step it went on from (None: from none) and the words about what was skipped."""
     record = execute(settings, out)
     assert record.status == "completed" and record.steps_done == 7
-    told = record.flags.get("resumed", {"behind_steps": [], "skipped": []})
-    return (told["behind_steps"] or [None])[-1], told["skipped"], record.final_weights_sha256
+    flags = record.flags.get("resumed", {"behind_steps": [], "skipped": []})
+    return (flags["behind_steps"] or [None])[-1], flags["skipped"], record.final_weights_sha256
 
 
 def test_two_are_kept_without_a_pickle(stopped):
@@ -76,9 +76,9 @@ def test_a_damaged_one_is_skipped_with_a_word_for_the_one_before(stopped, kind):
     settings, out, folder = stopped
     shutil.copytree(out, out.with_name("whole"))
     damage(folder / "checkpoint-5", kind)
-    step, skipped, sha256 = goes_on(settings, out)
+    step, skipped, sha256 = resumed(settings, out)
     assert step == 4 and len(skipped) == 1 and skipped[0].startswith("checkpoint-5: ")
-    assert goes_on(settings, out.with_name("whole"))[::2] == (5, sha256)
+    assert resumed(settings, out.with_name("whole"))[::2] == (5, sha256)
 
 
 def test_no_flipped_bit_passes(stopped):
@@ -108,7 +108,7 @@ def test_with_all_of_them_damaged_the_run_starts_over_and_says_so(stopped):
     settings, out, folder = stopped
     for step in (4, 5):
         damage(folder / f"checkpoint-{step}", "tensors.safetensors")
-    step, skipped, _ = goes_on(settings, out)
+    step, skipped, _ = resumed(settings, out)
     assert step is None and len(skipped) == 2
 
 
@@ -117,7 +117,7 @@ def test_a_log_that_lost_lines_is_not_gone_on_from(stopped, log, used):
     settings, out, _ = stopped
     path = out / log_paths(settings.run_id)[log]
     os.truncate(path, path.stat().st_size - 1)
-    step, skipped, _ = goes_on(settings, out)
+    step, skipped, _ = resumed(settings, out)
     assert step == used and "is not what it was: 1 bytes are missing" in skipped[0]
 
 
@@ -126,7 +126,7 @@ def test_another_torch_or_processor_starts_over(stopped, monkeypatch):
     monkeypatch.setattr(
         "harness.run.checkpoints.capture", lambda device: {"torch_version": "1.0", "cpu": "x", "cpu_capability": "y"}
     )
-    step, skipped, _ = goes_on(settings, out)
+    step, skipped, _ = resumed(settings, out)
     assert step is None and "torch_version was" in skipped[0] and "and is 1.0" in skipped[0]
 
 
@@ -135,7 +135,7 @@ def test_what_a_killed_process_half_wrote_is_swept_away(stopped):
     left = folder / f".checkpoint-6.abc{TEMPORARY}"
     left.mkdir()
     (left / "tensors.safetensors").write_bytes(b"half")
-    assert goes_on(settings, out)[0] == 5
+    assert resumed(settings, out)[0] == 5
     assert not [path for path in folder.iterdir() if "checkpoint" in path.name]
 
 
@@ -183,8 +183,8 @@ def test_checkpoints_are_no_part_of_a_runs_identity(plan):
     assert plan("gpt2_clm", "fp32_true").run_id == plan("gpt2_clm", "fp32_true", checkpoint_every=9).run_id
 
 
-def disk_full_behind(monkeypatch, out, nbytes):
-    """Every write below ``out`` behind its first ``nbytes`` fails as on a full disk, the last one in its middle."""
+def disk_full_after(monkeypatch, out, nbytes):
+    """Every write below ``out`` after its first ``nbytes`` fails as on a full disk, the last one in its middle."""
     real, room = os.write, [nbytes]
 
     def write(fd, data):
@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_lines_intact(plan, tmp_path,
     settings = plan("gpt2_single_cls", "fp32_true", max_steps=7, batch_size=2, seq_len=16, checkpoint_every=2)
     whole = execute(settings, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        disk_full_behind(patch, tmp_path / "full", nbytes)
+        disk_full_after(patch, tmp_path / "full", nbytes)
         with pytest.raises(OutputError, match="No space left on device"):
             execute(settings, tmp_path / "full")
     assert finished_run(tmp_path / "full", settings.run_id) is None
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(stopped, monkeypat
         execute(settings, out)
     assert checkpoints.checkpoint_steps(folder) == [5, 4] and not list(folder.glob(".checkpoint*"))
     monkeypatch.undo()
-    assert goes_on(settings, out)[0] == 5
+    assert resumed(settings, out)[0] == 5
 
 
 @pytest.mark.parametrize("goes", ["renamed", "removed", "its log removed"])

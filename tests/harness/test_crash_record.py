@@ -55,11 +55,11 @@ def test_a_run_that_had_not_begun_to_write_has_nothing_of_the_one_before(dead, t
     monitor.opened = False
     row = write_crash_record(draft, tmp_path, monitor, 1, Failure("bad_data", "DataError: x"))
     assert (row.steps_done, row.loss_initial, row.error) == (0, None, "DataError: x")
-    (tmp_path / "runs" / settings.run_id / "checkpoint-2").mkdir()  # but one that was to go on has its part before
+    (tmp_path / "runs" / settings.run_id / "checkpoint-2").mkdir()  # but one that was to resume keeps its part before
     assert write_crash_record(draft, tmp_path, monitor, -9).steps_done == 3
 
 
-def test_a_killed_run_with_a_checkpoint_says_that_it_goes_on(dead, tmp_path):
+def test_a_killed_run_with_a_checkpoint_says_that_it_resumes(dead, tmp_path):
     settings, draft, monitor = dead
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x"):
         (tmp_path / "runs" / settings.run_id / name).mkdir()
@@ -83,12 +83,12 @@ def test_a_run_that_another_process_has_by_now_is_left_to_it(dead, tmp_path):
         other.wait()
 
 
-def test_a_hung_run_that_still_got_behind_a_checkpoint_is_hung_and_says_so(dead, tmp_path):
+def test_a_hung_run_that_still_wrote_a_checkpoint_is_hung_and_says_so(dead, tmp_path):
     settings, draft, monitor = dead
     stopped = summarize(settings, Outcome(status="preempted", error="stopped by SIGTERM after step 2; it resumes"))
     stack = 'Current thread 0x1 (most recent call first):\n  File "a", line 1 in b\n'
-    death = Failure("hung", "no sign of life for 9 s", stack=stack)
-    row = amend(stopped, tmp_path, death)
+    failure = Failure("hung", "no sign of life for 9 s", stack=stack)
+    row = amend(stopped, tmp_path, failure)
     assert (row.status, row.flags["death"]["goes_on"]) == ("hung", True) and row == finished_run(tmp_path, settings.run_id)
     assert row.error.startswith("no sign of life for 9 s; stopped by SIGTERM after step 2")
     assert 'File "a", line 1 in b' in (tmp_path / "runs" / settings.run_id / "output.log").read_text()

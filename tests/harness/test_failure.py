@@ -143,7 +143,7 @@ def test_a_hang_says_for_how_long_where_and_what_ended_it():
 
 
 @given(st.integers(-70, 300), st.integers(0, 3) | st.none(), st.text(), st.text())
-def test_every_end_has_a_cause_and_only_those_from_outside_go_on(exit_code, oom_kills, stack, output):
+def test_every_end_has_a_cause_and_only_those_from_outside_resume(exit_code, oom_kills, stack, output):
     death = of_exit(exit_code, Evidence(oom_kills=oom_kills, stack=stack, output=output))
     assert death.cause in CAUSES and death.flags["death"]["goes_on"] == (death.cause in RESUMABLE)
     assert (death.cause == "host_oom_kill") == (exit_code == -9 and bool(oom_kills))

@@ -1,4 +1,4 @@
-"""Planted deaths: each leaves a row with its cause and the steps before it, and the next run is as if there had been none."""
+"""Planted failures: each leaves a row with its cause and the steps before it, and the next run is as if there had been none."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ from instrument.results.schemas import StepRecord
 from tests.soak.reliability.faults import FAULTS, HANG_RULES, FaultTrial, case_with, planned, run_faults
 from tests.soak.reliability.plants import Plant
 
+pytestmark = pytest.mark.process
 QUICK = [kind for kind in FAULTS if not kind.startswith("hang")]
 
 
@@ -60,48 +61,37 @@ def test_the_next_run_is_bit_for_bit_the_same(kind, plan, tmp_path):
     healthy = plan("gpt2_clm", "amp_bf16", max_steps=3)
     alone = execute(healthy, tmp_path / "alone")
     sick = replace(planned("exception", 0, tmp_path)[1], case=case_with(Plant(kind, "backward", 2)))
-    rows = [ended.record for ended in Pool([sick, healthy], tmp_path / "behind", jobs=1).run(lambda: None)]
+    rows = [ended.record for ended in Pool([sick, healthy], tmp_path / "after", jobs=1).run(lambda: None)]
     assert rows[0].status in ("error", "oom") and rows[1].status == "completed"
     assert rows[1].final_weights_sha256 == alone.final_weights_sha256 is not None
-    assert losses(tmp_path / "alone", healthy) == losses(tmp_path / "behind", healthy)
+    assert losses(tmp_path / "alone", healthy) == losses(tmp_path / "after", healthy)
 
 
 def losses(out, settings):
     return [step.loss for step in read(out / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)]
 
 
-def test_a_fork_server_that_is_killed_is_started_again(plan, tmp_path):
+def test_a_killed_fork_server_is_started_again_and_how_a_run_ended_without_it_is_not_known(plan, tmp_path):
+    """Three runs, two at a time: the server is killed, then the second run; the first completes, the third needs a server."""
     from multiprocessing.forkserver import _forkserver
 
-    runs = [plan("gpt2_clm", "fp32_true", seed=seed, max_steps=30) for seed in (0, 1)]
-    pool, killed = Pool(list(runs), tmp_path, jobs=1), []
+    pool = Pool([plan("gpt2_clm", "fp32_true", seed=n, max_steps=steps) for n, steps in enumerate((30, 200, 2))], tmp_path, 2)
+    killed = []
 
-    def kill_the_server():
-        if not killed and any(run.last_step is not None for run in pool.running):
+    def kill_server_and_run():
+        if not killed and len(pool.running) == 2 and all(run.last_step is not None for run in pool.running):
             killed.append(_forkserver._forkserver_pid)
             os.kill(killed[0], signal.SIGKILL)
+            os.kill(pool.running[1].child.pid, signal.SIGKILL)
 
-    rows = [ended.record for ended in pool.run(kill_the_server, 0.05)]
-    assert killed and _forkserver._forkserver_pid != killed[0]
-    assert [row.status for row in rows] == ["completed", "completed"] and len(finished_runs(tmp_path)) == 2
-
-
-def test_a_run_that_dies_behind_its_fork_server_died_in_a_way_that_nobody_knows(plan, tmp_path):
-    from multiprocessing.forkserver import _forkserver
-
-    pool = Pool([plan("gpt2_clm", "fp32_true", max_steps=200)], tmp_path, jobs=1)
-
-    def kill_both():
-        if any(run.last_step is not None for run in pool.running):
-            os.kill(_forkserver._forkserver_pid, signal.SIGKILL)
-            os.kill(pool.running[0].child.pid, signal.SIGKILL)
-
-    (ended,) = pool.run(kill_both, 0.05)
-    assert (ended.record.status, ended.record.flags["death"]["cause"]) == ("error", "killed")
-    assert "how it ended is not known" in ended.record.error and "signal" not in ended.record.flags["death"]
+    rows = {ended.settings.seed: ended.record for ended in pool.run(kill_server_and_run, 0.05)}
+    assert killed and _forkserver._forkserver_pid != killed[0] and len(finished_runs(tmp_path)) == 3
+    assert [rows[seed].status for seed in range(3)] == ["completed", "error", "completed"]
+    assert rows[1].flags["death"]["cause"] == "killed" and "signal" not in rows[1].flags["death"]
+    assert "how it ended is not known" in rows[1].error
 
 
-def test_a_processis_ending_from_its_kill_on_until_it_is_gone():
+def test_a_process_is_ending_from_its_kill_on_until_it_is_gone():
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     assert not is_ending(os.getpid()) and not is_ending(process.pid)
     process.kill()
@@ -120,12 +110,12 @@ def test_one_run_is_supervised_without_a_matrix(plan, tmp_path):
     assert supervise(plan("gpt2_clm", "fp32_true", seed=1), tmp_path, stop=stop).record is None
 
 
-def test_a_killed_run_goes_on_and_one_that_crashed_starts_over(plan, tmp_path):
+def test_a_killed_run_resumes_and_one_that_crashed_starts_over(plan, tmp_path):
     for kind, resumed in (("sigkill", True), ("segfault", False)):
         settings = replace(planned("exception", 0, tmp_path)[1], case=case_with(Plant(kind, "forward", 4)), checkpoint_every=2)
         dead = supervise(settings, tmp_path).record
         assert dead.steps_done == 3 and dead.flags["death"]["goes_on"] is resumed
-        again = supervise(settings, tmp_path).record  # counting its own steps, behind a checkpoint it never gets to the fourth
+        again = supervise(settings, tmp_path).record  # it counts its own steps: resumed, it never gets to the fourth
         assert again.status == ("completed" if resumed else "error")
         assert ("resumed" in again.flags) is resumed
 

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on equals the one that was not, bit for bit, in every configuration (of deaths, see
+"""A run that was stopped and resumed equals the one that was not, bit for bit, in every configuration (of failures, see
 `test_bench_reliability`)."""
 
 import json
@@ -35,18 +35,18 @@ def stopped_at(settings, out, step):
 
 
 class Killed(BaseException):
-    """The process is gone: nothing behind this line is written by the run."""
+    """The process is gone: nothing after this line is written by the run."""
 
 
 def killed_at(settings, out, step):
-    """Run until the process dies behind ``step``; what a run's end still wrote is taken back to a torn line."""
+    """Run until the process is killed after ``step``; what a run's end still wrote is taken back to a torn line."""
 
-    def dies(record):
+    def kill(record):
         if isinstance(record, StepRecord) and record.step == step:
             raise Killed
 
     with pytest.raises(Killed):
-        execute(settings, out, dies)
+        execute(settings, out, kill)
     with (out / log_paths(settings.run_id)["steps"]).open("ab") as log:
         log.write(b'{"schema":1,"step":99')
 
@@ -93,7 +93,7 @@ def test_every_cut_gives_the_same_run(small, tmp_path, monkeypatch, case, config
     expected = written(settings, tmp_path / "whole")
     for step in cuts:
         out = tmp_path / str(step)
-        assert stopped_at(settings, out, step).status == "preempted"  # behind step 7, too: its evaluation is to come
+        assert stopped_at(settings, out, step).status == "preempted"  # after step 7, too: its evaluation is to come
         execute(settings, out)
         assert written(settings, out) == expected, f"cut at {step}"
 
@@ -110,7 +110,7 @@ def test_the_modules_windows_are_those_of_the_whole_run(small, tmp_path, monkeyp
         assert written(settings, tmp_path / str(step)) == written(settings, tmp_path / "whole")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(small, tmp_path):
+def test_a_killed_run_resumes_from_its_last_checkpoint(small, tmp_path):
     settings = small("amp_fp16", checkpoint_every=2)
     execute(replace(settings, checkpoint_every=0), tmp_path / "whole")
     killed_at(settings, tmp_path / "parts", 5)
@@ -165,12 +165,12 @@ def test_a_stop_in_a_log_window_does_not_wait_for_its_end(small, tmp_path, monke
     assert seen == [1, 2, 3, 4, 5] and record.steps_done == 5 and "resumes from checkpoint-5" in record.error
 
 
-def test_cold_steps_behind_a_continuation_are_not_timed(small, tmp_path):
+def test_warm_up_steps_after_a_resume_are_not_timed(small, tmp_path):
     settings = replace(small("amp_bf16", max_steps=9), untimed_steps=2)
     stopped_at(settings, tmp_path, 5)
     record = execute(settings, tmp_path)
     assert record.timed_steps == 9 - 2 - 2 and record.energy_j is None
-    assert record.flags["hardware"]["part"].startswith("behind step 5")
+    assert record.flags["hardware"]["part"].startswith("after step 5")
     assert (tmp_path / "runs" / settings.run_id / "hardware.until-5.jsonl").exists()
 
 
@@ -212,11 +212,11 @@ def test_fresh_starts_over(small, tmp_path, capsys):
         "--json",
     ]
     settings = small("fp32_true")
-    for more, behind in ((["--fresh"], None), ([], [3])):
+    for more, after in ((["--fresh"], None), ([], [3])):
         stopped_at(settings, tmp_path, 3)
         assert main([*words, *more]) == 0
-        told = capsys.readouterr()
-        row = json.loads(told.out)
+        printed = capsys.readouterr()
+        row = json.loads(printed.out)
         assert row["run_id"] == settings.run_id and row["status"] == "completed"
-        assert row["flags"].get("resumed", {}).get("behind_steps") == behind
-        assert ("resumes after step 3, from checkpoint-3" in told.err) == (behind is not None)
+        assert row["flags"].get("resumed", {}).get("behind_steps") == after
+        assert ("resumes after step 3, from checkpoint-3" in printed.err) == (after is not None)

@@ -1,4 +1,4 @@
-"""A sharded run's checkpoints: whole, those of a run whose ranks have everything, and gone on from bit for bit."""
+"""A sharded run's checkpoints: whole, as those of a run whose ranks have everything, and resumed from bit for bit."""
 
 import os
 
@@ -10,6 +10,7 @@ from instrument.results.claims import owner_of
 from tests.harness.launched import FAULTY, HERE, LONGEST_S, SMALL, ended, ids_of, one_run, several, torchrun
 from tests.soak.reliability import same_run
 
+pytestmark = pytest.mark.process
 CONFIGS = ("fp32_true", "amp_fp16", "bf16_pure_sr")
 SHARDED = ["--parallel", "fsdp", "--dropout", "0.1", "--eval-every", "2"]
 INTERRUPTED = 75
@@ -26,13 +27,13 @@ def checkpoints(out):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """Whole runs, stopped and continued ones, and ones left behind their checkpoint, sharded and not; and one that
-    goes on after a rank's death while a checkpoint is made, from the last but one, since the last is damaged."""
+    """Whole runs, stopped and resumed ones, and ones that end at their checkpoint, sharded and not; and one that
+    resumes after a rank's failure while a checkpoint is made, from the last but one, since the last is damaged."""
     folder = tmp_path_factory.mktemp("sharded")
     died = plan(folder / "died", "fp32_true", "kill in a checkpoint", *SHARDED, "--checkpoint-every", "1")
     code, _, err = ended(several([died]))
     assert code != 0
-    told = one_run(folder / "died"), sorted(checkpoints(folder / "died")), err
+    kept = one_run(folder / "died"), sorted(checkpoints(folder / "died")), err
     damaged = checkpoints(folder / "died")["checkpoint-2"] / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
     runs = [plan(folder / "died", "fp32_true", "none", *SHARDED, "--checkpoint-every", "1")]
@@ -46,7 +47,7 @@ def sharded(tmp_path_factory):
         runs.append([*plan(folder / f"left-{how}", "fp32_true", "stop", "--parallel", how), INTERRUPTED])
     code, _, err = ended(several(runs))
     assert code == 0, err
-    return folder, told
+    return folder, kept
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -57,7 +58,7 @@ def test_stopped_and_continued_a_sharded_run_equals_the_one_that_was_not(sharded
     assert row.status == "completed" and row.flags["resumed"]["behind_steps"] == [3] and row.final_weights_sha256
     for fact in ("optimizer_states", "exp_avg_sq_zero_frac"):
         assert row.flags[fact] == expected.flags[fact]
-    assert not checkpoints(parts), "there is nothing left to go on from"
+    assert not checkpoints(parts), "there is nothing left to resume from"
 
 
 def test_a_sharded_runs_checkpoint_has_what_that_of_whole_tensors_has(sharded):
@@ -72,7 +73,7 @@ def test_a_sharded_runs_checkpoint_has_what_that_of_whole_tensors_has(sharded):
         assert fsdp[name].dtype == ddp[name].dtype and fsdp[name].equal(ddp[name]), name
 
 
-def test_a_rank_that_dies_while_a_checkpoint_is_made_ends_the_run_and_the_one_before_counts(sharded):
+def test_a_rank_that_is_killed_while_a_checkpoint_is_made_ends_the_run_and_the_one_before_counts(sharded):
     folder, ((row, steps, _), kept, err) = sharded
     assert (row.status, row.flags["failed_rank"], [s.step for s in steps]) == ("error", 1, [1, 2, 3]), err
     assert "rank 1 (process " in row.error and row.flags["death"] == {"cause": "killed", "goes_on": True}
@@ -87,7 +88,7 @@ def test_a_damaged_checkpoint_is_skipped_by_all_ranks(sharded):
     assert row.flags["checkpoints"]["written"] == 3
 
 
-def test_slices_of_any_size_are_put_together_and_taken_apart(tmp_path):
+def test_slices_of_any_size_are_gathered_and_sharded_again(tmp_path):
     """Without elements, of tied weights, under every optimizer: see `sharded_state`."""
     code, out, err = ended(torchrun([str(HERE / "sharded_state.py"), str(tmp_path)], os.environ))
     assert (code, out.count("all is well")) == (0, 2), err
@@ -95,7 +96,7 @@ def test_slices_of_any_size_are_put_together_and_taken_apart(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("case", ["gpt2_multi_cls", "roberta_mlm"])
-def test_every_configuration_goes_on_on_three_ranks_that_divide_nothing(tmp_path, case):
+def test_every_configuration_resumes_on_three_ranks_that_divide_nothing(tmp_path, case):
     runs, words = [], ["--batch-size", "6", *SHARDED, "--checkpoint-every", "2"]
     own = tmp_path / "case.py"
     own.write_text(f"from tests.harness.faulty_case import of\nCASE = of({case!r})\n")
@@ -106,9 +107,9 @@ def test_every_configuration_goes_on_on_three_ranks_that_divide_nothing(tmp_path
             runs.append([{"FAULT": fault, "FAULT_SUM": at}, [*command, str(tmp_path / f"{out}-{config}")], 0, INTERRUPTED])
     code, _, err = ended(several(runs, processes=3), 3 * LONGEST_S)
     assert code == 0, err
-    gone_on = set()
+    resumed = set()
     for config in DTYPE_CONFIGS:
         row, _, _ = one_run(tmp_path / f"parts-{config}")
         assert same_run.differences(row.run_id, tmp_path / f"parts-{config}", tmp_path / f"whole-{config}") == [], config
-        gone_on |= {config} if "resumed" in row.flags else set()
-    assert gone_on >= {c for c, d in DTYPE_CONFIGS.items() if d.in_default_matrix} - {"amp_bf16_8bit", "fp16_naive"}
+        resumed |= {config} if "resumed" in row.flags else set()
+    assert resumed >= {c for c, d in DTYPE_CONFIGS.items() if d.in_default_matrix} - {"amp_bf16_8bit", "fp16_naive"}

@@ -1,207 +1,103 @@
-"""SIGTERM and SIGINT end a run behind a checkpoint, reach every run of a matrix, and a second one leaves at once."""
+"""SIGTERM and SIGINT end a run after a checkpoint, reach every run of a matrix, and a second one leaves at once."""
 
 import json
+import operator
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from harness.run import checkpoints
+from harness.run.progress import checkpoint_steps
 from harness.run.signals import Stop, Stopped
 from instrument.results.folder import finished_runs
+from tests.harness.commands import SMALL, Forked, executed, group_is_gone, logged, wait_until
 
-SMALL = [
-    "--preset",
-    "tiny",
-    "--data",
-    "embedded",
-    "--batch-size",
-    "2",
-    "--micro-batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--validation-documents",
-    "2",
-    "--documents",
-    "400",
-]
+SLOW_STEPS = [*SMALL, "--batch-size", "512", "--micro-batch", "2", "--seq-len", "64", "--max-steps", "50"]
+"""Steps of some seconds."""
 
 
-def started(words, environment):
-    """``python -m harness`` in a process of its own, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "harness", *words],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.mark.process
+def test_a_case_ends_after_a_checkpoint_and_the_same_command_resumes(tmp_path):
+    out = tmp_path / "out"
+    words = ["case", "gpt2_single_cls", "amp_bf16", *SMALL, "--max-steps", "120", "--out", str(out), "--json"]
+    step = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = Forked(words, tmp_path / number.name)
+        wait_until(lambda before=step: sum(logged(out)) > before + 3, process)
+        process.send_signal(number)
+        printed, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        assert f"{number.name}: finishing the step, then a checkpoint; a second signal leaves at once" in errors
+        assert "Traceback" not in errors and (f"resumes after step {step}" in errors) == (step > 0)
+        row = json.loads(printed)
+        step = row["steps_done"]
+        assert row["status"] == "preempted" and logged(out) == [step]
+        assert row["error"] == f"stopped by {number.name} after step {step}; the same command resumes from checkpoint-{step}"
+    process = Forked(words, tmp_path / "last")
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"resumes after step {step}" in errors
+    assert json.loads(printed)["steps_done"] == 120 and logged(out) == [120]
 
 
-def wait_until(condition, process, timeout_s=120):
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.01)
-
-
-def lines(out):
-    """How many steps every run has logged."""
-    return [log.read_bytes().count(b"\n") for log in out.glob("training_logs/*.jsonl")]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_case_ends_behind_a_checkpoint_and_the_same_command_goes_on(tmp_path, command_environment, number):
-    words = ["case", "gpt2_single_cls", "amp_bf16", *SMALL, "--max-steps", "120", "--out", str(tmp_path), "--json"]
-    process = started(words, command_environment)
-    wait_until(lambda: sum(lines(tmp_path)) > 3, process)
-    process.send_signal(number)
-    told, heard = process.communicate(timeout=60)
-    assert process.returncode == 75, heard
-    assert f"{number.name}: finishing the step, then a checkpoint; a second signal leaves at once" in heard
-    row = json.loads(told)
-    step = row["steps_done"]
-    assert row["status"] == "preempted"
-    assert row["error"] == f"stopped by {number.name} after step {step}; the same command resumes from checkpoint-{step}"
-    assert lines(tmp_path) == [row["steps_done"]] and "Traceback" not in heard
-    again = started(words, command_environment)
-    told, heard = again.communicate(timeout=120)
-    assert again.returncode == 0 and f"resumes after step {row['steps_done']}" in heard
-    assert json.loads(told)["steps_done"] == 120 and lines(tmp_path) == [120]
-
-
-def test_a_second_signal_leaves_at_once(tmp_path, command_environment):
-    words = [
-        "case",
-        "gpt2_clm",
-        "fp32_true",
-        *SMALL,
-        "--batch-size",
-        "512",
-        "--micro-batch",
-        "2",
-        "--seq-len",
-        "64",
-        "--max-steps",
-        "50",
-        "--out",
-        str(tmp_path),
-    ]  # steps of some seconds
-    process = started(words, command_environment)
-    wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("runs/*/evaluations.jsonl")), process)
+@pytest.mark.process
+def test_a_second_signal_leaves_at_once(tmp_path):
+    process = Forked(["case", "gpt2_clm", "fp32_true", *SLOW_STEPS, "--out", str(tmp_path / "out")], tmp_path / "case")
+    wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("out/runs/*/evaluations.jsonl")), process)
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     began_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    heard = process.communicate(timeout=60)[1]
-    assert process.returncode == 75 and time.monotonic() - began_s < 15 and "Traceback" not in heard  # a step takes longer
-    assert not list(tmp_path.glob("runs/*/checkpoint-*"))
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and time.monotonic() - began_s < 15 and "Traceback" not in errors  # a step takes longer
+    assert not list(tmp_path.glob("out/runs/*/checkpoint-*"))
 
 
-@pytest.mark.parametrize("to_the_group", [False, True], ids=["to the matrix", "to every process"])
-def test_a_signal_reaches_every_run_of_a_matrix_and_it_goes_on(tmp_path, command_environment, to_the_group):
-    words = [
-        "matrix",
-        *SMALL,
-        "--cases",
-        "gpt2_single_cls",
-        "--configs",
-        "fp32_true",
-        "amp_bf16",
-        "bf16_pure",
-        "--max-steps",
-        "100",
-        "--jobs",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
-    process = started(words, command_environment)
-    wait_until(lambda: len(lines(tmp_path)) == 2 and min(lines(tmp_path)) > 2, process)
-    (os.killpg if to_the_group else os.kill)(process.pid, signal.SIGTERM)
-    heard = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, heard
-    assert "stopped by SIGTERM: the same command goes on where it was" in heard and "Traceback" not in heard
-    rows = finished_runs(tmp_path)
-    assert [row.status for row in rows] == ["preempted"] * 2
-    for row in rows:
-        assert checkpoints.checkpoint_steps(tmp_path / "runs" / row.run_id) == [row.steps_done]
-    assert not_running(process.pid)
-    again = started([*words, "--json"], command_environment)
-    told, heard = again.communicate(timeout=240)
-    assert again.returncode == 0, heard
-    found = {row["run_id"]: row for row in map(json.loads, told.splitlines())}
+@pytest.mark.process
+def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_them(tmp_path):
+    """A matrix that is killed, then signalled itself, then with all of its processes, then left alone."""
+    out = tmp_path / "out"
+    words = ["matrix", *SMALL, "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "bf16_pure"]
+    words += ["--max-steps", "150", "--jobs", "2", "--out", str(out)]
+    stopped_after = {}
+    for send in ("SIGKILL to the matrix", "SIGTERM to the matrix", "SIGTERM to every process"):
+        process, before = Forked(words, tmp_path / "stopped"), logged(out) or [0, 0]
+        wait_until(lambda old=before: len(logged(out)) == 2 and min(map(operator.sub, logged(out), old)) > 2, process)
+        (os.killpg if "every" in send else os.kill)(process.pid, getattr(signal, send.split()[0]))
+        errors = process.communicate(timeout=60)[1]
+        assert group_is_gone(process.pid), send
+        rows = finished_runs(out)
+        assert [row.status for row in rows] == ["preempted"] * 2, send
+        if "SIGKILL" in send:
+            assert all("the end of the matrix" in row.error for row in rows)
+        else:
+            assert process.returncode == 75 and "stopped by SIGTERM: the same command" in errors, errors
+            assert "Traceback" not in errors
+        for row in rows:
+            assert checkpoint_steps(out / "runs" / row.run_id)[0] == row.steps_done < 150
+            stopped_after.setdefault(row.run_id, []).append(row.steps_done)
+    process = Forked([*words, "--json"], tmp_path / "last")
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    found = {row["run_id"]: row for row in map(json.loads, printed.splitlines())}
     assert len(found) == 3 and {row["status"] for row in found.values()} == {"completed"}
-    assert all(found[row.run_id]["flags"]["resumed"]["behind_steps"] == [row.steps_done] for row in rows)
+    resumed = {run_id: row["flags"]["resumed"]["behind_steps"] for run_id, row in found.items() if "resumed" in row["flags"]}
+    assert resumed == stopped_after
 
 
+@pytest.mark.process
 def test_a_second_signal_kills_the_runs_of_a_matrix(tmp_path, command_environment):
-    words = [
-        "matrix",
-        *SMALL,
-        "--cases",
-        "gpt2_clm",
-        "--configs",
-        "fp32_true",
-        "--batch-size",
-        "512",
-        "--seq-len",
-        "64",
-        "--max-steps",
-        "50",
-        "--out",
-        str(tmp_path),
-    ]
-    process = started(words, command_environment)
+    words = ["matrix", *SLOW_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true", "--out", str(tmp_path)]
+    process = executed(words, command_environment)
     wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("runs/*/evaluations.jsonl")), process)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    heard = process.communicate(timeout=20)[1]
-    assert process.returncode == 75 and "Traceback" not in heard, heard
-    assert not_running(process.pid)
-
-
-def test_runs_whose_matrix_was_killed_leave_behind_a_checkpoint(tmp_path, command_environment):
-    words = [
-        "matrix",
-        *SMALL,
-        "--cases",
-        "gpt2_single_cls",
-        "--configs",
-        "fp32_true",
-        "--max-steps",
-        "2000",
-        "--out",
-        str(tmp_path),
-    ]
-    process = started(words, command_environment)
-    wait_until(lambda: sum(lines(tmp_path)) > 2, process)
-    process.kill()
-    process.communicate()
-    assert not_running(process.pid)
-    (row,) = finished_runs(tmp_path)
-    assert row.status == "preempted" and "the end of the matrix" in row.error and row.steps_done < 2000
-
-
-def not_running(group, timeout_s=20):
-    """Whether every process of the group is gone, soon."""
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode == 75 and "Traceback" not in errors, errors
+    assert group_is_gone(process.pid)
 
 
 def test_before_there_is_something_to_finish_a_signal_leaves_at_once():
