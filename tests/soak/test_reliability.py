@@ -39,7 +39,7 @@ SAMPLES = {
     "writers": 0.05,
 }
 ELSEWHERE = {"secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
-"""A sample of them is made in `test_hostile`, `test_faults`, `engines/test_ray_pool` and `test_parallel`."""
+"""A sample of them is made in `test_hostile`, `test_pool`, `engines/test_ray_pool` and `test_parallel`."""
 
 
 @pytest.mark.parametrize("name", SAMPLES)

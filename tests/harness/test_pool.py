@@ -1,4 +1,5 @@
-"""Planted failures: each leaves a row with its cause and the steps before it, and the next run is as if there had been none."""
+"""The pool under planted failures: each leaves a row with its cause and the steps before it, and the next run is as if there
+had been none. The fork server's imports leave CUDA alone: a child of a process that asked for a GPU cannot use one."""
 
 import os
 import signal
@@ -24,7 +25,7 @@ QUICK = [kind for kind in FAULTS if not kind.startswith("hang")]
 
 
 @pytest.mark.parametrize("kind", QUICK)
-def test_a_death_is_a_row_with_its_cause(kind, tmp_path):
+def test_a_failure_is_a_row_with_its_cause(kind, tmp_path):
     (trial,) = run_faults(kind, 1, tmp_path / "out", first=1)
     assert trial.right, str(trial)
 
@@ -132,3 +133,30 @@ def test_a_wrong_row_is_not_taken_for_a_right_one():
 def test_fifty_of_each_are_classified(kind, tmp_path):
     wrong = [str(trial) for trial in run_faults(kind, 50, tmp_path / "out") if not trial.right]
     assert not wrong, wrong
+
+
+COUNT = """
+import torch
+asked = []
+def watched(name):
+    real = getattr(torch.cuda, name)
+    setattr(torch.cuda, name, lambda *arguments: (asked.append(name), real(*arguments))[1])
+for name in ("is_available", "device_count", "_lazy_init", "current_device"):
+    watched(name)
+"""
+
+
+def asked(statement: str) -> list[str]:
+    """The calls by which torch binds a process to a GPU's driver; asking how many there are is enough."""
+    found = subprocess.run(
+        [sys.executable, "-c", f"{COUNT}\n{statement}\nprint(*asked)"], capture_output=True, text=True, check=True
+    )
+    return found.stdout.split()
+
+
+def test_the_worker_imports_without_asking_for_a_gpu():
+    assert asked("import harness.supervisor.worker") == []
+
+
+def test_the_counter_sees_who_asks():
+    assert asked("from torch import cuda; cuda.is_available()") == ["is_available"]
