@@ -8,8 +8,8 @@ run is executed. Importing this package imports no torch (the report reads recor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from instrument.watch.watch import NonfiniteError
-    from instrument.watch.watch import Watch
+    from instrument.watch.watch import NonfiniteError as NonfiniteError
+    from instrument.watch.watch import Watch as Watch
 
 
 def __getattr__(name: str):
