@@ -1,13 +1,8 @@
 """``case ... --dry-run``: the resolved run, its model, and an estimate of its memory and time.
 
-The estimate runs one micro-batch, forward and loss, on fake tensors: they have shapes, dtypes and
-devices but no memory. What autograd keeps is then counted, in the dtypes of the configuration and
-with its attention backend, for any architecture; FLOPs are those of `harness.commands.flops`. Nothing is
-written into the results folder.
-
-The resolved run and its estimate for a person, on standard error. No computing here.
-
-Estimated peak memory of a run, part by part, in bytes.
+The estimate runs one micro-batch, forward and loss, on fake tensors: they have shapes, dtypes and devices but no memory. What
+autograd keeps is then counted, in the dtypes of the configuration and with its attention backend, for any architecture; FLOPs
+are those of `harness.commands.flops`. Nothing is written into the results folder.
 """
 
 from __future__ import annotations
@@ -33,7 +28,6 @@ from instrument.terminal import count
 
 def print_estimate(settings: RunSettings, out: Path, as_json: bool) -> None:
     """Text on standard error, and one JSON object on standard output when asked."""
-
     findings = estimate(settings, out)
     show(findings)
     if as_json:

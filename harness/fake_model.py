@@ -1,8 +1,5 @@
-"""One micro-batch on fake tensors: what the model is, and what autograd keeps.
-
-Estimated duration of a run, in seconds, from its products and the rate of this device.
-
-A model for counting, where no run has built one.
+"""A run's model on fake tensors, which have no memory: its size, what autograd keeps of one micro-batch, and from its products
+and this device's rate how long a run takes.
 """
 
 from __future__ import annotations

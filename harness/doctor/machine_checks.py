@@ -1,6 +1,5 @@
-"""What the device does, for the doctor: found out by trying, not by asking flags.
-
-What the machine is, for the doctor: processor, memory, disk, compilers, library versions.
+"""The doctor's checks: what the device does, found out by trying and not by asking flags; and what the machine is (processor,
+memory, disk, compilers, library versions).
 """
 
 from __future__ import annotations
@@ -168,8 +167,6 @@ def remark(config: DtypeConfig, device: torch.device) -> str | None:
     """What a supported configuration does differently on a CPU."""
     if device.type != "cpu":
         return None
-    from harness.fp16_products import cpu_has_fp16_arithmetic
-
     remarks = []
     if "fp16" in (config.weights, config.compute) and not cpu_has_fp16_arithmetic():
         remarks.append("fp16 products run in fp32 and are rounded once")
@@ -223,7 +220,7 @@ def processor() -> dict[str, object]:
         "quota_cores": quota_cores(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "fp16_instructions": fp16,
-        "bf16_instructions": bool(_cpu_words() & _BF16_UNITS),
+        "bf16_instructions": bool(_cpu_flags() & _BF16_UNITS),
         "fp16_products": "in hardware" if fp16 else "computed in fp32 and rounded once to fp16",
     }
 
@@ -313,7 +310,7 @@ def _first_line(file: Path) -> str:
         return ""
 
 
-def _cpu_words() -> set[str]:
+def _cpu_flags() -> set[str]:
     text = _first_line(Path("/proc/cpuinfo"))
     lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return {word for line in lines for word in line.split()}
+    return {flag for line in lines for flag in line.split()}

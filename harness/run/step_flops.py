@@ -11,7 +11,7 @@ from torch import nn
 
 from bench_cases import ARCHITECTURES, Case, DtypeConfig
 from bench_cases.models import ModelRequest
-from harness.doctor.measured import rates_measured_here
+from harness.measured_rates import rates_measured_here
 from harness.settings import RunSettings
 from instrument.flop_counter import ModelCounter, Uncountable
 from instrument.flops import CLOSED_FORMS, ProductDtypes, RowFlops, StepFlops, fit, product_dtypes, sizes_of

@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from bench_cases import DTYPE_CONFIGS
-from harness.doctor import command
-from harness.doctor import command as doctor_terminal
-from harness.doctor import machine_checks as doctor_device
-from harness.doctor import machine_checks as doctor_host
-from harness.doctor import matmul_rates as doctor_measure
-from harness.doctor.measured import merge_measured, rates_measured_here
+from harness.doctor import command, machine_checks, matmul_rates
+from harness.measured_rates import merge_measured, rates_measured_here
 from instrument.nvml import Nvml
 from instrument.results.folder import OutputError
 
@@ -93,7 +89,7 @@ def test_every_configuration_has_a_verdict_and_every_refusal_a_reason(findings):
 
 
 def test_without_bitsandbytes_the_8_bit_configuration_is_refused(findings):
-    rows = doctor_device.configurations(torch.device("cpu"), "8-bit AdamW needs bitsandbytes (gone)")
+    rows = machine_checks.configurations(torch.device("cpu"), "8-bit AdamW needs bitsandbytes (gone)")
     refused = {row["config"] for row in rows if not row["supported"]}
     assert refused == {"fp32_tf32", "amp_bf16_8bit"}
 
@@ -109,13 +105,13 @@ def test_a_device_that_cannot_multiply_ends_with_the_environments_code(findings,
 
 def test_products_of_a_broken_device_are_reasons_not_crashes(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("device lost")))
-    assert doctor_device.products(torch.device("cpu"))["fp32"] == "RuntimeError: device lost"
+    assert machine_checks.products(torch.device("cpu"))["fp32"] == "RuntimeError: device lost"
 
 
 def test_a_gpu_is_described_by_name_and_by_nvml(monkeypatch, findings):
     pretend_h200(monkeypatch, FakeNvml())
     with Nvml() as nvml:
-        (gpu,) = doctor_device.gpus(nvml)
+        (gpu,) = machine_checks.gpus(nvml)
         driver = nvml.driver()
     assert driver == {"version": "580.1", "cuda": "13.0", "gpu_count": 1, "unknown": {}}
     assert (gpu["card"], gpu["reference_card"], gpu["has_code"]) == ("H200 SXM", False, True)
@@ -124,13 +120,13 @@ def test_a_gpu_is_described_by_name_and_by_nvml(monkeypatch, findings):
     assert gpu["nvml"]["power_limit_w"] == 700 and gpu["nvml"]["unknown"] == {}
     whats = [row["what"] for row in command.will_not_work(findings | {"gpus": [gpu], "why_no_gpu": None})]
     assert any("two runs at a time" in what for what in whats) and any("fair timing" in what for what in whats)
-    assert any("not a reference card" in text for _, text in doctor_terminal.gpu_lines(gpu))
+    assert any("not a reference card" in text for _, text in command.gpu_lines(gpu))
 
 
 def test_an_nvml_call_that_fails_is_null_with_its_reason(monkeypatch):
     pretend_h200(monkeypatch, FakeNvml(missing=["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetComputeRunningProcesses"]))
     with Nvml() as nvml:
-        facts = doctor_device.gpus(nvml)[0]["nvml"]
+        facts = machine_checks.gpus(nvml)[0]["nvml"]
     assert facts["memory_free_bytes"] is None and facts["processes"] is None and facts["compute_mode"] == "exclusive_process"
     assert facts["unknown"]["processes"] == "NVML: Not Supported"
 
@@ -148,25 +144,25 @@ def test_without_nvml_everything_is_null_with_the_same_reason(monkeypatch, nvml,
 def test_versions_are_compared_with_the_tested_ones(tmp_path):
     file = tmp_path / "constraints.txt"
     file.write_text(f"# tested\ntorch=={torch.__version__.partition('+')[0]}\nnumpy==0.1\n")
-    rows = {row["library"]: row for row in doctor_host.library_versions(file)}
+    rows = {row["library"]: row for row in machine_checks.library_versions(file)}
     assert rows["torch"]["note"] is None and rows["numpy"]["note"] == "differs from the tested version"
-    assert all(row["tested"] is None for row in doctor_host.library_versions(tmp_path / "absent"))
+    assert all(row["tested"] is None for row in machine_checks.library_versions(tmp_path / "absent"))
 
 
 def test_container_limits_are_read_and_no_limit_is_null(tmp_path):
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert doctor_host.quota_cores(tmp_path / "cpu.max") == 1.5
-    assert doctor_host.memory(tmp_path / "memory.max")["limit_bytes"] == 1000
+    assert machine_checks.quota_cores(tmp_path / "cpu.max") == 1.5
+    assert machine_checks.memory(tmp_path / "memory.max")["limit_bytes"] == 1000
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor_host.quota_cores(tmp_path / "cpu.max") is None and doctor_host.quota_cores(tmp_path / "none") is None
+    assert machine_checks.quota_cores(tmp_path / "cpu.max") is None and machine_checks.quota_cores(tmp_path / "none") is None
 
 
 def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path):
-    facts = doctor_host.disk(tmp_path / "a" / "b")
+    facts = machine_checks.disk(tmp_path / "a" / "b")
     assert facts["free_bytes"] > 0 and facts["writable"] and not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
-    assert not doctor_host.disk(tmp_path / "file")["writable"]
+    assert not machine_checks.disk(tmp_path / "file")["writable"]
 
 
 @pytest.mark.parametrize(
@@ -182,11 +178,11 @@ def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path):
     ],
 )
 def test_which_cards_a_build_has_code_for(capability, built_for, runs):
-    assert doctor_device.has_code_for(capability, built_for) is runs
+    assert machine_checks.has_code_for(capability, built_for) is runs
 
 
 def test_the_projects_own_constraints_are_found():
-    rows = {row["library"]: row for row in doctor_host.library_versions()}
+    rows = {row["library"]: row for row in machine_checks.library_versions()}
     assert rows["torch"]["tested"] is not None
 
 
@@ -203,17 +199,17 @@ RATES = {
 
 
 def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatch):
-    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (64, 128))
-    monkeypatch.setitem(doctor_measure.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setattr(doctor_measure, "BUDGET_S", 0.01)
+    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (64, 128))
+    monkeypatch.setitem(matmul_rates.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(matmul_rates, "BUDGET_S", 0.01)
     before = torch.get_num_threads()
-    found = doctor_measure.measure(torch.device("cpu"))
+    found = matmul_rates.measure(torch.device("cpu"))
     assert torch.get_num_threads() == before and 0 <= found["cpu_busy_before_frac"] <= 1
     assert {(row["dtype"], row["threads"]) for row in found["matmul"]} == {
         (dtype, threads) for dtype in ("fp32", "bf16", "fp16") for threads in {1, before}
     }
     for row in found["matmul"]:
-        assert row["samples"] >= doctor_measure.AT_LEAST and row["size"] in (64, 128)
+        assert row["samples"] >= matmul_rates.AT_LEAST and row["size"] in (64, 128)
         assert 1e6 < row["p10_flops_per_s"] <= row["flops_per_s"] <= row["p90_flops_per_s"] < 1e15
     by_hand = next(row for row in found["copy"] if row["threads"] == 1)
     assert by_hand["block_bytes"] == 1 << 20 and 1e7 < by_hand["bytes_per_s"] < 1e13
@@ -221,11 +217,11 @@ def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatc
 
 
 def test_fp16_is_measured_as_the_harness_runs_it(monkeypatch):
-    monkeypatch.setattr(doctor_measure, "BUDGET_S", 0.0)
-    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (32,))
+    monkeypatch.setattr(matmul_rates, "BUDGET_S", 0.0)
+    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (32,))
     for in_hardware, how in ((True, "native"), (False, "fp32, rounded once to fp16")):
-        monkeypatch.setattr(doctor_measure.fp16_products, "cpu_has_fp16_arithmetic", lambda answer=in_hardware: answer)
-        assert doctor_measure.matmul_rate(torch.device("cpu"), "fp16", 1)["how"] == how
+        monkeypatch.setattr(matmul_rates.fp16_products, "cpu_has_fp16_arithmetic", lambda answer=in_hardware: answer)
+        assert matmul_rates.matmul_rate(torch.device("cpu"), "fp16", 1)["how"] == how
 
 
 def test_what_does_not_fit_into_memory_ends_with_the_largest_that_did(monkeypatch):
@@ -234,15 +230,15 @@ def test_what_does_not_fit_into_memory_ends_with_the_largest_that_did(monkeypatc
             raise torch.OutOfMemoryError("full")
         return [0.1] * 10
 
-    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (32, 64))
-    monkeypatch.setattr(doctor_measure, "sample", sample)
-    assert doctor_measure.matmul_rate(torch.device("cpu"), "fp32", 1)["size"] == 32
-    monkeypatch.setitem(doctor_measure.SIZES, "cpu", (64,))
-    assert doctor_measure.matmul_rate(torch.device("cpu"), "fp32", 1) is None
+    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (32, 64))
+    monkeypatch.setattr(matmul_rates, "sample", sample)
+    assert matmul_rates.matmul_rate(torch.device("cpu"), "fp32", 1)["size"] == 32
+    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (64,))
+    assert matmul_rates.matmul_rate(torch.device("cpu"), "fp32", 1) is None
 
 
 def test_rates_are_the_median_and_the_spread_its_deciles():
-    found = doctor_measure.rates("flops_per_s", 100.0, [float(s) for s in range(1, 12)])
+    found = matmul_rates.rates("flops_per_s", 100.0, [float(s) for s in range(1, 12)])
     assert found == {"flops_per_s": pytest.approx(100 / 6), "p10_flops_per_s": 10.0, "p90_flops_per_s": 50.0, "samples": 11}
 
 
@@ -281,7 +277,7 @@ def test_rates_that_do_not_hold_here_are_refused_with_the_reason(tmp_path):
         merge_measured(tmp_path, HERE, RATES)
 
 
-def test_doctor_measure_writes_the_file_and_says_so(findings, monkeypatch, tmp_path, capsys):
+def test_matmul_rates_writes_the_file_and_says_so(findings, monkeypatch, tmp_path, capsys):
     row = {
         "dtype": "fp16",
         "threads": 1,
@@ -294,9 +290,7 @@ def test_doctor_measure_writes_the_file_and_says_so(findings, monkeypatch, tmp_p
     }
     copy = {"threads": 1, "bytes_per_s": 3e10, "p10_bytes_per_s": 2e10, "p90_bytes_per_s": 4e10, "samples": 9}
     monkeypatch.setattr(command, "examine", lambda out: dict(findings))
-    monkeypatch.setattr(
-        doctor_measure, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row], "copy": [copy]}
-    )
+    monkeypatch.setattr(command, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row], "copy": [copy]})
     assert command.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["measured"]["matmul"] == [row]

@@ -12,9 +12,9 @@ from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 from bench_cases.models import build_model
 from harness.cli import main
 from harness.commands.flops import count, groups
-from harness.doctor.measured import merge_measured
 from harness.fake_model import conversions_left_out, converted, data_facts, shape_only, shapes_of
 from harness.loop import LoopOptions, train
+from harness.measured_rates import merge_measured
 from harness.precision import Precision
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.run.step_flops import (
