@@ -1,5 +1,5 @@
-"""What commands write to a terminal or a pipe: counted nouns, sentences for errors of the operating system, and what
-happens when the reader goes away (``| head``, a closed terminal) or the disk is full. Torch-free.
+"""What commands write to a terminal or a pipe: counted nouns, colours of statuses, sentences for errors of the operating
+system, and what happens when the reader goes away (``| head``, a closed terminal) or the disk is full. Torch-free.
 
 A command that only reports ends there, quietly, with the status that a shell shows for a program that SIGPIPE killed (5
 on a full disk, with a sentence). A command that makes something (runs, a dossier) continues in silence: its results go
@@ -21,6 +21,8 @@ def count(n: int, one: str, many: str | None = None) -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
+STATUS_STYLES = {"completed": "green", "diverged": "bold red", "unsupported": "dim", "preempted": "yellow"}
+"""Rich's style of a run's status; those of failures are yellow."""
 FIXABLE = {
     errno.ENOSPC,
     errno.EDQUOT,

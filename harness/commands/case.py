@@ -16,8 +16,8 @@ from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
 from bench_cases.own import case_for_model, find_case
 from harness import options as arguments
+from harness.budget import Budget, asked_budget
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
-from harness.matrix.budget import Budget, asked_budget
 from harness.parallel.ranks import Ranks, on_ranks
 from harness.settings import RunSettings, SettingsError
 from instrument.results import files
@@ -43,7 +43,7 @@ def case_command(options: argparse.Namespace) -> int:
         return _dry_run(settings, out, options.json) if ranks.is_first else 0
     if ranks.world > 1:
         return _run_rank(settings, out, ranks, options, started_s, budget)
-    from harness.matrix.budget import ending_in_time
+    from harness.budget import ending_in_time
     from harness.run.execute import execute
     from harness.run.signals import Stop
     from harness.run.terminal import CaseScreen
@@ -68,7 +68,7 @@ def _run_rank(
     not return but ends the process, since destroying a broken process group may wait for ever."""
     import torch
 
-    from harness.matrix.budget import ending_in_time, refuse_too_little
+    from harness.budget import ending_in_time, refuse_too_little
     from harness.parallel.context import RankFailed
     from harness.parallel.process_group import joined
     from harness.run.execute import execute

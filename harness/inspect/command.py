@@ -28,12 +28,11 @@ from harness.inspect.tables import (
     operands_table,
     remedy_table,
 )
-from harness.matrix.stability import STYLES
 from harness.settings import SettingsError
 from instrument.results.layout import locate
 from instrument.results.read import failure_of, run_record
 from instrument.results.schemas import strict_json
-from instrument.terminal import count
+from instrument.terminal import STATUS_STYLES, count
 from kernels.float_formats import FP16, float_format
 
 
@@ -78,7 +77,7 @@ class InspectScreen:
 
     def _head(self, found: dict[str, Any]) -> None:
         status = found["status"]
-        style = STYLES.get(status, "yellow")
+        style = STATUS_STYLES.get(status, "yellow")
         diverged = found.get("divergence_step")
         at = f" at step {diverged}" if diverged else f" after {count(found['steps_done'], 'step')}"
         of = f" of {found['max_steps']}" if found.get("max_steps") else ""

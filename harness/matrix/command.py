@@ -13,19 +13,17 @@ from pathlib import Path
 
 import torch
 
-from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case, DtypeConfig, lookup
+from bench_cases import CASES
 from bench_cases.data import load_data
 from bench_cases.models import build_model
-from bench_cases.own import case_for_model, find_case
-from harness import options as arguments
+from harness.budget import BY_THE_BUDGET, asked_budget
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED, USAGE
-from harness.matrix.budget import WHO as BY_THE_BUDGET
-from harness.matrix.budget import BudgetSpent, Spending, asked_budget, estimated, run_seconds
+from harness.matrix.plan import Shard, controls_of, distinct, plan_matrix
 from harness.matrix.ray_cluster import connected, parse_address
 from harness.matrix.screen import MatrixScreen
-from harness.matrix.shards import Shard
+from harness.matrix.spending import BudgetSpent, Spending, estimated, run_seconds
 from harness.parallel.ranks import refuse_ranks
-from harness.planning import choose_device, data_options, plan_run, results_folder
+from harness.planning import choose_device, data_options, results_folder
 from harness.predict.gather import store_all
 from harness.run.execute import make_batches, model_request
 from harness.run.output_errors import output_error
@@ -43,12 +41,11 @@ from instrument.terminal import count
 
 def matrix_command(options: argparse.Namespace) -> int:
     """Run what is not done yet and print the stability matrix; ``--json`` prints all rows. When whoever reads that goes
-    away (``| head``) the runs go on all the same (see `instrument.terminal`)."""
+    away (``| head``) the runs continue all the same (see `instrument.terminal`)."""
     refuse_ranks("matrix")
-    device = choose_device(options.device)
+    device, jobs = choose_device(options.device), checked_jobs(options)
     out = results_folder(options.out, device)
-    jobs = checked(options)
-    shard, everywhere = Shard.parse(options.shard), plan(options, device)
+    shard, everywhere = Shard.parse(options.shard), plan_matrix(options, device)
     planned = shard.of(everywhere)
     elsewhere = {s.run_id for s in everywhere} - {s.run_id for s in planned}  # nor are they controls of this shard
     if options.engine == "local":
@@ -58,12 +55,7 @@ def matrix_command(options: argparse.Namespace) -> int:
         return OK
     budget = asked_budget(options, device=device.type, preset=choose_preset(options.preset, device.type))
     spending = Spending(budget, shared=options.engine == "local")
-    again = options.rerun or options.fresh
-    done = {} if again else already_done(planned, out)
-    if not (options.no_follow_up or again):  # deaths whose controls an interrupted or an earlier matrix left undone
-        dead = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
-        planned = distinct([*planned, *(c for s in dead for c in controls_of(s) if c.run_id not in elsewhere)])
-        done = already_done(planned, out)
+    planned, done = skip_finished(planned, out, elsewhere, options)
     todo = [settings for settings in planned if settings.run_id not in done]
     screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
     forecast(spending, todo, out, jobs, screen)
@@ -90,19 +82,34 @@ def matrix_command(options: argparse.Namespace) -> int:
             raise output_error(error, out) or error from error
     screen.finish(rows.values())
     if stop.requested and stop.requested != BY_THE_BUDGET:
-        print(f"stopped by {stop.requested}: the same command goes on where it was", file=sys.stderr)
+        print(f"stopped by {stop.requested}: the same command resumes", file=sys.stderr)
         return INTERRUPTED
     if spending.waiting or stop.requested:
-        screen.say(spending.last_words(screen.left))
+        screen.say(spending.conclusion(screen.left))
         return INTERRUPTED if stop.requested or len(rows) > len(done) else USAGE  # too little for even one run: no use again
     store_all(sorted({row.case for row in rows.values()}), out)
-    last_words(out)
+    print_verdict(out)
     if options.json:
         sys.stdout.write("".join(encode(row).decode() + "\n" for row in rows.values()))
     return RUN_FAILED if any(row.status in ("oom", "error", "hung") for row in rows.values()) else OK
 
 
-def checked(options: argparse.Namespace) -> int | None:
+def skip_finished(
+    planned: list[RunSettings], out: Path, elsewhere: set[str], options: argparse.Namespace
+) -> tuple[list[RunSettings], dict[str, RunRecord]]:
+    """The runs, with the controls of diverged ones that an interrupted or an earlier matrix left undone; and the settled rows
+    among them, by run id."""
+    if options.rerun or options.fresh:
+        return planned, {}
+    done = already_done(planned, out)
+    if not options.no_follow_up:
+        diverged = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
+        planned = distinct([*planned, *(c for s in diverged for c in controls_of(s) if c.run_id not in elsewhere)])
+        done = already_done(planned, out)
+    return planned, done
+
+
+def checked_jobs(options: argparse.Namespace) -> int | None:
     """``--jobs``; raises `SettingsError` where it, ``--engine`` or ``--address`` cannot be. Contacts nobody."""
     if options.jobs is not None and options.jobs < 1:
         raise SettingsError(f"jobs is {options.jobs}; it must be at least 1")
@@ -155,7 +162,7 @@ def nothing_here(shard: Shard, elsewhere: int, out: Path, as_json: bool) -> None
         print(json.dumps({"todo": [], "done": [], "results_folder": str(out)}))
 
 
-def last_words(out: Path) -> None:
+def print_verdict(out: Path) -> None:
     """The report's verdict on the folder, on standard error. By a process of its own: the report reads files only,
     and this room does not import it."""
     command = [sys.executable, "-m", "report", "verdict", str(out)]
@@ -167,11 +174,6 @@ def already_done(planned: list[RunSettings], out: Path) -> dict[str, RunRecord]:
     """The settled rows of the planned runs, by run id."""
     found = {s.run_id: settled(finished_run(out, s.run_id)) for s in planned}
     return {run_id: record for run_id, record in found.items() if record is not None}
-
-
-def distinct(runs: list[RunSettings]) -> list[RunSettings]:
-    """Each run once, in order: two runs with one id would write into each other's files."""
-    return list({settings.run_id: settings for settings in runs}.values())
 
 
 def prepare(settings: RunSettings) -> None:
@@ -193,7 +195,7 @@ def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int |
         return
     rows = finished_runs(out)
     spending.forecast.estimates_s = estimated(spending.unmeasured(todo, rows), out)
-    for line in spending.forecast_words(todo, jobs, sum(map(run_seconds, rows))):
+    for line in spending.announcement(todo, jobs, sum(map(run_seconds, rows))):
         screen.say(line)
 
 
@@ -216,7 +218,7 @@ def run_all(
                 if follow_up and record.status == "diverged":
                     controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
                     known |= {c.run_id for c in controls}
-                    spending.front([c for c in controls if settled(finished_run(out, c.run_id)) is None])
+                    spending.insert([c for c in controls if settled(finished_run(out, c.run_id)) is None])
                     screen.expect(controls)
                 spending.learn(ended.settings, record, ended.duration_s)
                 screen.ended(record, ended.duration_s)
@@ -225,52 +227,6 @@ def run_all(
     if unwritable is not None:
         raise unwritable
     write_index(out)
-
-
-def controls_of(settings: RunSettings) -> list[RunSettings]:
-    """The runs that tell a diverged run's cause: same case and seed, one thing changed."""
-    from dataclasses import replace
-
-    return [replace(settings, config=DTYPE_CONFIGS[name]) for name in settings.config.controls]
-
-
-def plan(options: argparse.Namespace, device: torch.device) -> list[RunSettings]:
-    """All runs, configurations of a case next to each other in a rotating order, so that a warming
-    machine favours none of them."""
-    cases, configs = asked_cases(options), asked_configs(options.configs)
-    preset = PRESETS[choose_preset(options.preset, device.type)]
-    seeds = options.seeds if options.seeds is not None else preset.seeds
-    asked = arguments.request(options)
-    runs = []
-    for round_number, (seed, case) in enumerate((seed, case) for seed in seeds for case in cases):
-        turn = round_number % len(configs)
-        drafts = [plan_run(case, config, seed, asked, device) for config in configs[turn:] + configs[:turn]]
-        runs += drafts
-    return distinct(runs)
-
-
-def asked_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases to run: those named, or one for ``--model``, or the default six."""
-    if options.model:
-        if not options.task or options.cases:
-            raise SettingsError("--model goes with --task and without --cases")
-        return [case_for_model(options.model, options.task)]
-    if options.task:
-        raise SettingsError("--task goes with --model; a case id has its task in it")
-    if not options.cases:
-        return [case for case in CASES.values() if case.in_default_matrix]
-    if options.cases == ["all"]:
-        return list(CASES.values())
-    return [find_case(name) for name in options.cases]
-
-
-def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
-    """The configurations to run: those named, or the default seven."""
-    if not names:
-        return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
-    if names == ["all"]:
-        return list(DTYPE_CONFIGS.values())
-    return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
 
 
 def prepared_key(settings: RunSettings) -> tuple:

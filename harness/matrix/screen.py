@@ -15,14 +15,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from harness.matrix.shards import EVERYTHING, Shard
-from harness.matrix.stability import LEGEND, STYLES, cell_words, stability_table
+from harness.matrix.plan import EVERYTHING, Shard
+from harness.matrix.stability import LEGEND, cell_words, stability_table
 from harness.run.progress import disturbance
 from harness.settings import RunSettings
 from harness.supervisor.pool import Pool, Running
 from instrument.results.files import replace
 from instrument.results.schemas import RunRecord
-from instrument.terminal import count
+from instrument.terminal import STATUS_STYLES, count
 
 
 class MatrixScreen:
@@ -109,7 +109,7 @@ class MatrixScreen:
         line = Text.assemble(
             f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
             f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
-            (" ".join(filter(None, words)), STYLES.get(status, "yellow")),
+            (" ".join(filter(None, words)), STATUS_STYLES.get(status, "yellow")),
             f"  {duration_s:.1f} s",
         )
         self.console.print(line, soft_wrap=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from instrument.results.schemas import RunRecord
+from instrument.terminal import STATUS_STYLES
 
-STYLES = {"completed": "green", "diverged": "bold red", "unsupported": "dim", "preempted": "yellow"}
 PHASES = {"optimizer": "optim"}
 LEGEND = "✓ validation loss (F1 micro)   ✗ what @step, phase of the first non-finite value   – unsupported   … stopped"
 SIGNS = {"completed": "✓", "diverged": "✗", "unsupported": "–", "preempted": "…"}
@@ -71,6 +71,6 @@ def stability_table(records: Iterable[RunRecord], title: str):
         row = []
         for case in cases:
             *words, status = cell_words(cells[config, case]) if (config, case) in cells else ("", "", "missing")
-            row.append(Text("\n".join(filter(None, words)), style=STYLES.get(status, "yellow")))
+            row.append(Text("\n".join(filter(None, words)), style=STATUS_STYLES.get(status, "yellow")))
         table.add_row(config, *row)
     return table

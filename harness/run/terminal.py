@@ -10,11 +10,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from harness.matrix.stability import STYLES
 from harness.run.progress import disturbance
 from harness.settings import RunSettings
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord
-from instrument.terminal import count
+from instrument.terminal import STATUS_STYLES, count
 
 PLAIN_LINES = 10
 """How many progress lines a run prints when nobody watches a terminal."""
@@ -110,7 +109,7 @@ class CaseScreen:
 def show_summary(console: Console, record: RunRecord, out: Path) -> None:
     """A run's row in a few lines."""
     say = console.print
-    style = STYLES.get(record.status, "yellow")
+    style = STATUS_STYLES.get(record.status, "yellow")
     say(
         f"[{style}]{record.status}[/] after {count(record.steps_done, 'step')}"
         + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else "")

@@ -9,23 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harness import cli
+from harness.budget import BY_THE_BUDGET, LOOK_EVERY_S, MARGIN_S, Budget, asked_budget
 from harness.exit_codes import INTERRUPTED, OK, USAGE
-from harness.matrix.budget import (
-    LOOK_EVERY_S,
-    MARGIN_S,
-    WHO,
-    Budget,
-    BudgetSpent,
-    Forecast,
-    InFlight,
-    Meter,
-    Spending,
-    admits,
-    asked_budget,
-    fitting,
-    must_kill,
-    must_stop,
-)
+from harness.matrix.spending import BudgetSpent, Forecast, Spending
 from harness.parallel.ranks import Ranks
 from harness.run.signals import Stop
 from harness.settings import SettingsError
@@ -79,7 +65,7 @@ class Machine:
             )
 
     def over(self):
-        """The runs that have ended, whole or behind a checkpoint."""
+        """The runs that have ended, whole or after a checkpoint."""
         for run in self.running:
             if self.stop.requested:
                 run.asked_s = getattr(run, "asked_s", self.now_s)
@@ -102,7 +88,7 @@ def spend(kind, estimates_s, true_s, limit_s, *, jobs, checkpoint_s, tick_s, mar
     runs = [a_run(f"case{k}") for k in range(len(true_s))]
     pool = kind(list(runs), jobs, {run.case.id: seconds for run, seconds in zip(runs, true_s, strict=True)}, checkpoint_s)
     spending = Spending(Budget(limit_s, "GPU", None, margin_s), shared=kind is Machine, clock=lambda: pool.now_s)
-    spending.meter = Meter(0.0)
+    spending.spent_unit_s = 0.0
     spending.forecast.estimates_s = {(run.case.id, "fp32_true"): s for run, s in zip(runs, estimates_s, strict=True)}
     spending.take_over(pool)
     pool.begin()
@@ -112,12 +98,25 @@ def spend(kind, estimates_s, true_s, limit_s, *, jobs, checkpoint_s, tick_s, mar
             spending.tick()
             for run in pool.over():
                 if not pool.stop.requested:
-                    spending.forecast.learn(run.settings, pool.now_s - run.started_s)
+                    spending.forecast.learn((run.settings.case.id, "fp32_true"), pool.now_s - run.started_s)
                 spending.feed()
             pool.begin()
     except BudgetSpent:
-        return pool, spending._look(), True
-    return pool, spending._look(), False
+        return pool, spending.look(), True
+    return pool, spending.look(), False
+
+
+def spending_of(limit_s, measured_s, *, shared=True, margin_s=5.0, running=(), held=()):
+    """A matrix at second 0 of its budget, with runs of known durations by case; ``running``: (case, since when, step of 10)."""
+    spending = Spending(Budget(limit_s, "GPU", None, margin_s), shared=shared, clock=lambda: 0.0)
+    spending.spent_unit_s = 0.0
+    spending.forecast.measured_s = {(case, "fp32_true"): [seconds] for case, seconds in measured_s.items()}
+    begun = [
+        SimpleNamespace(settings=a_run(case), started_s=-elapsed_s, last_step=step and SimpleNamespace(step=step))
+        for case, elapsed_s, step in running
+    ]
+    spending.pool = SimpleNamespace(running=begun, queue=[], units_held=list(held), jobs=1)
+    return spending
 
 
 seconds = st.floats(0.5, 500)
@@ -144,7 +143,7 @@ def test_no_more_is_spent_than_was_given_whatever_runs_really_take(kind, duratio
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(seconds, min_size=1, max_size=12), st.integers(1, 3))
+@given(st.lists(st.integers(1, 1000).map(lambda ticks: ticks / 2), min_size=1, max_size=12), st.integers(1, 3))
 @example([1.0, 1.0, 6.0], 1)  # it ends where the margin begins but for a look
 def test_with_right_forecasts_nothing_is_stopped_and_room_is_used(true_s, jobs):
     limit_s = sum(true_s) / 2 + 10
@@ -152,44 +151,65 @@ def test_with_right_forecasts_nothing_is_stopped_and_room_is_used(true_s, jobs):
     assert not killed and spent_s <= limit_s
     if jobs == 1:
         assert not pool.stop.requested
-        fit, _ = fitting(Budget(limit_s, "GPU", None, 5.0), 0.0, true_s, jobs=1, shared=True, until_next_look_s=LOOK_EVERY_S)
+        fit, _ = spending_of(limit_s, dict(enumerate(true_s))).fitting([a_run(k) for k in range(len(true_s))], jobs=1)
         assert fit - 1 <= len(pool.begun) <= fit, "what was forecast to fit did, but for ticks"
 
 
-def test_a_run_that_takes_longer_than_its_forecast_is_stopped_behind_a_checkpoint_in_time():
+def test_a_run_that_takes_longer_than_its_forecast_is_stopped_after_a_checkpoint_in_time():
     pool, spent_s, killed = spend(Machine, [10.0], [1000.0], 60.0, jobs=1, checkpoint_s=3, tick_s=0.25)
-    assert pool.stop.requested == WHO and not killed and 50 < spent_s <= 60
+    assert pool.stop.requested == BY_THE_BUDGET and not killed and 50 < spent_s <= 60
 
 
 def test_what_two_gpus_hold_counts_twice():
     pool, spent_s, _ = spend(Cluster, [100.0] * 4, [100.0] * 4, 300.0, jobs=2, checkpoint_s=1, tick_s=0.5)
     assert len(pool.begun) == 2 and 195 < spent_s < 205
-    meter = Meter(0.0)
-    assert meter.look(10.0, 3) == 30.0 and meter.look(10.0, 5) == 30.0 and meter.look(12.0, 0) == 30.0
+    spending = spending_of(1e9, {}, shared=False, held="abc")
+    looks = iter([(10.0, "abc", 30.0), (10.0, "abcde", 30.0), (12.0, "", 30.0)])
+    for now_s, held, spent_s in looks:
+        spending.clock, spending.pool.units_held = lambda now_s=now_s: now_s, list(held)
+        assert spending.look() == spent_s
 
 
 def test_forecasts_are_corrected_by_what_was_measured():
     forecast = Forecast({("a", "fp32_true"): 10.0, ("b", "fp32_true"): 30.0})
     assert [forecast.of(a_run(case)) for case in "abc"] == [10.0, 30.0, None]
-    forecast.learn(a_run("a"), 20.0)
+    forecast.learn(("a", "fp32_true"), 20.0)
     assert [forecast.of(a_run(case)) for case in "abc"] == [20.0, 60.0, 20.0]
-    forecast.learn(a_run("a"), 40.0)
+    forecast.learn(("a", "fp32_true"), 40.0)
     assert forecast.of(a_run("b")) == pytest.approx(90.0)
 
 
-def test_progress_tells_more_than_the_forecast():
-    assert InFlight(30.0, 100.0).remaining_s() == 70.0 and InFlight(130.0, 100.0).remaining_s() == 0.0
-    assert InFlight(30.0, 100.0, 0.1).remaining_s() == pytest.approx(270.0) and InFlight(5.0, None).remaining_s() == 0.0
-    budget, shared = Budget(100.0, "GPU", None, 10.0), {"shared": True, "until_next_look_s": 1.0}
-    assert admits(budget, 0.0, [InFlight(0, 80.0)], 85.0, **shared) and not admits(budget, 0.0, [], 89.0, **shared)
-    assert not admits(budget, 0.0, [InFlight(0, 50.0)], 40.0, shared=False, until_next_look_s=1.0)
-    assert not must_stop(budget, 88.0, 1, 1.0) and must_stop(budget, 89.0, 1, 1.0) and not must_kill(budget, 89.0, 1, 1.0)
+@pytest.mark.parametrize(
+    "case, elapsed_s, step, remaining_s",
+    [("a", 30.0, None, 70.0), ("a", 130.0, None, 0.0), ("a", 30.0, 1, 270.0), ("unknown", 5.0, None, 0.0)],
+)
+def test_progress_tells_more_than_the_forecast(case, elapsed_s, step, remaining_s):
+    spending = spending_of(1e9, {"a": 100.0} if case == "a" else {}, running=[(case, elapsed_s, step)])
+    assert spending._remaining_s(spending.pool.running[0]) == pytest.approx(remaining_s)
+
+
+def test_a_run_begins_only_where_it_and_the_running_ones_end_in_time():
+    known = {"a": 80.0, "b": 85.0, "c": 89.0, "d": 50.0, "e": 40.0}
+    assert spending_of(100.0, known, margin_s=10.0, running=[("a", 0.0, None)]).admits(a_run("b")), "they share the time"
+    assert not spending_of(100.0, known, margin_s=10.0).admits(a_run("c"))
+    assert not spending_of(100.0, known, margin_s=10.0, running=[("d", 0.0, None)], shared=False).admits(a_run("e"))
+
+
+def test_the_margin_stops_and_the_end_kills():
+    for spent_s, stopped in ((88.0, None), (89.0, BY_THE_BUDGET), (98.9, BY_THE_BUDGET)):
+        spending = spending_of(100.0, {}, margin_s=10.0, running=[("a", 0.0, None)])
+        spending.spent_unit_s, spending.pool.stop = spent_s, Stop()
+        spending.tick()
+        assert spending.pool.stop.requested == stopped
+    spending.spent_unit_s = 99.0
+    with pytest.raises(BudgetSpent):
+        spending.tick()
 
 
 def test_words_name_hours_and_money():
-    assert Budget(4500, "GPU", 2.0, 60).words(4500) == "1.25 GPU-hours (2.50 USD)"
-    assert Budget(4500, "machine", None, 60).words(36) == "36 machine-seconds"
-    assert Budget(4500, "machine", 2.0, 60).words(36) == "36 machine-seconds (0.020 USD)"
+    assert Budget(4500, "GPU", 2.0, 60).text(4500) == "1.25 GPU-hours (2.50 USD)"
+    assert Budget(4500, "machine", None, 60).text(36) == "36 machine-seconds"
+    assert Budget(4500, "machine", 2.0, 60).text(36) == "36 machine-seconds (0.020 USD)"
 
 
 def asked(hours, usd, price, device="cpu", preset="tiny"):
@@ -224,18 +244,18 @@ def test_a_run_on_several_gpus_holds_them_all_and_every_machine_costs():
     eight, on_two = Ranks(0, 8, 0, 8), Ranks(0, 16, 0, 8)
     assert asked_budget(options, device="cuda", preset="full", ranks=eight).limit_unit_s == 3600  # 8 of 8 GPU-hours
     budget = asked_budget(options, device="cuda", preset="full", ranks=on_two)
-    assert (budget.limit_unit_s, budget.words(1800)) == (1800, "0.5 clock-hours (5.00 USD)")
+    assert (budget.limit_unit_s, budget.text(1800)) == (1800, "0.5 clock-hours (5.00 USD)")
     options = SimpleNamespace(max_gpu_hours=None, budget_usd=30.0, price_per_hour=5.0)
     assert asked_budget(options, device="cuda", preset="full", ranks=on_two).limit_unit_s == 3 * 3600
 
 
 def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, monkeypatch, capsys):
-    """By a clock on which a step takes a second: the first run is stopped behind a checkpoint at step 15 or so of 60, and
+    """By a clock on which a step takes a second: the first run is stopped after a checkpoint at step 15 or so of 60, and
     goes on with the budget of the next call, which ends in the second run."""
     logs = tmp_path / "out" / "training_logs"
-    monkeypatch.setattr("harness.matrix.command.last_words", lambda out: None)
+    monkeypatch.setattr("harness.matrix.command.print_verdict", lambda out: None)
     monkeypatch.setattr("harness.matrix.command.estimated", lambda todo, out: {})
-    monkeypatch.setattr("harness.matrix.budget.process_age_s", lambda: 0.0)
+    monkeypatch.setattr("harness.matrix.spending.process_age_s", lambda: 0.0)
     monkeypatch.setattr(
         "harness.matrix.command.Spending",
         partial(Spending, clock=lambda: float(sum(path.read_bytes().count(b"\n") for path in logs.glob("*.jsonl")))),
@@ -263,7 +283,7 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
     ]
     assert cli.main([*words, "0.012"]) == INTERRUPTED  # 21.6 s
     said = capsys.readouterr().err
-    assert "budget of this call: 22 machine-seconds (0.012 USD)" in said and "2 runs left" in said and "To go on" in said
+    assert "budget of this call: 22 machine-seconds (0.012 USD)" in said and "2 runs left" in said and "To continue" in said
     (row,) = finished_runs(tmp_path / "out")
     assert row.status == "preempted" and "stopped by SIGTERM after step" in row.error and 14 <= row.steps_done < 60
     assert cli.main([*words, "0.035"]) == INTERRUPTED  # 63 s
@@ -275,10 +295,10 @@ def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, mo
 def test_a_budget_that_no_call_could_begin_the_next_run_with_is_not_recommended_again():
     spending = Spending(Budget(24.0, "machine", 3.0, 5.0), shared=True, clock=lambda: 0.0)
     spending.waiting = [a_run("a")]
-    spending.forecast.learn(a_run("a"), 8.0)
-    assert "with as much again: python -m harness" in spending.last_words(1)
-    spending.forecast.learn(a_run("a"), 80.0)
-    assert "give a larger one: as much again would not do" in spending.last_words(1)
+    spending.forecast.learn(("a", "fp32_true"), 8.0)
+    assert "with as much again: python -m harness" in spending.conclusion(1)
+    spending.forecast.learn(("a", "fp32_true"), 80.0)
+    assert "give a larger one: as much again would not do" in spending.conclusion(1)
 
 
 def test_usage_and_dry_run(tmp_path, capsys):
@@ -293,8 +313,8 @@ def test_usage_and_dry_run(tmp_path, capsys):
 
 
 def test_a_single_run_stops_before_its_budget_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("harness.matrix.budget.process_age_s", lambda: 0.0)
-    monkeypatch.setattr("harness.matrix.budget.LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr("harness.budget.process_age_s", lambda: 0.0)
+    monkeypatch.setattr("harness.budget.LOOK_EVERY_S", 0.1)
     monkeypatch.setitem(MARGIN_S, "tiny", 60.0)
     words = ["case", "gpt2_clm", "fp32_true", *SMALL, "--max-steps", "100000", "--out", str(tmp_path), "--price-per-hour", "2"]
     assert cli.main([*words, "--budget-usd", "0.0373"]) == INTERRUPTED  # 67 s, so 7 without the margin

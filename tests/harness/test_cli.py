@@ -291,7 +291,7 @@ def test_names_may_stand_behind_options(capsys):
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
     """Behind the runs, which are kept."""
-    monkeypatch.setattr("harness.matrix.command.last_words", lambda out: None)
+    monkeypatch.setattr("harness.matrix.command.print_verdict", lambda out: None)
     (tmp_path / "file").write_text("mine")
     code = main(
         [

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from bench_cases import CASES
 from harness import options as arguments
-from harness.matrix.command import checked, controls_of, local_jobs, plan
+from harness.matrix.command import checked_jobs, local_jobs
+from harness.matrix.plan import controls_of, plan_matrix
 from harness.matrix.stability import cell_words, stability_cells, stability_table
 from harness.settings import SettingsError
 from harness.supervisor.pool import Pool
@@ -50,7 +51,7 @@ def harness(*words, env):
 
 
 def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
-    runs = plan(options(*SMALL), CPU)
+    runs = plan_matrix(options(*SMALL), CPU)
     assert len({run.run_id for run in runs}) == 42
     blocks = [runs[start : start + 7] for start in range(0, 42, 7)]
     assert all(len({run.case.id for run in block}) == 1 for block in blocks)  # a case's configurations side by side
@@ -59,21 +60,21 @@ def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
 
 
 def test_seeds_multiply_and_all_means_all():
-    assert len(plan(options(*SMALL, "--seeds", "0", "1", "--cases", "gpt2_clm"), CPU)) == 14
-    assert len(plan(options(*SMALL, "--cases", "all", "--configs", "all"), CPU)) == 8 * 14
+    assert len(plan_matrix(options(*SMALL, "--seeds", "0", "1", "--cases", "gpt2_clm"), CPU)) == 14
+    assert len(plan_matrix(options(*SMALL, "--cases", "all", "--configs", "all"), CPU)) == 8 * 14
 
 
 def test_a_run_asked_for_twice_is_planned_once():
-    twice = plan(options(*SMALL, "--cases", "gpt2_clm", "gpt2_clm", "--configs", "fp32_true", "--seeds", "0", "0"), CPU)
+    twice = plan_matrix(options(*SMALL, "--cases", "gpt2_clm", "gpt2_clm", "--configs", "fp32_true", "--seeds", "0", "0"), CPU)
     assert len(twice) == 1
 
 
 def test_jobs_follow_cores_and_threads(plan):
     assert local_jobs([plan("gpt2_clm", "fp32_true", threads=1)], CPU) >= 1
     assert local_jobs([plan("gpt2_clm", "fp32_true", threads=0)], CPU) == 1
-    assert checked(options("--jobs", "3")) == 3
+    assert checked_jobs(options("--jobs", "3")) == 3
     with pytest.raises(SettingsError, match="jobs is 0"):
-        checked(options("--jobs", "0"))
+        checked_jobs(options("--jobs", "0"))
 
 
 def test_controls_change_the_configuration_only(plan):
