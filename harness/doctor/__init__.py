@@ -1,0 +1,1 @@
+"""``python -m harness doctor``: what this machine can do, found by trying it, and the rates that it reaches."""

@@ -1,1 +1,3 @@
-"""Why a run failed: the failed step again, op by op, and what is kept of it."""
+"""Why a run failed: its failed step replayed from what the run stored, and again with one thing changed. How a replay finds
+the op is `instrument.replay`; what is shown of it is `harness.inspect`.
+"""

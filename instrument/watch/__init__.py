@@ -1,1 +1,1 @@
-"""Watching a model while it trains."""
+"""Watching a model while it trains: `Watch`, its hooks, the counters on the device and what is read of them."""
