@@ -19,7 +19,7 @@ _thread: threading.Thread | None = None
 def every(period_s: float, job: Callable[[], None]) -> object:
     """Call ``job`` every ``period_s`` seconds until `cancel`; returns the key to cancel with.
 
-    ``job`` must not raise: whoever gave it has to keep what went wrong.
+    ``job`` must not raise: its owner keeps what went wrong.
     """
     global _thread
     key = object()

@@ -24,7 +24,7 @@ FLUSHED = 0.5
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What decides, of a configuration. Formats by id: ``compute`` of products, ``head`` behind the last encoder
+    """What decides, of a configuration. Formats by id: ``compute`` of products, ``head`` after the last encoder
     output, ``states`` of AdamW (``8bit`` too) and ``update`` of its arithmetic, ``clip`` of the gradient norm.
     ``mixed``: under autocast, where sums of residuals stay fp32. ``loss_scale``: the first one, or None."""
 

@@ -144,7 +144,7 @@ class StepCounters:
             if p.grad is None or p.grad.layout == torch.strided
         ]
         if len(as_seen) == len(self.parameters) and as_seen == self._as_seen:
-            return  # nobody has written to them since they were last looked at
+            return  # not written to since they were last measured
         self._as_seen = as_seen
         nothing = torch.empty(0, device=self.device)
         found = self._first_bad(where, [nothing if p.grad is None else p.grad for p in self.parameters])
