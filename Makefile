@@ -16,7 +16,7 @@ help:
 	@echo "make matrix  every case x configuration (tiny, embedded data), and the dossier"
 	@echo "make bench   measure the harness itself"
 	@echo "make gpu     everything that needs a GPU: tests on it, kernel benchmark, the tiny matrix"
-	@echo "make gpu-dossier MINUTES=60 DATA=DIR   the whole campaign and its dossier, resumable: give it again to go on"
+	@echo "make gpu-dossier MINUTES=60 DATA=DIR   the whole campaign and its dossier, resumable: give it again to resume"
 	@echo "make soak    the long sweeps"
 	@echo "make lint    style, layering and types"
 
@@ -66,7 +66,7 @@ gpu: $(READY)
 	$(BIN)/python -m harness matrix --preset tiny --data embedded --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 
-# Real size, real data: doctor, kernels, overhead, matrix, dossier. Cut at any moment, the same command goes on.
+# Real size, real data: doctor, kernels, overhead, matrix, dossier. Cut at any moment, the same command resumes.
 MINUTES ?= 60
 gpu-dossier: $(READY)
 	$(BIN)/python -m harness campaign --minutes $(MINUTES) $(if $(DATA),--data $(DATA))

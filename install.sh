@@ -43,4 +43,4 @@ echo "install: installing the versions of $CONSTRAINTS into $VENV (a minute or t
 "$VENV/bin/python" -c 'import torch' || need libstdc++6 libgomp1
 # Only the PDF needs Pango: without it everything else works, and `report build` says what is missing.
 "$VENV/bin/python" -c 'import weasyprint' 2>/dev/null ||
-    (need libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0) || echo "install: going on without PDF output" >&2
+    (need libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0) || echo "install: continuing without PDF output" >&2

@@ -8,7 +8,7 @@
 # Again for some shards only: SHARDS=8 sbatch --export=ALL,SHARDS --array=3,5 cloud/slurm_array.sh --preset full
 #
 # Two minutes before the time limit (and where the cluster sends preempted jobs a SIGTERM) the runs write
-# checkpoints and the command exits 75; the task then queues itself again and goes on where it was. A matrix that
+# checkpoints and the command exits 75; the task then queues itself again and resumes where it was. A matrix that
 # ends with 75 without having been asked to (its budget is spent) does not. Results, checkpoints among them, go to
 # $RESULTS, which every node must see.
 #
@@ -58,7 +58,7 @@ if [ -n "$asked" ]; then  # the wait was interrupted: this is the matrix' own ex
     code=$?
 fi
 if [ "$code" = 75 ] && [ -n "$asked" ]; then
-    echo "slurm_array.sh: stopped behind checkpoints; queueing shard $SLURM_ARRAY_TASK_ID/$SHARDS again" >&2
+    echo "slurm_array.sh: stopped after checkpoints; queueing shard $SLURM_ARRAY_TASK_ID/$SHARDS again" >&2
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 fi
 exit "$code"

@@ -61,7 +61,9 @@ def test_every_import_of_a_room_goes_through_the_package(built):
                 names = [node.module or ""]
             else:
                 continue
-            assert not [name for name in names if name.split(".")[0] in ROOMS], f"{path}:{node.lineno}"
+            assert not [name for name in names if name.split(".")[0] in (*ROOMS, "benchmarks", "tests")], (
+                f"{path}:{node.lineno}"
+            )
 
 
 def test_no_string_names_a_module_or_a_command_of_the_clone(built):
