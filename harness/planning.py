@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench_cases import Case, DtypeConfig
+from bench_cases import DTYPE_CONFIGS, Case, DtypeConfig, lookup
 from bench_cases.data import fingerprint
 from harness.settings import Request, RunSettings, SettingsError, resolve
 from instrument.environment import device_slug
@@ -21,6 +21,15 @@ def choose_device(asked: str) -> torch.device:
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(asked)
+
+
+def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
+    """The configurations to run: those named, or the default seven."""
+    if not names:
+        return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
+    if names == ["all"]:
+        return list(DTYPE_CONFIGS.values())
+    return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
 
 
 def plan_run(case: Case, config: DtypeConfig, seed: int, asked: Request, device: torch.device) -> RunSettings:

@@ -50,7 +50,7 @@ class PackTooLarge(Exception):
 
 @dataclass(frozen=True)
 class Packed:
-    """``left_out``: what did not fit, as words."""
+    """``left_out``: what did not fit, for people."""
 
     folder: Path
     files: int

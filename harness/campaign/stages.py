@@ -212,8 +212,8 @@ def run_process(
     began_s, cut, report_at_s, seconds = time.monotonic(), None, 0.0, 0.0
     with out.open("wb") as output, log.open("ab") as errors, log.open("rb") as tail:
         tail.seek(0, os.SEEK_END)
-        words = [sys.executable, "-u", "-m", PACKAGE + command[0], *command[1:]]
-        with CommandProcess(words, stdout=output, stderr=errors) as child:  # whatever it leaves running is killed
+        python = [sys.executable, "-u", "-m", PACKAGE + command[0], *command[1:]]
+        with CommandProcess(python, stdout=output, stderr=errors) as child:  # whatever it leaves running is killed
             while child.running():
                 if seconds >= report_at_s:
                     report_at_s = seconds + REPORT_S

@@ -1,7 +1,5 @@
-"""``python -m harness fit CASE``: a search per configuration, its row kept as soon as it is known.
-
-What a person sees of a search, on standard error.
-"""
+"""``python -m harness fit CASE``: a search per configuration, its row kept in fit.json as soon as it is known; and what a
+person sees of it, on standard error."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench_cases import DTYPE_CONFIGS, Case, DtypeConfig, lookup
+from bench_cases import Case, DtypeConfig
 from bench_cases.own import find_case
 from harness.exit_codes import OK, RUN_FAILED
 from harness.fit.search import Found, Tried, search
@@ -23,92 +21,6 @@ from harness.settings import Request, RunSettings
 from instrument.results.files import locked, replace
 from instrument.results.folder import require_writable
 from instrument.terminal import count
-
-
-def show_trial(found: Any) -> None:
-    """A trial is over."""
-    words = f"  {count(found.batch, 'row'):>11}: {found.status}"
-    if found.peak_bytes is not None:
-        words += f", {found.peak_bytes / 1e9:.1f} GB"
-    if found.tokens_per_s is not None:
-        words += f", {found.tokens_per_s:,.0f} tokens/s"
-    print(words + (f" ({found.why})" if found.why else ""), file=sys.stderr, flush=True)
-
-
-def show_row(found: dict[str, Any]) -> None:
-    """A configuration is done."""
-    print(f"{found['case']} {found['config']}: {largest(found)}", file=sys.stderr, flush=True)
-
-
-def largest(found: dict[str, Any]) -> str:
-    """The answer in words."""
-    if found["status"] in ("unsupported", "error"):
-        return f"{found['status']} ({found['limited_by']})"
-    if found["status"] == "none_fits":
-        return "not even one row fits"
-    return f"{'at least ' if found['status'] == 'at_least' else ''}{count(found['largest_batch'], 'row')}"
-
-
-def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -> None:
-    """All configurations side by side, within 80 columns; what was not measured is a dash."""
-    drawn = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title=f"{case}: the largest batch that fits, in one forward pass",
-        title_justify="left",
-    )
-    drawn.add_column("configuration", no_wrap=True)
-    drawn.add_column("rows\nthat fit", justify="right")
-    heads = ["peak\nGB", "tokens\nk/s", "real\nk/s", "real k/s\nat 32"]
-    if price_per_hour is not None:
-        heads += ["cost\n/10^9", "cost\nat 32"]
-    for head in heads:
-        drawn.add_column(head, justify="right", no_wrap=True)
-    for found in rows:
-        small = found.get("at_32") or {}
-        cells = [
-            _number(found.get("peak_bytes"), 1e9),
-            _number(found.get("tokens_per_s"), 1e3),
-            _number(found.get("real_tokens_per_s"), 1e3),
-            _number(small.get("real_tokens_per_s"), 1e3),
-        ]
-        if price_per_hour is not None:
-            cells += [_number(found[name], 1, 2) for name in ("cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32")]
-        drawn.add_row(found["config"], rows_words(found), *cells)
-    console = Console(stderr=True, highlight=False, markup=False)
-    console.print(drawn)
-    console.print("; ".join(legend(rows, price_per_hour)), style="dim")
-    for reason in sorted({f"{found['config']}: {found['limited_by']}" for found in rows if found.get("limited_by")}):
-        console.print(reason, soft_wrap=True)
-
-
-def rows_words(found: dict[str, Any]) -> str:
-    """The largest batch, as far as it is known."""
-    largest, within = found["largest_batch"], found.get("within_rows")
-    if not largest:
-        return found["status"].replace("_", " ")
-    if found["status"] == "at_least":
-        return f"≥ {largest}"
-    return f"{largest}–{largest + within - 1}" if within and within > 1 else str(largest)
-
-
-def legend(rows: list[dict[str, Any]], price_per_hour: float | None) -> list[str]:
-    """What the heads, and a range of rows, mean."""
-    words = ["k/s: thousand tokens a second", "real: without padding", "at 32: with 32 rows"]
-    if price_per_hour is not None:
-        words.append("cost: of 10^9 real tokens")
-    between = next((found for found in rows if "–" in rows_words(found)), None)
-    if between is not None:
-        largest = between["largest_batch"]
-        words.append(f"{rows_words(between)}: {largest} rows fit, {largest + between['within_rows']} do not")
-    return words
-
-
-def _number(value: float | None, unit: float, digits: int = 1) -> str:
-    return "–" if value is None else f"{value / unit:,.{digits}f}"
-
 
 SCHEMA, NAME, LOCK = 1, "fit.json", ".fit.lock"
 ON_A_CPU = (
@@ -126,18 +38,17 @@ SAME = ("preset", "device", "data", "data_fingerprint", "sources_fingerprint", "
 def fit_command(options: argparse.Namespace) -> int:
     """Fill fit.json's rows of a case and print them. Exit code 3 where a configuration ran into an error of its own."""
     case = find_case(options.case)
-    configs = _configs(options.configs)
-    from harness.fit.processes import Processes
-    from harness.planning import choose_device, plan_run
+    from harness.fit.trial import TrialProcesses
+    from harness.planning import asked_configs, choose_device, plan_run
 
-    device = choose_device(options.device)
+    configs, device = asked_configs(options.configs), choose_device(options.device)
     request = {name: getattr(options, name) for name in ASKED}
 
     def settings(config: DtypeConfig, batch: int) -> RunSettings:
         return plan_run(case, config, 0, Request(**request, batch_size=batch, micro_batch=batch, max_steps=STEPS), device)
 
     limit = None if options.memory_limit is None else round(options.memory_limit * 1e9)
-    processes = Processes(limit)
+    processes = TrialProcesses(limit)
     slug, name, total = processes.facts()
     out = options.out or Path("results") / slug
     limit_bytes = limit if limit is not None else total
@@ -164,14 +75,6 @@ def fit_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"schema": SCHEMA, "case": case.id, "price_per_hour": options.price_per_hour, "rows": rows}))
     return RUN_FAILED if any(row["status"] == "error" for row in rows) else OK
-
-
-def _configs(names: list[str] | None) -> list[DtypeConfig]:
-    if names == ["all"]:
-        return list(DTYPE_CONFIGS.values())
-    if names:
-        return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
-    return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
 
 
 def identity(settings: RunSettings) -> dict[str, Any]:
@@ -224,36 +127,29 @@ def confirmed(found: Found, timed, trials: dict[int, Any]) -> Found:
 
 
 def verdict(found: Found, trials: dict[int, Any], most: int) -> dict[str, Any]:
-    """The row's findings. ``within_rows``: between what fits and what does not; ``limited_by``: why that did not."""
+    """The row's findings."""
     best, small, beyond = trials.get(found.largest), trials.get(START), trials.get(found.fails)
     small = small if small is not None and small.status == "fits" else None
-    status = "none_fits" if best is None else "at_least" if found.fails is None else "found"
+    rates = ("step_s", "tokens_per_s", "peak_bytes", "real_tokens_per_s")
     return {
-        "status": status,
-        "largest_batch": found.largest,
-        "next_batch_fails": found.fails,
-        "most": most,
-        "within_rows": within(found),
+        **found_rows(found, most),
         "trials": len(trials),
         "limited_by": None if beyond is None else f"{beyond.status}: {beyond.why}",
-        "peak_bytes": best and best.peak_bytes,
-        "step_s": best and best.step_s,
         "timed_steps": best.timed_steps if best else 0,
-        "tokens_per_s": best and best.tokens_per_s,
-        "real_tokens_per_s": best and best.real_tokens_per_s,
-        "at_32": small
-        and {
-            "step_s": small.step_s,
-            "tokens_per_s": small.tokens_per_s,
-            "peak_bytes": small.peak_bytes,
-            "real_tokens_per_s": small.real_tokens_per_s,
-        },
+        **{name: best and getattr(best, name) for name in rates},
+        "at_32": small and {name: getattr(small, name) for name in rates},
     }
 
 
-def within(found: Found) -> int | None:
-    """How far the limit may lie beyond what fits."""
-    return None if found.largest is None or found.fails is None else found.fails - found.largest
+def found_rows(found: Found, most: int) -> dict[str, Any]:
+    """Where the limit is. ``within_rows``: how far it may lie beyond what fits."""
+    return {
+        "status": "none_fits" if found.largest is None else "at_least" if found.fails is None else "found",
+        "largest_batch": found.largest,
+        "next_batch_fails": found.fails,
+        "most": most,
+        "within_rows": None if found.largest is None or found.fails is None else found.fails - found.largest,
+    }
 
 
 def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, Any]:
@@ -274,20 +170,10 @@ def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, 
     found = search(
         lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most, limit_bytes=limit_bytes
     )
-    peaks = {t.batch: t.peak_bytes for t in found.trials}
-    return {
-        "status": "none_fits" if found.largest is None else "at_least" if found.fails is None else "found",
-        "largest_batch": found.largest,
-        "next_batch_fails": found.fails,
-        "most": most,
-        "dry_run": True,
-        "within_rows": within(found),
-        "peak_bytes": peaks.get(found.largest),
-        "limited_by": None
-        if found.fails is None
-        else f"the memory model: {peaks[found.fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}",
-        "trials": len(found.trials),
-    }
+    peaks, fails = {t.batch: t.peak_bytes for t in found.trials}, found.fails
+    over = None if fails is None else f"the memory model: {peaks[fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}"
+    measured = {"peak_bytes": peaks.get(found.largest), "limited_by": over, "trials": len(found.trials)}
+    return found_rows(found, most) | measured | {"dry_run": True}
 
 
 def costs(row: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
@@ -306,14 +192,8 @@ def costs(row: dict[str, Any], price_per_hour: float | None) -> dict[str, Any]:
 def kept(out: Path, settings: RunSettings, limit: int | None) -> dict[str, Any] | None:
     """The row of an earlier call about the same thing; one that ended in an error is measured again."""
     wanted = identity(settings) | {"memory_limit_bytes": limit}
-    return next(
-        (
-            row
-            for row in read_rows(out)
-            if all(row.get(name) == value for name, value in wanted.items()) and row.get("status") != "error"
-        ),
-        None,
-    )
+    same = (row for row in read_rows(out) if all(row.get(name) == value for name, value in wanted.items()))
+    return next((row for row in same if row.get("status") != "error"), None)
 
 
 def keep(out: Path, row: dict[str, Any]) -> None:
@@ -334,3 +214,88 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         print(f"{out / NAME} is damaged, and is written anew", file=sys.stderr)
         return []
+
+
+def show_trial(found: Any) -> None:
+    """A trial is over."""
+    line = f"  {count(found.batch, 'row'):>11}: {found.status}"
+    if found.peak_bytes is not None:
+        line += f", {found.peak_bytes / 1e9:.1f} GB"
+    if found.tokens_per_s is not None:
+        line += f", {found.tokens_per_s:,.0f} tokens/s"
+    print(line + (f" ({found.why})" if found.why else ""), file=sys.stderr, flush=True)
+
+
+def show_row(found: dict[str, Any]) -> None:
+    """A configuration is done."""
+    print(f"{found['case']} {found['config']}: {largest(found)}", file=sys.stderr, flush=True)
+
+
+def largest(found: dict[str, Any]) -> str:
+    """The answer, for people."""
+    if found["status"] in ("unsupported", "error"):
+        return f"{found['status']} ({found['limited_by']})"
+    if found["status"] == "none_fits":
+        return "not even one row fits"
+    return f"{'at least ' if found['status'] == 'at_least' else ''}{count(found['largest_batch'], 'row')}"
+
+
+def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -> None:
+    """All configurations side by side, within 80 columns; what was not measured is a dash."""
+    drawn = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{case}: the largest batch that fits, in one forward pass",
+        title_justify="left",
+    )
+    drawn.add_column("configuration", no_wrap=True)
+    drawn.add_column("rows\nthat fit", justify="right")
+    heads = ["peak\nGB", "tokens\nk/s", "real\nk/s", "real k/s\nat 32"]
+    if price_per_hour is not None:
+        heads += ["cost\n/10^9", "cost\nat 32"]
+    for head in heads:
+        drawn.add_column(head, justify="right", no_wrap=True)
+    for found in rows:
+        small = found.get("at_32") or {}
+        cells = [
+            _number(found.get("peak_bytes"), 1e9),
+            _number(found.get("tokens_per_s"), 1e3),
+            _number(found.get("real_tokens_per_s"), 1e3),
+            _number(small.get("real_tokens_per_s"), 1e3),
+        ]
+        if price_per_hour is not None:
+            cells += [_number(found[name], 1, 2) for name in ("cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32")]
+        drawn.add_row(found["config"], rows_shown(found), *cells)
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(drawn)
+    console.print("; ".join(legend(rows, price_per_hour)), style="dim")
+    for reason in sorted({f"{found['config']}: {found['limited_by']}" for found in rows if found.get("limited_by")}):
+        console.print(reason, soft_wrap=True)
+
+
+def rows_shown(found: dict[str, Any]) -> str:
+    """The largest batch, as far as it is known."""
+    largest, within = found["largest_batch"], found.get("within_rows")
+    if not largest:
+        return found["status"].replace("_", " ")
+    if found["status"] == "at_least":
+        return f"≥ {largest}"
+    return f"{largest}–{largest + within - 1}" if within and within > 1 else str(largest)
+
+
+def legend(rows: list[dict[str, Any]], price_per_hour: float | None) -> list[str]:
+    """What the heads, and a range of rows, mean."""
+    parts = ["k/s: thousand tokens a second", "real: without padding", "at 32: with 32 rows"]
+    if price_per_hour is not None:
+        parts.append("cost: of 10^9 real tokens")
+    between = next((found for found in rows if "–" in rows_shown(found)), None)
+    if between is not None:
+        largest = between["largest_batch"]
+        parts.append(f"{rows_shown(between)}: {largest} rows fit, {largest + between['within_rows']} do not")
+    return parts
+
+
+def _number(value: float | None, unit: float, digits: int = 1) -> str:
+    return "–" if value is None else f"{value / unit:,.{digits}f}"

@@ -1,4 +1,4 @@
-"""The largest batch that fits, by doubling and bisection: pure, told only whether a batch fits and what it took.
+"""The largest batch that fits, by doubling and bisection: pure, given only whether a batch fits and what it took.
 
 Memory grows with the batch almost in a line, so after two trials a line through their peaks says where the limit should be;
 a guess is tried once, between what fitted and what did not, and bisection does the rest. The answer is a batch that did fit,

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case, DtypeConfig, lookup
+from bench_cases import CASES, DTYPE_CONFIGS, PRESETS, Case
 from bench_cases.own import case_for_model, find_case
 from harness import options as arguments
-from harness.planning import plan_run
+from harness.planning import asked_configs, plan_run
 from harness.settings import RunSettings, SettingsError, choose_preset
 
 
@@ -48,15 +48,6 @@ def asked_cases(options: argparse.Namespace) -> list[Case]:
     if options.cases == ["all"]:
         return list(CASES.values())
     return [find_case(name) for name in options.cases]
-
-
-def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
-    """The configurations to run: those named, or the default seven."""
-    if not names:
-        return [config for config in DTYPE_CONFIGS.values() if config.in_default_matrix]
-    if names == ["all"]:
-        return list(DTYPE_CONFIGS.values())
-    return [lookup("dtype configuration", name, DTYPE_CONFIGS) for name in names]
 
 
 def distinct(runs: list[RunSettings]) -> list[RunSettings]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.matrix.plan import EVERYTHING, Shard
-from harness.matrix.stability import LEGEND, cell_words, stability_table
+from harness.matrix.stability import LEGEND, cell_text, stability_table
 from harness.run.progress import disturbance
 from harness.settings import RunSettings
 from harness.supervisor.pool import Pool, Running
@@ -50,13 +50,13 @@ class MatrixScreen:
         self._live: Live | None = None
         self._began_s = time.monotonic()
 
-    def plan(self, todo: list[RunSettings], untried: str | None = None) -> None:
-        """The plan, for ``--dry-run``; ``untried``: what it needs and nobody has looked for."""
+    def plan(self, todo: list[RunSettings], unchecked: str | None = None) -> None:
+        """The plan, for ``--dry-run``; ``unchecked``: what it needs and was not looked for."""
         for settings in todo:
             self.console.print(settings.run_id, soft_wrap=True)
         self.console.print(
             f"{self.shard}{count(len(todo), 'run')} to do, {self.skipped} already done in {self.out}, "
-            f"{self._at_a_time()}{f'; {untried}' if untried else ''}",
+            f"{self._at_a_time()}{f'; {unchecked}' if unchecked else ''}",
             soft_wrap=True,
         )
 
@@ -105,20 +105,20 @@ class MatrixScreen:
         """A run is over: one line."""
         self.durations_s.append(duration_s)
         self.settled += record.status != "preempted"
-        *words, status = cell_words([record])
+        *cell, status = cell_text([record])
         line = Text.assemble(
             f"{self.skipped + len(self.durations_s):>4}/{self.total}  ",
             f"{record.case:<20} {record.dtype_config:<24} s{record.seed}  ",
-            (" ".join(filter(None, words)), STATUS_STYLES.get(status, "yellow")),
+            (" ".join(filter(None, cell)), STATUS_STYLES.get(status, "yellow")),
             f"  {duration_s:.1f} s",
         )
         self.console.print(line, soft_wrap=True)
-        for words in (record.error if record.status in ("error", "oom", "hung") else None, disturbance(record)):
-            if words:
-                self.console.print(f"          {words}", style="yellow", soft_wrap=True)
+        for reason in (record.error if record.status in ("error", "oom", "hung") else None, disturbance(record)):
+            if reason:
+                self.console.print(f"          {reason}", style="yellow", soft_wrap=True)
 
     def finish(self, records: Iterable[RunRecord]) -> None:
-        """The stability matrix, the last words."""
+        """The stability matrix, and where the rows are."""
         records = list(records)
         if records:
             table = stability_table(records, f"Stability: {count(len(records), 'run')}")

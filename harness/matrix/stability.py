@@ -25,7 +25,7 @@ def _place(name: str, registry: dict) -> tuple[int, str]:
     return (list(registry).index(name) if name in registry else len(registry), name)
 
 
-def cell_words(runs: list[RunRecord]) -> tuple[str, str, str]:
+def cell_text(runs: list[RunRecord]) -> tuple[str, str, str]:
     """(outcome, detail, status that decides the colour) of one cell; several seeds read ``✗ 2/3 …``,
     and completed ones show the seed in the middle."""
     in_order = sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss))
@@ -70,7 +70,7 @@ def stability_table(records: Iterable[RunRecord], title: str):
     for config in dict.fromkeys(config for config, _ in cells):
         row = []
         for case in cases:
-            *words, status = cell_words(cells[config, case]) if (config, case) in cells else ("", "", "missing")
-            row.append(Text("\n".join(filter(None, words)), style=STATUS_STYLES.get(status, "yellow")))
+            *lines, status = cell_text(cells[config, case]) if (config, case) in cells else ("", "", "missing")
+            row.append(Text("\n".join(filter(None, lines)), style=STATUS_STYLES.get(status, "yellow")))
         table.add_row(config, *row)
     return table

@@ -249,9 +249,10 @@ def test_a_run_on_several_gpus_holds_them_all_and_every_machine_costs():
     assert asked_budget(options, device="cuda", preset="full", ranks=on_two).limit_unit_s == 3 * 3600
 
 
+@pytest.mark.process
 def test_a_matrix_stops_before_its_budget_and_goes_on_with_the_next(tmp_path, monkeypatch, capsys):
     """By a clock on which a step takes a second: the first run is stopped after a checkpoint at step 15 or so of 60, and
-    goes on with the budget of the next call, which ends in the second run."""
+    resumes with the budget of the next call, which ends in the second run."""
     logs = tmp_path / "out" / "training_logs"
     monkeypatch.setattr("harness.matrix.command.print_verdict", lambda out: None)
     monkeypatch.setattr("harness.matrix.command.estimated", lambda todo, out: {})
@@ -312,6 +313,7 @@ def test_usage_and_dry_run(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_a_single_run_stops_before_its_budget_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("harness.budget.process_age_s", lambda: 0.0)
     monkeypatch.setattr("harness.budget.LOOK_EVERY_S", 0.1)

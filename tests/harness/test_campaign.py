@@ -85,6 +85,7 @@ def rows(folder):
     return {row.dtype_config: row for row in read(folder / "results.jsonl", RunRecord)}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cut", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_cut_in_the_middle_it_is_one_campaign(tmp_path, plan, cut):
     first = start(tmp_path, *QUICK)

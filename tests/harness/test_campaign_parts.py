@@ -47,6 +47,7 @@ def python(tmp_path, code, *, limit_s=60.0, call_s=60.0, grace_s=20.0, stop=None
     return ended, pids[0]
 
 
+@pytest.mark.process
 def test_a_stage_that_ends_by_itself(tmp_path):
     lines = []
     code = "import sys; print('{}'); print('one\\ntwo', file=sys.stderr); sys.exit(3)"
@@ -55,6 +56,7 @@ def test_a_stage_that_ends_by_itself(tmp_path):
     assert (tmp_path / "logs" / "x.out").read_text() == "{}\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("limits, why", [({"limit_s": 0.5}, "limit"), ({"call_s": 0.5}, "call")])
 def test_a_stage_out_of_time_is_asked_and_given_time(tmp_path, limits, why):
     code = (
@@ -65,6 +67,7 @@ def test_a_stage_out_of_time_is_asked_and_given_time(tmp_path, limits, why):
     assert ended.cut == why and (ended.exit_code, ended.last_line) in ((75, "saved"), (-15, "it said nothing"))
 
 
+@pytest.mark.process
 def test_a_stage_that_does_not_listen_is_killed_with_what_it_started(tmp_path):
     code = (
         "import signal, subprocess, sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -80,6 +83,7 @@ def test_a_stage_that_does_not_listen_is_killed_with_what_it_started(tmp_path):
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
 
 
+@pytest.mark.process
 def test_a_signal_to_the_campaign_reaches_the_stage(tmp_path):
     stop = Stop()
     stop.request("SIGTERM")
@@ -87,6 +91,7 @@ def test_a_signal_to_the_campaign_reaches_the_stage(tmp_path):
     assert ended.cut == "signal"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is a signal on Linux only")
 def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
     (tmp_path / "stage_of_a_test.py").write_text(
@@ -112,6 +117,7 @@ def test_a_stage_hears_that_its_campaign_was_killed(tmp_path):
     assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.process
 def test_an_orphan_is_ended_and_another_process_of_that_number_is_left_alone(monkeypatch):
     monkeypatch.setattr(stages, "ROOMS", ("timeit",))
     orphan = subprocess.Popen(

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from harness.cli import main
 from harness.fit import command
 from harness.fit.command import table
-from harness.fit.processes import Processes
 from harness.fit.search import Tried, granularity, search
-from harness.fit.trial import Trial, measure
+from harness.fit.trial import BatchTrial, TrialProcesses, measure
 
 GB = 10**9
 
@@ -71,23 +70,25 @@ def crash(kind, reports):
 
 @pytest.fixture(scope="module")
 def processes():
-    return Processes(None, at_most_s=60.0)
+    return TrialProcesses(None, at_most_s=60.0)
 
 
+@pytest.mark.process
 def test_a_trial_that_dies_or_hangs_costs_only_itself(processes):
     assert processes._run(crash, "exit") == (None, "the run's process exited with code 7 without a result")
     assert "process was killed by SIGKILL" in processes._run(crash, "kill")[1]
-    assert Processes(None, at_most_s=0.5)._run(crash, "hang") == (None, "it did not end within 0 s")
+    assert TrialProcesses(None, at_most_s=0.5)._run(crash, "hang") == (None, "it did not end within 0 s")
     slug, name, total = processes.facts()
     assert slug.startswith("cpu") == (name == "cpu") == (total is None)
 
 
+@pytest.mark.process
 def test_a_real_trial_fits_or_runs_out_of_memory(processes, plan, data_cache):
     settings = plan("gpt2_multi_cls", "amp_bf16", batch_size=6, micro_batch=6, max_steps=100, seq_len=128)
     trial = processes.trial(settings, timed=True)
     assert (trial.status, trial.batch) == ("fits", 6), trial.why
     assert trial.timed_steps >= 3 and 0 < trial.real_tokens_per_s < trial.tokens_per_s
-    small = Processes(40_000_000, at_most_s=60.0).trial(settings, timed=False)
+    small = TrialProcesses(40_000_000, at_most_s=60.0).trial(settings, timed=False)
     assert small.status in ("oom", "crashed"), small  # some allocators give up without a word
     assert small.tokens_per_s is None
 
@@ -125,11 +126,11 @@ class PlantedTrials:
         self.asked.append((settings.config.id, settings.batch_size, timed))
         assert settings.micro_batch == settings.batch_size, "without accumulation"
         if settings.config.id == "amp_bf16_8bit":
-            return Trial(settings.batch_size, "unsupported", "bitsandbytes is not installed")
+            return BatchTrial(settings.batch_size, "unsupported", "bitsandbytes is not installed")
         if settings.config.id == "amp_fp16":
-            return Trial(settings.batch_size, "crashed", "killed by SIGSEGV")
+            return BatchTrial(settings.batch_size, "crashed", "killed by SIGSEGV")
         if settings.batch_size > self.rows[settings.config.id]:
-            return Trial(settings.batch_size, "oom", "OutOfMemoryError: CUDA out of memory")
+            return BatchTrial(settings.batch_size, "oom", "OutOfMemoryError: CUDA out of memory")
         rate = (
             {
                 "tokens_per_s": 2000.0 * settings.batch_size,
@@ -140,16 +141,16 @@ class PlantedTrials:
             if timed
             else {}
         )
-        return Trial(settings.batch_size, "fits", peak_bytes=GB * settings.batch_size, **rate)
+        return BatchTrial(settings.batch_size, "fits", peak_bytes=GB * settings.batch_size, **rate)
 
 
 @pytest.fixture
 def trials(monkeypatch):
     """The command with planted trials; the planted objects as they were made."""
-    from harness.fit import processes
+    from harness.fit import trial
 
     made = []
-    monkeypatch.setattr(processes, "Processes", lambda limit: made.append(PlantedTrials()) or made[-1])
+    monkeypatch.setattr(trial, "TrialProcesses", lambda limit: made.append(PlantedTrials()) or made[-1])
     return made
 
 
@@ -245,7 +246,7 @@ def test_a_batch_that_does_not_fit_twice_is_none(tmp_path, trials, monkeypatch, 
 
     def stricter(self, settings, *, timed):
         if timed and settings.batch_size > 80:
-            return Trial(settings.batch_size, "oom", "at the second try")
+            return BatchTrial(settings.batch_size, "oom", "at the second try")
         return honest(self, settings, timed=timed)
 
     monkeypatch.setattr(PlantedTrials, "trial", stricter)

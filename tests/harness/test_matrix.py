@@ -15,7 +15,7 @@ from bench_cases import CASES
 from harness import options as arguments
 from harness.matrix.command import checked_jobs, local_jobs
 from harness.matrix.plan import controls_of, plan_matrix
-from harness.matrix.stability import cell_words, stability_cells, stability_table
+from harness.matrix.stability import cell_text, stability_cells, stability_table
 from harness.settings import SettingsError
 from harness.supervisor.pool import Pool
 from instrument.results.folder import finished_runs
@@ -87,6 +87,7 @@ def test_controls_change_the_configuration_only(plan):
     )
 
 
+@pytest.mark.process
 def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environment):
     words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "fp16_naive", "--out", str(tmp_path)]
     first = harness(*words, "--jobs", "2", "--json", env=command_environment)
@@ -106,13 +107,14 @@ def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environmen
     assert again.returncode == 0 and "nothing to do: all 4 runs are done" in again.stderr
     assert "Stability: 4 runs" in again.stderr
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")} == before
-    for path in before:  # as if the matrix had been interrupted between a death and its controls
+    for path in before:  # as if the matrix had been interrupted between a divergence and its controls
         if "fp16_naive_" in str(path):
             path.unlink()
     planned = harness(*words, "--dry-run", "--json", env=command_environment)
     assert len(json.loads(planned.stdout)["todo"]) == 2 and len(json.loads(planned.stdout)["done"]) == 2
 
 
+@pytest.mark.process
 def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environment):
     common = [*SMALL, "--json"]
     harness(
@@ -131,6 +133,7 @@ def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environm
     assert one.run_id == other.run_id and one.final_weights_sha256 == other.final_weights_sha256 is not None
 
 
+@pytest.mark.process
 def test_a_process_that_dies_is_a_row_and_the_next_run_is_unaffected(plan, tmp_path, monkeypatch):
     pool = Pool([plan("gpt2_clm", "fp32_true", seed=s, max_steps=200) for s in (0, 1)], tmp_path, jobs=1)
     ended = []
@@ -175,14 +178,14 @@ def a_row(**changes) -> RunRecord:
 
 
 def test_a_cell_shows_the_worst_seed_and_how_many_share_it():
-    assert cell_words([a_row()]) == ("✓ 3", "", "completed")
-    assert cell_words([a_row(f1_micro=0.5)]) == ("✓ 3", "F1 0.50", "completed")
-    dead = a_row(seed=1, status="diverged", divergence_step=9)
-    assert cell_words([a_row(), dead, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
-    assert cell_words([a_row(status="preempted"), dead, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
-    assert cell_words([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
+    assert cell_text([a_row()]) == ("✓ 3", "", "completed")
+    assert cell_text([a_row(f1_micro=0.5)]) == ("✓ 3", "F1 0.50", "completed")
+    diverged = a_row(seed=1, status="diverged", divergence_step=9)
+    assert cell_text([a_row(), diverged, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
+    assert cell_text([a_row(status="preempted"), diverged, a_row(seed=2)]) == ("✗ 1/3 loss up @9", "", "diverged")
+    assert cell_text([a_row(status="unsupported", val_loss=None)])[0] == "– unsupported"
     three = [a_row(seed=n, val_loss=loss) for n, loss in enumerate((9.0, 1.0, 5.0))]
-    assert cell_words(three) == ("✓ 3/3 5", "", "completed")
+    assert cell_text(three) == ("✓ 3/3 5", "", "completed")
     order = list(stability_cells([a_row(dtype_config="fp16_naive"), a_row(case="roberta_mlm"), a_row()]))
     assert order == [("fp32_true", "gpt2_clm"), ("fp32_true", "roberta_mlm"), ("fp16_naive", "gpt2_clm")]
 

@@ -105,6 +105,7 @@ def test_a_shard_without_a_run_says_so_and_leaves_nothing(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["todo"] == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsys):
     """fp16_naive diverges: its controls come along in its shard, but for the one that is planned in the other shard."""
     monkeypatch.setattr(command, "print_verdict", lambda out: None)
@@ -129,4 +130,4 @@ def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsy
     assert cli.main([*words, str(tmp_path / "all"), "--dry-run", "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["todo"] == []
     assert cli.main([*words, str(tmp_path / "all"), "--rerun", "--dry-run", "--json"]) == OK
-    assert len(json.loads(capsys.readouterr().out)["todo"]) == 3, "what was planned; the control comes when its parent dies"
+    assert len(json.loads(capsys.readouterr().out)["todo"]) == 3, "what was planned; the control comes when its parent diverges"
