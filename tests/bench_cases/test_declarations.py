@@ -121,6 +121,7 @@ def test_sequences_fit_every_preset():
     assert PRESETS["full"].sequence_length("gpt2_clm") == 1_024
 
 
+@pytest.mark.process
 def test_importing_the_declarations_imports_no_torch():
     code = "import sys, bench_cases; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

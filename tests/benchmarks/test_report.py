@@ -21,6 +21,7 @@ def test_simulating_twice_gives_the_same_files(tmp_path):
         assert path.is_dir() or path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
 
+@pytest.mark.process
 def test_a_process_is_measured_with_its_children():
     size = 60_000_000
     code = (
@@ -31,6 +32,7 @@ def test_a_process_is_measured_with_its_children():
     assert spent.wall_s >= 0.5 and 2 * size < spent.peak_bytes < 4 * size
 
 
+@pytest.mark.process
 def test_a_command_that_fails_is_no_measurement():
     with pytest.raises(BenchFailed, match="broken on purpose"):
         spend("-c", "raise SystemExit('broken on purpose')")

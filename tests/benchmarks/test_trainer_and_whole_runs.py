@@ -28,10 +28,12 @@ def test_a_figure_knows_its_interval_and_its_target():
         figures.summarize("x", "y", [], "s")
 
 
+@pytest.mark.process
 def test_help_is_light():
     assert whole_runs.heavy_imports() == []
 
 
+@pytest.mark.process
 def test_a_child_reports_its_time_memory_and_failure():
     done = whole_runs.run_python("-c", "x = b'1' * 100_000_000; print(len(x))")
     assert done.stdout == "100000000\n" and done.wall_s > 0 and done.cpu_s > 0
@@ -45,6 +47,7 @@ def test_the_parts_of_a_run_add_up_to_its_wall_time():
     assert parts == {"startup_s": 1.5, "data_s": 1.0, "model_s": 2.0, "steps_s": 3.0, "evaluation_s": 0.5, "wall_s": 8.0}
 
 
+@pytest.mark.process
 def test_run_and_matrix_read_what_their_commands_left(monkeypatch):
     def run_python(*arguments, **_):
         out = arguments[arguments.index("--out") + 1]
@@ -62,6 +65,7 @@ def test_run_and_matrix_read_what_their_commands_left(monkeypatch):
     assert measured["rows"].met and measured["rows"].note == "36 completed, 6 diverged" and measured["wall_s"].met
 
 
+@pytest.mark.process
 def test_a_run_that_did_not_complete_is_no_measurement(monkeypatch):
     monkeypatch.setattr(
         whole_runs,

@@ -258,6 +258,7 @@ def test_an_error_about_something_else_is_not_the_folders(tmp_path):
     assert "Read-only file system" in str(output_error(OSError(errno.EROFS, "x", str(tmp_path / "a")), tmp_path))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["case", "matrix"])
 def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command_environment, command):
     """A real limit: no file of the process may grow beyond 100 KB, and a checkpoint is larger."""

@@ -45,6 +45,7 @@ def refused(capsys, *words) -> tuple[int, str]:
     return code, lines[0]
 
 
+@pytest.mark.process
 def test_help_imports_neither_torch_nor_numpy():
     code = (
         "import sys; from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
@@ -229,6 +230,7 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
     assert json.loads(capsys.readouterr().out)["status"] == "completed"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command", [["case", "gpt2_clm", "fp32_true"], ["matrix", "--cases", "gpt2_clm", "--configs", "fp32_true"]]
 )

@@ -68,6 +68,7 @@ def test_a_killed_run_with_a_checkpoint_says_that_it_resumes(dead, tmp_path):
     assert "resumes" not in write_crash_record(draft, tmp_path, monitor, -11).error  # a segfault does not
 
 
+@pytest.mark.process
 def test_a_run_that_another_process_has_by_now_is_left_to_it(dead, tmp_path):
     settings, draft, monitor = dead
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), settings.run_id], stdout=subprocess.PIPE)

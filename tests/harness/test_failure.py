@@ -215,6 +215,7 @@ def test_every_phase_of_the_loop_is_a_statement_of_it():
         assert sum(statement.startswith(begins) for statement in statements) == 1, begins
 
 
+@pytest.mark.process
 def test_a_poisoned_context_leaves_the_first_error_in_the_row(plan, tmp_path, monkeypatch):
     """Everything that touches the device after the fault fails, as it would."""
     broken = []
@@ -268,6 +269,7 @@ def raising_second(poison):
     return update
 
 
+@pytest.mark.process
 def test_without_a_first_error_the_second_is_one(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(instruments.ModuleTaps, "state_dict", lambda self: 1 / 0)
     row = execute(plan("gpt2_clm", "fp32_true", max_steps=2), tmp_path)

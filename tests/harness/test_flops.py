@@ -103,6 +103,7 @@ class DtypesSeen(TorchDispatchMode):
         return result
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("config", ["fp32_true", "amp_fp16", "amp_bf16", "fp16_naive", "bf16_pure", "amp_bf16_fp32_head"])
 @pytest.mark.parametrize("case", ["gpt2_clm", "roberta_multi_cls"])
 def test_the_declared_dtypes_are_those_that_autocast_gives(plan, case, config):

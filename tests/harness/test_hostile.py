@@ -222,6 +222,7 @@ def test_a_file_name_in_a_log_leads_nowhere_else(tmp_path, name):
     assert _trace(run, name) is None and _trace(run, "a.json.gz") == str(tmp_path / "traces" / "a.json.gz")
 
 
+@pytest.mark.process
 def test_secrets_of_the_environment_are_in_no_artefact(tmp_path):
     """A real run that diverges, so that snapshot, forensics and trace are written too; every byte is looked at."""
     out = tmp_path / "out"

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 BLOCKER = """
 import importlib.machinery, importlib.metadata, os
 BLOCKED = set(os.environ["BLOCKED"].split())

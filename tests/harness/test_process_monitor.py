@@ -178,6 +178,7 @@ def test_this_machines_counters_are_where_they_are_looked_for():
     assert oom_counters()[-1].name == "vmstat" and all(folder.is_absolute() for folder in memory_groups())
 
 
+@pytest.mark.process
 def test_memory_and_state_of_a_process():
     now_bytes, peak_bytes = resident_bytes(os.getpid())
     assert 10e6 < now_bytes <= peak_bytes < 1e12

@@ -9,6 +9,8 @@ import pytest
 
 from instrument.results import crash_hook
 
+pytestmark = pytest.mark.process
+
 
 def dies(nth, change):
     """Call ``change`` in a forked child that dies at its ``nth`` operation; exit code and operations counted before its end."""

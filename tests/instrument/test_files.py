@@ -79,6 +79,7 @@ def test_a_folder_appears_whole_in_the_old_one_s_place_or_not_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_killed_at_any_operation_a_folder_is_whole_or_absent_and_the_rest_is_swept(tmp_path):
     for nth in range(1, 50):
         out = tmp_path / str(nth)
@@ -110,6 +111,7 @@ def temporary(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.process
 def test_a_temporary_folder_is_swept_when_its_process_was_killed_and_not_before(temporary):
     pid = os.fork()
     if pid == 0:
@@ -277,6 +279,7 @@ with JsonlLog(out / "events.jsonl") as log:
 """
 
 
+@pytest.mark.process
 def test_killed_at_any_file_operation_nothing_acknowledged_is_lost(tmp_path):
     """The crash sweep on a small sequence: in one process a crash, forked, since an import costs a second."""
     survived = 0
@@ -324,6 +327,7 @@ def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
     return words, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.process
 def test_the_environment_variable_does_the_same(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SEQUENCE, str(tmp_path)],

@@ -148,6 +148,7 @@ def test_a_link_is_not_written_through(tmp_path):
     assert (tmp_path / "elsewhere").read_bytes() == b"not ours\n"
 
 
+@pytest.mark.process
 def test_a_forked_child_does_not_run_its_parents_jobs(tmp_path):
     calls = tmp_path / "calls"
     key = background.every(0.02, lambda: calls.open("a").write(f"{os.getpid()}\n"))

@@ -88,6 +88,7 @@ def test_an_unknown_uuid_is_refused_with_nvmls_reason(monkeypatch):
         sensors(monkeypatch, Library(), "c")
 
 
+@pytest.mark.process
 def test_no_sensor_lists_processes(monkeypatch):
     library = Library()
     for question in sensors(monkeypatch, library).values():

@@ -91,6 +91,7 @@ def test_unknown_op():
         bench.collect("cpu", ["softmax"])
 
 
+@pytest.mark.process
 def test_command_line(tmp_path):
     out = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "kernels", "bench", "--op", "logit_stats", "--dtype", "bf16", "--device", "cpu"]
@@ -106,11 +107,13 @@ def test_command_line(tmp_path):
         assert subprocess.run([*command[:-1], "cuda"], capture_output=True).returncode == 5
 
 
+@pytest.mark.process
 def test_importing_kernels_imports_neither_torch_nor_triton():
     code = "import sys, kernels, kernels.bench, kernels.compile; print('torch' in sys.modules, 'triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
 
 
+@pytest.mark.process
 def test_the_op_wins_over_the_package_of_the_same_name():
     code = "import kernels.cross_entropy.reference; print(callable(kernels.cross_entropy), hasattr(kernels, 'get_kernel'))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["True", "False"]

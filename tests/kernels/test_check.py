@@ -90,6 +90,7 @@ def test_a_device_that_is_not_here_is_one_sentence(capsys):
     assert "no CUDA device here" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_the_file_is_made_to_its_end_when_nobody_reads_the_table(tmp_path):
     end, pipe = os.pipe()
     os.close(end)

@@ -46,6 +46,7 @@ def hold(rows: list[dict]) -> None:
             assert row["store_bits"] >= 128, f"{name}: stores {row['stores']}"
 
 
+@pytest.mark.process
 def test_the_losses_on_hopper():
     rows = compiled("--arch", "sm_90", "--op", "cross_entropy", "logit_stats")
     assert set(rows[0]) >= FIELDS
@@ -56,6 +57,7 @@ def test_the_losses_on_hopper():
     assert fused and all(row["load_bits"] == row["store_bits"] == 128 for row in fused)
 
 
+@pytest.mark.process
 def test_scaling_on_ampere_and_hopper():
     rows = compiled("--arch", "sm_80", "sm_90", "--op", "scale")
     assert {(row["dtype"], row["arch"]) for row in rows} == {
@@ -102,6 +104,7 @@ def test_machine_code_is_read_instruction_by_instruction():
     assert loads == Counter({128: 2, 16: 1, 64: 1, 32: 1}) and stores == Counter({128: 1}) and local == 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", [["--arch", "sm_10"], ["--op", "softmax"], ["--nonsense"], []])
 def test_usage_errors_exit_2(arguments):
     done = subprocess.run(

@@ -113,6 +113,7 @@ def test_every_command_has_help(capsys, command):
     assert exit.value.code == 0 and "usage: python -m report" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_help_loads_neither_pandas_nor_matplotlib():
     code = (
         "import sys; from report.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
@@ -142,6 +143,7 @@ def test_options_that_contradict_the_folder_or_each_other_are_refused_before_any
     assert code == 2 and says in err and len(err.splitlines()) == 1 and not (small.path / "plots").exists()
 
 
+@pytest.mark.process
 def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
     assert (
         run(
@@ -166,6 +168,7 @@ def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
     assert "bf16_pure" in (small.path / "plots" / "d_grad_norm_heartbeat.csv").read_text()
 
 
+@pytest.mark.process
 def test_without_weasyprint_the_page_is_built_and_a_line_says_what_is_missing(capsys, small, tmp_path, monkeypatch):
     monkeypatch.setattr("report.dossier.page.find_spec", lambda name: None)
     code, out, err = run(capsys, "build", small.path, "--format", "svg", "--out", tmp_path)

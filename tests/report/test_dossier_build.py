@@ -135,6 +135,7 @@ def test_the_summary_is_strict_json_with_the_same_claims(built):
     assert summary["marks"] == ["SIMULATED"] and set("ABCDEFGH") <= set(summary["figures"])
 
 
+@pytest.mark.process
 def test_another_process_gives_the_same_bytes(folder, built, tmp_path):
     command = [sys.executable, "-m", "report", "build", str(folder), "--out", str(tmp_path), "--no-pdf", "--format", "svg"]
     subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "7"}, check=True, capture_output=True)
@@ -253,6 +254,7 @@ def test_hostile_cells_are_neutralised_and_defects_counted(hostile):
     assert any("results.jsonl" in str(defect) for defect in hostile.defects)
 
 
+@pytest.mark.process
 def test_a_folder_with_one_dead_run_gives_a_smaller_dossier_that_says_what_is_missing(tmp_path):
     simulate(tmp_path / "r", seeds=1, steps=8)
     keep = "gpt2_clm-fp16_naive-s0-00000000"
@@ -269,6 +271,7 @@ def test_a_folder_with_one_dead_run_gives_a_smaller_dossier_that_says_what_is_mi
     assert sum(attrs.get("class") == "missing" for _, attrs in page.elements) >= 6
 
 
+@pytest.mark.process
 def test_the_report_draws_without_torch():
     code = (
         "import sys, report.dossier, report.dossier.page; "
@@ -284,6 +287,7 @@ def test_without_weasyprint_nothing_is_written_and_the_way_out_is_named(folder, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_speeds_of_runs_that_no_figure_counts_stand_in_no_table(plant, tmp_path):
     folder = plant(
         ("gpt2_clm",), ("fp32_true", "amp_bf16"), (0,), lambda case, config, seed: {"steps": 8} if config == "amp_bf16" else {}

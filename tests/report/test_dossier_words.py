@@ -429,6 +429,7 @@ def test_what_is_not_a_number_is_absent():
     assert fit_rows(None) == fit_rows({"rows": 5}) == fit_rows({"rows": [3]}) == []
 
 
+@pytest.mark.process
 def test_it_stands_in_the_dossier(plant, tmp_path):
     folder = plant(("gpt2_clm",), ("fp32_true",), (0,))
     for content, says in ((None, "python -m harness fit CASE"), ({"rows": [FOUND]}, "131")):
