@@ -1,47 +1,23 @@
-"""``python -m harness predict CASE``: from an fp32 run, what would fail in 16 bits, and whether it did.
-
-Predictions for a person, on standard error. No computing here.
-"""
+"""``python -m harness predict CASE``: from an fp32 run, what would fail in 16 bits, and whether it did. No computing here."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from harness.predict.gather import ConfigPrediction, ModuleHeadroom, Predictions, ReferencePrediction
+from bench_cases.own import find_case
+from harness.exit_codes import OK
+from harness.planning import choose_device, results_folder
+from harness.predict.gather import ConfigPrediction, ModuleHeadroom, Predictions, ReferencePrediction, predictions, store
 from instrument.prediction import FALSE_ALARM, HIT, MISSED, NOT_REACHED, VERDICTS, Hazard
 from instrument.terminal import count
-
-
-def predict_command(options: argparse.Namespace) -> int:
-    """Print the predictions and what became of them; ``--json`` prints them as one object on standard output.
-    The results folder keeps them for the dossier."""
-    from bench_cases.own import find_case
-    from harness.exit_codes import OK
-
-    case = find_case(options.case)
-    import msgspec
-
-    from harness.planning import choose_device, results_folder
-    from harness.predict.gather import predictions, store
-
-    out = results_folder(options.out, choose_device("auto"))
-    found = predictions(case.id, options.case, out)
-    store(found, out)
-    if options.json:
-        sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
-        return OK
-
-    show(found)
-    return OK
-
 
 MOST_MODULES = 10
 SHORT_BITS = 1.0
@@ -52,13 +28,27 @@ ENDS = {
     "division_by_zero": "division by 0",
     "other": "another cause",
 }
-WORDS = {
+SHOWN = {
     HIT: "[green]as predicted[/]",
     FALSE_ALARM: "[yellow]did not happen[/]",
     MISSED: "[red]not predicted[/]",
     NOT_REACHED: "[dim]not reached[/]",
 }
-"""A verdict in the table; the counts below have it in full."""
+"""A verdict in the table; the counts below it have it in full."""
+
+
+def predict_command(options: argparse.Namespace) -> int:
+    """Print the predictions and what became of them; ``--json`` prints them as one object on standard output.
+    The results folder keeps them for the dossier."""
+    case = find_case(options.case)
+    out = results_folder(options.out, choose_device("auto"))
+    found = predictions(case.id, options.case, out)
+    store(found, out)
+    if options.json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        show(found)
+    return OK
 
 
 def show(found: Predictions) -> None:
@@ -66,14 +56,10 @@ def show(found: Predictions) -> None:
     console = Console(stderr=True, highlight=False)
     for reference in found.references:
         console.print(f"[bold]{escape(found.case)}[/], predicted from {escape(reference.run_id)}")
-        console.print(
-            f"({reference.status} after {count(reference.steps, 'step')}, lr {reference.lr:g}, {reference.preset} preset)"
-        )
-        for line in ranges(reference):
-            console.print(Padding(line, (0, 0, 0, 2)))
-        console.print(configurations(reference.configs))
-        for line in details(reference):
-            console.print(Padding(line, (0, 0, 0, 2)))
+        steps = count(reference.steps, "step")
+        console.print(f"({reference.status} after {steps}, lr {reference.lr:g}, {reference.preset} preset)")
+        for part in (*ranges(reference), configurations(reference.configs), *details(reference)):
+            console.print(Padding(part, (0, 0, 0, 2)) if isinstance(part, str) else part)
         console.print()
     for line in closing(found):
         console.print(line)
@@ -119,28 +105,28 @@ def configurations(rows: list[ConfigPrediction]) -> Table:
 
 
 def predicted(row: ConfigPrediction) -> str:
-    """How it would end, in a few words."""
+    """How it would end, in short."""
     if row.ends is None:
-        return f"[green]survives{_besides([h.kind for h in row.hazards])}[/]"
+        return f"[green]survives{_also([h.kind for h in row.hazards])}[/]"
     by = "step" if row.ends.kind == "division_by_zero" else "by step"  # modules are measured at a cadence
     return f"[red]{by} {row.ends.step}: {ENDS[row.ends.kind]}[/]"
 
 
 def happened(row: ConfigPrediction) -> str:
-    """How its run ended, in a few words."""
+    """How its run ended, in short."""
     if row.status is None:
         return "[dim]no run[/]"
     if row.status == "diverged":
         return f"step {row.ended_at}: {ENDS[row.happened]}"
     if row.status != "completed":
         return f"[dim]{row.status}[/]"
-    return f"completed{_besides([o.kind for o in row.outcomes if o.verdict in (HIT, MISSED)])}"
+    return f"completed{_also([o.kind for o in row.outcomes if o.verdict in (HIT, MISSED)])}"
 
 
-def _besides(kinds: list[str]) -> str:
-    """What goes on beside training that does not end."""
-    words = {"scaler_skip": "steps skipped", "states_flush": "states flush to 0"}
-    return "".join(f", {text}" for kind, text in words.items() if kind in kinds)
+def _also(kinds: list[str]) -> str:
+    """What goes wrong without ending the training."""
+    texts = {"scaler_skip": "steps skipped", "states_flush": "states flush to 0"}
+    return "".join(f", {text}" for kind, text in texts.items() if kind in kinds)
 
 
 def verdict(row: ConfigPrediction) -> str:
@@ -150,7 +136,7 @@ def verdict(row: ConfigPrediction) -> str:
     verdicts = {o.verdict for o in row.outcomes}
     if HIT in verdicts:
         verdicts.discard(NOT_REACHED)  # it ended as it should, of the first of several
-    return "; ".join(words for v, words in WORDS.items() if v in verdicts) or WORDS[HIT]
+    return "; ".join(text for v, text in SHOWN.items() if v in verdicts) or SHOWN[HIT]
 
 
 def details(reference: ReferencePrediction) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""The fp32 runs of a case, what they predict for every narrower configuration, and what the runs beside them did.
+"""The fp32 runs of a case, what they predict for every narrower configuration, and what the runs of those did.
 
-``predictions/<case>.json``: what `predict` found, kept for the dossier.
+``predictions/<case>.json`` keeps it for the dossier.
 """
 
 from __future__ import annotations
@@ -124,9 +124,8 @@ def arithmetic_of(config: DtypeConfig) -> Arithmetic:
 
 def _are_twins(run: RunRecord, reference: RunRecord) -> bool:
     """The same experiment but for the dtype configuration."""
-    return run.seed == reference.seed and {k: v for k, v in run.config.items() if k != "config"} == {
-        k: v for k, v in reference.config.items() if k != "config"
-    }
+    mine, its = ({**row.config, "config": None} for row in (run, reference))
+    return run.seed == reference.seed and mine == its
 
 
 def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> ReferencePrediction:
@@ -137,15 +136,15 @@ def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> Reference
     configs = {name: config for name, config in DTYPE_CONFIGS.items() if config.compute != "fp32"}
     rows = [_config(config, hazards(facts, arithmetic_of(config)), by_config.get(name)) for name, config in configs.items()]
     return ReferencePrediction(
-        reference.run_id,
-        reference.seed,
-        reference.config["lr"],
-        reference.preset,
-        reference.status,
-        reference.steps_done,
-        FIRST_LOSS_SCALE,
-        _headroom(modules),
-        rows,
+        run_id=reference.run_id,
+        seed=reference.seed,
+        lr=reference.config["lr"],
+        preset=reference.preset,
+        status=reference.status,
+        steps=reference.steps_done,
+        first_loss_scale=FIRST_LOSS_SCALE,
+        modules=_headroom(modules),
+        configs=rows,
     )
 
 
@@ -157,36 +156,19 @@ def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> 
     clean_states = run.status == "completed" or (first is not None and first.phase == "optimizer")
     zero_share = run.flags.get("exp_avg_sq_zero_frac") if clean_states else None  # a failed backward writes NaN into them
     happened = Happened(run.divergence_step, first, run.scaler_skips, zero_share)
-    where = first.module if first else None
-    return ConfigPrediction(
-        config.id,
-        found,
-        end(found),
-        run.run_id,
-        run.status,
-        run.divergence_step,
-        happened.kind,
-        where,
-        compare(found, happened),
-    )
+    outcome = run.run_id, run.status, run.divergence_step, happened.kind, first and first.module
+    return ConfigPrediction(config.id, found, end(found), *outcome, compare(found, happened))
 
 
 def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
     table = HeadroomTable()
     table.add(modules)
-    return [
-        ModuleHeadroom(
-            r.module,
-            r.direction,
-            r.absmax,
-            r.step,
-            FP16.headroom_bits(r.absmax),
-            FP16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None,
-            BF16.headroom_bits(r.absmax),
-            r.flush_frac,
-        )
-        for r in table.rows()
-    ]
+    found = []
+    for r in table.rows():
+        scaled = FP16.headroom_bits(r.absmax * FIRST_LOSS_SCALE) if r.direction == "bwd" else None
+        bits = FP16.headroom_bits(r.absmax), scaled, BF16.headroom_bits(r.absmax)
+        found.append(ModuleHeadroom(r.module, r.direction, r.absmax, r.step, *bits, r.flush_frac))
+    return found
 
 
 def _modules(reference: RunRecord, run: RunFiles) -> list[ModuleRecord]:

@@ -1,21 +1,18 @@
-"""Where a run's files go, and the index over all runs of a results folder."""
+"""A run's own folder, written; the rows of all runs, and the index over them."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from instrument.results.files import locked, remove, replace, require_there, truncate
-from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, RUNS, STEP_LOGS, TRACES, RunFiles, runs_of
+from instrument.results.files import locked, remove, remove_folder, replace, require_there, truncate
+from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, PINNED_LOGS, RUNS, STEP_LOGS, TRACES, RunFiles, runs_of
 from instrument.results.lines import Defect, defect, read_one, read_records, record
 from instrument.results.log import JsonlLog
 from instrument.results.schemas import RunRecord, encode, is_safe, require_safe
-
-OF_THE_OLD_RUN = ("run.json", "forensics.json", "culprit.safetensors", "activations.jsonl", "hardware.jsonl")
 
 
 class OutputError(Exception):
@@ -30,20 +27,19 @@ class RunFolder:
         require_safe(run_id)
         require_writable(out)
         require_no_links(out, run_id)
-        self.out = out
-        self.path = out / "runs" / run_id
+        self.out, self.files = out, RunFiles(out, run_id)
+        self.path = self.files.path
         try:
-            for name in OF_THE_OLD_RUN:  # its terminal row and what explains it must not outlive its logs
-                if kept_bytes is None or name != "activations.jsonl":
-                    remove(self.path / name)
-            shutil.rmtree(self.path / "snapshot", ignore_errors=True)
-            logs = log_paths(run_id)
-            if kept_bytes is not None:
-                for path in logs.values():
-                    if (out / path).exists():
-                        truncate(out / path, kept_bytes.get(path, 0))
+            for file in (self.files.row, self.files.forensics, self.files.culprit, self.files.log("hardware")):
+                remove(file)  # the old row and what explains it must not outlive its logs
+            remove_folder(self.files.snapshot)
+            for name in log_paths(run_id).values():
+                if kept_bytes is not None and (out / name).exists():
+                    truncate(out / name, kept_bytes.get(name, 0))
+            if kept_bytes is None:
+                remove(self.files.log("activations"))
             self.steps, self.evaluations, self.events = (
-                JsonlLog(out / logs[name], fresh=kept_bytes is None) for name in ("steps", "evaluations", "events")
+                JsonlLog(self.files.log(name), fresh=kept_bytes is None) for name in ("steps", "evaluations", "events")
             )
         except OSError as error:
             raise OutputError(
@@ -64,7 +60,7 @@ class RunFolder:
 
 def log_paths(run_id: str) -> dict[str, str]:
     """A run's logs that a checkpoint keeps the sizes of, by their paths in the results folder."""
-    return {name: RunFiles(Path(), run_id).log(name).as_posix() for name in ("steps", "evaluations", "events", "activations")}
+    return {name: RunFiles(Path(), run_id).log(name).as_posix() for name in PINNED_LOGS}
 
 
 def write_terminal(out: Path, record: RunRecord) -> None:

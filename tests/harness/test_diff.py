@@ -165,7 +165,7 @@ def test_windows_of_unequal_length_are_compared_where_they_can_be(results, spoil
     surpassed = compared(results["fp32"], cut(2.0))["first_module_beyond_rounding"]
     assert surpassed["relative"] == pytest.approx(0.5) and (surpassed["first_step"], surpassed["step"]) == (1, 6)
     whole, short = compared(results["fp32"], results["again"]), compared(results["fp32"], cut(0.999))
-    assert 0 < short["comparable_windows"] < whole["comparable_windows"], "a later maximum tells nothing of the first six steps"
+    assert 0 < short["comparable_windows"] < whole["comparable_windows"], "a later maximum says nothing of the first six"
 
 
 def test_gradients_are_compared_without_the_loss_scale(results, spoiled):

@@ -162,16 +162,16 @@ def test_a_healthy_run_says_so(results, capsys):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "sentence"),
     [("oom", "oom after 2 steps: out of memory"), ("hung", "hung after 2 steps"), ("unsupported", "unsupported after 2 steps")],
 )
-def test_other_ends_are_told(status, words, results, tmp_path):
+def test_other_ends_have_their_sentence(status, sentence, results, tmp_path):
     out, _, healthy = copied(results, tmp_path)
     path = out / "runs" / healthy.run_id / "run.json"
     record = decode(path.read_bytes(), RunRecord)
     path.write_bytes(encode(msgspec.structs.replace(record, status=status, steps_done=2, error="out of memory")))
     found = gather(locate(healthy.run_id, out))
-    assert found["verdict"].startswith(words) and any(words in line.lower() for line in screen(found, 80))
+    assert found["verdict"].startswith(sentence) and any(sentence in line.lower() for line in screen(found, 80))
 
 
 def test_a_run_without_an_end_is_told(results, tmp_path):
@@ -182,7 +182,7 @@ def test_a_run_without_an_end_is_told(results, tmp_path):
         assert "still running or was killed" in found["verdict"] and "chain" not in found and screen(found, 80)
 
 
-def test_what_an_earlier_run_left_behind_is_not_shown(results, tmp_path):
+def test_what_an_earlier_run_left_is_not_shown(results, tmp_path):
     out, failed, healthy = copied(results, tmp_path)
     shutil.copy(out / "runs" / failed.run_id / "forensics.json", out / "runs" / healthy.run_id)
     assert gather(locate(healthy.run_id, out))["verdict"].startswith("healthy")
@@ -392,7 +392,7 @@ During handling of the above exception, another exception occurred:
 Traceback (most recent call last):
   File "{root}/harness/run.py", line 87, in _execute_claimed
     Attempt(settings).run()
-KeyError: 'behind it'
+KeyError: 'after it'
 """
 DUMP = [
     'File "/home/me/my model.py", line 7 in strike',

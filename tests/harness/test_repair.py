@@ -153,7 +153,7 @@ def test_two_lines_that_lost_the_newline_between_them_are_both_won_back(out):
     assert state(done, "training_logs/run_a.jsonl").rejoined == 2
 
 
-def test_zeros_that_a_power_cut_left_are_cut_and_the_line_behind_them_kept(out):
+def test_zeros_that_a_power_cut_left_are_cut_and_the_line_after_them_kept(out):
     whole = log_of(out).read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
     log_of(out).write_bytes(whole[:last] + b"\0" * 4096 + whole[last:])
@@ -190,7 +190,7 @@ def test_repeated_rows_go_and_differing_rows_of_a_step_stay(out):
     assert state(done, "training_logs/run_a.jsonl").repeated == 2 and not done.is_damaged
 
 
-def test_lost_steps_are_told_from_the_run_s_own_row(out):
+def test_lost_steps_are_known_from_the_run_s_own_row(out):
     lines = log_of(out).read_bytes().splitlines(keepends=True)
     log_of(out).write_bytes(b"".join(lines[:7]))
     done = repaired(out)
@@ -311,8 +311,8 @@ def test_the_command_says_what_it_did_and_exits_accordingly(out, capsys):
     assert capsys.readouterr().err.endswith(f"{out}: 2 finished runs, 30 lines intact, 0 lost; nothing to mend\n")
     log_of(out).write_bytes(log_of(out).read_bytes() + b'{"torn')
     assert cli.main(["repair", str(out), "--json"]) == OK
-    told = json.loads(capsys.readouterr().out)
-    assert told["changed"] == ["training_logs/run_a.jsonl"] and not told["damaged"]
+    said = json.loads(capsys.readouterr().out)
+    assert said["changed"] == ["training_logs/run_a.jsonl"] and not said["damaged"]
     log_of(out).write_bytes(b"garbage\n")
     assert cli.main(["repair", str(out)]) == BAD_DATA
     err = capsys.readouterr().err

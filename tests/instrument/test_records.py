@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from instrument.results.schemas import (
     EVENTS,
+    LONGEST,
     PHASES,
     SCHEMA,
     STATUSES,
@@ -23,6 +24,8 @@ from instrument.results.schemas import (
     StepRecord,
     decode,
     encode,
+    is_safe,
+    require_safe,
 )
 
 numbers = st.floats(width=64)
@@ -252,3 +255,18 @@ def test_events_are_of_the_kinds_that_the_code_writes_and_no_others():
     with pytest.raises(RecordError, match="an event is 'news'; allowed: scaler_skip, "):
         encode(EventRecord(step=1, kind="news", detail={}))
     assert decode(b'{"schema":1,"step":1,"kind":"news","detail":{}}', EventRecord).kind == "news"  # another version's
+
+
+UNSAFE = ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\0b", "a\nb", "-rf", ".claim", "a b", "ä"]
+
+
+@pytest.mark.parametrize("run_id", [*UNSAFE, "x" * (LONGEST + 1), None, 7])
+def test_unsafe_run_ids_are_refused_in_one_sentence(run_id):
+    assert not is_safe(run_id)
+    with pytest.raises(ValueError, match="no safe file name; allowed") as raised:
+        require_safe(run_id)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_our_own_run_ids_are_safe():
+    assert is_safe("gpt2_multi_cls-amp_bf16_fp32_head-s0-0badcafe") and is_safe("x" * LONGEST)
