@@ -32,6 +32,7 @@ from bench_cases import CASES, DTYPE_CONFIGS, Case, DtypeConfig
 from instrument.flops import CLOSED_FORMS, Sizes
 from instrument.mfu import Peaks, datasheet_peaks, figures
 from instrument.results.files import replace
+from instrument.results.layout import INDEX, RunFiles, runs_of
 from instrument.results.lines import Defect, defect
 from instrument.results.schemas import RunRecord, StepRecord, encode
 from instrument.terminal import count
@@ -190,7 +191,7 @@ def import_dtype_bench(path: Path, out: Path, gpu: str = DEFAULT_GPU) -> tuple[l
         try:
             imported.append(_convert(row, steps, peaks, gpu))
         except (ValueError, TypeError, KeyError) as error:
-            source.defects.append(defect("results.jsonl", None, f"run {row['run_id']!r} left out: {error}"))
+            source.defects.append(defect(INDEX, None, f"run {row['run_id']!r} left out: {error}"))
     if not imported:
         first = f"; the first of {count(len(source.defects), 'defect')}: {source.defects[0]}" if source.defects else ""
         raise ImportRefused(f"{path} holds no run of dtype-bench that can be imported{first}")
@@ -262,15 +263,16 @@ def _step(step: dict[str, Any], before: dict[str, Any] | None, facts: RunFacts) 
 def _write(out: Path, imported: list[tuple[RunRecord, list[StepRecord]]]) -> None:
     """The results folder: logs first, then rows, then the index; refused where other runs lie."""
     ids = {record.run_id for record, _ in imported}
-    others = sorted(file.parent.name for file in (out / "runs").glob("*/run.json") if file.parent.name not in ids)
+    others = [run.run_id for run in runs_of(out) if run.run_id not in ids]
     if others:
         raise ImportRefused(f"{out} holds other runs ({others[0]}, ...); choose an empty folder with --out")
     try:
         for record, steps in imported:
-            replace(out / "training_logs" / f"run_{record.run_id}.jsonl", b"".join(encode(s) + b"\n" for s in steps))
-            replace(out / "runs" / record.run_id / "run.json", encode(record) + b"\n")
+            run = RunFiles(out, record.run_id)
+            replace(run.log("steps"), b"".join(encode(s) + b"\n" for s in steps))
+            replace(run.row, encode(record) + b"\n")
         rows = sorted((record for record, _ in imported), key=lambda record: record.run_id)
-        replace(out / "results.jsonl", b"".join(encode(record) + b"\n" for record in rows))
+        replace(out / INDEX, b"".join(encode(record) + b"\n" for record in rows))
     except OSError as error:
         raise ImportRefused(
             f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"

@@ -15,24 +15,23 @@ from pathlib import Path
 
 from harness.campaign.stages import FOLDER
 from instrument.results.files import copy, make_folder, placing_folder, plain_inside, replace, replacing, sync_file
+from instrument.results.layout import INDEX, SIDE_FILES, RunFiles, runs_of
 from instrument.terminal import count
 
 CAMPAIGN = "campaign.json"
 LIMIT_BYTES = 15_000_000
 LARGEST_TRACE_BYTES = 6_000_000
 PLAIN = (
-    "results.jsonl",
-    "machine.json",
-    "kernels.json",
+    INDEX,
+    *SIDE_FILES,
     "kernel_check.json",
-    "overhead.json",
     "fit.json",
     CAMPAIGN,
     "summary.json",
     "dossier/index.html",
     "dossier/dossier.pdf",
 )
-OF_A_RUN = ("run.json", "forensics.json", "evaluations.jsonl", "events.jsonl")
+PLAIN_LOGS = ("evaluations", "events")
 LOGS = ("training_logs/run_*.jsonl", "runs/*/activations.jsonl", "runs/*/hardware.jsonl")
 DISPENSABLE = (
     "runs/*-s[1-9]*-*/activations.jsonl.gz",
@@ -92,7 +91,7 @@ def _chosen(results: Path) -> Iterator[tuple[Path, str]]:
     """(file, name in the pack) of all that belongs there."""
     names = [
         *PLAIN,
-        *(f"runs/{path.parent.name}/{name}" for path in sorted((results / "runs").glob("*/run.json")) for name in OF_A_RUN),
+        *(run.name(path) for run in runs_of(results) for path in (run.row, run.forensics, *map(run.log, PLAIN_LOGS))),
     ]
     names += [
         str(path.relative_to(results))
@@ -117,7 +116,7 @@ def overflow_trace(results: Path) -> Path | None:
     for path in sorted([*results.glob("traces/*.json.gz"), *results.glob(f"{FOLDER}/overflow/traces/*.json.gz")]):
         run_id = path.name.rpartition("-step")[0]
         try:
-            row = json.loads((path.parents[1] / "runs" / run_id / "run.json").read_bytes())
+            row = json.loads(RunFiles(path.parents[1], run_id).row.read_bytes())
             cause = (row.get("first_nonfinite") or {}).get("cause")
         except (OSError, ValueError, AttributeError):
             continue

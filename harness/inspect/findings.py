@@ -13,7 +13,7 @@ import msgspec
 
 from instrument.results.files import plain_inside
 from instrument.results.forensics import ForensicsRecord, Magnitude
-from instrument.results.layout import RunFiles
+from instrument.results.layout import TRACES, RunFiles
 from instrument.results.read import failure_of, records, run_record
 from instrument.results.schemas import FirstNonfinite, RunRecord
 from instrument.terminal import count
@@ -174,5 +174,5 @@ def surfaced(first: FirstNonfinite) -> str:
 
 
 def _trace(run: RunFiles, name: str | None) -> str | None:
-    path = run.out / "traces" / name if name else None
+    path = run.out / TRACES / name if name else None
     return str(path) if path is not None and plain_inside(run.out, path) else None

@@ -25,6 +25,7 @@ from harness.supervisor.pool import ProcessExit
 from harness.supervisor.process_monitor import Rules
 from instrument.results.claims import Claim, RunClaimed, claim
 from instrument.results.folder import finished_run, write_index, write_terminal
+from instrument.results.layout import RunFiles
 from instrument.results.schemas import RunRecord, StepRecord
 from instrument.results.transfer import TransferError, pack, unpack
 
@@ -127,7 +128,7 @@ class RayPool:
         ):
             own.release()
             return ProcessExit(settings, row, None, 0.0)
-        packed = pack(self.out, run_id) if checkpoint_steps(self.out / "runs" / run_id) else []
+        packed = pack(self.out, run_id) if checkpoint_steps(RunFiles(self.out, run_id).path) else []
         room = {"num_gpus": 1, "num_cpus": 0} if self.on_gpus else {"num_cpus": self._processors()}
         task = ray.remote(execute_on_node).options(max_retries=RETRIES, **room)
         self.running.append(Running(settings, own, task.remote(self._board, settings, *self._given, packed)))

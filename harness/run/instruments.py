@@ -93,8 +93,8 @@ class Instruments:
             )
             if earlier is not None:
                 self.taps.load_state_dict(earlier)
-        self._modules = ModuleLog(folder.path / "activations.jsonl", fresh=resume_state is None)
-        self.sampler = Sampler(folder.path / "hardware.jsonl", gpu_uuid=_gpu_uuid(training.precision.device))
+        self._modules = ModuleLog(folder.files.log("activations"), fresh=resume_state is None)
+        self.sampler = Sampler(folder.files.log("hardware"), gpu_uuid=_gpu_uuid(training.precision.device))
         if training.strategy.keeps_state:
             self.replays = Replays(
                 training.again,
@@ -246,7 +246,7 @@ class Instruments:
             return
         last = self.settings.max_steps
         steps = range(max(1, last - n + 1), last + 1)
-        path = self.folder.out / "traces" / f"{self.settings.run_id}.json.gz"
+        path = self.folder.files.trace()
         now = self.training.snapshot(last)
         with TraceWindow(path, self.training.precision.device) as trace, ModuleMagnitudes(self.training.model) as magnitudes:
             for step in steps:
@@ -265,14 +265,12 @@ class Instruments:
         if self.replays is None:
             return located(divergence, self.training.context, self.taps)
         run_id = self.settings.run_id
-        trace = self.folder.out / "traces" / f"{run_id}-step{divergence.step}.json.gz"
+        trace = self.folder.files.trace(divergence.step)
         stored = store(self.replays.snapshot, self.folder.path, run_id) if self.training.context.ranks.is_first else NOT_OURS
         self.traced["snapshot"] = {"file": stored.file, "bytes": stored.nbytes, "why": stored.why}
-        self.forensics = investigate(
-            self.training, divergence, self.replays, last, run_id, trace, self.folder.path / "culprit.safetensors"
-        )
+        self.forensics = investigate(self.training, divergence, self.replays, last, run_id, trace, self.folder.files.culprit)
         self.forensics = msgspec.structs.replace(self.forensics, snapshot_file=stored.file)
-        replace(self.folder.path / "forensics.json", encode(self.forensics) + b"\n")
+        replace(self.folder.files.forensics, encode(self.forensics) + b"\n")
         return Divergence(divergence.step, self.forensics.first_nonfinite, self.forensics.sentence)
 
 

@@ -21,7 +21,7 @@ from harness.training import Training
 from instrument.replay.snapshot import NamedState
 from instrument.results.files import remove
 from instrument.results.folder import OutputError, RunFolder, finished_run, log_paths, require_no_links
-from instrument.results.ranges import ModuleRecord
+from instrument.results.layout import LOGS, RunFiles
 from instrument.results.schemas import AnyRecord, EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
 
 
@@ -65,7 +65,7 @@ def find(settings: RunSettings, out: Path, facts: dict[str, Any]) -> tuple[Resum
     row = finished_run(out, settings.run_id)
     if row is not None and row.status != "preempted" and not failed_from_outside(row):
         return None, []
-    folder, skipped = out / "runs" / settings.run_id, []
+    folder, skipped = RunFiles(out, settings.run_id).path, []
     for step in checkpoint_steps(folder):
         try:
             state, progress = read_checkpoint(folder, settings.run_id, step)
@@ -89,7 +89,7 @@ def find_on_rank_0(
     if shared is None or context.ranks.is_first:
         return found, skipped
     folder, resume_state, step = shared
-    state, _ = read_checkpoint(folder / "runs" / settings.run_id, settings.run_id, step)
+    state, _ = read_checkpoint(RunFiles(folder, settings.run_id).path, settings.run_id, step)
     return replace(resume_state, state=state), skipped
 
 
@@ -112,12 +112,11 @@ def _require_same_run(settings: RunSettings, progress: Progress, facts: dict[str
 def _logged(run_id: str, out: Path, step: int, progress: Progress) -> tuple[list, list, list]:
     """Steps, evaluations and events up to the checkpoint; raises `CheckpointError` when a line is missing."""
     paths = log_paths(run_id)
-    kinds = {"steps": StepRecord, "evaluations": EvaluationRecord, "events": EventRecord, "activations": ModuleRecord}
     found = {}
     for name, path in paths.items():
         size = progress.log_bytes.get(path, 0)
         try:
-            found[name] = _records(out / path, kinds[name], size) if size else []
+            found[name] = _records(out / path, LOGS[name], size) if size else []
         except (OSError, RecordError) as error:
             raise CheckpointError(f"{path} is not what it was: {error}") from error
     if [record.step for record in found["steps"]] != list(range(1, step + 1)):
@@ -137,12 +136,12 @@ def _records(path: Path, kind: type[AnyRecord], size_bytes: int) -> list[AnyReco
 def resumed_folder(out: Path, run_id: str, resume_state: ResumeState) -> RunFolder:
     """The folder of a run that resumes: its logs up to the checkpoint, everything later removed."""
     require_no_links(out, run_id)
-    folder = out / "runs" / run_id
+    run = RunFiles(out, run_id)
 
     def prepare() -> None:
-        discard_checkpoints(folder, keep=resume_state.step)
-        if (folder / "hardware.jsonl").exists():  # the sampler begins another
-            (folder / "hardware.jsonl").replace(folder / f"hardware.until-{resume_state.step}.jsonl")
+        discard_checkpoints(run.path, keep=resume_state.step)
+        if (hardware := run.log("hardware")).exists():  # the sampler begins another
+            hardware.replace(hardware.with_name(f"hardware.until-{resume_state.step}.jsonl"))
 
     _writing(out, prepare)
     return RunFolder(out, run_id, kept_bytes=resume_state.progress.log_bytes)
@@ -151,14 +150,14 @@ def resumed_folder(out: Path, run_id: str, resume_state: ResumeState) -> RunFold
 def fresh_folder(out: Path, run_id: str) -> RunFolder:
     """The folder of a run that begins at step 1."""
     discard(out, run_id)
-    for earlier in (out / "runs" / run_id).glob("hardware.until-*.jsonl"):
+    for earlier in RunFiles(out, run_id).path.glob("hardware.until-*.jsonl"):
         remove(earlier)
     return RunFolder(out, run_id)
 
 
 def discard(out: Path, run_id: str) -> None:
     """Remove what a run could resume from."""
-    _writing(out, lambda: discard_checkpoints(out / "runs" / run_id))
+    _writing(out, lambda: discard_checkpoints(RunFiles(out, run_id).path))
 
 
 def _writing(out: Path, change: Callable[[], None]) -> None:

@@ -12,7 +12,8 @@ from harness.run.output_errors import output_error
 from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps, progress_summary
 from harness.supervisor.process_monitor import ProcessMonitor
 from instrument.results.claims import RunClaimed, claim
-from instrument.results.folder import OutputError, finished_run, log_paths, write_terminal
+from instrument.results.folder import OutputError, finished_run, write_terminal
+from instrument.results.layout import RunFiles
 from instrument.results.log import Appender
 from instrument.results.schemas import UNREADABLE, RunRecord, StepRecord, decode
 
@@ -24,7 +25,7 @@ def write_crash_record(
     ended it; otherwise ``exit_code`` and the monitor's evidence tell. A row that the process had written, where it had begun to
     write the run's files, stands. Raises `OutputError`, and `RunClaimed` when another living process has the run by now."""
     steps = logged_steps(out, draft.run_id, monitor.opened)
-    failure = reported or monitor.failure(exit_code, len(steps), out / "runs" / draft.run_id / "output.log")
+    failure = reported or monitor.failure(exit_code, len(steps), RunFiles(out, draft.run_id).output)
     try:
         with _claim(out, draft.run_id, monitor.pid):
             if monitor.opened and (written := finished_run(out, draft.run_id)) is not None:
@@ -80,7 +81,7 @@ def logged_steps(out: Path, run_id: str, opened: bool) -> list[StepRecord]:
     if not opened and _last_checkpoint(out, run_id) is None:
         return steps
     try:
-        for line in (out / log_paths(run_id)["steps"]).read_bytes().splitlines():
+        for line in RunFiles(out, run_id).log("steps").read_bytes().splitlines():
             steps.append(decode(line, StepRecord))
     except (FileNotFoundError, *UNREADABLE):
         pass
@@ -89,13 +90,13 @@ def logged_steps(out: Path, run_id: str, opened: bool) -> list[StepRecord]:
 
 def _last_checkpoint(out: Path, run_id: str) -> str | None:
     """Its name; whether it is whole is seen when it is read."""
-    steps = checkpoint_steps(out / "runs" / run_id)
+    steps = checkpoint_steps(RunFiles(out, run_id).path)
     return f"{CHECKPOINT_PREFIX}{steps[0]}" if steps else None
 
 
 def _append_stack(out: Path, row: RunRecord, failure: Failure) -> None:
     """To the run's output, for people."""
     if failure.stack:
-        log = Appender(out / "runs" / row.run_id / "output.log")
+        log = Appender(RunFiles(out, row.run_id).output)
         log.append(f"{failure.error}\n{failure.stack.rstrip()}\n".encode())
         log.close()

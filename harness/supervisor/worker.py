@@ -24,6 +24,7 @@ from harness.run.signals import Stop
 from harness.settings import RunSettings
 from instrument.results.claims import RunClaimed, owner_of
 from instrument.results.folder import OutputError
+from instrument.results.layout import RunFiles
 from instrument.results.schemas import RunRecord, StepRecord
 
 # Before the fork server imports it: see `harness.optimizer.eight_bit_adamw`.
@@ -66,7 +67,7 @@ def _send(reports: Connection, message: object, stop: Stop) -> None:
 
 def _redirect_output(out: Path, run_id: str) -> None:
     """Libraries' warnings go into the run's folder, not through the live table; a resumed run appends."""
-    path = out / "runs" / run_id / "output.log"
+    path = RunFiles(out, run_id).output
     mode = os.O_APPEND if checkpoint_steps(path.parent) else os.O_TRUNC
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from instrument import background
 from instrument.results.files import TEMPORARY, is_abandoned, locked_temporary, make_folder, try_lock
+from instrument.results.layout import RunFiles
 from instrument.results.schemas import require_safe
 
 FILE = ".claim"
@@ -97,7 +98,7 @@ def claim(out: Path, run_id: str) -> Claim:
     may have finished it a moment ago.
     """
     require_safe(run_id)
-    path = out / "runs" / run_id / FILE
+    path = RunFiles(out, run_id).path / FILE
     make_folder(path.parent)
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "boot": this_boot()}
     owner |= {"started_unix_s": time.time(), "token": uuid.uuid4().hex}
@@ -114,7 +115,7 @@ def claim(out: Path, run_id: str) -> Claim:
 def owner_of(out: Path, run_id: str) -> dict[str, Any] | None:
     """The living owner of a run as its claim says (``pid``, ``host``, ``started_unix_s``), or None."""
     require_safe(run_id)
-    path = out / "runs" / run_id / FILE
+    path = RunFiles(out, run_id).path / FILE
     owner = _read(path)
     if not owner:
         return None
