@@ -1,7 +1,5 @@
-"""Which process of a run this one is, from what ``torchrun`` puts in the environment. Torch-free.
-
-A run's settings on several ranks: what fits together and what does not. Torch-free.
-"""
+"""Which process of a run this one is, from what ``torchrun`` puts in the environment, and which settings a run on several ranks
+may have. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from harness.settings import RunSettings, SettingsError
 
-HOW = "torchrun --nproc-per-node N -m harness case ..."
-NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH = "torchrun --nproc-per-node N -m harness case ..."
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,11 @@ class Ranks:
         world = _number("WORLD_SIZE", least=1) if os.environ.get("WORLD_SIZE") else 1
         if world == 1:
             return cls()
-        missing = [name for name in NEEDED if not os.environ.get(name)]
+        missing = [name for name in LAUNCH_VARIABLES if not os.environ.get(name)]
         if missing:
             raise SettingsError(
                 f"WORLD_SIZE is {world}, and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-                f"set: a run on several GPUs is started with `{HOW}`; for one process unset WORLD_SIZE"
+                f"set: a run on several GPUs is started with `{LAUNCH}`; for one process unset WORLD_SIZE"
             )
         return cls(_number("RANK"), world, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", least=1))
 
@@ -52,7 +50,7 @@ def refuse_ranks(command: str) -> None:
 
 
 def is_spokesman() -> bool:
-    """Whether what all processes would say is this one's to say: not where it is a rank other than the first."""
+    """Whether this process prints what all ranks would: the first rank, and a process that is none."""
     try:
         return Ranks.from_environment().is_first
     except SettingsError:
@@ -71,7 +69,7 @@ def on_ranks(settings: RunSettings, ranks: Ranks, asked: str | None) -> RunSetti
     if ranks.world == 1:
         if asked is not None:
             raise SettingsError(
-                f"--parallel {asked} is for a run on several GPUs, and this is one process: start it with `{HOW}`"
+                f"--parallel {asked} is for a run on several GPUs, and this is one process: start it with `{LAUNCH}`"
             )
         return settings
     if settings.mtbf_s is not None:

@@ -8,7 +8,6 @@ is the last part's, ``flags["resumed"]`` has the others'.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -136,14 +135,12 @@ def _records(path: Path, kind: type[AnyRecord], size_bytes: int) -> list[AnyReco
 def resumed_folder(out: Path, run_id: str, resume_state: ResumeState) -> RunFolder:
     """The folder of a run that resumes: its logs up to the checkpoint, everything later removed."""
     require_no_links(out, run_id)
-    run = RunFiles(out, run_id)
-
-    def prepare() -> None:
-        discard_checkpoints(run.path, keep=resume_state.step)
-        if (hardware := run.log("hardware")).exists():  # the sampler begins another
+    discard(out, run_id, keep=resume_state.step)
+    try:
+        if (hardware := RunFiles(out, run_id).log("hardware")).exists():  # the sampler begins another
             hardware.replace(hardware.with_name(f"hardware.until-{resume_state.step}.jsonl"))
-
-    _writing(out, prepare)
+    except OSError as error:
+        raise OutputError.of(error, out) from error
     return RunFolder(out, run_id, kept_bytes=resume_state.progress.log_bytes)
 
 
@@ -155,15 +152,9 @@ def fresh_folder(out: Path, run_id: str) -> RunFolder:
     return RunFolder(out, run_id)
 
 
-def discard(out: Path, run_id: str) -> None:
-    """Remove what a run could resume from."""
-    _writing(out, lambda: discard_checkpoints(RunFiles(out, run_id).path))
-
-
-def _writing(out: Path, change: Callable[[], None]) -> None:
+def discard(out: Path, run_id: str, keep: int | None = None) -> None:
+    """Remove what a run could resume from, or what is later than step ``keep``; raises `OutputError`."""
     try:
-        change()
+        discard_checkpoints(RunFiles(out, run_id).path, keep)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"
-        ) from error
+        raise OutputError.of(error, out) from error

@@ -34,7 +34,7 @@ def write_crash_record(
             _append_stack(out, row, failure)
             write_terminal(out, row)
     except OSError as error:
-        raise output_error(error, out) or OutputError(f"cannot write {error.filename or out}: {error.strerror}") from error
+        raise output_error(error, out) or OutputError.of(error, out) from error
     return row
 
 

@@ -73,7 +73,7 @@ def _redirect_output(out: Path, run_id: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from error
+        raise OutputError.of(error, path) from error
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)

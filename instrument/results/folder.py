@@ -18,6 +18,11 @@ from instrument.results.schemas import RunRecord, encode, is_safe, require_safe
 class OutputError(Exception):
     """A results folder that cannot be written."""
 
+    @classmethod
+    def of(cls, error: OSError, out: Path) -> OutputError:
+        """What the system said while something was written to ``out``."""
+        return cls(f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out")
+
 
 class RunFolder:
     """``runs/<run_id>/`` and ``training_logs/run_<run_id>.jsonl`` of one run: started over, or with ``kept_bytes`` (sizes of
@@ -42,9 +47,7 @@ class RunFolder:
                 JsonlLog(self.files.log(name), fresh=kept_bytes is None) for name in ("steps", "evaluations", "events")
             )
         except OSError as error:
-            raise OutputError(
-                f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out"
-            ) from error
+            raise OutputError.of(error, out) from error
 
     def finish(self, record: RunRecord) -> None:
         """Close the logs, then write the terminal row and the index; not into a folder that has gone away meanwhile."""
