@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from harness.cli import main
 from harness.run.progress import checkpoint_steps
 from harness.run.signals import Stop, Stopped
 from instrument.results.folder import finished_runs
@@ -55,7 +56,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 
 
 @pytest.mark.process
-def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_them(tmp_path):
+def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_them(tmp_path, capsys):
     """A matrix that is killed, then signalled itself, then with all of its processes, then left alone."""
     out = tmp_path / "out"
     words = ["matrix", *SMALL, "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "bf16_pure"]
@@ -77,10 +78,8 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_the
         for row in rows:
             assert checkpoint_steps(out / "runs" / row.run_id)[0] == row.steps_done < 150
             stopped_after.setdefault(row.run_id, []).append(row.steps_done)
-    process = Forked([*words, "--json"], tmp_path / "last")
-    printed, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    found = {row["run_id"]: row for row in map(json.loads, printed.splitlines())}
+    assert main([*words, "--json"]) == 0
+    found = {row["run_id"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert len(found) == 3 and {row["status"] for row in found.values()} == {"completed"}
     resumed = {run_id: row["flags"]["resumed"]["behind_steps"] for run_id, row in found.items() if "resumed" in row["flags"]}
     assert resumed == stopped_after
