@@ -10,7 +10,7 @@ import torch
 from bench_cases.data.batches import Batches
 from harness.loop import LoopOptions, train
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
-from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy, SummedGradients, strategy_for
+from harness.parallel.strategy import NO_PARALLELISM, ParallelStrategy, SummedGradients, ddp_strategy, takes_part
 from harness.precision import Precision
 from harness.settings import MAX_NORM, RunSettings
 from instrument.replay.recorder import OpRecorder
@@ -24,8 +24,8 @@ DROPOUT_OF_RANKS = 15_485_863
 
 @dataclass
 class Training:
-    """``model`` is prepared (device, dtypes, head); ``forward`` is the same model, compiled where asked. Of several
-    processes (``context``) each trains its ``strategy`` of a step, and replays its ``replayed`` one on the bare model."""
+    """``model`` is prepared (device, dtypes, head); ``forward`` is the same model, compiled where asked. Of several processes
+    (``context``) each trains its part of a step, as ``strategy`` says, and replays it on the bare model (``replayed``)."""
 
     settings: RunSettings
     model: torch.nn.Module
@@ -142,3 +142,31 @@ class Training:
     def restore(self, state: NamedState) -> None:
         """Put a stored state into this freshly prepared training; raises `ValueError` when it does not fit."""
         self.strategy.restore(state, self.model, self.optimizer, self.precision.scaler)
+
+
+def strategy_for(
+    settings: RunSettings,
+    context: DistributedContext,
+    model: torch.nn.Module,
+    forward: torch.nn.Module,
+    batches: Batches,
+    precision: Precision,
+) -> ParallelStrategy:
+    """The strategy of a prepared model; all ranks make theirs at the same time, before the optimizer."""
+    if context.ranks.world == 1:
+        return NO_PARALLELISM
+    if settings.parallel == "fsdp":
+        from harness.parallel.fsdp import fsdp_strategy
+
+        return fsdp_strategy(context, model, precision)
+    return ddp_strategy(context, forward, precision.device, some_unused=_some_unused(model, batches, precision))
+
+
+def _some_unused(model: torch.nn.Module, batches: Batches, precision: Precision) -> bool:
+    """Whether a parameter takes no part in the loss, found by one forward pass of one row."""
+    (row, *_) = batches.step(1).micro_batches(1)
+    row = row.to(precision.device)
+    with precision.forward():
+        logits = model(row.input_ids, row.attention_mask, row.last_token)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return bool(trained - takes_part(model, logits))

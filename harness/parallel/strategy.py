@@ -16,12 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bench_cases.data.batches import Batches
 from bench_cases.models import weights_sha256
 from harness.optimizer import state_dtypes, zero_share
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
-from harness.precision import Precision
-from harness.settings import RunSettings
 from instrument.replay.snapshot import NamedState, Snapshot
 
 Micro = TypeVar("Micro")
@@ -180,31 +177,3 @@ def takes_part(model: torch.nn.Module, logits: torch.Tensor) -> set[str]:
             found.add(names[id(variable)])
         pending += [following for following, _ in node.next_functions]
     return found
-
-
-def strategy_for(
-    settings: RunSettings,
-    context: DistributedContext,
-    model: torch.nn.Module,
-    forward: torch.nn.Module,
-    batches: Batches,
-    precision: Precision,
-) -> ParallelStrategy:
-    """The strategy of a prepared model; all ranks make theirs at the same time, before the optimizer."""
-    if context.ranks.world == 1:
-        return NO_PARALLELISM
-    if settings.parallel == "fsdp":
-        from harness.parallel.fsdp import fsdp_strategy
-
-        return fsdp_strategy(context, model, precision)
-    return ddp_strategy(context, forward, precision.device, some_unused=_some_unused(model, batches, precision))
-
-
-def _some_unused(model: torch.nn.Module, batches: Batches, precision: Precision) -> bool:
-    """Whether a parameter takes no part in the loss, found by one forward pass of one row."""
-    (row, *_) = batches.step(1).micro_batches(1)
-    row = row.to(precision.device)
-    with precision.forward():
-        logits = model(row.input_ids, row.attention_mask, row.last_token)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return bool(trained - takes_part(model, logits))
