@@ -192,7 +192,7 @@ def _trainer(work: Work, at_start: Callable[[], None], after_step: Callable[[], 
 
 
 class LossInside(nn.Module):
-    """Our model behind the interface that the Trainer wants: a forward that returns the loss.
+    """Our model with the interface that the Trainer wants: a forward that returns the loss.
 
     The Trainer divides a micro-batch's loss by the number of micro-batches, so the loss is
     normalised by the whole step's targets over that number: the same gradients as our loop's.

@@ -143,12 +143,12 @@ exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, erro
 
 
 class Grammar(argparse.ArgumentParser):
-    """Names may stand behind options too (``case CASE --max-steps 3 CONFIG``), where argparse would not look for them."""
+    """Names may follow options too (``case CASE --max-steps 3 CONFIG``), where argparse would not look for them."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As `argparse.ArgumentParser.parse_args`."""
         options, rest = self.parse_known_args(args, namespace)
-        at = rest.index("--") if "--" in rest else len(rest)  # behind it a name may begin with a dash
+        at = rest.index("--") if "--" in rest else len(rest)  # after it a name may begin with a dash
         if rest and (not hasattr(options, "names") or any(word.startswith("-") for word in rest[:at])):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
@@ -231,8 +231,8 @@ def _matrix(command: argparse.ArgumentParser) -> None:
 def _budget(command: argparse.ArgumentParser) -> None:
     budget = command.add_argument_group(
         "the budget of this call (not of the folder)",
-        "A matrix prints a forecast, and begins no run that does not fit. What runs is stopped behind a checkpoint before the "
-        "budget is spent: exit 75, and the same command goes on, with as much again.",
+        "A matrix prints a forecast, and begins no run that does not fit. What runs is stopped after a checkpoint before the "
+        "budget is spent: exit 75, and the same command resumes, with as much again.",
     )
     _both(budget, "--max-gpu-hours", type=float, metavar="H", help="hours, of all GPUs in use together")
     _both(budget, "--budget-usd", type=float, metavar="X", help="dollars; goes with --price-per-hour")
@@ -250,7 +250,7 @@ def _fresh(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fresh",
         action="store_true",
-        help="start over: what was stopped does not go on from its checkpoint (in a matrix: nor is what is done taken as done)",
+        help="start over: what was stopped does not resume from its checkpoint (in a matrix: what is done runs again, too)",
     )
 
 
@@ -286,7 +286,7 @@ FIT_DESCRIPTION = """\
 The largest batch (rows in one forward pass, no accumulation) per configuration: doubling, then bisection, each trial a few
 steps in a process of its own, optimizer states and the longest rows included, so that running out of memory costs only that
 trial. Then tokens a second there and at 32 rows, and what 10^9 real (unpadded) tokens cost. Rows are kept in fit.json of the
-results folder; the same command goes on where it was."""
+results folder; the same command resumes."""
 
 
 def _fit(command: argparse.ArgumentParser) -> None:
@@ -327,11 +327,11 @@ OPS = (
 NOT_TIMED = ("exponent_histogram",)
 """Plain torch, and only after a failure: it is checked, and not benched."""
 CAMPAIGN_DESCRIPTION = """\
-Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (behind the matrix where the minutes
+Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (after the matrix where the minutes
 are few), a calibration of every case, the matrix at real size, what fits at most, and the dossier. Each stage is a process
 of its own, and its outcome is recorded.
-The same command goes on where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign.
-How many steps and seeds are run is planned once, behind the calibration, for --total-minutes, and printed."""
+The same command resumes where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign.
+How many steps and seeds are run is planned once, after the calibration, for --total-minutes, and printed."""
 
 
 def _campaign(command: argparse.ArgumentParser) -> None:
@@ -354,7 +354,7 @@ def _campaign(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="the dossier and its data, small enough to commit; "
-        "default: dossiers/<device>. Where results are missing, a campaign goes on from here",
+        "default: dossiers/<device>. Where results are missing, a campaign resumes from here",
     )
     place.add_argument("--results", type=Path, metavar="DIR", help="the working results folder; default: results/<device>")
     what = command.add_argument_group("what is measured")

@@ -90,7 +90,7 @@ def test_all_trials_lose_nothing(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Settings, what it told and the results folder of a run that nothing happened to."""
+    """Settings, what it reported and the results folder of a run that nothing happened to."""
     settings, out = processes.small(max_steps=4, eval_every=2), tmp_path_factory.mktemp("whole") / "out"
     return settings, same_run.completed(processes.run(settings, out)), out
 
@@ -164,25 +164,25 @@ DEFECTS = {
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
 def test_what_is_wrong_with_a_run_is_noticed(whole, tmp_path, defect):
-    settings, told, out = whole
-    assert told.steps == 4 and len(told.acknowledged) >= 7
+    settings, ended, out = whole
+    assert ended.steps == 4 and len(ended.acknowledged) >= 7
     broken = shutil.copytree(out, tmp_path / "out")
-    assert same_run.finished_well(settings, broken, out, [told]) == []
+    assert same_run.finished_well(settings, broken, out, [ended]) == []
     defect(broken, settings)
-    assert any(DEFECTS[defect] in loss for loss in same_run.finished_well(settings, broken, out, [told]))
+    assert any(DEFECTS[defect] in loss for loss in same_run.finished_well(settings, broken, out, [ended]))
 
 
 def test_of_a_dead_run_the_last_part_s_rows_must_be_there_and_of_those_before_what_its_checkpoint_has(whole, tmp_path):
-    settings, told, out = whole
+    settings, ended, out = whole
     dead = shutil.copytree(out, tmp_path / "out")
     (dead / "runs" / settings.run_id / "run.json").unlink()
-    assert same_run.lost_rows([told], settings.run_id, dead) == []
+    assert same_run.lost_rows([ended], settings.run_id, dead) == []
     a_row_dropped(dead, settings)
-    assert same_run.lost_rows([told], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
+    assert same_run.lost_rows([ended], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
     later = processes.Ended()
-    assert same_run.lost_rows([told, later], settings.run_id, dead) == []  # it starts over
+    assert same_run.lost_rows([ended, later], settings.run_id, dead) == []  # it starts over
     (dead / "runs" / settings.run_id / "checkpoint-4").mkdir()
-    assert same_run.lost_rows([told, later], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
+    assert same_run.lost_rows([ended, later], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
     a_torn_end(dead, settings)
     assert same_run.torn_lines(settings.run_id, dead) == 1
 
@@ -247,13 +247,13 @@ def test_every_kind_is_there():
 
 
 def test_a_kind_s_row_fits_a_small_terminal(monkeypatch):
-    told = StringIO()
-    monkeypatch.setattr(trials, "CONSOLE", Console(file=told, width=80, highlight=False))
+    shown = StringIO()
+    monkeypatch.setattr(trials, "CONSOLE", Console(file=shown, width=80, highlight=False))
     tally = Tally("ray_nodes", "a node of two is killed " * 6, trials=1_000, seconds_s=123.4)
     tally.counts["run again"] = 1_000
     with trials.Screen() as screen:
         screen.done(tally)
-    lines = [line.rstrip() for line in told.getvalue().splitlines()]
+    lines = [line.rstrip() for line in shown.getvalue().splitlines()]
     assert max(map(len, lines)) <= 80 and len(lines) == 5
     assert lines[0].split() == ["reliability", "trials", "lost", "seconds"]
     assert lines[1].split() == ["ray_nodes", "1,000", "0", "123"] and len(lines[0]) == len(lines[1])

@@ -64,7 +64,7 @@ SIZES = Request(
 
 @dataclass(frozen=True)
 class FaultTrial:
-    """One fault and what was made of it. ``steps_expected``: steps that the run must have kept (None: not told by the
+    """One fault and what became of it. ``steps_expected``: steps that the run must have kept (None: not reported by the
     place of the fault)."""
 
     kind: str
@@ -83,8 +83,8 @@ class FaultTrial:
 
     def __str__(self) -> str:
         return (
-            f"{self.kind} in {self.phase} of step {self.step}: {self.status}/{self.cause} behind {self.steps_done} steps, "
-            f"expected {'/'.join(EXPECTED[self.kind])} behind {self.steps_expected} ({self.error})"
+            f"{self.kind} in {self.phase} of step {self.step}: {self.status}/{self.cause} after {self.steps_done} steps, "
+            f"expected {'/'.join(EXPECTED[self.kind])} after {self.steps_expected} ({self.error})"
         )
 
 

@@ -46,7 +46,7 @@ class Plant:
 
     @classmethod
     def named(cls, name: str) -> Plant:
-        """The plant behind a name."""
+        """The plant of a name."""
         what, phase, step, counter = name.split(SEPARATOR)
         return cls(what, phase, int(step), counter)
 
@@ -127,7 +127,7 @@ def _hang_deaf(plant: Plant) -> None:
 
 
 def _poison(message: str) -> Callable[[Plant], None]:
-    """A device error, behind which every call into torch.cuda raises, as in a poisoned context."""
+    """A device error, after which every call into torch.cuda raises, as in a poisoned context."""
 
     def strike(plant: Plant) -> None:
         def fails(*_: object, **__: object) -> None:
