@@ -17,6 +17,7 @@ from bench_cases import Case, DtypeConfig
 from bench_cases.own import find_case
 from harness.exit_codes import OK, RUN_FAILED
 from harness.fit.search import Found, Tried, search
+from harness.options import FIT_SETTINGS
 from harness.settings import Request, RunSettings
 from instrument.results.files import locked, replace
 from instrument.results.folder import require_writable
@@ -31,7 +32,6 @@ START = 32
 """Rows of the first trial, which is also the one that the largest batch is compared with."""
 STEPS = 100
 """Of the schedule; a trial makes fewer."""
-ASKED = ("preset", "device", "data", "weights", "seq_len", "documents", "threads", "attention", "compile")
 SAME = ("preset", "device", "data", "data_fingerprint", "sources_fingerprint", "weights", "seq_len", "attention", "compile")
 
 
@@ -42,7 +42,7 @@ def fit_command(options: argparse.Namespace) -> int:
     from harness.planning import asked_configs, choose_device, plan_run
 
     configs, device = asked_configs(options.configs), choose_device(options.device)
-    request = {name: getattr(options, name) for name in ASKED}
+    request = {name: getattr(options, name) for name in FIT_SETTINGS}
 
     def settings(config: DtypeConfig, batch: int) -> RunSettings:
         return plan_run(case, config, 0, Request(**request, batch_size=batch, micro_batch=batch, max_steps=STEPS), device)
