@@ -150,7 +150,7 @@ def asked_case(options: argparse.Namespace) -> Case:
 
 
 def asked_config(options: argparse.Namespace) -> DtypeConfig:
-    """The configuration behind the case, or from ``--dtype_config``."""
+    """The configuration named after the case, or from ``--dtype_config``."""
     positional = list(options.names)
     if not (options.model or options.model_arch):
         positional = positional[1:]

@@ -66,7 +66,7 @@ def write_checkpoint(run_folder: Path, run_id: str, state: NamedState, progress:
     try:
         with placing_folder(folder) as writing:
             write_state(state, writing, run_id, msgspec.to_builtins(progress))
-    except SafetensorError as error:  # how safetensors reports what the system told it
+    except SafetensorError as error:  # how safetensors reports an error of the system
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from error
     for step in checkpoint_steps(run_folder)[KEPT:]:
