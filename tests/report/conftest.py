@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from bench_cases import CASES
+from benchmarks.simulated_results import simulate
 from instrument.results.contents import Folder, load
 from instrument.results.schemas import EvaluationRecord, FirstNonfinite, RunRecord, StepRecord, encode
+from report.dossier import build
 
 STEPS, UNTIMED, BATCH, SEQ_LEN = 60, 5, 8, 64
 SAMPLES_PER_S = 100.0
@@ -171,6 +173,22 @@ def write_index(path: Path) -> None:
     """results.jsonl from the runs' own rows."""
     rows = [file.read_bytes() for file in sorted((path / "runs").glob("*/run.json"))]
     (path / "results.jsonl").write_bytes(b"".join(rows))
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> Path:
+    """The folder of a small made-up campaign; nobody writes into it."""
+    place = tmp_path_factory.mktemp("simulated") / "results"
+    simulate(place, seeds=3, steps=60)
+    return place
+
+
+@pytest.fixture(scope="session")
+def built(simulated, tmp_path_factory) -> Path:
+    """Its dossier, without a PDF."""
+    out = tmp_path_factory.mktemp("built")
+    build(load(simulated), out, pdf=False, formats=("svg",), dpi=72)
+    return out
 
 
 @pytest.fixture

@@ -8,11 +8,8 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
-from benchmarks.simulated_results import simulate  # noqa: E402
-from instrument.results.contents import load  # noqa: E402
-from report.dossier import build  # noqa: E402
 
-# Contrast of every visible piece of text against the background behind it (WCAG 2, AA).
+# Contrast of every visible piece of text against its background (WCAG 2, AA).
 LOW_CONTRAST = """() => {
   const parse = c => { const n = c.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
   const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255).map(
@@ -33,11 +30,8 @@ LOW_CONTRAST = """() => {
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    place = tmp_path_factory.mktemp("browser") / "results"
-    simulate(place, seeds=1, steps=60)
-    build(load(place), place, pdf=False, formats=("svg",), dpi=72)
-    return (place / "dossier" / "index.html").as_uri()
+def url(built):
+    return (built / "dossier" / "index.html").as_uri()
 
 
 @pytest.fixture(scope="module")

@@ -52,20 +52,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("results") / "simulated"
-    simulate(place, seeds=2, steps=70)
-    return place
-
-
-@pytest.fixture(scope="module")
-def built(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    build(load(folder), out, pdf=False, formats=("svg",), dpi=72)
-    return out
-
-
-@pytest.fixture(scope="module")
 def page(built):
     return Page((built / "dossier" / "index.html").read_text())
 
@@ -83,11 +69,11 @@ def test_ids_are_unique_and_every_link_inside_leads_somewhere(page):
     assert len(inside) > 100 and set(inside) <= set(ids)
 
 
-def test_links_to_files_lead_to_files_that_are_there(page, built, folder):
+def test_links_to_files_lead_to_files_that_are_there(page, built, simulated):
     outside = {href for href in page.values("href") if not href.startswith(("#", "data:"))}
     assert outside and all(href.startswith("../") for href in outside)
     for href in outside:
-        assert (built / "dossier" / href).resolve().exists() or (folder / href[3:]).exists(), href
+        assert (built / "dossier" / href).resolve().exists() or (simulated / href[3:]).exists(), href
 
 
 def test_the_page_loads_nothing_and_forbids_it(page):
@@ -98,8 +84,8 @@ def test_the_page_loads_nothing_and_forbids_it(page):
     assert sum(tag == "script" for tag, _ in page.elements) == 1
 
 
-def test_every_claim_cites_rows_and_every_row_is_there(page, folder):
-    n = len(load(folder).runs)
+def test_every_claim_cites_rows_and_every_row_is_there(page, simulated):
+    n = len(load(simulated).runs)
     rows = [attrs["id"] for tag, attrs in page.elements if tag == "tr" and "id" in attrs]
     assert rows == [f"row-{number}" for number in range(1, n + 1)]
     assert sum(href.startswith("#row-") for href in page.values("href")) > 20
@@ -136,15 +122,15 @@ def test_the_summary_is_strict_json_with_the_same_claims(built):
 
 
 @pytest.mark.process
-def test_another_process_gives_the_same_bytes(folder, built, tmp_path):
-    command = [sys.executable, "-m", "report", "build", str(folder), "--out", str(tmp_path), "--no-pdf", "--format", "svg"]
+def test_another_process_gives_the_same_bytes(simulated, built, tmp_path):
+    command = [sys.executable, "-m", "report", "build", str(simulated), "--out", str(tmp_path), "--no-pdf", "--format", "svg"]
     subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "7"}, check=True, capture_output=True)
     for path in sorted(path for path in built.rglob("*") if path.is_file()):
         assert path.read_bytes() == (tmp_path / path.relative_to(built)).read_bytes(), path.name
 
 
-def test_originals_are_not_touched(folder, built):
-    assert not (folder / "plots").exists() and not (folder / "dossier").exists()
+def test_originals_are_not_touched(simulated, built):
+    assert not (simulated / "plots").exists() and not (simulated / "dossier").exists()
 
 
 def plant_hostile_rows(place) -> None:
@@ -280,10 +266,10 @@ def test_the_report_draws_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_without_weasyprint_nothing_is_written_and_the_way_out_is_named(folder, tmp_path, monkeypatch):
+def test_without_weasyprint_nothing_is_written_and_the_way_out_is_named(simulated, tmp_path, monkeypatch):
     monkeypatch.setattr("report.dossier.page.find_spec", lambda name: None)
     with pytest.raises(PdfUnavailable, match="--no-pdf"):
-        build(load(folder), tmp_path / "out")
+        build(load(simulated), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
