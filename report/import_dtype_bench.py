@@ -178,8 +178,7 @@ INITIAL_SCALE = 65_536.0
 def import_dtype_bench(path: Path, out: Path, gpu: str = DEFAULT_GPU) -> tuple[list[RunRecord], list[Defect]]:
     """Write the runs under ``path`` as the results folder ``out``; returns them and what was left out.
 
-    Raises `ImportRefused`. The same logs give the same files; the originals are only read.
-    """
+    Raises `ImportRefused`. The same logs give the same files; the originals are only read."""
     if not path.is_dir():
         raise ImportRefused(f"{path} is no folder; give the one that holds dtype-bench's results.jsonl")
     if out.resolve().is_relative_to(path.resolve()):

@@ -53,8 +53,7 @@ NOTHING = Interval(math.nan, math.nan, math.nan, 0)
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Mean and t-interval of independent values; apply it to paired differences for a comparison.
 
-    Raises ValueError on a non-finite value: a diverged run has no value.
-    """
+    Raises ValueError on a non-finite value: a diverged run has no value."""
     array = np.asarray(values, dtype=np.float64)
     if not np.isfinite(array).all():
         raise ValueError(f"an interval needs finite values, and {int((~np.isfinite(array)).sum())} of {array.size} are not")
@@ -70,8 +69,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Geometric mean of paired ratios with its t-interval, computed on logarithms.
 
-    Pairs belong together (same case, same seed); all values must be above 0.
-    """
+    Pairs belong together (same case, same seed); all values must be above 0."""
     over, under = (np.asarray(side, dtype=np.float64) for side in (numerators, denominators))
     if over.shape != under.shape:
         raise ValueError(f"{over.size} numerators and {under.size} denominators are no pairs")
@@ -111,10 +109,9 @@ def block_bootstrap(
 ) -> Interval:
     """Percentile interval of a statistic of a series, from moving blocks of ``block`` steps.
 
-    ``statistic`` maps an array [draws, n] to [draws] along its last axis. The default block is
-    n^(1/3) rounded up, at least 2 (Kuensch 1989's rate). Always the same draws: a report built
-    twice is the same. Fewer than five blocks give the value without an interval.
-    """
+    ``statistic`` maps an array [draws, n] to [draws] along its last axis. The default block is n^(1/3) rounded up, at least 2
+    (Kuensch 1989's rate). Always the same draws: a report built twice is the same. Fewer than five blocks give the value
+    without an interval."""
     series = np.asarray(values, dtype=np.float64)
     series = series[np.isfinite(series)]
     n = series.size
@@ -153,9 +150,8 @@ class Ranked:
 def rank_with_ties(scores: dict[str, Sequence[float]]) -> list[Ranked]:
     """Names by mean score, highest first. ``scores`` holds one value a seed, the same seeds for all.
 
-    Two neighbours tie unless the t-interval of their paired differences excludes 0, so one seed
-    separates nothing. Ties chain: a group ends where two neighbours are separated.
-    """
+    Two neighbours tie unless the t-interval of their paired differences excludes 0, so one seed separates nothing. Ties chain:
+    a group ends where two neighbours are separated."""
     counts = {len(values) for values in scores.values()}
     if len(counts) > 1:
         raise ValueError(f"a ranking needs the same seeds for all, and there are {sorted(counts)} of them")
@@ -172,9 +168,8 @@ def kendall_tau(
 ) -> tuple[float, float, float] | None:
     """Kendall's tau-b of two score lists with its interval, or None below five pairs.
 
-    The interval is Fieller's, on atanh(tau), with tau at +-1 moved by half a pair so that it has
-    one. It treats the pairs as a sample; with few of them it is wide, and that is the truth.
-    """
+    The interval is Fieller's, on atanh(tau), with tau at +-1 moved by half a pair so that it has one. It treats the pairs as a
+    sample; with few of them it is wide, and that is the truth."""
     n = len(first)
     if n != len(second):
         raise ValueError(f"{n} and {len(second)} scores are no pairs")
@@ -198,8 +193,7 @@ SPIKE_FACTOR = 5.0
 
 
 def rolling_median(values: np.ndarray, window: int = WINDOW_STEPS, fewest: int = 1) -> np.ndarray:
-    """Median of the last ``window`` values up to and with each one; nan while fewer than ``fewest``
-    of them are finite."""
+    """Median of the last ``window`` values up to and with each one; nan while fewer than ``fewest`` of them are finite."""
     finite = pd.Series(np.where(np.isfinite(values), values, np.nan))
     return finite.rolling(window, min_periods=fewest).median().to_numpy()
 
@@ -207,8 +201,7 @@ def rolling_median(values: np.ndarray, window: int = WINDOW_STEPS, fewest: int =
 def spikes(values: np.ndarray) -> np.ndarray:
     """Which values exceed 5 times the median of the 50 before them (10 at least, itself left out).
 
-    Non-finite values are no spikes: they are counted on their own.
-    """
+    Non-finite values are no spikes: they are counted on their own."""
     before = np.full(len(values), np.nan)
     before[1:] = rolling_median(np.asarray(values, dtype=np.float64), fewest=FEWEST_STEPS)[:-1]
     with np.errstate(invalid="ignore"):

@@ -54,11 +54,10 @@ def build(
 ) -> BuildResult:
     """Write ``plots/``, ``summary.json`` and ``dossier/`` under ``out`` (default: the results folder).
 
-    ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. ``heartbeat``:
-    configurations that figure D shows beside its own. ``price`` of an hour gives costs in money. Raises, before
-    anything is written, `report.dossier.page.PdfUnavailable` when ``pdf`` is asked for and WeasyPrint is not
-    installed, and `UsageError` for a heartbeat that the folder does not hold.
-    """
+    ``formats`` are of `report.plots.write.FORMATS`. ``progress`` shows a bar on standard error. ``heartbeat``: configurations
+    that figure D shows beside its own. ``price`` of an hour gives costs in money. Raises, before anything is written,
+    `report.dossier.page.PdfUnavailable` when ``pdf`` is asked for and WeasyPrint is not installed, and `UsageError` for a
+    heartbeat that the folder does not hold."""
     out = folder.path if out is None else Path(out)
     if pdf:
         require_pdf()

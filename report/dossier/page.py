@@ -134,8 +134,7 @@ def figures_as_images(html: str) -> str:
 
 
 def data_only_fetcher():
-    """A fetcher that answers ``data:`` URLs and refuses all others: WeasyPrint's own reads ``file://``
-    and the network."""
+    """A fetcher that answers ``data:`` URLs and refuses all others: WeasyPrint's own reads ``file://`` and the network."""
     from weasyprint.urls import URLFetcher
 
     return URLFetcher(allowed_protocols=("data",), allow_redirects=False)

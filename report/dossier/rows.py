@@ -71,8 +71,7 @@ def run_rows(runs: Sequence[RunRecord], numbers: RowNumbers) -> list[dict]:
 
 
 def run_href(run_id: str) -> str | None:
-    """The run's folder as seen from the page; None for an id that is no plain name (it could lead
-    anywhere)."""
+    """The run's folder as seen from the page; None for an id that is no plain name (it could lead anywhere)."""
     plain = all(c.isascii() and (c.isalnum() or c in "._-") for c in run_id) and ".." not in run_id
     return f"../runs/{run_id}/run.json" if plain else None
 

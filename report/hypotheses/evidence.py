@@ -99,8 +99,7 @@ def finding(
 ) -> Finding:
     """A finding with the sentence of the place that decides it (else of the one with most seeds).
 
-    ``missing`` says what would decide it; where there is no evidence at all it is the sentence too.
-    """
+    ``missing`` says what would decide it; where there is no evidence at all it is the sentence too."""
     deciding = [e for e in evidence if e.verdict == verdict] or list(evidence)
     chosen = max(deciding, key=lambda e: e.interval.n, default=Evidence("", NOT_DECIDED, NOTHING, f"Not tested: {missing}"))
     value = chosen.interval

@@ -19,13 +19,11 @@ BINS = 90
 def decimate(
     x: np.ndarray, y: np.ndarray, *, bins: int = BINS, log_x: bool = False, keep: np.ndarray | None = None
 ) -> np.ndarray:
-    """Sorted indices of the points to draw: of every bin of ``x`` the first, the last, the
-    smallest and the largest ``y``, and every non-finite one (where a line must break), plus the
-    positions where ``keep`` is true.
+    """Sorted indices of the points to draw: of every bin of ``x`` the first, the last, the smallest and the largest ``y``, and
+    every non-finite one (where a line must break), plus the positions where ``keep`` is true.
 
-    A bin is at most about two points of print wide, so the polyline through what is left covers the
-    same ink. ``x`` must be ascending; short series are returned whole.
-    """
+    A bin is at most about two points of print wide, so the polyline through what is left covers the same ink. ``x`` must be
+    ascending; short series are returned whole."""
     n = len(x)
     if n <= 4 * bins:
         return np.arange(n)
@@ -52,12 +50,11 @@ EDGE = 3.0
 
 
 def outline(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian kernel density of finite ``values``: (positions, densities scaled to a maximum of 1),
-    from the smallest value to the largest. Scott's bandwidth; the values are counted in cells
-    first, so the cost does not grow with their number beyond one pass.
+    """Gaussian kernel density of finite ``values``: (positions, densities scaled to a maximum of 1), from the smallest value to
+    the largest. Scott's bandwidth; the values are counted in cells first, so the cost does not grow with their number beyond
+    one pass.
 
-    Raises ValueError without values. Values that are all equal give one flat stroke.
-    """
+    Raises ValueError without values. Values that are all equal give one flat stroke."""
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("a density needs at least one value")
@@ -78,9 +75,8 @@ SPACING = 1.18
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Positions at least ``gap`` apart, in the order of ``wanted``, within ``low`` to ``high``, with
-    the least sum of squared moves (pool adjacent violators). When there is no room for
-    all, the gap shrinks to what there is."""
+    """Positions at least ``gap`` apart, in the order of ``wanted``, within ``low`` to ``high``, with the least sum of squared
+    moves (pool adjacent violators). When there is no room for all, the gap shrinks to what there is."""
     n = len(wanted)
     if n == 0:
         return np.array([])
@@ -101,11 +97,10 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
 
 
 def label_right(axes: Axes, labels: Sequence[tuple[float, str, Look]], *, height_in: float) -> None:
-    """Names right of the frame at their ``y``: (y in data units, text, look). A piece of the line leads
-    to its name, which is in ink: not every line's colour is dark enough for text.
+    """Names right of the frame at their ``y``: (y in data units, text, look). A piece of the line leads to its name, which is
+    in ink: not every line's colour is dark enough for text.
 
-    ``height_in``: the frame's height on paper, about.
-    """
+    ``height_in``: the frame's height on paper, about."""
     if not labels:
         return
     to_axes = axes.transData + axes.transAxes.inverted()

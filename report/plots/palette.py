@@ -1,10 +1,8 @@
 """One look for each configuration, in every figure and on every page.
 
-Family by dtype (bf16 blue, fp16 red, fp32 grey), shades within it. Four of the seven default
-configurations are blue, so no one should have to distinguish them by hue: marker, line style and
-lightness differ too, for colour-blind readers and for grey printers. Every colour has a light and
-a dark form with a contrast of at least 3 to 1 against its paper.
-"""
+Family by dtype (bf16 blue, fp16 red, fp32 grey), shades within it. Four of the seven default configurations are blue, so no one
+should have to distinguish them by hue: marker, line style and lightness differ too, for colour-blind readers and for grey
+printers. Every colour has a light and a dark form with a contrast of at least 3 to 1 against its paper."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """What all figures share: seaborn's theme at final print size, and the frame around each picture.
 
-Nothing here knows what is drawn. Text is at least 6.5 pt and lines at least 0.6 pt at the final
-size (7.0 in wide for a full column, 3.4 in for half). The colours of ink and paper are named, so
-that the page can swap them in its dark theme (`report.dossier.page`).
-"""
+Nothing here knows what is drawn. Text is at least 6.5 pt and lines at least 0.6 pt at the final size (7.0 in wide for a full
+column, 3.4 in for half). The colours of ink and paper are named, so that the page can swap them in its dark theme
+(`report.dossier.page`)."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ def register_fonts() -> None:
 def theme(salt: str) -> Iterator[None]:
     """seaborn's ticks theme, our sizes and ink, and output that is the same byte for byte.
 
-    ``salt`` names the figure: matplotlib derives an SVG's ids from it.
-    """
+    ``salt`` names the figure: matplotlib derives an SVG's ids from it."""
     register_fonts()
     base = seaborn.axes_style("ticks") | seaborn.plotting_context("paper")
     own = {

@@ -53,8 +53,7 @@ def picture(figure: Figure, kind: str, dpi: int) -> bytes:
 
 
 def freeze_layout(figure: Figure) -> None:
-    """Place the frames once: each format would do it again, and a look at every text costs as much as
-    the drawing."""
+    """Place the frames once: each format would do it again, and a look at every text costs as much as the drawing."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -126,12 +125,11 @@ WEIGHTS = {"Regular": 400, "SemiBold": 600}
 
 
 def inline(svg: str, prefix: str, label: str) -> str:
-    """The ``<svg>`` element: no prologue, every id and reference to one under ``prefix``, scaling
-    with its box, and named ``label`` for those who do not see it.
+    """The ``<svg>`` element: no prologue, every id and reference to one under ``prefix``, scaling with its box, and named
+    ``label`` for those who do not see it.
 
-    matplotlib gives every figure the same ids (``figure_1``, ``patch_2``); in one page they would
-    clash, so each is prefixed and those that nothing refers to are dropped.
-    """
+    matplotlib gives every figure the same ids (``figure_1``, ``patch_2``); in one page they would clash, so each is prefixed
+    and those that nothing refers to are dropped."""
     body = METADATA.sub("", PROLOGUE.sub("", svg))
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
     body = IDS.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", body)

@@ -71,8 +71,7 @@ def overflows(folder: Folder, run: RunRecord) -> np.ndarray:
 
 
 def logits_per_step(folder: Folder, run: RunRecord) -> float:
-    """How many logits a step's maximum is over (real tokens or documents, times outputs); nan when the
-    record does not say."""
+    """How many logits a step's maximum is over (real tokens or documents, times outputs); nan when the record does not say."""
     data = run.flags.get("data") or {}
     if is_lm(run):
         outputs, rows = data.get("vocabulary"), float(np.median(folder.steps(run.run_id)["real_tokens"]))

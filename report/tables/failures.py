@@ -40,8 +40,7 @@ ENDS = {"oom": "ran out of memory", "hung": "hung", "error": "failed"}
 
 @dataclass(frozen=True)
 class Failure:
-    """``cause`` as text or None; lists are plain data from ``runs/<run_id>/forensics.json``, empty when
-    there is none."""
+    """``cause`` as text or None; lists are plain data from ``runs/<run_id>/forensics.json``, empty when there is none."""
 
     run_id: str
     sentence: str

@@ -26,9 +26,8 @@ READ_COLUMNS = ("step", "module", "order", "direction", "dtype", "absmax", "head
 def headroom(folder: Folder, run_id: str) -> pd.DataFrame | None:
     """One row a read window and module, or None when activations were not recorded.
 
-    ``headroom_bits`` is log2(largest number of the dtype / absmax): 0 at the edge, nan for a dtype that
-    is not known, inf for a module that gave zeros only. A row that lacks something is left out.
-    """
+    ``headroom_bits`` is log2(largest number of the dtype / absmax): 0 at the edge, nan for a dtype that is not known, inf for a
+    module that gave zeros only. A row that lacks something is left out."""
     rows = [row for read in folder.activations(run_id) if (row := headroom_row(read)) is not None]
     if not rows:
         return None

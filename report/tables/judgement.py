@@ -1,10 +1,8 @@
 """A run's state, judged against fp32_true of the same case and seed.
 
-Poor quality: completed, and the loss above the reference's by more than 0.2 nats (language models)
-or 10 % (classification), or micro-F1 down by more than 2 points. The loss is the validation loss;
-imported logs have the mean of the last tenth of the training losses. A reference that ends above
-its start is unhealthy, and its case is not judged.
-"""
+Poor quality: completed, and the loss above the reference's by more than 0.2 nats (language models) or 10 % (classification), or
+micro-F1 down by more than 2 points. The loss is the validation loss; imported logs have the mean of the last tenth of the
+training losses. A reference that ends above its start is unhealthy, and its case is not judged."""
 
 from __future__ import annotations
 

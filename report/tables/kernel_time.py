@@ -1,8 +1,7 @@
 """Where a step's time goes: seconds by class of kernel, from the profiled steps in a row's ``flags``.
 
-``flags["time_by_kernel"]`` is the table of `instrument.trace.time_table`, summed over
-``flags["trace"]["steps"]`` profiled steps; here everything is per step.
-"""
+``flags["time_by_kernel"]`` is the table of `instrument.trace.time_table`, summed over ``flags["trace"]["steps"]`` profiled
+steps; here everything is per step."""
 
 from __future__ import annotations
 

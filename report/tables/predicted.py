@@ -1,8 +1,7 @@
 """What the fp32 run predicted for every narrower configuration, beside what happened.
 
-Read from ``predictions/<case>.json`` (``python -m harness predict CASE``) as plain data: what is not of the
-expected kind is left out, and a prediction for a run that is no row of this folder does not count.
-"""
+Read from ``predictions/<case>.json`` (``python -m harness predict CASE``) as plain data: what is not of the expected kind is
+left out, and a prediction for a run that is no row of this folder does not count."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Which runs are compared, and in which order: one settings variant a case, one run a (case, configuration, seed).
 
-A folder may hold a case twice, with another learning rate say. Averaging the two would compare what
-differs in more than the configuration; so the variant with the most runs is shown and the others
-are named."""
+A folder may hold a case twice, with another learning rate say. Averaging the two would compare what differs in more than the
+configuration; so the variant with the most runs is shown and the others are named."""
 
 from __future__ import annotations
 

@@ -19,10 +19,9 @@ from report.text import shortened
 class Table:
     """One figure's content.
 
-    ``name``: the file's stem. ``data``: exactly what is drawn (base units), the CSV. ``summary``:
-    one row per series or facet where the figure needs text. ``title`` states the finding.
-    ``excluded``: (run_id, reason). ``empty``: why there is nothing to draw, else None.
-    """
+    ``name``: the file's stem. ``data``: exactly what is drawn (base units), the CSV. ``summary``: one row per series or facet
+    where the figure needs text. ``title`` states the finding. ``excluded``: (run_id, reason). ``empty``: why there is nothing
+    to draw, else None."""
 
     letter: str
     name: str
@@ -56,8 +55,7 @@ def long_frame(
 ) -> pd.DataFrame:
     """One row a step: the run's identity and what ``of_run`` gives (arrays of one length, or constants).
 
-    Text is categorical: a hundred thousand rows repeat some tens of them.
-    """
+    Text is categorical: a hundred thousand rows repeat some tens of them."""
     pieces = []
     for run in runs:
         values = {name: getattr(run, name) for name in ("case", "dtype_config", "seed") if name in columns} | of_run(run)

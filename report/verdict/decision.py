@@ -52,11 +52,10 @@ def plain_number(value: float) -> str:
 
 @dataclass(frozen=True)
 class TaskVerdict:
-    """One task. ``use`` None: nothing can be recommended, and ``reason`` says why. ``relative_speed`` with
-    ``low`` and ``high`` is against fp32_true, ``relative_cost`` its inverse (the same machine by the
-    hour); ``cost`` is the same as text, in money where the price of an hour is known. ``quality`` is text.
-    ``confidence``: ``high`` (3 seeds or more, ahead of every rival), ``medium`` (3 seeds or more, tied, or
-    a rival is unfinished), ``low``."""
+    """One task. ``use`` None: nothing can be recommended, and ``reason`` says why. ``relative_speed`` with ``low`` and ``high``
+    is against fp32_true, ``relative_cost`` its inverse (the same machine by the hour); ``cost`` is the same as text, in money
+    where the price of an hour is known. ``quality`` is text. ``confidence``: ``high`` (3 seeds or more, ahead of every rival),
+    ``medium`` (3 seeds or more, tied, or a rival is unfinished), ``low``."""
 
     column: str
     use: str | None
