@@ -161,8 +161,8 @@ def _compare(options: argparse.Namespace) -> int:
     comparison = compare([load(path) for path in options.folders], options.price_per_hour, options.currency or "")
     if options.json:
         rows = comparison.data.astype(object).where(comparison.data.notna(), None).to_dict("records")
-        names = ("devices", "differences", "notes", "currency")
-        _print({name: getattr(comparison, name) for name in names} | {"rows": rows})
+        names = ("devices", "rows", "differences", "notes", "currency")
+        _print({name: rows if name == "rows" else getattr(comparison, name) for name in names})
         return OK
     from rich.console import Console
 
@@ -178,7 +178,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         _print({"paths": [str(path) for path in paths]})
     else:
-        print(f"{count(len(paths), 'file')} in {_common(paths)}", file=sys.stderr)
+        print(f"{count(len(paths), 'file')} in {paths[0].parent if paths else Path()}", file=sys.stderr)
     return OK
 
 
@@ -196,10 +196,6 @@ def _print(content: Any) -> None:
     from report.text import plain_json
 
     print(json.dumps(plain_json(content), ensure_ascii=False, allow_nan=False))
-
-
-def _common(paths: list[Path]) -> Path:
-    return paths[0].parent if paths else Path()
 
 
 def _exit_code(error: Exception) -> int | None:

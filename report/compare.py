@@ -17,7 +17,7 @@ from instrument.terminal import count
 from report.errors import UsageError
 from report.tables import a_stability, b_efficiency, c_throughput
 from report.tables.b_efficiency import memory_kind, peak_of
-from report.tables.selection import TASK_COLUMNS, case_order, select, series_order, settings_of
+from report.tables.selection import TASK_COLUMNS, by_cell, case_order, select, series_order, settings_of
 from report.tables.speed import eligible, pooled_rate
 from report.text import gigabytes, joined, printable
 from report.verdict.decision import plain_number
@@ -28,8 +28,6 @@ COLUMNS = tuple(
 )
 SAME = ("preset", "data_source", "weights_source", "batch_size", "micro_batch", "seq_len", "max_steps", "loss_reduction")
 """Settings that two devices' runs of a case must share for their speeds to be compared."""
-
-
 JUDGED = ("completed", "poor", "diverged", "failed")
 
 
@@ -62,7 +60,8 @@ def compare(folders: Sequence[Folder], prices_per_hour: Sequence[float] | None =
     data = pd.concat([_device(folder, prices.get(folder.device)) for folder in folders], ignore_index=True)
     differ = _settings_differ(folders)
     data = _over_first(data, devices[0], differ)
-    return Comparison(tuple(devices), _ordered(data), _differences(data), (*_notes(differ), *_marks(folders)), currency)
+    marks = [f"{folder.device}: {', '.join(folder.marks)}." for folder in folders if folder.marks]
+    return Comparison(tuple(devices), _ordered(data), _differences(data), (*_notes(differ), *marks), currency)
 
 
 def _device(folder: Folder, price: float | None) -> pd.DataFrame:
@@ -85,10 +84,7 @@ def _memory(folder: Folder) -> pd.DataFrame:
     """Peak memory and rate of real tokens of every cell that finished, whether its MFU is known or not."""
     runs, _ = eligible(folder, select(folder))
     kind = memory_kind(runs)
-    cells: dict[tuple[str, str], list] = {}
-    for run in runs:
-        cells.setdefault((run.case, run.dtype_config), []).append(run)
-    rows = [(*key, peak_of(cell, kind) if kind else math.nan, kind, _token_rate(cell)) for key, cell in cells.items()]
+    rows = [(*key, peak_of(cell, kind) if kind else math.nan, kind, _token_rate(cell)) for key, cell in by_cell(runs).items()]
     return pd.DataFrame(rows, columns=["case", "dtype_config", "peak_bytes", "peak_kind", "real_tokens_per_s"])
 
 
@@ -140,10 +136,6 @@ def _differences(data: pd.DataFrame) -> tuple[str, ...]:
             )
             found.append(f"{case}, {config}: {states}")
     return tuple(found)
-
-
-def _marks(folders: Sequence[Folder]) -> list[str]:
-    return [f"{folder.device}: {', '.join(folder.marks)}." for folder in folders if folder.marks]
 
 
 def _ordered(data: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,4 @@
-"""One dtype-bench run as our `RunRecord`, recomputed from its steps.
-
-``report import dtype-bench``: real runs of an earlier benchmark of this matrix, by our rules.
+"""``report import dtype-bench``: real runs of an earlier benchmark of this matrix, recomputed from their steps by our rules.
 
 What its source (ParkerWilliams/dtype-bench, ``src/benchmark.py``) does, and what we make of it:
 
@@ -44,6 +42,17 @@ UNTIMED_STEPS = 1
 MAX_STEPS = 1_000
 WEIGHTS = {"gpt2": "scratch", "roberta": "pretrained"}
 NOT_RECORDED = ("GPU name", "learning rate", "initial weights' hash", "batches' hash", "validation loss", "phase of death")
+DEFAULT_GPU = "RTX A6000"
+"""The card whose peak the source divides by: its ``mfu`` reproduces with 155 TFLOP/s."""
+CONFIGS = {
+    "amp_bf16_8bit_adam": "amp_bf16_8bit",
+    "fp32_tf32_matmul": "fp32_tf32",
+    **{name: name for name in ("fp32_true", "amp_fp16", "amp_bf16", "bf16_pure", "fp16_naive")},
+}
+"""Their configurations that are ours. ``amp_bf16_fp32_head`` is not: its head ran in bf16."""
+SIZES = {"gpt2": (12, 768, 3072, 50_257), "roberta": (12, 768, 3072, 50_265)}
+"""Layers, width, inner width, vocabulary without pad columns."""
+INITIAL_SCALE = 65_536.0
 
 
 @dataclass(frozen=True)
@@ -157,22 +166,6 @@ def _hash(row: dict[str, Any]) -> str:
 
 def _slug(gpu: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
-
-
-DEFAULT_GPU = "RTX A6000"
-"""The card whose peak the source divides by: its ``mfu`` reproduces with 155 TFLOP/s."""
-
-CONFIGS = {
-    "amp_bf16_8bit_adam": "amp_bf16_8bit",
-    "fp32_tf32_matmul": "fp32_tf32",
-    **{name: name for name in ("fp32_true", "amp_fp16", "amp_bf16", "bf16_pure", "fp16_naive")},
-}
-"""Their configurations that are ours. ``amp_bf16_fp32_head`` is not: its head ran in bf16."""
-
-SIZES = {"gpt2": (12, 768, 3072, 50_257), "roberta": (12, 768, 3072, 50_265)}
-"""Layers, width, inner width, vocabulary without pad columns."""
-
-INITIAL_SCALE = 65_536.0
 
 
 def import_dtype_bench(path: Path, out: Path, gpu: str = DEFAULT_GPU) -> tuple[list[RunRecord], list[Defect]]:

@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from report.statistics import Interval  # which imports pandas: an error must be printed without it, too
 
+LABEL_LIMIT = 60
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Control characters, and the marks that change the reading direction of the text.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+
 
 def joined(names: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
@@ -83,12 +88,6 @@ def sentence(text: str) -> str:
     first = text.split(" ", 1)[0]
     text = text if "_" in first or any(c.isdigit() for c in first) else text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) else text + "."
-
-
-LABEL_LIMIT = 60
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# Control characters, and the marks that change the reading direction of the text.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
 
 def clean(text: object, limit: int = LABEL_LIMIT) -> str:

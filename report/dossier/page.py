@@ -23,6 +23,7 @@ from instrument.results.files import replace
 from report.plots import palette, style
 from report.plots.write import font_faces
 
+TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 DARK_FURNITURE = {
     style.INK: "#e7eaee",
     style.MUTED: "#a3abb5",
@@ -50,9 +51,6 @@ def dark_rules() -> str:
         for light, dark in dark_colours().items()
         for name in ("fill", "stroke")
     )
-
-
-TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 
 
 @cache

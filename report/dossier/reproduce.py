@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from instrument.results.schemas import RunRecord
@@ -67,21 +68,19 @@ def _is_foreign(run: RunRecord) -> bool:
 
 def versions(runs: Sequence[RunRecord], machine: dict) -> list[tuple[str, str]]:
     """Machine and packages; where rows differ, every value with the number of rows that have it."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, Counter[str]] = defaultdict(Counter)
     for run in runs:
         for name, value in run.env.items():
             if value is not None and (name in PARTS or name.endswith("_version") or name.startswith("gpu_")):
                 name, value = _printed(name, value)
-                values = found.setdefault(name, {})
-                values[value] = values.get(value, 0) + 1
-    if not found:
-        found = {name: {value: 1} for name, value in (_printed(*item) for item in machine.items())}
+                found[name][value] += 1
+    for item in () if found else machine.items():
+        name, value = _printed(*item)
+        found[name][value] = 1
     return [
         (
             name.removesuffix("_version").replace("_", " "),
-            next(iter(values))
-            if len(values) == 1
-            else "; ".join(f"{value} ({count(n, 'row')})" for value, n in values.items()),
+            "; ".join(f"{value} ({count(n, 'row')})" if len(values) > 1 else value for value, n in values.items()),
         )
         for name, values in found.items()
     ]

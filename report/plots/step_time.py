@@ -24,6 +24,8 @@ from report.plots.style import (
 from report.text import clean, short
 
 LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 1.0, 0.108, 0.33, 0.25
+CLASS_BAR_IN, CLASS_FRAME_IN, FOOT_IN = 0.2, 0.36, 0.25
+MOST_BARS, BODY_IN = 40, 1.75
 
 
 def draw_step_times(table) -> Figure:
@@ -66,10 +68,6 @@ def _box(axes: Axes, at: int, row: dict) -> None:
     axes.plot(mean, at, "D", color="white", mec=INK, mew=THIN_PT, markersize=3)
 
 
-CLASS_BAR_IN, CLASS_FRAME_IN, FOOT_IN = 0.2, 0.36, 0.25
-MOST_BARS = 40
-
-
 def draw_kernel_time(table) -> Figure:
     """Stacked bars from 0, a panel a case: classes in one order everywhere, idle time last and hollow."""
     data = table.data
@@ -79,7 +77,7 @@ def draw_kernel_time(table) -> Figure:
     cases = list(bars["case"].unique())
     heights = [CLASS_FRAME_IN + CLASS_BAR_IN * bars.loc[bars["case"] == case, "dtype_config"].nunique() for case in cases]
     figure = table_figure(table, sum(heights) + FOOT_IN + LEGEND_IN)
-    legend_row(figure, [_patch(name) for name in bars["class"].unique()])
+    legend_row(figure, [Patch(label=clean(name, 16), **_look(name)) for name in bars["class"].unique()])
     grid = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
     for (axes,), case in zip(grid, cases, strict=True):
         _panel(axes, bars[bars["case"] == case])
@@ -105,17 +103,8 @@ def _panel(axes: Axes, bars: pd.DataFrame) -> None:
 
 
 def _look(name: str) -> dict:
-    colour = kernel_class_look(name)
-    if colour is None:
-        return {"facecolor": PAPER, "edgecolor": MUTED, "linewidth": THIN_PT}
-    return {"facecolor": colour, "edgecolor": PAPER, "linewidth": THIN_PT}
-
-
-def _patch(name: str) -> Patch:
-    return Patch(label=clean(name, 16), **_look(name))
-
-
-BODY_IN = 1.75
+    colour = kernel_class_look(name)  # None: idle time, hollow
+    return {"facecolor": colour or PAPER, "edgecolor": PAPER if colour else MUTED, "linewidth": THIN_PT}
 
 
 def draw_overhead(table) -> Figure:
@@ -150,13 +139,8 @@ def _ratios(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame) -> None:
         axes.fill_between(x, at, at - 0.7 * density, color=look.colour, alpha=0.3, linewidth=0)
         axes.plot([np.median(values)] * 2, [at, at - 0.7], color=look.colour, linewidth=1.2)
         if arm in known.index and np.isfinite(known.loc[arm, ["low", "high"]].to_numpy(float)).all():
-            axes.plot(
-                known.loc[arm, ["low", "high"]].to_numpy(float),
-                [at + 0.08] * 2,
-                color=INK,
-                linewidth=1.6,
-                solid_capstyle="butt",
-            )
+            ends = known.loc[arm, ["low", "high"]].to_numpy(float)
+            axes.plot(ends, [at + 0.08] * 2, color=INK, linewidth=1.6, solid_capstyle="butt")
         axes.text(np.median(values), at + 0.16, f"{np.median(values):.3f}", ha="center", va="top", size=SMALL_PT)
     name_rows(axes, arms, limit=12, above=0.85, below=0.55)
     axes.set_xlabel("ratio to the bare loop's step of the round")

@@ -38,6 +38,28 @@ MAX_NOTE_LINES = 2
 TITLE_LINE_IN, NOTE_LINE_IN, MARKS_IN = 0.165, 0.12, 0.2
 
 
+def _ticks(*names: str) -> list[str]:
+    return [f"{axis}tick.{name}" for axis in "xy" for name in names]
+
+
+OWN_THEME = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", *_ticks("labelcolor")), INK),
+    **dict.fromkeys(("axes.edgecolor", *_ticks("color")), MUTED),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), PAPER),
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), TEXT_PT),
+    **dict.fromkeys((*_ticks("labelsize"), "legend.fontsize", "legend.title_fontsize"), SMALL_PT),
+    **dict.fromkeys(("axes.linewidth", *_ticks("major.width", "minor.width"), "grid.linewidth", "hatch.linewidth"), THIN_PT),
+    **dict.fromkeys(_ticks("major.size"), 2.5) | dict.fromkeys(_ticks("minor.size"), 1.5),
+    **dict.fromkeys(_ticks("major.pad"), 2.0) | {"axes.labelpad": 2.5},
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow", "axes.unicode_minus", "path.simplify"), True),
+    **{"font.family": [FAMILY, "DejaVu Sans"], "grid.color": GRID, "lines.linewidth": LINE_PT, "lines.markersize": 3.5},
+    **{"axes.titleweight": 600, "axes.titlelocation": "left", "axes.titlepad": 4.0},
+    "axes.titley": 1.0,  # nothing stands above a frame: looking whether something does costs a tenth of a figure
+    **{"text.hinting": "none", "svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42, "pdf.compression": 6},
+}
+
+
 @cache
 def register_fonts() -> None:
     """Tell matplotlib of the dossier's own font (a subset of Inter), so that text has the same
@@ -53,63 +75,7 @@ def theme(salt: str) -> Iterator[None]:
     ``salt`` names the figure: matplotlib derives an SVG's ids from it."""
     register_fonts()
     base = seaborn.axes_style("ticks") | seaborn.plotting_context("paper")
-    own = {
-        "font.family": [FAMILY, "DejaVu Sans"],
-        "font.size": TEXT_PT,
-        "axes.titlesize": TEXT_PT,
-        "axes.labelsize": TEXT_PT,
-        "xtick.labelsize": SMALL_PT,
-        "ytick.labelsize": SMALL_PT,
-        "legend.fontsize": SMALL_PT,
-        "legend.title_fontsize": SMALL_PT,
-        "legend.frameon": False,
-        "axes.titleweight": 600,
-        "axes.titlelocation": "left",
-        "axes.titlepad": 4.0,
-        "axes.titley": 1.0,  # nothing stands above a frame: looking whether something does costs a tenth of a figure
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "axes.edgecolor": MUTED,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "axes.linewidth": THIN_PT,
-        "xtick.major.width": THIN_PT,
-        "ytick.major.width": THIN_PT,
-        "xtick.minor.width": THIN_PT,
-        "ytick.minor.width": THIN_PT,
-        "grid.linewidth": THIN_PT,
-        "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5,
-        "xtick.minor.size": 1.5,
-        "ytick.minor.size": 1.5,
-        "xtick.major.pad": 2.0,
-        "ytick.major.pad": 2.0,
-        "axes.labelpad": 2.5,
-        "grid.color": GRID,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.facecolor": PAPER,
-        "figure.facecolor": PAPER,
-        "savefig.facecolor": PAPER,
-        "lines.linewidth": LINE_PT,
-        "lines.markersize": 3.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "hatch.linewidth": THIN_PT,
-        "axes.unicode_minus": True,
-        "path.simplify": True,
-        "text.parse_math": False,
-        "text.hinting": "none",
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "pdf.fonttype": 42,
-        "ps.fonttype": 42,
-        "pdf.compression": 6,
-    }
-    with warnings.catch_warnings(), matplotlib.rc_context(base | own):
+    with warnings.catch_warnings(), matplotlib.rc_context(base | OWN_THEME | {"svg.hashsalt": salt}):
         # A run's name may hold any script: the page's browser has more fonts than this process.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         finder = logging.getLogger("matplotlib.font_manager")

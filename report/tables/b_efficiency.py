@@ -101,17 +101,8 @@ def _title(data: pd.DataFrame, empty: str | None) -> str:
     alone = frontier.groupby("case").filter(lambda rows: len(rows) == 1)["dtype_config"].value_counts()
     cases = frontier["case"].nunique()
     alone_in = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
-    return sentence(
-        "; ".join(
-            [
-                *(
-                    alone_in
-                    or [f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"]
-                ),
-                highest,
-            ]
-        )
-    )
+    trades = f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"
+    return sentence("; ".join([*(alone_in or [trades]), highest]))
 
 
 def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: str | None) -> str:

@@ -142,7 +142,7 @@ def _caption(folder: Folder, runs: list[RunRecord], config: str, kind: str) -> s
         TOKENS: "Tokens per second (no MFU was measured)",
     }[kind]
     return (
-        f"{data_text(folder, runs)} {config}. {what}, of real tokens (dots) and of all tokens (line above), over batches "
+        f"{data_text(folder, runs)} {config}. {what}, of real tokens (thick) and of all tokens (thin), over batches "
         "sorted by their real tokens; the gap is what padding costs. Tax: one minus the share of real work in all work, "
         "total over total. Coefficient of variation of the real-token rate over steps, with a moving-block bootstrap "
         "interval within the run. LM documents are packed without padding."

@@ -6,7 +6,7 @@ configuration; so the variant with the most runs is shown and the others are nam
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,10 @@ from instrument.terminal import count
 
 TASK_COLUMNS = ("LM-Decoder", "LM-Encoder", "Cls-Multi", "Cls-Single")
 REFERENCE = "fp32_true"
+ROW_SETTINGS = tuple("preset data_source weights_source loss loss_reduction batch_size micro_batch seq_len max_steps".split())
+"""Settings that stand in the row itself; the others stand in its ``config``."""
+HASHES = {"init_sha256": "initial weights", "data_sha256": "batches"}
+MACHINE = {"gpu": "GPU", "torch_version": "torch", "cuda_version": "CUDA"}
 
 
 def column_of(run: RunRecord) -> str | None:
@@ -78,10 +82,6 @@ def _in_order(ids: Iterable[str], registry: dict) -> list[str]:
     return sorted(set(ids), key=lambda name: (place.get(name, len(place)), name))
 
 
-ROW_SETTINGS = tuple("preset data_source weights_source loss loss_reduction batch_size micro_batch seq_len max_steps".split())
-"""Settings that stand in the row itself; the others stand in its ``config``."""
-
-
 @dataclass(frozen=True)
 class Selection:
     """``runs`` to compare, and ``excluded`` with (run_id, reason)."""
@@ -105,26 +105,18 @@ class Selection:
 def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True) -> Selection:
     """The main variant of every case among the runs that ``keep`` takes; the others are not mentioned."""
     chosen: list[RunRecord] = []
-    excluded: list[tuple[str, str]] = []
-    for run in folder.runs:
-        if column_of(run) is None:
-            excluded.append((run.run_id, f"task {run.task!r} is not known to this version"))
-    for runs in _by_case(run for run in folder.runs if column_of(run) is not None):
-        runs = [run for run in runs if keep(run)]
+    unknown = [run for run in folder.runs if column_of(run) is None]
+    excluded = [(run.run_id, f"task {run.task!r} is not known to this version") for run in unknown]
+    kept = [run for run in folder.runs if column_of(run) is not None and keep(run)]
+    for case in sorted({run.case for run in kept}):
+        runs = [run for run in kept if run.case == case]
         variants = Counter(_key(run) for run in runs)
-        if not variants:
-            continue
         main = min(variants, key=lambda key: (-variants[key], key))
         seen: dict[tuple[str, int], str] = {}
         for run in runs:
             if _key(run) != main:
-                excluded.append(
-                    (
-                        run.run_id,
-                        f"other settings than the {count(variants[main], 'run')} shown of its case: "
-                        f"{_difference(_key(run), main)}",
-                    )
-                )
+                shown = f"the {count(variants[main], 'run')} shown of its case"
+                excluded.append((run.run_id, f"other settings than {shown}: {_difference(_key(run), main)}"))
             elif (run.dtype_config, run.seed) in seen:
                 excluded.append((run.run_id, f"a second run of what {seen[run.dtype_config, run.seed]} did"))
             else:
@@ -159,17 +151,6 @@ def _difference(key: str, main: str) -> str:
 def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
     return text if len(text) <= 24 else text[:12] + "..." + text[-6:]
-
-
-def _by_case(runs: Iterable[RunRecord]) -> list[list[RunRecord]]:
-    groups: dict[str, list[RunRecord]] = defaultdict(list)
-    for run in runs:
-        groups[run.case].append(run)
-    return [groups[case] for case in sorted(groups)]
-
-
-HASHES = {"init_sha256": "initial weights", "data_sha256": "batches"}
-MACHINE = {"gpu": "GPU", "torch_version": "torch", "cuda_version": "CUDA"}
 
 
 def incomparable_reason(run: RunRecord, reference: RunRecord) -> str | None:

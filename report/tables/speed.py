@@ -16,6 +16,14 @@ from report.tables.selection import REFERENCE, Selection, incomparable_reason, i
 
 FEWEST_STEPS = 50
 FEWEST_STEPS_TINY = 10
+BF16, MEASURED, TOKENS = "bf16 peak", "measured peak", "tokens/s"
+FIELD = {BF16: "mfu_bf16_peak", MEASURED: "mfu_measured_peak"}
+NOT_MEASURED = (
+    "not measured: no run of this folder has an MFU (a GPU that is not in the table of peaks, or a machine "
+    "without measured ceilings; see `python -m harness doctor --measure`)"
+)
+Scores = dict[str, dict[str, list[float]]]
+"""Group -> configuration -> log speed relative to fp32_true, one value a seed, averaged over cases."""
 
 
 def eligible(folder: Folder, selection: Selection) -> tuple[list[RunRecord], tuple[tuple[str, str], ...]]:
@@ -63,14 +71,6 @@ def disturbed(run: RunRecord) -> str | None:
     return "contended: another process used the GPU" if hardware.get("contended") else None
 
 
-BF16, MEASURED, TOKENS = "bf16 peak", "measured peak", "tokens/s"
-FIELD = {BF16: "mfu_bf16_peak", MEASURED: "mfu_measured_peak"}
-NOT_MEASURED = (
-    "not measured: no run of this folder has an MFU (a GPU that is not in the table of peaks, or a machine "
-    "without measured ceilings; see `python -m harness doctor --measure`)"
-)
-
-
 def y_kind(runs: Iterable[RunRecord]) -> str | None:
     """The denominator that these runs have in common, or None when no MFU was measured."""
     runs = list(runs)
@@ -98,10 +98,6 @@ def paired_ratio(pairs: list[tuple[RunRecord, RunRecord]], value: Callable[[RunR
 def pooled_rate(rates: list[float]) -> float:
     """The rate of runs that did the same work each: total over total, the harmonic mean."""
     return len(rates) / sum(1 / rate for rate in rates)
-
-
-Scores = dict[str, dict[str, list[float]]]
-"""Group -> configuration -> log speed relative to fp32_true, one value a seed, averaged over cases."""
 
 
 def group_scores(runs: Iterable[RunRecord], group_of: Callable[[RunRecord], str]) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from instrument.results.contents import Folder
@@ -28,21 +29,13 @@ class Check:
 def trust(folder: Folder) -> tuple[Check, ...]:
     """The five checks, one of the kernels when they were compared with float64 here, and one when the files had defects."""
     selection = select(folder)
-    checks = (
-        _fairness(selection),
-        _health(folder),
-        _seeds(selection),
-        _exclusions(folder, selection),
-        _overhead(folder),
-        *_kernels(folder),
-    )
-    defects = folder.defects
-    if not defects:
-        return checks
-    return (
-        *checks,
-        Check("files", False, f"{count(len(defects), 'defect')} in the files, listed at the end; the first: {defects[0]}."),
-    )
+    checks = [_fairness(selection), _health(folder), _seeds(selection), _exclusions(folder, selection), _overhead(folder)]
+    if rows := objects((folder.kernel_check or {}).get("rows")):
+        checks.append(_kernels(rows))
+    if defects := folder.defects:
+        text = f"{count(len(defects), 'defect')} in the files, listed at the end; the first: {defects[0]}."
+        checks.append(Check("files", False, text))
+    return tuple(checks)
 
 
 def _fairness(selection: Selection) -> Check:
@@ -55,31 +48,17 @@ def _fairness(selection: Selection) -> Check:
     unknown = [run for run, _ in pairs if run.init_sha256 is None or run.data_sha256 is None]
     if not pairs:
         return Check("fairness", None, "No run stands beside an fp32_true run of its case and seed.")
+    of_all = f"of {count(len(pairs), 'pair')}"
     if wrong:
-        return Check(
-            "fairness",
-            False,
-            f"{len(wrong)} of {count(len(pairs), 'pair')} are not compared; the first: {wrong[0][0].run_id}: {wrong[0][1]}.",
-            tuple(run.run_id for run, _ in wrong),
-        )
+        (run, reason), *_ = wrong
+        text = f"{len(wrong)} {of_all} are not compared; the first: {run.run_id}: {reason}."
+        return Check("fairness", False, text, tuple(run.run_id for run, _ in wrong))
     if unknown:
-        return Check(
-            "fairness",
-            None,
-            f"{len(unknown)} of {count(len(pairs), 'pair')} have no hashes of weights and batches: "
-            f"that they are the same is not verified.",
-            tuple(run.run_id for run in unknown),
-        )
-    return Check(
-        "fairness",
-        True,
-        f"{_all(len(pairs))} initial weights, batches, switches and attention backend with "
-        f"fp32_true of {'its' if len(pairs) == 1 else 'their'} case and seed (hashes in every row).",
-    )
-
-
-def _all(pairs: int) -> str:
-    return "The one run shares" if pairs == 1 else f"All {pairs:,} runs share"
+        text = f"{len(unknown)} {of_all} have no hashes of weights and batches: that they are the same is not verified."
+        return Check("fairness", None, text, tuple(run.run_id for run in unknown))
+    who, whose = ("The one run shares", "its") if len(pairs) == 1 else (f"All {len(pairs):,} runs share", "their")
+    what = "initial weights, batches, switches and attention backend"
+    return Check("fairness", True, f"{who} {what} with fp32_true of {whose} case and seed (hashes in every row).")
 
 
 def _health(folder: Folder) -> Check:
@@ -90,37 +69,24 @@ def _health(folder: Folder) -> Check:
         return Check("reference", None, "There is no fp32_true run: nothing can be judged.")
     if judgements.unhealthy:
         case, reason = next(iter(sorted(judgements.unhealthy.items())))
-        return Check(
-            "reference",
-            False,
-            f"The reference of {shortened(sorted(judgements.unhealthy))} is unhealthy and not judged by; {case}: {reason}.",
-            ids,
-        )
-    ended = [run for run in references if run.status == "completed"]
+        text = f"The reference of {shortened(sorted(judgements.unhealthy))} is unhealthy and not judged by; {case}: {reason}."
+        return Check("reference", False, text, ids)
+    ended = sum(run.status == "completed" for run in references)
     if not ended:
         return Check("reference", None, "No fp32_true run has completed: nothing can be judged.")
-    text = (
-        "The one fp32_true run that completed ends below its start."
-        if len(ended) == 1
-        else f"All {len(ended)} fp32_true runs that completed end below their start."
-    )
-    return Check("reference", True, text)
+    if ended == 1:
+        return Check("reference", True, "The one fp32_true run that completed ends below its start.")
+    return Check("reference", True, f"All {ended} fp32_true runs that completed end below their start.")
 
 
 def _seeds(selection: Selection) -> Check:
-    seeds: dict[tuple[str, str], int] = {}
-    for run in (run for run in selection.runs if not is_unfinished(run)):
-        seeds[run.case, run.dtype_config] = seeds.get((run.case, run.dtype_config), 0) + 1
+    seeds = Counter((run.case, run.dtype_config) for run in selection.runs if not is_unfinished(run))
     low, high = min(seeds.values(), default=0), max(seeds.values(), default=0)
     span = count(low, "seed") if low == high else f"{low} to {high} seeds"
     if low >= FEWEST_SEEDS:
         return Check("seeds", True, f"{span} a cell; intervals are 95 % t-intervals over paired seeds.")
-    return Check(
-        "seeds",
-        False,
-        f"{span} a cell: {'one seed has no interval' if low == 1 else 'intervals are wide'}, and no "
-        f"hypothesis is decided below {FEWEST_SEEDS}.",
-    )
+    why = "one seed has no interval" if low == 1 else "intervals are wide"
+    return Check("seeds", False, f"{span} a cell: {why}, and no hypothesis is decided below {FEWEST_SEEDS}.")
 
 
 def _exclusions(folder: Folder, selection: Selection) -> Check:
@@ -131,13 +97,9 @@ def _exclusions(folder: Folder, selection: Selection) -> Check:
         return Check("exclusions", True, "No run is left out of the figures of speed and memory.")
     reasons = shortened([f"{run_id} ({reason})" for run_id, reason in disturbed or excluded], 2)
     what = f"{len(disturbed)} throttled or contended" if disturbed else "none throttled or contended"
-    verb = "is" if len(excluded) == 1 else "are"
-    return Check(
-        "exclusions",
-        not disturbed,
-        f"{count(len(excluded), 'run')} {verb} left out of the figures of speed and memory, {what}: {reasons}.",
-        ids,
-    )
+    runs = f"{count(len(excluded), 'run')} {'is' if len(excluded) == 1 else 'are'}"
+    text = f"{runs} left out of the figures of speed and memory, {what}: {reasons}."
+    return Check("exclusions", not disturbed, text, ids)
 
 
 def _overhead(folder: Folder) -> Check:
@@ -152,36 +114,19 @@ def _overhead(folder: Folder) -> Check:
     worst = max(rows, key=lambda row: row["median"] / row["at_most"])
     low, high = number(worst.get("low95")), number(worst.get("high95"))
     span = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
-    missed = [row for row in rows if row["median"] > row["at_most"]]
-    return Check(
-        "overhead",
-        not missed,
-        f"The instruments cost {worst['median']:.3f}{span} times a step without them "
-        f"({worst.get('name')}; aim: at most {worst['at_most']:g}).",
-    )
+    aim = f"({worst.get('name')}; aim: at most {worst['at_most']:g})"
+    text = f"The instruments cost {worst['median']:.3f}{span} times a step without them {aim}."
+    return Check("overhead", all(row["median"] <= row["at_most"] for row in rows), text)
 
 
-def _kernels(folder: Folder) -> tuple[Check, ...]:
+def _kernels(rows: list[dict]) -> Check:
     """What `python -m kernels check` found on this device."""
-    rows = objects((folder.kernel_check or {}).get("rows"))
-    if not rows:
-        return ()
-    ops = {str(row.get("op")) for row in rows}
     wrong = [row for row in rows if row.get("status") != "right"]
-    where = str(rows[0].get("device"))
+    where = f"agree with float64 on this device ({rows[0].get('device')})"
     if not wrong:
+        ops = {str(row.get("op")) for row in rows}
         judged = f"{count(len(rows), 'quantity', 'quantities')} of {count(len(ops), 'kernel')}"
-        return (
-            Check(
-                "kernels", True, f"All {judged} agree with float64 on this device ({where}), within eager torch's own error."
-            ),
-        )
+        return Check("kernels", True, f"All {judged} {where}, within eager torch's own error.")
     first = wrong[0]
     what = f"{first.get('op')} {first.get('dtype')}, {first.get('case') or 'all'}: {first.get('note') or first.get('quantity')}"
-    return (
-        Check(
-            "kernels",
-            False,
-            f"{len(wrong)} of {len(rows)} quantities do not agree with float64 on this device ({where}); the first: {what}.",
-        ),
-    )
+    return Check("kernels", False, f"{len(wrong)} of {len(rows)} quantities do not {where}; the first: {what}.")

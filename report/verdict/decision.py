@@ -60,21 +60,21 @@ class TaskVerdict:
     column: str
     use: str | None
     avoid: tuple[str, ...]
-    relative_speed: float | None
-    low: float | None
-    high: float | None
-    peak_bytes: int | None
-    peak_kind: str | None
-    quality: str | None
-    reason: str
-    confidence: str | None
-    n: int
-    relative_cost: float | None
-    hours_per_million_samples: float | None
-    hours_per_billion_real_tokens: float | None
-    cost: str | None
-    cases: tuple[str, ...]
-    run_ids: tuple[str, ...]
+    relative_speed: float | None = None
+    low: float | None = None
+    high: float | None = None
+    peak_bytes: int | None = None
+    peak_kind: str | None = None
+    quality: str | None = None
+    reason: str = ""
+    confidence: str | None = None
+    n: int = 0
+    relative_cost: float | None = None
+    hours_per_million_samples: float | None = None
+    hours_per_billion_real_tokens: float | None = None
+    cost: str | None = None
+    cases: tuple[str, ...] = ()
+    run_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _task(
     avoid = to_avoid(base, cases)
     healthy = [case for case in cases if case not in base.judgements.unhealthy]
     if not scores:
-        return _nothing(column, cases, avoid, _why_nothing(base, cases, healthy))
+        return TaskVerdict(column, None, avoid, reason=_why_nothing(base, cases, healthy), cases=cases)
     best = max(scores, key=lambda config: float(np.mean(scores[config])))
     speed = exponential(mean_interval(scores[best]))
     runs = [run for run in good if run.dtype_config == best and run.case in healthy]
@@ -132,26 +132,18 @@ def _task(
     token_hours = _token_hours(runs)
     confidence, ties = _confidence(base, scores, best)
     left_out = [case for case in cases if case not in healthy]
-    alone = len(scores) == 1
     waiting = series_order(
-        {
-            run.dtype_config
-            for run in base.selection.runs
-            if run.case in healthy
-            and is_unfinished(run)
-            and run.dtype_config not in scores
-            and not is_control(run.dtype_config)
-        }
+        run.dtype_config
+        for run in base.selection.runs
+        if run.case in healthy and is_unfinished(run) and run.dtype_config not in scores and not is_control(run.dtype_config)
     )
     confidence = "medium" if waiting and confidence == "high" else confidence
-    reason = "; ".join(
-        [
-            *(["no other configuration completed every run"] if alone else []),
-            *([f"tied with {shortened(ties)}"] if ties else []),
-            *([f"{shortened(waiting)} unfinished, so not judged"] if waiting else []),
-            *([f"{shortened(left_out)} left out: reference unhealthy"] if left_out else []),
-        ]
-    )
+    reasons = {
+        "no other configuration completed every run": len(scores) == 1,
+        f"tied with {shortened(ties)}": ties,
+        f"{shortened(waiting)} unfinished, so not judged": waiting,
+        f"{shortened(left_out)} left out: reference unhealthy": left_out,
+    }
     return TaskVerdict(
         column,
         best,
@@ -160,8 +152,8 @@ def _task(
         *(_or_none(v) for v in (speed.low, speed.high)),
         peak_of(runs, memory) if memory else None,
         memory,
-        quality_words(base, runs, best),
-        reason,
+        quality_text(base, runs, best),
+        "; ".join(reason for reason, holds in reasons.items() if holds),
         confidence,
         speed.n,
         1 / speed.value,
@@ -170,12 +162,6 @@ def _task(
         cost_text(1 / speed.value, hours, token_hours, price),
         cases,
         tuple(run.run_id for run in runs),
-    )
-
-
-def _nothing(column: str, cases: tuple[str, ...], avoid: tuple[str, ...], reason: str) -> TaskVerdict:
-    return TaskVerdict(
-        column, None, avoid, None, None, None, None, None, None, reason, None, 0, None, None, None, None, cases, ()
     )
 
 
@@ -207,7 +193,7 @@ def _confidence(base: EvidenceBase, scores: dict[str, list[float]], best: str) -
     return ("medium" if ties else "high"), ties
 
 
-def quality_words(base: EvidenceBase, runs: list[RunRecord], config: str) -> str | None:
+def quality_text(base: EvidenceBase, runs: list[RunRecord], config: str) -> str | None:
     """The largest mean distance from fp32_true over the task's cases, with its interval."""
     if config == REFERENCE or is_control(config):
         return "the reference"

@@ -163,8 +163,8 @@ def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
         == 0
     )
     assert "EUR per million samples" in (small.path / "dossier" / "index.html").read_text()
-    told = json.loads((small.path / "summary.json").read_text())["verdict"]
-    assert (told["price_per_hour"], told["currency"]) == (2.5, "EUR")
+    saved = json.loads((small.path / "summary.json").read_text())["verdict"]
+    assert (saved["price_per_hour"], saved["currency"]) == (2.5, "EUR")
     assert "bf16_pure" in (small.path / "plots" / "d_grad_norm_heartbeat.csv").read_text()
 
 

@@ -133,23 +133,23 @@ def test_tensorboard_reads_back_what_was_written(plant, tmp_path):
 
 
 def test_wandb_is_told_every_step_once_and_stays_offline(plant, tmp_path, monkeypatch):
-    told = []
+    calls = []
 
     class Run:
         def log(self, numbers, step):
-            told.append((step, numbers))
+            calls.append((step, numbers))
 
         def finish(self):
-            told.append("finished")
+            calls.append("finished")
 
     fake = types.ModuleType("wandb")
-    fake.init = lambda **given: told.append(given) or Run()
+    fake.init = lambda **given: calls.append(given) or Run()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     folder = plant(("gpt2_clm",), ("fp32_true",), (0,))
     exporter("wandb")(folder, tmp_path / "out")
-    assert told[0]["mode"] == "offline" and told[0]["id"] == folder.runs[0].run_id and told[-1] == "finished"
-    assert [step for step, _ in told[1:-1]] == list(range(1, 61))
+    assert calls[0]["mode"] == "offline" and calls[0]["id"] == folder.runs[0].run_id and calls[-1] == "finished"
+    assert [step for step, _ in calls[1:-1]] == list(range(1, 61))
 
 
 def test_every_format_of_the_command_line_has_an_exporter():

@@ -90,7 +90,7 @@ def test_nothing_is_decided_without_data_and_what_would_decide_is_said(plant):
     assert all(f.would_decide and "Not tested" in f.sentence and f.effect is None and f.n == 0 for f in findings)
 
 
-# H1: fp16_naive survives single-label and dies on multi-label.
+# H1: fp16_naive trains on single-label and diverges on multi-label.
 
 
 def fp16(plant, dead, phase="forward", seeds=(0, 1, 2), cases=(SINGLE, MULTI)):

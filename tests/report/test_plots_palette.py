@@ -1,4 +1,4 @@
-"""Configurations are told apart without hue, and every colour is seen on its paper."""
+"""Configurations differ without hue, and every colour is seen on its paper."""
 
 from itertools import combinations
 

@@ -45,7 +45,7 @@ SKIPPED = of("amp_fp16", ("scaler_skip", MISSED))
 CALM = of("amp_bf16", ("scaler_skip", NEITHER))
 
 
-def told(folder, *configs, name=CASE, **content):
+def with_prediction(folder, *configs, name=CASE, **content):
     path = folder.path / "predictions"
     path.mkdir(exist_ok=True)
     (path / f"{name}.json").write_text(json.dumps({"case": CASE, "references": [{"configs": configs}]} | content))
@@ -58,7 +58,7 @@ def test_the_words_are_those_of_the_harness():
 
 
 def test_outcomes_are_counted_and_an_end_stands_beside_its_prediction(folder):
-    found = predicted(told(folder, DIED, SKIPPED, CALM))
+    found = predicted(with_prediction(folder, DIED, SKIPPED, CALM))
     assert found.counts == {VERDICTS[0]: 1, VERDICTS[1]: 0, VERDICTS[2]: 1, VERDICTS[3]: 0, VERDICTS[4]: 2}
     assert found.missing == () and found.ends.to_dict("records") == [
         {
@@ -77,7 +77,7 @@ def test_outcomes_are_counted_and_an_end_stands_beside_its_prediction(folder):
 
 
 def test_the_matrix_says_hit_miss_and_nothing(folder):
-    folder = told(folder, DIED, SKIPPED, CALM)
+    folder = with_prediction(folder, DIED, SKIPPED, CALM)
     words = prediction_text(predicted(folder), folder)
     assert words["heads"] == ("configuration", CASE)
     assert words["rows"] == [["amp_fp16", "✗ scaler skip"], ["amp_bf16", "– nothing"], ["fp16_naive", "✓ division by zero @ 1"]]
@@ -93,7 +93,7 @@ def test_seeds_are_counted_in_their_cell(plant):
         of("amp_fp16", ("scaler_skip", HIT if seed else NEITHER), run_id=f"{CASE}-amp_fp16-s{seed}-0badcafe")
         for seed in range(3)
     ]
-    folder = told(folder, *runs)
+    folder = with_prediction(folder, *runs)
     assert prediction_text(predicted(folder), folder)["rows"] == [["amp_fp16", "✓ scaler skip 2/3"]]
 
 
@@ -106,7 +106,7 @@ def test_seeds_are_counted_in_their_cell(plant):
     ],
 )
 def test_a_wrong_prediction_of_the_end_is_not_hidden(folder, fields, says):
-    folder = told(folder, of("fp16_naive", ("scaler_skip", NEITHER)) | fields)
+    folder = with_prediction(folder, of("fp16_naive", ("scaler_skip", NEITHER)) | fields)
     assert prediction_text(predicted(folder), folder)["ends"][0][-1] == says
 
 
@@ -141,13 +141,13 @@ def test_a_case_that_nobody_asked_about_names_the_command(plant):
     ],
 )
 def test_what_is_no_prediction_is_left_out(folder, content):
-    found = predicted(told(folder, **content))
+    found = predicted(with_prediction(folder, **content))
     assert found.outcomes.empty and found.ends.empty
 
 
 def test_a_run_of_another_folder_or_told_twice_counts_once(folder):
     foreign = of("amp_fp16", ("scaler_skip", HIT), run_id=f"{CASE}-amp_fp16-s9-0badcafe")
-    assert predicted(told(folder, SKIPPED, SKIPPED, foreign)).counts[MISSED] == 1
+    assert predicted(with_prediction(folder, SKIPPED, SKIPPED, foreign)).counts[MISSED] == 1
 
 
 def test_a_torn_file_is_a_defect_and_not_a_prediction(folder):
@@ -159,7 +159,7 @@ def test_a_torn_file_is_a_defect_and_not_a_prediction(folder):
 
 def test_hostile_words_are_shortened_and_stay_words(folder):
     evil = "<script>alert(1)</script>\u202e" + "x" * 10_000
-    folder = told(
+    folder = with_prediction(
         folder, of("fp16_naive", (evil, HIT), ends={"kind": evil, "module": evil, "step": 1}, happened=evil, happened_in=evil)
     )
     words = prediction_text(predicted(folder), folder)
