@@ -55,7 +55,7 @@ def planted_run(
     f1: float | None = None,
     logit: float = 10.0,
     real: float = 1.0,
-    dies_at: int | None = None,
+    diverges_at: int | None = None,
     first: FirstNonfinite | None = ADAMW,
     mfu: float | None = 0.2,
     steps: int = STEPS,
@@ -64,7 +64,7 @@ def planted_run(
     """One run. ``speed`` relative to 100 samples/s, ``gap`` added to the final validation loss, ``real`` the
     share of tokens that are not padding; ``row`` replaces fields of the record."""
     case = CASES[case_id]
-    n = steps if dies_at is None else dies_at
+    n = steps if diverges_at is None else diverges_at
     rate = SAMPLES_PER_S * speed
     wobble = np.random.default_rng(abs(hash_of(case_id, seed))).normal(0, 0.02, n).tolist()
     tokens = BATCH * SEQ_LEN
@@ -97,7 +97,7 @@ def planted_run(
                 mfu_bf16_peak_real_tokens=used and used * share,
             )
         )
-    died = dies_at is not None
+    died = diverges_at is not None
     if died:
         log[-1] = msgspec.structs.replace(log[-1], grad_norm=float("nan"))
     settings = {"untimed_steps": UNTIMED, "lr": 1e-3, "device": "cuda", "config": {"id": config}, "bucket_by_length": False}
@@ -116,8 +116,8 @@ def planted_run(
         "data_source": "planted",
         "weights_source": "scratch",
         "status": "diverged" if died else "completed",
-        "divergence_step": dies_at,
-        "first_nonfinite": msgspec.structs.replace(first, step=dies_at) if died and first else None,
+        "divergence_step": diverges_at,
+        "first_nonfinite": msgspec.structs.replace(first, step=diverges_at) if died and first else None,
         "steps_done": n,
         "max_steps": steps,
         "timed_steps": max(0, n - UNTIMED),

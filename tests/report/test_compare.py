@@ -56,7 +56,7 @@ def test_stability_that_differs_between_devices_is_named(plant):
     fragile = plant(
         ("gpt2_clm",),
         CONFIGS,
-        change=lambda case, config, seed: {"device": "second"} | ({"dies_at": 9} if config == "bf16_pure" else {}),
+        change=lambda case, config, seed: {"device": "second"} | ({"diverges_at": 9} if config == "bf16_pure" else {}),
         name="second",
     )
     comparison = compare([device(plant, "first"), fragile])

@@ -1,7 +1,4 @@
-"""What the page says beside its figures: citations, commands, cards, tables of measurements.
-
-What fits, as the dossier prints it: nothing that was not measured has a number.
-"""
+"""What the page says beside its figures: citations, commands, cards, tables of measurements, what fits."""
 
 import json
 import re

@@ -79,6 +79,7 @@ def test_the_appendix_names_only_figures_and_tables_that_are_there(plant, tmp_pa
     assert tmp_path / "out" / "appendix.tex" in paths
 
 
+@pytest.mark.process
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
 def test_the_appendix_compiles(plant, tmp_path):
@@ -86,7 +87,7 @@ def test_the_appendix_compiles(plant, tmp_path):
         ("gpt2_clm", "gpt2_multi_cls"),
         ("fp32_true", "amp_bf16", "fp16_naive"),
         (0, 1),
-        lambda case, config, seed: {"dies_at": 3} if config == "fp16_naive" else {"weights_source": "$\\frac{$_&%#"},
+        lambda case, config, seed: {"diverges_at": 3} if config == "fp16_naive" else {"weights_source": "$\\frac{$_&%#"},
     )
     exporter("appendix")(folder, tmp_path / "out")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "appendix.tex"]
@@ -104,7 +105,7 @@ def test_bencher_has_values_with_their_bounds(small, tmp_path):
 
 
 def test_a_replay_leaves_out_what_is_not_finite(plant):
-    folder = plant(("gpt2_clm",), ("fp16_naive",), (0,), lambda *_: {"dies_at": 3})
+    folder = plant(("gpt2_clm",), ("fp16_naive",), (0,), lambda *_: {"diverges_at": 3})
     found = list(points(folder, folder.runs[0]))
     assert [step for step, _, _ in found] == [1, 2, 3]
     assert "grad_norm" in found[1][2] and "grad_norm" not in found[2][2] and "loss_scale" not in found[0][2]

@@ -99,7 +99,7 @@ def fp16(plant, dead, phase="forward", seeds=(0, 1, 2), cases=(SINGLE, MULTI)):
         cases,
         ("fp32_true", "fp16_naive", "fp16_naive_fp32_states"),
         seeds,
-        lambda case, config, seed: {"dies_at": 4, "first": first(phase)} if dead(case, config, seed) else {},
+        lambda case, config, seed: {"diverges_at": 4, "first": first(phase)} if dead(case, config, seed) else {},
     )
 
 

@@ -25,11 +25,7 @@ def texts(pages):
 
 def first_page_with(texts, heading: str) -> int:
     """Number from 1 of the first page after the contents whose lines hold the heading alone."""
-    return next(
-        number
-        for number, text in enumerate(texts, start=1)
-        if heading in [line.strip() for line in text.splitlines()]
-    )
+    return next(number for number, text in enumerate(texts, start=1) if heading in [line.strip() for line in text.splitlines()])
 
 
 def test_sections_one_to_three_are_within_four_pages(texts):

@@ -140,9 +140,10 @@ def test_the_headroom_map_prefers_what_overflowed_and_leaves_one_column_out(plan
         ("gpt2_clm",),
         configs,
         (0,),
-        lambda case, config, seed: {"fp16_naive": {"dies_at": 1}, "amp_fp16_unscaled": {"dies_at": 4, "first": FORWARD}}.get(
-            config, {}
-        ),
+        lambda case, config, seed: {
+            "fp16_naive": {"diverges_at": 1},
+            "amp_fp16_unscaled": {"diverges_at": 4, "first": FORWARD},
+        }.get(config, {}),
     )
     ids = {config: f"gpt2_clm-{config}-s0-0badcafe" for config in configs}
     activations(folder, ids["fp16_naive"], [60_000.0])  # dead at step 1: one column says nothing
@@ -167,7 +168,7 @@ def test_a_range_that_is_wide_enough_is_shown_when_there_is_nothing_else(plant):
         ("gpt2_clm",),
         ("fp16_naive", "amp_bf16"),
         (0,),
-        lambda case, config, seed: {"dies_at": 1} if config == "fp16_naive" else {},
+        lambda case, config, seed: {"diverges_at": 1} if config == "fp16_naive" else {},
     )
     activations(folder, "gpt2_clm-fp16_naive-s0-0badcafe", [60_000.0])
     assert "at 3 steps or more" in headroom.table(load(folder.path)).empty

@@ -1,7 +1,4 @@
-"""Files: no date, full numbers, cells that no spreadsheet runs.
-
-A figure's SVG fits into a page beside seven others.
-"""
+"""A figure's files: no date, full numbers, cells that no spreadsheet runs, an SVG that fits into a page beside seven others."""
 
 import io
 import re

@@ -16,7 +16,7 @@ CASE, CONFIGS = "gpt2_clm", ("fp32_true", "amp_fp16", "fp16_naive", "amp_bf16")
 
 @pytest.fixture
 def folder(plant):
-    return plant((CASE,), CONFIGS, (0,), lambda case, config, seed: {"dies_at": 1} if config == "fp16_naive" else {})
+    return plant((CASE,), CONFIGS, (0,), lambda case, config, seed: {"diverges_at": 1} if config == "fp16_naive" else {})
 
 
 def of(config, *outcomes, **fields):

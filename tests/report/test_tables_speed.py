@@ -1,7 +1,4 @@
-"""B, C, F, H: intervals by hand, words for the dead, frontiers, padding, ranks.
-
-The instruments' cost, from a benchmark's file made by hand (SIMULATED), to the ratios and the picture.
-"""
+"""B, C, F, H and the instruments' cost: intervals by hand, text for runs without a speed, frontiers, padding, ranks."""
 
 import json
 import math
@@ -58,7 +55,7 @@ def test_the_reference_is_one_without_interval(plant):
 
 def test_a_dead_run_is_a_word_and_no_bar(plant):
     table = c_throughput.table(
-        plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed: {"dies_at": 55} if config == "bf16_pure" else {})
+        plant(("gpt2_clm",), CONFIGS, change=lambda case, config, seed: {"diverges_at": 55} if config == "bf16_pure" else {})
     )
     row = rows(table).loc[("gpt2_clm", "bf16_pure")]
     assert row["word"] == "NaN @ 55" and math.isnan(row["relative"]) and row["n"] == 0
@@ -185,7 +182,7 @@ def test_ranks_compare_both_sides_and_leave_controls_out(plant):
 
 def test_a_configuration_that_died_anywhere_is_not_ranked(plant):
     dead = (BOTH[1], "amp_bf16", 2)
-    folder = plant(BOTH, CONFIGS, change=lambda *key: fast(*key) | ({"dies_at": 20} if key == dead else {}))
+    folder = plant(BOTH, CONFIGS, change=lambda *key: fast(*key) | ({"diverges_at": 20} if key == dead else {}))
     assert set(h_rank.table(folder).data["dtype_config"]) == {"fp32_true", "bf16_pure"}
 
 

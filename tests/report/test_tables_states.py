@@ -1,7 +1,4 @@
-"""A: every state is reached by planted data, at its threshold, and only there.
-
-The same folder gives the same tables, words and verdicts in every process.
-"""
+"""A: every state is reached by planted data, at its threshold, and only there; the same folder gives the same tables everywhere."""
 
 import os
 import subprocess
@@ -63,7 +60,9 @@ def test_a_cell_says_how_many_seeds_are_bad(plant):
 
 def test_a_death_names_kind_step_phase_and_seeds(plant):
     folder = plant(
-        (LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 50 + seed} if config == "amp_bf16" and seed < 2 else {}
+        (LM,),
+        CONFIGS,
+        change=lambda case, config, seed: {"diverges_at": 50 + seed} if config == "amp_bf16" and seed < 2 else {},
     )
     row = cell(folder)
     assert (row["state"], row["step"], row["line1"], row["line2"]) == ("diverged", 50, "NaN @ 50–51", "optim, 2/3")
@@ -71,7 +70,7 @@ def test_a_death_names_kind_step_phase_and_seeds(plant):
 
 
 def test_an_explosion_with_finite_values_is_called_that(plant):
-    assert cell(plant((LM,), CONFIGS, change=only(dies_at=30, first=None)))["line1"] == "loss↑ @ 30"
+    assert cell(plant((LM,), CONFIGS, change=only(diverges_at=30, first=None)))["line1"] == "loss↑ @ 30"
 
 
 def test_smaller_differences_that_the_seeds_resolve_stay_green_and_are_annotated(plant):
@@ -97,7 +96,7 @@ def test_an_unhealthy_reference_leaves_its_case_unjudged_and_others_alone(plant)
 
 
 def test_a_reference_that_diverged_is_unhealthy(plant):
-    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"dies_at": 20} if config == "fp32_true" else {})
+    folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"diverges_at": 20} if config == "fp32_true" else {})
     assert cell(folder)["state"] == "unjudged" and cell(folder, config="fp32_true")["state"] == "diverged"
 
 
@@ -192,8 +191,8 @@ def test_other_settings_of_a_case_are_named_and_not_averaged(plant, add_row):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dies_at": 50, "first": msgspec.structs.replace(ADAMW, phase="backward")},
-        {"dies_at": 50, "first": None},
+        {"diverges_at": 50, "first": msgspec.structs.replace(ADAMW, phase="backward")},
+        {"diverges_at": 50, "first": None},
         {"gap": 4.0},
         {"gap": 0.1},
         {"gap": -0.001},
@@ -228,6 +227,7 @@ print(hashlib.sha256(repr((said, judge(folder), trust(folder), verdict_text(fold
 """
 
 
+@pytest.mark.process
 @pytest.mark.soak
 def test_the_order_of_sets_changes_nothing(small):
     command = [sys.executable, "-c", CODE, str(small.path)]

@@ -52,7 +52,9 @@ def test_a_skipped_step_is_a_skip_and_no_spike(plant):
 
 
 def test_the_last_finite_step_of_a_death_is_marked_also_at_step_two(plant):
-    folder = plant(("gpt2_clm",), CONFIGS, (0,), lambda case, config, seed: {"dies_at": 2} if config == "fp16_naive" else {})
+    folder = plant(
+        ("gpt2_clm",), CONFIGS, (0,), lambda case, config, seed: {"diverges_at": 2} if config == "fp16_naive" else {}
+    )
     table = d_grad_norm.table(folder)
     assert table.data[table.data["last_finite"]][["dtype_config", "step"]].values.tolist() == [["fp16_naive", 1]]
     row = table.summary.set_index("dtype_config").loc["fp16_naive"]
@@ -93,7 +95,7 @@ def test_logits_that_are_dead_because_a_parameter_is_are_no_overflow(plant, phas
         ("gpt2_multi_cls",),
         ("fp32_true", "fp16_naive"),
         (0,),
-        lambda case, config, seed: {"dies_at": 20, "first": first} if config == "fp16_naive" else {},
+        lambda case, config, seed: {"diverges_at": 20, "first": first} if config == "fp16_naive" else {},
     )
     folder = edit_log(folder, run_id("gpt2_multi_cls", "fp16_naive"), lambda r: {"logit_nonfinite": 5} if r.step == 20 else {})
     table = e_logits.table(folder)
@@ -126,7 +128,7 @@ def test_where_each_kind_diverges_is_the_title(plant):
         ("gpt2_single_cls", "gpt2_multi_cls"),
         ("fp32_true", "fp16_naive"),
         (0,),
-        lambda case, config, seed: {"dies_at": 9} if config == "fp16_naive" and "multi" in case else {},
+        lambda case, config, seed: {"diverges_at": 9} if config == "fp16_naive" and "multi" in case else {},
     )
     table = g_loss.table(folder)
     assert table.title == "fp16_naive diverges in 0 of 1 single-label run and 1 of 1 multi-label run."
@@ -140,7 +142,7 @@ def test_the_title_of_g_names_each_configuration_once_and_fits_two_lines(plant):
         ("gpt2_single_cls", "gpt2_multi_cls"),
         configs,
         (0, 1),
-        lambda case, config, seed: {"dies_at": 9} if seed < dead.get(config, 0) else {},
+        lambda case, config, seed: {"diverges_at": 9} if seed < dead.get(config, 0) else {},
     )
     title = g_loss.table(folder).title
     assert title == (
@@ -159,7 +161,7 @@ def test_the_heartbeat_takes_what_was_asked_for_and_refuses_what_is_not_there(pl
 
 
 def test_every_table_stands_on_a_folder_with_a_single_dead_run(plant):
-    folder = plant(("gpt2_multi_cls",), ("fp16_naive",), (0,), lambda *_: {"dies_at": 1})
+    folder = plant(("gpt2_multi_cls",), ("fp16_naive",), (0,), lambda *_: {"diverges_at": 1})
     tables = all_tables(folder)
     assert list(tables) == list("ABCDEFGH") == list(TABLES)
     assert all(table.title and table.caption and table.marks == ("SIMULATED",) for table in tables.values())
@@ -183,15 +185,15 @@ def test_a_failure_is_told_from_its_row_and_from_its_forensics(plant):
         ("gpt2_clm",),
         ("fp32_true", "fp16_naive"),
         (0,),
-        lambda case, config, seed: {"dies_at": 3} if config == "fp16_naive" else {},
+        lambda case, config, seed: {"diverges_at": 3} if config == "fp16_naive" else {},
     )
     (card,) = failures(folder)
     assert card.sentence == "NaN @ 3: h.0.param became nan (float16) in the optimizer, from exp_avg_sq."
     assert "division" in card.cause and card.chain == () and card.trace_file is None
     file = folder.path / "runs" / card.run_id / "forensics.json"
-    file.write_text(json.dumps({"sentence": "Reported.", "chain": [{"module": "h.0"}, 7], "remedies": "none", "trace_file": 5}))
+    file.write_text(json.dumps({"sentence": "Found.", "chain": [{"module": "h.0"}, 7], "remedies": "none", "trace_file": 5}))
     (card,) = failures(load(folder.path))
-    assert card.sentence == "Reported." and card.chain == ({"module": "h.0"},) and card.remedies == () and card.trace_file is None
+    assert card.sentence == "Found." and card.chain == ({"module": "h.0"},) and card.remedies == () and card.trace_file is None
     file.write_text("{torn")
     folder = load(folder.path)
     assert failures(folder)[0].sentence.startswith("NaN @ 3") and "forensics.json" in folder.defects[0].file

@@ -1,7 +1,4 @@
-"""Numbers and counts as words.
-
-What files say is safe to draw, and numbers read well.
-"""
+"""Numbers and counts read well, and what files say is safe to draw."""
 
 import math
 

@@ -38,7 +38,7 @@ def test_the_fastest_good_configuration_is_recommended_with_its_numbers(plant):
 
 @pytest.mark.parametrize(
     ("bad", "says"),
-    [({"gap": 4.0}, "+4.00 nats"), ({"dies_at": 55}, "NaN @ 55, optimizer"), ({"status": "oom", "val_loss": None}, "oom")],
+    [({"gap": 4.0}, "+4.00 nats"), ({"diverges_at": 55}, "NaN @ 55, optimizer"), ({"status": "oom", "val_loss": None}, "oom")],
 )
 def test_a_configuration_that_fails_is_avoided_with_its_reason_however_fast(plant, bad, says):
     found = task(planted(plant, bf16_pure=bad))
@@ -89,7 +89,9 @@ def test_fp32_itself_is_recommended_when_nothing_beats_it(plant):
 
 def test_a_reference_that_stands_alone_is_not_praised(plant):
     folder = plant(
-        (LM,), ("fp32_true", "fp16_naive"), change=lambda case, config, seed: {"dies_at": 3} if config == "fp16_naive" else {}
+        (LM,),
+        ("fp32_true", "fp16_naive"),
+        change=lambda case, config, seed: {"diverges_at": 3} if config == "fp16_naive" else {},
     )
     assert "no other configuration completed" in task(folder).reason and "1.00x" not in verdict_text(folder)
 
@@ -112,7 +114,7 @@ def test_ties_and_few_seeds_lower_the_confidence(plant):
 
 
 def test_an_unhealthy_case_is_left_out_of_recommendations_and_its_deaths_are_not(plant):
-    found = task(planted(plant, fp32_true={"end": 9.9}, bf16_pure={"dies_at": 20}))
+    found = task(planted(plant, fp32_true={"end": 9.9}, bf16_pure={"diverges_at": 20}))
     assert found.use is None and "unhealthy" in found.reason and found.confidence is None
     assert found.avoid == ("bf16_pure: NaN @ 20, optimizer (3 of 3 runs)",)
 
@@ -122,7 +124,7 @@ def test_a_configuration_must_do_every_case_of_a_task(plant):
         (MULTI, "roberta_multi_cls"),
         CONFIGS,
         change=lambda case, config, seed: (
-            {"speed": SPEEDS.get(config, 1.0)} | ({"dies_at": 9} if config == "bf16_pure" and "roberta" in case else {})
+            {"speed": SPEEDS.get(config, 1.0)} | ({"diverges_at": 9} if config == "bf16_pure" and "roberta" in case else {})
         ),
     )
     assert task(folder, "Cls-Multi").use == "amp_bf16"
@@ -261,7 +263,9 @@ def fits(text):
 
 def test_the_whole_matrix_with_everything_wrong_fits_a_terminal(plant):
     """All cases and configurations, every fourth cell dead or poor, long names, six tasks' worth of reasons."""
-    wrong = itertools.cycle([{}, {"dies_at": 7}, {"gap": 9.0}, {}, {"status": "error", "error": "x" * 500, "val_loss": None}])
+    wrong = itertools.cycle(
+        [{}, {"diverges_at": 7}, {"gap": 9.0}, {}, {"status": "error", "error": "x" * 500, "val_loss": None}]
+    )
     folder = plant(
         tuple(CASES),
         tuple(DTYPE_CONFIGS),
