@@ -18,6 +18,14 @@ from scipy import special  # scipy.stats would cost half a second at every start
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3
 """Below this many paired seeds no claim is decided, whatever the interval says."""
+DRAWS = 1_000
+FEWEST_BLOCKS = 5
+FEWEST_FOR_TAU = 5
+FIELLER_VARIANCE = 0.437
+"""Variance of atanh(tau) is 0.437 / (n - 4): Fieller, Hartley & Pearson, Biometrika 44 (1957)."""
+WINDOW_STEPS = 50
+FEWEST_STEPS = 10
+SPIKE_FACTOR = 5.0
 
 
 @dataclass(frozen=True)
@@ -95,10 +103,6 @@ def share_interval(hits: int, n: int, confidence: float = CONFIDENCE) -> Interva
     return Interval(hits / n, low, high, n)
 
 
-DRAWS = 1_000
-FEWEST_BLOCKS = 5
-
-
 def block_bootstrap(
     values: np.ndarray,
     statistic: Callable[[np.ndarray], np.ndarray],
@@ -131,11 +135,6 @@ def block_bootstrap(
 def coefficient_of_variation(values: np.ndarray) -> np.ndarray:
     """Standard deviation over mean along the last axis."""
     return values.std(axis=-1, ddof=1) / values.mean(axis=-1)
-
-
-FEWEST_FOR_TAU = 5
-FIELLER_VARIANCE = 0.437
-"""Variance of atanh(tau) is 0.437 / (n - 4): Fieller, Hartley & Pearson, Biometrika 44 (1957)."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,6 @@ def kendall_tau(
     middle = math.atanh(max(-limit, min(limit, tau)))
     low, high = math.tanh(middle - half), math.tanh(middle + half)
     return tau, min(low, tau), max(high, tau)
-
-
-WINDOW_STEPS = 50
-FEWEST_STEPS = 10
-SPIKE_FACTOR = 5.0
 
 
 def rolling_median(values: np.ndarray, window: int = WINDOW_STEPS, fewest: int = 1) -> np.ndarray:

@@ -35,6 +35,37 @@ SPECIAL = {
     "…": r"\ldots{}",
 }
 BREAKABLE = "_-/"
+NOTHING = "--"
+PREAMBLE = r"""\documentclass[10pt]{article}
+\usepackage[T1]{fontenc}
+\usepackage[utf8]{inputenc}
+\usepackage{textcomp,booktabs,graphicx,url}
+\usepackage[margin=2.2cm]{geometry}
+\begin{document}
+\appendix
+"""
+METHODS = r"""Every configuration of a case and seed starts from the same fp32 weights and sees the same batches in the same
+order under the same schedule, clipping and evaluation (hashes of weights and batches are compared, and rows that differ are
+not). Speed is total samples over total time of the timed steps, relative to fp32\_true of the same case and seed; intervals
+are 95\,\% $t$-intervals on paired differences (of logarithms, for ratios) over seeds, within a run moving-block
+bootstrap~\cite{kuensch1989jackknife}; rank correlation is Kendall's $\tau_b$ with the interval of Fieller et
+al.~\cite{fieller1957tests}. MFU counts matrix products, attention included in full, forward and
+backward~\cite{chowdhery2023palm}, against dense peaks. A run is of poor quality when its loss exceeds that of fp32\_true by
+more than 0.2 nats (language models) or 10\,\% (classification), or its micro-F1 falls by more than 2 points. A claim is
+decided from three paired seeds upward."""
+BIBLIOGRAPHY = """@article{kuensch1989jackknife,
+  author = {K{\\"u}nsch, Hans R.}, title = {The Jackknife and the Bootstrap for General Stationary Observations},
+  journal = {The Annals of Statistics}, volume = {17}, number = {3}, pages = {1217--1241}, year = {1989}
+}
+@article{fieller1957tests,
+  author = {Fieller, E. C. and Hartley, H. O. and Pearson, E. S.}, title = {Tests for Rank Correlation Coefficients. {I}},
+  journal = {Biometrika}, volume = {44}, number = {3/4}, pages = {470--481}, year = {1957}
+}
+@article{chowdhery2023palm,
+  author = {Chowdhery, Aakanksha and others}, title = {{PaLM}: Scaling Language Modeling with Pathways},
+  journal = {Journal of Machine Learning Research}, volume = {24}, number = {240}, pages = {1--113}, year = {2023}
+}
+"""
 
 
 def escape(text: object, limit: int = 2_000) -> str:
@@ -61,9 +92,6 @@ def tabular(head: Sequence[str], rows: Sequence[Sequence[str]], columns: str) ->
         r"\end{tabular}",
     ]
     return "\n".join(lines) + "\n"
-
-
-NOTHING = "--"
 
 
 def export_latex(folder: Folder, out: Path) -> list[Path]:
@@ -151,40 +179,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _percent(value: float | None) -> str:
     return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
-PREAMBLE = r"""\documentclass[10pt]{article}
-\usepackage[T1]{fontenc}
-\usepackage[utf8]{inputenc}
-\usepackage{textcomp,booktabs,graphicx,url}
-\usepackage[margin=2.2cm]{geometry}
-\begin{document}
-\appendix
-"""
-
-METHODS = r"""Every configuration of a case and seed starts from the same fp32 weights and sees the same batches in the same
-order under the same schedule, clipping and evaluation (hashes of weights and batches are compared, and rows that differ are
-not). Speed is total samples over total time of the timed steps, relative to fp32\_true of the same case and seed; intervals
-are 95\,\% $t$-intervals on paired differences (of logarithms, for ratios) over seeds, within a run moving-block
-bootstrap~\cite{kuensch1989jackknife}; rank correlation is Kendall's $\tau_b$ with the interval of Fieller et
-al.~\cite{fieller1957tests}. MFU counts matrix products, attention included in full, forward and
-backward~\cite{chowdhery2023palm}, against dense peaks. A run is of poor quality when its loss exceeds that of fp32\_true by
-more than 0.2 nats (language models) or 10\,\% (classification), or its micro-F1 falls by more than 2 points. A claim is
-decided from three paired seeds upward."""
-
-BIBLIOGRAPHY = """@article{kuensch1989jackknife,
-  author = {K{\\"u}nsch, Hans R.}, title = {The Jackknife and the Bootstrap for General Stationary Observations},
-  journal = {The Annals of Statistics}, volume = {17}, number = {3}, pages = {1217--1241}, year = {1989}
-}
-@article{fieller1957tests,
-  author = {Fieller, E. C. and Hartley, H. O. and Pearson, E. S.}, title = {Tests for Rank Correlation Coefficients. {I}},
-  journal = {Biometrika}, volume = {44}, number = {3/4}, pages = {470--481}, year = {1957}
-}
-@article{chowdhery2023palm,
-  author = {Chowdhery, Aakanksha and others}, title = {{PaLM}: Scaling Language Modeling with Pathways},
-  journal = {Journal of Machine Learning Research}, volume = {24}, number = {240}, pages = {1--113}, year = {2023}
-}
-"""
 
 
 def export_appendix(folder: Folder, out: Path) -> list[Path]:

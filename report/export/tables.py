@@ -16,6 +16,13 @@ from report.plots.write import write_csv
 from report.tables import all_tables, b_efficiency, c_throughput
 
 NESTED = ("env", "config", "flags", "nonfinite", "first_nonfinite")
+MEASURES = {
+    "samples_per_s": ("C", "samples_per_s", None, None),
+    "speed_over_fp32_true": ("C", "relative", "low", "high"),
+    "mfu": ("B", "mfu_bf16_peak", "low", "high"),
+    "peak_bytes": ("B", "peak_bytes", None, None),
+}
+"""Measure -> table, column, and the columns of its interval."""
 
 
 def runs_frame(folder: Folder) -> pd.DataFrame:
@@ -56,15 +63,6 @@ def export_csv(folder: Folder, out: Path) -> list[Path]:
     for path, frame in zip(paths, frames.values(), strict=True):
         write_csv(frame, path)
     return paths
-
-
-MEASURES = {
-    "samples_per_s": ("C", "samples_per_s", None, None),
-    "speed_over_fp32_true": ("C", "relative", "low", "high"),
-    "mfu": ("B", "mfu_bf16_peak", "low", "high"),
-    "peak_bytes": ("B", "peak_bytes", None, None),
-}
-"""Measure -> table, column, and the columns of its interval."""
 
 
 def export_bencher(folder: Folder, out: Path) -> list[Path]:

@@ -21,6 +21,7 @@ SETTINGS = tuple(
     "case arch task dtype_config seed preset device data_source weights_source batch_size micro_batch seq_len "
     "max_steps loss_reduction status divergence_step".split()
 )
+PROJECT = "datatype-dynamics-bench"
 
 
 def settings(run: RunRecord) -> dict[str, Any]:
@@ -52,9 +53,6 @@ def export_tensorboard(folder: Folder, out: Path) -> list[Path]:
         writer.close()
         paths.append(out / run.run_id)
     return paths
-
-
-PROJECT = "datatype-dynamics-bench"
 
 
 def export_wandb(folder: Folder, out: Path) -> list[Path]:

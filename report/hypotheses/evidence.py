@@ -16,6 +16,7 @@ from report.tables.selection import Selection, case_order, incomparable_reason, 
 from report.tables.speed import eligible
 
 SUPPORTED, REFUTED, NOT_DECIDED = "supported", "refuted", "not decided"
+BySeed = dict[int, RunRecord]
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,6 @@ def _split(verdict: str, evidence: Sequence[Evidence]) -> str | None:
     if verdict != NOT_DECIDED or not all(places.values()):
         return None
     return f"The evidence is split: supported for {places[SUPPORTED]}; refuted for {places[REFUTED]}."
-
-
-BySeed = dict[int, RunRecord]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ from report.plots.palette import Look
 from report.plots.style import SMALL_PT
 
 BINS = 90
+CELLS = 56
+EDGE = 3.0
+"""How many bandwidths the outline is computed beyond the data (then cut at the data's ends)."""
+SPACING = 1.18
+"""Distance of two labels' centres, in heights of the text."""
 
 
 def decimate(
@@ -44,9 +49,10 @@ def decimate(
     return np.flatnonzero(kept)
 
 
-CELLS = 56
-EDGE = 3.0
-"""How many bandwidths the outline is computed beyond the data (then cut at the data's ends)."""
+def thinned_line(axes: Axes, x: np.ndarray, y: np.ndarray, look: Look, **style) -> None:
+    """A configuration's line through the points that `decimate` keeps."""
+    shown = decimate(x, y)
+    axes.plot(x[shown], y[shown], color=look.colour, linestyle=look.line, **style)
 
 
 def outline(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,10 +74,6 @@ def outline(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * width / bandwidth) ** 2)
     density = np.convolve(counts, kernel)[reach : reach + CELLS]
     return np.linspace(low, high, CELLS), density / density.max()
-
-
-SPACING = 1.18
-"""Distance of two labels' centres, in heights of the text."""
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.plots.elements import decimate, outline
+from report.plots.elements import outline, thinned_line
 from report.plots.palette import look
 from report.plots.style import INK, SMALL_PT, THIN_PT, table_figure
 from report.text import clean
@@ -48,9 +48,7 @@ def _absent(data: pd.DataFrame) -> tuple[str, ...]:
 def _over_time(axes: Axes, data: pd.DataFrame, column: str, label: str) -> None:
     axes.set(ylabel=label, xlabel="time since the run's start (s)")
     for (_, config), run in data.groupby(["case", "dtype_config"], sort=False, observed=True):
-        x, y = run["time_s"].to_numpy(), run[column].to_numpy(float) / 1e9
-        shown = decimate(x, y)
-        axes.plot(x[shown], y[shown], color=look(config).colour, linestyle=look(config).line, linewidth=0.7, alpha=0.85)
+        thinned_line(axes, run["time_s"].to_numpy(), run[column].to_numpy(float) / 1e9, look(config), linewidth=0.7, alpha=0.85)
     if column != "disk_growth_bytes":
         axes.set_ylim(bottom=0)
 

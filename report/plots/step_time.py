@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from report.plots.elements import decimate, label_right, outline
+from report.plots.elements import label_right, outline, thinned_line
 from report.plots.palette import ARM_LOOKS, kernel_class_look, look
 from report.plots.style import (
     INK,
@@ -38,7 +38,7 @@ def draw_step_times(table) -> Figure:
     for (over, spread), case in zip(grid, cases, strict=True):
         rows, facts = data[data["case"] == case], summary[summary["case"] == case]
         for config, run in rows.groupby("dtype_config", sort=False, observed=True):
-            _median_line(over, run["step"].to_numpy(), run["rolling_median_s"].to_numpy() * 1e3, config)
+            thinned_line(over, run["step"].to_numpy(), run["rolling_median_s"].to_numpy() * 1e3, look(config), linewidth=0.9)
         for at, row in enumerate(facts.to_dict("records")):
             _box(spread, at, row)
         over.set_title(clean(case))
@@ -49,12 +49,6 @@ def draw_step_times(table) -> Figure:
     grid[-1][0].set_xlabel("step")
     grid[-1][1].set_xlabel("step time (ms)")
     return figure
-
-
-def _median_line(axes: Axes, x: np.ndarray, y: np.ndarray, config: str) -> None:
-    style = look(config)
-    shown = decimate(x, y)
-    axes.plot(x[shown], y[shown], color=style.colour, linestyle=style.line, linewidth=0.9)
 
 
 def _box(axes: Axes, at: int, row: dict) -> None:
@@ -121,8 +115,7 @@ def _over_rounds(axes: Axes, data: pd.DataFrame) -> None:
     labels = []
     for arm, rows in data.groupby("arm", sort=False):
         x, y, look = rows["round"].to_numpy(), rows["step_time_s"].to_numpy() * 1e3, ARM_LOOKS[arm]
-        shown = decimate(x, y)
-        axes.plot(x[shown], y[shown], color=look.colour, linestyle=look.line, linewidth=0.9)
+        thinned_line(axes, x, y, look, linewidth=0.9)
         labels.append((float(np.median(y)), clean(arm, 12), look))
     axes.set(xlabel="round", ylabel="step (ms)", ylim=(0, data["step_time_s"].max() * 1.08e3))
     label_right(axes, labels, height_in=BODY_IN - 0.35)

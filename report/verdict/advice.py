@@ -17,6 +17,8 @@ from report.tables.judgement import Judged, divergence_text, is_unfinished
 from report.tables.selection import REFERENCE, case_order, is_control, series_order
 from report.text import times
 
+MATRIX = "python -m harness matrix"
+
 
 def to_avoid(base: EvidenceBase, cases: tuple[str, ...]) -> tuple[str, ...]:
     """``config: reason``, worst reason first a configuration; controls are not mentioned."""
@@ -62,9 +64,6 @@ def _slow(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | None
         if speed.n >= FEWEST_SEEDS and speed.below(0.0):
             return f"slower than fp32_true, {times(exponential(speed))} on {case}"
     return None
-
-
-MATRIX = "python -m harness matrix"
 
 
 def next_command(folder: Folder, base: EvidenceBase) -> str:

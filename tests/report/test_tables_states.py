@@ -1,4 +1,4 @@
-"""A: every state is reached by planted data, at its threshold, and only there; the same folder gives the same tables everywhere."""
+"""A: every state is reached by planted data, at its threshold, and only there, and in every process."""
 
 import os
 import subprocess
