@@ -96,10 +96,10 @@ def _happening(row: dict[str, Any], key: str) -> str:
 
 def _command(case: str, folder) -> str:
     """How to predict for a case; nothing where ``predict`` has no name for it."""
-    case_words = next((words for run in folder.runs if run.case == case and (words := case_arguments(run))), [])
+    arguments = next((found for run in folder.runs if run.case == case and (found := case_arguments(run))), [])
     return (
-        f": python -m harness predict {shlex.quote(case_words[0])} --out {shlex.quote(clean(folder.path, 200))}"
-        if len(case_words) == 1
+        f": python -m harness predict {shlex.quote(arguments[0])} --out {shlex.quote(clean(folder.path, 200))}"
+        if len(arguments) == 1
         else ""
     )
 

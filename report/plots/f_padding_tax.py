@@ -77,7 +77,7 @@ def _panel(axes: Axes, data: pd.DataFrame, facts: pd.DataFrame, measure: _Measur
     axes.margins(x=0.01)
     buckets = ", bucketed by length" if bucketed else ""
     axes.set_title(clean(data["case"].iloc[0]) + buckets)
-    lines = [_tax_words(config, rows) for config, rows in facts.groupby("dtype_config", sort=False)]
+    lines = [_tax_text(config, rows) for config, rows in facts.groupby("dtype_config", sort=False)]
     axes.text(
         0.985,
         0.03,
@@ -91,7 +91,7 @@ def _panel(axes: Axes, data: pd.DataFrame, facts: pd.DataFrame, measure: _Measur
     )
 
 
-def _tax_words(config: str, facts: pd.DataFrame) -> str:
+def _tax_text(config: str, facts: pd.DataFrame) -> str:
     """``amp_bf16: tax 37 to 38 %, CV real 16 %, all 2 %``: the smallest to the largest over seeds."""
     tax, real, every = (_range(facts[column]) for column in ("tax", "cv_real", "cv_all"))
     return f"{clean(config, 22)}: tax {tax}, CV real {real}, all {every}"

@@ -35,7 +35,7 @@ def _reason(base: EvidenceBase, cases: tuple[str, ...], config: str) -> str | No
     for state in ("diverged", "poor"):
         bad = [j for j in judged if j.state == state]
         if bad:
-            return f"{_words(bad[0], state)} ({len(bad)} of {count(len(judged), 'run')})"
+            return f"{_failure_text(bad[0], state)} ({len(bad)} of {count(len(judged), 'run')})"
     ends = Counter(j.run.status for j in judged if j.state == "failed" and not _is_an_accident(base, j))
     if ends:
         return ", ".join(f"{status} ({n} of {count(len(judged), 'run')})" for status, n in ends.most_common())
@@ -49,7 +49,7 @@ def _is_an_accident(base: EvidenceBase, failed: Judged) -> bool:
     )
 
 
-def _words(judged: Judged, state: str) -> str:
+def _failure_text(judged: Judged, state: str) -> str:
     if state == "diverged":
         first = judged.run.first_nonfinite
         return divergence_text(judged.run) + (f", {first.phase}" if first else "")
