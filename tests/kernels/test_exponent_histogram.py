@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from kernels import exponent_histogram
 from kernels.exponent_histogram import CHUNK, ExponentHistogram
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from tests.kernels.truth import DEVICE, DTYPES
 
 
 def truth(x: torch.Tensor) -> dict:
@@ -71,8 +70,7 @@ def test_accumulates_strided_and_mixed_tensors(device):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(width=32), max_size=60), st.sampled_from(DTYPES))
 def test_any_values(values, dtype):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.tensor(values, dtype=torch.float64).to(dtype).to(device)
+    x = torch.tensor(values, dtype=torch.float64).to(dtype).to(DEVICE)
     assert_matches(exponent_histogram(x), x)
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kernels import LogitStats, logit_stats
 from kernels.logit_stats.reference import BAD_TARGETS
+from tests.kernels.truth import DTYPES, IMPLS
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.0, -0.0, 1.0, -2.5, 65504.0, -65504.0, 6e-8, -3e-41, 70000.0, -3e38, math.inf, -math.inf, math.nan]
 
 
@@ -36,7 +36,7 @@ def measure(x, impl):
     return stats.read()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 17), (7, 1023), (2, 4097)])
 def test_counts_and_place_are_exact(device, impl, dtype, shape):
@@ -59,11 +59,11 @@ def test_any_values(device, data, rows, width, dtype):
     values = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32))
     x = torch.tensor([[data.draw(values) for _ in range(width)] for _ in range(rows)], dtype=torch.float32).to(dtype)
     expected = by_definition(x)
-    for impl in ("torch", "triton"):
+    for impl in IMPLS:
         assert measure(x.to(device), impl) == expected
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_ties_go_to_the_first_row_and_column(device, impl):
     x = torch.zeros(6, 40, device=device)
     x[2, 7], x[2, 9], x[4, 1] = 5.0, -5.0, 5.0
@@ -71,14 +71,14 @@ def test_ties_go_to_the_first_row_and_column(device, impl):
     assert (read["absmax"], read["row"], read["col"]) == (5.0, 2, 7)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_leading_dimensions(device, impl):
     base = torch.randn(4, 3, 50, device=device)
     for x in (base[:, :, :33], base[:, 1], base.transpose(0, 2), base[0, 0]):
         assert measure(x, impl) == by_definition(x.reshape(-1, x.shape[-1]).cpu())
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_finite_and_nothing_at_all(device, impl):
     assert measure(torch.full((2, 3), math.nan, device=device), impl)["absmax"] is None
     assert measure(torch.empty(0, 3, device=device), impl)["absmax"] is None

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 from kernels import scale_, tensor_list
 from kernels.check import SPECIAL
 from kernels.scale import bytes_moved, flops, reference_scale_
+from tests.kernels.truth import DEVICE, DTYPES, IMPLS, assert_same_bits
 
-IMPLS = ("torch", "triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FACTORS = (1.0, 1 / 3, 0.999, 1e-5, 2.0**-30, 1e-40, 0.0, math.inf, math.nan)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def a_list(dtype, device):
@@ -32,12 +30,6 @@ def a_list(dtype, device):
 def in_float64(tensors, factor):
     """Products of at most 48 bits are exact; then the two roundings of the definition."""
     return [(x.double() * factor.double()).float().to(x.dtype) for x in tensors]
-
-
-def assert_same_bits(got, want):
-    for index, (g, w) in enumerate(zip(got, want, strict=True)):
-        same = ((g == w) & (g.signbit() == w.signbit())) | (g.isnan() & w.isnan())
-        assert same.all(), f"tensor {index}: {int((~same).sum())} differ, first {g[~same][0]!r} against {w[~same][0]!r}"
 
 
 @pytest.mark.parametrize("number", FACTORS)

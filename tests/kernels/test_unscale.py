@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kernels import TensorStats, multi_tensor_stats, tensor_list, unscale_and_stats_
 from kernels.unscale import bytes_moved, flops
+from tests.kernels.truth import DEVICE, IMPLS, assert_same_bits
 
-IMPLS = ("torch", "triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
 POWER, ODD = 2.0**-16, 1 / 30_000
 
@@ -41,12 +41,6 @@ def by_torch(grads, inv_scale, max_norm=None, norm=None):
         for g in grads:
             g.copy_(g.float() * factor)  # _foreach_mul_ on CUDA would round the factor to bf16 first
     return grads, unclipped, found_inf
-
-
-def assert_same_bits(got, want):
-    for index, (g, w) in enumerate(zip(got, want, strict=True)):
-        same = (g == w) | (g.isnan() & w.isnan())
-        assert same.all(), f"tensor {index}: {int((~same).sum())} differ, first {g[~same][0]!r} against {w[~same][0]!r}"
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -138,8 +132,7 @@ def test_overflowing_and_tiny_squares(device, impl, clip):
 @example(values=[2.0**-126], inv_scale=1 / 3, clip=False, dtype=torch.bfloat16)  # ends among bf16's subnormals
 @pytest.mark.parametrize("impl", IMPLS)
 def test_any_values(impl, values, inv_scale, clip, dtype):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    grads = [torch.tensor(values, dtype=torch.float64).to(dtype).to(device)]
+    grads = [torch.tensor(values, dtype=torch.float64).to(dtype).to(DEVICE)]
     before = [g.clone() for g in grads]
     out = unscale_and_stats_(grads, inv_scale, max_norm=1.0, clip=clip, impl=impl)
     want, unclipped, found_inf = by_torch(before, inv_scale, 1.0, out.total_norm)
