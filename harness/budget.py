@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from harness.parallel.ranks import Ranks, is_spokesman
+from harness.parallel.ranks import Ranks, is_main_process
 from harness.run.signals import Stop
 from harness.settings import SettingsError
 
@@ -82,7 +82,7 @@ def ending_in_time(budget: Budget | None, stop: Stop) -> Iterator[None]:
         return
     refuse_too_little(budget)
     left_s, margin_s, limit = budget.limit_unit_s - process_age_s(), budget.margin_s, budget.text(budget.limit_unit_s)
-    if is_spokesman():
+    if is_main_process():
         print(f"budget: {limit}; {margin_s:.0f} s before it is spent, the run is stopped after a checkpoint", file=sys.stderr)
     timers = [
         threading.Timer(left_s - margin_s - LOOK_EVERY_S, stop.request, [BY_THE_BUDGET]),

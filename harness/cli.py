@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness.exit_codes import INTERRUPTED, USAGE, exit_code_of, message_of
 from harness.options import parser
-from harness.parallel.ranks import is_spokesman
+from harness.parallel.ranks import is_main_process
 from instrument.terminal import reader_may_leave
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None =
             code = exit_code_of(error)
             if code is None:
                 raise
-            if code != USAGE or is_spokesman():  # under torchrun every process would say the same
+            if code != USAGE or is_main_process():  # under torchrun every process would say the same
                 print(f"harness: {message_of(error)}", file=sys.stderr)
             return code
 

@@ -86,7 +86,7 @@ class RayPool:
         return sum(int(resources.get(name, 0.0) // need) for resources in living_nodes().values()) if need else 0
 
     def run(self, tick: Callable[[], None], seconds_between_ticks: float = 0.25) -> Iterator[ProcessExit]:
-        """Yield every run as it ends; ``tick`` is called while waiting. Leaves no task behind.
+        """Yield every run as it ends; ``tick`` is called while waiting. No task is left.
 
         Raises `EngineError` when the cluster cannot be used, OSError when the results folder cannot be written."""
         room_seen_s = time.monotonic()

@@ -49,7 +49,7 @@ def refuse_ranks(command: str) -> None:
         raise SettingsError(f"{command} was started as {world} processes of one job; only `case` runs on several GPUs at once")
 
 
-def is_spokesman() -> bool:
+def is_main_process() -> bool:
     """Whether this process prints what all ranks would: the first rank, and a process that is none."""
     try:
         return Ranks.from_environment().is_first

@@ -90,7 +90,7 @@ def node(task, tmp_path):
         python = work / "python"
         python.write_text(f'#!/bin/bash\necho "$@" > {work}/asked\nout=$7\n{body}\n')
         python.chmod(0o755)
-        told = {
+        environment = {
             **os.environ,
             "SKYPILOT_NODE_RANK": str(rank),
             "SKYPILOT_NUM_NODES": str(nodes),
@@ -100,12 +100,14 @@ def node(task, tmp_path):
             "SYNC_EVERY_S": sync_every_s,
         }
         (tmp_path / "bucket").mkdir(exist_ok=True)
-        started.append(subprocess.Popen(["bash", "-c", task["run"]], cwd=work, env=told, text=True, start_new_session=True))
+        started.append(
+            subprocess.Popen(["bash", "-c", task["run"]], cwd=work, env=environment, text=True, start_new_session=True)
+        )
         return started[-1], work
 
     started = []
     yield run
-    for process in started:  # and the copying that a failed test left behind
+    for process in started:  # and the copying that a failed test left
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 

@@ -73,15 +73,17 @@ def slurm(tmp_path):
             "PYTHON": str(python),
             "RESULTS": str(tmp_path / "results"),
         }
-        told = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | task_of | environment
-        told["PATH"] = f"{tmp_path / 'bin'}:{told['PATH']}"
-        return subprocess.Popen(["bash", str(SCRIPT), *words], cwd=ROOT, env=told, text=True, stdout=-1, stderr=-1)
+        environment = (
+            {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | task_of | environment
+        )
+        environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+        return subprocess.Popen(["bash", str(SCRIPT), *words], cwd=ROOT, env=environment, text=True, stdout=-1, stderr=-1)
 
     return submit
 
 
 def a_python(tmp_path, body):
-    """An executable that stands for python: it notes its arguments, then does as it is told."""
+    """An executable that stands for python: it notes its arguments, then does as its arguments say."""
     path = tmp_path / "python"
     path.write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked.part; mv {tmp_path}/asked.part {tmp_path}/asked\n{body}\n')
     path.chmod(0o755)

@@ -93,7 +93,7 @@ def test_a_real_trial_fits_or_runs_out_of_memory(processes, plan, data_cache):
     assert small.tokens_per_s is None
 
 
-def test_the_longest_rows_come_first_and_the_batches_of_a_run_behind(plan):
+def test_the_longest_rows_come_first_and_the_batches_of_a_run_after(plan):
     from harness.fit.trial import LongestFirst
     from harness.run.execute import load_run_data, make_batches
 

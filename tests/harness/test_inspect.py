@@ -174,7 +174,7 @@ def test_other_ends_have_their_sentence(status, sentence, results, tmp_path):
     assert found["verdict"].startswith(sentence) and any(sentence in line.lower() for line in screen(found, 80))
 
 
-def test_a_run_without_an_end_is_told(results, tmp_path):
+def test_a_run_without_an_end_is_reported(results, tmp_path):
     out, failed, healthy = copied(results, tmp_path)
     for run in (failed, healthy):
         (out / "runs" / run.run_id / "run.json").unlink()
@@ -190,7 +190,7 @@ def test_what_an_earlier_run_left_is_not_shown(results, tmp_path):
     assert "chain" not in planted(out, failed, first_nonfinite=first)
 
 
-def test_a_failure_that_was_not_replayed_is_told(results, tmp_path):
+def test_a_failure_that_was_not_replayed_is_reported(results, tmp_path):
     out, failed, _ = copied(results, tmp_path)
     (out / "runs" / failed.run_id / "forensics.json").unlink()
     found = gather(locate(failed.run_id, out))
@@ -287,7 +287,7 @@ def test_its_commands_are_for_pasting_wherever_the_results_lie(results, tmp_path
     assert [parser().parse_args(words[3:]).out for words in commands] == [out, out]
 
 
-def test_a_replay_that_differs_is_told(results, tmp_path):
+def test_a_replay_that_differs_is_reported(results, tmp_path):
     out, failed, _ = copied(results, tmp_path)
     assert "near case" in "\n".join(screen(planted(out, failed, matched=False), 80))
 

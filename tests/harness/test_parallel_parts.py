@@ -111,7 +111,7 @@ def test_a_parameter_that_takes_no_part_is_found():
     assert takes_part(model, model["used"](torch.ones(1, 2))) == {"used.weight", "used.bias"}
 
 
-def test_a_reported_failure_and_a_silent_end_are_told_apart(tmp_path, monkeypatch):
+def test_a_reported_failure_and_a_silent_end_are_distinguished(tmp_path, monkeypatch):
     error_file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
     store = HashStore()

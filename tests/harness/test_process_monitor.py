@@ -99,7 +99,7 @@ def test_a_run_that_goes_on_has_not_made_a_step_of_its_own_yet(watched):
     assert monitor.limit_s == 10
 
 
-def test_a_step_whose_end_is_told_with_its_checkpoint_counts(watched):
+def test_a_step_whose_end_is_reported_with_its_checkpoint_counts(watched):
     monitor = watched(hang_after_s=10)
     for beat in (Heartbeat("opening", 0), training(0), Heartbeat("checkpoint", 1), training(1)):
         monitor.alive(beat)
@@ -204,7 +204,7 @@ def test_the_end_of_a_file_and_not_of_a_link(tmp_path):
     assert tail(tmp_path / "link") == tail(tmp_path / "nothing") == ""
 
 
-def test_phases_and_the_first_step_are_told_at_once_and_the_rest_is_throttled(monkeypatch):
+def test_phases_and_the_first_step_are_reported_at_once_and_the_rest_is_throttled(monkeypatch):
     now_s, sent = [0.0], []
     monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: now_s[0])
     heartbeat = HeartbeatSender(sent.append)
@@ -221,7 +221,7 @@ def test_phases_and_the_first_step_are_told_at_once_and_the_rest_is_throttled(mo
     assert sent[4:] == [Heartbeat("checkpoint", 60)]
 
 
-def test_without_a_supervisor_nothing_is_told():
+def test_without_a_supervisor_nothing_is_reported():
     heartbeat = HeartbeatSender()
     heartbeat.enter("training", 1)
     heartbeat.draft(lambda: 1 / 0, "nowhere")

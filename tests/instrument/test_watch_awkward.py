@@ -241,7 +241,7 @@ def test_parametrizations_are_no_layers():
     assert list(blocks(nn.Sequential(part, nn.Linear(4, 2)))) == ["0", "1"]
 
 
-def test_an_optimizer_that_calls_a_closure_goes_on_updating_behind_it():
+def test_an_optimizer_that_calls_a_closure_updates_after_it_too():
     model = Net()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
 
@@ -313,7 +313,7 @@ def test_copies_and_pickles_of_a_watched_model_are_free_of_the_watch():
     assert watch.headroom() == []
 
 
-def test_closing_in_any_order_leaves_nothing_behind():
+def test_closing_in_any_order_leaves_no_hook():
     class Prompt(nn.Module):
         def __init__(self):
             super().__init__()

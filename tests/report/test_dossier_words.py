@@ -185,7 +185,7 @@ def test_a_row_with_broken_settings_still_has_its_command(runs, value):
     assert command(msgspec.structs.replace(runs[0], flags={}, config={"preset": "tiny"} | broken)) is not None
 
 
-def test_versions_that_differ_are_all_told(runs):
+def test_versions_that_differ_are_all_listed(runs):
     rows = [
         msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "memory_bytes": 25e9, "secret": "x"})
         for i, run in enumerate(runs[:3])

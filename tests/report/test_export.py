@@ -133,7 +133,7 @@ def test_tensorboard_reads_back_what_was_written(plant, tmp_path):
     assert [event.value for event in losses] == pytest.approx(folder.steps(folder.runs[0].run_id)["loss"].tolist())
 
 
-def test_wandb_is_told_every_step_once_and_stays_offline(plant, tmp_path, monkeypatch):
+def test_wandb_receives_every_step_once_and_stays_offline(plant, tmp_path, monkeypatch):
     calls = []
 
     class Run:

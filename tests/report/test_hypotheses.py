@@ -72,7 +72,7 @@ def test_all_or_none_of_three_seeds_decide(hits, n, verdict):
     assert decide_count(hits, n) == verdict
 
 
-def test_how_places_are_put_together():
+def test_how_places_are_joined():
     def places(*verdicts):
         return [Evidence("", verdict, Interval(0, 0, 0, 3), "") for verdict in verdicts]
 

@@ -42,7 +42,7 @@ def test_columns_equal_the_records_one_by_one(small):
     assert columns["flops"].dtype == np.float64  # an integer that may be null
 
 
-def test_null_nan_and_infinity_are_told_apart(small):
+def test_null_nan_and_infinity_are_distinguished(small):
     log = small.path / "training_logs" / f"run_{RUN}.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     step = decode(lines[0], StepRecord)

@@ -145,7 +145,7 @@ def test_what_is_no_prediction_is_left_out(folder, content):
     assert found.outcomes.empty and found.ends.empty
 
 
-def test_a_run_of_another_folder_or_told_twice_counts_once(folder):
+def test_a_run_of_another_folder_or_given_twice_counts_once(folder):
     foreign = of("amp_fp16", ("scaler_skip", HIT), run_id=f"{CASE}-amp_fp16-s9-0badcafe")
     assert predicted(with_prediction(folder, SKIPPED, SKIPPED, foreign)).counts[MISSED] == 1
 

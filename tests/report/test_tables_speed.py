@@ -147,7 +147,7 @@ def test_padding_falls_back_to_tokens_per_second_in_the_open(plant):
     assert (table.data["real_tokens_per_s"] < table.data["tokens_per_s"]).all() and "no MFU was measured" in table.caption
 
 
-def test_bucketed_runs_are_told_apart(plant, add_row):
+def test_bucketed_runs_are_distinguished(plant, add_row):
     folder = plant(("gpt2_multi_cls",), ("fp32_true",), change=lambda *_: {"real": 0.5})
     other = plant(("gpt2_multi_cls",), ("fp32_true",), (0,), lambda *_: {"real": 0.9}, name="bucketed")
     record = other.runs[0]

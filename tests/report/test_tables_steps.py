@@ -104,7 +104,7 @@ def test_logits_that_are_dead_because_a_parameter_is_are_no_overflow(plant, phas
     assert ("No logit leaves" in table.title) is (steps == 0)
 
 
-def test_the_number_of_logits_is_told_where_it_is_known(plant):
+def test_the_number_of_logits_is_stated_where_it_is_known(plant):
     flags = {"simulated": True, "data": {"labels": 322, "classes": 26, "vocabulary": 1_000}}
     folder = plant(("gpt2_clm", "gpt2_multi_cls", "gpt2_single_cls"), ("fp32_true",), (0,), lambda *_: {"flags": flags})
     found = e_logits.table(folder).summary.set_index("case")["logits_per_step"].to_dict()
@@ -180,7 +180,7 @@ def test_every_table_stands_on_hostile_names(plant):
     assert [check.name for check in trust(folder)][:5] == ["fairness", "reference", "seeds", "exclusions", "overhead"]
 
 
-def test_a_failure_is_told_from_its_row_and_from_its_forensics(plant):
+def test_a_failure_is_described_from_its_row_and_from_its_forensics(plant):
     folder = plant(
         ("gpt2_clm",),
         ("fp32_true", "fp16_naive"),

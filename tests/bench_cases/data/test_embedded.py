@@ -53,7 +53,7 @@ def test_every_document_is_sound(corpora):
     assert all(d.labels and len(set(d.labels)) == len(d.labels) for d in corpora["law"].documents)
 
 
-def test_labels_can_be_told_from_the_beginning(corpora):
+def test_labels_show_in_the_beginning(corpora):
     """The first hundred words name most of a document's labels."""
     named = total = 0
     for document in corpora["law"].documents[:300]:

@@ -19,7 +19,7 @@ from harness.exit_codes import ENVIRONMENT, OK
 from harness.settings import RunSettings
 from instrument.results.folder import finished_run, log_paths
 from tests.soak.reliability import same_run
-from tests.soak.reliability.processes import Ended, asked_to_stop, run, small
+from tests.soak.reliability.processes import ProcessResult, asked_to_stop, run, small
 from tests.soak.reliability.same_run import contents, finished_well, left_alone, resumes_well
 from tests.soak.reliability.trials import Trial, share_of
 
@@ -133,7 +133,7 @@ def _full(
     return Trial(name, losses + resumes_well(settings, out, whole, [part]), counts)
 
 
-def _ended_well(settings: RunSettings, out: Path, part: Ended, *, logs_there: bool = True) -> list[str]:
+def _ended_well(settings: RunSettings, out: Path, part: ProcessResult, *, logs_there: bool = True) -> list[str]:
     """Exit code 5, one sentence, what was acknowledged is there, and no row says that the run is over."""
     losses = [] if part.exit_code == ENVIRONMENT else [f"exit code {part.exit_code}: {part.sentence}"]
     said = [line for line in part.stderr.splitlines() if line.startswith("harness: ")]

@@ -17,7 +17,7 @@ from harness.settings import RunSettings
 from instrument.results.crash_hook import CRASHED
 from instrument.results.folder import finished_run
 from tests.soak.reliability import same_run
-from tests.soak.reliability.processes import Ended, asked_to_stop, run, signalled, small
+from tests.soak.reliability.processes import ProcessResult, asked_to_stop, run, signalled, small
 from tests.soak.reliability.same_run import completed, finished_well, left_alone, repaired, resumes_well
 from tests.soak.reliability.trials import Trial, share_of
 
@@ -64,7 +64,7 @@ def _count(settings: RunSettings, begun: Path, out: Path) -> int:
 
 
 def _trial(
-    name: str, settings: RunSettings, out: Path, whole: Path, begun: Path, before: list[Ended], deaths: list[int]
+    name: str, settings: RunSettings, out: Path, whole: Path, begun: Path, before: list[ProcessResult], deaths: list[int]
 ) -> Trial:
     """Die at each of ``deaths``, then resume; once as it is and once after a repair."""
     shutil.copytree(begun, out)
@@ -119,9 +119,9 @@ def kills(share: float, folder: Path) -> Iterator[Trial]:
         )
 
 
-def _killed(settings: RunSettings, out: Path, times: int, rng: random.Random) -> tuple[list[Ended], list[str]]:
+def _killed(settings: RunSettings, out: Path, times: int, rng: random.Random) -> tuple[list[ProcessResult], list[str]]:
     """Start and kill it up to ``times`` times; its parts, the last of which may have ended first, and what a death lost."""
-    parts: list[Ended] = []
+    parts: list[ProcessResult] = []
     losses: list[str] = []
     for _ in range(times):
         after = rng.randint(0, 4)
@@ -161,7 +161,7 @@ def signals(share: float, folder: Path) -> Iterator[Trial]:
         )
 
 
-def _stopped_well(settings: RunSettings, out: Path, part: Ended) -> list[str]:
+def _stopped_well(settings: RunSettings, out: Path, part: ProcessResult) -> list[str]:
     """What is wrong with a run that was asked to stop; one that had not begun has no row yet."""
     row = finished_run(out, settings.run_id)
     losses = [] if part.exit_code == INTERRUPTED else [f"exit code {part.exit_code}: {part.sentence}"]

@@ -49,7 +49,7 @@ ASKED = (*SMALL, "max_steps", "eval_every", "checkpoint_every")
 
 
 @dataclass
-class Ended:
+class ProcessResult:
     """``acknowledged``: the rows that a person was shown, in order. ``exit_code`` as of `multiprocessing`: negative for a
     signal, None where the process had to be killed for hanging. ``stderr``: what it printed. ``operations``: on files,
     where they were counted."""
@@ -113,7 +113,7 @@ def run(
     then: tuple[int, Callable[[], object]] | None = None,
     blow: Blow | None = None,
     prepare: Callable[[], None] | None = None,
-) -> Ended:
+) -> ProcessResult:
     """Give the command and wait for its end: it dies before its file operation number ``crash_at``, does something when it
     has shown a step (``then``: which, and what), or suffers a blow. ``prepare`` is called first, in its process."""
     words = ["case", settings.case.id, settings.config.id, "--out", str(out)]
@@ -128,8 +128,8 @@ def run(
     return ended
 
 
-def _listen(process: multiprocessing.process.BaseProcess, reports: Connection, blow: Blow | None) -> Ended:
-    ended, until_s, begun = Ended(), time.monotonic() + HUNG_S, False
+def _listen(process: multiprocessing.process.BaseProcess, reports: Connection, blow: Blow | None) -> ProcessResult:
+    ended, until_s, begun = ProcessResult(), time.monotonic() + HUNG_S, False
     while True:
         if blow is not None and begun and ended.steps >= blow.after:
             time.sleep(blow.delay_s)

@@ -20,7 +20,7 @@ from instrument.results.lines import read
 from instrument.results.ranges import ModuleRecord
 from instrument.results.repair import Repair, repair_folder
 from instrument.results.schemas import EvaluationRecord, EventRecord, Record, RecordError, RunRecord, StepRecord, decode, encode
-from tests.soak.reliability.processes import Ended, run
+from tests.soak.reliability.processes import ProcessResult, run
 
 TIMES = {
     "step_time_s",
@@ -88,7 +88,7 @@ def differences(run_id: str, out: Path, whole: Path) -> list[str]:
     return wrong
 
 
-def lost_rows(parts: Sequence[Ended], run_id: str, out: Path) -> list[str]:
+def lost_rows(parts: Sequence[ProcessResult], run_id: str, out: Path) -> list[str]:
     """Acknowledged rows that the logs do not hold, after the last of a run's ``parts`` has ended.
 
     Of a run that has no result yet: every row of the last part, byte for byte where it is the only one; of the parts
@@ -167,14 +167,14 @@ def left_alone(settings: RunSettings, folder: Path) -> Path:
     return whole
 
 
-def completed(ended: Ended) -> Ended:
+def completed(ended: ProcessResult) -> ProcessResult:
     """A run that must have completed."""
     if ended.exit_code != OK:
         raise RuntimeError(f"a run that nothing happened to ended with exit code {ended.exit_code}: {ended.stderr[-2000:]}")
     return ended
 
 
-def resumes_well(settings: RunSettings, out: Path, whole: Path, parts: list[Ended]) -> list[str]:
+def resumes_well(settings: RunSettings, out: Path, whole: Path, parts: list[ProcessResult]) -> list[str]:
     """Give an interrupted run's command again and let it end; what is wrong then."""
     last = run(settings, out)
     if last.exit_code != OK:
@@ -182,7 +182,7 @@ def resumes_well(settings: RunSettings, out: Path, whole: Path, parts: list[Ende
     return finished_well(settings, out, whole, [*parts, last])
 
 
-def finished_well(settings: RunSettings, out: Path, whole: Path, parts: list[Ended]) -> list[str]:
+def finished_well(settings: RunSettings, out: Path, whole: Path, parts: list[ProcessResult]) -> list[str]:
     """What is wrong with a run that has ended, its last part included: it equals the one that nothing happened to, holds
     every acknowledged row, has one terminal record, and nothing is left but what a repair sweeps away."""
     losses = differences(settings.run_id, out, whole) + lost_rows(parts, settings.run_id, out)
