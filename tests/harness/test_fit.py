@@ -256,6 +256,7 @@ def test_a_batch_that_does_not_fit_twice_is_none(tmp_path, trials, monkeypatch, 
     assert row["limited_by"] == "oom: at the second try"
 
 
+@pytest.mark.process
 def test_on_a_cpu_it_is_unsupported_but_as_a_dry_run(tmp_path, capsys):
     small = (
         "--preset",
