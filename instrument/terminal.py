@@ -1,5 +1,5 @@
-"""What commands write to a terminal or a pipe: counted nouns, colours of statuses, sentences for errors of the operating
-system, and what happens when the reader goes away (``| head``, a closed terminal) or the disk is full. Torch-free.
+"""What commands write to a terminal or a pipe: counted nouns, colours of statuses, tables, sentences for errors of the
+operating system, and what happens when the reader goes away (``| head``, a closed terminal) or the disk is full. Torch-free.
 
 A command that only reports ends there, quietly, with the status that a shell shows for a program that SIGPIPE killed (5
 on a full disk, with a sentence). A command that makes something (runs, a dossier) continues in silence: its results go
@@ -11,9 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def count(n: int, one: str, many: str | None = None) -> str:
@@ -23,6 +27,52 @@ def count(n: int, one: str, many: str | None = None) -> str:
 
 STATUS_STYLES = {"completed": "green", "diverged": "bold red", "unsupported": "dim", "preempted": "yellow"}
 """Rich's style of a run's status; those of failures are yellow."""
+
+
+def stderr_console() -> Console:
+    """Standard error, 120 columns wide where it is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+
+
+def plain_table(*columns: str, right: Container[str] = (), fold: Container[str] = ()) -> Table:
+    """A table of rich without borders; the columns in ``fold`` break, the others end in an ellipsis."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for name in columns:
+        breaks = name in fold
+        justify = "right" if name in right else "left"
+        table.add_column(name, justify=justify, no_wrap=not breaks, overflow="fold" if breaks else "ellipsis")
+    return table
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Two columns: what, and the finding as it is, markup included."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in facts:
+        table.add_row(name, escape(text))
+    return table
+
+
+def print_section(console: Console, title: str, *content: Any, note: str = "") -> None:
+    """An empty line, the title with its note, and the content, indented by 2."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print()
+    console.print(Text.assemble((title, "bold"), (f"  {note}" if note else "", "dim")))
+    for part in content:
+        console.print(Padding.indent(part, 2))
+
+
 FIXABLE = {
     errno.ENOSPC,
     errno.EDQUOT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,20 +13,24 @@ from instrument.results.schemas import RunRecord
 from report.text import clean
 
 LONGEST_ARGUMENT = 400
-SIZES = ("batch_size", "micro_batch", "seq_len", "max_steps", "documents", "validation_documents", "threads")
-RARE = {
-    "text_field": "text",
-    "label_field": "labels",
+SIZES = ("batch_size", "micro_batch", "max_steps", "documents", "validation_documents", "threads")
+DEFAULTS = {
     "eval_every": 0,
     "dropout": 0.0,
     "attention": "auto",
     "compile": False,
     "bucket_by_length": False,
+    "text_field": "text",
+    "label_field": "labels",
 }
-ALL_BUT_LR = ("data", "weights", *SIZES, *RARE)
-OF_ANY_CASE = tuple(name for name in ALL_BUT_LR if name not in ("seq_len", "text_field", "label_field"))
-"""Without what one case may have and another may not."""
-SPELLED_OTHERWISE = {"attention": "sdpa"}
+"""Of settings that every row has. A setting that was added later is in a row only where it is not at its default."""
+OF_ONE_CASE = ("lr", "seq_len", "text_field", "label_field")
+NO_OPTION = ("case", "config", "device", "data_fingerprint", "sources_fingerprint", "warmup_steps", "untimed_steps")
+OF_RANKS = ("world", "parallel")
+"""Spelled for a run alone: a matrix gives every run one process."""
+FLAGS = {"attention": "--sdpa"}
+"""Options that are not called as their setting. `tests.harness.test_settings` compares all of this with the declaration."""
+SETTING = re.compile("[a-z][a-z0-9_]*")
 
 
 def case_arguments(run: RunRecord) -> list[str] | None:
@@ -48,46 +53,52 @@ def cases_option(runs: Iterable[RunRecord]) -> str | None:
     return shlex.join(["--cases", *ids]) if ids else shlex.join(named[0]) if named else None
 
 
-def unusual_options(runs: Sequence[RunRecord], settings: Sequence[str] = ("lr", *ALL_BUT_LR)) -> str:
-    """The options for those ``settings`` that all ``runs`` share, with a blank before each; empty where there are none."""
-    arguments: list[str] = []
-    for key in settings:
-        value = runs[0].config.get(key) if runs else None
-        if (
-            not isinstance(value, str | int | float)
-            or any(run.config.get(key) != value for run in runs)
-            or all(value == _usual(run).get(key) for run in runs)
-        ):
-            continue
-        arguments += option_arguments("--" + SPELLED_OTHERWISE.get(key, key).replace("_", "-"), value)
-    return " " + shlex.join(arguments) if arguments else ""
-
-
-def option_arguments(option: str, value: Any) -> list[str]:
-    """An option and its value as arguments; one that begins with a dash would be taken for an option."""
-    text = clean(value, 200)
-    return [option] if value is True else [f"{option}={text}"] if text.startswith("-") else [option, text]
-
-
-def _usual(run: RunRecord) -> dict[str, Any]:
-    """What the command line would choose for the run's case; as far as the row says."""
-    preset, config = PRESETS.get(run.preset), run.config
-    if preset is None:
-        return dict(RARE)
-    data = "hub" if preset.id == "full" else "embedded"
-    weights = "pretrained" if preset.id == "full" and config.get("data") == "hub" else "scratch"
-    rates = _object(_object(config.get("case")).get("lr"))
-    rate = "pretrained" if config.get("weights") != "scratch" else "tiny" if preset.id == "tiny" else "scratch"
+def settings_of(run: RunRecord) -> dict[str, str | int | float]:
+    """The settings in a row's ``config`` for which the command line has an option, by name."""
     return {
-        **RARE,
-        **{key: getattr(preset, key) for key in SIZES},
-        "data": data,
-        "weights": weights,
-        "lr": rates.get(rate),
-        "seq_len": preset.sequence_length(run.case),
-        "micro_batch": math.gcd(run.batch_size, preset.micro_batch),
+        name: value
+        for name, value in run.config.items()
+        if name not in (*NO_OPTION, *OF_RANKS) and SETTING.fullmatch(name) and isinstance(value, str | int | float)
     }
 
 
-def _object(value: Any) -> dict:
-    return value if isinstance(value, dict) else {}
+def unusual_options(runs: Sequence[RunRecord], leave_out: Sequence[str] = ()) -> str:
+    """The options for the settings that all ``runs`` share and the command line would choose otherwise for one of them, with
+    a blank before each; empty where there are none."""
+    arguments: list[str] = []
+    for name, value in settings_of(runs[0]).items() if runs else ():
+        shared = name not in leave_out and all(run.config.get(name) == value for run in runs)
+        if shared and any(usual(run).get(name) != value for run in runs):
+            arguments += setting_arguments(name, value)
+    return " " + shlex.join(arguments) if arguments else ""
+
+
+def setting_arguments(name: str, value: Any) -> list[str]:
+    """A setting's option and value as arguments, none for False; a value that begins with a dash would be taken for an
+    option."""
+    option, text = FLAGS.get(name) or "--" + name.replace("_", "-"), clean(value, 200)
+    if isinstance(value, bool):
+        return [option] if value else []
+    return [f"{option}={text}"] if text.startswith("-") else [option, text]
+
+
+def usual(run: RunRecord) -> dict[str, Any]:
+    """What the command line would choose for the run's case in its preset; as far as the row says."""
+    preset, config = PRESETS.get(run.preset), run.config
+    if preset is None:
+        return {**DEFAULTS, "preset": run.preset}
+    data = "hub" if preset.id == "full" else "embedded"
+    weights = "pretrained" if preset.id == "full" and config.get("data") == "hub" else "scratch"
+    case = config.get("case")
+    rates = case.get("lr") if isinstance(case, dict) else None
+    rate = "pretrained" if config.get("weights") != "scratch" else "tiny" if preset.id == "tiny" else "scratch"
+    return {
+        **DEFAULTS,
+        "preset": run.preset,
+        **{key: getattr(preset, key) for key in SIZES},
+        "data": data,
+        "weights": weights,
+        "lr": rates.get(rate) if isinstance(rates, dict) else None,
+        "seq_len": preset.sequence_length(run.case),
+        "micro_batch": math.gcd(run.batch_size, preset.micro_batch),
+    }

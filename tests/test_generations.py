@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.doctor.machine_checks import constraints_of, pinned
+from harness.doctor import constraints_of, pinned
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN, EARLIER = ROOT / "constraints.txt", ROOT / "constraints-torch2.11.txt"

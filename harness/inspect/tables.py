@@ -7,12 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from harness.inspect.findings import KIND_NAMES
-from instrument.terminal import count
+from instrument.terminal import count, plain_table
 from kernels.float_formats import FP16
 
 FP16_SMALLEST_EXPONENT = FP16.min_exponent - FP16.mantissa_bits
@@ -126,15 +125,6 @@ OP_SHARE = 4
 """An op's name takes at most this part of the width; its end is shown."""
 
 
-def plain_table(*columns: str, right: Sequence[str] = (), fold: Sequence[str] = ()) -> Table:
-    """A borderless table; ``fold`` names the columns that may break."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for name in columns:
-        breaking = {"no_wrap": False, "overflow": "fold"} if name in fold else {"no_wrap": True, "overflow": "ellipsis"}
-        table.add_column(name, justify="right" if name in right else "left", **breaking)
-    return table
-
-
 def chain_table(links: Sequence[dict[str, Any]], width: int, culprit_kind: str | None = None) -> Table:
     """The first op of every module (and phase) that the value reached, in order. A link says which of NaN, +Inf and
     -Inf it holds, NaN before Inf; ``culprit_kind`` is what prevails in the first."""
@@ -192,6 +182,8 @@ def remedy_table(rows: Sequence[dict[str, Any]]) -> Table:
             outcome, style = f"not tried: {row['why'] or 'no reason given'}", "dim"
         elif row["survives"]:
             outcome, style = f"survives {count(row['steps'], 'step')}", "green"
+        elif row["failed_at"] is None:
+            outcome, style = "trains nothing", "red"
         else:
             outcome, style = f"fails again at step {row['failed_at']}", "red"
         ratios = ["–" if row[name] is None else f"{row[name]:.2f}x" for name in ("step_time_ratio", "bytes_ratio")]

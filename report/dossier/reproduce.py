@@ -9,24 +9,10 @@ from collections.abc import Sequence
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.dossier.rows import RowNumbers
-from report.harness_commands import case_arguments, option_arguments, unusual_options
+from report.harness_commands import case_arguments, setting_arguments, settings_of, usual
 from report.tables.selection import in_order
 from report.text import clean, gigabytes
 
-OPTIONS = {
-    "preset": "--preset",
-    "data": "--data",
-    "weights": "--weights",
-    "lr": "--lr",
-    "batch_size": "--batch-size",
-    "micro_batch": "--micro-batch",
-    "seq_len": "--seq-len",
-    "max_steps": "--max-steps",
-    "dropout": "--dropout",
-    "attention": "--sdpa",
-    "parallel": "--parallel",
-}
-"""Key of a row's settings -> option of ``harness case``."""
 RARE = ("text_field", "label_field", "eval_every", "documents", "validation_documents", "threads")
 """Settings that are spelled out only where the command line would choose others."""
 PARTS = ("gpu", "cpu", "cpu_count", "memory_bytes", "system", "python")
@@ -53,13 +39,13 @@ def command(run: RunRecord) -> str | None:
     many = isinstance(world, int) and world > 1
     program = f"torchrun --nproc-per-node {world} -m harness" if many else "python -m harness"
     arguments = ["case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
-    for key, option in OPTIONS.items():
-        if run.config.get(key) is not None:
-            arguments += option_arguments(option, run.config[key])
-    for key, option in (("compile", "--compile"), ("bucket_by_length", "--bucket-by-length")):
-        if run.config.get(key) is True:
-            arguments.append(option)
-    return f"{program} {shlex.join(arguments)}{unusual_options([run], RARE)}"
+    usually = usual(run)
+    for name, value in settings_of(run).items():
+        if name not in RARE or value != usually.get(name):
+            arguments += setting_arguments(name, value)
+    if run.config.get("parallel") is not None:
+        arguments += setting_arguments("parallel", run.config["parallel"])
+    return f"{program} {shlex.join(arguments)}"
 
 
 def _is_foreign(run: RunRecord) -> bool:

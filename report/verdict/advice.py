@@ -10,7 +10,7 @@ from bench_cases import CASES
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.harness_commands import ALL_BUT_LR, OF_ANY_CASE, cases_option, unusual_options
+from report.harness_commands import OF_ONE_CASE, cases_option, unusual_options
 from report.hypotheses.evidence import EvidenceBase, log_speed_ratios
 from report.statistics import FEWEST_SEEDS, exponential, mean_interval
 from report.tables.judgement import Judged, divergence_text, is_unfinished
@@ -78,7 +78,7 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
         return f"{MATRIX} {options}{out}"
     unhealthy = [case for case in case_order(base.judgements.unhealthy) if _of(base, case)][:1]
     rate = base.cases[unhealthy[0]].config.get("lr") if unhealthy else None
-    if options := _matrix_options(base, unhealthy, f" --lr {rate / 3:.2g}" if isinstance(rate, float) else "", ALL_BUT_LR):
+    if options := _matrix_options(base, unhealthy, f" --lr {rate / 3:.2g}" if isinstance(rate, float) else "", ("lr",)):
         return f"{MATRIX} {options}{out}"
     few = [case for case in base.cases if 0 < _ended_references(base, case) < FEWEST_SEEDS]
     if options := _matrix_options(base, few, f" --seeds {' '.join(map(str, range(FEWEST_SEEDS)))}"):
@@ -89,20 +89,18 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     if missing and presets:
         some = [run for run in some if run.preset == presets[0]]
         return (
-            f"{MATRIX} --cases {' '.join(missing)} --seeds 0 1 2 --preset {presets[0]}{unusual_options(some, OF_ANY_CASE)}{out}"
+            f"{MATRIX} --cases {' '.join(missing)} --seeds 0 1 2 --preset {presets[0]}{unusual_options(some, OF_ONE_CASE)}{out}"
         )
     if presets == ["tiny"]:
         return f"{MATRIX} --preset full"
     return f"python -m report build {shlex.quote(str(folder.path))}"
 
 
-def _matrix_options(
-    base: EvidenceBase, cases: Sequence[str], more: str = "", settings: Sequence[str] = ("lr", *ALL_BUT_LR)
-) -> str | None:
+def _matrix_options(base: EvidenceBase, cases: Sequence[str], more: str = "", leave_out: Sequence[str] = ()) -> str | None:
     """The options that name the first of ``cases`` that the command line knows and those that share its settings, ``more``,
-    and these settings; None where there is none."""
+    and their settings but ``leave_out``; None where there is none."""
     options = {
-        case: f" --preset {runs[0].preset}{unusual_options(runs, settings)}" for case in cases if (runs := _of(base, case))
+        case: f" --preset {runs[0].preset}{unusual_options(runs, leave_out)}" for case in cases if (runs := _of(base, case))
     }
     named = {case: options[case] for case in case_order(options) if cases_option([base.cases[case]])}
     if not named:

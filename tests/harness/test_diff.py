@@ -13,8 +13,8 @@ from rich.console import Console
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
-from harness.diff.command import show
-from harness.diff.compare import EPSILONS_APART, FEWEST_STEPS, compare, mean_with_interval, relative
+from harness.commands.diff import show
+from harness.diff import EPSILONS_APART, FEWEST_STEPS, compare, mean_with_interval, relative
 from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bench_cases import DTYPE_CONFIGS
-from harness.doctor import command, machine_checks, matmul_rates
+from harness import doctor as machine_checks
+from harness import measured_rates
+from harness.commands import doctor
 from harness.measured_rates import merge_measured, rates_measured_here
 from instrument.nvml import Nvml
 from instrument.results.folder import OutputError
@@ -19,7 +21,7 @@ from instrument.results.folder import OutputError
 def findings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        return command.examine(None)
+        return doctor.examine(None)
 
 
 class FakeNvml:
@@ -96,9 +98,9 @@ def test_without_bitsandbytes_the_8_bit_configuration_is_refused(findings):
 
 def test_a_device_that_cannot_multiply_ends_with_the_environments_code(findings, monkeypatch, capsys):
     broken = findings | {"products": {"fp32": "RuntimeError: no kernel image"}}
-    broken["will_not_work"] = command.will_not_work(broken)
-    monkeypatch.setattr(command, "examine", lambda out: broken)
-    assert command.doctor_command(argparse.Namespace(out=None, json=True, measure=False)) == 5
+    broken["will_not_work"] = doctor.will_not_work(broken)
+    monkeypatch.setattr(doctor, "examine", lambda out: broken)
+    assert doctor.doctor_command(argparse.Namespace(out=None, json=True, measure=False)) == 5
     printed = capsys.readouterr()
     assert json.loads(printed.out)["products"]["fp32"].startswith("RuntimeError") and "no kernel" in printed.err
 
@@ -118,9 +120,9 @@ def test_a_gpu_is_described_by_name_and_by_nvml(monkeypatch, findings):
     assert gpu["supports"] == {"fp16": True, "bf16": True, "tf32": True, "fp8": True}
     assert gpu["nvml"]["processes"] == [{"pid": 7, "used_bytes": 30}, {"pid": 9, "used_bytes": None}]
     assert gpu["nvml"]["power_limit_w"] == 700 and gpu["nvml"]["unknown"] == {}
-    whats = [row["what"] for row in command.will_not_work(findings | {"gpus": [gpu], "why_no_gpu": None})]
+    whats = [row["what"] for row in doctor.will_not_work(findings | {"gpus": [gpu], "why_no_gpu": None})]
     assert any("two runs at a time" in what for what in whats) and any("fair timing" in what for what in whats)
-    assert any("not a reference card" in text for _, text in command.gpu_lines(gpu))
+    assert any("not a reference card" in text for _, text in doctor.gpu_lines(gpu))
 
 
 def test_an_nvml_call_that_fails_is_null_with_its_reason(monkeypatch):
@@ -199,17 +201,17 @@ RATES = {
 
 
 def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatch):
-    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (64, 128))
-    monkeypatch.setitem(matmul_rates.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setattr(matmul_rates, "BUDGET_S", 0.01)
+    monkeypatch.setitem(measured_rates.SIZES, "cpu", (64, 128))
+    monkeypatch.setitem(measured_rates.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(measured_rates, "BUDGET_S", 0.01)
     before = torch.get_num_threads()
-    found = matmul_rates.measure(torch.device("cpu"))
+    found = measured_rates.measure(torch.device("cpu"))
     assert torch.get_num_threads() == before and 0 <= found["cpu_busy_before_frac"] <= 1
     assert {(row["dtype"], row["threads"]) for row in found["matmul"]} == {
         (dtype, threads) for dtype in ("fp32", "bf16", "fp16") for threads in {1, before}
     }
     for row in found["matmul"]:
-        assert row["samples"] >= matmul_rates.AT_LEAST and row["size"] in (64, 128)
+        assert row["samples"] >= measured_rates.AT_LEAST and row["size"] in (64, 128)
         assert 1e6 < row["p10_flops_per_s"] <= row["flops_per_s"] <= row["p90_flops_per_s"] < 1e15
     by_hand = next(row for row in found["copy"] if row["threads"] == 1)
     assert by_hand["block_bytes"] == 1 << 20 and 1e7 < by_hand["bytes_per_s"] < 1e13
@@ -217,11 +219,11 @@ def test_measured_rates_are_plausible_and_leave_the_process_as_it_was(monkeypatc
 
 
 def test_fp16_is_measured_as_the_harness_runs_it(monkeypatch):
-    monkeypatch.setattr(matmul_rates, "BUDGET_S", 0.0)
-    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (32,))
+    monkeypatch.setattr(measured_rates, "BUDGET_S", 0.0)
+    monkeypatch.setitem(measured_rates.SIZES, "cpu", (32,))
     for in_hardware, how in ((True, "native"), (False, "fp32, rounded once to fp16")):
-        monkeypatch.setattr(matmul_rates.fp16_products, "cpu_has_fp16_arithmetic", lambda answer=in_hardware: answer)
-        assert matmul_rates.matmul_rate(torch.device("cpu"), "fp16", 1)["how"] == how
+        monkeypatch.setattr(measured_rates.fp16_products, "cpu_has_fp16_arithmetic", lambda answer=in_hardware: answer)
+        assert measured_rates.matmul_rate(torch.device("cpu"), "fp16", 1)["how"] == how
 
 
 def test_what_does_not_fit_into_memory_ends_with_the_largest_that_did(monkeypatch):
@@ -230,15 +232,15 @@ def test_what_does_not_fit_into_memory_ends_with_the_largest_that_did(monkeypatc
             raise torch.OutOfMemoryError("full")
         return [0.1] * 10
 
-    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (32, 64))
-    monkeypatch.setattr(matmul_rates, "sample", sample)
-    assert matmul_rates.matmul_rate(torch.device("cpu"), "fp32", 1)["size"] == 32
-    monkeypatch.setitem(matmul_rates.SIZES, "cpu", (64,))
-    assert matmul_rates.matmul_rate(torch.device("cpu"), "fp32", 1) is None
+    monkeypatch.setitem(measured_rates.SIZES, "cpu", (32, 64))
+    monkeypatch.setattr(measured_rates, "sample", sample)
+    assert measured_rates.matmul_rate(torch.device("cpu"), "fp32", 1)["size"] == 32
+    monkeypatch.setitem(measured_rates.SIZES, "cpu", (64,))
+    assert measured_rates.matmul_rate(torch.device("cpu"), "fp32", 1) is None
 
 
 def test_rates_are_the_median_and_the_spread_its_deciles():
-    found = matmul_rates.rates("flops_per_s", 100.0, [float(s) for s in range(1, 12)])
+    found = measured_rates.rates("flops_per_s", 100.0, [float(s) for s in range(1, 12)])
     assert found == {"flops_per_s": pytest.approx(100 / 6), "p10_flops_per_s": 10.0, "p90_flops_per_s": 50.0, "samples": 11}
 
 
@@ -289,9 +291,9 @@ def test_matmul_rates_writes_the_file_and_says_so(findings, monkeypatch, tmp_pat
         "how": "fp32, rounded once to fp16",
     }
     copy = {"threads": 1, "bytes_per_s": 3e10, "p10_bytes_per_s": 2e10, "p90_bytes_per_s": 4e10, "samples": 9}
-    monkeypatch.setattr(command, "examine", lambda out: dict(findings))
-    monkeypatch.setattr(command, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row], "copy": [copy]})
-    assert command.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
+    monkeypatch.setattr(doctor, "examine", lambda out: dict(findings))
+    monkeypatch.setattr(doctor, "measure", lambda device: {"cpu_busy_before_frac": 0.5, "matmul": [row], "copy": [copy]})
+    assert doctor.doctor_command(argparse.Namespace(out=tmp_path, json=True, measure=True)) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["measured"]["matmul"] == [row]
     assert "150.0 GFLOP/s" in printed.err and "30.0 GB/s" in printed.err and "rounded once" in printed.err

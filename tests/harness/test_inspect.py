@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
-from harness.inspect.command import InspectScreen
+from harness.commands.inspect import InspectScreen
 from harness.inspect.findings import gather
 from harness.inspect.tables import BACKWARD, BARS, FORWARD, LIMIT, histogram_lines, history_chart, number
 from harness.options import parser

@@ -10,7 +10,7 @@ import torch
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
 from harness.planning import plan_run
-from harness.predict.gather import arithmetic_of, predictions
+from harness.predict import arithmetic_of, predictions
 from harness.run.execute import execute
 from harness.settings import Request
 from instrument.prediction import FALSE_ALARM, HIT, MISSED

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
@@ -15,6 +17,9 @@ from harness.optimizer import learning_rate
 from harness.options import option_words, parser, request, settings_table
 from harness.planning import choose_device, plan_run, sources_fingerprint
 from harness.settings import SETTINGS, Request, RunSettings, SettingsError, resolve
+from instrument.results.schemas import RunRecord
+from report import harness_commands
+from report.dossier import reproduce
 
 CASE, CONFIG = CASES["gpt2_multi_cls"], DTYPE_CONFIGS["amp_fp16"]
 
@@ -219,9 +224,28 @@ def test_the_documentation_lists_every_setting():
     assert settings_table() in page.read_text(), "write harness.options.settings_table() into docs/settings.md"
 
 
+OTHERWISE = {"preset": "full", "data": "my data", "weights": "my weights", "attention": "math", "lr": 0.5, "dropout": 0.25}
+
+
+@pytest.mark.parametrize("name", [name for name, declared in SETTINGS.items() if declared.hashed and name != "device"])
+def test_the_report_spells_every_setting_that_makes_a_row_as_the_command_line_reads_it(name):
+    """Only where it is not as the command line would choose; a setting that the report does not know fails here."""
+    settings = settings_from("gpt2_clm fp32_true --preset tiny --data embedded")
+    value = OTHERWISE.get(name) or (True if SETTINGS[name].parse is bool else SETTINGS[name].parse(3))
+    row = SimpleNamespace(case="gpt2_clm", preset="tiny", batch_size=settings.batch_size)
+    row.config = settings.as_config()
+    assert not harness_commands.unusual_options([row])
+    row.config[name] = value
+    options = parser().parse_args(["case", *shlex.split(harness_commands.unusual_options([row]))])
+    assert getattr(options, name) == value
+    others = SETTINGS.keys() - {name, "lr"}  # the usual rate depends on the weights
+    assert all(getattr(options, other) == SETTINGS[other].default for other in others)
+
+
 WITH_A_NEW_SETTING = """
 import json, sys, types
 from pathlib import Path
+from types import SimpleNamespace
 import harness
 
 source = (Path(harness.__path__[0]) / "settings.py").read_text()
@@ -256,6 +280,7 @@ def test_a_setting_declared_in_one_place_is_everywhere(tmp_path):
     assert all("--warm-start" in text and "what a test adds" in text for text in helps)
     assert (default["warm_start"], changed["warm_start"]) == (0.5, 0.25)
     assert "--warm-start 0.25" in done.stderr and "warm_start is -1.0; it must be at least 0" in done.stderr
+    assert "--warm-start 0.25" in reproduce.command(msgspec.convert(row, RunRecord))
     assert row["config"]["warm_start"] == 0.25 and row["run_id"] == changed["run_id"] != default["run_id"]
     options = parser().parse_args(["case", "gpt2_clm", "fp32_true", *words])
     case, config = (CASES["gpt2_clm"], DTYPE_CONFIGS["fp32_true"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.predict.gather import Predictions
+from harness.predict import Predictions
 from instrument.prediction import KINDS as HAZARD_KINDS
 from instrument.prediction import VERDICTS as OUTCOME_VERDICTS
 from instrument.results.contents import load

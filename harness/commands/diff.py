@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from harness.diff.compare import compare
+from harness.diff import compare
 from harness.exit_codes import OK
 from instrument.results.read import load
 from instrument.results.schemas import strict_json

@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.doctor import machine_checks
-from harness.doctor.matmul_rates import measure
+from harness import doctor
 from harness.exit_codes import ENVIRONMENT, OK
-from harness.measured_rates import merge_measured, refuse_another_machine, too_low
+from harness.measured_rates import measure, merge_measured, refuse_another_machine, too_low
 from harness.planning import choose_device, results_folder
 from instrument.environment import capture, version
 from instrument.nvml import Nvml
@@ -40,9 +39,9 @@ def examine(out: Path | None) -> dict[str, object]:
     with Nvml() as nvml:
         findings: dict[str, object] = {
             "device": device.type,
-            "why_no_gpu": machine_checks.why_no_gpu(nvml),
+            "why_no_gpu": doctor.why_no_gpu(nvml),
             "driver": nvml.driver(),
-            "gpus": machine_checks.gpus(nvml),
+            "gpus": doctor.gpus(nvml),
         }
     findings |= {
         "torch": {
@@ -51,16 +50,16 @@ def examine(out: Path | None) -> dict[str, object]:
             "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
             "triton": version("triton"),
         },
-        "cpu": machine_checks.processor(),
-        "memory": machine_checks.memory(),
-        "disk": machine_checks.disk(_results_folder(out, device)),
-        "compilers": machine_checks.compilers(),
-        "versions": machine_checks.library_versions(),
-        "products": machine_checks.products(device),
-        "attention": machine_checks.attention(device),
-        "eight_bit_adamw": machine_checks.eight_bit_adamw(device),
+        "cpu": doctor.processor(),
+        "memory": doctor.memory(),
+        "disk": doctor.disk(_results_folder(out, device)),
+        "compilers": doctor.compilers(),
+        "versions": doctor.library_versions(),
+        "products": doctor.products(device),
+        "attention": doctor.attention(device),
+        "eight_bit_adamw": doctor.eight_bit_adamw(device),
     }
-    findings["configurations"] = machine_checks.configurations(device, findings["eight_bit_adamw"])
+    findings["configurations"] = doctor.configurations(device, findings["eight_bit_adamw"])
     findings["will_not_work"] = will_not_work(findings)
     return findings
 

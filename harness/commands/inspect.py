@@ -1,12 +1,15 @@
-"""``python -m harness inspect RUN_ID``: why a run failed, or how far a healthy one stayed from failing."""
+"""``python -m harness inspect RUN``: why a run failed, or how far a healthy one stayed from failing. With ``--try CHANGE``
+it runs the failed steps again with one thing changed, and prints which changes the run survives."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
@@ -32,8 +35,11 @@ from harness.settings import SettingsError
 from instrument.results.layout import locate
 from instrument.results.read import failure_of, run_record
 from instrument.results.schemas import strict_json
-from instrument.terminal import STATUS_STYLES, count
+from instrument.terminal import STATUS_STYLES, count, print_section
 from kernels.float_formats import FP16, float_format
+
+if TYPE_CHECKING:
+    from harness.forensics.counterfactual import Counterfactual
 
 
 def inspect_command(options: argparse.Namespace) -> int:
@@ -70,9 +76,7 @@ class InspectScreen:
         if found.get("stack") is not None:
             self._stack(found["stack"])
         if found["events"]:
-            self._section("Along the way")
-            for line in event_lines(found["events"]):
-                self._line(line)
+            self._section("Along the way", *map(Text, event_lines(found["events"])))
         self._next(found)
 
     def _head(self, found: dict[str, Any]) -> None:
@@ -91,40 +95,36 @@ class InspectScreen:
             self.console.print(Text(near, style="yellow"))
 
     def _stack(self, stack: dict[str, Any]) -> None:
-        self._section("Where it failed", "the model's and our own code, the innermost frame last")
+        self._section("Where it failed", note="the model's and our own code, the innermost frame last")
         for frame in stack["frames"]:
             self._to_copy(f"{frame['file']}:{frame['line']} in {frame['function']}")
             if frame["code"]:
-                self._indented(Text(f"  {frame['code']}", style="dim", no_wrap=True, overflow="ellipsis"))
+                code = Text(f"  {frame['code']}", style="dim", no_wrap=True, overflow="ellipsis")
+                self.console.print(Padding.indent(code, 2))
         self._to_copy(f"the whole stack: {stack['whole']}")
 
     def _failure(self, found: dict[str, Any]) -> None:
         width = self.console.width
         if found["chain"]:
-            self._section("The road of the value", "first op of every module it reached")
-            self._indented(chain_table(found["chain"], width, found["first_nonfinite"]["kind"]))
+            table = chain_table(found["chain"], width, found["first_nonfinite"]["kind"])
+            self._section("The road of the value", table, note="first op of every module it reached")
             more = len(found["chain"]) - MOST_LINKS
             if more > 0:
                 self._line(f"and {more} more (--json has {'all' if len(found['chain']) < 64 else 'the first 64'})", style="dim")
         if found["absorbed"]:
-            self._section("Absorbed", "not finite, but it died out: not to blame")
-            self._indented(chain_table(found["absorbed"], width))
+            self._section("Absorbed", chain_table(found["absorbed"], width), note="not finite, but it died out: not to blame")
         if found["operands"]:
-            self._section(f"What {found['first_nonfinite']['op']} read")
-            self._indented(operands_table(found))
+            self._section(f"What {found['first_nonfinite']['op']} read", operands_table(found))
             self._exact(found["output"])
         self._history(found)
         if found["histograms"]:
-            self._section("Exponents of what it read", "how many values per power of two, heights logarithmic")
-            for line in histogram_lines(found["histograms"], width - 2):
-                self._indented(line)
+            lines = histogram_lines(found["histograms"], width - 2)
+            self._section("Exponents of what it read", *lines, note="how many values per power of two, heights logarithmic")
         if found["kernels"]:
-            unseen = any(row["duration_s"] is None for row in found["kernels"])
-            self._section(
-                f"{'Kernels' if found['device_type'] == 'cuda' else 'Ops'} around the failure",
-                "times from the profiled replay" + ("; – where it saw no such op" if unseen else ""),
-            )
-            self._indented(kernel_table(found["kernels"], width))
+            what = "Kernels" if found["device_type"] == "cuda" else "Ops"
+            unseen = "; – where it saw no such op" if any(row["duration_s"] is None for row in found["kernels"]) else ""
+            table = kernel_table(found["kernels"], width)
+            self._section(f"{what} around the failure", table, note="times from the profiled replay" + unseen)
 
     def _exact(self, output: dict[str, Any] | None) -> None:
         if output is None:
@@ -148,9 +148,7 @@ class InspectScreen:
         if not lines:
             return
         name = "fp16" if near == FP16.max else dtype(found["first_nonfinite"]["dtype"])
-        self._section(f"Largest |x| of {history[0]['module'] or 'the model'}")
-        for line in lines:
-            self._indented(line)
+        self._section(f"Largest |x| of {history[0]['module'] or 'the model'}", *lines)
         self._line(
             f"{FORWARD} output   {BACKWARD} its gradient, at the loss scale   {LIMIT} end of {name}   log scale", style="dim"
         )
@@ -166,7 +164,7 @@ class InspectScreen:
             if found["status"] == "completed":
                 self._line(f"no module was measured (instrument level {found['instrument']}), so its headroom is unknown")
             return
-        self._section("Smallest headroom", "largest |x| of any measured module against the end of a dtype")
+        self._section("Smallest headroom", note="largest |x| of any measured module against the end of a dtype")
         own, fp16 = smallest["own_dtype"], smallest["float16"]
         self._line(f"of its own dtype: {_headroom(own, own['dtype'])}")
         if own["dtype"] != "float16":
@@ -176,10 +174,8 @@ class InspectScreen:
         if found.get("chain") is None:
             return
         command = f"python -m harness inspect {shlex.join([found['run_id'], '--out', found['results_folder']])}"
-        self._section("Remedies")
-        if found["remedies"]:
-            self._indented(remedy_table(found["remedies"]))
-        else:
+        self._section("Remedies", *([remedy_table(found["remedies"])] if found["remedies"] else []))
+        if not found["remedies"]:
             self._line("none tried yet; from the snapshot before the failure, each with one change:")
             self._to_copy(f"{command} --try all")
         self._section("Further")
@@ -190,15 +186,11 @@ class InspectScreen:
             self._line("the op alone, in a script that needs torch and nothing of ours:")
             self._to_copy(f"{command} --repro repro.py")
 
-    def _section(self, title: str, note: str = "") -> None:
-        self.console.print()
-        self.console.print(Text.assemble((title, "bold"), (f"  {note}" if note else "", "dim")))
+    def _section(self, title: str, *content: Any, note: str = "") -> None:
+        print_section(self.console, title, *content, note=note)
 
     def _line(self, text: str, style: str = "") -> None:
-        self._indented(Text(text, style=style))
-
-    def _indented(self, what) -> None:
-        self.console.print(Padding.indent(what, 2))
+        self.console.print(Padding.indent(Text(text, style=style), 2))
 
     def _to_copy(self, text: str) -> None:
         """A command or a path: never broken by us, whatever the width."""
@@ -218,3 +210,65 @@ def _headroom(row: dict[str, Any], against: str) -> str:
         f"{row['headroom_bits']:.1f} bits ({where} of {name}, {number(row['absmax'])} in {dtype(row['dtype'])} at step "
         f"{row['step']}; {dtype(against)} ends at {number(float_format(against).max)})"
     )
+
+
+CAUSES = {
+    "overflow": "overflow",
+    "underflow_then_divide": "underflow, then division by it",
+    "invalid": "an invalid operation",
+    "from_input": "a value that came in from outside the step",
+}
+
+
+def try_command(options: argparse.Namespace) -> int:
+    """Try the changes, print a table; ``--json`` prints the result as one object on standard output."""
+    from harness.forensics.changes import refuse_unknown
+    from harness.forensics.counterfactual import try_changes
+
+    if options.repro is not None:
+        raise SettingsError("--try and --repro are two commands; give one of them")
+    if options.steps is not None and options.steps < 1:
+        raise SettingsError(f"--steps is {options.steps}; it must be at least 1")
+    run = locate(options.run, options.out)
+    refuse_unknown(options.changes)
+    console = Console(stderr=True, highlight=False)
+    with console.status("") as status:
+        tried = try_changes(run.path, options.changes, options.steps, lambda what: status.update(f"replaying: {what}"))
+    row = msgspec.to_builtins(tried) | {"confirmed_by": tried.confirmed_by}
+    if options.json:
+        print(msgspec.json.encode(row).decode())
+    else:
+        _show_tried(console, tried, row["remedies"])
+    return OK
+
+
+def _show_tried(console: Console, tried: Counterfactual, remedies: list[dict[str, Any]]) -> None:
+    """What failed, whether the unchanged replay failed again, a row for each change, and whether the cause is confirmed."""
+    if tried.reproduced:
+        again = f"[green]fails again at step {tried.control_failed_at}[/]"
+    elif tried.control_failed_at is None:
+        again = "[yellow]does not fail again[/]"
+    else:
+        again = f"[yellow]fails in another way, at step {tried.control_failed_at}[/]"
+    console.print(f"[bold]{escape(tried.run_id)}[/]\n{escape(tried.sentence)}")
+    console.print(f"from the snapshot after step {tried.snapshot_step} up to step {tried.last_step}; unchanged, it {again}")
+    for warning in tried.warnings:
+        console.print(f"[yellow]another machine: {escape(warning)}[/]")
+    console.print(remedy_table(remedies))
+    notes = [f"{escape(r.change)}: [dim]{escape(r.why)}[/]" for r in tried.remedies if r.why and r.survives is not None]
+    if tried.time_noise is not None:
+        notes.append(
+            "[dim]step time and memory: to the unchanged run, timed before and after each change; its own timings "
+            f"differ by up to {tried.time_noise:.0%}[/]"
+        )
+    for note in notes:
+        console.print(Padding(note, (0, 0, 0, 2)))
+    cause = CAUSES.get(tried.first_nonfinite.cause, "an unknown cause")
+    if tried.confirmed_by:
+        names = escape(", ".join(tried.confirmed_by))
+        console.print(f"[bold green]confirmed[/]: {cause}. Without it the run survives: {names}")
+    elif not tried.reproduced:
+        why = "the unchanged run did not fail as it had, so survival proves nothing"
+        console.print(f"[bold yellow]nothing is confirmed[/]: {why}")
+    else:
+        console.print(f"[bold yellow]not confirmed[/]: no change that was tried removes {cause} and survives")

@@ -1,4 +1,6 @@
-"""The doctor's checks: what the device does, found out by trying and not by asking flags; and what the machine is (processor,
+"""``python -m harness doctor``: what this machine can do, found by trying it, and the rates that it reaches.
+
+The doctor's checks: what the device does, found out by trying and not by asking flags; and what the machine is (processor,
 memory, disk, compilers, library versions).
 """
 
@@ -205,7 +207,7 @@ LIBRARIES = (
     "psutil",
     "rich",
 )
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[1]
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _CGROUP = Path("/sys/fs/cgroup")
 
