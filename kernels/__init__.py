@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kernels.multi_tensor_stats import StatsReading as StatsReading
     from kernels.multi_tensor_stats import TensorStats as TensorStats
     from kernels.multi_tensor_stats import multi_tensor_stats as multi_tensor_stats
-    from kernels.scale import scale_ as scale_
+    from kernels.unscale import scale_ as scale_
     from kernels.unscale import unscale_and_stats_ as unscale_and_stats_
 
 # Public name -> the module that defines it. By hand, in the order of the README.
@@ -41,7 +41,7 @@ _EXPORTS = {
     "TensorStats": "kernels.multi_tensor_stats",
     "StatsReading": "kernels.multi_tensor_stats",
     "unscale_and_stats_": "kernels.unscale",
-    "scale_": "kernels.scale",
+    "scale_": "kernels.unscale",
     "exponent_histogram": "kernels.exponent_histogram",
     "ExponentHistogram": "kernels.exponent_histogram",
     "activation_stats": "kernels.activation_stats",

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--op", nargs="+", choices=ops, metavar="NAME", help=", ".join(ops))
         added.add_argument("--json", action="store_true", help="the rows as JSON on stdout")
         if on_a_device:
-            added.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="default: all three")
+            added.add_argument("--dtype", nargs="+", choices=bench.DTYPES, help="default: all three")
             added.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
             added.add_argument("--out", metavar="FILE", help="write the JSON there too")
         return added

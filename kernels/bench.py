@@ -2,7 +2,7 @@
 
     python -m kernels bench [--op NAME ...] [--json]
 
-Each op has a module with `bench_arms(device, dtypes) -> list[BenchArm]`. How a figure is made:
+Each op has a function (device, dtype) that yields `BenchArm`s, in `ARMS` of its module. How a figure is made:
 
 - arms of one case run in one process and in turns A B B A, where A is ours (the first arm);
   every ratio is the median over at least 30 such pairs, with its 95 % interval by order statistics
@@ -23,17 +23,11 @@ from importlib import import_module
 SCHEMA = 1
 PAIRS = 32
 WARM_UP = 3
+DTYPES = ("fp32", "bf16", "fp16")
 
-# Op -> the module whose bench_arms() lists its arms, by hand, in the order of the README.
-MODULES = {
-    "logit_stats": "kernels.logit_stats.bench_arms",
-    "cross_entropy": "kernels.cross_entropy.bench_arms",
-    "bce_with_logits": "kernels.bce_with_logits.bench_arms",
-    "multi_tensor_stats": "kernels.multi_tensor_stats.bench_arms",
-    "unscale": "kernels.unscale.bench_arms",
-    "scale": "kernels.scale.bench_arms",
-    "activation_stats": "kernels.activation_stats.bench_arms",
-}
+# Op -> the module whose ARMS list its arms (and whose CHECKS judge it), by hand, in the order of the README.
+MODULES = {op: "kernels.logit_cases" for op in ("logit_stats", "cross_entropy", "bce_with_logits")}
+MODULES |= {op: "kernels.list_cases" for op in ("multi_tensor_stats", "unscale", "scale", "activation_stats")}
 
 
 @dataclass(frozen=True)
@@ -94,15 +88,21 @@ def own_name(device: str) -> str:
     return "triton" if device == "cuda" else "torch"
 
 
+def known(ops: list[str] | None, modules: dict[str, str]) -> list[str]:
+    """`ops`, or all of `modules`; ValueError names one that is not there."""
+    for op in ops or ():
+        if op not in modules:
+            raise ValueError(f"unknown op {op!r}; one of {', '.join(modules)}")
+    return ops or list(modules)
+
+
 def collect(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[list[BenchArm]]:
     """The cases of all op modules (or of those named), each a list of arms, in order."""
-    for op in ops or ():
-        if op not in MODULES:
-            raise ValueError(f"unknown op {op!r}; one of {', '.join(MODULES)}")
     cases: dict[tuple[str, str], list[BenchArm]] = {}
-    for op in ops or MODULES:
-        for arm in import_module(MODULES[op]).bench_arms(device, dtypes):
-            cases.setdefault((arm.op, arm.case), []).append(arm)
+    for op in known(ops, MODULES):
+        for dtype in dtypes or DTYPES:
+            for arm in import_module(MODULES[op]).ARMS[op](device, dtype):
+                cases.setdefault((arm.op, arm.case), []).append(arm)
     return list(cases.values())
 
 

@@ -2,9 +2,9 @@
 
     python -m kernels check [--op NAME ...] [--json]
 
-Each op has a module with `checks(device, dtype, impl) -> Iterator[Judged]`. The tests go through many more shapes; this is
-what an installed package, or a benchmark that is about to trust its kernels, asks of a GPU that nobody has tried yet.
-Losses and gradients may err by no more than eager torch in the same dtype does, plus one rounding; counts are exact.
+Each op has a function (device, dtype, impl) that yields `Judged`, in `CHECKS` of its module. The tests go through many more
+shapes; this is what an installed package, or a benchmark that is about to trust its kernels, asks of a GPU that nobody has
+tried yet. Losses and gradients may err by no more than eager torch in the same dtype does, plus one rounding; counts are exact.
 """
 
 from collections.abc import Iterator
@@ -13,22 +13,14 @@ from importlib import import_module
 
 import torch
 
+from kernels import bench
 from kernels.dispatch import DTYPES
 from kernels.float_formats import FP16
 
 SCHEMA = 1
 
-# Op -> the module whose checks() judges it, by hand, in the order of the README.
-MODULES = {
-    "logit_stats": "kernels.logit_stats.bench_arms",
-    "cross_entropy": "kernels.cross_entropy.bench_arms",
-    "bce_with_logits": "kernels.bce_with_logits.bench_arms",
-    "multi_tensor_stats": "kernels.multi_tensor_stats.bench_arms",
-    "unscale": "kernels.unscale.bench_arms",
-    "scale": "kernels.scale.bench_arms",
-    "exponent_histogram": "kernels.exponent_histogram",
-    "activation_stats": "kernels.activation_stats.bench_arms",
-}
+MODULES = bench.MODULES | {"exponent_histogram": "kernels.list_cases"}
+"""Op -> the module whose CHECKS judge it."""
 SMALLEST = FP16.smallest_subnormal
 SPECIAL = (*(sign * value for value in (0.0, float("inf"), FP16.max) for sign in (1, -1)), float("nan"), 65536.0, 1e30,
            SMALLEST / 2, SMALLEST, 1e-40)  # fmt: skip
@@ -71,15 +63,12 @@ class CheckRow:
 
 def run(device: str, impl: str = "auto", ops: list[str] | None = None, dtypes: list[str] | None = None) -> Iterator[CheckRow]:
     """Check ops on `device` ("cuda" or "cpu"), a row a quantity, as they are judged. An op that raises costs its own dtype."""
-    for op in ops or ():
-        if op not in MODULES:
-            raise ValueError(f"unknown op {op!r}; one of {', '.join(MODULES)}")
-    for op in ops or MODULES:
+    for op in bench.known(ops, MODULES):
         for dtype in dtypes or DTYPES:
             torch.manual_seed(0)
             head = (op, dtype, device, impl)
             try:
-                for judged in import_module(MODULES[op]).checks(torch.device(device), DTYPES[dtype], impl):
+                for judged in import_module(MODULES[op]).CHECKS[op](torch.device(device), DTYPES[dtype], impl):
                     yield _row(head, judged)
             except Exception as e:  # what one kernel does on an unknown device must not hide the others
                 note = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"[:300]

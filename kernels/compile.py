@@ -2,7 +2,7 @@
 
     python -m kernels compile [--arch sm_75 ...] [--op NAME ...] [--json]
 
-Each module with Triton kernels exposes `compile_specs() -> list[CompileSpec]`. A spec comes from a launcher that is called
+Each module with Triton kernels has a function that lists `CompileSpec`s. A spec comes from a launcher that is called
 with tensors of the real shape but without memory (device "meta"): the kernel's own signature and the arguments of that
 call say its types, constants and alignment, by Triton's rules. What is printed is read from the machine code itself, with
 the `cuobjdump` that the triton wheel carries: registers, shared memory, stack, and every instruction that touches global
@@ -15,26 +15,27 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
+from kernels.bench import known
 from kernels.float_formats import float_format
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
-# Op -> the module whose compile_specs() lists its kernels, by hand, in the order of the README.
+# Op -> the function that lists its kernels, by hand, in the order of the README.
 MODULES = {
-    "logit_stats": "kernels.logit_stats.triton_kernel",
-    "fused_loss_kernel": "kernels.fused_loss_kernel",
-    "cross_entropy": "kernels.cross_entropy.triton_kernel",
-    "bce_with_logits": "kernels.bce_with_logits.triton_kernel",
-    "multi_tensor_stats": "kernels.multi_tensor_stats.triton_kernel",
-    "unscale": "kernels.unscale.triton_kernel",
-    "scale": "kernels.scale.triton_kernel",
-    "activation_stats": "kernels.activation_stats.triton_kernel",
+    "logit_stats": "kernels.logit_stats.triton_kernel:compile_specs",
+    "fused_loss_kernel": "kernels.fused_loss_kernel:compile_specs",
+    "cross_entropy": "kernels.cross_entropy.triton_kernel:compile_specs",
+    "bce_with_logits": "kernels.bce_with_logits.triton_kernel:compile_specs",
+    "multi_tensor_stats": "kernels.multi_tensor_stats.triton_kernel:compile_specs",
+    "unscale": "kernels.unscale.triton_kernel:unscale_specs",
+    "scale": "kernels.unscale.triton_kernel:scale_specs",
+    "activation_stats": "kernels.activation_stats.triton_kernel:compile_specs",
 }
 
 
@@ -97,12 +98,10 @@ class CompileError(RuntimeError):
 
 def collect(ops: list[str] | None = None) -> list[CompileSpec]:
     """The specs of all op modules, or of those named ("cross_entropy")."""
-    for op in ops or ():
-        if op not in MODULES:
-            raise ValueError(f"unknown op {op!r}; one of {', '.join(MODULES)}")
+    ops = known(ops, MODULES)
     if find_spec("triton") is None:
         raise CompileError("compilation needs the triton package, which is not installed")
-    return [spec for op in (ops or MODULES) for spec in import_module(MODULES[op]).compile_specs()]
+    return [spec for op in ops for spec in resolve_name(MODULES[op])()]
 
 
 def as_launched(

@@ -11,13 +11,10 @@ subnormal fp16 is a normal fp32), so there is no logarithm and no rounding at th
 `bincount`. `histc` of `log2` costs several times as much and misplaces values next to a power of two.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from kernels.check import Judged, with_special
 from kernels.dispatch import check_float, check_same_device
 from kernels.float_formats import FP16, FP32
 
@@ -126,22 +123,3 @@ def exponent_histogram(x: torch.Tensor, *, out: ExponentHistogram | None = None)
         counters[POS_INF] += positive
         counters[NEG_INF] += fields[255] - nan - positive
     return out
-
-
-CHECKED = {"cuda": 20_000_003, "cpu": 5_003}  # elements
-
-
-def checks(device: torch.device, dtype: torch.dtype, impl: str) -> Iterator[Judged]:
-    """What `python -m kernels check` asks: every bin, by numpy's frexp in float64."""
-    x = torch.randn(CHECKED[device.type], device=device)
-    x = with_special((x * torch.exp2(torch.randint(-30, 15, x.shape, device=device))).to(dtype))
-    got = exponent_histogram(x).read()
-    a = x.cpu().double().numpy()
-    exponents = np.frexp(np.abs(a[np.isfinite(a) & (a != 0)]))[1] - 1
-    places = np.clip(exponents - LOWEST + 1, 0, HIGHEST - LOWEST + 2)  # 0: below the first bin
-    bins = [int(n) for n in np.bincount(places, minlength=HIGHEST - LOWEST + 3)]
-    want = (bins[0], *bins[1:-1], bins[-1], int((a == 0).sum()), int(np.isnan(a).sum()), int(np.isposinf(a).sum()),
-            int(np.isneginf(a).sum()))  # fmt: skip
-    ours = (got.below_range, *got.bins, got.above_range, got.zeros, got.nan, got.pos_inf, got.neg_inf)
-    yield Judged("all magnitudes and special values", "bins", float(sum(g != w for g, w in zip(ours, want, strict=True))), 0.0,
-                 "bins that differ")  # fmt: skip
