@@ -233,7 +233,7 @@ def test_the_next_command_makes_runs_that_compare_with_those_there_are(plant):
 
     folder = plant((LM, MULTI), CONFIGS, (0,), lambda case, *_: config(0.5 if case == LM else 0.25))
     assert (
-        "--cases gpt2_clm --seeds 0 1 2 --preset full --lr 0.5 --data 'my data' --max-steps 60 --text-field body --sdpa "
+        "--cases gpt2_clm --seeds 0 1 2 --preset full --lr 0.5 --data 'my data' --text-field body --max-steps 60 --sdpa "
         "math --compile --out" in verdict(folder).next_command
     )
     assert "--lr 0.5 " in verdict(plant((LM,), CONFIGS, (0,), lambda *_: config(0.5), "same rate")).next_command
