@@ -111,12 +111,14 @@ def prove(model: nn.Module, request: ModelRequest) -> None:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in registration order."""
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in registration order. Of a sharded model those of the
+    whole parameters, gathered one by one: all ranks call it."""
     import torch
 
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        value = parameter.detach().cpu().contiguous()
+        value = parameter.detach()
+        value = (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ import pathlib
 import signal
 import sys
 import tempfile
+from dataclasses import asdict
 from typing import TextIO
 
 from kernels import bench, compile
@@ -74,7 +75,7 @@ def _compile(args) -> int:
     form = "{:<26} {:<7} {:<5} {:<14} {:>5} {:>6} {:>7} {:>6} {:>6}"
     print(form.format("kernel", "arch", "dtype", "shape", "regs", "spills", "shared", "load", "store"), file=sys.stderr)
     for row in compile.compile_all(args.arch, args.op):
-        rows.append(row.as_row())
+        rows.append(asdict(row))
         values = (row.registers, row.spills, row.shared_bytes, row.load_bits, row.store_bits)
         print(form.format(row.kernel, row.arch, row.dtype, row.shape, *values), file=sys.stderr, flush=True)
     if args.json:
@@ -92,7 +93,7 @@ def _check(args) -> int:
     for row in check.run(device, args.impl, args.op, args.dtype):
         document["judged"] += 1
         document["not_right"] += row.status != "right"
-        document["rows"].append(row.as_row())
+        document["rows"].append(asdict(row))
         _write(args, document)  # as it grows: a crash on an unknown device leaves what came before
         error = row.note if row.error is None else f"{row.error:.3g} ({row.allowed:.3g}) {row.unit}"
         _say(form.format(row.op, row.dtype, row.case, row.quantity, row.status, error))
@@ -115,12 +116,12 @@ def _bench(args) -> int:
     }  # fmt: skip
     _say(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"))
     for row in bench.run(device, args.op, args.dtype, args.pairs):
-        document["rows"].append(row.as_row())
+        document["rows"].append(asdict(row))
         _write(args, document)  # as it grows: what is cut has the rows that it had
         _say(_bench_line(row))
     if not has_cuda:
         for row in bench.unmeasured("cuda", args.op, args.dtype):
-            document["rows"].append(row.as_row())
+            document["rows"].append(asdict(row))
             _say(_bench_line(row))
     _write(args, document)
     if args.json:

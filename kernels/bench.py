@@ -17,8 +17,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
+from statistics import median
 
 SCHEMA = 1
 PAIRS = 32
@@ -78,9 +79,6 @@ class BenchRow:
     share_of_copy_high: float | None = None
     pairs: int | None = None
     note: str = ""
-
-    def as_row(self) -> dict:
-        return asdict(self)
 
 
 def own_name(device: str) -> str:
@@ -185,7 +183,7 @@ def _run_case(arms: list[BenchArm], timer, device: str, pairs: int) -> Iterator[
 def _row(ours: BenchArm, name: str, bytes_moved: int, times: dict, device: str) -> BenchRow:
     """times[name]: list of (our time, its time) pairs; for ours itself, against the copy (or itself)."""
     pairs = times[name]
-    time_s = _median([theirs for _, theirs in pairs])
+    time_s = median([theirs for _, theirs in pairs])
     values = {"time_s": time_s, "pairs": len(pairs), "bytes_moved": bytes_moved or None}
     if bytes_moved:
         values["bytes_per_s"] = bytes_moved / time_s
@@ -222,13 +220,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
             break
         rank += 1
     low = max(0, rank - 1)
-    return _median(ordered), ordered[low], ordered[n - 1 - low]
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    n = len(ordered)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    return median(ordered), ordered[low], ordered[n - 1 - low]
 
 
 def _copy(bytes_moved: int, device: str) -> Callable[[], object]:

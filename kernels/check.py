@@ -8,7 +8,7 @@ tried yet. Losses and gradients may err by no more than eager torch in the same 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 
 import torch
@@ -56,9 +56,6 @@ class CheckRow:
     allowed: float | None = None
     unit: str | None = None
     note: str = ""
-
-    def as_row(self) -> dict:
-        return asdict(self)
 
 
 def run(device: str, impl: str = "auto", ops: list[str] | None = None, dtypes: list[str] | None = None) -> Iterator[CheckRow]:

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
@@ -87,9 +87,6 @@ class Compiled:
     stores: dict[str, int]
     num_warps: int
     streaming: bool
-
-    def as_row(self) -> dict:
-        return asdict(self)
 
 
 class CompileError(RuntimeError):

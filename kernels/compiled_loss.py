@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.dispatch import register
+from kernels.dispatch import number_or_tensor, register
 from kernels.fused_loss import LossCall, empty_gradient
 
 _ARGUMENTS = (
@@ -102,7 +102,7 @@ def register_compiled(
         wants_grad = torch.is_grad_enabled() and logits.requires_grad
         make_grad = wants_grad and (call.grad_scale is not None or logits.dtype != torch.float16)
         loss, _, _, _, counters = compiled(
-            logits, call.targets, *_tensor_or_number(call.normalizer), *_tensor_or_number(call.grad_scale), call.counters,
+            logits, call.targets, *number_or_tensor(call.normalizer), *number_or_tensor(call.grad_scale), call.counters,
             call.reduction, make_grad, *call.options.values(), call.impl,
         )  # fmt: skip
         if call.counters is not None:
@@ -110,8 +110,3 @@ def register_compiled(
         return loss
 
     return take
-
-
-def _tensor_or_number(x: int | float | torch.Tensor | None) -> tuple[torch.Tensor | None, float | None]:
-    """The two arguments that carry a factor into an operator."""
-    return (x, None) if isinstance(x, torch.Tensor) else (None, None if x is None else float(x))

@@ -70,9 +70,9 @@ def check_device_scalar(op: str, name: str, x, device: torch.device) -> None:
         raise TypeError(f"{op}: {name} must be a number or a one-element tensor, got {type(x).__name__}")
 
 
-def number_or_tensor(x: int | float | torch.Tensor, absent: float = 1.0) -> tuple[torch.Tensor | None, float]:
-    """(device scalar or None, number): how an argument that may be either enters an operator."""
-    return (x, absent) if isinstance(x, torch.Tensor) else (None, float(x))
+def number_or_tensor(x: int | float | torch.Tensor | None) -> tuple[torch.Tensor | None, float | None]:
+    """(device scalar or None, number to multiply it with): how an argument that may be either enters an operator or kernel."""
+    return (x, 1.0) if isinstance(x, torch.Tensor) else (None, None if x is None else float(x))
 
 
 def _nothing(*args) -> None:

@@ -11,6 +11,7 @@ A loss subclasses `LossCall`; `fused_loss` decides *when* the gradient is made:
 Either way the gradient exists once: a fused or in-place loss can go backward one time only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,24 +126,26 @@ def empty_gradient(data: torch.Tensor) -> torch.Tensor:
     return buffer[:, :width]
 
 
-def fused_loss(logits: torch.Tensor, call: LossCall, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
+def fused_loss(logits: torch.Tensor, call: LossCall, *, inplace_grad: bool, compiled: Callable) -> torch.Tensor:
     """The loss of `call` as an fp32 scalar with a gradient for `logits` (rows, columns).
 
-    factor_given  the caller passed grad_scale, so that the stored gradient cannot underflow unnoticed
-    Under torch.compile only `inplace_grad` comes here, and is a graph break; see compiled_loss.py for the rest.
+    compiled  its operator under torch.compile (compiled_loss.py), where only `inplace_grad` is a graph break
     """
+    if not torch.compiler.is_compiling():
+        return _fused_loss(logits, call, inplace_grad)
+    if not inplace_grad:
+        return compiled(call, logits)
     # Not a decorator: `torch.compiler.disable` imports the whole compiler, a second for those who never compile.
-    run = torch.compiler.disable(_fused_loss) if torch.compiler.is_compiling() else _fused_loss
-    return run(logits, call, inplace_grad=inplace_grad, factor_given=factor_given)
+    return torch.compiler.disable(_fused_loss)(logits, call, inplace_grad)
 
 
-def _fused_loss(logits: torch.Tensor, call: LossCall, *, inplace_grad: bool, factor_given: bool) -> torch.Tensor:
+def _fused_loss(logits: torch.Tensor, call: LossCall, inplace_grad: bool) -> torch.Tensor:
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace_grad:
         _check_inplace(call.name, logits, wants_grad)
     if not wants_grad:
         return call.forward(logits.detach(), None)
-    fused = factor_given or logits.dtype != torch.float16
+    fused = call.grad_scale is not None or logits.dtype != torch.float16  # a given factor keeps fp16 from underflow
     return _FusedLoss.apply(logits, call, inplace_grad, fused)
 
 
@@ -164,11 +167,6 @@ def reciprocal(x: int | float | torch.Tensor) -> float | torch.Tensor:
     """1/x of the same kind, without a sync."""
     x = scalar(x)
     return 1.0 / x if isinstance(x, float) else x.reciprocal()
-
-
-def split_factor(factor: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
-    """(device scalar or None, number): what a kernel takes, the two being multiplied."""
-    return (None, factor) if isinstance(factor, float) else (factor, 1.0)
 
 
 def sum_rows(losses: torch.Tensor, factor: float | torch.Tensor, impl: str) -> torch.Tensor:

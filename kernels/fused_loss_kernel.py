@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.compile import CompileSpec, as_launched
-from kernels.dispatch import DTYPES
+from kernels.dispatch import DTYPES, number_or_tensor
 
 _BLOCK = 1024
 _SCALE_BLOCK = 4096
@@ -53,7 +53,7 @@ def scale_rows(grad, grad_output, rows, stride, width, BLOCK: tl.constexpr):
 
 def launch_sum(row_loss, out, factor) -> None:
     """factor: a Python float, or an fp32 device scalar."""
-    factor_at, number = (None, factor) if isinstance(factor, float) else (factor, 1.0)
+    factor_at, number = number_or_tensor(factor)
     rows, has_factor = row_loss.shape[0], factor_at is not None
     sum_rows[(1,)](row_loss, out, factor_at, number, rows, HAS_FACTOR=has_factor, BLOCK=_BLOCK, num_warps=8)
 

@@ -44,22 +44,14 @@ from kernels.activation_stats.reference import (
     record_on_cpu,
 )
 from kernels.dispatch import operators_watched, register, resolve_impl
+from kernels.multi_tensor_stats import bytes_moved as bytes_moved
+from kernels.multi_tensor_stats import flops as flops
 from kernels.tensor_list import TILE_FLOATS, TILE_INTS, check_tensors
 
 _OP = "activation_stats"
 COUNTS = ("all", "range")
 ENABLED, NOW, RECORD, EVERY = range(4)  # of a ring's state
 _library = torch.library.Library("dtype_dynamics_activation", "DEF")
-
-
-def bytes_moved(numels: list[int], element_bytes: list[int]) -> int:
-    """Device-memory bytes of one enabled call: every element read once; 0 when the ring is off."""
-    return sum(n * size for n, size in zip(numels, element_bytes, strict=True))
-
-
-def flops(numels: list[int]) -> int:
-    """Floating-point operations: a multiply and an add for each element."""
-    return 2 * sum(numels)
 
 
 @dataclass(frozen=True)

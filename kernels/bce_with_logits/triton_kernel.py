@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.compile import CompileSpec, as_launched
-from kernels.dispatch import DTYPES
-from kernels.fused_loss import split_factor
+from kernels.dispatch import DTYPES, number_or_tensor
 from kernels.logit_stats.triton_kernel import Tiling, abs_bits, counters_on_meta, load_key, on_meta, record_tile
 
 _WARPS = 4
@@ -142,7 +141,7 @@ def launch(logits, targets, grad, row_loss, factor, counters, *, sparse, pos_wei
     """
     rows, width = logits.shape
     labels = targets.shape[1] if sparse else 0
-    factor_at, number = split_factor(factor)
+    factor_at, number = number_or_tensor(factor)
     bce_rows[(rows,)](
         logits, grad, row_loss, targets, pos_weight, factor_at, counters,
         logits.stride(0), 0 if grad is None else grad.stride(0), targets.stride(0), width, number,

@@ -17,12 +17,11 @@ Extra memory: 20 bytes a row.
 """
 
 import torch
-from torch.compiler import is_compiling
 
 from kernels.compiled_loss import register_compiled
 from kernels.cross_entropy import reference
-from kernels.dispatch import check_float, check_same_device, register, resolve_impl
-from kernels.fused_loss import LossCall, check_factors, fused_loss, split_factor
+from kernels.dispatch import check_float, check_same_device, number_or_tensor, register, resolve_impl
+from kernels.fused_loss import LossCall, check_factors, fused_loss
 from kernels.logit_stats import LogitStats
 from kernels.small_loss import is_small
 
@@ -98,11 +97,9 @@ def cross_entropy(
     if logits.stride(1) != 1 and not inplace_grad:
         logits = logits.contiguous()
     options = {"ignore_index": ignore_index, "smoothing": float(label_smoothing), "z_loss": float(z_loss), "valid": valid}
-    counters = None if stats is None else stats.bind(logits.shape[0], logits.shape[1], logits.device)
+    counters = None if stats is None else stats.bind(*logits.shape, logits.device)
     call = CrossEntropyCall(choice, targets.contiguous(), reduction, normalizer, grad_scale, counters, options)
-    if is_compiling() and not inplace_grad:
-        return _compiled(call, logits)
-    return fused_loss(logits, call, inplace_grad=inplace_grad, factor_given=grad_scale is not None)
+    return fused_loss(logits, call, inplace_grad=inplace_grad, compiled=_compiled)
 
 
 def _check(logits, targets, valid, label_smoothing, reduction, normalizer, grad_scale):
@@ -142,7 +139,7 @@ class CrossEntropyCall(LossCall):
     def write_rows(self, logits, grad, losses):
         if self.impl == "triton" and grad is None:
             self.state = torch.empty(logits.shape[0], 2, dtype=torch.float32, device=logits.device)
-        factor_at, factor = split_factor(self.grad_factor)
+        factor_at, factor = number_or_tensor(self.grad_factor)
         _rows_of(
             logits, self.targets, grad, losses, self.state, factor_at, factor, self.counters, *self.options.values(), self.impl
         )

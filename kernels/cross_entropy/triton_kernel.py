@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.compile import CompileSpec, as_launched
-from kernels.dispatch import DTYPES
-from kernels.fused_loss import split_factor
+from kernels.dispatch import DTYPES, number_or_tensor
 from kernels.logit_stats.triton_kernel import Tiling, abs_bits, counters_on_meta, load_key, on_meta, record_row
 
 _WARPS = 8
@@ -194,7 +193,7 @@ def launch_rows(
     """
     rows, width = logits.shape
     tiling = rows_tiling(width, logits.element_size())
-    factor_at, number = split_factor(factor)
+    factor_at, number = number_or_tensor(factor)
     cross_entropy_rows[(rows,)](
         logits, grad, row_loss, row_state, targets, factor_at, counters,
         logits.stride(0), 0 if grad is None else grad.stride(0), width, valid, ignore_index,

@@ -56,7 +56,8 @@ _library = torch.library.Library("dtype_dynamics_stats", "DEF")
 
 
 def bytes_moved(numels: list[int], element_bytes: list[int]) -> int:
-    """Device-memory bytes of one call: every element read once (tables and partial sums left out: 0.15 %)."""
+    """Device-memory bytes of one call, of activation_stats too where its ring is on: every element read once (tables and
+    partial sums left out: 0.15 %)."""
     return sum(n * size for n, size in zip(numels, element_bytes, strict=True))
 
 

@@ -31,8 +31,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not count what a kernel reads"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy under Triton's interpreter
 ]
-
-
 ROWS, WIDTH, TILE = 4, 4096, 1024
 NUMELS, DTYPES = [8192, 4096], [torch.float32, torch.bfloat16]
 SIZES = [dtype.itemsize for dtype in DTYPES]

@@ -1,4 +1,6 @@
-"""The table of formats against torch.finfo, and against every bit pattern where torch has no finfo."""
+"""The table of formats against torch.finfo, and against every bit pattern where torch has no finfo; and ranges that are read
+from bits, against float64 arithmetic on every value of the 16-bit dtypes.
+"""
 
 import itertools
 import math
@@ -6,8 +8,10 @@ import math
 import pytest
 import torch
 
+from kernels import float_bits
 from kernels.float_formats import E2M1, E4M3FN, E5M2, E8M0, FLOAT_FORMATS, FP16, TF32, float_format
 
+EVERY_16_BITS = torch.arange(-(2**15), 2**15).to(torch.int16)
 WITH_FINFO = ("fp64", "fp32", "bf16", "fp16", "e5m2", "e4m3fn")
 
 
@@ -65,3 +69,29 @@ def test_headroom_and_what_has_none():
     assert FP16.headroom_bits(65_504 / 8) == 3.0 and FP16.headroom_bits(2 * 65_504) == -1.0
     assert [FP16.headroom_bits(value) for value in (0.0, math.inf, math.nan)] == [None] * 3
     assert [float_format(name) for name in ("int64", "torch.bool", "", None, "8bit")] == [None] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_and_order_of_every_pattern(dtype):
+    x = EVERY_16_BITS.view(dtype)
+    for value, bits in zip(x.float(), EVERY_16_BITS.tolist(), strict=True):
+        if bits % 7 == 0 or abs(bits) < 40:  # every seventh will do
+            pattern = bits & 0x7FFF
+            assert float_bits.value_of(pattern, dtype) == abs(value) or math.isnan(value)
+            assert float_bits.fp32_bits(pattern, dtype) == value.abs().view(torch.int32) or math.isnan(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "values",
+    [[0.0], [-0.0, 0.0], [-3.0, 2.0], [-1.0, -2.0], [2.0**-24, -(2.0**-25)], [math.nan], [-math.inf, 5.0, math.nan, -7.0],
+     [65504.0, math.inf], []],
+    ids=str,
+)  # fmt: skip
+def test_finite_range(dtype, values):
+    x = torch.tensor(values).to(dtype)
+    for y in (x, -x):  # a NaN with either sign
+        wide = y.double()
+        finite = wide[wide.isfinite()].abs()
+        expected = (finite.max().item() if len(finite) else 0.0, wide.isnan().sum(), wide.isinf().sum())
+        assert float_bits.finite_range(y) == expected
