@@ -16,6 +16,7 @@ from harness.precision import Precision
 from instrument.results.schemas import EvaluationRecord
 
 THRESHOLD = 0.5
+F1_FIELDS = ("f1_micro", "f1_macro", "f1_micro_tuned", "tuned_threshold", "labels_absent")
 
 
 @torch.no_grad()
@@ -65,14 +66,10 @@ def evaluate(
         step=step,
         val_loss=loss,
         perplexity=_perplexity(loss) if case.task.metric == "perplexity" else None,
-        f1_micro=quality.get("f1_micro"),
-        f1_macro=quality.get("f1_macro"),
-        f1_micro_tuned=quality.get("f1_micro_tuned"),
-        tuned_threshold=quality.get("tuned_threshold"),
-        labels_absent=quality.get("labels_absent"),
         samples=samples,
         targets=targets_seen,
         duration_s=time.perf_counter() - started,
+        **(dict.fromkeys(F1_FIELDS) | quality),
     )
 
 

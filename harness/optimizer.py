@@ -61,12 +61,11 @@ def state_dtypes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return counts
 
 
-def zero_share(optimizer: torch.optim.Optimizer) -> float | None:
-    """Share of ``exp_avg_sq`` that is exactly 0: where (1 - beta2) g^2 underflowed, or no gradient ever
-    came. None when no floating-point one exists (8-bit states are codes, and no step has none)."""
+def zeros_and_total(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """How many elements of ``exp_avg_sq`` are exactly 0, where (1 - beta2) g^2 underflowed or no gradient ever came, and how
+    many there are. (0, 0) when no floating-point one exists (8-bit states are codes, and no step has none)."""
     squares = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
-    total = sum(tensor.numel() for tensor in squares)
-    return sum(int((tensor == 0).sum()) for tensor in squares) / total if total else None
+    return sum(int((tensor == 0).sum()) for tensor in squares), sum(tensor.numel() for tensor in squares)
 
 
 def rounded_away_share(

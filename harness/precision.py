@@ -21,6 +21,7 @@ from harness import fp16_products
 from harness.loss import MeasuringGradScaler, gradients_of
 from harness.optimizer import OptimizerUnavailable, adamw_for
 from kernels import TensorStats, multi_tensor_stats, scale_
+from kernels.dispatch import DTYPES
 
 
 class SwitchError(RuntimeError):
@@ -47,7 +48,7 @@ def set_switches(device: torch.device, *, tf32: bool, threads: int) -> dict[str,
     torch.backends.cudnn.benchmark = False
     if device.type == "cpu" and threads:
         torch.set_num_threads(threads)
-    record = {
+    return {
         "fp32_precision": precision,
         "fp16_reduced_precision_reduction": False,
         "bf16_reduced_precision_reduction": False,
@@ -57,7 +58,6 @@ def set_switches(device: torch.device, *, tf32: bool, threads: int) -> dict[str,
         "threads": torch.get_num_threads(),
         "verified": verify(device, tf32=tf32),
     }
-    return record
 
 
 def verify(device: torch.device, *, tf32: bool) -> list[str]:
@@ -92,7 +92,6 @@ def accumulates_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((left @ right).isfinite().all())
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = {
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

@@ -102,32 +102,16 @@ class Training:
         self, meter: StepMeter, steps: Iterable[int] | None = None, cut: Callable[[int], bool] = lambda step: False
     ) -> Iterator[Reading]:
         """Train, all steps or the given ones; ``cut`` asks for a reading after a step."""
+        forward, case = self.strategy.trained(self.forward), self.settings.case
         return train(
-            self.settings.case,
-            self.strategy.trained(self.forward),
-            self.optimizer,
-            self.batches,
-            self.precision,
-            meter,
-            self.options,
-            steps,
-            cut,
-            self.strategy,
+            case, forward, self.optimizer, self.batches, self.precision, meter, self.options, steps, cut, self.strategy
         )
 
     def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
         """Run one step from the present state, eagerly; a recorder gets the losses. All ranks do."""
-        meter = self.meter(1, taps, recorder)
+        meter, case = self.meter(1, taps, recorder), self.settings.case
         (reading,) = train(
-            self.settings.case,
-            self.model,
-            self.optimizer,
-            self.batches,
-            self.precision,
-            meter,
-            self.options,
-            [step],
-            strategy=self.replayed,
+            case, self.model, self.optimizer, self.batches, self.precision, meter, self.options, [step], strategy=self.replayed
         )
         return reading
 

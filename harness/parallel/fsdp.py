@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from harness.parallel.context import DistributedContext
-from harness.parallel.strategy import Micro, ParallelStrategy
+from harness.parallel.strategy import ParallelStrategy
 from harness.precision import Precision, Unsupported
 from instrument.replay.snapshot import NamedState, Snapshot
 from kernels import TensorStats
@@ -155,12 +156,9 @@ class FsdpStrategy(ParallelStrategy):
         self._slices = dict(zip(self._sharded, slices, strict=True))
         self._sliced = SlicedModel(model, self._slices)
 
-    def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
-        own = self._own(micro_batches)
-        for micro in own:
-            self.context.progressed()
-            self._model.set_requires_gradient_sync(micro is own[-1])
-            yield micro
+    def synchronized(self, wanted: bool) -> AbstractContextManager:
+        self._model.set_requires_gradient_sync(wanted)
+        return nullcontext()
 
     def sum_gradients(self) -> None:
         """FSDP has summed them; hand each rank's slices to the optimizer's tensors."""
@@ -176,15 +174,9 @@ class FsdpStrategy(ParallelStrategy):
         return seed + self.context.ranks.rank
 
     def weights_sha256(self, model: nn.Module) -> str:
-        """That of the whole weights, gathered one by one."""
         for module in _fsdp_modules(model):
             module.reshard()  # an evaluation leaves the outermost weights gathered
-        digest = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            value = parameter.detach().full_tensor().cpu().contiguous()
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return super().weights_sha256(model)
 
     def state(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
@@ -197,16 +189,6 @@ class FsdpStrategy(ParallelStrategy):
         """This rank's slices of it."""
         mine = shard_state(state, self._sharded, self.context.ranks.rank)
         Snapshot.from_named(mine, self._sliced, optimizer, scaler).restore()
-
-    def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-        """Of all ranks' slices together."""
-        facts = [super().optimizer_facts(optimizer)["optimizer_states"]]
-        squares = [state["exp_avg_sq"] for state in optimizer.state.values() if "exp_avg_sq" in state]
-        counts = sum(int((s == 0).sum()) for s in squares), sum(s.numel() for s in squares)
-        gathered = self.context.gather((facts[0], counts))
-        dtypes = {name: sum(states.get(name, 0) for states, _ in gathered) for states, _ in gathered for name in states}
-        zeros, total = (sum(pair[which] for _, pair in gathered) for which in (0, 1))
-        return {"optimizer_states": dtypes, "exp_avg_sq_zero_frac": zeros / total if total else None}
 
 
 def fsdp_strategy(context: DistributedContext, model: nn.Module, precision: Precision) -> FsdpStrategy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bench_cases.models import weights_sha256
-from harness.optimizer import state_dtypes, zero_share
+from harness.optimizer import state_dtypes, zeros_and_total
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
 from instrument.replay.snapshot import NamedState, Snapshot
 
@@ -51,8 +51,12 @@ class ParallelStrategy:
         return weights_sha256(model)
 
     def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-        """For the record's ``flags``; all ranks call it."""
-        return {"optimizer_states": state_dtypes(optimizer), "exp_avg_sq_zero_frac": zero_share(optimizer)}
+        """For the record's ``flags``, of slices those of all ranks together; all ranks call it."""
+        mine = state_dtypes(optimizer), *zeros_and_total(optimizer)
+        ranks = [mine] if self.keeps_state else self.context.gather(mine)
+        dtypes = {name: sum(states.get(name, 0) for states, *_ in ranks) for states, *_ in ranks for name in states}
+        zeros, total = (sum(rank[which] for rank in ranks) for which in (1, 2))
+        return {"optimizer_states": dtypes, "exp_avg_sq_zero_frac": zeros / total if total else None}
 
     def state(
         self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
@@ -75,14 +79,16 @@ class ParallelStrategy:
         return self.context.ranks.rank * self.count(micro_batches)
 
     def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
-        """The micro-batches of a step that this rank runs."""
-        for micro in self._own(micro_batches):
+        """The micro-batches of a step that this rank runs. Gradients are summed over ranks in the last backward pass."""
+        first, count = self.first(len(micro_batches)), self.count(len(micro_batches))
+        for place, micro in enumerate(micro_batches[first : first + count], start=1):
             self.context.progressed()
-            yield micro
+            with self.synchronized(place == count):
+                yield micro
 
-    def _own(self, micro_batches: Sequence[Micro]) -> Sequence[Micro]:
-        first = self.first(len(micro_batches))
-        return micro_batches[first : first + self.count(len(micro_batches))]
+    def synchronized(self, wanted: bool) -> AbstractContextManager:
+        """Around a micro-batch: whether its backward pass sums the gradients over the ranks."""
+        return nullcontext()
 
     def sum_gradients(self) -> None:
         """Called after the last backward pass: from now on every rank's gradients are the step's."""
@@ -102,12 +108,8 @@ class DdpStrategy(ParallelStrategy):
     def trained(self, forward: torch.nn.Module) -> torch.nn.Module:
         return self.wrapped
 
-    def of(self, micro_batches: Sequence[Micro]) -> Iterator[Micro]:
-        own = self._own(micro_batches)
-        for micro in own:
-            self.context.progressed()
-            with nullcontext() if micro is own[-1] else self.wrapped.no_sync():
-                yield micro
+    def synchronized(self, wanted: bool) -> AbstractContextManager:
+        return nullcontext() if wanted else self.wrapped.no_sync()
 
 
 class SummedGradients(ParallelStrategy):
