@@ -26,7 +26,6 @@ from harness.parallel.ranks import refuse_ranks
 from harness.planning import choose_device, data_options, results_folder
 from harness.predict import store_all
 from harness.run.execute import make_batches, model_request
-from harness.run.output_errors import output_error
 from harness.run.resume import discard
 from harness.run.signals import Stop
 from harness.settings import RunSettings, SettingsError, choose_preset
@@ -34,7 +33,7 @@ from harness.supervisor.pool import Pool
 from harness.supervisor.process_monitor import Rules
 from instrument.environment import device_slug
 from instrument.results.claims import RunClaimed, claim
-from instrument.results.folder import OutputError, finished_run, finished_runs, require_writable, write_index
+from instrument.results.folder import OutputError, finished_run, finished_runs, output_error, require_writable, write_index
 from instrument.results.schemas import RunRecord, encode
 from instrument.terminal import count
 

@@ -19,13 +19,12 @@ from harness.precision import Unsupported
 from harness.run import resume
 from harness.run.heartbeat import OPENING
 from harness.run.outcome import Outcome, machine_of, summarize
-from harness.run.output_errors import output_error
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.trainer import Progress, Trainer
 from harness.settings import RunSettings
 from instrument.results.claims import claim
-from instrument.results.folder import RunFolder, require_writable, write_machine
+from instrument.results.folder import RunFolder, output_error, require_writable, write_machine
 from instrument.results.schemas import EventRecord, RunRecord
 
 

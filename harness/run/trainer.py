@@ -17,7 +17,6 @@ from harness.precision import Precision
 from harness.run.checkpoints import Checkpointing
 from harness.run.instruments import Instruments
 from harness.run.outcome import Outcome
-from harness.run.output_errors import DeletedFileCheck
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.step_flops import utilisation
@@ -74,7 +73,6 @@ class Trainer:
             )
             if self.resume_state is not None:
                 self.resume_state.restore(self.training)
-            self.deleted_files = DeletedFileCheck(self.folder)
             resumed_after = self.resume_state.step if self.resume_state else 0
             self.checkpointing = Checkpointing(s, self.training, self.folder, outcome, self.stop, resumed_after)
             try:
@@ -177,7 +175,7 @@ class Trainer:
             self.folder.steps.write(record)
         for event in reading.events:
             self.folder.events.write(event)
-        self.deleted_files.check()
+        self.folder.check_logs()
         for record in (*reading.steps, *reading.events):
             self.progress(record)
 

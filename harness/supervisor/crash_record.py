@@ -8,11 +8,10 @@ from pathlib import Path
 import msgspec
 
 from harness.failure import Failure
-from harness.run.output_errors import output_error
 from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps, progress_summary
 from harness.supervisor.process_monitor import ProcessMonitor
 from instrument.results.claims import RunClaimed, claim
-from instrument.results.folder import OutputError, finished_run, write_terminal
+from instrument.results.folder import OutputError, finished_run, output_error, write_terminal
 from instrument.results.layout import RunFiles
 from instrument.results.log import Appender
 from instrument.results.schemas import UNREADABLE, RunRecord, StepRecord, decode

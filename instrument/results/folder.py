@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
@@ -14,6 +15,9 @@ from instrument.results.lines import Defect, defect, read_one, read_records, rec
 from instrument.results.log import JsonlLog
 from instrument.results.schemas import RunRecord, encode, is_safe, require_safe
 
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG}
+OF_THE_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+
 
 class OutputError(Exception):
     """A results folder that cannot be written."""
@@ -22,6 +26,21 @@ class OutputError(Exception):
     def of(cls, error: OSError, out: Path) -> OutputError:
         """What the system said while something was written to ``out``."""
         return cls(f"cannot write {error.filename or out}: {error.strerror}; choose another folder with --out")
+
+
+def output_error(error: OSError, out: Path) -> OutputError | None:
+    """What ``error`` says of the results folder ``out``: the run stops there, with what it wrote intact. None when it is about
+    something else."""
+    where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    ours = where is None or where.is_relative_to(out) or where.resolve().is_relative_to(out.resolve())
+    if not out.is_dir():
+        return OutputError(f"{out} has disappeared while the run was writing to it; put it back, or choose another with --out")
+    if ours and (error.errno in OF_THE_DISK or (error.errno in OF_THE_FOLDER and where is not None)):
+        return OutputError(
+            f"cannot write {where or out}: {os.strerror(error.errno)}; what was written before is intact, and "
+            f"the same command resumes the run when that is mended (or choose another folder with --out)"
+        )
+    return None
 
 
 class RunFolder:
@@ -48,6 +67,14 @@ class RunFolder:
             )
         except OSError as error:
             raise OutputError.of(error, out) from error
+        self._inodes = {log.path: _inode(log.path) for log in (self.steps, self.evaluations, self.events)}
+
+    def check_logs(self) -> None:
+        """Raise `FileNotFoundError` with the first log that is not there, or is another: what is written to a deleted file is
+        lost without an error."""
+        for path, inode in self._inodes.items():
+            if _inode(path) != inode:
+                raise FileNotFoundError(errno.ENOENT, "deleted or replaced while the run was writing to it", str(path))
 
     def finish(self, record: RunRecord) -> None:
         """Close the logs, then write the terminal row and the index; not into a folder that has gone away meanwhile."""
@@ -59,6 +86,13 @@ class RunFolder:
         """Sync and close the logs."""
         for log in (self.steps, self.evaluations, self.events):
             log.close()
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def log_paths(run_id: str) -> dict[str, str]:

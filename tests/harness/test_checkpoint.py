@@ -15,11 +15,10 @@ import pytest
 from harness.run import checkpoints
 from harness.run.checkpoints import CheckpointError, CheckpointInterval, young_daly_s
 from harness.run.execute import execute
-from harness.run.output_errors import output_error
 from harness.run.signals import Stop
 from harness.settings import SettingsError
 from instrument.results.files import TEMPORARY
-from instrument.results.folder import OutputError, finished_run, log_paths
+from instrument.results.folder import OutputError, finished_run, log_paths, output_error
 from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 
