@@ -14,22 +14,18 @@ import sys
 from pathlib import Path
 
 import psutil
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from harness.fake_model import Trace
 from harness.options import option_words
 from harness.settings import SETTINGS, RunSettings
 from instrument.results.folder import finished_run
-from instrument.results.schemas import RunRecord
-from instrument.terminal import count
+from instrument.terminal import count, facts_table, stderr_console
 
 
 def print_estimate(settings: RunSettings, out: Path, as_json: bool) -> None:
     """Text on standard error, and one JSON object on standard output when asked."""
     findings = estimate(settings, out)
-    show(findings)
+    stderr_console().print(facts_table(lines(findings)))
     if as_json:
         sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
 
@@ -83,7 +79,7 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
 
 def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
     """What would run, and whether it already has."""
-    config = dataclasses.asdict(settings.config)
+    config, done = dataclasses.asdict(settings.config), finished_run(out, settings.run_id)
     return {
         "run_id": settings.run_id,
         "case": settings.case.id,
@@ -103,24 +99,8 @@ def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
         "warmup_steps": settings.warmup_steps,
         **{name: getattr(settings, name) for name in SETTINGS if name not in ("data", "weights")},
         "results_folder": str(out),
-        "already_done": done(finished_run(out, settings.run_id)),
+        "already_done": done and {"status": done.status, "steps_done": done.steps_done},
     }
-
-
-def done(record: RunRecord | None) -> dict[str, object] | None:
-    """How this very run ended in the results folder; null when it has not run there."""
-    return None if record is None else {"status": record.status, "steps_done": record.steps_done}
-
-
-def show(findings: dict) -> None:
-    """Two columns: what, and its value."""
-    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, text in lines(findings):
-        table.add_row(name, escape(text))
-    console.print(table)
 
 
 SHOWN = (
@@ -136,30 +116,37 @@ SHOWN = (
     "threads",
     "attention",
 )
-"""Settings that have their place in `lines`; the others are shown as options, where they are not at their defaults."""
+"""Settings that have their place in `lines`; the others are one line of options, where they are not at their defaults."""
 
 
 def lines(found: dict) -> list[tuple[str, str]]:
     """The findings as (name, text)."""
     config, model, done = found["configuration"], found["model"], found["already_done"]
     cast = f"{config['autocast']} autocast" if config["autocast"] else config["compute"]
+    scaling = "dynamic loss scaling" if config["scaler"] else "no loss scaling"
+    more = (", norm in fp16" if config["clip"] == "fp16" else "") + (", TF32" if config["tf32"] else "")
+    micro = f"in micro-batches of {found['micro_batch']}"
+    changed = {name: found.get(name) for name, s in SETTINGS.items() if name not in SHOWN and found.get(name) != s.default}
+    there = "" if done is None else f" (already there: {done['status']}, {count(done['steps_done'], 'step')})"
+    size = f"vocabulary {model['vocabulary']:,}"
+    if "n_params" in model:
+        outputs = f", {model['outputs']} outputs" if model["outputs"] else ""
+        size = f"{model['n_params']:,} parameters, {model['embedding_params']:,} of them embeddings; {size} "
+        size += f"padded to {model['padded_vocabulary']:,}{outputs}"
     rows = [
         ("run", found["run_id"]),
         ("case", f"{found['case']}: {found['architecture']}, {found['task']}, {found['loss']} ({found['loss_reduction']})"),
         (
             "configuration",
             f"{found['dtype_config']}: weights {config['weights']}, compute {cast}, head {config['head']}, "
-            f"loss {config['loss']}, AdamW {config['optimizer']} eps {config['eps']:g}, "
-            f"{'dynamic loss scaling' if config['scaler'] else 'no loss scaling'}"
-            + (", norm in fp16" if config["clip"] == "fp16" else "")
-            + (", TF32" if config["tf32"] else ""),
+            f"loss {config['loss']}, AdamW {config['optimizer']} eps {config['eps']:g}, {scaling}{more}",
         ),
         ("data, weights", f"{found['data_source']}, {found['weights_source']}"),
-        ("model", _model(model)),
+        ("model", f"{size} ({model['shape_source']})"),
         (
             "step",
             f"{count(found['batch_size'], 'sequence')} of at most {found['seq_len']} = "
-            f"{found['tokens_per_step']:,} tokens, in micro-batches of {found['micro_batch']}",
+            f"{found['tokens_per_step']:,} tokens, {micro}",
         ),
         ("schedule", f"{count(found['max_steps'], 'step')}, peak rate {found['lr']:g}, warm-up {found['warmup_steps']}"),
         (
@@ -167,36 +154,13 @@ def lines(found: dict) -> list[tuple[str, str]]:
             f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
             f"threads {found['threads'] or 'all'}, attention {found['attention']}",
         ),
-        *_other_settings(found),
-        (
-            "results",
-            found["results_folder"]
-            + ("" if done is None else f" (already there: {done['status']}, {count(done['steps_done'], 'step')})"),
-        ),
+        *([("settings", shlex.join(words))] if (words := option_words(changed)) else []),
+        ("results", found["results_folder"] + there),
     ]
-    if found["unsupported"]:
-        return [*rows, ("unsupported", found["unsupported"])]
-    if found["not_estimated"]:
-        return [*rows, ("not estimated", found["not_estimated"])]
+    for reason in ("unsupported", "not_estimated"):
+        if found[reason]:
+            return [*rows, (reason.replace("_", " "), found[reason])]
     return [*rows, *_memory(found["memory"]), *_time(found["time"])]
-
-
-def _other_settings(found: dict) -> list[tuple[str, str]]:
-    """The settings that no other line shows, where they are not at their defaults."""
-    changed = {name: found.get(name) for name, declared in SETTINGS.items() if found.get(name) != declared.default}
-    words = option_words({name: value for name, value in changed.items() if name not in SHOWN})
-    return [("settings", shlex.join(words))] if words else []
-
-
-def _model(model: dict) -> str:
-    if "n_params" not in model:
-        return f"vocabulary {model['vocabulary']:,} ({model['shape_source']})"
-    return (
-        f"{model['n_params']:,} parameters, {model['embedding_params']:,} of them embeddings; vocabulary "
-        f"{model['vocabulary']:,} padded to {model['padded_vocabulary']:,}"
-        + (f", {model['outputs']} outputs" if model["outputs"] else "")
-        + f" ({model['shape_source']})"
-    )
 
 
 def _memory(memory: dict) -> list[tuple[str, str]]:

@@ -1,11 +1,5 @@
-"""``python -m harness predict``: what the fp32 runs of a case predict for 16 bits, beside what became of the others.
-
-The fp32 runs of a case, what they predict for every narrower configuration, and what the runs of those did.
-
-``predictions/<case>.json`` keeps it for the dossier.
-
-``python -m harness predict CASE``: from an fp32 run, what would fail in 16 bits, and whether it did. No computing here.
-"""
+"""``python -m harness predict CASE``: from the fp32 runs of a case, what would fail under every narrower configuration, beside
+what the runs of those did. ``predictions/<case>.json`` keeps it for the dossier."""
 
 from __future__ import annotations
 
@@ -16,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
@@ -51,7 +44,7 @@ from instrument.results.layout import RunFiles, RunNotFound
 from instrument.results.ranges import ModuleRecord
 from instrument.results.read import RunUnreadable, records
 from instrument.results.schemas import RunRecord, StepRecord
-from instrument.terminal import count
+from instrument.terminal import count, plain_table
 from instrument.watch.readings import HeadroomTable
 from kernels.float_formats import BF16, FP16
 
@@ -129,17 +122,11 @@ def predictions(case: str, spelled: str, out: Path) -> Predictions:
 
 def arithmetic_of(config: DtypeConfig) -> Arithmetic:
     """What decides, of a configuration."""
-    states = {
-        "foreach": config.weights,
-        "fused": config.weights,
-        "fp32_states": "fp32",
-        "stochastic_rounding": "bf16",
-        "8bit": "8bit",
-    }[config.optimizer]
+    states = {"fp32_states": "fp32", "stochastic_rounding": "bf16", "8bit": "8bit"}
     return Arithmetic(
         compute=config.compute,
         head=config.head,
-        states=states,
+        states=states.get(config.optimizer, config.weights),
         update=config.weights if config.optimizer == "foreach" else "fp32",
         clip=config.clip,
         mixed=config.autocast is not None,
@@ -304,10 +291,8 @@ def _range(what: str, modules: list[ModuleHeadroom], field: str) -> str:
 
 def configurations(rows: list[ConfigPrediction]) -> Table:
     """A row a configuration: predicted, happened, verdict."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("configuration", no_wrap=True)
-    for name in ("predicted", "happened", "verdict"):
-        table.add_column(name)
+    columns = ("predicted", "happened", "verdict")
+    table = plain_table("configuration", *columns, fold=columns)
     for row in rows:
         table.add_row(row.config, predicted(row), happened(row), verdict(row))
     return table
@@ -398,8 +383,11 @@ def closing(found: Predictions) -> Iterator[str]:
     """Counts over all compared runs, and what could not be compared."""
     counts = ", ".join(f"{found.counts[v]} {v}" for v in VERDICTS if found.counts.get(v))
     compared = sum(bool(row.outcomes) for reference in found.references for row in reference.configs)
-    runs = f"{compared} run{'s' if compared != 1 else ''}"
-    yield f"[bold]hazards in {runs}[/]: {counts}" if counts else "no run of a narrower configuration to compare with yet"
+    yield (
+        f"[bold]hazards in {count(compared, 'run')}[/]: {counts}"
+        if counts
+        else "no run of a narrower configuration to compare with yet"
+    )
     if found.counts.get(MISSED):
         yield "[dim]not predictable: what an op makes between a module's input and output (x^3 in gelu) is in no record[/]"
     if found.without_reference:

@@ -6,9 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +14,7 @@ from harness.diff import compare
 from harness.exit_codes import OK
 from instrument.results.read import load
 from instrument.results.schemas import strict_json
-from instrument.terminal import count
+from instrument.terminal import count, plain_table, print_section
 
 HASH = 12
 """Digits of a hash that are shown."""
@@ -50,11 +48,11 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         ("Environment that differs", _rows(found["environment"])),
     ):
         if table.rows and not (title == "Outcome" and found["no_difference"]):
-            _section(console, title, table)
+            print_section(console, title, table)
     if not found["no_difference"]:
-        _section(console, "Where they part", *map(Text, parting_lines(found)))
-        _section(console, "Loss", *map(Text, loss_lines(found)))
-    _section(console, "Speed", *map(Text, speed_lines(found)))
+        print_section(console, "Where they part", *map(Text, parting_lines(found)))
+        print_section(console, "Loss", *map(Text, loss_lines(found)))
+    print_section(console, "Speed", *map(Text, speed_lines(found)))
     _kernels(console, found)
     _memory(console, found)
 
@@ -168,28 +166,29 @@ def _kernels(console: Console, found: dict[str, Any]) -> None:
     times = found["time_by_kernel"]
     if times["missing_in"]:
         who = " and ".join(found[side]["run_id"] for side in times["missing_in"])
-        _section(console, "Time by kernel", Text(f"not recorded in {who}: run it with --trace"))
+        print_section(console, "Time by kernel", Text(f"not recorded in {who}: run it with --trace"))
         return
     counted = all(times["steps"])
-    table = _table("class", "a", "b", "b - a", *(("a, ms/step", "b, ms/step") if counted else ()))
+    columns = ("a", "b", "b - a", *(("a, ms/step", "b, ms/step") if counted else ()))
+    table = plain_table("class", *columns, right=columns)
     for row in times["rows"]:
         cells = [f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", f"{100 * (row['share_b'] - row['share_a']):+.1f} pp"]
         if counted:
             cells += [f"{(row[f's_per_step_{side}'] or 0) * 1e3:,.2f}" for side in "ab"]
         table.add_row(row["class"], *cells)
     note = "" if counted else "shares of the traced steps; their number is not recorded, so seconds are not compared"
-    _section(console, "Time by kernel", table, *([Text(note, style="dim")] if note else []))
+    print_section(console, "Time by kernel", table, *([Text(note, style="dim")] if note else []))
 
 
 def _memory(console: Console, found: dict[str, Any]) -> None:
     memory = found["memory"]
-    table = _table("", "a", "b", "b / a")
+    table = plain_table("", "a", "b", "b / a", right=("a", "b", "b / a"))
     for row in memory["rows"]:
         ratio = f"{row['b'] / row['a']:.2f}x" if row["a"] and row["b"] is not None else "–"
         table.add_row(row["name"].removesuffix("_bytes").replace("_", " "), _bytes(row["a"]), _bytes(row["b"]), ratio)
     missing = [f"no split in {side}: it ran with --instrument off, or ended before" for side in memory["split_missing_in"]]
     if table.rows or missing:
-        _section(console, "Memory", *([table] if table.rows else []), *(Text(line, style="dim") for line in missing))
+        print_section(console, "Memory", *([table] if table.rows else []), *(Text(line, style="dim") for line in missing))
 
 
 def value(name: str, x: Any) -> str:
@@ -220,22 +219,8 @@ def _bytes(n: int | None) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:
-    table = _table("", "a", "b", right=False)
+    table = plain_table("", "a", "b", fold=("", "a", "b"))
     for row in rows:
         x, y = value(row["name"], row["a"]), value(row["name"], row["b"])
         table.add_row(Text(row["name"]), Text(x), Text(y), style=None if row["a"] != row["b"] else "dim")
     return table
-
-
-def _table(*columns: str, right: bool = True) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if right and place else "left", overflow="fold", no_wrap=right)
-    return table
-
-
-def _section(console: Console, title: str, *content: Any) -> None:
-    console.print()
-    console.print(Text(title, style="bold"))
-    for part in content:
-        console.print(Padding.indent(part, 2))

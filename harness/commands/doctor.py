@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from harness.measured_rates import measure, merge_measured, refuse_another_machi
 from harness.planning import choose_device, results_folder
 from instrument.environment import capture, version
 from instrument.nvml import Nvml
-from instrument.terminal import count
+from instrument.terminal import count, facts_table, print_section, stderr_console
 
 
 def doctor_command(options: argparse.Namespace) -> int:
@@ -135,75 +134,43 @@ def _compile_problems(findings: dict) -> Iterator[tuple[str, str]]:
 
 def show(findings: dict) -> None:
     """Print facts, configurations, and what will not work."""
-    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
-    console.print(facts(findings))
-    console.print()
-    supported = sum(row["supported"] for row in findings["configurations"])
-    console.print(f"[bold]{supported} of {len(findings['configurations'])} configurations run here[/]")
-    console.print(configurations(findings["configurations"]))
-    console.print()
-    console.print("[bold]What will not work here, and why[/]")
-    for row in findings["will_not_work"]:
-        console.print(f"  {escape(row['what'])}: [dim]{escape(row['why'])}[/]")
-    if not findings["will_not_work"]:
-        console.print("  nothing that was tried")
+    console = stderr_console()
+    console.print(facts_table(facts(findings)))
+    rows = findings["configurations"]
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        answer = "[green]runs[/]" if row["supported"] else "[red]unsupported[/]"
+        table.add_row(row["config"], answer, escape(row["reason"] or row["remark"] or ""))
+    print_section(console, f"{sum(row['supported'] for row in rows)} of {len(rows)} configurations run here", table)
+    lines = [f"{escape(row['what'])}: [dim]{escape(row['why'])}[/]" for row in findings["will_not_work"]]
+    print_section(console, "What will not work here, and why", *(lines or ["nothing that was tried"]))
     if "measured" in findings:
-        console.print()
-        console.print(f"[bold]Measured just now[/], into {escape(findings['measured']['file'])}")
-        console.print(measured(findings["measured"]))
-        if remark := too_low(findings["measured"]):
+        found = findings["measured"]
+        print_section(console, "Measured just now", measured(found), note=f"into {found['file']}")
+        if remark := too_low(found):
             console.print(f"[yellow]{remark}[/]")
 
 
-def facts(findings: dict) -> Table:
-    """Two columns: what, and the finding."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, text in lines(findings):
-        table.add_row(name, escape(text))
-    return table
-
-
-def lines(findings: dict) -> list[tuple[str, str]]:
-    """The facts as (name, text)."""
+def facts(findings: dict) -> list[tuple[str, str]]:
+    """The findings as (name, text)."""
     driver, torch, cpu, ram = (findings[name] for name in ("driver", "torch", "cpu", "memory"))
     rows = [("device", findings["device"] + (f" ({findings['why_no_gpu']})" if findings["why_no_gpu"] else ""))]
     rows += [line for gpu in findings["gpus"] for line in gpu_lines(gpu)]
+    version = f"{driver['version']}, CUDA up to {driver['cuda']}"
+    quota = f" (quota {cpu['quota_cores']:g})" if cpu["quota_cores"] else ""
+    bf16 = "in hardware" if cpu["bf16_instructions"] else "without instructions of its own"
+    limit = f", container limit {_gb(ram['limit_bytes'])}" if ram["limit_bytes"] else ""
+    tools, disk = findings["compilers"], findings["disk"]
+    headers = "present" if tools["python_headers"] else "missing"
+    cudnn, triton = torch["cudnn"] or "none", torch["triton"] or "none"
     rows += [
-        (
-            "driver",
-            f"{driver['version']}, CUDA up to {driver['cuda']}"
-            if driver["version"]
-            else f"unknown: {driver['unknown'].get('version')}",
-        ),
-        (
-            "torch",
-            f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}, "
-            f"triton {torch['triton'] or 'none'}",
-        ),
-        (
-            "cpu",
-            f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores"
-            + (f" (quota {cpu['quota_cores']:g})" if cpu["quota_cores"] else "")
-            + f", {cpu['torch_capability']}",
-        ),
-        (
-            "cpu 16 bit",
-            f"fp16 products {cpu['fp16_products']}; bf16 "
-            f"{'in hardware' if cpu['bf16_instructions'] else 'without instructions of its own'}",
-        ),
-        (
-            "memory",
-            f"{_gb(ram['available_bytes'])} of {_gb(ram['total_bytes'])} available"
-            + (f", container limit {_gb(ram['limit_bytes'])}" if ram["limit_bytes"] else ""),
-        ),
-        ("disk", f"{_gb(findings['disk']['free_bytes'])} free for {findings['disk']['folder']}"),
-        (
-            "compilers",
-            f"C++ {findings['compilers']['cxx'] or 'none'}, C {findings['compilers']['cc'] or 'none'}, "
-            f"Python.h {'present' if findings['compilers']['python_headers'] else 'missing'}",
-        ),
+        ("driver", version if driver["version"] else f"unknown: {driver['unknown'].get('version')}"),
+        ("torch", f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {cudnn}, triton {triton}"),
+        ("cpu", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores{quota}, {cpu['torch_capability']}"),
+        ("cpu 16 bit", f"fp16 products {cpu['fp16_products']}; bf16 {bf16}"),
+        ("memory", f"{_gb(ram['available_bytes'])} of {_gb(ram['total_bytes'])} available{limit}"),
+        ("disk", f"{_gb(disk['free_bytes'])} free for {disk['folder']}"),
+        ("compilers", f"C++ {tools['cxx'] or 'none'}, C {tools['cc'] or 'none'}, Python.h {headers}"),
         ("products", _trials(findings["products"])),
         ("8-bit AdamW", findings["eight_bit_adamw"] or "updates a parameter"),
     ]
@@ -232,37 +199,23 @@ def gpu_lines(gpu: dict) -> list[tuple[str, str]]:
     ]
 
 
-def configurations(rows: list[dict]) -> Table:
-    """Configuration, whether it runs, and the reason or the remark."""
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
-    for row in rows:
-        verdict = "[green]runs[/]" if row["supported"] else "[red]unsupported[/]"
-        table.add_row(row["config"], verdict, escape(row["reason"] or row["remark"] or ""))
-    return table
-
-
 def measured(found: dict) -> Table:
     """A row for each dtype and number of threads, then the copies: median, and 10th to 90th percentile."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for name in ("products", "threads", "median", "p10 to p90", ""):
         table.add_column(name, justify="right" if name in ("threads", "median", "p10 to p90") else "left")
 
-    def add(what: str, row: dict, name: str, scale: float, unit: str, remark: str) -> None:
+    rows = [
+        (row, "flops_per_s", *((1e12, "TFLOP/s") if row["flops_per_s"] >= 1e12 else (1e9, "GFLOP/s")))
+        for row in found["matmul"]
+    ]
+    for row, name, scale, unit in [*rows, *((row, "bytes_per_s", 1e9, "GB/s") for row in found["copy"])]:
         low, median, high = (row[f"{prefix}{name}"] / scale for prefix in ("p10_", "", "p90_"))
-        table.add_row(
-            what,
-            "" if row["threads"] is None else str(row["threads"]),
-            f"{median:,.1f} {unit}",
-            f"{low:,.1f} to {high:,.1f}",
-            remark,
-        )
-
-    for row in found["matmul"]:
-        scale, unit = (1e12, "TFLOP/s") if row["flops_per_s"] >= 1e12 else (1e9, "GFLOP/s")
-        how = "" if row["how"] == "native" else f", {row['how']}"
-        add(row["dtype"], row, "flops_per_s", scale, unit, f"{row['size']} x {row['size']}{how}")
-    for row in found["copy"]:
-        add("copy", row, "bytes_per_s", 1e9, "GB/s", "read and written")
+        remark = "read and written"
+        if "dtype" in row:
+            remark = f"{row['size']} x {row['size']}" + ("" if row["how"] == "native" else f", {row['how']}")
+        threads = "" if row["threads"] is None else str(row["threads"])
+        table.add_row(row.get("dtype", "copy"), threads, f"{median:,.1f} {unit}", f"{low:,.1f} to {high:,.1f}", remark)
     return table
 
 
@@ -275,18 +228,12 @@ def _trials(trials: dict[str, str | None]) -> str:
 
 def _versions(rows: list[dict]) -> str:
     """What differs from the tested versions, or that nothing does."""
-    noted = [
-        " ".join(filter(None, (row["library"], row["installed"], f"({row['note']}{_wanted(row)})")))
-        for row in rows
-        if row["note"]
-    ]
-    tested = sum(row["tested"] is not None and row["note"] is None for row in rows)
-    return f"{tested} of {len(rows)} as tested" + ("; " + "; ".join(noted) if noted else "")
-
-
-def _wanted(row: dict) -> str:
-    """The tested version, after the note that it is another or none."""
-    return "" if row["tested"] is None else f", {row['tested']}" if row["installed"] else f"; tested: {row['tested']}"
+    noted = []
+    for row in (row for row in rows if row["note"]):
+        tested = "" if row["tested"] is None else f"{', ' if row['installed'] else '; tested: '}{row['tested']}"
+        noted.append(" ".join(filter(None, (row["library"], row["installed"], f"({row['note']}{tested})"))))
+    as_tested = sum(row["tested"] is not None and row["note"] is None for row in rows)
+    return "; ".join([f"{as_tested} of {len(rows)} as tested", *noted])
 
 
 def _gb(count: int | None) -> str:
