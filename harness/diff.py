@@ -1,6 +1,4 @@
-"""``python -m harness diff``: where two runs part, and what each costs. Reads records; runs nothing.
-
-The comparison of two runs as plain data: the first step and module at which they differ, and what each of them costs.
+"""The comparison of two runs as plain data: the first step and module at which they differ, and what each of them costs.
 
 Two numbers differ *beyond rounding* when they are more than `EPSILONS_APART` epsilons of the coarser run's coarsest dtype
 apart, relative to the larger. One epsilon is the spacing of that dtype's numbers at 1 (fp32 1.2e-7, fp16 and TF32 9.8e-4,

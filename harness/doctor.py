@@ -1,8 +1,5 @@
-"""``python -m harness doctor``: what this machine can do, found by trying it, and the rates that it reaches.
-
-The doctor's checks: what the device does, found out by trying and not by asking flags; and what the machine is (processor,
-memory, disk, compilers, library versions).
-"""
+"""The doctor's checks: what the device does, found out by trying and not by asking flags; and what the machine is (processor,
+memory, disk, compilers, library versions)."""
 
 from __future__ import annotations
 

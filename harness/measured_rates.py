@@ -1,9 +1,7 @@
 """The measured rates in ``machine.json``: put there by ``doctor --measure``, read by every run for its
 ``mfu_measured_peak``. They hold for the machine that they were measured on, and for no other.
 
-``doctor --measure``: the rates that this machine reaches, as the harness would run it.
-
-Products of square matrices of random normal numbers (zeros run faster than data: they switch fewer
+Measured are products of square matrices of random normal numbers (zeros run faster than data: they switch fewer
 transistors), in every dtype, with the run's switches set and proven. The best size counts, by its median:
 a ceiling that real products can reach, unlike a datasheet's. ``copy``: bytes read plus bytes written by
 ``dst.copy_(src)`` of a block that no cache holds.
