@@ -259,7 +259,6 @@ ALLOWED = {
     "instrument/terminal.py": "/dev/null, for the words that nobody reads",
     "harness/supervisor/worker.py": "a process's standard output and error, which libraries write",
     "harness/forensics/stored.py": "writes a folder under a temporary name and renames it whole",
-    "harness/campaign/call.py": "a campaign's lock, with the number of the process that holds it",
     "harness/campaign/pack.py": "fills a temporary folder that is placed whole, and temporary files of the module",
     "harness/campaign/stages.py": "a stage's standard output and error",
     "harness/run/heartbeat.py": "a temporary file that a process' stacks go through",
