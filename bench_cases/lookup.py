@@ -1,4 +1,5 @@
-"""Registries of declarations: ids that are checked, looked up, and answered with the nearest ones when unknown.
+"""Registries of declarations: ids that are checked, looked up, and answered with the nearest ones when unknown; objects in a
+person's own file by ``path/to/file.py:NAME``.
 
 Also what a missing package means to a person, for every command line. Imports nothing of ours.
 """
@@ -6,9 +7,12 @@ Also what a missing package means to a person, for every command line. Imports n
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
+import sys
 from collections.abc import Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 Declared = TypeVar("Declared")
 
@@ -36,6 +40,31 @@ def lookup(kind: str, wanted: str, registry: Mapping[str, Declared]) -> Declared
     near = difflib.get_close_matches(wanted, registry, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; all" if near else "allowed"
     raise UnknownId(f"unknown {kind} {wanted!r} ({hint}: {', '.join(registry)})")
+
+
+def load_object(name: str) -> Any:
+    """The object ``NAME`` of ``path/to/file.py:NAME``. The file is run: it is the caller's own code."""
+    path, _, attribute = name.rpartition(":")
+    file = Path(path)
+    if not attribute:
+        raise BadDeclaration(f"{name} names a file and no case in it; the form is path/to/file.py:NAME")
+    if not file.is_file():
+        raise UnknownId(f"no file {path!r} (from {name!r}; the form is path/to/file.py:NAME)")
+    module_name = f"own_{file.stem}_{abs(hash(file.resolve())):x}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None  # a file that is there
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[module_name]
+            raise BadDeclaration(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        return getattr(sys.modules[module_name], attribute)
+    except AttributeError:
+        raise UnknownId(f"{path} has no {attribute!r}") from None
 
 
 def index(entries) -> dict:

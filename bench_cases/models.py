@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench_cases.architectures import Architecture, Task
+from bench_cases.lookup import load_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,8 +128,6 @@ def weights_sha256(model: nn.Module) -> str:
 def _builder(name: str):
     """The builder named ``module:function`` or ``path/to/file.py:function``."""
     if ".py:" in name:
-        from bench_cases.own import load_object
-
         return load_object(name)
     module, _, function = name.partition(":")
     room, _, rest = module.partition(".")

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench_cases.architectures import TASKS, Architecture
 from bench_cases.cases import CASES, Case, LearningRates
-from bench_cases.lookup import BadDeclaration, UnknownId, lookup
-
-
-def load_object(name: str) -> Any:
-    """The object ``NAME`` of ``path/to/file.py:NAME``. The file is run: it is the caller's own code."""
-    path, _, attribute = name.rpartition(":")
-    file = Path(path)
-    if not attribute:
-        raise BadDeclaration(f"{name} names a file and no case in it; the form is path/to/file.py:NAME")
-    if not file.is_file():
-        raise UnknownId(f"no file {path!r} (from {name!r}; the form is path/to/file.py:NAME)")
-    module_name = f"own_{file.stem}_{abs(hash(file.resolve())):x}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        assert spec is not None and spec.loader is not None  # a file that is there
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            del sys.modules[module_name]
-            raise BadDeclaration(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    try:
-        return getattr(sys.modules[module_name], attribute)
-    except AttributeError:
-        raise UnknownId(f"{path} has no {attribute!r}") from None
-
+from bench_cases.lookup import BadDeclaration, load_object, lookup
+from bench_cases.models import reach
 
 OWN_LEARNING_RATES = LearningRates(tiny=1e-3, scratch=3e-4, pretrained=5e-5)
 UNLIMITED_POSITIONS = 1 << 20
@@ -93,8 +66,6 @@ def _configuration(model: str) -> dict[str, Any]:
             raise BadDeclaration(f"{file}: not JSON ({error})") from error
     else:
         from transformers import AutoConfig
-
-        from bench_cases.models import reach
 
         config = reach(
             lambda: AutoConfig.from_pretrained(model, trust_remote_code=False),

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from harness.exit_codes import RUN_FAILED
 from harness.failure import Failure
 from harness.parallel.context import RankFailed
 from harness.parallel.ranks import Ranks
-from instrument.results.claims import this_boot
+from instrument.results.claims import pid_namespace
 
 PERIOD_S = 0.5
 GRACE_S = 10.0
@@ -181,13 +181,6 @@ class RankMonitor:
 
     def _get(self, key: str) -> dict[str, Any] | None:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
-
-
-def pid_namespace() -> str:
-    """One kernel, and in it one container: elsewhere the same number is another process."""
-    with suppress(OSError):
-        return f"{this_boot()} {os.readlink('/proc/self/ns/pid')}"
-    return this_boot()
 
 
 def place_of(thread: int | None) -> str:

@@ -8,8 +8,10 @@ of its kernel, when it began, and a token of this claim. How the death of an own
 - from another host, where a network file system may not pass locks on: its heartbeat, the file's own
   time, which the owner renews every `HEARTBEAT_S`, is older than `STALE_S` by the file server's clock;
 - on a file system without locks, where the claim is a `filelock.SoftFileLock`: a process of this host is gone, or the
-  heartbeat is stale.
+  heartbeat is stale. That lock knows a host by its name; a file beside says which kernel and which container the owner
+  is of, and one from elsewhere lives until its heartbeat is stale.
 
+Of two hosts that find the same stale claim at once, the one takes it over that makes the file named after it.
 An owner that slept for longer than `STALE_S` (a suspended machine) finds out by `Claim.is_held`.
 """
 
@@ -63,6 +65,8 @@ class Claim:
     lock: BaseFileLock
     owner: dict[str, Any]
     heartbeat: object = None
+    mark: Path | None = None
+    """Beside a soft lock: where its process id counts."""
 
     @property
     def is_held(self) -> bool:
@@ -77,6 +81,8 @@ class Claim:
                 self.path.unlink(missing_ok=True)
         finally:
             self.lock.release()
+            if self.mark is not None:
+                self.mark.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         with suppress(OSError):  # a disk that is away for a moment
@@ -142,27 +148,60 @@ def _make(path: Path, owner: dict[str, Any]) -> bool:
 
 
 def _claim(path: Path, owner: dict[str, Any]) -> Claim | None:
-    """By the lock of the file; None where an owner on another host lives, `Timeout` where one on this host does."""
+    """By the lock of the file; None where an owner on another host lives, or a third host is about to take over from a dead
+    one; `Timeout` where an owner on this host lives."""
     lock = FileLock(path, PATIENCE_S, poll_interval=PATIENCE_S / 4, thread_local=False, fallback_to_soft=False)
     lock.acquire()
     there = _read(path)
-    if there and there["boot"] != owner["boot"] and _age_s(path) <= STALE_S:
+    elsewhere = there and there["boot"] != owner["boot"]
+    takeover = path.with_name(f"{FILE}.after-{there['token']}{TEMPORARY}") if elsewhere else None
+    if takeover is not None and (_age_s(path) <= STALE_S or not _is_first(takeover, path, there)):
         lock.release()
         return None
     if there != owner:
         with open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as file:  # in place: the lock is this file's
             file.write(json.dumps(owner).encode())
             file.truncate()
+    if takeover is not None:
+        takeover.unlink(missing_ok=True)
     return Claim(path, lock, owner)
 
 
-def _claim_softly(path: Path) -> Claim:
-    """By the existence of the file."""
+def _is_first(takeover: Path, path: Path, dead: dict[str, Any]) -> bool:
+    """Make the file ``takeover``; False where another host has it, or had it and wrote its own claim over the ``dead`` one.
+    Where its maker died before that, the run waits for `STALE_S`."""
+    if _age_s(takeover) > STALE_S:
+        takeover.unlink(missing_ok=True)
+    try:
+        takeover.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    if _read(path) == dead:
+        return True
+    takeover.unlink(missing_ok=True)
+    return False
+
+
+def _claim_softly(path: Path) -> Claim | None:
+    """By the existence of the file; None where its owner's process id is another kernel's or another container's, and its
+    heartbeat fresh. ``.claim.<pid>-<namespace>-...``, made before the claim and gone after it, says whose the id is."""
+    here, there = uuid.uuid5(uuid.NAMESPACE_OID, pid_namespace()).hex, _read(path)
+    marks = path.parent.glob(f"{FILE}.{there['pid']}-*{TEMPORARY}") if there and there["boot"] is None else ()
+    if any(f"-{here}-" not in mark.name for mark in marks) and _age_s(path) <= STALE_S:
+        return None
+    mark = path.with_name(f"{FILE}.{os.getpid()}-{here}-{uuid.uuid4().hex}{TEMPORARY}")
+    mark.touch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a claim may expire is what we ask for
         lock = SoftFileLock(path, PATIENCE_S, poll_interval=PATIENCE_S / 4, thread_local=False, lifetime=STALE_S)
-    lock.acquire()
-    return Claim(path, lock, _read(path) or {})
+    try:
+        lock.acquire()
+    except BaseException:
+        mark.unlink(missing_ok=True)
+        raise
+    for old in set(path.parent.glob(f"{FILE}.[0-9]*-*-*{TEMPORARY}")) - {mark}:  # of owners that died
+        old.unlink(missing_ok=True)
+    return Claim(path, lock, _read(path) or {}, mark=mark)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -172,8 +211,9 @@ def _read(path: Path) -> dict[str, Any] | None:
             content = file.read(4096)
     except FileNotFoundError:
         return None
-    if soft := re.fullmatch(rb"(\d+)\n(.+)\n(?:(.+)\n)?", content):
-        return {"pid": int(soft[1]), "host": soft[2].decode(errors="replace"), "boot": None, "token": repr(soft[3])}
+    if soft := re.fullmatch(rb"(\d+)\n(.+)\n(?:(\d{1,80})\n)?", content):
+        host, token = soft[2].decode(errors="replace"), (soft[3] or b"").decode()
+        return {"pid": int(soft[1]), "host": host.partition("?")[0], "boot": None, "token": token}
     try:
         owner = json.loads(content)
         if re.fullmatch("[0-9a-f]{32}", owner["token"]) and isinstance(owner["boot"], str):
@@ -198,3 +238,10 @@ def this_boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return f"{socket.gethostname()}-{uuid.getnode():x}"
+
+
+def pid_namespace() -> str:
+    """One kernel, and in it one container: elsewhere the same number is another process."""
+    with suppress(OSError):
+        return f"{this_boot()} {os.readlink('/proc/self/ns/pid')}"
+    return this_boot()

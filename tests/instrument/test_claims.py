@@ -214,6 +214,69 @@ def test_without_locks_a_dead_owner_of_this_host_is_followed_at_once(tmp_path, n
 
 
 @pytest.mark.process
+def test_without_locks_a_host_of_the_same_name_with_other_process_ids_is_judged_by_its_heartbeat(tmp_path, no_locks):
+    over = subprocess.Popen([sys.executable, "-c", ""])
+    over.wait()
+    path = tmp_path / "runs" / "a" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{over.pid}\n{socket.gethostname()}\n")
+    mark = path.with_name(f"{FILE}.{over.pid}-{'0' * 32}-1{TEMPORARY}")
+    mark.touch()
+    with pytest.raises(RunClaimed, match=f"process {over.pid} on "):
+        claim(tmp_path, "a")
+    assert path.exists() and mark.exists()
+    os.utime(path, (1, 1))
+    with claim(tmp_path, "a") as own:
+        assert own.is_held and not mark.exists()
+    assert [one.name for one in tmp_path.rglob("*")] == ["runs", "a"]
+
+
+def two_hosts(tmp_path, monkeypatch) -> list:
+    """The claims of two hosts, none of which sees the other's locks, that find the same stale claim at the same instant."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    age_s, together, held = claims._age_s, threading.Barrier(2), []
+
+    def age_at_once(path):
+        age = age_s(path)
+        if path.name == FILE:
+            together.wait(10)
+        return age
+
+    def take_over():
+        with contextlib.suppress(RunClaimed):
+            held.append(claim(tmp_path, "a"))
+
+    monkeypatch.setattr(claims, "_age_s", age_at_once)
+    threads = [threading.Thread(target=take_over) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return held
+
+
+def test_of_two_hosts_that_find_the_same_stale_claim_one_takes_over(tmp_path, monkeypatch):
+    path = leave_dead_claim(tmp_path, "a", boot="another kernel", host="elsewhere", pid=1)
+    os.utime(path, (1, 1))
+    (own,) = two_hosts(tmp_path, monkeypatch)
+    assert own.is_held
+    own.release()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_host_that_died_in_a_takeover_is_waited_for(tmp_path):
+    path = leave_dead_claim(tmp_path, "a", boot="another kernel", token="0" * 32)
+    os.utime(path, (1, 1))
+    takeover = path.with_name(f"{FILE}.after-{'0' * 32}{TEMPORARY}")
+    takeover.touch()
+    with pytest.raises(RunClaimed):
+        claim(tmp_path, "a")
+    os.utime(takeover, (1, 1))
+    claim(tmp_path, "a").release()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("plant_dead", [False, True], ids=["free", "owner dead"])
 def test_a_claimant_that_dies_at_any_file_operation_holds_nobody_up(tmp_path, plant_dead):
     for nth in range(1, 50):
