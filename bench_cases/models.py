@@ -1,10 +1,9 @@
 """Models: what is asked for, building it in fp32, proving it fit for the comparison. The builders import torch, this not.
 
 A model is an encoder, a head, and the cut between them, since a configuration may run the head in another dtype than the
-encoder. *Head* means every module after the last encoder output. For language models it is the library's own head,
-obtained by running the task model with its encoder replaced by a pass-through; so the cut is right for any architecture.
-Classification heads are ours, since no pretrained weights hold them: GPT-2's is one projection, RoBERTa's dense, tanh,
-projection.
+encoder. *Head* means every module after the last encoder output. For language models it is the library's own head, obtained by
+running the task model with its encoder replaced by a pass-through; so the cut is right for any architecture. Classification
+heads are ours, since no pretrained weights hold them: GPT-2's is one projection, RoBERTa's dense, tanh, projection.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ class WeightsUnavailable(Exception):
 class ModelRequest:
     """What to build.
 
-    ``vocabulary`` is the tokenizer's size; the embedding holds `padded_vocabulary` of it.
-    ``outputs`` is the number of labels or classes, None for language models. ``weights`` is
-    ``scratch``, ``pretrained`` (the architecture's hub id) or a folder. ``seq_len`` is the longest
-    sequence that the model must take.
+    ``vocabulary`` is the tokenizer's size; the embedding holds `padded_vocabulary` of it. ``outputs`` is the number of labels
+    or classes, None for language models. ``weights`` is ``scratch``, ``pretrained`` (the architecture's hub id) or a folder.
+    ``seq_len`` is the longest sequence that the model must take.
     """
 
     architecture: Architecture

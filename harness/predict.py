@@ -41,11 +41,11 @@ from instrument.prediction import (
 from instrument.results.files import replace
 from instrument.results.folder import finished_runs
 from instrument.results.layout import RunFiles, RunNotFound
-from instrument.results.ranges import ModuleRecord
+from instrument.results.measurements import ModuleRecord
 from instrument.results.read import RunUnreadable, records
 from instrument.results.schemas import RunRecord, StepRecord
 from instrument.terminal import count, plain_table
-from instrument.watch.readings import HeadroomTable
+from instrument.watch.taps import HeadroomTable
 from kernels.float_formats import BF16, FP16
 
 REFERENCE = "fp32_true"

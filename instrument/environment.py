@@ -13,17 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "bitsandbytes",
-    "numpy",
-    "scikit-learn",
-    "nvidia-ml-py",
-)
+PACKAGES = "torch triton transformers tokenizers datasets bitsandbytes numpy scikit-learn nvidia-ml-py".split()
 
 
 def capture(device: torch.device) -> dict[str, object]:

@@ -7,17 +7,16 @@ MLM head runs on every position, so every position counts. Causal attention coun
 nanoGPT, torchtitan and torch's own `FlopCounterMode` do: it is what the default attention backends multiply, and what
 published MFU figures mean. llm.c and FlashAttention count half; `StepFlops.causal_half` gives that figure.
 
-The closed forms are written from the architectures' papers, apart from `instrument.flop_counter`: the two check each
-other, and must be *equal*. A product of (m, k) with (k, n) is 2 m k n FLOPs; the backward pass runs two such products
-for each, so training is 3 times the forward pass. Per token and layer:
+The closed forms are written from the architectures' papers, apart from `instrument.flop_counter`: the two check each other, and
+must be *equal*. A product of (m, k) with (k, n) is 2 m k n FLOPs; the backward pass runs two such products for each, so
+training is 3 times the forward pass. Per token and layer:
 
     GPT-2    qkv 2 D 3D, output 2 D D, MLP 2 (2 D F); scores and their use 2 (2 L D)
     RoBERTa  q, k, v 3 (2 D D), output 2 D D, MLP 2 (2 D F); scores and their use 2 (2 L D)
 
-with D the width, F the MLP's inner width, L the row's length. The number of heads cancels out. A row costs
-a + b L + c L^2, in exact integers or fractions: ``b L`` is what runs token by token, ``c L^2`` attention's scores and
-their use, ``a`` what runs once a row (a pooled head). Rows do not touch each other, so a step costs the sum over its
-rows; micro-batches change nothing.
+with D the width, F the MLP's inner width, L the row's length. The number of heads cancels out. A row costs a + b L + c L^2, in
+exact integers or fractions: ``b L`` is what runs token by token, ``c L^2`` attention's scores and their use, ``a`` what runs
+once a row (a pooled head). Rows do not touch each other, so a step costs the sum over its rows; micro-batches change nothing.
 """
 
 from __future__ import annotations

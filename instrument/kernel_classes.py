@@ -1,8 +1,7 @@
 """What a kernel or op does, from its name: ours, attention, matmul, reduction, optimizer, copy, elementwise.
 
-Names are of cuBLAS, cuDNN, CUTLASS, FlashAttention, ATen's CUDA kernels and ATen's ops, as
-torch.profiler prints them. First rule that matches; a name that no rule knows is ``other`` and
-stays visible as such. Torch-free.
+Names are of cuBLAS, cuDNN, CUTLASS, FlashAttention, ATen's CUDA kernels and ATen's ops, as torch.profiler prints them. First
+rule that matches; a name that no rule knows is ``other`` and stays visible as such. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,16 +12,8 @@ CLASSES = ("matmul", "attention", "elementwise", "reduction", "optimizer", "copy
 """``reduction`` includes normalisations and softmax."""
 
 OUR_KERNELS = (
-    "cross_entropy_rows",
-    "cross_entropy_gradient",
-    "bce_rows",
-    "sum_rows",
-    "inverse_count",
-    "scale_rows",
-    "logit_stats_rows",
-    "activation_kernel",
-    "stats_kernel",
-    "scale_kernel",
+    "cross_entropy_rows cross_entropy_gradient bce_rows sum_rows inverse_count scale_rows logit_stats_rows activation_kernel "
+    "stats_kernel scale_kernel".split()
 )
 """Every Triton kernel that this project launches."""
 

@@ -69,25 +69,19 @@ def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *,
     micro-batch on; with one micro-batch the peak comes before most of them exist, so the truth lies
     between that and ``activations_at_most_bytes``. A CPU has no peak of its allocator: null, and ``why``.
     """
-    if peak_allocated_bytes is None:
-        return split | {
-            "activations_bytes": None,
-            "activations_at_most_bytes": None,
-            "why_no_activations": "torch keeps no peak of the memory it allocates on a CPU",
-        }
+    why = least_bytes = None
     gradients_bytes = split["gradients_complete_bytes"]
-    stored_bytes = gradients_bytes + sum(split[f"{kind}_bytes"] for kind in KINDS if kind != "gradients")
-    rest_bytes = peak_allocated_bytes - instrument_bytes - stored_bytes
-    if rest_bytes < 0:
-        return split | {
-            "activations_bytes": None,
-            "activations_at_most_bytes": None,
-            "why_no_activations": "the peak is below what is stored now: it was taken before that was made",
-        }
+    if peak_allocated_bytes is None:
+        why = "torch keeps no peak of the memory it allocates on a CPU"
+    else:
+        stored_bytes = gradients_bytes + sum(split[f"{kind}_bytes"] for kind in KINDS if kind != "gradients")
+        least_bytes = peak_allocated_bytes - instrument_bytes - stored_bytes
+        if least_bytes < 0:
+            why, least_bytes = "the peak is below what is stored now: it was taken before that was made", None
     return split | {
-        "activations_bytes": rest_bytes,
-        "activations_at_most_bytes": rest_bytes + gradients_bytes,
-        "why_no_activations": None,
+        "activations_bytes": least_bytes,
+        "activations_at_most_bytes": None if least_bytes is None else least_bytes + gradients_bytes,
+        "why_no_activations": why,
     }
 
 
@@ -126,8 +120,7 @@ def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
 
 @dataclass
 class Snapshot:
-    """Where the allocator's snapshot was written, or ``why`` there is none. ``history``: it has the stacks of
-    allocations."""
+    """Where the allocator's snapshot was written, or ``why`` there is none. ``history``: it has the stacks of allocations."""
 
     path: Path | None = None
     why: str | None = None

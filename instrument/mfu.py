@@ -5,14 +5,13 @@
     mfu_measured_peak  each FLOP against the rate that this machine reached in its dtype
                        (``python -m harness doctor --measure``)
 
-each over all tokens and over real ones (``_real_tokens``: as if no padding had run). A run that mixes dtypes has a
-weighted peak: the time it would need if every product ran at its own dtype's peak gives the harmonic mean, never the
-arithmetic one. What is not known is None, with a reason.
+each over all tokens and over real ones (``_real_tokens``: as if no padding had run). A run that mixes dtypes has a weighted
+peak: the time it would need if every product ran at its own dtype's peak gives the harmonic mean, never the arithmetic one.
+What is not known is None, with a reason.
 
-Peaks are NVIDIA's own for dense products with fp32 accumulation, in FLOP/s per dtype and per GPU. Most datasheets print
-the sparse figure, twice as high; GeForce papers print fp16 accumulation first: neither stands here. None where the card
-has no such unit, or where NVIDIA states no single figure. A model that is not listed has no peak, no estimate of time
-and no MFU.
+Peaks are NVIDIA's own for dense products with fp32 accumulation, in FLOP/s per dtype and per GPU. Most datasheets print the
+sparse figure, twice as high; GeForce papers print fp16 accumulation first: neither stands here. None where the card has no such
+unit, or where NVIDIA states no single figure. A model that is not listed has no peak, no estimate of time and no MFU.
 """
 
 from __future__ import annotations

@@ -8,22 +8,16 @@ container NVML returns the host's process ids, which name other processes here, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 COMPUTE_MODES = {0: "default", 1: "exclusive_thread", 2: "prohibited", 3: "exclusive_process"}
-CLOCK_EVENT_REASONS = {
-    0: "gpu_idle",
-    1: "applications_clocks_setting",
-    2: "sw_power_cap",
-    3: "hw_slowdown",
-    4: "sync_boost",
-    5: "sw_thermal_slowdown",
-    6: "hw_thermal_slowdown",
-    7: "hw_power_brake_slowdown",
-    8: "display_clock_setting",
-    9: "board_limit",
-    10: "reliability",
-}
+CLOCK_EVENT_REASONS = dict(
+    enumerate(
+        "gpu_idle applications_clocks_setting sw_power_cap hw_slowdown sync_boost sw_thermal_slowdown hw_thermal_slowdown "
+        "hw_power_brake_slowdown display_clock_setting board_limit reliability".split()
+    )
+)
 """Bit number -> why the clocks are below their maximum (nvml.h, ``nvmlClocksEventReason*``)."""
 TEMPERATURE_GPU, CLOCK_SM, CLOCK_MEMORY = 0, 1, 2
 
@@ -49,7 +43,8 @@ class Nvml:
 
     def __exit__(self, *_) -> None:
         if self._library is not None:
-            self._ask("nvmlShutdown")
+            with suppress(RuntimeError):
+                self._need("nvmlShutdown")
             self._library, self.unavailable = None, "NVML is closed"
 
     def driver(self) -> dict[str, Any]:
@@ -177,12 +172,6 @@ class Nvml:
             return getattr(self._library, function)(*arguments)
         except Exception as error:
             raise RuntimeError(f"NVML: {error}") from error
-
-    def _ask(self, function: str) -> None:
-        try:
-            self._need(function)
-        except RuntimeError:
-            pass
 
 
 def clock_event_reasons(bits: int) -> list[str]:

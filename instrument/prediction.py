@@ -1,18 +1,16 @@
 """Which values of an fp32 run would leave the range of a narrower format, and what would come of it under a
-configuration. Torch-free.
+configuration; then whether it happened in a run of that configuration (`compare`). Torch-free.
 
 Everything is read from the reference alone: the ranges of its modules, its step log, its size. So two things
 cannot be seen: what an op makes between a module's input and its output (x^3 in gelu), and that a 16-bit run
 takes another road once it has rounded differently.
-
-Whether what was predicted from an fp32 run happened in a run of a narrower configuration. Torch-free.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from instrument.results.schemas import FirstNonfinite, StepRecord
 from kernels.float_formats import FLOAT_FORMATS, FP16, FloatFormat
@@ -122,11 +120,7 @@ def _beyond(
 def _forward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     for module, (value, step, form) in _beyond(reference, arithmetic, "fwd", 1.0).items():
         yield Hazard("overflow_forward", module, step, value, form.max, form.headroom_bits(value))
-    head = FLOAT_FORMATS[arithmetic.head]
-    over = [s for s in reference.steps if s.logit_absmax is not None and s.logit_absmax > head.max]
-    if over and head.name != "fp32":
-        worst = max(s.logit_absmax for s in over)
-        yield Hazard("overflow_forward", LOGITS, over[0].step, worst, head.max, head.headroom_bits(worst))
+    yield from _over("overflow_forward", LOGITS, reference, "logit_absmax", FLOAT_FORMATS[arithmetic.head])
 
 
 def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
@@ -138,27 +132,30 @@ def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     form = FLOAT_FORMATS[arithmetic.compute]
     if arithmetic.mixed:  # each micro-batch's share is 16-bit, their sum fp32; one share is at least the m-th part
         scale /= reference.micro_batches
-    over = [s for s in reference.steps if s.grad_absmax is not None and s.grad_absmax * scale > form.max]
-    if over and form.name != "fp32":
-        worst = max(s.grad_absmax for s in over) * scale
-        yield Hazard(kind, GRADIENTS, over[0].step, worst, form.max, form.headroom_bits(worst))
+    yield from _over(kind, GRADIENTS, reference, "grad_absmax", form, scale)
 
 
 def _norm(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
-    form = FLOAT_FORMATS[arithmetic.clip]
-    over = [s for s in reference.steps if s.grad_norm is not None and s.grad_norm > form.max]
+    for hazard in _over("norm_overflow", None, reference, "grad_norm", FLOAT_FORMATS[arithmetic.clip]):
+        yield replace(hazard, bits=None)
+
+
+def _over(
+    kind: str, module: str | None, reference: Reference, field: str, form: FloatFormat, scale: float = 1.0
+) -> Iterable[Hazard]:
+    """The hazard of a column of the step log whose values times ``scale`` leave a format."""
+    over = [s for s in reference.steps if (value := getattr(s, field)) is not None and value * scale > form.max]
     if over and form.name != "fp32":
-        worst = max(s.grad_norm for s in over)
-        yield Hazard("norm_overflow", None, over[0].step, worst, form.max, form.headroom_bits(worst))
+        worst = max(getattr(s, field) for s in over) * scale
+        yield Hazard(kind, module, over[0].step, worst, form.max, form.headroom_bits(worst))
 
 
 def _optimizer(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     """AdamW's second moment at the first update, from the gradients' norm alone.
 
-    n clipped gradients of norm N have a root mean square r = N / sqrt(n). At most a share (r / g)^2 of them
-    exceeds any g (Chebyshev): so at least 1 - (r / g0)^2 of the second moments round to zero, g0 being
-    `smallest_gradient`; and where r < g0, one does at least. Divided by with an epsilon that rounds to zero as
-    well, it ends training, whatever its gradient is.
+    n clipped gradients of norm N have a root mean square r = N / sqrt(n). At most a share (r / g)^2 of them exceeds any g
+    (Chebyshev): so at least 1 - (r / g0)^2 of the second moments round to zero, g0 being `smallest_gradient`; and where r < g0,
+    one does at least. Divided by with an epsilon that rounds to zero as well, it ends training, whatever its gradient is.
     """
     if arithmetic.states not in FLOAT_FORMATS or arithmetic.states == "fp32" or not reference.steps:
         return

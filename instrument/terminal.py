@@ -74,19 +74,8 @@ def print_section(console: Console, title: str, *content: Any, note: str = "") -
 
 
 FIXABLE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EROFS EIO ESTALE EFBIG EACCES EPERM ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()
 }
 
 

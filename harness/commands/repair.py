@@ -11,8 +11,7 @@ from harness.exit_codes import BAD_DATA, OK
 from harness.settings import SettingsError
 from instrument.results.folder import OutputError
 from instrument.results.layout import INDEX, RUNS, STEP_LOGS
-from instrument.results.repair import Repair, repair_folder
-from instrument.results.states import FileState
+from instrument.results.repair import FileState, Repair, repair_folder
 from instrument.results.transfer import merge
 from instrument.terminal import count
 

@@ -14,15 +14,14 @@ from pathlib import Path
 import msgspec
 import torch
 
-from harness.forensics.changed_run import ChangedRun, run_changed, run_unchanged
 from harness.forensics.changes import Change, change_of, changes_of, confirms, enclosing_modules
-from harness.forensics.rebuild import Rebuilt, rebuild
+from harness.forensics.rerun import ChangedRun, Rebuilt, rebuild, run_changed, run_unchanged
 from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError, read_state
 from harness.precision import DTYPES, Unsupported
 from harness.settings import SettingsError
 from instrument.replay.snapshot import NamedState
 from instrument.results.files import replace
-from instrument.results.forensics import ForensicsRecord, Remedy
+from instrument.results.measurements import ForensicsRecord, Remedy
 from instrument.results.schemas import FirstNonfinite, RecordError, RunRecord, decode, encode
 
 STEPS, STEPS_BEYOND = 20, 5

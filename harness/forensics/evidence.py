@@ -1,9 +1,8 @@
 """The parts of a forensics record, from an examination and the replay's module readings; and the culprit op's operands.
 
-``runs/<run_id>/culprit.safetensors`` holds what the culprit op read, so that the op alone can be run again: tensors by
-argument name (of a list: ``name.position``); all else (scalars, dtypes, devices, which arguments are written to, what
-came out) as one JSON object in the file's metadata. An op that cannot be kept leaves a file without tensors that says
-why in ``left_out``.
+``runs/<run_id>/culprit.safetensors`` holds what the culprit op read, so that the op alone can be run again: tensors by argument
+name (of a list: ``name.position``); all else (scalars, dtypes, devices, which arguments are written to, what came out) as one
+JSON object in the file's metadata. An op that cannot be kept leaves a file without tensors that says why in ``left_out``.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from instrument.replay.diagnosis import DENOMINATOR
 from instrument.replay.graph import Node
 from instrument.replay.replays import Examination, kind_name
 from instrument.results.files import replace
-from instrument.results.forensics import HistogramRecord, KernelRow, Link, Magnitude
-from instrument.results.ranges import TapReading
+from instrument.results.measurements import HistogramRecord, KernelRow, Link, Magnitude, TapReading
 from kernels import exponent_histogram
 from kernels.float_formats import float_format
 

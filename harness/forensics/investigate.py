@@ -7,7 +7,6 @@ step's ops and names the culprit (`instrument.replay`). The third profiles it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,7 @@ from harness.training import Training
 from instrument.replay.diagnosis import SUM_OVER_RANKS
 from instrument.replay.replays import Examination, Replayed, Replays
 from instrument.results.files import replace
-from instrument.results.forensics import ForensicsRecord
-from instrument.results.ranges import TapReading
+from instrument.results.measurements import ForensicsRecord, TapReading
 from instrument.results.schemas import FirstNonfinite, StepRecord
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
@@ -251,11 +249,7 @@ def trace_step(training: Training, step: int, path: Path, found: Examination) ->
 
 def _marker(found: Examination, samples: Sequence[CounterSample], phases: Sequence[PhaseSlice]) -> list[Marker]:
     """A marker where the module's first non-finite value was seen, else where the culprit's phase began."""
-    seen = [
-        s.unix_ns
-        for s in samples
-        if s.name == found.module and any(value is not None and not math.isfinite(value) for value in (s.fwd, s.bwd))
-    ]
+    seen = [s.unix_ns for s in samples if s.name == found.module and not s.is_finite]
     began = [p.start_unix_ns for p in phases if p.name == found.phase]
     detail = {"module": found.module or "", "phase": found.phase, "cause": found.cause, "kind": found.kind}
     return [

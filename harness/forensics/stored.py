@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,7 @@ def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, An
         "schema": SCHEMA,
         "run_id": run_id,
         "tensors_sha256": sha256,
-        "state": {
-            "step": state.step,
-            "devices": state.devices,
-            "aliases": state.aliases,
-            "states": state.states,
-            "groups": state.groups,
-            "scaler": state.scaler,
-        },
+        "state": {field.name: getattr(state, field.name) for field in fields(state) if field.name != "tensors"},
         "more": more or {},
     }
     facts["facts_sha256"] = _digest(facts)

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from instrument.results.files import plain_inside
-from instrument.results.forensics import ForensicsRecord, Magnitude
 from instrument.results.layout import TRACES, RunFiles
+from instrument.results.measurements import ForensicsRecord, Magnitude
 from instrument.results.read import failure_of, records, run_record
 from instrument.results.schemas import FirstNonfinite, RunRecord
 from instrument.terminal import count

@@ -11,8 +11,8 @@ from typing import Any
 import kernels
 from harness.settings import SettingsError
 from instrument.results.files import copy, replace
-from instrument.results.forensics import ForensicsRecord
 from instrument.results.layout import RunFiles
+from instrument.results.measurements import ForensicsRecord
 from instrument.results.read import RunUnreadable
 from instrument.results.schemas import RunRecord
 

@@ -27,8 +27,7 @@ from instrument.memory import memory_split, with_activations
 from instrument.replay.replays import Replays, skip_surfaced
 from instrument.results.files import replace
 from instrument.results.folder import RunFolder
-from instrument.results.forensics import ForensicsRecord
-from instrument.results.ranges import ModuleLog
+from instrument.results.measurements import ForensicsRecord, ModuleLog
 from instrument.results.schemas import EventRecord, StepRecord, encode
 from instrument.sampler.sampler import Sampler
 from instrument.sampler.summary import energy_per

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.replay.graph import NAN, NEG_INF, POS_INF, Node
-from instrument.results.forensics import OperandRecord, OutputRecord
+from instrument.results.measurements import OperandRecord, OutputRecord
 
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
 """Ops that do not read what they write to."""
@@ -96,22 +96,11 @@ def list_positions(func, args: tuple) -> dict[int, int]:
     }
 
 
-DENOMINATOR = {
-    "div": 1,
-    "div_": 1,
-    "true_divide": 1,
-    "addcdiv": 2,
-    "addcdiv_": 2,
-    "reciprocal": 0,
-    "reciprocal_": 0,
-    "rsqrt": 0,
-    "rsqrt_": 0,
-    "_foreach_div": 1,
-    "_foreach_div_": 1,
-    "_foreach_addcdiv": 2,
-    "_foreach_addcdiv_": 2,
-    "_foreach_reciprocal": 0,
-}
+DENOMINATOR = (
+    dict.fromkeys(("div", "div_", "true_divide", "_foreach_div", "_foreach_div_"), 1)
+    | dict.fromkeys(("addcdiv", "addcdiv_", "_foreach_addcdiv", "_foreach_addcdiv_"), 2)
+    | dict.fromkeys(("reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "_foreach_reciprocal"), 0)
+)
 """Position of the argument that an op divides by."""
 FUSED_ADAM = ("_fused_adamw_", "_fused_adam_")
 EXP_AVG_SQ_OF_FUSED = 3

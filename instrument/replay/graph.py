@@ -1,9 +1,8 @@
 """The ops of one step as a graph of who read what from whom, and the rule that finds the culprit. Torch-free.
 
-An op *produces* a non-finite value when none of the values it read explains it: they are finite,
-or are infinities on purpose (the -inf of a mask). The culprit is the earliest producer from which
-a chain of non-finite values leads to what failed: a loss, a gradient, a parameter or a state.
-Tensors saved for backward are edges like any other. Other producers were *absorbed*: their
+An op *produces* a non-finite value when none of the values it read explains it: they are finite, or are infinities on purpose
+(the -inf of a mask). The culprit is the earliest producer from which a chain of non-finite values leads to what failed: a loss,
+a gradient, a parameter or a state. Tensors saved for backward are edges like any other. Other producers were *absorbed*: their
 infinities died out (``tanh`` of an infinite ``pow``) and are reported, not blamed.
 """
 
@@ -33,9 +32,8 @@ class Edge:
 class Node:
     """One op (for an op over lists of tensors: one position of the lists, ``element``).
 
-    ``module`` is the dotted name of the module that called it, or whose forward op it
-    differentiates; None outside of modules. ``constant``: a non-finite number was written down in
-    its arguments (``masked_fill(mask, -inf)``).
+    ``module`` is the dotted name of the module that called it, or whose forward op it differentiates; None outside of modules.
+    ``constant``: a non-finite number was written down in its arguments (``masked_fill(mask, -inf)``).
     """
 
     index: int
@@ -119,33 +117,23 @@ class StepGraph:
         first = None if before else min(producers, key=lambda node: node.index)
         storage = before[-1].storage if before else first.storage
         reached = self._reached(first, {edge.storage for edge in before})
-        absorbed = [
-            node
-            for node in self.nodes
-            if node.kinds
-            and node.index not in visited
-            and node is not first
-            and not node.on_purpose
-            and not self.to_blame(node)
-        ]
+        absorbed = [n for n in self.nodes if n.kinds and n.index not in visited and not n.on_purpose and not self.to_blame(n)]
         modules = {node.module for node in reached if node.module}
         alike = sum(n is not first and (n.op, n.phase) == (first.op, first.phase) for n in producers) if first else 0
-        return Culprit(first, storage, tuple(_first_per_module(reached)), len(modules), tuple(_unique(absorbed)), alike)
+        return Culprit(
+            first, storage, _firsts(reached, "phase", "module"), len(modules), _firsts(absorbed, "phase", "module", "op"), alike
+        )
 
     def _reached(self, first: Node | None, before: set[int]) -> list[Node]:
         """The nodes with non-finite values that the culprit's spread to, itself included."""
         reached: set[int] = set() if first is None else {first.index}
         found = [] if first is None else [first]
+
+        def carries(edge: Edge) -> bool:
+            return bool(edge.kinds) and (edge.writer in reached or (edge.writer is None and edge.storage in before))
+
         for node in self.nodes:
-            if (
-                node.kinds
-                and node.phase != AFTER
-                and node.index not in reached
-                and any(
-                    edge.kinds and (edge.writer in reached or (edge.writer is None and edge.storage in before))
-                    for edge in node.inputs
-                )
-            ):
+            if node.kinds and node.phase != AFTER and node.index not in reached and any(map(carries, node.inputs)):
                 reached.add(node.index)
                 found.append(node)
         return found
@@ -164,17 +152,9 @@ class StepGraph:
         return list(found.values())
 
 
-def _first_per_module(nodes: Sequence[Node]) -> list[Node]:
-    """The first node of each (phase, module), in order."""
-    seen: dict[tuple[str, str | None], Node] = {}
+def _firsts(nodes: Sequence[Node], *alike: str) -> tuple[Node, ...]:
+    """Of the nodes that have the same in these attributes the first, in order."""
+    seen: dict[tuple, Node] = {}
     for node in nodes:
-        seen.setdefault((node.phase, node.module), node)
-    return list(seen.values())
-
-
-def _unique(nodes: Sequence[Node]) -> list[Node]:
-    """The first node of each (phase, module, op), in order."""
-    seen: dict[tuple[str, str | None, str], Node] = {}
-    for node in nodes:
-        seen.setdefault((node.phase, node.module, node.op), node)
-    return list(seen.values())
+        seen.setdefault(tuple(getattr(node, name) for name in alike), node)
+    return tuple(seen.values())

@@ -304,19 +304,10 @@ class OpRecorder(TorchDispatchMode):
         for storage in (key, *(edge.storage for edge in edges)):
             if storage in self.names:
                 return self.names[storage][0].rpartition(".")[0]
-        writers = [edge.writer for edge in edges if edge.writer is not None]
-        return (
-            next(
-                (
-                    m
-                    for m in (self.graph.nodes[w].module for w in writers if self.graph.nodes[w].phase == "optimizer")
-                    if m is not None
-                ),
-                None,
-            )
-            if self._stage == "optimizer"
-            else None
-        )
+        if self._stage != "optimizer":
+            return None
+        writers = (self.graph.nodes[edge.writer] for edge in edges if edge.writer is not None)
+        return next((n.module for n in writers if n.phase == "optimizer" and n.module is not None), None)
 
 
 def _clone(leaf: object) -> object:

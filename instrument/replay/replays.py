@@ -149,14 +149,8 @@ def _state_in_denominator(recorder: OpRecorder, node: Node) -> str | None:
 
 def _from_before(culprit: Culprit, recorder: OpRecorder) -> Examination:
     """The value was there before the step began: in a named tensor, or in what came in with the data."""
-    reader = next(
-        (
-            n
-            for n in recorder.graph.nodes
-            if any(e.storage == culprit.storage and e.kinds and e.writer is None for e in n.inputs)
-        ),
-        None,
-    )
+    inputs = ((node, edge) for node in recorder.graph.nodes for edge in node.inputs if edge.storage == culprit.storage)
+    reader = next((node for node, edge in inputs if edge.kinds and edge.writer is None), None)
     name, what = recorder.names.get(culprit.storage, (None, "input"))
     module = name.rpartition(".")[0] if name else reader.module if reader else None
     if name is None and reader is not None and reader.storage in recorder.names:  # a number written into a named tensor

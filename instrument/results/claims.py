@@ -33,7 +33,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from instrument import background
+from instrument.results import log
 from instrument.results.files import TEMPORARY, is_abandoned, locked_temporary, make_folder, try_lock
 from instrument.results.layout import RunFiles
 from instrument.results.schemas import require_safe
@@ -75,7 +75,7 @@ class Claim:
 
     def release(self) -> None:
         """Let others have the run; a second call does nothing."""
-        background.cancel(self.heartbeat)
+        log.cancel_job(self.heartbeat)
         try:
             if self.is_held:  # or its folder vanished, or it is another's by now
                 self.path.unlink(missing_ok=True)
@@ -99,9 +99,8 @@ class Claim:
 def claim(out: Path, run_id: str) -> Claim:
     """Claim a run of the results folder ``out``.
 
-    Raises `RunClaimed` when another living process has it, ValueError for an id that is no safe name,
-    OSError where the folder cannot be written. Look at the run's row only after claiming: its last owner
-    may have finished it a moment ago.
+    Raises `RunClaimed` when another living process has it, ValueError for an id that is no safe name, OSError where the folder
+    cannot be written. Look at the run's row only after claiming: its last owner may have finished it a moment ago.
     """
     require_safe(run_id)
     path = RunFiles(out, run_id).path / FILE
@@ -114,7 +113,7 @@ def claim(out: Path, run_id: str) -> Claim:
         own = None
     if own is None:
         raise RunClaimed(run_id, _read(path) or {})
-    own.heartbeat = background.every(HEARTBEAT_S, own._renew)
+    own.heartbeat = log.run_every(HEARTBEAT_S, own._renew)
     return own
 
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from instrument.results.hardware import HardwareRecord
-from instrument.results.ranges import ModuleRecord
+from instrument.results.measurements import HardwareRecord, ModuleRecord
 from instrument.results.schemas import EvaluationRecord, EventRecord, Record, StepRecord
 
 DEFAULT_RESULTS = Path("results")

@@ -1,9 +1,8 @@
 """The one validated reader of a results folder's files: records, line by line, and single JSON objects.
 
-What is wrong is a `Defect` with its file and line, and everything else is kept; who cannot work with a part of a file
-calls `read`, which raises. A log may lie there plain, or gzipped as a packed campaign has it
-(``run_x.jsonl.gz``). What is read must lie in the folder: links are not followed, pipes and devices are not opened.
-Torch-free, and without numpy.
+What is wrong is a `Defect` with its file and line, and everything else is kept; who cannot work with a part of a file calls
+`read`, which raises. A log may lie there plain, or gzipped as a packed campaign has it (``run_x.jsonl.gz``). What is read must
+lie in the folder: links are not followed, pipes and devices are not opened. Torch-free, and without numpy.
 """
 
 from __future__ import annotations
@@ -63,10 +62,7 @@ def read(path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
 def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
     """The valid records of a log in order, and what was wrong with the others. ``name`` is ``path`` seen from the results
     folder, for the defects. A file that is not there has no rows."""
-    defects: list[Defect] = []
-    return [
-        row for chunk in chunks(path, name, defects) for row in chunk.rows(lambda line: record(line, kind), defects)
-    ], defects
+    return _read(path, lambda line: record(line, kind), name)
 
 
 def read_objects(path: Path, name: str) -> tuple[list[dict[str, Any]], list[Defect]]:

@@ -7,6 +7,9 @@ write that fails (a full disk) is taken back, so that earlier lines stay whole.
 What an append returned from survives the death of the process. It survives the death of the *machine* after
 at most `SYNC_EVERY_S`: a background thread syncs, so that the training thread never waits for a disk, and
 `close` syncs. A file that was deleted meanwhile is an error at the next append.
+
+One daemon thread a process runs these syncs and other small jobs that come round, such as heartbeats (`run_every`). A job
+that takes long (a sync on a slow disk) delays the other jobs, never the thread that trains.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import errno
 import fcntl
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from instrument import background
 from instrument.results.files import make_folder, sync_folder
 from instrument.results.schemas import Record, encode
 
@@ -39,7 +43,7 @@ class Appender:
         self.locks = True
         """Whether this file system has locks; without them lines rely on O_APPEND alone."""
         self._end_torn_line()
-        self._job = background.every(SYNC_EVERY_S, self._sync_quietly)
+        self._job = run_every(SYNC_EVERY_S, self._sync_quietly)
 
     def append(self, line: bytes) -> None:
         """Add one line, its newline included. When this returns, the line outlives the process."""
@@ -61,7 +65,7 @@ class Appender:
 
     def close(self) -> None:
         """Sync and close; a second call does nothing. Raises what a sync in the background met."""
-        background.cancel(self._job)
+        cancel_job(self._job)
         with self._closing:
             if self._fd < 0:
                 return
@@ -121,24 +125,12 @@ class Appender:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
 
-class JsonlLog:
-    """An append-only file of one kind of record. ``fresh`` starts it over."""
-
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        self._lines = Appender(path, fresh=fresh)
-        self.path = path
+class JsonlLog(Appender):
+    """An append-only file of one kind of record; a context."""
 
     def write(self, record: Record) -> None:
         """Append one line. When this returns, the record outlives the process."""
-        self._lines.append(encode(record) + b"\n")
-
-    def sync(self) -> None:
-        """Bring what was written to the disk now; it happens every few seconds anyway, and on `close`."""
-        self._lines.sync()
-
-    def close(self) -> None:
-        """Sync to disk and close; a second call does nothing."""
-        self._lines.close()
+        self.append(encode(record) + b"\n")
 
     def __enter__(self) -> JsonlLog:
         return self
@@ -163,3 +155,55 @@ def _append_or_nothing(fd: int, data: bytes) -> None:
 def _named(error: OSError, path: Path) -> OSError:
     """The error with its file's name: those of descriptors have none."""
     return type(error)(error.errno, error.strerror, str(path))
+
+
+_jobs: dict[object, tuple[float, float, Callable[[], None]]] = {}
+"""Key -> period, when due (`time.monotonic`), what to do."""
+_changed = threading.Condition()
+_thread: threading.Thread | None = None
+
+
+def run_every(period_s: float, job: Callable[[], None]) -> object:
+    """Call ``job`` every ``period_s`` seconds until `cancel_job`; returns the key to cancel with.
+
+    ``job`` must not raise: its owner keeps what went wrong.
+    """
+    global _thread
+    key = object()
+    with _changed:
+        _jobs[key] = (period_s, time.monotonic() + period_s, job)
+        if _thread is None or not _thread.is_alive():
+            _thread = threading.Thread(target=_run, name="ddb-background", daemon=True)
+            _thread.start()
+        _changed.notify()
+    return key
+
+
+def cancel_job(key: object) -> None:
+    """Call that job no more; one that is running now may still end after this."""
+    with _changed:
+        _jobs.pop(key, None)
+
+
+def _run() -> None:
+    while True:
+        with _changed:
+            soonest_s = min((due_s for _, due_s, _ in _jobs.values()), default=None)
+            now_s = time.monotonic()
+            if soonest_s is None or soonest_s > now_s:
+                _changed.wait(None if soonest_s is None else soonest_s - now_s)
+                continue
+            due = {key: (period_s, now_s + period_s, job) for key, (period_s, due_s, job) in _jobs.items() if due_s <= now_s}
+            _jobs.update(due)
+        for _, _, job in due.values():
+            job()
+
+
+def _in_a_forked_child() -> None:
+    """A fork copies the jobs and not the thread; the jobs are the parent's."""
+    global _thread, _changed
+    _thread, _changed = None, threading.Condition()
+    _jobs.clear()
+
+
+os.register_at_fork(after_in_child=_in_a_forked_child)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from instrument.results import lines
-from instrument.results.forensics import ForensicsRecord
 from instrument.results.layout import LOGS, RunFiles, RunNotFound, locate
+from instrument.results.measurements import ForensicsRecord
 from instrument.results.schemas import AnyRecord, RecordError, RunRecord, StepRecord
 from kernels.float_formats import FLOAT_FORMATS
 
@@ -48,17 +48,7 @@ def _one(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     return found
 
 
-SAME_EXPERIMENT = (
-    "case",
-    "seed",
-    "loss_reduction",
-    "batch_size",
-    "seq_len",
-    "n_params",
-    "data_source",
-    "weights_source",
-    "init_sha256",
-)
+SAME_EXPERIMENT = "case seed loss_reduction batch_size seq_len n_params data_source weights_source init_sha256".split()
 """Fields of the row that two runs share when their steps are pairs: same start, same batches."""
 SAME_BATCHES = ("data_fingerprint", "documents", "bucket_by_length")
 """Settings that decide the batches. ``data_sha256`` is over all of a run's steps: it can only be compared

@@ -1,10 +1,9 @@
 """The record schemas, used to write, read, validate and document a run's records; run ids; strict JSON. Torch-free.
 
-Every line is strict JSON. A non-finite number is written ``null`` and named in the line's
-``nonfinite`` map by its dotted path (``{"loss": "nan"}``; ``nan``, ``inf``, ``-inf``), so that
-nothing is lost and every JSON reader can read it; `decode` puts it back. A value that is absent is ``null``, never -1.
-Base units, the unit in the name. Steps count from 1. Run ids become names of folders and files, so they are safe names or
-they are refused.
+Every line is strict JSON. A non-finite number is written ``null`` and named in the line's ``nonfinite`` map by its dotted path
+(``{"loss": "nan"}``; ``nan``, ``inf``, ``-inf``), so that nothing is lost and every JSON reader can read it; `decode` puts it
+back. A value that is absent is ``null``, never -1. Base units, the unit in the name. Steps count from 1. Run ids become names
+of folders and files, so they are safe names or they are refused.
 """
 
 from __future__ import annotations
@@ -65,11 +64,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the first non-finite value was produced.
 
-    ``phase`` is where it was produced, ``phase_surfaced`` where it was first seen;
-    ``source_tensor`` is what it came from (an ``exp_avg_sq`` that underflowed to 0 makes
-    ``param`` infinite). Fields that only the op-level replay can fill are null. ``rank``: the process that
-    produced it, where several share a run; null for one process, and where the counters alone do not know it (a
-    gradient after the sum over ranks). ``microbatch`` counts through the whole step's batch.
+    ``phase`` is where it was produced, ``phase_surfaced`` where it was first seen; ``source_tensor`` is what it came from (an
+    ``exp_avg_sq`` that underflowed to 0 makes ``param`` infinite). Fields that only the op-level replay can fill are null.
+    ``rank``: the process that produced it, where several share a run; null for one process, and where the counters alone do not
+    know it (a gradient after the sum over ranks). ``microbatch`` counts through the whole step's batch.
     """
 
     step: int
@@ -100,11 +98,10 @@ class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class StepRecord(Record, frozen=True, kw_only=True):
     """One attempted update: a line of ``training_logs/run_<run_id>.jsonl``.
 
-    ``loss`` is the step's training loss before the update. ``grad_norm`` is the global L2 norm
-    before clipping, after unscaling. ``logit_absmax`` is over finite logits of rows whose target
-    is not ignored; ``logit_over_fp16`` counts finite ones beyond 65,504; ``grad_underflow_frac``
-    is the share of nonzero gradients below 2^-24 at the scale at which backward ran.
-    ``tokens`` counts padding, ``real_tokens`` does not.
+    ``loss`` is the step's training loss before the update. ``grad_norm`` is the global L2 norm before clipping, after
+    unscaling. ``logit_absmax`` is over finite logits of rows whose target is not ignored; ``logit_over_fp16`` counts finite
+    ones beyond 65,504; ``grad_underflow_frac`` is the share of nonzero gradients below 2^-24 at the scale at which backward
+    ran. ``tokens`` counts padding, ``real_tokens`` does not.
     """
 
     step: int
@@ -138,10 +135,9 @@ class StepRecord(Record, frozen=True, kw_only=True):
 class EvaluationRecord(Record, frozen=True, kw_only=True):
     """One evaluation: a line of ``runs/<run_id>/evaluations.jsonl``. ``step`` 0 is the start.
 
-    ``val_loss``: fp32 loss from upcast logits, mean over real targets (nats), reduced as the
-    case's ``loss_reduction`` says. F1: threshold 0.5, labels absent from the split left out of
-    macro and counted in ``labels_absent``; ``f1_micro_tuned`` uses ``tuned_threshold``, chosen
-    on this very split, so it is an upper bound.
+    ``val_loss``: fp32 loss from upcast logits, mean over real targets (nats), reduced as the case's ``loss_reduction`` says.
+    F1: threshold 0.5, labels absent from the split left out of macro and counted in ``labels_absent``; ``f1_micro_tuned`` uses
+    ``tuned_threshold``, chosen on this very split, so it is an upper bound.
     """
 
     step: int

@@ -17,9 +17,8 @@ from instrument.results import files
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import finished_run, finished_runs, require_no_links
 from instrument.results.layout import MACHINE, RUNS, TRACES, RunFiles
-from instrument.results.repair import Repair
+from instrument.results.repair import FileState, Repair
 from instrument.results.schemas import encode, is_safe, require_safe
-from instrument.results.states import FileState
 from instrument.terminal import count
 
 

@@ -1,9 +1,8 @@
-"""The thread that reads the machine's sensors twice a second while a run trains; the host's sensors (processor, memory,
-disk, the processor's energy where it can be read) are here, the GPU's in `instrument.sampler.gpu`.
+"""The thread that reads the machine's sensors twice a second while a run trains; the host's sensors (processor, memory, disk,
+the processor's energy where it can be read) are here, the GPU's in `instrument.sampler.gpu`.
 
-It must never stop, slow or hold up the run: it is a daemon, it holds no lock that the training thread takes, every
-question may fail, and the GPU's are asked with `Patience`. The training thread only calls `mark`, which notes a time
-and wakes the sampler.
+It must never stop, slow or hold up the run: it is a daemon, it holds no lock that the training thread takes, every question may
+fail, and the GPU's are asked with `Patience`. The training thread only calls `mark`, which notes a time and wakes the sampler.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from typing import Any
 import psutil
 
 from instrument.results.files import remove
-from instrument.results.hardware import HardwareRecord, Mark
 from instrument.results.lines import read
 from instrument.results.log import JsonlLog
+from instrument.results.measurements import HardwareRecord, Mark
 from instrument.results.schemas import RecordError
 from instrument.sampler.gpu import FIELDS, GpuSensors, company_unknown
 from instrument.sampler.summary import NO_GPU, summarize
@@ -38,31 +37,22 @@ class HostSensors:
     def __init__(self, folder: Path, *, powercap: Path = POWERCAP) -> None:
         self.folder = folder
         self._process = psutil.Process()
-        self._rapl = Rapl(powercap)
         self._process_before: tuple[float, float] | None = None
         self._system_before: tuple[float, float] | None = None
-        self._questions: tuple[Callable[[], dict[str, Any]], ...] = (
-            self._rapl.read,
-            self._process_cpu,
-            self._system_cpu,
-            self._memory,
-            self._disk,
-            self._io,
-        )
-        self._fields = (
-            ("cpu_energy_counter_j",),
-            ("process_cpu_percent",),
-            ("system_cpu_percent",),
-            ("process_rss_bytes", "ram_used_bytes", "ram_total_bytes"),
-            ("disk_used_bytes", "disk_free_bytes"),
-            ("process_read_bytes", "process_written_bytes"),
-        )
+        self._questions: dict[tuple[str, ...], Callable[[], dict[str, Any]]] = {
+            ("cpu_energy_counter_j",): Rapl(powercap).read,
+            ("process_cpu_percent",): self._process_cpu,
+            ("system_cpu_percent",): self._system_cpu,
+            ("process_rss_bytes", "ram_used_bytes", "ram_total_bytes"): self._memory,
+            ("disk_used_bytes", "disk_free_bytes"): self._disk,
+            ("process_read_bytes", "process_written_bytes"): self._io,
+        }
 
     def read(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Fields of a `HardwareRecord`, and the reason for each that is missing."""
         found: dict[str, Any] = {}
         unknown: dict[str, str] = {}
-        for fields, question in zip(self._fields, self._questions, strict=True):
+        for fields, question in self._questions.items():
             try:
                 found |= question()
             except Exception as error:  # a container may hide any of these
@@ -203,8 +193,7 @@ class Sampler:
     def stop(self, timeout_s: float = 2.0, *, window: str | None = None) -> dict[str, Any]:
         """Stop looking and sum up (`summary.summarize`); waits at most ``timeout_s`` for the thread.
 
-        A thread that does not end in time is abandoned, and the summary is of what it wrote.
-        A second call sums up again.
+        A thread that does not end in time is abandoned, and the summary is of what it wrote. A second call sums up again.
         """
         self._stop.set()
         self._wake.set()

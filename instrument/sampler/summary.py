@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from instrument.results.hardware import HardwareRecord, Mark
+from instrument.results.measurements import HardwareRecord, Mark
 
 COUNTER, POWER, RAPL = "nvml_energy_counter", "nvml_power_samples", "rapl_packages"
 RESOLUTION_J = {COUNTER: 1e-3, POWER: None, RAPL: 1e-6}
@@ -118,13 +118,10 @@ THROTTLE_REASONS = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown",
 (``sw_power_cap``) a large card works as designed: that share is reported, and is no flag."""
 NO_GPU = "the run is not on a GPU"
 """The reason of the GPU's fields in a run on the processor."""
+MIG_ENERGY = "a MIG instance has no energy of its own: NVML counts the whole board"
 MEDIANS = (
-    "gpu_utilization_percent",
-    "gpu_memory_utilization_percent",
-    "process_cpu_percent",
-    "system_cpu_percent",
-    "gpu_sm_clock_hz",
-    "gpu_temperature_c",
+    "gpu_utilization_percent gpu_memory_utilization_percent process_cpu_percent system_cpu_percent gpu_sm_clock_hz "
+    "gpu_temperature_c".split()
 )
 
 
@@ -144,24 +141,24 @@ def summarize(records: Iterable[HardwareRecord], *, window: str | None = None) -
         power_w=[] if mig else _series(records, "gpu_power_w"),
         rapl_j=_rapl(records),
     )
-    watts = [value for _, value in _series(inside, "gpu_power_w")]
+    watts = _values(inside, "gpu_power_w")
     reasons = _reason_shares(inside)
     return {
         "samples": len(records),
         "samples_in_window": len(inside),
         "window": window,
         **asdict(energy),
-        "why": why_no_window or (_mig_reason(mig) if energy.energy_j is None else None) or energy.why,
+        "why": why_no_window or (MIG_ENERGY if mig and energy.energy_j is None else None) or energy.why,
         "gpu_power_mean_w": statistics.fmean(watts) if watts else None,
         "gpu_power_peak_w": _peak(records, "gpu_power_w"),
         "peak_device_bytes": _peak(records, "gpu_memory_used_bytes"),
         "device_total_bytes": _peak(records, "gpu_memory_total_bytes"),
         "peak_rss_sampled_bytes": _peak(records, "process_rss_bytes"),
-        "disk_free_least_bytes": _least(records, "disk_free_bytes"),
+        "disk_free_least_bytes": min(_values(records, "disk_free_bytes"), default=None),
         "clock_event_reasons": reasons,
         "throttled": None if reasons is None else any(reason in reasons for reason in THROTTLE_REASONS),
         "throttle_reasons": None if reasons is None else [reason for reason in THROTTLE_REASONS if reason in reasons],
-        **{f"{field}_median": _median(inside, field) for field in MEDIANS},
+        **{f"{field}_median": statistics.median(values) if (values := _values(inside, field)) else None for field in MEDIANS},
         "unknown": _unknown(records),
     }
 
@@ -193,10 +190,6 @@ def _windows(records: list[HardwareRecord], name: str | None) -> tuple[list[Wind
     except ValueError as error:
         return [], str(error)
     return windows, None if windows else f"the window {name!r} was never marked"
-
-
-def _mig_reason(mig: bool) -> str | None:
-    return "a MIG instance has no energy of its own: NVML counts the whole board" if mig else None
 
 
 def _unknown(records: list[HardwareRecord]) -> dict[str, str]:
@@ -234,12 +227,3 @@ def _values(records: list[HardwareRecord], field: str) -> list[Any]:
 
 def _peak(records: list[HardwareRecord], field: str) -> Any:
     return max(_values(records, field), default=None)
-
-
-def _least(records: list[HardwareRecord], field: str) -> Any:
-    return min(_values(records, field), default=None)
-
-
-def _median(records: list[HardwareRecord], field: str) -> float | None:
-    values = _values(records, field)
-    return statistics.median(values) if values else None

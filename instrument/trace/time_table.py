@@ -1,11 +1,10 @@
 """Seconds by kernel class and phase, from the events of a profiler trace. Pure functions; torch-free.
 
-On CUDA the durations are the kernels' own, and a kernel belongs to the phase in which it was
-launched. On a CPU they are the self times of ops: an op's time without that of the ops in it.
-An op within ``scaled_dot_product_attention`` is attention, its backward too (found by autograd's
-sequence number); all that ``optimizer.step`` runs is optimizer; whatever else is classed by name,
-and a helper without a class of its own counts as what called it. All of it ran under the profiler,
-which lengthens short ops: shares are worth more than seconds.
+On CUDA the durations are the kernels' own, and a kernel belongs to the phase in which it was launched. On a CPU they are the
+self times of ops: an op's time without that of the ops in it. An op within ``scaled_dot_product_attention`` is attention, its
+backward too (found by autograd's sequence number); all that ``optimizer.step`` runs is optimizer; whatever else is classed by
+name, and a helper without a class of its own counts as what called it. All of it ran under the profiler, which lengthens short
+ops: shares are worth more than seconds.
 """
 
 from __future__ import annotations
@@ -67,10 +66,9 @@ class _Spent:
 def time_table(events: Iterable[dict[str, Any]], *, top: int = 20) -> dict[str, Any]:
     """The table of a trace's ``traceEvents``.
 
-    ``seconds[class][phase]`` adds up to ``sum_s``. ``busy_s`` is the time during which at least one of
-    them ran, so ``overlap_s = sum_s - busy_s`` ran beside another (streams, threads), and
-    ``idle_s = wall_s - busy_s`` had none running: launches, Python, waiting. ``wall_s`` is the window's,
-    or null in a trace without the mark of one. ``phase_wall_s`` is the host's.
+    ``seconds[class][phase]`` adds up to ``sum_s``. ``busy_s`` is the time during which at least one of them ran, so ``overlap_s
+    = sum_s - busy_s`` ran beside another (streams, threads), and ``idle_s = wall_s - busy_s`` had none running: launches,
+    Python, waiting. ``wall_s`` is the window's, or null in a trace without the mark of one. ``phase_wall_s`` is the host's.
     """
     complete = [e for e in events if e.get("ph") == "X" and isinstance(e.get("dur"), (int, float))]
     phases = _Phases(complete)
@@ -157,19 +155,18 @@ def _inside(op: _Op, kind: str) -> bool:
     return False
 
 
-def _sequence(op: _Op) -> tuple[int, int] | None:
-    """What links an op of the forward pass with its backward: (thread, number)."""
+def _sequence(op: _Op) -> int | None:
+    """The number that links an op of the forward pass with its backward."""
     arguments = op.event.get("args", {})
     number = arguments.get("Sequence number")
-    return None if number is None or number < 0 or arguments.get("Fwd thread id") else (0, number)
+    return None if number is None or number < 0 or arguments.get("Fwd thread id") else number
 
 
-def _class_of(op: _Op, attention: set[tuple[int, int]]) -> str:
+def _class_of(op: _Op, attention: set[int]) -> str:
     above = op.parent.kind if op.parent is not None else "other"
     if above in _PREVAIL:
         return above
-    arguments = op.event.get("args", {})
-    if op.event["name"].startswith(ENGINE) and (0, arguments.get("Sequence number")) in attention:
+    if op.event["name"].startswith(ENGINE) and op.event.get("args", {}).get("Sequence number") in attention:
         return "attention"
     own = kernel_class(op.name)
     return above if own == "other" else own
@@ -249,7 +246,6 @@ def _inputs(arguments: dict[str, Any]) -> tuple[list | None, list[str] | None]:
     shapes, kinds = arguments.get("Input Dims"), arguments.get("Input type")
     if shapes is None or kinds is None:
         return None, None
-    tensors = [
-        (shape, kind) for shape, kind in zip(shapes, kinds, strict=False) if kind not in ("", "Scalar", "ScalarList", "None")
-    ]
+    no_tensors = ("", "Scalar", "ScalarList", "None")
+    tensors = [(shape, kind) for shape, kind in zip(shapes, kinds, strict=False) if kind not in no_tensors]
     return [shape for shape, _ in tensors], [kind for _, kind in tensors]

@@ -30,6 +30,11 @@ class CounterSample:
     fwd: float | None = None
     bwd: float | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether what it holds is."""
+        return all(value is None or math.isfinite(value) for value in (self.fwd, self.bwd))
+
 
 @dataclass(frozen=True)
 class Marker:
@@ -81,19 +86,16 @@ def events_of(tracks: Tracks, base_ns: int) -> list[dict[str, Any]]:
     return [*_names(), *sorted(events, key=lambda event: event["ts"])] if events else []
 
 
-def _us(unix_ns: int, base_ns: int) -> float:
-    return (unix_ns - base_ns) / 1e3
+def _event(ph: str, tid: int, name: str, at: tuple[int, int], **more: Any) -> dict[str, Any]:
+    """One event of ours; ``at``: its unix time and the trace's base, both in nanoseconds."""
+    unix_ns, base_ns = at
+    return {"ph": ph, "pid": PID, "tid": tid, "ts": (unix_ns - base_ns) / 1e3, "name": name, **more}
 
 
 def _names() -> list[dict[str, Any]]:
-    return [
-        {"ph": "M", "name": "process_name", "pid": PID, "tid": 0, "args": {"name": PROCESS_NAME}},
-        {"ph": "M", "name": "process_sort_index", "pid": PID, "tid": 0, "args": {"sort_index": -1}},
-        *(
-            {"ph": "M", "name": "thread_name", "pid": PID, "tid": tid, "args": {"name": name}}
-            for tid, name in THREAD_NAMES.items()
-        ),
-    ]
+    named = [("process_name", 0, {"name": PROCESS_NAME}), ("process_sort_index", 0, {"sort_index": -1})]
+    named += [("thread_name", tid, {"name": name}) for tid, name in THREAD_NAMES.items()]
+    return [{"ph": "M", "name": name, "pid": PID, "tid": tid, "args": args} for name, tid, args in named]
 
 
 def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, Any]]:
@@ -102,16 +104,7 @@ def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, 
         values = {"fwd": sample.fwd, "bwd": sample.bwd}
         finite = {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
         if finite:
-            events.append(
-                {
-                    "ph": "C",
-                    "pid": PID,
-                    "tid": 0,
-                    "ts": _us(sample.unix_ns, base_ns),
-                    "name": f"absmax {sample.name}",
-                    "args": finite,
-                }
-            )
+            events.append(_event("C", 0, f"absmax {sample.name}", (sample.unix_ns, base_ns), args=finite))
         lost = {key: str(value) for key, value in values.items() if value is not None and key not in finite}
         if lost:
             events.append(_marker(Marker(sample.unix_ns, f"absmax {sample.name} is not finite", lost), base_ns))
@@ -119,31 +112,16 @@ def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, 
 
 
 def _marker(marker: Marker, base_ns: int) -> dict[str, Any]:
-    return {
-        "ph": "i",
-        "s": "p",
-        "cat": "ddb",
-        "pid": PID,
-        "tid": MARKER_TID,
-        "ts": _us(marker.unix_ns, base_ns),
-        "name": marker.name,
-        "args": dict(marker.detail),
-    }
+    at = marker.unix_ns, base_ns
+    return _event("i", MARKER_TID, marker.name, at, s="p", cat="ddb", args=dict(marker.detail))
 
 
 def _phase(phase: PhaseSlice, base_ns: int) -> dict[str, Any]:
     if phase.end_unix_ns < phase.start_unix_ns:
         raise ValueError(f"phase {phase.name} of step {phase.step} ends before it starts")
-    return {
-        "ph": "X",
-        "cat": "ddb.phase",
-        "pid": PID,
-        "tid": PHASE_TID,
-        "ts": _us(phase.start_unix_ns, base_ns),
-        "dur": (phase.end_unix_ns - phase.start_unix_ns) / 1e3,
-        "name": phase.name,
-        "args": {} if phase.step is None else {"step": phase.step},
-    }
+    duration_us = (phase.end_unix_ns - phase.start_unix_ns) / 1e3
+    args = {} if phase.step is None else {"step": phase.step}
+    return _event("X", PHASE_TID, phase.name, (phase.start_unix_ns, base_ns), cat="ddb.phase", dur=duration_us, args=args)
 
 
 def _flows(flows: Sequence[Flow], base_ns: int) -> list[dict[str, Any]]:
@@ -156,19 +134,9 @@ def _flows(flows: Sequence[Flow], base_ns: int) -> list[dict[str, Any]]:
         if flow.to_unix_ns < flow.from_unix_ns:
             raise ValueError(f"the flow from {flow.producer} to {flow.propagator} ends before it starts")
         for letter, module, unix_ns in (("s", flow.producer, flow.from_unix_ns), ("f", flow.propagator, flow.to_unix_ns)):
-            place = {"pid": PID, "tid": FLOW_TID, "ts": _us(unix_ns, base_ns)}
-            ends.setdefault(
-                (module, unix_ns),
-                {"ph": "X", "cat": "ddb.flow", "name": module, **place, "dur": dur_us.get(unix_ns, POINT_US), "args": {}},
-            )
-            arrows.append(
-                {
-                    "ph": letter,
-                    "cat": "ddb.flow",
-                    "name": "non-finite",
-                    "id": number,
-                    **place,
-                    **({"bp": "e"} if letter == "f" else {}),
-                }
-            )
+            end, at = (module, unix_ns), (unix_ns, base_ns)
+            duration_us = dur_us.get(unix_ns, POINT_US)
+            ends.setdefault(end, _event("X", FLOW_TID, module, at, cat="ddb.flow", dur=duration_us, args={}))
+            bound = {"bp": "e"} if letter == "f" else {}
+            arrows.append(_event(letter, FLOW_TID, "non-finite", at, cat="ddb.flow", id=number, **bound))
     return [*ends.values(), *arrows]

@@ -209,10 +209,9 @@ class ModuleMagnitudes:
 def flows_from(producer: str, samples: Sequence[CounterSample], *, limit: int = 8) -> list[Flow]:
     """Arrows from the first non-finite sample of ``producer`` to the first modules that are non-finite after it.
 
-    ``producer`` is the diagnosis' to name: the first in time may have been absorbed. None when it has
-    no non-finite sample.
+    ``producer`` is the diagnosis' to name: the first in time may have been absorbed. None when it has no non-finite sample.
     """
-    bad = [sample for sample in samples if not all(_finite(value) for value in (sample.fwd, sample.bwd))]
+    bad = [sample for sample in samples if not sample.is_finite]
     start = next((sample for sample in bad if sample.name == producer), None)
     if start is None:
         return []
@@ -221,7 +220,3 @@ def flows_from(producer: str, samples: Sequence[CounterSample], *, limit: int = 
         if sample.unix_ns >= start.unix_ns and sample.name != producer:
             reached.setdefault(sample.name, sample.unix_ns)
     return [Flow(producer, start.unix_ns, name, unix_ns) for name, unix_ns in list(reached.items())[:limit]]
-
-
-def _finite(value: float | None) -> bool:
-    return value is None or abs(value) < float("inf")  # NaN compares false

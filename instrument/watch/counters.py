@@ -29,15 +29,7 @@ HOOKED = ("loss", "loss_scale", "updated", *_places(*GRADIENTS, "state", "param"
 """A row, float64, where hooks measure. ``*_tensor``: index of the first non-finite tensor or -1; ``*_nan``: how many more
 NaN than infinities it holds. ``loss_scale``: -1 without one. ``updated``: how often the optimizer stepped."""
 REPORTED = (
-    "loss",
-    "loss_microbatch",
-    "loss_scale",
-    "grad_norm",
-    "grad_absmax",
-    "grad_nonfinite",
-    "grad_below",
-    "grad_nonzero",
-    "clip_norm",
+    *"loss loss_microbatch loss_scale grad_norm grad_absmax grad_nonfinite grad_below grad_nonzero clip_norm".split(),
     *_places("backward", "state", "param"),
 )
 """A row where the loop reports. ``loss_microbatch``: the first one with a non-finite loss, or -1; ``grad_below``: gradients

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from instrument.replay.recorder import OpRecorder
-from instrument.results.ranges import TapReading
+from instrument.results.measurements import TapReading
 from instrument.results.schemas import EventRecord, FirstNonfinite, StepRecord
 from instrument.watch.counters import REPORTED, StepCounters
 from instrument.watch.surface import Surface

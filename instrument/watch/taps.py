@@ -1,26 +1,95 @@
 """The always-on statistics of module outputs and of their gradients, into a ring on the device.
 
-Blocks are measured at every step (largest value, non-finite counts), every leaf module at a
-cadence (zeros and what fp16 would flush as well). Gradients are taken by tensor hooks on the
-outputs: full backward hooks never fire for modules that return a model output, and break on
-in-place residuals. Nothing waits for the device; reading is the caller's, at its log points.
+Blocks are measured at every step (largest value, non-finite counts), every leaf module at a cadence (zeros and what fp16 would
+flush as well). Gradients are taken by tensor hooks on the outputs: full backward hooks never fire for modules that return a
+model output, and break on in-place residuals. Nothing waits for the device; reading is the caller's, at its log points.
+
+Readings of modules combined: those of several processes as one, and the headroom that all of them leave to fp16's limits.
+Torch-free.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from instrument.replay.diagnosis import is_dense
-from instrument.results.ranges import TapReading
+from instrument.results.measurements import TapReading
 from instrument.watch.hooks import Hook, blocks, leaves, tensors_in
-from instrument.watch.readings import merge_readings
 from kernels import ActivationRing, activation_stats
+from kernels.float_formats import FP16
+
+
+def merge_readings(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
+    """Those of several processes as one, since each saw its own micro-batches: the largest ``absmax`` and ``flush_frac``,
+    the sums of ``nan`` and ``inf``, by step, module and direction in the first rank's order."""
+    if len(ranks) == 1:
+        return ranks[0]
+    merged: dict[tuple[int, str, str], TapReading] = {}
+    for reading in (reading for readings in ranks for reading in readings):
+        key = reading.step, reading.module, reading.direction
+        earlier = merged.get(key)
+        merged[key] = (
+            reading
+            if earlier is None
+            else replace(
+                earlier,
+                absmax=max(earlier.absmax, reading.absmax),
+                nan=earlier.nan + reading.nan,
+                inf=earlier.inf + reading.inf,
+                flush_frac=max((r.flush_frac for r in (earlier, reading) if r.flush_frac is not None), default=None),
+            )
+        )
+    return list(merged.values())
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """One module and direction over all steps read. ``bits``: log2(65,504 / absmax), negative beyond fp16's
+    range, null when all values were zero; ``flush_frac``: the largest share of nonzero values that fp16
+    would flush to zero, null where only the range was taken; ``step``: of the largest value."""
+
+    module: str
+    direction: str
+    absmax: float
+    bits: float | None
+    flush_frac: float | None
+    nonfinite: int
+    step: int
+
+
+class HeadroomTable:
+    """The running table of `Watch.headroom`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, str, str], Headroom] = {}
+
+    def add(self, readings: Iterable[TapReading]) -> None:
+        """Take in readings."""
+        for r in readings:
+            key = (r.order, r.module, r.direction)
+            old = self._rows.get(key)
+            absmax, step = (r.absmax, r.step) if old is None or r.absmax > old.absmax else (old.absmax, old.step)
+            shares = [known.flush_frac for known in (r, old) if known is not None and known.flush_frac is not None]
+            self._rows[key] = Headroom(
+                r.module,
+                r.direction,
+                absmax,
+                FP16.headroom_bits(absmax),
+                max(shares, default=None),
+                r.nan + r.inf + (old.nonfinite if old else 0),
+                step,
+            )
+
+    def rows(self) -> list[Headroom]:
+        """In the model's order, forward before backward."""
+        return [self._rows[key] for key in sorted(self._rows, key=lambda k: (k[0], k[2] == "bwd"))]
+
 
 GRANULARITIES = ("off", "block", "module")
 MEASURED = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,13 +99,12 @@ KEPT_STEPS = 64
 class ModuleTaps:
     """Hooks on a model's modules. ``every``: the cadence of leaf modules in steps (0: never).
 
-    ``skip_output``: the model's own output is measured elsewhere (a fused loss measures its logits), so
-    modules that return that very tensor are left out from the second forward pass on.
-    ``kept_steps``: how many steps can wait to be read. ``gather``: every process' readings by rank, where several
-    share a run and all read at the same time; they come out as one.
+    ``skip_output``: the model's own output is measured elsewhere (a fused loss measures its logits), so modules that return
+    that very tensor are left out from the second forward pass on. ``kept_steps``: how many steps can wait to be read.
+    ``gather``: every process' readings by rank, where several share a run and all read at the same time; they come out as one.
 
-    Use as ``begin_step(step)`` ... ``end_step()``; outside of steps and under ``torch.no_grad`` nothing is
-    measured. ``close()`` takes every hook off.
+    Use as ``begin_step(step)`` ... ``end_step()``; outside of steps and under ``torch.no_grad`` nothing is measured.
+    ``close()`` takes every hook off.
     """
 
     def __init__(

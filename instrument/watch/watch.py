@@ -6,10 +6,9 @@
             ...forward, backward, optimizer.step() as you please...
     watch.first_nonfinite      # None, or step, phase, module, kind, ...
 
-Statistics stay on the device; the host reads them every ``log_every`` steps. The step is exact
-all the same, because every step has its own row. Give ``replay``, a function that runs one whole
-step again (``replay(step)``), and the failed step is repeated from the last snapshot op by op:
-then op, cause and the exact producer are known, and what infinities were absorbed on the way.
+Statistics stay on the device; the host reads them every ``log_every`` steps. The step is exact all the same, because every step
+has its own row. Give ``replay``, a function that runs one whole step again (``replay(step)``), and the failed step is repeated
+from the last snapshot op by op: then op, cause and the exact producer are known, and what infinities were absorbed on the way.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from instrument.replay.replays import Examination, Replayed, Replays, skip_surfa
 from instrument.results.schemas import PHASES, EventRecord, FirstNonfinite
 from instrument.watch.counters import StepCounters
 from instrument.watch.hooks import Hook, tensors_in, wrap_unscale
-from instrument.watch.readings import Headroom, HeadroomTable
 from instrument.watch.surface import Seen, Surface
-from instrument.watch.taps import ModuleTaps
+from instrument.watch.taps import Headroom, HeadroomTable, ModuleTaps
 
 
 class NonfiniteError(FloatingPointError):
@@ -45,14 +43,13 @@ class NonfiniteError(FloatingPointError):
 class Watch:
     """Watches one model and optimizer; see the module's docstring.
 
-    ``granularity``: ``module`` (blocks every step, leaf modules every ``every`` steps), ``block`` or
-    ``off`` (loss, gradients, parameters and states only). ``replay``: runs a whole step again, given
-    its number; weights, buffers, gradients, optimizer, scaler and random state (torch's, Python's, NumPy's) are
-    put back by the watch, which keeps a copy of them in host memory every ``snapshot_every`` steps. Anything else
-    that the function changes (a scheduler, a counter, a loader's place) stays changed: leave it out of it. A replay
-    names the producer of a failure, and of the first ``explained_skips`` steps that the scaler skips.
-    ``raise_on_nonfinite`` raises `NonfiniteError` at the end of the step in which a failure is read.
-    Raises ValueError for an unknown granularity, a cadence below 1 or a model with nothing to train.
+    ``granularity``: ``module`` (blocks every step, leaf modules every ``every`` steps), ``block`` or ``off`` (loss, gradients,
+    parameters and states only). ``replay``: runs a whole step again, given its number; weights, buffers, gradients, optimizer,
+    scaler and random state (torch's, Python's, NumPy's) are put back by the watch, which keeps a copy of them in host memory
+    every ``snapshot_every`` steps. Anything else that the function changes (a scheduler, a counter, a loader's place) stays
+    changed: leave it out of it. A replay names the producer of a failure, and of the first ``explained_skips`` steps that the
+    scaler skips. ``raise_on_nonfinite`` raises `NonfiniteError` at the end of the step in which a failure is read. Raises
+    ValueError for an unknown granularity, a cadence below 1 or a model with nothing to train.
     """
 
     def __init__(

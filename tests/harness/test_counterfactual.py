@@ -11,15 +11,15 @@ from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
 from harness.forensics.changes import change_of, without_options
 from harness.forensics.counterfactual import last_step, try_changes
-from harness.forensics.rebuild import rebuild
+from harness.forensics.rerun import rebuild
 from harness.forensics.stored import read_state
 from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request, SettingsError
 from instrument.replay.snapshot import Snapshot
 from instrument.results.files import replace as replace_file
-from instrument.results.forensics import ForensicsRecord
 from instrument.results.lines import read
+from instrument.results.measurements import ForensicsRecord
 from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 
 SMALL = {

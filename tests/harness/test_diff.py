@@ -18,7 +18,7 @@ from harness.diff import EPSILONS_APART, FEWEST_STEPS, compare, mean_with_interv
 from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request
-from instrument.results.ranges import ModuleRecord
+from instrument.results.measurements import ModuleRecord
 from instrument.results.read import load
 from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 from kernels.float_formats import FP32

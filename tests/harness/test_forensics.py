@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from harness.run.execute import execute
-from instrument.results.forensics import ForensicsRecord
 from instrument.results.lines import read
-from instrument.results.ranges import ModuleRecord
+from instrument.results.measurements import ForensicsRecord, ModuleRecord
 from instrument.results.schemas import EventRecord, StepRecord, decode
 from tests.instrument.chrome_format import violations
 

@@ -21,8 +21,8 @@ from harness.options import parser
 from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request
-from instrument.results.forensics import ForensicsRecord, Link, Magnitude, Remedy
 from instrument.results.layout import RunNotFound, locate
+from instrument.results.measurements import ForensicsRecord, Link, Magnitude, Remedy
 from instrument.results.schemas import RunRecord, decode, encode, strict_json
 
 SMALL = {

@@ -19,8 +19,8 @@ from harness.run.execute import execute
 from harness.settings import SettingsError
 from instrument.replay.replays import examine
 from instrument.replay.snapshot import Snapshot
-from instrument.results.forensics import ForensicsRecord
 from instrument.results.layout import RunFiles, locate
+from instrument.results.measurements import ForensicsRecord
 from instrument.results.read import RunUnreadable
 from instrument.results.schemas import FirstNonfinite
 

@@ -10,12 +10,12 @@ import torch
 
 from bench_cases.models import build_model, weights_sha256
 from harness.forensics import stored
-from harness.forensics.rebuild import rebuild, settings_of
+from harness.forensics.rerun import rebuild, settings_of
 from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError
 from harness.precision import Precision
 from harness.run.execute import execute, load_run_data, make_batches, model_request
 from harness.training import Training
-from instrument.results.forensics import ForensicsRecord
+from instrument.results.measurements import ForensicsRecord
 from instrument.results.schemas import decode
 
 
@@ -154,7 +154,7 @@ def test_what_is_not_as_it_was_is_named(plan, tmp_path, monkeypatch):
         settings_of(msgspec.structs.replace(record, config=record.config | {"unheard_of": 1}))
     other = rebuild(msgspec.structs.replace(record, env=record.env | {"torch_version": "1.0"}))
     assert other.warnings == (f"torch_version was 1.0 and is {record.env['torch_version']}",)
-    monkeypatch.setattr("harness.forensics.rebuild.fingerprint", lambda *_, **__: "changed")
+    monkeypatch.setattr("harness.forensics.rerun.fingerprint", lambda *_, **__: "changed")
     with pytest.raises(RebuildError, match=r"differs: data_fingerprint '.*' -> 'changed'"):
         settings_of(record)
 

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from instrument import background
 from instrument.results import log
 from instrument.results.files import try_lock
 from instrument.results.lines import read
@@ -41,8 +40,8 @@ def test_a_writer_that_takes_part_of_a_line_at_a_time_mixes_nothing_under_the_lo
     with JsonlLog(path) as other:
 
         def in_pieces(fd: int, data: bytes) -> int:
-            if fd == mine._lines._fd:
-                assert not try_lock(other._lines._fd), "the lock is held while a line is in pieces"
+            if fd == mine._fd:
+                assert not try_lock(other._fd), "the lock is held while a line is in pieces"
                 return whole_write(fd, data[:7])
             return whole_write(fd, data)
 
@@ -97,7 +96,7 @@ def test_a_file_that_was_deleted_is_an_error_and_not_a_silence(tmp_path):
     lines = JsonlLog(path)
     lines.write(event(1))
     path.unlink()
-    lines._lines._sync_quietly()  # what the background does every few seconds
+    lines._sync_quietly()  # what the background does every few seconds
     with pytest.raises(FileNotFoundError, match="deleted while it was being written"):
         lines.write(event(2))
     with pytest.raises(FileNotFoundError, match=r"events\.jsonl"):
@@ -151,14 +150,14 @@ def test_a_link_is_not_written_through(tmp_path):
 @pytest.mark.process
 def test_a_forked_child_does_not_run_its_parents_jobs(tmp_path):
     calls = tmp_path / "calls"
-    key = background.every(0.02, lambda: calls.open("a").write(f"{os.getpid()}\n"))
+    key = log.run_every(0.02, lambda: calls.open("a").write(f"{os.getpid()}\n"))
     pid = os.fork()
     if pid == 0:
-        background.every(0.01, lambda: None)  # starts a thread of its own
+        log.run_every(0.01, lambda: None)  # starts a thread of its own
         time.sleep(0.2)
         os._exit(0)
     os.waitpid(pid, 0)
-    background.cancel(key)
+    log.cancel_job(key)
     assert set(calls.read_text().split()) == {str(os.getpid())}
 
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from instrument.results.ranges import TapReading
+from instrument.results.measurements import TapReading
 from instrument.watch.counters import REPORTED
 from instrument.watch.meter import EXPLOSION_STEPS, MEDIAN_STEPS, ExplosionDetector, MeasuredStep, StepMeter, merge_ranks
-from instrument.watch.readings import merge_readings
 from instrument.watch.surface import Surface
+from instrument.watch.taps import merge_readings
 from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")

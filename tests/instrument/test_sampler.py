@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from instrument.results.hardware import HardwareRecord
 from instrument.results.lines import read
+from instrument.results.measurements import HardwareRecord
 from instrument.sampler.gpu import FIELDS, GpuSensors, Patience, company_of
 from instrument.sampler.sampler import HostSensors, Rapl, Sampler
 
@@ -266,7 +266,7 @@ def test_other_processes_are_claimed_no_further_than_the_listing_goes():
 
 @pytest.mark.process
 def test_records_can_be_read_without_torch():
-    code = "import sys, instrument.results.hardware, instrument.sampler.summary; assert 'torch' not in sys.modules"
+    code = "import sys, instrument.results.measurements, instrument.sampler.summary; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

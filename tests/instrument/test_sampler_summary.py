@@ -2,7 +2,7 @@
 
 import pytest
 
-from instrument.results.hardware import HardwareRecord, Mark
+from instrument.results.measurements import HardwareRecord, Mark
 from instrument.sampler.summary import NO_GPU, energy_of, energy_per, summarize
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from instrument.results import lines as packed_logs
-from instrument.results.columns import column_dtypes, read_columns
-from instrument.results.contents import NoResults, load
+from instrument.results.contents import NoResults, column_dtypes, load, read_columns
 from instrument.results.schemas import SCHEMA, RecordError, StepRecord, decode, encode
 
 RUN = "gpt2_clm-amp_bf16-s0-0badcafe"

@@ -16,8 +16,8 @@ from pathlib import Path
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.lines import read
 from instrument.results.log import JsonlLog
+from instrument.results.repair import sort_lines
 from instrument.results.schemas import EventRecord, Record, RecordError, StepRecord, decode, encode
-from instrument.results.states import sort_lines
 from tests.soak.reliability.processes import start
 from tests.soak.reliability.trials import Trial, share_of
 

@@ -17,7 +17,7 @@ from instrument.results.files import TEMPORARY
 from instrument.results.folder import finished_run, log_paths
 from instrument.results.layout import INDEX
 from instrument.results.lines import read
-from instrument.results.ranges import ModuleRecord
+from instrument.results.measurements import ModuleRecord
 from instrument.results.repair import Repair, repair_folder
 from instrument.results.schemas import EvaluationRecord, EventRecord, Record, RecordError, RunRecord, StepRecord, decode, encode
 from tests.soak.reliability.processes import ProcessResult, run

@@ -1,5 +1,5 @@
-"""Runs steps of a failed run again from its stored state, with one change in its configuration or with one module
-computed in fp32, and measures what the change costs in time and memory.
+"""A finished run again, from nothing but its own record and stored state: its settings, model and batches; then steps of it,
+with one change in its configuration or with one module computed in fp32, and what the change costs in time and memory.
 """
 
 from __future__ import annotations
@@ -7,28 +7,124 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from bench_cases import Case, DtypeConfig
+from bench_cases.data import fingerprint
+from bench_cases.data.batches import Batches
+from bench_cases.models import build_model, weights_sha256
 from harness.forensics.changes import Change, with_fp32_moments, without_options
-from harness.forensics.rebuild import Rebuilt
+from harness.forensics.stored import RebuildError
 from harness.loss import training_loss
+from harness.planning import choose_device, data_options, sources_fingerprint
+from harness.precision import Precision
+from harness.run.execute import load_run_data, make_batches, model_request
+from harness.settings import RunSettings
 from harness.training import Training
+from instrument.environment import capture
 from instrument.memory import memory_split, saved_for_backward
 from instrument.replay.replays import Examination, examine
 from instrument.replay.snapshot import NamedState, Snapshot
-from instrument.results.schemas import FirstNonfinite
+from instrument.results.read import differences, flat
+from instrument.results.schemas import FirstNonfinite, RunRecord
+
+SAME_ENVIRONMENT = ("torch_version", "gpu", "cpu", "cpu_capability")
+"""What of a record's ``env`` decides whether the same settings give the same bits."""
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A run's parts. ``warnings`` say what of the machine differs: the run may then go another way."""
+
+    settings: RunSettings
+    model: torch.nn.Module
+    batches: Batches
+    valid_vocab: int | None
+    warnings: tuple[str, ...]
+
+    def training(self, config: DtypeConfig | None = None) -> Training:
+        """A training under the run's configuration or a changed one, all of them over the one model: whoever is
+        done with it closes its ``precision``, before the next is made."""
+        settings = self.settings if config is None else replace(self.settings, config=config)
+        precision = Precision(
+            settings.config,
+            torch.device(settings.device),
+            attention=settings.attention,
+            threads=settings.threads,
+            compiled=False,
+        )
+        try:
+            return Training.prepare(settings, self.model, self.batches, precision, self.valid_vocab)
+        except BaseException:
+            precision.close()
+            raise
+
+
+def settings_of(record: RunRecord) -> RunSettings:
+    """The run's settings; raises `RebuildError` naming what is not as it was (data, weights, the declaration)."""
+    try:
+        config = dict(record.config)
+        case = msgspec.convert(config.pop("case") | {"scenario": record.scenario}, Case)
+        dtype_config = msgspec.convert(config.pop("config"), DtypeConfig)
+        settings = RunSettings(
+            case=case, config=dtype_config, seed=record.seed, log_every=1, instrument=record.instrument or "light", **config
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RebuildError(f"{record.run_id} was recorded by another version of this program: {error}") from error
+    choose_device(settings.device)  # a GPU's run needs a GPU
+    now = replace(
+        settings,
+        data_fingerprint=fingerprint(settings.data, **data_options(case, settings)),
+        sources_fingerprint=sources_fingerprint(settings.weights, case.architecture.hub_id, case.architecture.build),
+    )
+    if now.run_id != record.run_id:
+        rows = differences(*(dict(flat(config)) for config in (record.config, now.as_config())))
+        values = [f"{row['name']} {str(row['a'])[:12]!r} -> {str(row['b'])[:12]!r}" for row in rows]
+        changed = ", ".join(values) or "how settings are hashed"
+        raise RebuildError(f"{record.run_id} cannot be made again: it would be {now.run_id} now (differs: {changed})")
+    return now
+
+
+def rebuild(record: RunRecord) -> Rebuilt:
+    """The run's model, batches and settings, proven to be the same by the hashes in its record; raises
+    `RebuildError`, or what loading data and weights raises."""
+    settings = settings_of(record)
+    data = load_run_data(settings)
+    model = build_model(model_request(settings, data))
+    batches = make_batches(settings, data)
+    for what, recorded, now in (
+        ("initial weights", record.init_sha256, weights_sha256(model)),
+        ("batches", record.data_sha256, batches.sha256(settings.max_steps)),
+    ):
+        if recorded is not None and recorded != now:
+            raise RebuildError(
+                f"{record.run_id} cannot be made again: its {what} differ (sha256 {recorded[:12]} then, "
+                f"{now[:12]} now; the run was made with torch {record.env.get('torch_version')}, this is "
+                f"{torch.__version__})"
+            )
+    vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
+    return Rebuilt(settings, model, batches, vocabulary, tuple(_other_machine(record, settings)))
+
+
+def _other_machine(record: RunRecord, settings: RunSettings) -> Iterator[str]:
+    here = capture(torch.device(settings.device))
+    for name in SAME_ENVIRONMENT:
+        if name in record.env and record.env[name] != here.get(name):
+            yield f"{name} was {record.env[name]} and is {here.get(name)}"
+    if settings.compile:
+        yield "the run was compiled, and replays are eager"
 
 
 def footprint_bytes(training: Training, step: int) -> int:
     """Weights, buffers, gradients (one a trainable weight), optimizer states as stored now, and what the forward
     pass of the step's first micro-batch keeps for backward (fp32 copies of weights among it)."""
     split = memory_split(training.model, training.optimizer)
-    gradients = sum(p.numel() * p.element_size() for p in training.model.parameters() if p.requires_grad)
     batch, case = training.batches.step(step), training.settings.case
     micro = next(iter(batch.micro_batches(training.settings.micro_batch))).to(training.precision.device)
     with saved_for_backward(training.model) as saved:
@@ -43,7 +139,8 @@ def footprint_bytes(training: Training, step: int) -> int:
             valid_vocab=training.valid_vocab,
         )
     del logits, loss  # not before: the graph must live through the block, or freed storages count again
-    return split["weights_bytes"] + split["buffers_bytes"] + split["optimizer_bytes"] + gradients + saved.bytes
+    stored = ("weights_bytes", "buffers_bytes", "optimizer_bytes", "gradients_complete_bytes")
+    return sum(split[name] for name in stored) + saved.bytes
 
 
 NARROW = (torch.float16, torch.bfloat16)
