@@ -32,7 +32,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not process"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not process and not slow"
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -k "not all_trials_lose_nothing"

@@ -14,6 +14,8 @@ from harness import figures
 from harness.planning import plan_run
 from harness.settings import Request
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"max_steps": 3, "batch_size": 4, "micro_batch": 2, "seq_len": 16, "documents": 400, "validation_documents": 4}
 
 

@@ -22,6 +22,8 @@ from instrument.results.folder import OutputError, finished_run, log_paths, outp
 from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def stopped(plan, tmp_path):

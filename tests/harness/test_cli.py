@@ -13,6 +13,8 @@ from harness.cli import COMMANDS, main
 from harness.commands.case import asked_case, asked_config
 from harness.exit_codes import CODE_OF_ERROR
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--preset tiny --data embedded --max-steps 1 --batch-size 2 "
     "--micro-batch 2 --seq-len 16 --validation-documents 2 --documents 400"

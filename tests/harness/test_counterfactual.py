@@ -22,6 +22,8 @@ from instrument.results.lines import read
 from instrument.results.measurements import ForensicsRecord
 from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "preset": "tiny",
     "data": "embedded",

@@ -23,6 +23,8 @@ from instrument.results.read import load
 from instrument.results.schemas import RunRecord, StepRecord, decode, encode
 from kernels.float_formats import FP32
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "preset": "tiny",
     "data": "embedded",

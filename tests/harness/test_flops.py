@@ -31,6 +31,8 @@ from instrument.flop_counter import Uncountable
 from instrument.flops import CLOSED_FORMS
 from instrument.watch.meter import StepMeter
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

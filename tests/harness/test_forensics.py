@@ -13,6 +13,8 @@ from instrument.results.measurements import ForensicsRecord, ModuleRecord
 from instrument.results.schemas import EventRecord, StepRecord, decode
 from tests.instrument.chrome_format import violations
 
+pytestmark = pytest.mark.slow
+
 
 def forensics(out, settings):
     return decode((out / "runs" / settings.run_id / "forensics.json").read_bytes(), ForensicsRecord)

@@ -26,6 +26,8 @@ from instrument.results.read import RunUnreadable, run_record
 from instrument.results.schemas import RecordError, RunRecord, StepRecord, decode
 from tests.soak.reliability.planted_secrets import SECRETS, hits
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "instrument", "report", "bench_cases", "kernels")
 

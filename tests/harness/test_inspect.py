@@ -25,6 +25,8 @@ from instrument.results.layout import RunNotFound, locate
 from instrument.results.measurements import ForensicsRecord, Link, Magnitude, Remedy
 from instrument.results.schemas import RunRecord, decode, encode, strict_json
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "preset": "tiny",
     "data": "embedded",

@@ -21,6 +21,8 @@ from harness.supervisor.pool import Pool
 from instrument.results.folder import finished_runs
 from instrument.results.schemas import FirstNonfinite, RunRecord
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = [
     "--preset",

@@ -10,6 +10,8 @@ import torch
 from harness import overhead
 from harness.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_ratios_are_to_the_bare_step_of_the_same_round():
     seconds = {name: [1.0, 2.0, 4.0] for name in overhead.ARMS} | {

@@ -15,6 +15,8 @@ from harness.run.execute import execute
 from harness.settings import Request
 from instrument.prediction import FALSE_ALARM, HIT, MISSED
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "preset": "tiny",
     "data": "embedded",

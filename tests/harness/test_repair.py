@@ -19,6 +19,8 @@ from instrument.results.schemas import EvaluationRecord, RunRecord, encode
 from tests.soak.reliability.logs_and_claims import flipped
 from tests.soak.reliability.logs_and_claims import step as step_record
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

@@ -24,6 +24,8 @@ from instrument.results.measurements import ForensicsRecord
 from instrument.results.read import RunUnreadable
 from instrument.results.schemas import FirstNonfinite
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -17,6 +17,8 @@ from instrument.results.folder import finished_run, log_paths
 from instrument.results.schemas import EvaluationRecord, StepRecord
 from tests.soak.reliability import same_run
 
+pytestmark = pytest.mark.slow
+
 
 def written(settings, out):
     """Everything a run wrote that does not depend on time, and its row's results."""

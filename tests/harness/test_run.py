@@ -16,6 +16,8 @@ from instrument.results.folder import OutputError, RunFolder, finished_runs, wri
 from instrument.results.lines import read
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_leaves_its_logs_its_row_and_the_index(plan, tmp_path):
     settings = plan("gpt2_clm", "amp_bf16", max_steps=4, eval_every=2)

@@ -17,6 +17,8 @@ from harness.settings import SettingsError
 from instrument.results.folder import finished_runs, indexed_rows
 from tests.soak.reliability.ray_nodes import comparable
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--preset",
     "tiny",

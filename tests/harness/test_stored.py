@@ -18,6 +18,8 @@ from harness.training import Training
 from instrument.results.measurements import ForensicsRecord
 from instrument.results.schemas import decode
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fresh():

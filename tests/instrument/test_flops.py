@@ -24,6 +24,8 @@ from instrument.flops import (
 )
 from kernels import bce_with_logits, cross_entropy
 
+pytestmark = pytest.mark.slow
+
 FP32 = ProductDtypes("fp32", "fp32", "fp32")
 FEW, ODD = st.integers(1, 3), st.integers(1, 40)
 

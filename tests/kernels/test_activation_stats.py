@@ -11,7 +11,7 @@ from kernels import ActivationReading, ActivationRing, activation_stats
 from tests.kernels.truth import DEVICE, DTYPES, IMPLS, statistics
 
 SPECIAL = [0.0, -0.0, math.nan, math.inf, -math.inf, 65504.0, -65504.0, 65505.0, 65536.0, 1e30, 2.0**-25, 2.0**-24, 1e-40]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy under Triton's interpreter
 
 
 def assert_cell(cell: ActivationReading, *tensors: torch.Tensor) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from kernels import LogitStats, bce_with_logits, logit_stats, small_loss
 from tests.kernels.truth import DTYPES, IMPLS, ON_CUDA, ULP, assert_no_worse
 
+pytestmark = pytest.mark.slow
+
 
 def make(rows, width, dtype, device, labels=3, seed=0, scale=4.0):
     """Logits, sparse targets (with filler and repeats) and the same targets dense."""

@@ -12,6 +12,8 @@ import torch
 from kernels import bench
 from kernels.bench import BenchArm, median_interval
 
+pytestmark = pytest.mark.slow
+
 
 class FakeTimer:
     """Time as a function of the arm, so that ratios are known: an arm is its own duration."""

@@ -13,6 +13,8 @@ import pytest
 
 from kernels.compile import ARCHS, MODULES, read_sass
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"kernel", "arch", "dtype", "registers", "spills", "shared_bytes", "load_bits", "store_bits"}
 WRITES_A_STREAM = {
     "scale_rows",

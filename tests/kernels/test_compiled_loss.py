@@ -6,6 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernels import LogitStats, bce_with_logits, cross_entropy
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["cross_entropy", "dense", "sparse"]
 
 

@@ -28,6 +28,7 @@ from kernels import (
     for name in ("activation_stats", "bce_with_logits", "cross_entropy", "logit_stats", "multi_tensor_stats", "unscale")
 )
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not count what a kernel reads"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy under Triton's interpreter
 ]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from kernels import LogitStats, cross_entropy, small_loss
 from tests.kernels.truth import DTYPES, IMPLS, ON_CUDA, assert_no_worse
 
+pytestmark = pytest.mark.slow
+
 
 def make(rows, width, dtype, device, seed=0, scale=4.0):
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from kernels.multi_tensor_stats import decode
 from kernels.multi_tensor_stats.cpu import CHUNK, SMALL
 from tests.kernels.truth import DEVICE, DTYPES, IMPLS, close, statistics
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy under Triton's interpreter
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy under Triton's interpreter
 SPECIAL = [
     *(0.0, -0.0, math.nan, math.inf, -math.inf, 65504.0, -65504.0, 65520.0, 1.0, -1.0),
     *(2.0**-24, 2.0**-25, -(2.0**-25), 2.0**-25 * 1.01, 2.0**-26, 2.0**-14, 2.0**-14 - 2.0**-25, 2.0**-14 - 2.0**-24),

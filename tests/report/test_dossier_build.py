@@ -16,6 +16,8 @@ from instrument.results.schemas import RunRecord, decode, encode
 from report.dossier import build
 from report.dossier.page import PdfUnavailable
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = ["decision", "trust", "summary", "hypotheses", "failures", "time", "hardware", "runs", "methods", "reproduce"]
 NASTY = (
     "<script>alert(1)</script>",

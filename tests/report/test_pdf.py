@@ -10,6 +10,8 @@ pypdf = pytest.importorskip("pypdf")
 
 from report.dossier.page import figures_as_images, write_pdf  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pages(built, tmp_path_factory):

@@ -16,6 +16,8 @@ from report.plots.write import picture
 from report.tables import d_grad_norm, g_loss
 from tests.report.hand_made_tables import MARKS, made
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "ABCDEFGH"
 HOSTILE = ("$\\frac{$", "<script>alert(1)</script>", "a\x00b", "\u202eltr", "x" * 10**6, "&amp;]]>")
 

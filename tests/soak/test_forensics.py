@@ -11,6 +11,8 @@ from tests.soak.forensics import trials
 from tests.soak.forensics.planted_models import MODELS, PLANTS, build
 from tests.soak.forensics.trials import measure
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
