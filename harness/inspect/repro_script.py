@@ -22,7 +22,7 @@ FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 OURS = {
     "logit_stats": "logit_stats",
     "unscale": "unscale",
-    "scale": "scale",
+    "scale": "unscale",
     "cross_entropy": "cross_entropy",
     "stats": "multi_tensor_stats",
     "activation": "activation_stats",
