@@ -76,3 +76,15 @@ def test_bitsandbytes_loads_without_a_warning_about_our_kernels():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_no_module_reaches_itself_through_its_imports():
+    """Imports inside functions count; those for type checkers alone do not."""
+    import grimp
+    import networkx
+
+    rooms = ("bench_cases", "ddbench", "harness", "instrument", "kernels", "report")
+    imports = grimp.build_graph(*rooms, exclude_type_checking_imports=True, cache_dir=None)
+    graph = networkx.DiGraph((a, b) for a in imports.modules for b in imports.find_modules_directly_imported_by(a))
+    assert graph.number_of_edges() > 500
+    assert not [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1]
