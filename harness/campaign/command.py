@@ -118,7 +118,7 @@ class Call:
         left = [name for name, stage in self.stages.items() if stage["state"] not in SETTLED]
         for name in failed:
             self.say(f"failed: {name}: {self.stages[name]['note']} (log: {self.files(name)[1]})")
-        self.say("everything is done" if done else f"left to do: {', '.join(left) or 'the plan'}; the same command resumes")
+        self.say("nothing is left to do" if done else f"left to do: {', '.join(left) or 'the plan'}; the same command resumes")
         return INTERRUPTED if not done else RUN_FAILED if failed else OK
 
     def save(self) -> None:
