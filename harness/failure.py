@@ -48,6 +48,10 @@ TYPES = {
     "bench_cases.data.documents.DataError": "bad_data",
     "bench_cases.data.documents.DataUnavailable": "bad_data",
     "builtins.SystemExit": "exit",
+    "ray.exceptions.OutOfMemoryError": "host_oom_kill",
+    **dict.fromkeys(
+        (f"ray.exceptions.{name}Error" for name in ("WorkerCrashed", "NodeDied", "LocalRayletDied", "ObjectLost")), "node_lost"
+    ),
 }
 MESSAGES = (
     ("cuda_oom", r"(CUDA|HIP) out of memory|CUDA (driver )?error: out of memory|CU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED"),

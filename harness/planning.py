@@ -13,6 +13,12 @@ from bench_cases.data import fingerprint
 from harness.settings import Request, RunSettings, SettingsError, resolve
 from instrument.environment import device_slug
 
+ROOMS = ("bench_cases", "harness", "instrument", "kernels")
+
+
+class OtherFiles(Exception):
+    """This machine has other data, weights or model files than the one that planned a run."""
+
 
 def choose_device(asked: str) -> torch.device:
     """``auto`` is the GPU if there is one."""
@@ -63,6 +69,23 @@ def sources_fingerprint(weights: str, model: str, build: str) -> str:
         with file.open("rb") as content:
             digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest() if files else ""
+
+
+def require_planned_files(settings: RunSettings) -> None:
+    """Raise `OtherFiles` where this machine's data, weights or model files are not those the run was planned with."""
+    model, other = settings.case.architecture, "is not here what it is on the machine that planned the run"
+    if fingerprint(settings.data, **data_options(settings.case, settings)) != settings.data_fingerprint:
+        raise OtherFiles(f"--data {settings.data} {other}; put the same files on every node")
+    if sources_fingerprint(settings.weights, model.hub_id, model.build) != settings.sources_fingerprint:
+        raise OtherFiles(f"a file of the weights or the model {other}; put the same files on every node")
+
+
+def project_sha256() -> str:
+    """SHA-256 over this program's sources: a run means the same on every machine only where they are the same."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def data_options(case: Case, sizes: RunSettings) -> dict[str, object]:

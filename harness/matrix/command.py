@@ -33,7 +33,15 @@ from harness.supervisor.pool import Pool
 from harness.supervisor.process_monitor import Rules
 from instrument.environment import device_slug
 from instrument.results.claims import RunClaimed, claim
-from instrument.results.folder import OutputError, finished_run, finished_runs, output_error, require_writable, write_index
+from instrument.results.folder import (
+    OutputError,
+    finished_run,
+    finished_runs,
+    output_error,
+    require_writable,
+    settled_run,
+    write_index,
+)
 from instrument.results.schemas import RunRecord, encode
 from instrument.terminal import count
 
@@ -171,8 +179,7 @@ def print_verdict(out: Path) -> None:
 
 def already_done(planned: list[RunSettings], out: Path) -> dict[str, RunRecord]:
     """The settled rows of the planned runs, by run id."""
-    found = {s.run_id: settled(finished_run(out, s.run_id)) for s in planned}
-    return {run_id: record for run_id, record in found.items() if record is not None}
+    return {s.run_id: row for s in planned if (row := settled_run(out, s.run_id)) is not None}
 
 
 def prepare(settings: RunSettings) -> None:
@@ -181,11 +188,6 @@ def prepare(settings: RunSettings) -> None:
     make_batches(settings, data)
     if settings.case.id not in CASES or settings.weights != "scratch":
         build_model(model_request(settings, data))
-
-
-def settled(record: RunRecord | None) -> RunRecord | None:
-    """A row that need not be run again: a result, not an accident."""
-    return record if record is not None and record.status in ("completed", "diverged", "unsupported") else None
 
 
 def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int | None, screen: MatrixScreen) -> None:
@@ -217,7 +219,7 @@ def run_all(
                 if follow_up and record.status == "diverged":
                     controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
                     known |= {c.run_id for c in controls}
-                    spending.insert([c for c in controls if settled(finished_run(out, c.run_id)) is None])
+                    spending.insert([c for c in controls if settled_run(out, c.run_id) is None])
                     screen.expect(controls)
                 spending.learn(ended.settings, record, ended.duration_s)
                 screen.ended(record, ended.duration_s)

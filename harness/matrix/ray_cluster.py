@@ -1,23 +1,20 @@
-"""Connects to a Ray cluster: one of our own on this machine's loopback, or one that runs at a private address. Torch-free.
+"""A Ray cluster: one of our own on this machine's loopback, or one that runs at a private address. Torch-free.
 
-Ray executes whatever reaches its ports, so nothing listens where strangers are: our own cluster is bound to 127.0.0.1, and a
-public address is refused. The dashboard and the usage reports are off.
+Ray executes whatever reaches its ports: our own cluster is bound to 127.0.0.1, and a public address is refused.
 """
 
 from __future__ import annotations
 
 import io
-import ipaddress
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from ipaddress import ip_address
 
 from harness.settings import SettingsError
 
-OBJECT_STORE_BYTES = 80 << 20
-"""Ray's least is 75 MiB; what does not fit goes through the disk."""
-CONNECT_WITHIN_S = 10.0
+OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; what does not fit goes through the disk
 
 
 class EngineError(Exception):
@@ -27,69 +24,54 @@ class EngineError(Exception):
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """While the block runs, `ray` is connected to the cluster at ``address``, or to one of our own that ends with the block."""
-    if address is None:
-        bind_to_loopback()
-    else:
-        require_private(address)
+    bind_to_loopback() if address is None else require_private(address)
     try:
         import ray
     except ImportError as error:
         raise EngineError(f"--engine ray needs Ray, which is not installed here ({error}); pip install '.[ray]'") from error
     own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level="CRITICAL", **({} if address else own))
+        context = ray.init(address or "local", log_to_driver=False, logging_level="CRITICAL", **({} if address else own))
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EngineError(f"cannot use the Ray cluster at {address or '127.0.0.1'}: {reason}") from error
+        raise EngineError(f"cannot use Ray at {address or '127.0.0.1'}: {str(error).strip().splitlines()[0]}") from error
     # Ray prints how a node ended on standard output, where the rows go, whatever it is configured to.
-    with redirect_stdout(io.StringIO()):
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    with redirect_stdout(io.StringIO()), context:
+        yield
 
 
 def bind_to_loopback() -> None:
     """Before Ray is imported: a cluster that begins here listens on 127.0.0.1 alone, and reports to nobody. Only this
     switch binds all of Ray's processes; its option for a node's address leaves the ports open on every interface."""
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 def require_private(address: str) -> None:
-    """Raise `SettingsError` unless ``address`` is ``HOST:PORT``, of loopback or of a private network; `EngineError` where
-    nothing answers there."""
+    """Raise `SettingsError` for what is no ``HOST:PORT`` or a public address, `EngineError` where nothing answers there."""
     host, port = parse_address(address)
     try:
-        found = {entry[4][0].partition("%")[0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-        for ip in found:
-            _refuse_public(ipaddress.ip_address(ip), address)
-        socket.create_connection((host, port), CONNECT_WITHIN_S).close()
-    except UnicodeError as error:
-        raise EngineError(f"--address {address}: {host} has no address here ({error})") from error
-    except OSError as error:
-        raise EngineError(f"--address {address}: no Ray cluster answers there ({error.strerror or error})") from error
+        for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            _refuse_public(found[4][0], address)
+        socket.create_connection((host, port), timeout=10.0).close()
+    except (OSError, UnicodeError) as error:
+        raise EngineError(f"--address {address}: no Ray cluster answers there ({error})") from error
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """The host, without brackets, and the port; looks no name up. Raises `SettingsError` for what is no ``HOST:PORT``, and for
-    a public address."""
+    """The host, without brackets, and the port; looks no name up. Raises `SettingsError` as `require_private` does."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        example = "such as 10.0.0.5:6379, on a machine that is part of it"
-        raise SettingsError(f"--address {address!r}; allowed: HOST:PORT of a Ray cluster's head, {example}")
-    host = host.strip("[]")
-    try:
-        ip = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:  # a name
-        return host, int(port)
-    _refuse_public(ip, address)
+        allowed = "HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, on a machine that is part of it"
+        raise SettingsError(f"--address {address!r}; allowed: {allowed}")
+    _refuse_public(host := host.strip("[]"), address)
     return host, int(port)
 
 
-def _refuse_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address, address: str) -> None:
+def _refuse_public(host: str, address: str) -> None:
+    try:
+        ip = ip_address(host.partition("%")[0])
+    except ValueError:  # a name
+        return
     if ip.is_global or ip.is_unspecified or ip.is_multicast:
-        raise SettingsError(
-            f"--address {address}: {ip} is not a private address, and Ray runs whatever reaches its ports; "
-            f"allowed: loopback (127.0.0.1) and private networks (10.x, 172.16-31.x, 192.168.x, fd..)"
-        )
+        allowed = "loopback (127.0.0.1) and private networks (10.x, 172.16-31.x, 192.168.x, fd..)"
+        why = f"{ip} is not a private address, and Ray runs whatever reaches its ports"
+        raise SettingsError(f"--address {address}: {why}; allowed: {allowed}")

@@ -1,38 +1,101 @@
-"""The runs of a matrix on the nodes of a Ray cluster, with the interface of `harness.supervisor.pool.Pool`.
+"""The runs of a matrix on the nodes of a Ray cluster.
 
-The driver owns the results folder: it claims a run, submits it as a task (`harness.matrix.ray_node`), and writes the files that
-come back. Ray executes a task whose node is lost once more elsewhere; a run that is lost again is a row.
+The driver owns the results folder: it claims a run, submits it as a task, and writes the files that come back through Ray's
+object store; a node has a temporary folder. Ray executes a task whose node is lost again elsewhere; lost twice, it is a row.
 """
 
 from __future__ import annotations
 
+import socket
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
+import torch
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from harness.failure import Failure
+from harness.failure import Failure, of_exception
 from harness.matrix.ray_cluster import EngineError
-from harness.matrix.ray_node import Board, Progress, execute_on_node, failed_row, project_sha256
+from harness.planning import project_sha256, require_planned_files
+from harness.run.outcome import Outcome, summarize
 from harness.run.progress import checkpoint_steps
-from harness.run.signals import Stop
 from harness.settings import RunSettings
-from harness.supervisor.pool import ProcessExit
+from harness.supervisor.pool import Pool, ProcessExit
 from harness.supervisor.process_monitor import Rules
-from instrument.results.claims import Claim, RunClaimed, claim
-from instrument.results.folder import finished_run, write_index, write_terminal
+from instrument.environment import device_slug
+from instrument.results import claims, files, folder
 from instrument.results.layout import RunFiles
 from instrument.results.schemas import RunRecord, StepRecord
-from instrument.results.transfer import TransferError, pack, unpack
+from instrument.results.transfer import PackedFile, TransferError, pack, unpack
 
-RETRIES = 1
-"""How often Ray executes a task again because its node or worker was lost."""
-WAIT_FOR_ROOM_S = 600.0
-"""How long runs wait in a cluster that has no node left for them."""
+RETRIES = 1  # of a task whose node or worker was lost
+WAIT_FOR_ROOM_S = 600.0  # in a cluster that has no node left for a run
+POST_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: who executes it (another worker after a loss), its row if nothing more is heard, and its last step."""
+
+    worker: str
+    node: str
+    host: str
+    draft: RunRecord
+    last_step: StepRecord | None = None
+
+
+class Board:
+    """An actor beside the driver: tasks post their progress, and learn who asked them to stop (None: nobody)."""
+
+    def __init__(self) -> None:
+        self.stop, self.posted = None, {}
+
+    def post(self, run_id: str, progress: Progress) -> str | None:
+        self.posted[run_id] = progress
+        return self.stop
+
+    def read(self, stop: str | None) -> dict[str, Progress]:
+        self.stop = stop
+        return self.posted
+
+
+def execute_on_node(
+    board: Any, settings: RunSettings, device: str, project: str, rules: Rules, packed: list[PackedFile]
+) -> list[PackedFile] | None:
+    """The task: execute a run, from ``packed`` files where it resumes. Returns its files, the row last; None if asked to stop
+    before. Raises what goes wrong here, and `EngineError` where the device (a slug) or the program is not the driver's."""
+    context, host = ray.get_runtime_context(), socket.gethostname()
+    if project != project_sha256():
+        raise EngineError(f"{host} has another version of this program than this machine; install the same on every node")
+    if (found := device_slug(torch.device(settings.device))) != device:
+        raise EngineError(f"{host} is a {found}, and the results folder is about a {device}; one device a folder")
+    progress = Progress(context.get_worker_id(), context.get_node_id(), host, summarize(settings, Outcome()))
+    files.sweep(Path(tempfile.gettempdir()))  # what killed workers left
+    with files.temporary_folder("ddb-run") as out:
+        pool, due_s = Pool([settings], out, jobs=1, rules=rules), 0.0
+
+        def post() -> None:
+            nonlocal due_s
+            if time.monotonic() >= due_s:
+                due_s = time.monotonic() + POST_EVERY_S
+                now = replace(progress, last_step=pool.running[0].last_step if pool.running else None)
+                if who := ray.get(board.post.remote(settings.run_id, now)):
+                    pool.stop.request(who)
+
+        post()
+        if pool.stop.requested:
+            return None
+        require_planned_files(settings)
+        unpack(out, settings.run_id, packed)
+        for failure in [ended.failure for ended in pool.run(post) if ended.failure]:
+            raise failure
+        return pack(out, settings.run_id)
 
 
 @dataclass(eq=False)
@@ -40,160 +103,120 @@ class Running:
     """A run that was submitted: its claim, the reference of its result, and what its node posted last."""
 
     settings: RunSettings
-    claim: Claim
+    claim: claims.Claim
     result: ray.ObjectRef
-    started_s: float = field(default_factory=time.monotonic)
     progress: Progress | None = None
-
-    @property
-    def last_step(self) -> StepRecord | None:
-        return self.progress and self.progress.last_step
+    last_step: StepRecord | None = None
+    started_s: float = field(default_factory=time.monotonic)
 
 
-class RayPool:
+class RayPool(Pool):
     """At most ``jobs`` runs at a time (None: as many as the connected cluster has slots). A slot is a GPU where ``device`` (a
-    slug) is one, or as many processors as a run has threads (0: all of a node's). ``say`` prints a line for people."""
+    slug) is one, or as many processors as a run has threads (0: all of a node's). ``say`` prints a line for people.
+    `run` raises `EngineError` when the cluster cannot be used, OSError when the results folder cannot be written."""
 
     def __init__(
-        self,
-        queue: list[RunSettings],
-        out: Path,
-        jobs: int | None,
-        device: str,
-        *,
-        stop: Stop | None = None,
-        rules: Rules | None = None,
-        say: Callable[[str], None] = lambda text: None,
+        self, queue: list[RunSettings], out: Path, jobs: int | None, device: str, say: Callable = lambda _: None, **given: Any
     ) -> None:
-        self.queue, self.out, self.jobs, self.stop, self.say = queue, out, jobs, stop or Stop(), say
-        self.running: list[Running] = []
-        self.on_gpus = any(settings.device == "cuda" for settings in queue)
-        self._threads = max((settings.threads for settings in queue), default=1)
-        self._given = (device, project_sha256(), rules)
-        self._rows_at_first = {settings.run_id: finished_run(out, settings.run_id) for settings in queue}
+        super().__init__(queue, out, jobs, **given)
+        self.say, self.on_gpus = say, any(run.device == "cuda" for run in queue)
+        self._amount = 1 if self.on_gpus else max((run.threads for run in queue), default=1)
+        self._given, self._room_seen_s = (device, project_sha256(), self.rules), time.monotonic()
+        self._rows_at_first = {settings.run_id: folder.finished_run(out, settings.run_id) for settings in queue}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        self._board = ray.remote(Board).options(scheduling_strategy=here, **lasting).remote()
 
     @property
     def units_held(self) -> list[str]:
         """What is paid for now, one name a GPU or, without GPUs, a machine."""
-        begun = [run for run in self.running if run.progress is not None]
-        return [run.settings.run_id for run in begun] if self.on_gpus else sorted({run.progress.host for run in begun})
+        return sorted({run.settings.run_id if self.on_gpus else run.progress.host for run in self.running if run.progress})
 
     def slots(self) -> int:
         """Runs that fit into the cluster at a time."""
-        name, need = ("GPU", 1.0) if self.on_gpus else ("CPU", self._processors())
-        return sum(int(resources.get(name, 0.0) // need) for resources in living_nodes().values()) if need else 0
+        need = self._need()
+        return sum(int(amount // need) for amount in self._nodes().values()) if need else 0
 
-    def run(self, tick: Callable[[], None], seconds_between_ticks: float = 0.25) -> Iterator[ProcessExit]:
-        """Yield every run as it ends; ``tick`` is called while waiting. No task is left.
+    def _need(self) -> float:
+        return float(self._amount or max(self._nodes().values(), default=0.0))
 
-        Raises `EngineError` when the cluster cannot be used, OSError when the results folder cannot be written."""
-        room_seen_s = time.monotonic()
-        try:
-            while self.running or (self.queue and not self.stop.requested):
-                room = self.slots()
-                room_seen_s = time.monotonic() if room else room_seen_s
-                if time.monotonic() - room_seen_s > WAIT_FOR_ROOM_S:
-                    why = f"the cluster has had no node with room for a run for {WAIT_FOR_ROOM_S:.0f} s"
-                    raise EngineError(f"{why}; the same command resumes when it has")
-                while self.queue and len(self.running) < min(self.jobs or room, room) and not self.stop.requested:
-                    if (ended := self._start(self.queue.pop(0))) is not None:
-                        yield ended
-                finished = self._finished(seconds_between_ticks)
-                self._read_progress()
-                for run in finished:
-                    ended = self._end(run)
-                    self.running.remove(run)
-                    run.claim.release()
-                    yield ended
-                tick()
-        finally:
-            for run in self.running:  # a second signal, or an error of ours
-                ray.cancel(run.result, force=True)
-                run.claim.release()
+    def _nodes(self) -> dict[str, float]:
+        """The GPUs, or processors, of the living nodes, by node id."""
+        resource = "GPU" if self.on_gpus else "CPU"
+        return {node["NodeID"]: node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]}
 
-    def _start(self, settings: RunSettings) -> ProcessExit | None:
+    def _room(self) -> int:
+        if room := self.slots():
+            self._room_seen_s = time.monotonic()
+        elif time.monotonic() - self._room_seen_s > WAIT_FOR_ROOM_S:
+            raise EngineError(
+                f"the cluster has had no node with room for a run for {WAIT_FOR_ROOM_S:.0f} s; the command resumes"
+            )
+        return min(self.jobs or room, room)
+
+    def _start(self, settings: RunSettings) -> Running | ProcessExit:
         """Claim a run and submit it, unless another driver executes it or has finished it since this one planned it."""
-        run_id = settings.run_id
         try:
-            own = claim(self.out, run_id)
-        except RunClaimed as error:
+            claim = claims.claim(self.out, settings.run_id)
+        except claims.RunClaimed as error:
             return ProcessExit(settings, None, error, 0.0)
-        row = finished_run(self.out, run_id)
-        if (
-            row is not None
-            and row != self._rows_at_first.get(run_id)
-            and row.status in ("completed", "diverged", "unsupported")
-        ):
-            own.release()
+        row = folder.settled_run(self.out, settings.run_id)
+        if row is not None and row != self._rows_at_first.get(settings.run_id):
+            claim.release()
             return ProcessExit(settings, row, None, 0.0)
-        packed = pack(self.out, run_id) if checkpoint_steps(RunFiles(self.out, run_id).path) else []
-        room = {"num_gpus": 1, "num_cpus": 0} if self.on_gpus else {"num_cpus": self._processors()}
+        packed = pack(self.out, settings.run_id) if checkpoint_steps(RunFiles(self.out, settings.run_id).path) else []
+        room = {"num_gpus": 1, "num_cpus": 0} if self.on_gpus else {"num_cpus": self._need()}
         task = ray.remote(execute_on_node).options(max_retries=RETRIES, **room)
-        self.running.append(Running(settings, own, task.remote(self._board, settings, *self._given, packed)))
+        return Running(settings, claim, task.remote(self._board, settings, *self._given, packed))
 
-    def _read_progress(self) -> None:
-        """Of all runs; when asked to stop, also take back the tasks that no living node executes."""
-        posted = ray.get(self._board.read.remote(self.stop.requested))
-        for run in self.running:
-            before, run.progress = run.progress, posted.get(run.settings.run_id, run.progress)
-            if before is not None and before.worker != run.progress.worker:
-                self.say(f"{before.host} was lost with {run.settings.run_id}: it is run again")
-            if self.stop.requested and (run.progress is None or run.progress.node not in living_nodes()):
-                ray.cancel(run.result)
-
-    def _finished(self, within_s: float) -> list[Running]:
+    def _ended(self, within_s: float) -> list[Running]:
+        """Also reads the progress of all runs and, when asked to stop, cancels the tasks that no living node executes."""
         if not self.running:
             time.sleep(within_s)
             return []
         results, _ = ray.wait([run.result for run in self.running], timeout=within_s)
+        posted = ray.get(self._board.read.remote(self.stop.requested))
+        for run in self.running:
+            before, run.progress = run.progress, posted.get(run.settings.run_id, run.progress)
+            run.last_step = run.progress and run.progress.last_step
+            if before is not None and before.worker != run.progress.worker:
+                self.say(f"{before.host} was lost with {run.settings.run_id}: it is run again")
+            if self.stop.requested and (run.progress is None or run.progress.node not in self._nodes()):
+                ray.cancel(run.result)
         return [run for run in self.running if run.result in results]
 
     def _end(self, run: Running) -> ProcessExit:
-        """What became of a run; its files come home."""
-        record = None
+        """What became of a run: its files come home, or Ray's error is its row."""
+        record, run_id = None, run.settings.run_id
         try:
-            record = self._receive(run)
-        except TaskCancelledError:
-            pass
+            if (packed := ray.get(run.result)) is not None:
+                unpack(self.out, run_id, packed)
+                folder.write_index(self.out)
+                record = folder.finished_run(self.out, run_id)
+        except TransferError as error:
+            raise EngineError(f"{run.progress.host}: {error}") from error
         except RayError as error:
-            if isinstance(cause := getattr(error, "cause", None), EngineError):
-                raise cause from None
-            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            if run.progress is None:
-                raise EngineError(f"a node of the cluster cannot run this program: {last_line}") from error
-            if not self.stop.requested:
-                record = failed_row(run.progress.draft, _failure(error, run.progress.host, last_line))
-                write_terminal(self.out, record)
+            if isinstance(error, RayTaskError) or not self.stop.requested:  # else it was cancelled
+                folder.write_terminal(self.out, record := failed_row(run, error))
+        finally:
+            run.claim.release()
         return ProcessExit(run.settings, record, None, time.monotonic() - run.started_s)
 
-    def _receive(self, run: Running) -> RunRecord | None:
-        result, run_id = ray.get(run.result), run.settings.run_id
-        if not result.files and result.row is None:  # asked to stop before it began
-            return None
-        try:
-            unpack(self.out, run_id, result.files)
-        except TransferError as error:
-            raise EngineError(f"{result.host}: {error}") from error
-        if result.row is not None:
-            write_terminal(self.out, result.row)
-        write_index(self.out)
-        return finished_run(self.out, run_id)
-
-    def _processors(self) -> float:
-        return float(self._threads or max((resources.get("CPU", 0.0) for resources in living_nodes().values()), default=0.0))
+    def _kill(self, run: Running) -> None:
+        ray.cancel(run.result, force=True)
+        run.claim.release()
 
 
-def living_nodes() -> dict[str, dict[str, float]]:
-    """The resources of the cluster's nodes, by node id."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-
-
-def _failure(error: RayError, host: str, last_line: str) -> Failure:
-    if isinstance(error, RayTaskError):
-        return Failure("exception", f"on {host}: {last_line}")
-    if isinstance(error, OutOfMemoryError):
-        return Failure("host_oom_kill", f"Ray killed the run's task on {host} for want of memory: {last_line}")
-    times = f"its node was lost {RETRIES + 1} times while it executed the run"
-    return Failure("node_lost", f"{times}, the last time {host}")
+def failed_row(run: Running, error: RayError) -> RunRecord:
+    """The row of a run whose task Ray lost, or raised; raises `EngineError` for one that failed before the run: all would."""
+    cause, at = getattr(error, "cause", None) or error, run.progress
+    failure, host = of_exception(cause), at.host if at else "a node that had reported nothing"
+    if isinstance(cause, EngineError):
+        raise cause from None
+    if isinstance(error, RayTaskError) and at is None:
+        raise EngineError(f"a node of the cluster cannot run this program: {failure.error}") from error
+    failure = replace(failure, error=f"on {host}: {failure.error}")
+    if failure.cause == "node_lost":
+        failure = Failure("node_lost", f"its node was lost {RETRIES + 1} times while it executed the run, the last time {host}")
+    draft = at.draft if at else summarize(run.settings, Outcome())
+    return msgspec.structs.replace(draft, status=failure.status, error=failure.error, flags=draft.flags | failure.flags)

@@ -74,18 +74,24 @@ class Pool:
         """Yield every run as it ends; ``tick`` is called while waiting. Leaves no process running."""
         try:
             while self.running or (self.queue and not self.stop.requested):
-                self._pass_on_the_stop()
-                while self.queue and len(self.running) < self.jobs and not self.stop.requested:
-                    self.running.append(self._start(self.queue.pop(0)))
-                ready = wait([run.child.reports for run in self.running], timeout=seconds_between_ticks)
-                for run in list(self.running):
-                    if self._is_over(run, run.child.reports in ready):
-                        self.running.remove(run)
-                        yield self._end(run)
+                room = self._room()
+                while self.queue and len(self.running) < room and not self.stop.requested:
+                    started = self._start(self.queue.pop(0))
+                    if isinstance(started, ProcessExit):
+                        yield started
+                    else:
+                        self.running.append(started)
+                for run in self._ended(seconds_between_ticks):
+                    self.running.remove(run)
+                    yield self._end(run)
                 tick()
         finally:
             for run in self.running:  # a second signal, or an error of ours
-                run.child.kill()
+                self._kill(run)
+
+    def _room(self) -> int:
+        """How many runs there may be now."""
+        return self.jobs
 
     def _pass_on_the_stop(self) -> None:
         """Once: the processes have groups and terminals in common with us by chance only."""
@@ -94,10 +100,17 @@ class Pool:
             for run in self.running:
                 run.child.monitor.send(signal.SIGTERM)
 
-    def _start(self, settings: RunSettings) -> Running:
+    def _start(self, settings: RunSettings) -> Running | ProcessExit:
+        """The run, or its end where there is nothing to start."""
         monitor = ProcessMonitor(self.rules)
         arguments = (settings, self.out, monitor.stacks.path)
         return Running(settings, ForkServerProcess(_enter, arguments, self._preload, monitor))
+
+    def _ended(self, within_s: float) -> list[Running]:
+        """The runs that are over, after the next message or ``within_s``."""
+        self._pass_on_the_stop()
+        ready = wait([run.child.reports for run in self.running], timeout=within_s)
+        return [run for run in self.running if self._is_over(run, run.child.reports in ready)]
 
     def _is_over(self, run: Running, sent: bool) -> bool:
         """Take a run's messages, or look at one that sent nothing."""
@@ -128,30 +141,8 @@ class Pool:
         finally:
             child.close()
 
-
-def supervise(
-    settings: RunSettings,
-    out: Path,
-    *,
-    stop: Stop | None = None,
-    on_step: Callable[[StepRecord], None] = lambda step: None,
-    rules: Rules | None = None,
-    tick: Callable[[], None] = lambda: None,
-    seconds_between_ticks: float = 0.25,
-) -> ProcessExit:
-    """One run in a fresh process, to its end, without a matrix (a task on another machine). ``on_step`` gets the last step
-    reported, where it is another, at every tick."""
-    pool, shown = Pool([settings], out, jobs=1, stop=stop, rules=rules), 0
-
-    def look() -> None:
-        nonlocal shown
-        for run in pool.running:
-            if run.last_step is not None and run.last_step.step != shown:
-                shown = run.last_step.step
-                on_step(run.last_step)
-        tick()
-
-    return next(pool.run(look, seconds_between_ticks), ProcessExit(settings, None, None, 0.0))
+    def _kill(self, run: Running) -> None:
+        run.child.kill()
 
 
 def _enter(settings: RunSettings, out: Path, stacks: Path, reports: Connection) -> None:

@@ -138,6 +138,12 @@ def finished_run(out: Path, run_id: str) -> RunRecord | None:
     return _own_row(RunFiles(out, run_id))[0] if is_safe(run_id) else None
 
 
+def settled_run(out: Path, run_id: str) -> RunRecord | None:
+    """The terminal row of a run that need not be run again: a result, not an accident."""
+    row = finished_run(out, run_id)
+    return row if row is not None and row.status in ("completed", "diverged", "unsupported") else None
+
+
 def finished_runs(out: Path) -> list[RunRecord]:
     """Every readable terminal row of a results folder, by run id."""
     return [row for run in runs_of(out) if (row := finished_run(out, run.run_id)) is not None]

@@ -12,7 +12,7 @@ import pytest
 from harness.run.execute import execute
 from harness.run.signals import Stop
 from harness.supervisor.child_process import is_ending
-from harness.supervisor.pool import Pool, supervise
+from harness.supervisor.pool import Pool
 from harness.supervisor.process_monitor import Rules
 from instrument.results.folder import finished_runs
 from instrument.results.lines import read
@@ -103,20 +103,21 @@ def test_a_process_is_ending_from_its_kill_on_until_it_is_gone():
 
 
 def test_one_run_is_supervised_without_a_matrix(plan, tmp_path):
-    seen = []
-    ended = supervise(plan("gpt2_clm", "fp32_true", max_steps=3), tmp_path, on_step=seen.append, seconds_between_ticks=0.01)
-    assert ended.record.status == "completed" and ended.failure is None and seen[-1].step == 3
+    pool, seen = Pool([plan("gpt2_clm", "fp32_true", max_steps=3)], tmp_path, jobs=1), set()
+    (ended,) = pool.run(lambda: seen.update(run.last_step and run.last_step.step for run in pool.running), 0.01)
+    assert ended.record.status == "completed" and ended.failure is None and seen >= {3}
     stop = Stop()
     stop.request("a test")
-    assert supervise(plan("gpt2_clm", "fp32_true", seed=1), tmp_path, stop=stop).record is None
+    assert not list(Pool([plan("gpt2_clm", "fp32_true", seed=1)], tmp_path, jobs=1, stop=stop).run(lambda: None))
 
 
 def test_a_killed_run_resumes_and_one_that_crashed_starts_over(plan, tmp_path):
     for kind, resumed in (("sigkill", True), ("segfault", False)):
         settings = replace(planned("exception", 0, tmp_path)[1], case=case_with(Plant(kind, "forward", 4)), checkpoint_every=2)
-        dead = supervise(settings, tmp_path).record
+        (dead,) = (one.record for one in Pool([settings], tmp_path, jobs=1).run(lambda: None))
         assert dead.steps_done == 3 and dead.flags["death"]["goes_on"] is resumed
-        again = supervise(settings, tmp_path).record  # it counts its own steps: resumed, it never gets to the fourth
+        # It counts its own steps: resumed, it never gets to the fourth.
+        (again,) = (one.record for one in Pool([settings], tmp_path, jobs=1).run(lambda: None))
         assert again.status == ("completed" if resumed else "error")
         assert ("resumed" in again.flags) is resumed
 

@@ -4,28 +4,39 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import socket
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import psutil
 import pytest
 import torch
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install '.[ray]')")
 
-from ray.exceptions import OutOfMemoryError, RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectReconstructionFailedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 
 from harness import cli
 from harness.exit_codes import ENVIRONMENT, USAGE
-from harness.matrix import ray_cluster, ray_node, ray_pool
+from harness.matrix import ray_cluster, ray_pool
 from harness.matrix.ray_cluster import EngineError, connected, require_private
 from harness.matrix.ray_pool import RayPool
 from harness.run.outcome import Outcome, summarize
 from harness.run.signals import Stop
 from harness.settings import SettingsError
+from harness.supervisor.pool import Pool
 from instrument.environment import device_slug
 from instrument.results import transfer
 from instrument.results.claims import claim
@@ -206,7 +217,10 @@ class RayInProcess:
         if self.fail is not None:
             raise self.fail
         self.workers += 1
-        result = what(*given)
+        try:
+            result = what(*given)
+        except Exception as error:
+            raise RayTaskError("execute_on_node", "Traceback", error) from error
         if number in self.lose:
             raise WorkerCrashedError()
         return result
@@ -243,22 +257,23 @@ def instant(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
 
-    def supervise(settings, out, *, stop, on_step, rules, tick):
-        log = out / "training_logs" / f"run_{settings.run_id}.jsonl"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text((log.read_text() if log.exists() else "") + "{}\n")
-        (out / "runs" / settings.run_id / "checkpoint-1").mkdir(parents=True, exist_ok=True)
-        (out / "runs" / settings.run_id / "checkpoint-1" / "state").write_bytes(b"x" * 10)
-        write_terminal(out, summarize(settings, Outcome(status="preempted" if stop.requested else DONE)))
-        return SimpleNamespace(failure=None)
+    class InstantPool(Pool):
+        def run(self, tick):
+            (settings,), out = self.queue, self.out
+            log = out / "training_logs" / f"run_{settings.run_id}.jsonl"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text((log.read_text() if log.exists() else "") + "{}\n")
+            (out / "runs" / settings.run_id / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+            (out / "runs" / settings.run_id / "checkpoint-1" / "state").write_bytes(b"x" * 10)
+            write_terminal(out, summarize(settings, Outcome(status="preempted" if self.stop.requested else DONE)))
+            yield SimpleNamespace(failure=None)
 
     def make(**how):
         cluster = RayInProcess(**how)
-        for module in (ray_pool, ray_node):
-            monkeypatch.setattr(module, "ray", cluster)
+        monkeypatch.setattr(ray_pool, "ray", cluster)
         return cluster
 
-    monkeypatch.setattr(ray_node, "supervise", supervise)
+    monkeypatch.setattr(ray_pool, "Pool", InstantPool)
     make.out = tmp_path / "out"
     return make
 
@@ -299,11 +314,11 @@ def test_a_run_that_loses_two_nodes_is_a_row_and_the_next_runs(instant, runs):
 def test_a_run_that_another_worker_executes_again_is_reported(instant, runs):
     cluster, notes = instant(), []
     pool = RayPool(runs[:1], instant.out, None, SLUG, say=notes.append)
-    first = ray_node.Progress("worker 1", NODE, "far", None)
-    pool.running = [ray_pool.Running(runs[0], None, None, progress=first)]
+    first = ray_pool.Progress("worker 1", NODE, "far", None)
+    pool.running = [ray_pool.Running(runs[0], None, Question(lambda: None), progress=first)]
     cluster.board.post(runs[0].run_id, dataclasses.replace(first, worker="worker 2"))
-    pool._read_progress()
-    pool._read_progress()
+    pool._ended(0.0)
+    pool._ended(0.0)
     assert notes == [f"far was lost with {runs[0].run_id}: it is run again"]
 
 
@@ -312,11 +327,11 @@ def test_a_run_that_another_worker_executes_again_is_reported(instant, runs):
     [(OSError(28, "No space left on device"), "error", "exception"), (MemoryError(), "oom", "host_oom")],
 )
 def test_a_node_s_own_failure_is_that_run_s_row(instant, runs, monkeypatch, error, status, cause):
-    def fail(*_, **__):
+    def fail(*_):
         raise error
 
     instant()
-    monkeypatch.setattr(ray_node, "supervise", fail)
+    monkeypatch.setattr(ray_pool.Pool, "run", fail)
     (ended,) = run(runs[:1], instant.out)
     assert ended.record.status == status and ended.record.error.startswith(f"on {socket.gethostname()}: {type(error).__name__}")
     death = ended.record.flags["death"]
@@ -332,7 +347,7 @@ def test_a_task_that_ray_ends_in_the_middle_is_a_row(instant, runs, error, cause
     cluster = instant()
 
     def execute(number, what, given):
-        cluster.board.post(runs[0].run_id, ray_node.Progress("w", NODE, "far", summarize(runs[0], Outcome(status="error"))))
+        cluster.board.post(runs[0].run_id, ray_pool.Progress("w", NODE, "far", summarize(runs[0], Outcome(status="error"))))
         raise error
 
     cluster._execute = execute
@@ -351,25 +366,46 @@ def test_a_node_that_would_do_something_else_gets_no_run(instant, runs, monkeypa
     instant()
     with pytest.raises(EngineError, match="one device a folder"):
         run(runs, instant.out, device="nvidia-h200")
-    monkeypatch.setattr(ray_node, "project_sha256", lambda: "0")
+    pool = RayPool(runs, instant.out, None, SLUG)
+    monkeypatch.setattr(ray_pool, "project_sha256", lambda: "0")
     with pytest.raises(EngineError, match="another version of this program"):
-        run(runs, instant.out)
+        list(pool.run(lambda: None))
     assert not finished_runs(instant.out)
     nothing_left(instant.out)
 
 
-@pytest.mark.parametrize("error", [WorkerCrashedError(), RayTaskError("execute_on_node", "Traceback\nOSError: x", None)])
-def test_a_cluster_that_cannot_run_this_program_is_a_sentence_not_a_loop(instant, runs, error):
-    instant(fail=error)
+def test_a_cluster_that_cannot_run_this_program_is_a_sentence_not_a_loop(instant, runs):
+    instant(fail=RayTaskError("execute_on_node", "Traceback\nOSError: x", None))
     with pytest.raises(EngineError, match="cannot run this program"):
         run(runs, instant.out)
+    nothing_left(instant.out)
+
+
+@pytest.mark.parametrize(
+    "error, cause, says",
+    [
+        (WorkerCrashedError(), "node_lost", "its node was lost 2 times.* a node that had reported nothing"),
+        (NodeDiedError("the node is dead"), "node_lost", "its node was lost 2 times"),
+        (ObjectReconstructionFailedError("00", None, ""), "node_lost", "its node was lost 2 times"),
+        (OutOfMemoryError("no room"), "host_oom_kill", "OutOfMemoryError: no room"),
+        (OutOfDiskError("full"), "exception", "on a node that had reported nothing: OutOfDiskError"),
+    ],
+)
+def test_a_task_that_is_lost_before_it_posted_progress_is_a_row_and_never_the_end_of_the_matrix(
+    instant, runs, error, cause, says
+):
+    instant(fail=error)
+    rows = [ended.record for ended in run(runs, instant.out)]
+    assert [row.flags["death"]["cause"] for row in rows] == [cause] * 3 and all(re.search(says, row.error) for row in rows)
+    assert {row.status for row in rows} == {"oom" if cause == "host_oom_kill" else "error"}
+    assert indexed_rows(instant.out).keys() == {run.run_id for run in runs}
     nothing_left(instant.out)
 
 
 def test_what_is_not_what_was_sent_is_refused(instant, runs, monkeypatch):
     instant()
     spoiled = lambda out, run_id: [dataclasses.replace(one, sha256="0") for one in transfer.pack(out, run_id)]  # noqa: E731
-    monkeypatch.setattr(ray_node, "pack", spoiled)
+    monkeypatch.setattr(ray_pool, "pack", spoiled)
     with pytest.raises(EngineError, match=rf"{socket.gethostname()}: .*SHA-256 differs"):
         run(runs, instant.out)
     assert not finished_runs(instant.out)
@@ -422,19 +458,19 @@ def test_a_stop_begins_nothing_new_and_takes_back_what_no_node_executes(instant,
 
 def test_a_stop_reaches_the_run_and_its_checkpoint_comes_home_and_goes_to_the_next_node(instant, runs, monkeypatch):
     stop, cluster, out, run_id = Stop(), instant(), instant.out, runs[1].run_id
-    execute = ray_node.supervise
+    execute = ray_pool.Pool.run
 
-    def asked_in_the_middle(settings, folder, *, stop, tick, **given):
+    def asked_in_the_middle(pool, tick):
         cluster.board.stop = "SIGTERM"
-        time.sleep(ray_node.POST_EVERY_S)
+        time.sleep(ray_pool.POST_EVERY_S)
         tick()
-        return execute(settings, folder, stop=stop, tick=tick, **given)
+        return execute(pool, tick)
 
-    monkeypatch.setattr(ray_node, "supervise", asked_in_the_middle)
+    monkeypatch.setattr(ray_pool.Pool, "run", asked_in_the_middle)
     (stopped,) = run([runs[1]], out, stop=stop)
     assert stopped.record.status == "preempted" and (out / "runs" / run_id / "checkpoint-1" / "state").read_bytes() == b"x" * 10
     (out / "runs" / run_id / "checkpoint-1" / "state").write_bytes(b"y" * (5 << 20))
-    monkeypatch.setattr(ray_node, "supervise", execute)
+    monkeypatch.setattr(ray_pool.Pool, "run", execute)
     (again,) = run([runs[1]], out)
     assert again.record.status == DONE
     assert (out / "training_logs" / f"run_{run_id}.jsonl").read_text() == "{}\n{}\n", "its log went along and came back"
@@ -446,6 +482,34 @@ def test_four_runs_on_two_real_nodes_one_of_which_is_killed(tmp_path):
     """Every row, every step and every weight as by the sequential runner; one run was begun on both nodes."""
     found = trial(tmp_path, 4, kill=True)
     assert found == {"trials": 4, "lost": [], "differing": [], "run_again": 1, "nodes_killed": 1}
+
+
+@pytest.mark.process
+def test_files_larger_than_the_object_store_come_home(plan, tmp_path, monkeypatch):
+    """120 MB to each of two nodes and back, through stores of 80 MiB; the board is killed meanwhile, and starts again."""
+    import ray
+
+    large = numpy.random.default_rng(0).bytes(120_000_000)
+    runs, out, nodes = [plan("gpt2_clm", "fp32_true", seed=seed) for seed in (0, 1)], tmp_path / "out", tmp_path / "nodes"
+    checkpoints = [out / "runs" / run.run_id / "checkpoint-1" / "state" for run in runs]
+    for checkpoint in checkpoints:
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_bytes(large)
+
+    def echo(board, settings, device, project, rules, packed):
+        node = nodes / ray.get_runtime_context().get_node_id()
+        transfer.unpack(node, settings.run_id, packed)
+        state = node / "runs" / settings.run_id / "checkpoint-1" / "state"
+        state.write_bytes(state.read_bytes()[::-1])
+        write_terminal(node, summarize(settings, Outcome(status="completed")))
+        return transfer.pack(node, settings.run_id)
+
+    monkeypatch.setattr(ray_pool, "execute_on_node", echo)
+    with two_nodes() as (address, _), connected(address):
+        pool = RayPool(runs, out, None, SLUG)
+        ray.kill(pool._board, no_restart=False)
+        assert [ended.record.status for ended in pool.run(lambda: None)] == ["completed"] * 2
+    assert all(checkpoint.read_bytes() == large[::-1] for checkpoint in checkpoints) and len(list(nodes.iterdir())) == 2
 
 
 @pytest.mark.soak
