@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,13 @@ def fit_command(options: argparse.Namespace) -> int:
             if device.type == "cpu" and limit is None:
                 row |= {"status": "unsupported", "largest_batch": None, "limited_by": ON_A_CPU}
             elif options.dry_run:
-                row |= in_the_model(lambda batch, config=config: settings(config, batch), options.most, limit_bytes, out)
+                row |= in_the_model(partial(settings, config), options.most, limit_bytes, out)
             else:
-                row |= measured(processes, lambda batch, config=config: settings(config, batch), options.most, limit_bytes)
+                row |= measured(processes, partial(settings, config), options.most, limit_bytes)
             if not options.dry_run:
                 keep(out, row)
         row = row | costs(row, options.price_per_hour)
-        show_row(row)
+        print(f"{row['case']} {row['config']}: {largest(row)}", file=sys.stderr, flush=True)
         rows.append(row)
     table(case.id, rows, options.price_per_hour)
     if options.json:
@@ -94,18 +95,16 @@ def measured(processes, settings, most: int, limit_bytes: int | None) -> dict[st
     """Search by trials, then time the largest batch and the one of `START` rows."""
     trials: dict[int, Any] = {}
 
+    @cache
     def try_batch(batch: int) -> Tried:
         trials[batch] = trial = processes.trial(settings(batch), timed=batch == START)
         show_trial(trial)
         return Tried(batch, trial.status == "fits", trial.peak_bytes)
 
     first = try_batch(min(START, most))
-    unsupported = trials[first.batch].status == "unsupported"
-    if unsupported or trials[first.batch].status == "error":
-        return verdict(Found(None, first.batch, (first,)), trials, most) | {"status": trials[first.batch].status}
-    found = search(
-        lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most, limit_bytes=limit_bytes
-    )
+    if (status := trials[first.batch].status) in ("unsupported", "error"):
+        return verdict(Found(None, first.batch, (first,)), trials, most) | {"status": status}
+    found = search(try_batch, start=first.batch, most=most, limit_bytes=limit_bytes)
     if found.largest is not None and trials[found.largest].tokens_per_s is None:
         found = confirmed(found, lambda batch: processes.trial(settings(batch), timed=True), trials)
     return verdict(found, trials, most)
@@ -158,6 +157,7 @@ def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, 
 
     why: dict[str, str] = {}
 
+    @cache
     def try_batch(batch: int) -> Tried:
         found = estimate(settings(batch), out)
         why["unsupported"] = found["unsupported"] or found["not_estimated"] or ""
@@ -167,9 +167,7 @@ def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, 
     first = try_batch(min(START, most))
     if first.peak_bytes is None:
         return {"status": "unsupported", "largest_batch": None, "limited_by": why["unsupported"], "dry_run": True}
-    found = search(
-        lambda batch: first if batch == first.batch else try_batch(batch), start=first.batch, most=most, limit_bytes=limit_bytes
-    )
+    found = search(try_batch, start=first.batch, most=most, limit_bytes=limit_bytes)
     peaks, fails = {t.batch: t.peak_bytes for t in found.trials}, found.fails
     over = None if fails is None else f"the memory model: {peaks[fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}"
     measured = {"peak_bytes": peaks.get(found.largest), "limited_by": over, "trials": len(found.trials)}
@@ -226,11 +224,6 @@ def show_trial(found: Any) -> None:
     print(line + (f" ({found.why})" if found.why else ""), file=sys.stderr, flush=True)
 
 
-def show_row(found: dict[str, Any]) -> None:
-    """A configuration is done."""
-    print(f"{found['case']} {found['config']}: {largest(found)}", file=sys.stderr, flush=True)
-
-
 def largest(found: dict[str, Any]) -> str:
     """The answer, for people."""
     if found["status"] in ("unsupported", "error"):
@@ -252,21 +245,17 @@ def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -
     )
     drawn.add_column("configuration", no_wrap=True)
     drawn.add_column("rows\nthat fit", justify="right")
+    names, prices = ("peak_bytes", "tokens_per_s", "real_tokens_per_s"), ()
     heads = ["peak\nGB", "tokens\nk/s", "real\nk/s", "real k/s\nat 32"]
     if price_per_hour is not None:
+        prices = ("cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32")
         heads += ["cost\n/10^9", "cost\nat 32"]
     for head in heads:
         drawn.add_column(head, justify="right", no_wrap=True)
     for found in rows:
-        small = found.get("at_32") or {}
-        cells = [
-            _number(found.get("peak_bytes"), 1e9),
-            _number(found.get("tokens_per_s"), 1e3),
-            _number(found.get("real_tokens_per_s"), 1e3),
-            _number(small.get("real_tokens_per_s"), 1e3),
-        ]
-        if price_per_hour is not None:
-            cells += [_number(found[name], 1, 2) for name in ("cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32")]
+        values = [*(found.get(name) for name in names), (found.get("at_32") or {}).get("real_tokens_per_s")]
+        cells = [_number(value, unit) for value, unit in zip(values, (1e9, 1e3, 1e3, 1e3), strict=True)]
+        cells += [_number(found[name], 1, 2) for name in prices]
         drawn.add_row(found["config"], rows_shown(found), *cells)
     console = Console(stderr=True, highlight=False, markup=False)
     console.print(drawn)

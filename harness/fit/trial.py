@@ -16,7 +16,7 @@ import transformers.models.roberta.modeling_roberta  # noqa: F401  (paid here, o
 
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model
-from harness.failure import of_exception
+from harness.failure import of_exception, sentence
 from harness.precision import Precision, Unsupported
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.settings import RunSettings
@@ -96,7 +96,7 @@ def enter(settings: RunSettings, timed: bool, memory_limit_bytes: int | None, re
         trial = BatchTrial(settings.batch_size, "unsupported", str(error))
     except Exception as error:
         status = "oom" if of_exception(error).status == "oom" else "error"
-        trial = BatchTrial(settings.batch_size, status, _first_line(error))
+        trial = BatchTrial(settings.batch_size, status, sentence(error)[:300])
     reports.send(trial)
     reports.close()
 
@@ -173,7 +173,3 @@ def device_facts(reports: Connection) -> None:
         properties = torch.cuda.get_device_properties(0)
         reports.send((device_slug(torch.device("cuda")), properties.name, properties.total_memory))
     reports.close()
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from bench_cases import CASES
-from bench_cases.data import load_data
 from bench_cases.models import build_model
 from harness.budget import BY_THE_BUDGET, asked_budget
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED, USAGE
@@ -24,8 +23,7 @@ from harness.matrix.screen import MatrixScreen
 from harness.matrix.spending import BudgetSpent, Spending, estimated, run_seconds
 from harness.parallel.ranks import refuse_ranks
 from harness.planning import choose_device, data_options, results_folder
-from harness.predict import store_all
-from harness.run.execute import make_batches, model_request
+from harness.run.execute import load_run_data, make_batches, model_request
 from harness.run.resume import discard
 from harness.run.signals import Stop
 from harness.settings import RunSettings, SettingsError, choose_preset
@@ -67,13 +65,13 @@ def matrix_command(options: argparse.Namespace) -> int:
     screen = MatrixScreen(planned, done, out, jobs, shard, picture=options.svg)
     forecast(spending, todo, out, jobs, screen)
     if options.dry_run:
-        screen.plan(todo, not_contacted(options))
+        cluster = f"the cluster at {options.address} was not contacted" if options.address else "no cluster was begun"
+        screen.plan(todo, cluster if options.engine == "ray" else None)
         if options.json:
             print(json.dumps({"todo": [s.run_id for s in todo], "done": sorted(done), "results_folder": str(out)}))
         return OK
     require_writable(out)
-    for settings in {prepared_key(s): s for s in todo}.values():
-        prepare(settings)
+    prepare(todo)
     for run_id in {*done, *(s.run_id for s in todo if options.fresh)}:  # those done: a process killed at its very end
         with suppress(RunClaimed), claim(out, run_id):  # another living process' checkpoints are its own
             discard(out, run_id)
@@ -108,12 +106,12 @@ def skip_finished(
     among them, by run id."""
     if options.rerun or options.fresh:
         return planned, {}
-    done = already_done(planned, out)
+    done = {s.run_id: settled_run(out, s.run_id) for s in planned}
     if not options.no_follow_up:
-        diverged = [s for s in planned if s.run_id in done and done[s.run_id].status == "diverged"]
+        diverged = [s for s in planned if (row := done[s.run_id]) is not None and row.status == "diverged"]
         planned = distinct([*planned, *(c for s in diverged for c in controls_of(s) if c.run_id not in elsewhere)])
-        done = already_done(planned, out)
-    return planned, done
+        done |= {s.run_id: settled_run(out, s.run_id) for s in planned if s.run_id not in done}
+    return planned, {run_id: row for run_id, row in done.items() if row is not None}
 
 
 def checked_jobs(options: argparse.Namespace) -> int | None:
@@ -134,21 +132,9 @@ def local_jobs(planned: list[RunSettings], device: torch.device) -> int:
     return 1 if device.type == "cuda" else max(1, cores // threads)
 
 
-def not_contacted(options: argparse.Namespace) -> str | None:
-    """What a plan that is only printed leaves open."""
-    if options.engine == "local":
-        return None
-    return f"the cluster at {options.address} was not contacted" if options.address else "no cluster was begun"
-
-
 @contextmanager
 def pool_of(
-    options: argparse.Namespace,
-    queue: list[RunSettings],
-    out: Path,
-    jobs: int | None,
-    device: torch.device,
-    say: Callable[[str], None],
+    options: argparse.Namespace, queue: list[RunSettings], out: Path, jobs: int | None, device: torch.device, say: Callable
 ) -> Iterator[Pool]:
     """The pool that ``--engine`` names."""
     rules = Rules.asked(options.hang_after_s)
@@ -177,17 +163,13 @@ def print_verdict(out: Path) -> None:
     print(finished.stdout or finished.stderr, file=sys.stderr, end="")
 
 
-def already_done(planned: list[RunSettings], out: Path) -> dict[str, RunRecord]:
-    """The settled rows of the planned runs, by run id."""
-    return {s.run_id: row for s in planned if (row := settled_run(out, s.run_id)) is not None}
-
-
-def prepare(settings: RunSettings) -> None:
-    """What all runs on these data and this model need; what is wrong with it refuses everything, early."""
-    data = load_data(settings.data, **data_options(settings.case, settings))
-    make_batches(settings, data)
-    if settings.case.id not in CASES or settings.weights != "scratch":
-        build_model(model_request(settings, data))
+def prepare(todo: list[RunSettings]) -> None:
+    """Tokenise all data and try all models, once each: what is wrong with one refuses everything, early."""
+    for settings in {(s.case.id, s.weights, s.data, *data_options(s.case, s).values()): s for s in todo}.values():
+        data = load_run_data(settings)
+        make_batches(settings, data)
+        if settings.case.id not in CASES or settings.weights != "scratch":
+            build_model(model_request(settings, data))
 
 
 def forecast(spending: Spending, todo: list[RunSettings], out: Path, jobs: int | None, screen: MatrixScreen) -> None:
@@ -228,8 +210,3 @@ def run_all(
     if unwritable is not None:
         raise unwritable
     write_index(out)
-
-
-def prepared_key(settings: RunSettings) -> tuple:
-    """Runs with equal keys read the same tokenised data into the same model."""
-    return (settings.case.id, settings.weights, settings.data, *data_options(settings.case, settings).values())

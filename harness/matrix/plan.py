@@ -75,10 +75,8 @@ class Shard:
             raise SettingsError(f"--shard {text!r}; allowed: i/n, such as 2/4, with i from 1 to n")
         shard = cls(int(found[1]), int(found[2]))
         if not 1 <= shard.index <= shard.count:
-            raise SettingsError(
-                f"--shard {text}: there is no such shard; allowed: 1/{max(1, shard.count)} to "
-                f"{max(1, shard.count)}/{max(1, shard.count)}"
-            )
+            n = max(1, shard.count)
+            raise SettingsError(f"--shard {text}: there is no such shard; allowed: 1/{n} to {n}/{n}")
         return shard
 
     def of(self, runs: Sequence[RunSettings]) -> list[RunSettings]:
@@ -99,6 +97,3 @@ class Shard:
 def tokens(run: RunSettings) -> int:
     """Tokens a run trains on, padding included: what its cost goes with."""
     return run.max_steps * run.batch_size * run.seq_len
-
-
-EVERYTHING = Shard(1, 1)

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from harness.matrix.plan import EVERYTHING, Shard
+from harness.matrix.plan import Shard
 from harness.matrix.stability import LEGEND, cell_text, stability_table
 from harness.run.progress import disturbance
 from harness.settings import RunSettings
@@ -34,17 +34,14 @@ class MatrixScreen:
         done: dict[str, RunRecord],
         out: Path,
         jobs: int | None,
-        shard: Shard = EVERYTHING,
+        shard: Shard | None = None,
         *,
         picture: Path | None = None,
     ) -> None:
-        self.picture = picture
+        self.out, self.jobs, self.picture = out, jobs, picture
         self.console = Console(stderr=True, highlight=False, markup=False)
-        self.out = out
-        self.jobs = jobs
-        self.shard = "" if shard == EVERYTHING else f"shard {shard}: "
-        self.total = len(planned)
-        self.skipped = len(done)
+        self.shard = f"shard {shard}: " if shard and shard.count > 1 else ""
+        self.total, self.skipped = len(planned), len(done)
         self.durations_s: list[float] = []
         self.settled = 0
         self._live: Live | None = None

@@ -10,6 +10,7 @@ import time
 SMALL = (
     "--preset tiny --data embedded --batch-size 2 --micro-batch 2 --seq-len 16 --validation-documents 2 --documents 400".split()
 )
+TWO_STEPS = [*SMALL, "--max-steps", "2"]
 PRELOADED = ["sklearn.metrics", "harness.commands.case", "harness.run.terminal", "harness.supervisor.worker", __name__]
 
 

@@ -16,25 +16,7 @@ from harness.parallel.ranks import Ranks
 from harness.run.signals import Stop
 from harness.settings import SettingsError
 from instrument.results.folder import finished_runs
-
-SMALL = [
-    "--preset",
-    "tiny",
-    "--data",
-    "embedded",
-    "--max-steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--micro-batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--validation-documents",
-    "2",
-    "--documents",
-    "400",
-]
+from tests.harness.commands import SMALL, TWO_STEPS
 
 
 def a_run(case: str, config: str = "fp32_true", max_steps: int = 10):
@@ -303,7 +285,7 @@ def test_a_budget_that_no_call_could_begin_the_next_run_with_is_not_recommended_
 
 
 def test_usage_and_dry_run(tmp_path, capsys):
-    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--out", str(tmp_path / "out")]
+    words = ["matrix", *TWO_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true", "amp_bf16", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--budget-usd", "3"]) == USAGE and cli.main([*words, "--max-gpu-hours", "3"]) == USAGE
     capsys.readouterr()
     assert cli.main([*words, "--budget-usd", "3", "--price-per-hour", "2", "--dry-run"]) == OK

@@ -12,13 +12,9 @@ from harness import options as arguments
 from harness.cli import COMMANDS, main
 from harness.commands.case import asked_case, asked_config
 from harness.exit_codes import CODE_OF_ERROR
+from tests.harness.commands import TWO_STEPS
 
 pytestmark = pytest.mark.slow
-
-SMALL = (
-    "--preset tiny --data embedded --max-steps 1 --batch-size 2 "
-    "--micro-batch 2 --seq-len 16 --validation-documents 2 --documents 400"
-).split()
 
 
 def parse(*words):
@@ -99,30 +95,30 @@ def test_bad_data_exit_4_and_write_nothing(capsys, tmp_path):
     broken = tmp_path / "mine.jsonl"
     broken.write_text('{"text": "fine", "labels": ["a"]}\n{"text": 3}\n')
     out = tmp_path / "out"
-    code, line = refused(capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(broken), "--out", str(out))
+    code, line = refused(capsys, "case", "gpt2_multi_cls", "fp32_true", *TWO_STEPS, "--data", str(broken), "--out", str(out))
     assert code == 4 and "mine.jsonl:2" in line and not out.exists()
     code, line = refused(
-        capsys, "case", "gpt2_multi_cls", "fp32_true", *SMALL, "--data", str(tmp_path / "nothing"), "--out", str(out)
+        capsys, "case", "gpt2_multi_cls", "fp32_true", *TWO_STEPS, "--data", str(tmp_path / "nothing"), "--out", str(out)
     )
     assert code == 4 and "nothing" in line and not out.exists()
 
 
 def test_an_unwritable_folder_exits_5(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    code, line = refused(capsys, "case", "gpt2_clm", "fp32_true", *SMALL, "--out", str(tmp_path / "file" / "out"))
+    code, line = refused(capsys, "case", "gpt2_clm", "fp32_true", *TWO_STEPS, "--out", str(tmp_path / "file" / "out"))
     assert code == 5 and "cannot write to" in line and "--out" in line
 
 
 def test_an_unreachable_model_exits_5(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, line = refused(
-        capsys, "case", "gpt2_clm", "fp32_true", *SMALL, "--weights", str(tmp_path / "none"), "--out", str(tmp_path / "out")
+        capsys, "case", "gpt2_clm", "fp32_true", *TWO_STEPS, "--weights", str(tmp_path / "none"), "--out", str(tmp_path / "out")
     )
     assert code == 5 and "--weights scratch" in line
 
 
 def test_a_case_prints_its_row_on_stdout_and_words_on_stderr(capsys, tmp_path):
-    assert main(["case", "gpt2_clm", "fp16_naive", *SMALL, "--json", "--out", str(tmp_path)]) == 0
+    assert main(["case", "gpt2_clm", "fp16_naive", *TWO_STEPS, "--json", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     row = json.loads(printed.out)
     assert row["status"] == "diverged"
@@ -144,7 +140,7 @@ def test_a_case_of_ones_own_runs_unchanged(capsys, tmp_path):
         "from dataclasses import replace\nfrom bench_cases import CASES\n"
         "CASE = replace(CASES['gpt2_clm'], id='gpt2_clm_mine')\n"
     )
-    assert main(["case", f"{own}:CASE", "fp32_true", *SMALL, "--json", "--out", str(tmp_path)]) == 0
+    assert main(["case", f"{own}:CASE", "fp32_true", *TWO_STEPS, "--json", "--out", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["case"] == "gpt2_clm_mine"
 
 
@@ -186,7 +182,7 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
             "--label-field",
             "tags",
             "amp_bf16",
-            *SMALL,
+            *TWO_STEPS,
             "--data",
             str(mine),
             "--json",
@@ -210,7 +206,7 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
         "tags",
         "--configs",
         "amp_bf16",
-        *SMALL,
+        *TWO_STEPS,
         "--data",
         str(mine),
         "--json",
@@ -229,27 +225,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path, command):
     """`| head` ends neither a run nor a matrix: the row is that of a run to its end, and so is the exit status."""
     end, pipe = os.pipe()
     os.close(end)
-    sizes = [
-        "--max-steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--micro-batch",
-        "2",
-        "--seq-len",
-        "16",
-        "--documents",
-        "200",
-        "--validation-documents",
-        "4",
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--json",
-        "--out",
-        str(tmp_path),
-    ]
+    sizes = [*TWO_STEPS, "--device", "cpu", "--json", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "harness", *command, *sizes], stdout=pipe, stderr=pipe, timeout=300, check=False
     )
@@ -290,7 +266,7 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monk
     code = main(
         [
             "matrix",
-            *SMALL,
+            *TWO_STEPS,
             "--cases",
             "gpt2_clm",
             "--configs",

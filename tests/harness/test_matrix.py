@@ -20,28 +20,11 @@ from harness.settings import SettingsError
 from harness.supervisor.pool import Pool
 from instrument.results.folder import finished_runs
 from instrument.results.schemas import FirstNonfinite, RunRecord
+from tests.harness.commands import TWO_STEPS
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-SMALL = [
-    "--preset",
-    "tiny",
-    "--data",
-    "embedded",
-    "--max-steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--micro-batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--validation-documents",
-    "2",
-    "--documents",
-    "400",
-]
 
 
 def options(*words):
@@ -53,7 +36,7 @@ def harness(*words, env):
 
 
 def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
-    runs = plan_matrix(options(*SMALL), CPU)
+    runs = plan_matrix(options(*TWO_STEPS), CPU)
     assert len({run.run_id for run in runs}) == 42
     blocks = [runs[start : start + 7] for start in range(0, 42, 7)]
     assert all(len({run.case.id for run in block}) == 1 for block in blocks)  # a case's configurations side by side
@@ -62,12 +45,14 @@ def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
 
 
 def test_seeds_multiply_and_all_means_all():
-    assert len(plan_matrix(options(*SMALL, "--seeds", "0", "1", "--cases", "gpt2_clm"), CPU)) == 14
-    assert len(plan_matrix(options(*SMALL, "--cases", "all", "--configs", "all"), CPU)) == 8 * 14
+    assert len(plan_matrix(options(*TWO_STEPS, "--seeds", "0", "1", "--cases", "gpt2_clm"), CPU)) == 14
+    assert len(plan_matrix(options(*TWO_STEPS, "--cases", "all", "--configs", "all"), CPU)) == 8 * 14
 
 
 def test_a_run_asked_for_twice_is_planned_once():
-    twice = plan_matrix(options(*SMALL, "--cases", "gpt2_clm", "gpt2_clm", "--configs", "fp32_true", "--seeds", "0", "0"), CPU)
+    twice = plan_matrix(
+        options(*TWO_STEPS, "--cases", "gpt2_clm", "gpt2_clm", "--configs", "fp32_true", "--seeds", "0", "0"), CPU
+    )
     assert len(twice) == 1
 
 
@@ -91,7 +76,7 @@ def test_controls_change_the_configuration_only(plan):
 
 @pytest.mark.process
 def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environment):
-    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp32_true", "fp16_naive", "--out", str(tmp_path)]
+    words = ["matrix", *TWO_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true", "fp16_naive", "--out", str(tmp_path)]
     first = harness(*words, "--jobs", "2", "--json", env=command_environment)
     assert first.returncode == 0, first.stderr
     rows = [json.loads(line) for line in first.stdout.splitlines()]
@@ -118,7 +103,7 @@ def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environmen
 
 @pytest.mark.process
 def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environment):
-    common = [*SMALL, "--json"]
+    common = [*TWO_STEPS, "--json"]
     harness(
         "matrix",
         *common,

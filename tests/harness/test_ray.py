@@ -41,32 +41,11 @@ from instrument.environment import device_slug
 from instrument.results import transfer
 from instrument.results.claims import claim
 from instrument.results.folder import finished_runs, indexed_rows, write_terminal
+from tests.harness.commands import TWO_STEPS
 from tests.soak.reliability.ray_nodes import trial, two_nodes
 
 SLUG = device_slug(torch.device("cpu"))
-SMALL = [
-    "matrix",
-    "--preset",
-    "tiny",
-    "--data",
-    "embedded",
-    "--max-steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--micro-batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--validation-documents",
-    "2",
-    "--documents",
-    "400",
-    "--cases",
-    "gpt2_clm",
-    "--configs",
-    "fp32_true",
-]
+SMALL = ["matrix", *TWO_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true"]
 
 
 @pytest.mark.parametrize(
@@ -323,8 +302,7 @@ def test_a_run_that_another_worker_executes_again_is_reported(instant, runs):
 
 
 @pytest.mark.parametrize(
-    "error, status, cause",
-    [(OSError(28, "No space left on device"), "error", "exception"), (MemoryError(), "oom", "host_oom")],
+    "error, status, cause", [(OSError(28, "No space left on device"), "error", "exception"), (MemoryError(), "oom", "host_oom")]
 )
 def test_a_node_s_own_failure_is_that_run_s_row(instant, runs, monkeypatch, error, status, cause):
     def fail(*_):

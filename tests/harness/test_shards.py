@@ -15,28 +15,10 @@ from harness.matrix import command
 from harness.matrix.plan import Shard, plan_matrix, tokens
 from harness.settings import SettingsError
 from instrument.results.folder import finished_runs, indexed_rows
+from tests.harness.commands import TWO_STEPS
 from tests.soak.reliability.ray_nodes import comparable
 
 pytestmark = pytest.mark.slow
-
-SMALL = [
-    "--preset",
-    "tiny",
-    "--data",
-    "embedded",
-    "--max-steps",
-    "2",
-    "--batch-size",
-    "2",
-    "--micro-batch",
-    "2",
-    "--seq-len",
-    "16",
-    "--validation-documents",
-    "2",
-    "--documents",
-    "400",
-]
 
 
 @dataclass(frozen=True)
@@ -66,14 +48,14 @@ def test_runs_of_equal_size_are_split_to_within_one(count, n):
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_the_union_of_the_shards_is_the_default_matrix(n):
-    options = arguments.parser().parse_args(["matrix", *SMALL])
+    options = arguments.parser().parse_args(["matrix", *TWO_STEPS])
     whole = plan_matrix(options, torch.device("cpu"))
     union = [run.run_id for i in range(1, n + 1) for run in Shard(i, n).of(whole)]
     assert union == [run.run_id for run in whole] and len(union) == 42
 
 
 def test_the_cut_is_the_same_everywhere():
-    whole = plan_matrix(arguments.parser().parse_args(["matrix", *SMALL]), torch.device("cpu"))
+    whole = plan_matrix(arguments.parser().parse_args(["matrix", *TWO_STEPS]), torch.device("cpu"))
     first = [f"{run.case.id} {run.config.id}" for run in (Shard(i, 4).of(whole)[0] for i in range(1, 5))]
     assert first == ["gpt2_clm fp32_true", "roberta_mlm bf16_pure", "roberta_multi_cls fp16_naive", "gpt2_single_cls fp32_true"]
 
@@ -82,7 +64,7 @@ def test_the_cut_is_the_same_everywhere():
 def test_a_shard_that_does_not_exist_is_refused(text, tmp_path, capsys):
     with pytest.raises(SettingsError):
         Shard.parse(text)
-    assert cli.main(["matrix", *SMALL, f"--shard={text}", "--out", str(tmp_path / "out")]) == USAGE
+    assert cli.main(["matrix", *TWO_STEPS, f"--shard={text}", "--out", str(tmp_path / "out")]) == USAGE
     said = capsys.readouterr().err
     assert "--shard" in said and "allowed" in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -90,7 +72,7 @@ def test_a_shard_that_does_not_exist_is_refused(text, tmp_path, capsys):
 def test_a_shard_without_a_run_says_so_and_leaves_nothing(tmp_path, capsys):
     words = [
         "matrix",
-        *SMALL,
+        *TWO_STEPS,
         "--cases",
         "gpt2_clm",
         "--configs",
@@ -112,7 +94,7 @@ def test_two_shards_merged_are_the_unsharded_matrix(tmp_path, monkeypatch, capsy
     """fp16_naive diverges: its controls come along in its shard, but for the one that is planned in the other shard."""
     monkeypatch.setattr(command, "print_verdict", lambda out: None)
     monkeypatch.setattr(command, "store_all", lambda cases, out: None)
-    words = ["matrix", *SMALL, "--cases", "gpt2_clm", "--configs", "fp16_naive", "fp32_true", "fp16_naive_eps1e4", "--out"]
+    words = ["matrix", *TWO_STEPS, "--cases", "gpt2_clm", "--configs", "fp16_naive", "fp32_true", "fp16_naive_eps1e4", "--out"]
     whole, parts = tmp_path / "whole", [tmp_path / "1", tmp_path / "2"]
     assert cli.main([*words, str(whole)]) == OK
     for number, part in enumerate(parts, start=1):
