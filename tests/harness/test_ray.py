@@ -479,14 +479,14 @@ def test_files_larger_than_the_object_store_come_home(plan, tmp_path, monkeypatc
         transfer.unpack(node, settings.run_id, packed)
         state = node / "runs" / settings.run_id / "checkpoint-1" / "state"
         state.write_bytes(state.read_bytes()[::-1])
-        write_terminal(node, summarize(settings, Outcome(status="completed")))
+        write_terminal(node, summarize(settings, Outcome(status=DONE)))
         return transfer.pack(node, settings.run_id)
 
     monkeypatch.setattr(ray_pool, "execute_on_node", echo)
     with two_nodes() as (address, _), connected(address):
         pool = RayPool(runs, out, None, SLUG)
         ray.kill(pool._board, no_restart=False)
-        assert [ended.record.status for ended in pool.run(lambda: None)] == ["completed"] * 2
+        assert [ended.record.status for ended in pool.run(lambda: None)] == [DONE] * 2
     assert all(checkpoint.read_bytes() == large[::-1] for checkpoint in checkpoints) and len(list(nodes.iterdir())) == 2
 
 
