@@ -23,6 +23,7 @@ from harness.matrix.screen import MatrixScreen
 from harness.matrix.spending import BudgetSpent, Spending, estimated, run_seconds
 from harness.parallel.ranks import refuse_ranks
 from harness.planning import choose_device, data_options, results_folder
+from harness.predict import store_all
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.run.resume import discard
 from harness.run.signals import Stop
