@@ -83,7 +83,7 @@ def sentence_of(error: BaseException) -> str | None:
     """``cannot use PATH: Not a directory``; None for any other error, a missing file above all: a fault of ours."""
     if not isinstance(error, OSError) or error.errno not in FIXABLE or not isinstance(error.filename, str | bytes):
         return None
-    return f"cannot use {os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
+    return f"cannot use {os.fsdecode(error.filename)}: {os.strerror(error.errno or 0)}"
 
 
 READER_GONE = 141

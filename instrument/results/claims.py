@@ -153,8 +153,8 @@ def _claim(path: Path, owner: dict[str, Any]) -> Claim | None:
     lock.acquire()
     there = _read(path)
     elsewhere = there and there["boot"] != owner["boot"]
-    takeover = path.with_name(f"{FILE}.after-{there['token']}{TEMPORARY}") if elsewhere else None
-    if takeover is not None and (_age_s(path) <= STALE_S or not _is_first(takeover, path, there)):
+    takeover = path.with_name(f"{FILE}.after-{there['token']}{TEMPORARY}") if there and elsewhere else None
+    if there and takeover and (_age_s(path) <= STALE_S or not _is_first(takeover, path, there)):
         lock.release()
         return None
     if there != owner:

@@ -89,7 +89,7 @@ def bce_with_logits(
         logits = logits.contiguous()
     targets = targets if targets.shape[1] <= 1 or targets.stride(1) == 1 else targets.contiguous()
     pos_weight = None if pos_weight is None else pos_weight.float().contiguous()
-    counters = None if stats is None else stats.bind(*logits.shape, logits.device)
+    counters = None if stats is None else stats.bind(logits.shape[0], logits.shape[1], logits.device)
     options = {"sparse": sparse, "pos_weight": pos_weight}
     call = BceCall(choice, targets, reduction, normalizer, grad_scale, counters, options)
     return fused_loss(logits, call, inplace_grad=inplace_grad, compiled=_compiled)

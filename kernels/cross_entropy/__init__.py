@@ -97,7 +97,7 @@ def cross_entropy(
     if logits.stride(1) != 1 and not inplace_grad:
         logits = logits.contiguous()
     options = {"ignore_index": ignore_index, "smoothing": float(label_smoothing), "z_loss": float(z_loss), "valid": valid}
-    counters = None if stats is None else stats.bind(*logits.shape, logits.device)
+    counters = None if stats is None else stats.bind(logits.shape[0], logits.shape[1], logits.device)
     call = CrossEntropyCall(choice, targets.contiguous(), reduction, normalizer, grad_scale, counters, options)
     return fused_loss(logits, call, inplace_grad=inplace_grad, compiled=_compiled)
 
