@@ -128,9 +128,9 @@ def test_a_process_that_dies_is_a_row_and_the_next_run_is_unaffected(plan, tmp_p
     def kill_the_first():
         for run in pool.running:
             if run.settings.seed == 0 and run.last_step is not None:
-                run.process.kill()
+                os.kill(run.child.pid, signal.SIGKILL)
             if run.settings.seed == 1 and run.last_step is not None:
-                os.kill(run.process.pid, signal.SIGABRT)
+                os.kill(run.child.pid, signal.SIGABRT)
 
     for one in pool.run(kill_the_first, seconds_between_ticks=0.05):
         ended.append(one)

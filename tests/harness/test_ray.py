@@ -463,6 +463,7 @@ def test_four_runs_on_two_real_nodes_one_of_which_is_killed(tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.soak
 def test_files_larger_than_the_object_store_come_home(plan, tmp_path, monkeypatch):
     """120 MB to each of two nodes and back, through stores of 80 MiB; the board is killed meanwhile, and starts again."""
     import ray

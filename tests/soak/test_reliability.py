@@ -179,7 +179,7 @@ def test_of_a_dead_run_the_last_part_s_rows_must_be_there_and_of_those_before_wh
     assert same_run.lost_rows([ended], settings.run_id, dead) == []
     a_row_dropped(dead, settings)
     assert same_run.lost_rows([ended], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
-    later = processes.EndedCommand()
+    later = processes.ProcessResult()
     assert same_run.lost_rows([ended, later], settings.run_id, dead) == []  # it starts over
     (dead / "runs" / settings.run_id / "checkpoint-4").mkdir()
     assert same_run.lost_rows([ended, later], settings.run_id, dead) == ["acknowledged and lost: steps, step 3"]
