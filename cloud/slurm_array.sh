@@ -39,18 +39,19 @@ PYTHON=${PYTHON:-.venv/bin/python}
 RESULTS=${RESULTS:-results}
 command -v "$PYTHON" >/dev/null || fail "$PYTHON is not there: sh install.sh makes it, from the folder the job is submitted in"
 
-asked=
+asked= matrix=
 stop() {
     trap '' TERM  # a second one would leave without a checkpoint
     asked=yes
-    kill -TERM "$matrix" 2>/dev/null
+    [ -z "$matrix" ] || kill -TERM "$matrix" 2>/dev/null
 }
+trap stop TERM
 
 # In the background, so that this shell hears the signal; not through make, which would swallow exit code 75.
 "$PYTHON" -m harness matrix --shard "$SLURM_ARRAY_TASK_ID/$SHARDS" \
     --out "$RESULTS/shard-$SLURM_ARRAY_TASK_ID-of-$SHARDS" "$@" &
 matrix=$!
-trap stop TERM
+[ -z "$asked" ] || kill -TERM "$matrix" 2>/dev/null
 wait "$matrix"
 code=$?
 if [ -n "$asked" ]; then  # the wait was interrupted: this is the matrix' own exit code

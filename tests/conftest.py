@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing.process
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.process_mark import pytest_fixture_setup, pytest_runtest_call  # noqa: F401
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
@@ -19,40 +19,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the backgro
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of processes elsewhere
 SHARED_DATA = ROOT.parent / "shared" / "data"
-
-
-STARTED: list[object] = []
-"""What started a process so far. Programs that a library asks about the machine are not meant."""
-ASKED_BY_LIBRARIES = ("lscpu", "uname", "ldconfig", "nvidia-smi")
-
-
-def _notice(event: str, arguments: tuple) -> None:
-    if event == "subprocess.Popen" and os.path.basename(str(arguments[0])) not in ASKED_BY_LIBRARIES:
-        STARTED.append(arguments[1])
-    elif event in ("os.fork", "os.posix_spawn"):
-        STARTED.append(event)
-
-
-sys.addaudithook(_notice)
-_start = multiprocessing.process.BaseProcess.start
-
-
-def _noticed_start(process) -> None:
-    STARTED.append(process)
-    _start(process)
-
-
-multiprocessing.process.BaseProcess.start = _noticed_start
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """`make quick` runs no test that starts a process: such a test is marked ``process`` or ``soak``."""
-    before = len(STARTED)
-    result = yield
-    if STARTED[before:] and "not process" in item.config.option.markexpr:
-        pytest.fail(f"starts a process without the mark `process`: {STARTED[before]}")
-    return result
 
 
 @pytest.fixture(scope="session", autouse=True)

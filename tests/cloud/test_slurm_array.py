@@ -122,9 +122,8 @@ def test_the_exit_code_is_the_matrix_s_and_a_spent_budget_is_not_requeued(slurm,
 def stopped(slurm, tmp_path, body, signals=1):
     task = slurm(task=3, count=4, python=a_python(tmp_path, body))
     deadline_s = time.monotonic() + 60
-    while not (tmp_path / "asked").exists() and time.monotonic() < deadline_s:
+    while not (tmp_path / "listening").exists() and time.monotonic() < deadline_s:
         time.sleep(0.02)
-    time.sleep(0.3)
     for _ in range(signals):
         task.send_signal(signal.SIGTERM)
         time.sleep(0.1)
@@ -132,7 +131,8 @@ def stopped(slurm, tmp_path, body, signals=1):
     return task.returncode
 
 
-CHECKPOINTS = 'trap "sleep 0.5; exit 75" TERM; while :; do sleep 0.05; done'
+LISTENING = 'touch "${0%/*}/listening"; while :; do sleep 0.05; done'
+CHECKPOINTS = f'trap "sleep 0.5; exit 75" TERM; {LISTENING}'
 
 
 @pytest.mark.parametrize("signals", [1, 3])
@@ -142,7 +142,7 @@ def test_a_task_that_slurm_stops_waits_for_the_checkpoints_and_queues_itself_aga
 
 
 def test_a_task_that_ended_just_before_it_was_stopped_is_not_queued_again(slurm, tmp_path):
-    assert stopped(slurm, tmp_path, 'trap "exit 0" TERM; while :; do sleep 0.05; done') == 0
+    assert stopped(slurm, tmp_path, f'trap "exit 0" TERM; {LISTENING}') == 0
     assert not (tmp_path / "requeued").exists()
 
 

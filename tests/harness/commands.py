@@ -79,7 +79,7 @@ def logged(out):
     return [log.read_bytes().count(b"\n") for log in sorted(out.glob("training_logs/*.jsonl"))]
 
 
-def group_is_gone(group, timeout_s=20):
+def group_is_gone(group, timeout_s=60):
     """Whether every process of the group is gone, soon."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:

@@ -253,7 +253,7 @@ def gone(pid):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert condition()
@@ -266,7 +266,11 @@ def test_a_stage_that_does_not_listen_is_killed_with_what_it_started(tmp_path, m
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, file=sys.stderr, flush=True)\nchild.wait()"
     )
-    exit_code, _, _, log = execute(tmp_path, monkeypatch, code, limit_s=2.0, grace_s=0.3)
+
+    class OnceItLogged:
+        requested = property(lambda _: "SIGTERM" if "\n" in (tmp_path / "logs" / "x.log").read_text() else None)
+
+    exit_code, _, _, log = execute(tmp_path, monkeypatch, code, grace_s=0.3, stop=OnceItLogged())
     assert exit_code == -signal.SIGKILL
     wait_until(lambda: gone(int(log)))
 

@@ -139,9 +139,10 @@ def test_a_reported_failure_and_a_silent_end_are_distinguished(tmp_path, monkeyp
 
 def test_stopping_waits_for_a_monitor_whose_store_is_slow(monkeypatch):
     class Slow:
-        store = HashStore()
+        store, entered = HashStore(), threading.Semaphore(0)
 
         def set(self, key, value):
+            self.entered.release()
             time.sleep(0.5)
             self.store.set(key, value)
 
@@ -149,8 +150,10 @@ def test_stopping_waits_for_a_monitor_whose_store_is_slow(monkeypatch):
             return self.store.check(keys)
 
     monkeypatch.setattr("harness.parallel.rank_monitor.PERIOD_S", 0.01)
-    monitor = RankMonitor(Ranks(), Slow(), 60.0)
-    time.sleep(0.2)  # now it is in the store
+    slow = Slow()
+    monitor = RankMonitor(Ranks(), slow, 60.0)
+    for _ in range(2):  # by the constructor, and by the thread: now that is in the store
+        assert slow.entered.acquire(timeout=60)
     monitor.stop()
     assert not monitor._thread.is_alive()
 

@@ -83,7 +83,7 @@ def test_a_killed_owner_s_run_is_free_at_once(tmp_path):
     owner.join()
     began_s = time.monotonic()
     claim(tmp_path, "a").release()
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < claims.STALE_S / 2  # that of another host would be waited for
 
 
 def test_on_another_host_the_heartbeat_tells(tmp_path):
@@ -99,7 +99,7 @@ def test_the_heartbeat_renews_the_file_s_time(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
     own = claim(tmp_path, "a")
     os.utime(own.path, (1, 1))
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 60
     while own.path.stat().st_mtime == 1 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert time.time() - own.path.stat().st_mtime < 60

@@ -12,6 +12,7 @@ import pytest
 
 from instrument.results.lines import read
 from instrument.results.measurements import HardwareRecord
+from instrument.sampler import gpu
 from instrument.sampler.gpu import FIELDS, GpuSensors, Patience, company_of
 from instrument.sampler.sampler import HostSensors, Rapl, Sampler
 
@@ -115,21 +116,37 @@ def test_an_answer_that_makes_no_sense_is_a_null_and_a_reason(nvml, call):
     sensors.close()
 
 
+@pytest.fixture
+def clock_s(monkeypatch):
+    """The clock of `Patience`, which stands still: how long a busy machine takes to answer is not tested."""
+    now_s = [0.0]
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now_s[0], thread_time=time.thread_time))
+    return now_s
+
+
+def wait_until(condition):
+    until_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_hangs_costs_one_wait_and_is_not_asked_again(nvml, call):
+def test_a_call_that_hangs_costs_one_wait_and_is_not_asked_again(nvml, call, clock_s):
     library = nvml(hang=(call,))
-    sensors = GpuSensors("a", patience=Patience(wait_s=0.1, limit_s=0.15))
-    until_s = time.monotonic() + (5 if call in FIELDS or call in OPENING else 0.3)  # the others are not asked by `read`
-    while not sensors.patience.given_up and time.monotonic() < until_s:
-        sensors.read()
-        time.sleep(0.01)
-    asked = library.asked.count(call)
-    assert asked <= 1
+    sensors = GpuSensors("a", patience=Patience(wait_s=60.0, limit_s=70.0))
+    is_asked = call in FIELDS or call in OPENING  # the others are not asked by `read`
+    if is_asked:
+        sensors.patience.wait_s = 0.01
+        while sensors.read()[0] or library.asked.count(call) == 0:  # opened, then stuck
+            time.sleep(0.002)
+        sensors.patience.wait_s = 60.0
+        clock_s[0] += 71.0
     began_s = time.monotonic()
     for _ in range(20):
         found, unknown = sensors.read()
-    assert time.monotonic() - began_s < 1
-    assert library.asked.count(call) == asked  # and the other calls still answer
+    assert time.monotonic() - began_s < 50
+    assert library.asked.count(call) == is_asked  # and the other calls still answer
     if call in OPENING:
         assert not found and "not asked again" in unknown["gpu_power_w"]
     elif call in FIELDS:
@@ -153,7 +170,7 @@ def test_a_mark_during_a_look_is_followed_by_another(tmp_path, monkeypatch):
     time.sleep(0.2)
     looking.clear()
     sampler.mark("other", "begin")
-    assert looking.wait(2)
+    assert looking.wait(60)
     sampler.mark("timed", "end")  # while the sampler is busy, and then it is stopped
     assert sampler.stop(window="timed")["window_s"] > 0.1
     records = list(read(tmp_path / "hardware.jsonl", HardwareRecord))
@@ -167,7 +184,7 @@ from pathlib import Path
 from instrument.sampler.sampler import Sampler
 Sampler(Path({str(tmp_path)!r}) / "hardware.jsonl", period_s=0.01).start()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr
 
 
@@ -185,27 +202,31 @@ began = time.monotonic()
 summary = sampler.stop()
 print(time.monotonic() - began, summary["unknown"]["gpu_power_w"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[0]) < 2.5 and "opening NVML" in done.stdout and not done.stderr
+    assert float(done.stdout.split()[0]) < 20 and "opening NVML" in done.stdout and not done.stderr
 
 
 def test_records_and_marks_are_written_and_summed_up(tmp_path, nvml):
     nvml()
     sampler = Sampler(tmp_path / "hardware.jsonl", gpu_uuid="GPU-a", period_s=0.02).start()
-    time.sleep(0.05)
+    path, looks = tmp_path / "hardware.jsonl", lambda: path.read_bytes().count(b"\n") if path.exists() else 0
+    wait_until(lambda: looks() > 0)
+    began_s = time.monotonic()
     sampler.mark("timed", "begin")
     time.sleep(0.15)
+    wait_until(lambda: looks() > 5)
     sampler.mark("timed", "end")
-    summary = sampler.stop(window="timed")
+    lasted_s = time.monotonic() - began_s
+    summary = sampler.stop(window="timed", timeout_s=60.0)
     records = list(read(tmp_path / "hardware.jsonl", HardwareRecord))
     times = [record.time_s for record in records]
-    assert times == sorted(times) and len(records) >= 6 and times[0] < 0.5
+    assert times == sorted(times) and len(records) >= 6
     assert all(abs((r.unix_s - r.time_s) - (records[0].unix_s - records[0].time_s)) < 0.5 for r in records)
     assert [mark.edge for record in records for mark in record.marks] == ["begin", "end"]
     assert records[-1].time_s >= max(mark.time_s for record in records for mark in record.marks)
     assert records[-1].gpu_power_w == 200 and records[-1].process_rss_bytes > 1e6
-    assert summary["window_s"] == pytest.approx(0.15, abs=0.1)
+    assert summary["window_s"] == pytest.approx(lasted_s, abs=0.1)
     assert summary["energy_j"] is None and "is not stated" in summary["why"]  # a window this short
     assert summary["peak_device_bytes"] == 40 and summary["gpu_power_mean_w"] == 200
     assert summary["contended"] is None and "another namespace" in summary["company"]["end"]["why"]
@@ -216,21 +237,23 @@ def test_records_and_marks_are_written_and_summed_up(tmp_path, nvml):
 
 def test_marks_at_every_step_do_not_make_the_sampler_busy(tmp_path):
     sampler = Sampler(tmp_path / "hardware.jsonl").start()
-    until_s = time.monotonic() + 0.45
-    marks = 0
-    while time.monotonic() < until_s:
+    began_s, marks = time.monotonic(), 0
+    while time.monotonic() < began_s + 0.45 or marks <= 50:
         sampler.mark("step", "begin")
         sampler.mark("step", "end")
         marks += 2
         time.sleep(0.002)
-    assert sampler.stop()["samples"] <= 8
+    lasted_s = time.monotonic() - began_s
+    assert sampler.stop()["samples"] <= 4 + lasted_s / 0.1  # one for 0.1 s, and the first, the last, the regular
     assert sum(len(record.marks) for record in read(tmp_path / "hardware.jsonl", HardwareRecord)) == marks > 50
 
 
 def test_a_reason_is_written_once(tmp_path, nvml):
     nvml(fail={"nvmlDeviceGetPowerUsage": pynvml.NVMLError(3)})
     with Sampler(tmp_path / "hardware.jsonl", gpu_uuid="a", period_s=0.01):
-        time.sleep(0.06)
+        wait_until(
+            lambda: (tmp_path / "hardware.jsonl").exists() and (tmp_path / "hardware.jsonl").read_bytes().count(b"\n") > 2
+        )
     reasons = [
         record.unknown["gpu_power_w"]
         for record in read(tmp_path / "hardware.jsonl", HardwareRecord)
@@ -296,39 +319,43 @@ def test_rapl_counts_packages_and_survives_the_wrap(tmp_path):
 
 
 def test_shares_of_the_processor_are_of_what_it_did(tmp_path):
-    host = HostSensors(tmp_path)
+    host, outer = HostSensors(tmp_path), (time.monotonic(), time.process_time())
     found, unknown = host.read()
     assert "process_cpu_percent" in unknown and "process_cpu_percent" not in found
-    began_s, busy_s = time.monotonic(), -time.process_time()
-    while time.monotonic() < began_s + 0.3:
+    inner = (time.monotonic(), time.process_time())
+    while time.monotonic() < inner[0] + 0.3:
         pass
-    busy_s += time.process_time()
-    share = busy_s / (time.monotonic() - began_s)
+    inner_s, inner_busy_s = time.monotonic() - inner[0], time.process_time() - inner[1]
     found, unknown = host.read()
-    assert found["process_cpu_percent"] == pytest.approx(100 * share, rel=0.2)
+    outer_s, outer_busy_s = time.monotonic() - outer[0], time.process_time() - outer[1]
+    assert 99 * inner_busy_s / outer_s <= found["process_cpu_percent"] <= 101 * outer_busy_s / inner_s
     assert 0 <= found["system_cpu_percent"] <= 100
     assert "less than 0.1 s" in host.read()[1]["process_cpu_percent"]
 
 
-def test_a_call_that_answers_late_is_dropped_and_its_late_answer_is_not_used():
-    patience = Patience(wait_s=0.1, limit_s=0.15)
+def test_a_call_that_answers_late_is_dropped_and_its_late_answer_is_not_used(clock_s):
+    patience, round_1 = Patience(wait_s=0.05, limit_s=1.0), threading.Event()
     release = threading.Event()
-    slow = {"slow": lambda: release.wait() and "old", "quick": lambda: "now"}
-    assert patience.ask(slow)[0] == {}
-    time.sleep(0.06)
+    slow = {"slow": lambda: (round_1.set(), release.wait()) and "old", "quick": lambda: "now"}
+    assert patience.ask(slow)[0] == {} and round_1.wait(60)
+    clock_s[0] += 1.5
     release.set()
-    time.sleep(0.02)
+    patience.wait_s = 60.0
+    wait_until(lambda: patience.given_up)
     answers, reasons = patience.ask(slow)
     assert answers == {"quick": "now"} and "not asked again" in reasons["slow"]
 
 
-def test_a_thread_that_was_replaced_asks_nothing_more():
-    patience = Patience(wait_s=0.1, limit_s=0.15)
-    release, asked = threading.Event(), []
-    questions = {"stuck": release.wait, "next": lambda: asked.append(threading.current_thread())}
+def test_a_thread_that_was_replaced_asks_nothing_more(clock_s):
+    patience = Patience(wait_s=0.05, limit_s=1.0)
+    stuck, release, asked = threading.Event(), threading.Event(), []
+    questions = {"stuck": lambda: (stuck.set(), release.wait()), "next": lambda: asked.append(threading.current_thread())}
     patience.ask(questions)
-    time.sleep(0.06)
+    assert stuck.wait(60)
+    replaced = patience._thread
+    clock_s[0] += 1.5
+    patience.wait_s = 60.0
     patience.ask(questions)  # gives up, on a new thread
     release.set()
-    time.sleep(0.05)
-    assert len(asked) == 1
+    replaced.join(60)
+    assert len(asked) == 1 and asked != [replaced] and not replaced.is_alive()
