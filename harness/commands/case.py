@@ -4,13 +4,12 @@ ranks, which torchrun started."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
@@ -18,7 +17,7 @@ from bench_cases.own import case_for_model, find_case
 from harness import options as arguments
 from harness.budget import Budget, asked_budget
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
-from harness.parallel.ranks import Ranks, on_ranks
+from harness.parallel.ranks import Ranks, end_process, on_ranks
 from harness.settings import RunSettings, SettingsError
 from instrument.results import files
 
@@ -93,13 +92,13 @@ def _run_rank(
                 context.gather(None)  # rank 0 has written the row: torchrun ends it as soon as another leaves with 75
     except RankFailed as error:  # before there was a run to write a row of; that rank says why
         print(f"harness: {error}", file=sys.stderr)
-        _end_process(RUN_FAILED)
+        end_process(RUN_FAILED)
     if screen:
         screen.summary(record)
         if options.json:
             sys.stdout.write(encode(record).decode() + "\n")
     if context.broken:
-        _end_process(_exit_code(record))
+        end_process(_exit_code(record))
     return _exit_code(record)
 
 
@@ -113,12 +112,6 @@ def _folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
         return
     with files.temporary_folder(f"ddb-rank{ranks.rank}") as temporary:
         yield temporary
-
-
-def _end_process(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _exit_code(record: RunRecord) -> int:

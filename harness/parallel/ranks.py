@@ -3,8 +3,11 @@ may have. Torch-free."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from harness.settings import RunSettings, SettingsError
 
@@ -40,6 +43,16 @@ class Ranks:
                 f"set: a run on several GPUs is started with `{LAUNCH}`; for one process unset WORLD_SIZE"
             )
         return cls(_number("RANK"), world, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", least=1))
+
+
+def end_process(code: int) -> NoReturn:
+    """End a rank without finalising its interpreter: while Python finalises, a thread of gloo or of the store that asks
+    for the interpreter's lock is ended in the middle of C++, which aborts the process: a run that has completed would end with
+    SIGABRT, and torchrun would kill the other ranks."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def refuse_ranks(command: str) -> None:

@@ -7,10 +7,12 @@ import os
 import sys
 
 from harness.cli import main
+from harness.parallel.ranks import end_process
 
 if __name__ == "__main__":
     for environment, words, *expected in json.loads(sys.argv[1]):
         os.environ.update(environment)
         code = main(words)
         if code not in (expected or [0]):
-            sys.exit(code or 1)
+            end_process(code or 1)
+    end_process(0)

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +15,7 @@ from harness.cli import main
 from harness.loss import training_loss
 from harness.run.execute import load_run_data, make_batches, model_request
 from instrument.results.claims import owner_of
-from tests.harness.launched import FAULTY, LONGEST_S, SMALL, ended, ids_of, launched, one_run, settled, several, torchrun
+from tests.harness.launched import FAULTY, LONGEST_S, ROOT, SMALL, ended, ids_of, launched, one_run, settled, several, torchrun
 
 pytestmark = pytest.mark.process
 
@@ -351,3 +353,20 @@ def test_a_world_of_one_is_the_same_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["run_id"] == json.loads(alone)["run_id"]
+
+
+def test_a_rank_ends_without_finalising_its_interpreter():
+    """Threads inside C++ that ask for the interpreter's lock while it finalises abort the process."""
+    program = """
+import atexit, threading
+from harness.parallel.ranks import end_process
+class Finalised:
+    def __del__(self): print("finalised", flush=True)
+kept = Finalised()
+atexit.register(print, "temporary files deleted")
+threading.Thread(target=threading.Event().wait).start()  # finalising would wait for it
+print("row", end=" ")
+end_process(3)
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stdout, process.stderr) == (3, "row temporary files deleted\n", "")
