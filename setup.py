@@ -94,7 +94,6 @@ setup(
         "filelock>=3.30",
         "scipy",
         "scikit-learn",
-        "adjustText",
         "numpy",
         "pandas",
         "tokenizers",

@@ -99,16 +99,15 @@ def clean(text: object, limit: int = LABEL_LIMIT) -> str:
     return line if len(line) <= limit and len(short) == len(str(text)) else line[: limit - 1] + "…"
 
 
-def power_of_ten(value: float, _position: int | None = None) -> str:
-    """A log axis's tick: ``10⁻³``, or the plain number from 0.01 to 1,000."""
+def log_tick(value: float, _position: int | None = None) -> str:
+    """A log axis's tick: ``10⁻³``, ``2×10⁵``, or the plain number from 0.01 to 1,000 (5,000)."""
     if value <= 0 or not math.isfinite(value):
         return ""
-    exponent = math.log10(value)
-    if abs(exponent - round(exponent)) > 1e-6:
-        return ""
-    if -2 <= round(exponent) <= 3:
+    exponent = math.floor(math.log10(value) + 1e-9)
+    digits = f"{value / 10.0**exponent:.4g}"
+    if -2 <= exponent <= 3:
         return f"{value:,.6g}"
-    return "10" + str(round(exponent)).translate(SUPERSCRIPTS)
+    return ("" if digits == "1" else digits + "×") + "10" + str(exponent).translate(SUPERSCRIPTS)
 
 
 def short(value: float, digits: int = 3) -> str:

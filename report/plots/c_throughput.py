@@ -6,52 +6,78 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from report.plots.elements import cases_in_rows, label_lowest, panels
 from report.plots.palette import look
-from report.plots.style import INK, MUTED, SMALL_PT, name_rows, table_figure
+from report.plots.style import MUTED, PAPER, SMALL_PT, name_rows, table_figure
 from report.text import clean, rate
 
-BAR_IN, FRAME_IN = 0.168, 0.5
+ROW_IN, FRAME_IN = 0.168, 0.5
+LEAST, MOST = 1 / 16, 16.0
+"""An interval beyond these is cut there, with an arrow: two seeds that scatter would leave no room for the rest."""
 
 
 def draw(table) -> Figure:
-    """Bars from 0, a facet a task and architecture; a run that gave no speed is a text."""
+    """A point with its interval on a logarithmic axis, a facet a case; a run that gave no speed is a text."""
     data = table.data
     rows = cases_in_rows(data)
-    heights = [BAR_IN * max((data["case"] == case).sum() for case in row) + FRAME_IN for row in rows]
+    heights = [ROW_IN * max((data["case"] == case).sum() for case in row) + FRAME_IN for row in rows]
     figure = table_figure(table, sum(heights))
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False, height_ratios=heights, sharex=True)
-    longest = np.nanmax(np.r_[data["high"].to_numpy(float), data["relative"].to_numpy(float), 1.0])
+    low, high = _reach(data)
     for axes, case in panels(grid, rows):
-        _panel(axes, data[data["case"] == case], longest)
-    label_lowest(grid, "samples/s relative to fp32_true")
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        _panel(axes, data[data["case"] == case])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(2.0 ** np.arange(np.ceil(np.log2(low)), np.floor(np.log2(high)) + 1))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    label_lowest(grid, "samples/s relative to fp32_true, logarithmic")
     return figure
 
 
-def _panel(axes: Axes, data: pd.DataFrame, longest: float) -> None:
+def _reach(data: pd.DataFrame) -> tuple[float, float]:
+    """Limits that hold every value and every interval's end within ``LEAST`` to ``MOST``, and 1x to 2x at least."""
+    ends = data[["relative", "low", "high"]].to_numpy(float)
+    ends = np.clip(ends[np.isfinite(ends)], LEAST, MOST)
+    values = data["relative"].to_numpy(float)
+    values = values[np.isfinite(values)]
+    return min(0.9, *(0.9 * ends), *(0.9 * values)), max(2.0, *(1.1 * ends), *(1.1 * values))
+
+
+def _panel(axes: Axes, data: pd.DataFrame) -> None:
     axes.axvline(1.0, color=MUTED, linewidth=0.8, zorder=0.5)
     for at, row in enumerate(data.to_dict("records")):
         style = look(row["dtype_config"])
         if pd.notna(row["word"]) or not np.isfinite(row["relative"]):
             text = row["word"] if pd.notna(row["word"]) else "no speed"
-            axes.text(0.015 * longest, at, clean(text, 40), va="center", size=SMALL_PT, color=MUTED)
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
+            axes.annotate(
+                clean(text, 40),
+                (1.0, at),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                size=SMALL_PT,
+                color=MUTED,
+                bbox=box,
+            )
             continue
-        axes.barh(at, row["relative"], height=0.62, color=style.colour, linewidth=0)
-        end = row["relative"]
         if np.isfinite(row["low"]) and np.isfinite(row["high"]):
-            _interval(axes, at, row["low"], row["high"])
-            end = max(end, row["high"])
-        speed = f"{row['relative']:.2f}x, {rate(row['samples_per_s'])}/s"
-        axes.text(end + 0.02 * longest, at, speed, va="center", size=SMALL_PT)
+            _interval(axes, at, row["low"], row["high"], style.colour)
+        axes.plot(row["relative"], at, style.marker, color=style.colour, markersize=4.6, mec="white", mew=0.4)
+        speed = f"{row['relative']:.2f}x · {rate(row['samples_per_s'])}/s · n={row['n']:.0f}"
+        axes.text(1.015, at, speed, va="center", size=SMALL_PT, transform=axes.get_yaxis_transform())
     name_rows(axes, data["dtype_config"], limit=26)
-    axes.set_xlim(0, longest * 1.42)
     axes.set_title(clean(data["case"].iloc[0]))
 
 
-def _interval(axes: Axes, at: float, low: float, high: float) -> None:
-    """A line with ends, light around dark so that it shows on the bar and beyond it."""
-    for colour, width in (("white", 2.0), (INK, 0.8)):
-        axes.plot([low, high], [at, at], color=colour, linewidth=width, solid_capstyle="butt")
-        for x in (low, high):
-            axes.plot([x, x], [at - 0.16, at + 0.16], color=colour, linewidth=width)
+def _interval(axes: Axes, at: float, low: float, high: float, colour: str) -> None:
+    """A line with ends; an arrow's head where the interval goes on."""
+    least, most = axes.get_xlim()
+    axes.plot([max(low, least), min(high, most)], [at, at], color=colour, linewidth=1.1, solid_capstyle="butt")
+    for x, beyond, head in ((low, low < least, "<"), (high, high > most, ">")):
+        axes.plot(
+            np.clip(x, least, most), at, head if beyond else "|", color=colour, markersize=4.2, mew=0.9, clip_on=False, zorder=3
+        )

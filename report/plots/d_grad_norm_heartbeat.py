@@ -7,9 +7,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from report.plots.elements import decimate, label_right
+from report.plots.elements import as_series, decimate, label_right
 from report.plots.palette import look
 from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
+from report.tables.selection import REFERENCE
 from report.text import clean
 
 ROW_IN, FRAME_IN = 1.12, 0.3
@@ -33,8 +34,11 @@ def draw(table) -> Figure:
         log_axis(log, "x")
         whole_steps(linear)
         for axes, log_x in ((linear, False), (log, True)):
-            for (config, _), run in rows.groupby(["dtype_config", "seed"], sort=False):
+            for (config, seed), run in rows.groupby(["dtype_config", "seed"], sort=False):
+                before = set(axes.lines)
                 _run(axes, run, config, log_x)
+                for line in set(axes.lines) - before:
+                    as_series(line, case, config, seed)
             axes.margins(x=0.02)
         linear.set_title(clean(case), pad=8)
         linear.set_ylabel("gradient norm")
@@ -45,7 +49,8 @@ def draw(table) -> Figure:
 
 
 def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
-    """One run: the line (decimated, spikes kept), its marks, its end."""
+    """One run: the line (decimated, spikes kept), its marks, its end. The reference is thin and on top, so that neither hides
+    the other where they agree."""
     style = look(config)
     x, y = run["step"].to_numpy(), run["grad_norm"].to_numpy(float)
     spike, skipped = run["spike"].to_numpy(bool), run["skipped"].to_numpy(bool)
@@ -56,8 +61,9 @@ def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
         np.where(np.isfinite(y[shown]), y[shown], np.nan),
         color=style.colour,
         linestyle=style.line,
-        linewidth=0.8,
-        alpha=0.9,
+        linewidth=THIN_PT if config == REFERENCE else 1.3,
+        alpha=0.9 if config == REFERENCE else 0.75,
+        zorder=3 if config == REFERENCE else 2,
     )
     marks = decimate(x[spike], y[spike], bins=60, log_x=log_x)
     axes.plot(x[spike][marks], y[spike][marks], "o", mfc="none", mec=style.colour, mew=THIN_PT, markersize=3.4)
@@ -83,7 +89,7 @@ def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
         finite = runs[np.isfinite(runs["grad_norm"])]
         y = float(finite["grad_norm"].iloc[-1]) if len(finite) else axes.get_ylim()[0]
         labels.append((y, _label(config, summary[summary["dtype_config"] == config]), look(config)))
-    label_right(axes, labels, height_in=ROW_IN - 0.3)
+    label_right(axes, labels, height_in=ROW_IN - 0.42)
 
 
 def _label(config: str, summary: pd.DataFrame) -> str:
@@ -95,6 +101,6 @@ def _label(config: str, summary: pd.DataFrame) -> str:
         seeds = f", {len(diverged_at)} of {len(summary)} seeds" if len(summary) > 1 else ""
         return f"{name} × @ {where}{seeds}"
     relative = summary["relative_to_fp32"].dropna()
-    if len(relative) and config != "fp32_true":
+    if len(relative) and config != REFERENCE:
         return f"{name}, spikes {relative.mean():.2g}x"
     return name

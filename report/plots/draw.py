@@ -26,8 +26,9 @@ from report.plots import (
     headroom,
     step_time,
 )
+from report.plots.elements import name_frames
 from report.plots.style import empty_figure, theme
-from report.plots.write import inline, picture, standalone, write_csv
+from report.plots.write import freeze_layout, inline, picture, standalone, write_csv
 from report.tables.table import Table
 
 DRAW: dict[str, Callable[..., Figure]] = {
@@ -109,6 +110,8 @@ def draw_one(table: Table, folder: Path, formats: tuple[str, ...], dpi: int) -> 
     """One figure: drawn once, written in every format."""
     with theme(table.name):
         figure = draw(table)
+        freeze_layout(figure)
+        name_frames(figure)
         kinds = sorted({"svg", *formats}, key=lambda kind: (kind == "eps", kind))
         pictures = {kind: picture(figure, kind, dpi) for kind in kinds}
     svg = pictures["svg"].decode()

@@ -40,12 +40,17 @@ def draw(table) -> Figure:
         ROW_IN * len(cases) + FRAME_IN,
         "Over each violin its largest finite value. n ✗: steps with a non-finite logit. Box: quartiles and median.",
     )
-    grid = figure.subplots(len(cases), 1, squeeze=False, sharex=True)
+    grid = figure.subplots(len(cases), 1, squeeze=False, sharex=True, sharey=True)
     for (axes,), case in zip(grid, cases, strict=True):
         rows = data[data["case"] == case]
         _panel(axes, rows, table.summary[table.summary["case"] == case], configs)
         axes.set_title(clean(case))
         axes.set_ylabel("largest logit")
+    ends = table.summary["max"].to_numpy(float)
+    low, high = grid[0][0].get_ylim()
+    for (axes,) in grid:
+        axes.set_ylim(low / FOOTROOM, HEADROOM * max(high, FP16.max * 1.6, *ends[np.isfinite(ends)]))
+        _limit(axes, named=axes is grid[0][0])
     return figure
 
 
@@ -74,19 +79,15 @@ def _panel(axes: Axes, data: pd.DataFrame, summary: pd.DataFrame, configs: list[
     seeds = sorted(data["seed"].unique())
     slot_in = FULL_WIDTH_IN * 0.92 / (len(configs) * (len(seeds) + 0.6))
     facts = summary.set_index(["dtype_config", "seed"])
-    tops, violins = [], _Violins()
+    violins = _Violins()
     for (config, seed), run in data.groupby(["dtype_config", "seed"], sort=False):
         at = configs.index(config) * (len(seeds) + 0.6) + seeds.index(seed)
         values = run["logit_absmax"].to_numpy(float)
         values = values[np.isfinite(values) & (values > 0)]
         if len(values):
             violins.add(at, values, look(config).colour)
-            tops.append(values.max())
         _largest(axes, at, values, int(facts.loc[(config, seed), "nonfinite_steps"]), slot_in)
     violins.draw(axes)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low / FOOTROOM, max(high, FP16.max * 1.6, *tops) * HEADROOM)
-    _limit(axes)
     middle = (len(seeds) - 1) / 2
     axes.set_xticks([i * (len(seeds) + 0.6) + middle for i in range(len(configs))])
     axes.set_xticklabels(["\n".join(_broken(clean(config, 30))) for config in configs])
@@ -145,10 +146,12 @@ def _largest(axes: Axes, at: float, values: np.ndarray, nonfinite_steps: int, sl
     )
 
 
-def _limit(axes: Axes) -> None:
-    """The largest finite fp16 number, and what lies beyond it."""
+def _limit(axes: Axes, *, named: bool) -> None:
+    """The largest finite fp16 number, at one height in all panels, and what lies beyond it; the first panel names it."""
     axes.axhline(FP16.max, color=WARNING_INK, linewidth=0.9, linestyle=(0, (4, 1.5)))
     axes.axhspan(FP16.max, axes.get_ylim()[1], facecolor=WARNING_INK, alpha=0.06, linewidth=0)
+    if not named:
+        return
     axes.text(
         0.004,
         FP16.max * 1.12,

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Affine2D, ScaledTranslation, Transform, blended_transform_factory
 
 from report.plots.palette import Look
 from report.plots.style import SMALL_PT
+from report.text import clean
 
 BINS = 90
 CELLS = 56
 EDGE = 3.0
 """How many bandwidths the outline is computed beyond the data (then cut at the data's ends)."""
+SERIES, FRAME = "series", "frame"
+"""What the id of an artist begins with that the page reacts to, and that of a frame."""
 SPACING = 1.18
 """Distance of two labels' centres, in heights of the text."""
 
@@ -47,6 +52,27 @@ def decimate(
     if keep is not None:
         kept |= keep
     return np.flatnonzero(kept)
+
+
+def as_series(artist: Artist, case: object, config: object, seed: object) -> None:
+    """Name what an artist shows, for the page: a pointer over it says so, and its configuration can be hidden
+    (`name_frames` adds the frame, `report.plots.write.inline` makes attributes of it)."""
+    artist.set_gid("|".join((SERIES, *(clean(part, 60).replace("|", "/") for part in (case, config, seed)))))
+
+
+def name_frames(figure: Figure) -> None:
+    """Number the frames that hold series and give each its limits, so that the page can tell the value under a pointer."""
+    number = 0
+    for axes in figure.axes:
+        series = [artist for artist in axes.get_children() if str(artist.get_gid()).startswith(SERIES + "|")]
+        if not series:
+            continue
+        number += 1
+        for artist in series:
+            artist.set_gid(f"{artist.get_gid()}|{number}")
+        scales = (axes.get_xscale(), axes.get_yscale())
+        limits = (*axes.get_xlim(), *axes.get_ylim())
+        axes.patch.set_gid("|".join((FRAME, str(number), *(f"{limit:.6g}" for limit in limits), *scales)))
 
 
 def thinned_line(axes: Axes, x: np.ndarray, y: np.ndarray, look: Look, **style) -> None:

@@ -8,14 +8,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 
 from report.plots.elements import cases_in_rows, decimate, label_lowest, panels
-from report.plots.palette import look
-from report.plots.style import SMALL_PT, THIN_PT, table_figure
+from report.plots.palette import DASH, look
+from report.plots.style import INK, MUTED, SMALL_PT, table_figure
 from report.text import clean
 
-ROW_IN, FRAME_IN = 1.4, 0.2
-POINT_BINS = 120
+ROW_IN, FRAME_IN = 1.5, 0.2
+MOST_POINTS = 400
+WINDOWS, WINDOW_LEAST = 15, 5
+"""The smoother's window is a fifteenth of the batches, five at least."""
 
 
 def draw(table) -> Figure:
@@ -30,7 +34,7 @@ def draw(table) -> Figure:
     figure = table_figure(
         table,
         ROW_IN * len(rows) + FRAME_IN,
-        "Thin line: all tokens. Thick line: real tokens. Shaded: the padding tax. "
+        "A point a batch. Light: all tokens. Dark: real tokens. Lines: rolling median; their gap is the padding tax. "
         "CV: standard deviation over mean, across batches.",
     )
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
@@ -66,29 +70,41 @@ def _measure(data: pd.DataFrame) -> _Measure:
 
 def _panel(axes: Axes, data: pd.DataFrame, facts: pd.DataFrame, measure: _Measure, bucketed: bool) -> None:
     for (config, _), run in data.groupby(["dtype_config", "seed"], sort=False):
-        colour = look(config).colour
-        x = run["order"].to_numpy()
-        every, real = (run[name].to_numpy(float) * measure.scale for name in (measure.every, measure.real))
-        for y, width, alpha in ((every, THIN_PT, 0.8), (real, 1.0, 1.0)):
-            shown = decimate(x, y, bins=POINT_BINS)
-            axes.plot(x[shown], y[shown], color=colour, linewidth=width, alpha=alpha)
-        shown = decimate(x, every - real, bins=POINT_BINS)
-        axes.fill_between(x[shown], real[shown], every[shown], color=colour, alpha=0.13, linewidth=0)
+        colour, x = look(config).colour, run["order"].to_numpy()
+        window = max(WINDOW_LEAST, len(x) // WINDOWS)
+        for name, alpha, line in ((measure.every, 0.3, DASH), (measure.real, 0.8, "-")):
+            y = run[name].to_numpy(float) * measure.scale
+            _points(axes, x, y, colour, alpha)
+            shown = decimate(x, smooth := centred_median(y, window))
+            axes.plot(x[shown], smooth[shown], color=INK, linewidth=1.0, linestyle=line)
     axes.margins(x=0.01)
     buckets = ", bucketed by length" if bucketed else ""
-    axes.set_title(clean(data["case"].iloc[0]) + buckets)
+    axes.set_title(clean(data["case"].iloc[0]) + buckets, pad=14)
     lines = [_tax_text(config, rows) for config, rows in facts.groupby("dtype_config", sort=False)]
-    axes.text(
-        0.985,
-        0.03,
-        "\n".join(lines),
-        transform=axes.transAxes,
-        ha="right",
-        va="bottom",
-        size=SMALL_PT,
-        linespacing=1.2,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+    axes.annotate(
+        "\n".join(lines), (0, 1), (0, 2.5), xycoords="axes fraction", textcoords="offset points", size=SMALL_PT, color=MUTED
     )
+
+
+def _points(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, alpha: float) -> None:
+    """A round dot a batch: one path of lines of hardly any length, since a picture of its own for each would fill the page."""
+    known = np.flatnonzero(np.isfinite(y))
+    known = known[:: -(-len(known) // MOST_POINTS) or 1]
+    dots = np.repeat(np.c_[x[known], y[known]].astype(float), 2, axis=0)
+    dots[1::2, 0] += 1e-4 * len(x)
+    codes = np.tile([Path.MOVETO, Path.LINETO], len(known))
+    style = {"edgecolor": colour, "facecolor": "none", "linewidth": 1.5, "capstyle": "round", "alpha": alpha, "snap": False}
+    if len(known):
+        path = Path(dots, codes)
+        path.should_simplify = False
+        axes.add_patch(PathPatch(path, **style))
+        axes.update_datalim(dots)
+        axes.autoscale_view()
+
+
+def centred_median(values: np.ndarray, window: int) -> np.ndarray:
+    """Median of the ``window`` values around each one; of as many as there are at the ends."""
+    return pd.Series(values).rolling(window, center=True, min_periods=1).median().to_numpy()
 
 
 def _tax_text(config: str, facts: pd.DataFrame) -> str:

@@ -6,14 +6,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from instrument.terminal import count
-from report.plots.elements import decimate, label_right
+from report.plots.elements import as_series, decimate
 from report.plots.palette import look
-from report.plots.style import MUTED, SMALL_PT, table_figure, whole_steps
+from report.plots.style import MUTED, SMALL_PT, legend_in, legend_row, table_figure, whole_steps
+from report.tables.selection import REFERENCE, series_order
 from report.text import clean
 
-LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.82, 0.2
+LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.86, 0.2
 
 
 def draw(table) -> Figure:
@@ -25,12 +27,14 @@ def draw(table) -> Figure:
         key=lambda key: (key[0] != "Single-label", key[1] != "mean", key),
     )
     heights = [LOSS_IN, DIFFERENCE_IN] * len(archs)
+    handles = _legend(data, table.summary)
     figure = table_figure(
         table,
-        sum(heights) + FRAME_IN,
+        sum(heights) + FRAME_IN + legend_in(handle.get_label() for handle in handles),
         "Cross: the last finite step of a run that diverged. Lower rows: training loss minus that of "
         "fp32_true on the same batch of the same seed.",
     )
+    legend_row(figure, handles)
     grid = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
     for at, arch in enumerate(archs):
         for across, key in enumerate(columns):
@@ -58,13 +62,15 @@ def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) ->
     divergence = summary[summary["died_at"].notna()].set_index(["case", "dtype_config", "seed"])["died_at"]
     for (case, config, seed), run in rows.groupby(["case", "dtype_config", "seed"], sort=False):  # own cases share a facet
         diverged = (case, config, seed) in divergence.index
-        _run(upper, run["step"].to_numpy(), run["loss"].to_numpy(float), config, diverged, np.inf)
-        if config != "fp32_true":
-            _run(lower, run["step"].to_numpy(), run["minus_reference"].to_numpy(float), config, diverged, reach)
+        for axes, column, limit in ((upper, "loss", np.inf), (lower, "minus_reference", reach)):
+            if axes is upper or config != REFERENCE:
+                before = set(axes.lines)
+                _run(axes, run["step"].to_numpy(), run[column].to_numpy(float), config, diverged, limit)
+                for line in set(axes.lines) - before:
+                    as_series(line, case, config, seed)
     for axes in pair:
         axes.margins(x=0.02)
     upper.tick_params(labelbottom=False)
-    _names(upper, rows, summary, LOSS_IN - 0.25)
 
 
 def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, diverged: bool, reach: float) -> None:
@@ -76,8 +82,9 @@ def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, diverged: bool, 
         np.where(np.isfinite(y[shown]), y[shown], np.nan),
         color=style.colour,
         linestyle=style.line,
-        linewidth=0.7,
-        alpha=0.85,
+        linewidth=0.7 if config == REFERENCE else 1.2,
+        alpha=0.9 if config == REFERENCE else 0.75,
+        zorder=3 if config == REFERENCE else 2,
     )
     finite = np.flatnonzero(np.isfinite(y))
     if diverged and len(finite):
@@ -113,11 +120,13 @@ def _reach(axes: Axes, differences: np.ndarray) -> float:
     return reach
 
 
-def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: float) -> None:
-    labels = []
-    for config, runs in rows.groupby("dtype_config", sort=False):
-        finite = runs.loc[np.isfinite(runs["loss"]), "loss"]
-        diverged_at = summary.loc[(summary["dtype_config"] == config) & summary["case"].isin(rows["case"]), "died_at"].dropna()
-        label = clean(config, 23) + (f" × @ {int(diverged_at.min())}" if len(diverged_at) else "")
-        labels.append((float(finite.iloc[-1]) if len(finite) else 0.0, label, look(config)))
-    label_right(axes, labels, height_in=height_in)
+def _legend(data: pd.DataFrame, summary: pd.DataFrame) -> list[Line2D]:
+    """Every configuration once, in the registry's order, with the steps at which it diverged."""
+    handles = []
+    for config in series_order(data["dtype_config"].unique()):
+        steps = summary.loc[summary["dtype_config"] == config, "died_at"].dropna().astype(int)
+        span = f"{steps.min()}" if steps.nunique() == 1 else f"{steps.min()} to {steps.max()}" if len(steps) else ""
+        style = look(config)
+        label = clean(config, 26) + (f" × @ {span}" if span else "")
+        handles.append(Line2D([], [], color=style.colour, linestyle=style.line, linewidth=1.2, label=label))
+    return handles

@@ -7,6 +7,7 @@ column, 3.4 in for half). The colours of ink and paper are named, so that the pa
 from __future__ import annotations
 
 import logging
+import math
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,14 +16,15 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import seaborn
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import Locator, MaxNLocator, NullLocator
 
-from report.text import clean, power_of_ten
+from report.text import clean, log_tick, shortened
 
 FULL_WIDTH_IN, HALF_WIDTH_IN = 7.0, 3.4
 TEXT_PT, SMALL_PT, TITLE_PT = 7.5, 6.6, 9.0
@@ -33,8 +35,9 @@ FAMILY = "Dossier Sans"
 FONTS = Path(__file__).resolve().parents[2] / "templates" / "fonts"
 
 MARK_GAP = "\u00a0 · \u00a0"  # browsers join plain spaces
-LEGEND_IN, LAYOUT_DPI = 0.26, 288
+LEGEND_IN, LEGEND_ROW_IN, LAYOUT_DPI = 0.26, 0.14, 288
 MAX_NOTE_LINES = 2
+MOST_DECADES = 6
 TITLE_LINE_IN, NOTE_LINE_IN, MARKS_IN = 0.165, 0.12, 0.2
 
 
@@ -87,7 +90,7 @@ def theme(salt: str) -> Iterator[None]:
 def wrap(text: str, width_in: float, size_pt: float, max_lines: int) -> list[str]:
     """``text`` broken to lines of about ``width_in`` at ``size_pt``, at most ``max_lines``."""
     characters = int(width_in * 72 / (0.545 * size_pt))
-    return textwrap.wrap(clean(text, 2_000), characters, max_lines=max_lines, placeholder=" …")
+    return textwrap.wrap(clean(text, 2_000), characters, max_lines=max_lines, placeholder=" …", break_on_hyphens=False)
 
 
 def new_figure(
@@ -140,18 +143,36 @@ def name_rows(axes: Axes, names: Iterable[object], *, limit: int = 24, above: fl
     axes.grid(False, axis="y")
 
 
+def legend_columns(labels: Iterable[str]) -> int:
+    """How many of a legend's entries stand side by side over the figure's full width."""
+    labels = list(labels)
+    widest_in = max((len(label) for label in labels), default=1) * 0.52 * SMALL_PT / 72 + 0.42
+    one_row_in = sum(len(label) * 0.52 * SMALL_PT / 72 + 0.42 for label in labels)
+    return len(labels) if one_row_in < FULL_WIDTH_IN else max(1, int(FULL_WIDTH_IN / widest_in))
+
+
+def legend_in(labels: Iterable[str]) -> float:
+    """The height that `legend_row` takes, in inches."""
+    labels = list(labels)
+    return LEGEND_IN + LEGEND_ROW_IN * (-(-len(labels) // legend_columns(labels)) - 1)
+
+
 def legend_row(figure: Figure, handles: list) -> None:
-    """A legend on one line between the drawing and the notes; takes its height from the drawing."""
+    """A legend between the drawing and the notes, on as few rows as it needs, read row by row; takes its height from the
+    drawing."""
     engine = figure.get_layout_engine()
     left, bottom, width, height = engine.get()["rect"]
-    row = LEGEND_IN / figure.get_figheight()
+    labels = [handle.get_label() for handle in handles]
+    row, columns = legend_in(labels) / figure.get_figheight(), legend_columns(labels)
     engine.set(rect=(left, bottom + row, width, height - row))
     legend = figure.legend(
-        handles=handles,
+        handles=[
+            handle for column in range(columns) for handle in handles[column::columns]
+        ],  # matplotlib goes column by column
         loc="lower left",
         bbox_to_anchor=(0.0, bottom),
-        ncols=len(handles),
-        handlelength=1.4,
+        ncols=columns,
+        handlelength=2.2,
         columnspacing=1.2,
         borderaxespad=0.2,
     )
@@ -165,16 +186,35 @@ def exclusion_note(excluded: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     by_reason: dict[str, list[str]] = {}
     for run_id, reason in excluded:
         by_reason.setdefault(clean(reason, 120), []).append(clean(run_id))
-    parts = [f"{reason}: {', '.join(runs)}" for reason, runs in by_reason.items()]
+    parts = [f"{reason}: {shortened(runs)}" for reason, runs in by_reason.items()]
     return (f"Not drawn ({len(excluded)}): " + "; ".join(parts),)
 
 
+class LogTicks(Locator):
+    """Ticks of a log axis: decades, thinned to six; where fewer than two fit, 1, 2 and 5 times them; then a linear axis's."""
+
+    def __call__(self) -> np.ndarray:
+        return self.tick_values(*sorted(self.axis.get_view_interval()))
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        """At least two values from ``vmin`` to ``vmax`` (both above 0, and apart)."""
+        decades = np.arange(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
+        for parts in ((1,), (1, 3), (1, 2, 5)):
+            ticks = np.sort(np.outer(10.0**decades, parts).ravel())
+            ticks = ticks[(ticks >= vmin * (1 - 1e-9)) & (ticks <= vmax * (1 + 1e-9))]
+            if len(ticks) > 1:
+                return ticks[:: -(-len(ticks) // MOST_DECADES)]
+        linear = MaxNLocator(4).tick_values(vmin, vmax)
+        return linear[(linear >= vmin) & (linear <= vmax) & (linear > 0)]
+
+
 def log_axis(axes: Axes, which: str) -> None:
-    """A log axis with decades only, in plain text: matplotlib's own labels are mathtext, which is off,
-    and its minor ticks cost half of a figure's time."""
+    """A log axis with at least two ticks, in plain text: matplotlib's own labels are mathtext, which is off, and its minor
+    ticks cost half of a figure's time."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_formatter(power_of_ten)
+    axis.set_major_locator(LogTicks())
+    axis.set_major_formatter(log_tick)
     axis.set_minor_locator(NullLocator())
 
 

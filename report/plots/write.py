@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from instrument.results.files import replace
+from report.plots.elements import FRAME, SERIES
 from report.plots.style import FAMILY, FONTS
 
 FORMATS = ("svg", "png", "pdf", "eps")
@@ -132,11 +133,19 @@ def inline(svg: str, prefix: str, label: str) -> str:
     and those that nothing refers to are dropped."""
     body = METADATA.sub("", PROLOGUE.sub("", svg))
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
-    body = IDS.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", body)
+    body = IDS.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else _attributes(found[1]), body)
     body = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", body)
     body = without_bare_groups(body)
     name = html.escape(label, quote=True)
     return OPENING.sub(lambda tag: SIZE.sub("", tag[0])[:-1] + f' role="img" aria-label="{name}">', body, count=1)
+
+
+def _attributes(name: str) -> str:
+    """What the page's script looks for, of the id of a series or a frame; nothing of any other."""
+    kind, *parts = name.split("|")
+    if kind == SERIES and len(parts) == 4:
+        return "".join(f' data-{key}="{part}"' for key, part in zip(("case", "config", "seed", "frame"), parts, strict=True))
+    return f' data-limits="{" ".join(parts)}"' if kind == FRAME else ""
 
 
 def without_bare_groups(svg: str) -> str:

@@ -22,7 +22,7 @@ def absent(name):
     return distribution(name)
 importlib.machinery.PathFinder.find_spec, importlib.metadata.distribution = staticmethod(find_spec), absent
 """
-OPTIONAL = "datasets bitsandbytes weasyprint adjustText tyro ray wandb tensorboard"
+OPTIONAL = "datasets bitsandbytes weasyprint tyro ray wandb tensorboard"
 
 
 @pytest.fixture

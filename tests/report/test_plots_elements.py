@@ -14,6 +14,7 @@ from instrument.kernel_classes import CLASSES
 from report.dossier.page import DARK_FURNITURE, dark_colours
 from report.plots import palette, style
 from report.plots.elements import BINS, decimate, outline, spread
+from report.plots.label_placement import place
 
 
 def test_short_series_are_returned_whole():
@@ -193,3 +194,29 @@ def test_every_class_of_kernel_has_a_colour_of_its_own_on_both_papers(name):
 def test_the_classes_of_the_palette_are_those_of_the_traces():
     assert tuple(palette.KERNEL_CLASSES) == CLASSES and palette.kernel_class_look("idle") is None
     assert palette.kernel_class_look("<new>") == palette.kernel_class_look("other")
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_names_cover_no_marker_and_no_name_and_leaders_cross_nothing(seed, n):
+    random = np.random.default_rng(seed)
+    frame = (0.0, 0.0, 900.0, 500.0)
+    anchors = random.uniform((40, 40), (860, 460), (n, 2)).round()
+    anchors = anchors[[i for i in range(n) if all(np.hypot(*(anchors[i] - anchors[j])) > 25 for j in range(i))]]
+    sizes = np.c_[random.uniform(60, 180, len(anchors)), np.full(len(anchors), 30.0)]
+    marks = np.c_[anchors - 12, anchors + 12]
+    corners = place(sizes, anchors, marks, frame, 10.0)
+    boxes = np.c_[corners, corners + sizes]
+    for one, other in combinations(boxes.tolist(), 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    for at, box in enumerate(boxes):
+        assert box[0] >= 0 and box[1] >= 0 and box[2] <= 900 and box[3] <= 500
+        assert not ((box[:2] < marks[:, 2:]) & (marks[:, :2] < box[2:])).all(axis=1).any()
+        end = np.clip(anchors[at], box[:2], box[2:])
+        for share in np.linspace(0, 1, 101):
+            inside = (marks[:, :2] < (point := anchors[at] + share * (end - anchors[at]))) & (point < marks[:, 2:])
+            assert set(np.flatnonzero(inside.all(axis=1))) <= {at} | set(np.flatnonzero(_holds(marks, anchors[at])))
+
+
+def _holds(boxes, point):
+    return ((boxes[:, :2] <= point) & (point <= boxes[:, 2:])).all(axis=1)

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PathCollection, PolyCollection
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 
 from report.plots.draw import draw
 from report.plots.style import MARK_GAP, theme
 from report.plots.write import picture
 from report.tables import d_grad_norm, g_loss
-from tests.report.hand_made_tables import MARKS, made
+from tests.report.hand_made_tables import MARKS, SPEED, made
 
 pytestmark = pytest.mark.slow
 
@@ -132,22 +132,38 @@ def test_a_states_differ_in_fill_and_sign_and_what_is_missing_is_hatched(figures
 def test_b_starts_at_zero_names_every_point_and_shows_the_other_mfu_hollow(figures):
     for axes in figures["B"].axes:
         assert axes.get_ylim()[0] == 0
-        assert sum(line.get_markerfacecolor() == "none" for line in axes.lines if line.get_marker() in "os") in (1, 2)
-    assert sum(text.get_text() == "bf16_pure" for text in texts(figures["B"])) == 6
+        assert sum(line.get_markerfacecolor() == "none" for line in axes.lines if line.get_marker() == "o") == 1
+        names = [name for text in axes.texts for name in text.get_text().splitlines()]
+        assert sorted(names) == sorted(config for config in SPEED if np.isfinite(SPEED[config]))
 
 
-def test_c_bars_start_at_zero_and_a_dead_run_is_a_word(figures):
+def test_b_tells_configurations_apart_without_colour(figures):
+    markers = [line.get_marker() for line in figures["B"].axes[0].lines if line.get_markersize() == 5]
+    assert len(set(markers)) == len(markers) == 6
+
+
+def test_c_has_a_logarithmic_axis_with_the_interval_and_n_and_a_dead_run_is_a_word(figures):
     axes = figures["C"].axes[0]
-    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert len(bars) == 6 and all(bar.get_x() == 0 for bar in bars) and axes.get_xlim()[0] == 0
+    assert axes.get_xscale() == "log" and axes.get_xlim()[0] < 1 < 2 < axes.get_xlim()[1]
+    points = {line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 4.6}
+    assert points == {speed for speed in SPEED.values() if np.isfinite(speed)}
     words = [text.get_text() for text in axes.texts]
-    assert "NaN @ 50" in words and "2.08x, 77/s" in words
+    assert "NaN @ 50" in words and "2.08x · 77/s · n=2" in words
+    assert [text.get_text() for text in figures["C"].axes[-1].get_xticklabels()] == ["1x", "2x"]
+
+
+def test_c_an_interval_that_two_seeds_cannot_hold_ends_in_an_arrow_and_leaves_room():
+    data = made("C").data.assign(low=1e-4, high=1e5)
+    axes = drawn(made("C", data=data)).axes[0]
+    assert axes.get_xlim()[0] > 1 / 32 and axes.get_xlim()[1] < 32
+    assert sum(line.get_marker() == ">" for line in axes.lines) == 6
 
 
 def test_c_one_seed_has_no_interval(figures):
     data = made("C").data.assign(low=np.nan, high=np.nan)
     with_interval, without = figures["C"].axes[0], drawn(made("C", data=data)).axes[0]
-    assert len(without.lines) == 1 < len(with_interval.lines)  # the line at 1.0 alone
+    lines = [len([line for line in axes.lines if line.get_marker() == "None"]) for axes in (with_interval, without)]
+    assert lines == [7, 1]  # the line at 1x alone
 
 
 def test_d_has_both_axes_a_cross_where_it_died_and_keeps_spikes(figures):
@@ -172,12 +188,16 @@ def test_e_has_the_line_at_fp16s_largest_number_a_violin_a_seed_and_its_maximum(
     assert table.summary["max"].gt(1e4).any() and any(word.startswith(("1", "2")) and word.endswith("k") for word in words)
 
 
-def test_f_sorts_nothing_itself_and_shades_the_tax(figures):
+def test_f_draws_a_point_a_batch_with_a_smoother_and_its_words_off_the_data(figures):
     titles = [axes.get_title(loc="left") for axes in figures["F"].axes]
     assert "gpt2_multi_cls, bucketed by length" in titles
     panel = figures["F"].axes[titles.index("gpt2_multi_cls")]
-    assert [c for c in panel.collections if isinstance(c, PolyCollection)] and panel.get_ylim()[0] == 0
-    assert any("tax" in text.get_text() and "CV real" in text.get_text() for text in panel.texts)
+    real = made("F").data.query("case == 'gpt2_multi_cls' and not bucketed")["mfu_real"].to_numpy() * 100
+    dots = next(patch.get_path().vertices[::2, 1] for patch in reversed(panel.patches) if isinstance(patch, PathPatch))
+    assert dots == pytest.approx(real) and panel.get_ylim()[0] == 0
+    assert panel.lines[1].get_ydata() == pytest.approx(pd.Series(real).rolling(10, center=True, min_periods=1).median())
+    (words,) = [text for text in panel.texts if "tax" in text.get_text()]
+    assert "CV real" in words.get_text() and words.get_window_extent().y0 >= panel.get_window_extent().y1
 
 
 def test_f_without_mfu_shows_tokens_per_second():
@@ -215,14 +235,46 @@ def test_markers_are_not_scatter_clouds():
     assert not [c for axes in drawn(made("B")).axes for c in axes.collections if isinstance(c, PathCollection)]
 
 
-def test_without_adjusttext_the_frontier_is_drawn_and_says_so(figures, monkeypatch):
-    """The names stay at their markers: a machine that lacks the package loses their placement, not the figure."""
-    monkeypatch.setattr("report.plots.b_efficiency_frontier.adjust_text", None)
-    plain = drawn(made("B"))
-    note = "adjustText is not installed"
-    assert note in " ".join(text.get_text() for text in texts(plain))
-    assert note not in " ".join(text.get_text() for text in texts(figures["B"]))
-    assert sum(text.get_text() == "bf16_pure" for text in texts(plain)) == 6
+def test_e_has_its_line_at_one_height_in_every_panel(figures):
+    data = made("E").data
+    data.loc[data["case"] == "gpt2_clm", "logit_absmax"] *= 1e6
+    for figure in (figures["E"], drawn(made("E", data=data))):
+        heights = {
+            axes.transAxes.inverted().transform(axes.transData.transform((0, 65_504)))[1].round(6) for axes in figure.axes
+        }
+        assert len(heights) == 1 and 0 < heights.pop() < 1
+        assert sum("would overflow" in text.get_text() for text in texts(figure)) == 1
+
+
+def test_d_neither_hides_the_reference_nor_is_hidden_by_it(figures):
+    for axes in figures["D"].axes:
+        lines = [line for line in axes.lines if line.get_gid() and line.get_linestyle() != "None"]
+        reference = [line for line in lines if line.get_gid().split("|")[2] == "fp32_true"]
+        others = [line for line in lines if line not in reference]
+        assert min(line.get_zorder() for line in reference) > max(line.get_zorder() for line in others)
+        assert max(line.get_linewidth() for line in reference) < min(line.get_linewidth() for line in others)
+
+
+@pytest.mark.parametrize("low,high", [(1.0, 1.05), (0.3, 2.5), (4.0, 9.0), (1e-9, 1e9), (0.5, 600.0)])
+def test_d_has_two_ticks_or_more_on_any_scale(low, high):
+    data = made("D").data
+    data["grad_norm"] = np.geomspace(low, high, len(data))
+    for axes in drawn(made("D", data=data)).axes[:2]:
+        bottom, top = axes.get_ylim()
+        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+        labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
+        assert 2 <= len(labels) <= 8 and all(labels) and len(set(labels)) == len(labels)
+
+
+def test_g_has_one_legend_in_the_order_of_the_registry(figures):
+    (legend,) = figures["G"].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "fp32_true",
+        "amp_bf16",
+        "fp16_naive × @ 3",
+        "fp16_naive_eps1e4",
+    ]
+    assert not any("amp_bf16" in text.get_text() for axes in figures["G"].axes for text in axes.texts)
 
 
 def test_a_short_run_has_ticks_at_whole_steps_only(plant):

@@ -7,7 +7,7 @@ import pytest
 
 from instrument.terminal import count
 from report.statistics import Interval
-from report.text import bounds, clean, gigabytes, joined, power_of_ten, printable, rate, sentence, short, shortened, times
+from report.text import bounds, clean, gigabytes, joined, log_tick, printable, rate, sentence, short, shortened, times
 
 
 def test_counts_and_lists_read_as_people_write_them():
@@ -82,10 +82,22 @@ def test_short(value, three, two):
 
 @pytest.mark.parametrize(
     "value,label",
-    [(1e-3, "10⁻³"), (0.01, "0.01"), (1, "1"), (1000, "1,000"), (1e5, "10⁵"), (3, ""), (0, ""), (-1, ""), (np.inf, "")],
+    [
+        (1e-3, "10⁻³"),
+        (0.01, "0.01"),
+        (1, "1"),
+        (1000, "1,000"),
+        (1e5, "10⁵"),
+        (2e5, "2×10⁵"),
+        (3, "3"),
+        (5e-4, "5×10⁻⁴"),
+        (0, ""),
+        (-1, ""),
+        (np.inf, ""),
+    ],
 )
-def test_power_of_ten(value, label):
-    assert power_of_ten(value) == label
+def test_log_tick(value, label):
+    assert log_tick(value) == label
 
 
 @pytest.mark.parametrize("value,words", [(3.71, "3.7"), (37.2, "37"), (1240, "1,240")])
