@@ -15,8 +15,10 @@ from harness.parallel.context import SINGLE_PROCESS, DistributedContext
 from harness.precision import Precision
 from instrument.results.schemas import EvaluationRecord
 
-THRESHOLD = 0.5
-F1_FIELDS = ("f1_micro", "f1_macro", "f1_micro_tuned", "tuned_threshold", "labels_absent")
+F1_FIELDS = (
+    *("f1_micro", "f1_macro", "f1_micro_tuned", "tuned_threshold", "labels_absent"),
+    *("f1_micro_majority", "f1_macro_majority"),
+)
 
 
 @torch.no_grad()
@@ -28,10 +30,12 @@ def evaluate(
     *,
     valid_vocab: int | None,
     step: int,
+    majority: np.ndarray | None = None,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> EvaluationRecord:
-    """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training. Ranks are dealt batches and
-    combine their results: the record is every rank's, and that of one process."""
+    """Run ``model`` over ``batches`` and score it. ``step`` 0 is the start of training; ``majority``: the constant answer
+    (`Batches.majority_answer`) that is scored beside it. Ranks are dealt batches and combine their results: the record is
+    every rank's, and that of one process. No finite logit is too large for it; a loss beyond the range is recorded as Inf."""
     started = time.perf_counter()
     model.eval()
     losses, targets_seen, samples = [], 0, 0
@@ -61,7 +65,7 @@ def evaluate(
     model.train()
     losses, scores = context.collected(losses), context.collected(scores)
     loss = float(torch.stack(losses).double().sum()) / targets_seen
-    quality = _f1(torch.cat(scores).numpy(), torch.cat(truths).numpy()) if scores else {}
+    quality = _quality(torch.cat(scores).numpy(), torch.cat(truths).numpy(), majority) if scores else {}
     return EvaluationRecord(
         step=step,
         val_loss=loss,
@@ -80,40 +84,46 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _f1(scores: np.ndarray, truths: np.ndarray) -> dict[str, float | int | None]:
-    """F1 of logits (N, C) against truths: (N, C) multi-hot, or (N,) class indices.
+def _quality(scores: np.ndarray, truths: np.ndarray, majority: np.ndarray | None) -> dict[str, float | int | None]:
+    """`F1_FIELDS` of logits (N, C) against truths: (N, C) multi-hot, or (N,) class indices; ``majority``: (C,) bool, the labels
+    of the constant answer, or its one class."""
+    present = np.unique(truths) if truths.ndim == 1 else np.flatnonzero(truths.any(axis=0))
+    found: dict[str, float | int | None] = {"labels_absent": scores.shape[1] - len(present)}
+    found["f1_micro"], found["f1_macro"] = _f1(scores, truths)
+    if truths.ndim == 2:
+        found |= tuned_micro_f1(scores, truths.astype(bool))
+    if majority is not None:
+        constant = np.broadcast_to(np.where(majority, 1.0, -1.0), scores.shape)
+        found["f1_micro_majority"], found["f1_macro_majority"] = _f1(constant, truths)
+    return found
 
-    Labels that no document of the split carries are left out of macro and counted.
-    """
+
+def _f1(scores: np.ndarray, truths: np.ndarray) -> tuple[float, float]:
+    """Micro and macro: a label is predicted where its logit is above 0 (a probability above 1/2), a class where its logit is
+    the largest. Labels that no document of the split carries are left out of macro; where there is no other, macro is 0,
+    as scikit-learn's is with ``zero_division=0``."""
     from sklearn.metrics import f1_score
 
-    n_labels = scores.shape[1]
     if truths.ndim == 1:
-        predicted = scores.argmax(axis=1)
-        present = np.unique(truths)
-        tuned: dict[str, float | None] = {}
+        predicted, present = scores.argmax(axis=1), np.unique(truths)
     else:
-        if n_labels == 1:  # scikit-learn takes one column for a binary problem; an empty second one says what it is
+        if scores.shape[1] == 1:  # scikit-learn takes one column for a binary problem; an empty second one says what it is
             scores, truths = (np.pad(x, ((0, 0), (0, 1)), constant_values=v) for x, v in ((scores, -np.inf), (truths, 0)))
-        truths = truths.astype(bool)
-        predicted = scores > math.log(THRESHOLD / (1 - THRESHOLD))
+        predicted, truths = scores > 0, truths.astype(bool)
         present = np.flatnonzero(truths.any(axis=0))
-        tuned = tuned_micro_f1(scores[:, :n_labels], truths[:, :n_labels])
-    options = {"zero_division": 0}
-    return {
-        "f1_micro": float(f1_score(truths, predicted, average="micro", **options)),
-        "f1_macro": float(f1_score(truths, predicted, average="macro", labels=present, **options)),
-        "labels_absent": int(n_labels - len(present)),
-        **tuned,
-    }
+    macro = float(f1_score(truths, predicted, average="macro", labels=present, zero_division=0)) if len(present) else 0.0
+    return float(f1_score(truths, predicted, average="micro", zero_division=0)), macro
 
 
 def tuned_micro_f1(scores: np.ndarray, truths: np.ndarray) -> dict[str, float | None]:
-    """The largest micro-F1 over all thresholds of the probability, and that threshold.
+    """The largest micro-F1 over all thresholds of the probability, and that threshold (float64; 0 or 1 where the logit is so
+    large that its probability rounds to them).
 
     F1 = 2 TP / (predicted + positives), read off one sort of all scores; a threshold can only
     stand between two different scores. Scores that are not finite give no threshold.
     """
+    from scipy.special import expit
+
     flat = scores.ravel()
     positives = int(truths.sum())
     if not np.isfinite(flat).all() or positives == 0:
@@ -124,4 +134,4 @@ def tuned_micro_f1(scores: np.ndarray, truths: np.ndarray) -> dict[str, float | 
     f1 = 2 * true_positives / (np.arange(1, flat.size + 1) + positives)
     cut_is_possible = np.append(ranked[:-1] != ranked[1:], True)
     best = int(np.argmax(np.where(cut_is_possible, f1, -1.0)))
-    return {"f1_micro_tuned": float(f1[best]), "tuned_threshold": float(1 / (1 + math.exp(-float(ranked[best]))))}
+    return {"f1_micro_tuned": float(f1[best]), "tuned_threshold": float(expit(np.float64(ranked[best])))}

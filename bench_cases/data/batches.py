@@ -84,6 +84,29 @@ class Batches:
         for start in range(0, count, batch_size):
             yield self._make(source, np.arange(start, min(start + batch_size, count)), random)
 
+    def majority_answer(self) -> np.ndarray | None:
+        """(outputs,) bool: the constant answer that the training rows alone give. Single-label: the most frequent class.
+        Multi-label: the k most frequent labels, with the k of the best micro-F1 on those rows. None for language models."""
+        data, documents = self.data, self._train
+        if self.collator.packed:
+            return None
+        if self.collator.single_label:
+            uses = np.bincount(data.single_targets[documents], minlength=data.n_classes)
+            return np.arange(data.n_classes) == uses.argmax()
+        uses = self.label_uses()
+        order = np.argsort(-uses, kind="stable")
+        hits = np.cumsum(uses[order])
+        f1 = 2 * hits / (np.arange(1, len(uses) + 1) * len(documents) + hits[-1])
+        answer = np.zeros(len(uses), bool)
+        answer[order[: int(f1.argmax()) + 1]] = True
+        return answer
+
+    def label_uses(self) -> np.ndarray:
+        """(labels,) int64: how many training documents carry each label."""
+        data = self.data
+        of = np.repeat(np.arange(len(data.split)), np.diff(data.label_offsets))
+        return np.bincount(data.labels[np.isin(of, self._train)], minlength=data.n_labels)
+
     def sha256(self, max_steps: int) -> str:
         """Pins every batch of a run of ``max_steps`` steps: the data, the rows of each step, and all
         tensors of the first and the last step (which show a change of the collator)."""

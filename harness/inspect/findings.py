@@ -158,6 +158,8 @@ def verdict(record: RunRecord | None, found: ForensicsRecord | None, steps: int)
     if record.status == "completed":
         skipped = count(record.scaler_skips, "step") if record.scaler_skips else "no step"
         scaler = f"; the loss scaler skipped {skipped}" if record.config.get("config", {}).get("scaler") else ""
+        if record.stalled is not None:
+            return f"completed, but stalled: {record.stalled} of {count(steps, 'step')}{scaler}"
         return f"healthy: {count(steps, 'step')}, every loss, gradient that was applied, parameter and state finite{scaler}"
     if record.status == "diverged" and record.first_nonfinite is not None:
         return f"{surfaced(record.first_nonfinite)}; the failure was not replayed (instrument level {record.instrument})"

@@ -203,6 +203,8 @@ def event_lines(events: Sequence[dict[str, Any]]) -> list[str]:
                 what += f": {first['phase']}, {first['module'] or 'outside of modules'}, {first['op']}, {first['cause']}"
             elif detail.get("tensor"):
                 what += f": gradient of {detail['tensor']} not finite"
+        elif event["kind"] == "clip_norm":
+            what = f"the norm of clipping overflowed, so every gradient became 0 (their norm: {detail.get('grad_norm'):.4g})"
         else:
             what = f"{event['kind']} " + ", ".join(f"{key} {value}" for key, value in detail.items())
         lines.append(f"step {event['step']}: {what}")

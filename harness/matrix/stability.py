@@ -9,8 +9,10 @@ from instrument.results.schemas import RunRecord
 from instrument.terminal import STATUS_STYLES
 
 PHASES = {"optimizer": "optim"}
-LEGEND = "✓ validation loss (F1 micro)   ✗ what @step, phase of the first non-finite value   – unsupported   … stopped"
-SIGNS = {"completed": "✓", "diverged": "✗", "unsupported": "–", "preempted": "…"}
+LEGEND = (
+    "✓ validation loss (F1 micro)   = stalled   ✗ what @step, phase of the first non-finite value   – unsupported   … stopped"
+)
+SIGNS = {"completed": "✓", "stalled": "=", "diverged": "✗", "unsupported": "–", "preempted": "…"}
 
 
 def stability_cells(records: Iterable[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]:
@@ -29,21 +31,29 @@ def cell_text(runs: list[RunRecord]) -> tuple[str, str, str]:
     """(outcome, detail, status that decides the colour) of one cell; several seeds read ``✗ 2/3 …``,
     and completed ones show the seed in the middle."""
     in_order = sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss))
-    bad = [run for run in runs if run.status not in ("completed", "unsupported")]
+    bad = [run for run in runs if _end(run) not in ("completed", "unsupported")]
     worst = min(
-        bad, key=lambda run: (run.status == "preempted", run.status != "diverged"), default=in_order[(len(runs) - 1) // 2]
+        bad,
+        key=lambda run: (_end(run) == "preempted", _end(run) == "stalled", run.status != "diverged"),
+        default=in_order[(len(runs) - 1) // 2],
     )
-    same = sum(run.status == worst.status for run in runs)
+    end = _end(worst)
+    same = sum(_end(run) == end for run in runs)
     share = f"{same}/{len(runs)} " if len(runs) > 1 else ""
     outcome, detail = _outcome(worst)
-    return f"{SIGNS.get(worst.status, '!')} {share}{outcome}", detail, worst.status
+    return f"{SIGNS.get(end, '!')} {share}{outcome}", detail, end
+
+
+def _end(run: RunRecord) -> str:
+    """A run's status, ``stalled`` where it completed and stood still."""
+    return "stalled" if run.stalled is not None else run.status
 
 
 def _outcome(run: RunRecord) -> tuple[str, str]:
     """A run's end in two short pieces."""
     if run.status == "completed":
         loss = f"{run.val_loss:.3g}" if run.val_loss is not None else "done"
-        return loss, f"F1 {run.f1_micro:.2f}" if run.f1_micro is not None else ""
+        return loss, "stalled" if run.stalled else f"F1 {run.f1_micro:.2f}" if run.f1_micro is not None else ""
     if run.status == "diverged":
         first = run.first_nonfinite
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,7 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         f1_micro=last and last.f1_micro,
         f1_macro=last and last.f1_macro,
         f1_micro_tuned=last and last.f1_micro_tuned,
+        **majority_scores(outcome.evaluations),
         **progress_summary(outcome.steps, settings.untimed_steps, outcome.resumed_after),
         instrument=settings.instrument,
         env=environment,
@@ -95,6 +97,32 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         error=outcome.error or (divergence.reason if divergence else None),
         **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts),
     )
+
+
+def majority_scores(evaluations: Sequence[EvaluationRecord]) -> dict[str, float | None]:
+    """What the constant answer scores on the held-out rows: the same in every evaluation, known of a failed run, too."""
+    first = evaluations[0] if evaluations else None
+    return {name: first and getattr(first, name) for name in ("f1_micro_majority", "f1_macro_majority")}
+
+
+STALL_SHARE = 10
+"""A completed run that stood still for its last tenth of steps, which its final training loss is of, is stalled."""
+
+
+def stall_window(max_steps: int) -> int:
+    """Steps that a run must stand still for, at least 1."""
+    return max(1, max_steps // STALL_SHARE)
+
+
+def idle_since(steps: Sequence[StepRecord], emptied: Container[int]) -> int | None:
+    """The step after which nothing but zeros entered an update: skipped, all gradients 0, or ``emptied`` by a clip norm that
+    overflowed; None where the last step was none of these."""
+    idle = 0
+    for record in reversed(steps):
+        if not (record.step_skipped or record.grad_absmax == 0 or record.step in emptied):
+            break
+        idle += 1
+    return steps[-1].step - idle if idle else None
 
 
 def _spelled(settings: RunSettings) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ class CaseScreen:
         self.out = out
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._announced = False
+        self._emptied: set[int] = set()
         self._every = max(1, settings.max_steps // PLAIN_LINES)
         self._bar = self._make_bar() if self.console.is_terminal else None
 
@@ -69,7 +70,11 @@ class CaseScreen:
                 else "  no checkpoint can be used: starts over",
                 markup=False,
             )
+        elif isinstance(record, EventRecord) and record.kind == "clip_norm" and record.step - 1 in self._emptied:
+            self._emptied.add(record.step)  # one line for steps in a row
         elif isinstance(record, EventRecord):
+            if record.kind == "clip_norm":
+                self._emptied.add(record.step)
             self.console.print(f"  step {record.step}: {record.kind} {record.detail}", style="yellow", markup=False)
         elif self._bar:
             self._bar.update(self._task, completed=record.step, description=describe_step(record))
@@ -127,6 +132,8 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
             f"({record.tokens_per_s:,.0f} with padding), step p50 {record.step_time_p50_s * 1e3:.1f} ms, "
             f"p95 {record.step_time_p95_s * 1e3:.1f} ms over {count(record.timed_steps, 'step')}"
         )
+    if record.stalled is not None:
+        say(f"  stalled: {record.stalled}", style="yellow", markup=False)
     if (disturbed := disturbance(record)) is not None:
         say(f"  {disturbed}", style="yellow", markup=False)
     say(f"  memory: {describe_memory(record)}")

@@ -16,7 +16,7 @@ from harness.parallel.context import SINGLE_PROCESS, DistributedContext, facts_o
 from harness.precision import Precision
 from harness.run.checkpoints import Checkpointing
 from harness.run.instruments import Instruments
-from harness.run.outcome import Outcome
+from harness.run.outcome import Outcome, idle_since, stall_window
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.step_flops import utilisation
@@ -53,6 +53,9 @@ class Trainer:
         self.figures: Utilisation | None = None
         self.instruments: Instruments | None = None
         self.memory: MemorySnapshot | None = None
+        self._weights_before: tuple[int, str] | None = None
+        """Step and hash of the weights from which on a run that stands still is `stalled`."""
+        self._emptied = {e.step for e in (resume_state.events if resume_state else ()) if e.kind == "clip_norm"}
 
     def run(self, data: TokenizedData, model: torch.nn.Module, batches: Batches, request: ModelRequest) -> None:
         """Train and evaluate. When asked to stop, writes a checkpoint and raises `Stopped` with a sentence."""
@@ -106,6 +109,7 @@ class Trainer:
             training.precision,
             valid_vocab=training.valid_vocab,
             step=step,
+            majority=training.batches.majority_answer(),
             context=self.context if training.strategy.deals_evaluations else SINGLE_PROCESS,
         )
         self.outcome.evaluations.append(record)
@@ -161,11 +165,16 @@ class Trainer:
     def _cut(self, step: int) -> bool:
         """Read the meter before evaluating or checkpointing."""
         self.stop.heartbeat.alive(step)
-        return self._evaluation_due(step) or self.checkpointing.cut(step)
+        return self._evaluation_due(step) or step == self._last_stretch or self.checkpointing.cut(step)
 
     def _evaluation_due(self, step: int) -> bool:
         s = self.settings
         return s.eval_every > 0 and step % s.eval_every == 0 and step < s.max_steps
+
+    @property
+    def _last_stretch(self) -> int:
+        """The step after which a run must move to be no stalled one."""
+        return self.settings.max_steps - stall_window(self.settings.max_steps)
 
     def _keep(self, reading: Reading) -> None:
         """Keep and write a log window, then show it."""
@@ -175,6 +184,8 @@ class Trainer:
             self.folder.steps.write(record)
         for event in reading.events:
             self.folder.events.write(event)
+            if event.kind == "clip_norm":
+                self._emptied.add(event.step)
         self.folder.check_logs()
         for record in (*reading.steps, *reading.events):
             self.progress(record)
@@ -182,8 +193,11 @@ class Trainer:
     def _between_steps(self, step: int) -> None:
         """Evaluate, write a checkpoint, or stop, as due after ``step``; none of it counts as training."""
         evaluation, checkpoint = self._evaluation_due(step), self.checkpointing.due(step)
-        if evaluation or checkpoint:  # a pause wakes the sampler: not at every step
+        remember = self._weights_before is None and self._last_stretch <= step < self.settings.max_steps
+        if evaluation or checkpoint or remember:  # a pause wakes the sampler: not at every step
             with self.instruments.pause():
+                if remember:
+                    self._weights_before = step, self.training.strategy.weights_sha256(self.training.model)
                 if evaluation:
                     self._evaluate(step)
                 if checkpoint:
@@ -202,7 +216,7 @@ class Trainer:
             outcome.facts["final_weights_sha256"] = self.context.same(
                 "final weights", self.training.strategy.weights_sha256(self.training.model)
             )
-            outcome.flags |= instruments.rounded_away()
+            outcome.flags |= self._stalled() | instruments.rounded_away()
             instruments.trace_steps()
         else:
             began_s = time.perf_counter()
@@ -210,6 +224,15 @@ class Trainer:
             outcome.divergence = instruments.investigate(outcome.divergence, outcome.steps[-1])
             outcome.add_time("forensics", time.perf_counter() - began_s)
         outcome.flags |= instruments.traced
+
+    def _stalled(self) -> dict[str, object]:
+        """The flag of a run that stood still for its last stretch, or since it was resumed in it."""
+        since, idle = self._weights_before, idle_since(self.outcome.steps, self._emptied)
+        if since is not None and since[1] == self.outcome.facts["final_weights_sha256"]:
+            return {"stalled": {"since_step": since[0], "why": "weights"}}
+        if idle is not None and idle <= self._last_stretch:
+            return {"stalled": {"since_step": idle, "why": "gradients"}}
+        return {}
 
     def _store_and_describe(self, stopped: Stopped) -> str:
         """Write a checkpoint; says where the run stopped and what the same command does next."""

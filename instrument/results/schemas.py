@@ -38,12 +38,15 @@ SCHEMA = 1
 """Version on every line. Older versions are migrated by `decode`, newer ones refused."""
 
 STATUSES = ("completed", "diverged", "oom", "unsupported", "error", "preempted", "hung")
-PHASES = ("forward", "loss", "backward", "unscale", "clip", "unscale_or_clip", "optimizer")
-"""``unscale_or_clip``: a loop that is not ours, where the two are one step."""
+PHASES = ("forward", "loss", "backward", "unscale", "clip", "unscale_or_clip", "optimizer", "after")
+"""``unscale_or_clip``: a loop that is not ours, where the two are one step. ``after``: between the update and the next forward
+pass (a renormalised weight, a moving average)."""
 CAUSES = ("overflow", "underflow_then_divide", "invalid", "from_input")
 KINDS = ("nan", "inf", "-inf")
-EVENTS = ("scaler_skip", "warning", "resumed")
+EVENTS = ("scaler_skip", "clip_norm", "gradient_repaired", "warning", "resumed")
 
+STALLED = {"weights": "no weight changed", "gradients": "every gradient that entered an update was 0"}
+"""Why a completed run stood still (``flags["stalled"]["why"]``), and how it is said."""
 _NAMES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -137,7 +140,8 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
 
     ``val_loss``: fp32 loss from upcast logits, mean over real targets (nats), reduced as the case's ``loss_reduction`` says.
     F1: threshold 0.5, labels absent from the split left out of macro and counted in ``labels_absent``; ``f1_micro_tuned`` uses
-    ``tuned_threshold``, chosen on this very split, so it is an upper bound.
+    ``tuned_threshold``, chosen on this very split, so it is an upper bound. ``f1_*_majority``: of the constant answer that the
+    training split alone gives, its most frequent class, or its k most frequent labels with the k of the best micro-F1 there.
     """
 
     step: int
@@ -148,6 +152,8 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
     f1_micro_tuned: float | None
     tuned_threshold: float | None
     labels_absent: int | None
+    f1_micro_majority: float | None = None
+    f1_macro_majority: float | None = None
     samples: int
     targets: int
     duration_s: float
@@ -157,8 +163,10 @@ class EvaluationRecord(Record, frozen=True, kw_only=True):
 class EventRecord(Record, frozen=True, kw_only=True):
     """Something worth knowing that is no divergence: a line of ``runs/<run_id>/events.jsonl``.
 
-    ``kind``, one of `EVENTS` when it is written: ``scaler_skip``, the loss scaler skipped the step's update; ``warning``,
-    in ``detail["what"]``; ``resumed``, said by the run and not logged: its ``detail`` is the row's ``flags["resumed"]``.
+    ``kind``, one of `EVENTS` when it is written: ``scaler_skip``, the loss scaler skipped the step's update; ``clip_norm``,
+    the norm that clipping used overflowed though every gradient was finite, so that all of them became 0;
+    ``gradient_repaired``, a gradient was not finite and was made so before the update; ``warning``, in ``detail["what"]``;
+    ``resumed``, said by the run and not logged: its ``detail`` is the row's ``flags["resumed"]``.
     """
 
     step: int
@@ -176,7 +184,9 @@ class RunRecord(Record, frozen=True, kw_only=True):
     ``flags["death"]`` of a run that failed: ``cause`` (`harness.failure.CAUSES`), ``goes_on`` (whether the same
     command resumes from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
     memory stood when it ran out. ``flags["hardware"]``: ``throttled`` and ``contended`` are true, false, or null for unknown.
-    ``flags["case_spelled"]``: a case from outside the project, as the command line spells it.
+    ``flags["case_spelled"]``: a case from outside the project, as the command line spells it. ``flags["stalled"]`` of a
+    completed run that stood still for at least its last tenth: ``since_step``, after which no weight changed, or no gradient
+    other than 0 entered an update, and ``why`` (`STALLED`).
     """
 
     run_id: str
@@ -209,6 +219,8 @@ class RunRecord(Record, frozen=True, kw_only=True):
     f1_micro: float | None = None
     f1_macro: float | None = None
     f1_micro_tuned: float | None = None
+    f1_micro_majority: float | None = None
+    f1_macro_majority: float | None = None
     samples_per_s: float | None = None
     tokens_per_s: float | None = None
     real_tokens_per_s: float | None = None
@@ -246,6 +258,15 @@ class RunRecord(Record, frozen=True, kw_only=True):
         _one_of("status", self.status, STATUSES)
         if self.status == "diverged" and self.divergence_step is None:
             raise ValueError("a diverged run needs its divergence_step")
+
+    @property
+    def stalled(self) -> str | None:
+        """What a completed run that stood still did, as a phrase (``no weight changed after step 54``); None for any other."""
+        found = self.flags.get("stalled")
+        if self.status != "completed" or not isinstance(found, dict):
+            return None
+        why, since = STALLED.get(str(found.get("why")), "it stood still"), found.get("since_step")
+        return f"{why} after step {since:,}" if isinstance(since, int) else why
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from instrument.replay.recorder import OpRecorder
 from instrument.results.measurements import TapReading
-from instrument.results.schemas import EventRecord, FirstNonfinite, StepRecord
+from instrument.results.schemas import EventRecord, FirstNonfinite, StepRecord, nonfinite_name
 from instrument.watch.counters import REPORTED, StepCounters
 from instrument.watch.surface import Surface
 from instrument.watch.taps import ModuleTaps
@@ -269,6 +269,9 @@ class StepMeter:
                         },
                     )
                 )
+            if surface.emptied:
+                norms = {"clip_norm": nonfinite_name(row["clip_norm"]), "grad_norm": row["grad_norm"]}
+                reading.events.append(EventRecord(step=facts.step, kind="clip_norm", detail=norms))
             if (found := surface.first_nonfinite()) is not None:
                 reading.divergence = Divergence(facts.step, found, f"{found.tensor} is {found.kind}")
             elif self._explosion.exploded(facts.step, row["loss"]):

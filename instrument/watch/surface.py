@@ -74,6 +74,12 @@ class Surface:
         """Non-finite gradients that no update followed."""
         return not self.updated and self.bad_gradients is not None
 
+    @property
+    def emptied(self) -> bool:
+        """Whether the norm that clipping used overflowed though every gradient was finite: all of them became 0."""
+        finite = math.isfinite(self.row.get("grad_norm", math.nan))
+        return self.updated and finite and math.isinf(self.row.get("clip_norm", 0.0))
+
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The earliest phase that shows a failure; None for a healthy step, whatever infinities died out inside."""
         if not math.isfinite(self.row["loss"]) or (self.updated and self.bad_gradients is not None):

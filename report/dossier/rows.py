@@ -83,7 +83,7 @@ def _cells(run: RunRecord, number: int) -> list[Cell]:
         Cell(clean(run.case, 40), kind="name"),
         Cell(clean(run.dtype_config, 40), kind="name"),
         Cell(str(run.seed), str(run.seed)),
-        Cell(run.status, kind="status"),
+        Cell(f"{run.status}, stalled" if run.stalled else run.status, kind="status"),
         _number(run.divergence_step, "{:,.0f}"),
         _number(run.val_loss, "{:.4g}"),
         _number(run.f1_micro, "{:.3f}"),

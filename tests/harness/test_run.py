@@ -1,16 +1,24 @@
 """A whole run: its files, its row, its repeatability, and what becomes of failures."""
 
+import io
+import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
+import torch
+from rich.console import Console
 
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.data.documents import DataError
 from harness import training
+from harness.inspect.findings import verdict
+from harness.matrix.stability import cell_text
+from harness.precision import Precision
 from harness.run import execute as run_module
 from harness.run.execute import execute
-from harness.run.terminal import CaseScreen
+from harness.run.terminal import CaseScreen, show_summary
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, RunFolder, finished_runs, write_index
 from instrument.results.lines import read
@@ -152,6 +160,48 @@ def test_a_scaler_skip_is_an_event(plan, tmp_path, monkeypatch):
     assert [e.detail["loss_scale"] for e in events] == [2.0**40, 2.0**39]
     producer = events[0].detail["first_nonfinite"]
     assert (producer["step"], producer["phase"], producer["cause"], producer["dtype"]) == (1, "loss", "overflow", "float16")
+
+
+def test_a_run_whose_clip_norm_overflows_has_an_event_a_step_and_is_stalled(plan, tmp_path, monkeypatch):
+    """As `torch.nn.utils.clip_grad_norm_` does with an fp16 norm of Inf: every gradient is multiplied by 0."""
+    clip, calls = Precision.clip, itertools.count(1)
+
+    def overflowing(self, norm, max_norm):
+        if next(calls) <= 8:
+            return clip(self, norm, max_norm)
+        for parameter in self.parameters:
+            parameter.grad.zero_()
+        return torch.tensor(math.inf)
+
+    monkeypatch.setattr(Precision, "clip", overflowing)
+    settings = plan("gpt2_clm", "fp32_true", max_steps=12, instrument="off")
+    record = execute(settings, tmp_path)
+    events = list(read(tmp_path / "runs" / settings.run_id / "events.jsonl", EventRecord))
+    assert [(e.step, e.kind) for e in events] == [(step, "clip_norm") for step in (9, 10, 11, 12)]
+    assert events[0].detail["clip_norm"] == "inf" and events[0].detail["grad_norm"] > 0
+    assert record.status == "completed" and record.first_nonfinite is None
+    assert record.flags["stalled"] == {"since_step": 8, "why": "gradients"}  # AdamW's first moment still moves the weights
+    assert record.stalled == "every gradient that entered an update was 0 after step 8"
+    assert_shown_as_stalled(record, tmp_path)
+
+
+def assert_shown_as_stalled(record, out):
+    """At the run's end, in the matrix and in the sentence of ``inspect``."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    show_summary(console, record, out)
+    assert f"stalled: {record.stalled}" in console.export_text()
+    outcome, detail, status = cell_text([record])
+    assert outcome.startswith("= ") and (detail, status) == ("stalled", "stalled")
+    assert verdict(record, None, record.steps_done).startswith(f"completed, but stalled: {record.stalled}")
+
+
+@pytest.mark.parametrize(("case", "config"), [("gpt2_clm", "bf16_pure"), ("roberta_single_cls", "fp32_true")])
+def test_a_run_whose_weights_no_longer_change_is_stalled_and_one_that_moves_is_not(plan, tmp_path, case, config):
+    stalled = execute(plan(case, config, max_steps=4, lr=1e-60, instrument="off"), tmp_path)
+    assert stalled.flags["stalled"] == {"since_step": 3, "why": "weights"}
+    assert_shown_as_stalled(stalled, tmp_path)
+    moving = execute(plan(case, config, max_steps=4, instrument="off"), tmp_path)
+    assert moving.status == "completed" and "stalled" not in moving.flags and moving.stalled is None
 
 
 def test_bad_data_are_refused_before_anything_is_written(plan, tmp_path, monkeypatch):
