@@ -25,9 +25,10 @@ def _places(*kinds: str) -> tuple[str, ...]:
     return tuple(f"{kind}_{what}" for kind in kinds for what in ("tensor", "nan"))
 
 
-HOOKED = ("loss", "loss_scale", "updated", *_places(*GRADIENTS, "state", "param"))
+HOOKED = ("loss", "loss_scale", "updated", *_places(*GRADIENTS, "state", "param", "after", "between"))
 """A row, float64, where hooks measure. ``*_tensor``: index of the first non-finite tensor or -1; ``*_nan``: how many more
-NaN than infinities it holds. ``loss_scale``: -1 without one. ``updated``: how often the optimizer stepped."""
+NaN than infinities it holds. ``loss_scale``: -1 without one. ``updated``: how often the optimizer stepped. Parameters are
+measured as the update leaves them (``param``), at the end of the step (``after``), and at its beginning (``between``)."""
 REPORTED = (
     *"loss loss_microbatch loss_scale grad_norm grad_absmax grad_nonfinite grad_below grad_nonzero clip_norm".split(),
     *_places("backward", "state", "param"),
@@ -59,6 +60,7 @@ class StepCounters:
         if not named:
             raise ValueError("the model has no parameter that requires a gradient: there is nothing to watch")
         self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
+        self._ids = {id(p) for p in self.parameters}
         self.device = self.parameters[0].device
         self.states: list[tuple[str, str, torch.Tensor]] = []
         self.window = window
@@ -74,6 +76,8 @@ class StepCounters:
         self._empty_row = {name: self._none if name in unset else self._zero for name in columns}
         self._row: dict[str, torch.Tensor] = {}
         self._as_seen: list[tuple[int, int] | None] = []
+        self._gradients = self._none, self._zero
+        self._weights_seen: list[tuple[int, int]] = []
         self._micro_batches = 0
 
     @property
@@ -88,7 +92,7 @@ class StepCounters:
 
     def begin(self, loss_scale: torch.Tensor | None = None) -> None:
         """A step begins, at a loss scale (a device scalar) where it is known; what an interrupted one left is dropped."""
-        self._as_seen, self._micro_batches = [], 0
+        self._as_seen, self._micro_batches, self._gradients = [], 0, (self._none, self._zero)
         self._row = self._empty_row | ({} if loss_scale is None else {"loss_scale": loss_scale})
 
     def drop(self) -> None:
@@ -135,11 +139,14 @@ class StepCounters:
             for p in self.parameters
             if p.grad is None or p.grad.layout == torch.strided
         ]
-        if len(as_seen) == len(self.parameters) and as_seen == self._as_seen:
-            return  # not written to since they were last measured
+        unwritten = len(as_seen) == len(self.parameters) and as_seen == self._as_seen
+        # What enters the update may have been repaired through ``.data``, which no version counts.
+        if unwritten and (where != "update" or (self.device.type == "cpu" and self._gradients[0] < 0)):
+            return
         self._as_seen = as_seen
         nothing = torch.empty(0, device=self.device)
         found = self._first_bad(where, [nothing if p.grad is None else p.grad for p in self.parameters])
+        self._gradients = found[f"{where}_tensor"], found[f"{where}_nan"]
         before = self._row[f"{where}_tensor"]
         if before is not self._none:
             found = {name: torch.where(before >= 0, self._row[name], value) for name, value in found.items()}
@@ -161,16 +168,42 @@ class StepCounters:
         if self._row and self._scaler is not None:
             self._row["loss_scale"] = self._scaler.scale(torch.ones((), device=self.device))
 
-    # -- the end of a step --------------------------------------------------------------------
+    def is_updated_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer owns one of the parameters."""
+        return optimizer is self._optimizer or any(id(p) in self._ids for g in optimizer.param_groups for p in g["params"])
+
+    # -- parameters ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def measure_update(self) -> None:
-        """Parameters and optimizer states after the update."""
-        if self._hooked and self._optimizer is None and self._scaler is None:
-            self._row["updated"] = self._zero + 1.0  # an update by hand, which no hook sees
+        """Parameters and optimizer states as the update leaves them."""
+        if not self._row:
+            return
         self._refresh_states()
         self._row |= self._first_bad("param", self.parameters)
         self._row |= self._first_bad("state", self._state_tensors)
+
+    @torch.no_grad()
+    def measure_after(self) -> None:
+        """Parameters at the end of a step, which something may have written to since the update. An update by hand, which
+        no hook sees, is measured here; its gradients are taken to be those that were measured last."""
+        if self._optimizer is None and self._scaler is None:
+            self._row["updated"] = self._zero + 1.0
+            self._row["update_tensor"], self._row["update_nan"] = self._gradients
+            self.measure_update()
+        else:
+            self._row |= self._first_bad("after", self.parameters)
+        self._weights_seen = self._versions()
+
+    @torch.no_grad()
+    def measure_between(self) -> None:
+        """Parameters at the beginning of a step, which something may have written to since the end of the one before. On a
+        GPU they are looked at only where their versions say so."""
+        if self._weights_seen and (self.device.type == "cpu" or self._versions() != self._weights_seen):
+            self._row |= self._first_bad("between", self.parameters)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self.parameters if p.layout == torch.strided]
 
     @torch.no_grad()
     def end(self) -> None:

@@ -5,12 +5,14 @@ A copied or pickled model has no hooks, and each one comes with what takes it of
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def call_with_hooks(model: nn.Module, entering: Callable[[str], None], leaving: Callable[[str], None]) -> Callable[[], None]:
@@ -86,6 +88,18 @@ def _no_hook() -> Callable:
 
 def _nothing(*args: object, **kwargs: object) -> None:
     """What a copied hook does."""
+
+
+def after_any_update(call: Callable[[torch.optim.Optimizer], None]) -> Callable[[], None]:
+    """Call the method ``call(optimizer)`` after every step of any optimizer, as long as its object lives; returns what ends
+    that."""
+    method = weakref.WeakMethod(call)
+
+    def updated(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if (alive := method()) is not None:
+            alive(optimizer)
+
+    return register_optimizer_step_post_hook(updated).remove
 
 
 class _Unscale:

@@ -45,15 +45,16 @@ def _equal(a: float | None, b: float | None, tolerance: float) -> bool:
 @dataclass(frozen=True)
 class Surface:
     """One step's ``row`` (`counters.HOOKED` or `counters.REPORTED`). ``logits``: statistics of the model's own output by
-    micro-batch, where the loop reports them; ``modules``: the step's readings of other outputs, where it does not.
-    ``world`` and ``rank_of``: how many processes ran the micro-batches in equal blocks, and which one alone shows a
-    non-finite gradient (``backward``), ``state`` or ``param``."""
+    micro-batch, where the loop reports them; ``modules``: the step's readings of other outputs, where it does not. ``before``:
+    the number of the step before, where there is one. ``world`` and ``rank_of``: how many processes ran the micro-batches in
+    equal blocks, and which one alone shows a non-finite gradient (``backward``), ``state`` or ``param``."""
 
     step: int
     row: Mapping[str, float]
     counters: StepCounters
     logits: Sequence[Mapping[str, Any]] = ()
     modules: Sequence[TapReading] = ()
+    before: int | None = None
     world: int = 1
     rank_of: Mapping[str, int | None] | None = None
 
@@ -80,11 +81,28 @@ class Surface:
         finite = math.isfinite(self.row.get("grad_norm", math.nan))
         return self.updated and finite and math.isinf(self.row.get("clip_norm", 0.0))
 
+    @property
+    def between(self) -> bool:
+        """Whether a parameter was spoilt before the step began, after the end of the one before."""
+        return self._shows("between")
+
+    @property
+    def repaired(self) -> bool:
+        """Whether gradients were not finite and were made so before the update that they entered."""
+        return self.updated and self.bad_gradients is not None and not self._enters
+
+    @property
+    def _enters(self) -> bool:
+        """Whether a non-finite gradient entered the update; a loop that reports repairs none."""
+        return self._shows("update") if "update_tensor" in self.row else self.bad_gradients is not None
+
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The earliest phase that shows a failure; None for a healthy step, whatever infinities died out inside."""
-        if not math.isfinite(self.row["loss"]) or (self.updated and self.bad_gradients is not None):
+        if self.between:
+            return self._in_parameter("between", "after", "param", self.step if self.before is None else self.before)
+        if not math.isfinite(self.row["loss"]) or (self.updated and self._enters):
             return self._in_forward() or self._in_loss() or self._in_gradients()
-        if not self._shows("state") and not self._shows("param"):
+        if not any(map(self._shows, ("state", "param", "after"))):
             return None
         earlier = self._in_logits() if self.updated else self._in_forward()  # then it was there before this step
         return earlier or self._in_clip_norm() or self._in_states() or self._in_parameters()
@@ -129,7 +147,7 @@ class Surface:
         backward = [r for r in self.modules if r.direction == "bwd" and (r.nan or r.inf)]
         if where == "backward" and backward:
             return self._in_module(backward, "backward", "grad")
-        return self._in_parameter(where, "unscale_or_clip" if where == "update" else where, "grad")
+        return self._in_parameter(where, "unscale_or_clip" if where == "update" else where, "grad", self.step)
 
     def _in_clip_norm(self) -> FirstNonfinite | None:
         norm = self.row.get("clip_norm", 0.0)
@@ -140,18 +158,19 @@ class Surface:
         if not self._shows("state"):
             return None
         name, state, tensor = self.counters.states[int(self.row["state_tensor"])]
-        return self._in_tensor("state", "optimizer", state, name, tensor.dtype)
+        return self._in_tensor("state", "optimizer", state, name, tensor.dtype, self.step)
 
     def _in_parameters(self) -> FirstNonfinite:
-        return self._in_parameter("param", "optimizer", "param")
+        kind, phase = ("param", "optimizer") if self._shows("param") else ("after", "after")
+        return self._in_parameter(kind, phase, "param", self.step)
 
-    def _in_parameter(self, kind: str, phase: str, tensor: str) -> FirstNonfinite:
+    def _in_parameter(self, kind: str, phase: str, tensor: str, step: int) -> FirstNonfinite:
         index = int(self.row[f"{kind}_tensor"])
-        return self._in_tensor(kind, phase, tensor, self.counters.names[index], self.counters.parameters[index].dtype)
+        return self._in_tensor(kind, phase, tensor, self.counters.names[index], self.counters.parameters[index].dtype, step)
 
-    def _in_tensor(self, kind: str, phase: str, tensor: str, name: str, dtype: object) -> FirstNonfinite:
+    def _in_tensor(self, kind: str, phase: str, tensor: str, name: str, dtype: object, step: int) -> FirstNonfinite:
         return surfaced(
-            self.step,
+            step,
             phase,
             tensor,
             prevailing(self.row[f"{kind}_nan"]),

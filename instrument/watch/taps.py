@@ -102,6 +102,7 @@ class ModuleTaps:
     ``skip_output``: the model's own output is measured elsewhere (a fused loss measures its logits), so modules that return
     that very tensor are left out from the second forward pass on. ``kept_steps``: how many steps can wait to be read.
     ``gather``: every process' readings by rank, where several share a run and all read at the same time; they come out as one.
+    ``guard``: goes around what a hook calls.
 
     Use as ``begin_step(step)`` ... ``end_step()``; outside of steps and under ``torch.no_grad`` nothing is measured.
     ``close()`` takes every hook off.
@@ -117,6 +118,7 @@ class ModuleTaps:
         skip_output: bool = False,
         kept_steps: int = KEPT_STEPS,
         gather: Callable[[list[TapReading]], list[list[TapReading]]] = lambda mine: [mine],
+        guard: Callable[[Callable], Callable] = lambda call: call,
     ) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
@@ -131,6 +133,7 @@ class ModuleTaps:
         self.mine: list[TapReading] = []
         """This process' own readings, of the last `read`."""
         self._gather = gather
+        self._guard = guard
         self._dtypes: dict[int, str] = {}
         self._running = False
         self._counts = "range"
@@ -151,9 +154,9 @@ class ModuleTaps:
         if order:
             self._ring = ActivationRing(2 * len(order), steps=kept_steps, device=device)
             self._slots = [self._ring.at(slot) for slot in range(2 * len(order))]
-            self._block_handles = [m.register_forward_hook(Hook(self._hook(n))) for n, m in self._blocks.items()]
+            self._block_handles = [m.register_forward_hook(Hook(guard(self._hook(n)))) for n, m in self._blocks.items()]
             if skip_output:
-                self._block_handles.append(model.register_forward_hook(Hook(self._find_output)))
+                self._block_handles.append(model.register_forward_hook(Hook(guard(self._find_output))))
 
     def begin_step(self, step: int) -> None:
         """What modules do from here on belongs to ``step``."""
@@ -164,7 +167,9 @@ class ModuleTaps:
         self._counts = "all" if due else "range"
         if due:
             self._step_handles = [
-                m.register_forward_hook(Hook(self._hook(n))) for n, m in self._leaves.items() if n not in self._blocks
+                m.register_forward_hook(Hook(self._guard(self._hook(n))))
+                for n, m in self._leaves.items()
+                if n not in self._blocks
             ]
         self._ring.tick()
         self._ticks += 1
@@ -255,6 +260,7 @@ class ModuleTaps:
 
     def _hook(self, name: str):
         slot = 2 * self._order[name]
+        measure_gradient = self._guard(lambda gradient: self._measure_gradient(gradient, slot + 1))
 
         def measure(module: torch.nn.Module, args: tuple, output: object) -> None:
             if not self._running:
@@ -273,7 +279,7 @@ class ModuleTaps:
                     self._addresses[slot] = weakref.ref(tensor), tensor.data_ptr()
                 self._measure(tensor, slot)
                 if tensor.requires_grad:
-                    handle = tensor.register_hook(lambda gradient: self._measure_gradient(gradient, slot + 1))
+                    handle = tensor.register_hook(measure_gradient)
                     if tensor.is_leaf:  # a module that returns its parameter: the hook would outlive the step
                         self._step_handles.append(handle)
 

@@ -9,6 +9,8 @@
 Statistics stay on the device; the host reads them every ``log_every`` steps. The step is exact all the same, because every step
 has its own row. Give ``replay``, a function that runs one whole step again (``replay(step)``), and the failed step is repeated
 from the last snapshot op by op: then op, cause and the exact producer are known, and what infinities were absorbed on the way.
+The loop never fails for its watch: what that cannot do is a ``warning`` among its events. Only misuse raises, and
+`NonfiniteError` where it was asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from instrument.replay.recorder import OpRecorder
 from instrument.replay.replays import Examination, Replayed, Replays, skip_surfaced
 from instrument.results.schemas import PHASES, EventRecord, FirstNonfinite
 from instrument.watch.counters import StepCounters
-from instrument.watch.hooks import Hook, tensors_in, wrap_unscale
+from instrument.watch.hooks import Hook, after_any_update, tensors_in, wrap_unscale
 from instrument.watch.surface import Seen, Surface
 from instrument.watch.taps import Headroom, HeadroomTable, ModuleTaps
 
@@ -71,7 +73,7 @@ class Watch:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.counters = StepCounters(model, optimizer, scaler, window=log_every or (1 if device.type == "cpu" else 10))
-        self.taps = ModuleTaps(model, device, granularity=granularity, every=every)
+        self.taps = ModuleTaps(model, device, granularity=granularity, every=every, guard=self._guarded)
         self.events: list[EventRecord] = []
         self.examination: Examination | None = None
         self._scaler = scaler
@@ -84,12 +86,17 @@ class Watch:
         self._found: FirstNonfinite | None = None
         self._headroom = HeadroomTable()
         self._steps: list[int] = []
+        self._before: int | None = None
+        """The last step whose row was read."""
+        self._failures: set[str] = set()
         self._replaying = self._backward_awaited = False
         self._removers: list[Callable[[], None]] = [
-            part.register_forward_hook(Hook(self._await_backward)).remove for part in {model, *model.children()}
+            part.register_forward_hook(Hook(self._guarded(self._await_backward))).remove for part in {model, *model.children()}
         ]
         if optimizer is not None:
-            self._removers.append(optimizer.register_step_pre_hook(lambda *_: self.counters.updating()).remove)
+            updating = self._guarded(self.counters.updating)
+            self._removers.append(optimizer.register_step_pre_hook(lambda *_: updating()).remove)
+            self._removers.append(after_any_update(self._updated))
         if scaler is not None:
             self._removers.append(wrap_unscale(scaler, self._unscaling))
 
@@ -105,10 +112,8 @@ class Watch:
             raise RuntimeError(f"watch.step({step}) inside another step of the same watch; steps follow one another")
         if self._replays is not None and self._replays.due:
             self._read_and_raise()
-            self._replays.keep(step)
-        self.counters.begin()
-        self._backward_awaited = False
-        self.taps.begin_step(step)
+            self._guarded(self._replays.keep)(step)
+        self._guarded(self._begin)(step)
         try:
             yield self
         except BaseException:
@@ -117,14 +122,24 @@ class Watch:
                 self._replays.interrupted()
             raise
         finally:
-            self.taps.end_step()
-        self.counters.measure_update()
-        self.counters.end()
-        self._steps.append(step)
-        if self._replays is not None:
-            self._replays.completed(step)
+            self._guarded(self.taps.end_step)()
+        self._guarded(self._end)(step)
         if self.counters.full:
             self._read_and_raise()
+
+    def _begin(self, step: int) -> None:
+        self.counters.begin()
+        self.counters.measure_between()
+        self._backward_awaited = False
+        self.taps.begin_step(step)
+
+    def _end(self, step: int) -> None:
+        if self.counters.open:  # a measurement that failed has closed it: the step has no row
+            self.counters.measure_after()
+            self.counters.end()
+            self._steps.append(step)
+        if self._replays is not None:
+            self._replays.completed(step)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -134,7 +149,7 @@ class Watch:
         with self._recorder.phase(name) if self._recorder is not None else nullcontext():
             yield
         if name in ("unscale", "clip"):
-            self.counters.measure_gradients(name)
+            self._guarded(self.counters.measure_gradients)(name)
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Report the loss (each micro-batch's); returns it. Without it, a bad loss shows as bad gradients. Raises
@@ -142,8 +157,8 @@ class Watch:
         if self._recorder is not None:
             self._recorder.loss(loss)
         elif self.counters.open:
-            self.counters.loss(loss)
-        elif not self._replaying:
+            self._guarded(self.counters.loss)(loss)
+        elif not self._replaying and not self._failures:
             raise RuntimeError("watch.loss(...) outside of a step; call it inside `with watch.step(number):`")
         return loss
 
@@ -163,8 +178,10 @@ class Watch:
     def read(self) -> None:
         """Decode the pending steps: the watch's only wait for the device. Inside a step, a watch that replays leaves
         them for later: a replay would pull the weights from under the step's backward pass."""
-        if self.counters.open and self._replays is not None:
-            return
+        if not (self.counters.open and self._replays is not None):
+            self._guarded(self._read)()
+
+    def _read(self) -> None:
         steps, self._steps = self._steps, []
         if not steps:
             return
@@ -174,7 +191,10 @@ class Watch:
         if self._found is not None:
             return
         for index, (step, row) in enumerate(zip(steps, rows, strict=True)):
-            surface = Surface(step, row, self.counters, modules=[r for r in readings if r.step == step])
+            surface = Surface(step, row, self.counters, modules=[r for r in readings if r.step == step], before=self._before)
+            self._before = step
+            if surface.repaired:
+                self.events.append(self._repair(surface))
             if self._scaler is not None and surface.skipped:
                 self.events.append(self._skip(surface, len(steps) - index))
             self._found = surface.first_nonfinite()
@@ -184,12 +204,35 @@ class Watch:
 
     def close(self) -> None:
         """Take every hook off the model, the optimizer and the scaler."""
-        self.taps.close()
+        self._guarded(self.taps.close)()
         for remove in self._removers:
             remove()
         self._removers = []
 
     # -- hooks --------------------------------------------------------------------------------
+
+    def _guarded(self, call: Callable) -> Callable:
+        """``call`` as a part of somebody else's loop: an error of it is a ``warning`` among the events, once of each kind, and
+        the step that is open has no row."""
+
+        def guarded(*args: object) -> object:
+            try:
+                return call(*args)
+            except Exception as error:
+                self.counters.drop()
+                what = f"{getattr(call, '__name__', 'a measurement').strip('_')} failed: {type(error).__name__}: {error}"
+                if what not in self._failures:
+                    self._failures.add(what)
+                    step = self._steps[-1] if self._steps else self._before or 0
+                    self.events.append(EventRecord(step=step, kind="warning", detail={"what": what}))
+                return None
+
+        return guarded
+
+    def _updated(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped, the watched one or another that owns watched parameters."""
+        if self.counters.open and self.counters.is_updated_by(optimizer):
+            self._guarded(self.counters.measure_update)()
 
     def _await_backward(self, module: torch.nn.Module, args: tuple, output: object) -> None:
         """When an output of the model (or of a part that is called by itself) gets its gradient, ask autograd to
@@ -203,7 +246,7 @@ class Watch:
     def _call_after_backward(self, gradient: torch.Tensor) -> None:
         if not self._backward_awaited:
             self._backward_awaited = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(self._guarded(self._after_backward))
 
     def _after_backward(self) -> None:
         self._backward_awaited = False
@@ -211,9 +254,9 @@ class Watch:
 
     @contextmanager
     def _unscaling(self) -> Iterator[None]:
-        self.counters.note_scale()
+        self._guarded(self.counters.note_scale)()
         yield
-        self.counters.measure_gradients("unscale")
+        self._guarded(self.counters.measure_gradients)("unscale")
 
     # -- replays ------------------------------------------------------------------------------
 
@@ -221,6 +264,12 @@ class Watch:
         self.read()
         if self._raise and self._found is not None:
             raise NonfiniteError(self._found)
+
+    def _repair(self, surface: Surface) -> EventRecord:
+        """Gradients that were not finite and were made so before the update."""
+        found = surface.where_skipped()
+        detail = {name: getattr(found, name) for name in ("phase", "module", "tensor", "kind")}
+        return EventRecord(step=surface.step, kind="gradient_repaired", detail=detail)
 
     def _skip(self, surface: Surface, steps_ago: int) -> EventRecord:
         """A scaler's skip; the first few with their producer, by replay."""
@@ -245,13 +294,16 @@ class Watch:
         examination is kept), the record stays as it surfaced."""
         if self._replays is None or self._found is None:
             return
+        if self._found.step != surface.step or surface.between:
+            why = "it was written between two steps, and a replay runs what is inside of them"
+            self._found = msgspec.structs.replace(self._found, replay={"matched": False, "error": why})
+            return
         replayed = self._replay(surface, steps_ago)
         self.examination = replayed.found
-        self._found = (
-            replayed.completed(self._found)
-            if replayed.matched
-            else msgspec.structs.replace(self._found, replay=replayed.unexplained())
-        )
+        self._found = replayed.completed(self._found) if replayed.matched else self._unexplained(replayed)
+
+    def _unexplained(self, replayed: Replayed) -> FirstNonfinite:
+        return msgspec.structs.replace(self._found, replay=replayed.unexplained())
 
     def _replay(self, surface: Surface, steps_ago: int) -> Replayed:
         """Replay a step and put the run back. The loop's own code may fail outside of its loop: the run continues."""
@@ -273,7 +325,7 @@ class Watch:
             return self._run_step(step)
         self.counters.begin()
         self._run_step(step)
-        self.counters.measure_update()
+        self.counters.measure_after()
         self.counters.end()
         return Surface(step, self.counters.read()[0], self.counters).seen()
 

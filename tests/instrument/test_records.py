@@ -169,7 +169,8 @@ def test_the_rows_have_the_fields_of_the_design():
     run_fields = """schema run_id case scenario arch task loss loss_reduction dtype_config seed preset device data_source
         weights_source status divergence_step first_nonfinite steps_done max_steps timed_steps batch_size
         micro_batch seq_len n_params loss_initial train_loss_final val_loss perplexity f1_micro f1_macro
-        f1_micro_tuned samples_per_s tokens_per_s real_tokens_per_s step_time_p50_s step_time_p95_s
+        f1_micro_tuned f1_micro_majority f1_macro_majority samples_per_s tokens_per_s real_tokens_per_s
+        step_time_p50_s step_time_p95_s
         flops_per_step mfu mfu_bf16_peak mfu_measured_peak mfu_real_tokens mfu_bf16_peak_real_tokens
         mfu_measured_peak_real_tokens peak_flops_per_s peak_flops_source peak_allocated_bytes
         peak_reserved_bytes peak_device_bytes peak_rss_bytes energy_j scaler_skips attention_backend autocast

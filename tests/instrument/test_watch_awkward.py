@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import random
+from contextlib import nullcontext
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from instrument import Watch
+from instrument.results.schemas import FirstNonfinite
 from instrument.watch.hooks import blocks
 
 
@@ -403,6 +406,136 @@ def test_a_step_function_that_raises_does_not_end_the_run():
 
     found = watched(step, model, optimizer).first_nonfinite
     assert found.step == 3 and found.replay["error"] == "StopIteration: the loader is exhausted"
+
+
+# -- after the update -------------------------------------------------------------------------
+
+
+def normalise(model, number):
+    """Every row to length 1, as nGPT does after an update; at step 3 a row of zeros divides 0 by 0."""
+    if number == 3:
+        model.b.weight.data[0].zero_()
+    model.b.weight.data.copy_(model.b.weight.data / model.b.weight.data.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_nan_written_into_a_weight_between_update_and_forward_is_of_the_phase_after(inside, replay, scaled):
+    model = Net()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+
+    def step(number):
+        loss = model(batch(number)).square().mean()
+        (scaler.scale(loss) if scaled else loss).backward()
+        if scaled:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        if inside:
+            normalise(model, number)
+
+    watch = Watch(model, optimizer, scaler=scaler, every=1, replay=step if replay else None)
+    for number in range(1, 6):
+        with watch.step(number):
+            step(number)
+        if not inside:
+            normalise(model, number)
+    found = watch.first_nonfinite
+    watch.close()
+    assert (found.step, found.phase, found.phase_surfaced, found.module) == (3, "after", "after", "b")
+    assert (found.kind, found.dtype) == ("nan", "float32")
+    assert found.tensor == ("output" if replay and inside else "param")  # the quotient, which is copied into the weight
+    if replay and inside:
+        assert (found.op, found.cause, found.replay["matched"]) == ("aten.div", "invalid", True)
+    if replay and not inside:
+        assert found.replay["matched"] is False and "between two steps" in found.replay["error"]
+    assert FirstNonfinite(**msgspec.structs.asdict(found)) == found
+
+
+REPAIRS = {
+    "in place": lambda p: p.grad.nan_to_num_(posinf=0.0),
+    "through .data": lambda p: p.grad.data.nan_to_num_(posinf=0.0),
+    "a new tensor": lambda p: setattr(p, "grad", p.grad.nan_to_num(posinf=0.0)),
+}
+
+
+@pytest.mark.parametrize("how", [*REPAIRS, "nothing", "all but one"])
+@pytest.mark.parametrize("replay", [True, False])
+def test_gradients_repaired_before_the_update_are_an_event_and_no_divergence(how, replay):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def step(number, watch):
+        loss = model(batch(number)).square().mean()
+        (loss + sum(map(square_root_of_zero, model.parameters())) if number == 3 else loss).backward()
+        for parameter in [*model.parameters()][how == "all but one" :] if how != "nothing" else ():
+            REPAIRS.get(how, REPAIRS["in place"])(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    watch = watched(step, model, optimizer, replay=replay)
+    if how in REPAIRS:
+        assert watch.first_nonfinite is None and all(p.isfinite().all() for p in model.parameters())
+        (event,) = watch.events
+        assert (event.step, event.kind) == (3, "gradient_repaired")
+        assert event.detail["tensor"] == "grad" and event.detail["kind"] == "nan"
+    else:
+        assert place(watch)[:2] == (3, "backward") and watch.events == []
+
+
+# -- a watch that fails -----------------------------------------------------------------------
+
+PARTS = [
+    "counters.StepCounters." + name
+    for name in "begin measure_between loss measure_gradients updating measure_update measure_after end read".split()
+] + [
+    *("taps.ModuleTaps.begin_step", "taps.ModuleTaps._measure", "taps.ModuleTaps.end_step", "taps.ModuleTaps.read"),
+    *("surface.Surface.first_nonfinite", "surface.Surface.seen", "watch.Replays.keep", "watch.Replays.again"),
+    *("watch.Replays.completed", "watch.Replayed.completed", "watch.Watch._await_backward", "watch.HeadroomTable.add"),
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_whatever_fails_in_a_watch_the_loop_continues_and_an_event_says_why(part, monkeypatch):
+    def train(watched):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = sgd(model)
+        watch = Watch(model, optimizer, every=1, log_every=2, replay=lambda step: run(step)) if watched else None
+
+        def run(number):
+            loss = model(batch(number)).square().mean() / (number != 5)
+            if watch:
+                watch.loss(loss)
+            loss.backward()
+            if number < 5:
+                optimizer.step()
+            optimizer.zero_grad()
+
+        for number in range(1, 8):
+            with watch.step(number) if watch else nullcontext():
+                run(number)
+        if watch:
+            watch.headroom()
+            watch.close()
+        return watch, state_of(model, optimizer)
+
+    _, unwatched = train(False)
+    target, _, name = part.rpartition(".")
+
+    def fails(*args, **kwargs):
+        raise OverflowError(f"planted in {name}")
+
+    monkeypatch.setattr(f"instrument.watch.{target}.{name}", fails)
+    watch, state = train(True)
+    assert all(map(torch.equal, state, unwatched))
+    said = [event.detail["what"] for event in watch.events if event.kind == "warning"]
+    found = watch.first_nonfinite
+    said += [found.replay.get("error", "")] if found and found.replay else []
+    assert any(f"OverflowError: planted in {name}" in text for text in said)
 
 
 # -- used wrongly -----------------------------------------------------------------------------
