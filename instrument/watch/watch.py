@@ -292,18 +292,18 @@ class Watch:
     def _examine(self, surface: Surface, steps_ago: int) -> None:
         """Replay the failed step from the last snapshot and complete the record; where it fails in another way (its
         examination is kept), the record stays as it surfaced."""
-        if self._replays is None or self._found is None:
+        found = self._found
+        if self._replays is None or found is None:
             return
-        if self._found.step != surface.step or surface.between:
+        if surface.between:
             why = "it was written between two steps, and a replay runs what is inside of them"
-            self._found = msgspec.structs.replace(self._found, replay={"matched": False, "error": why})
+            self._found = msgspec.structs.replace(found, replay={"matched": False, "error": why})
             return
         replayed = self._replay(surface, steps_ago)
         self.examination = replayed.found
-        self._found = replayed.completed(self._found) if replayed.matched else self._unexplained(replayed)
-
-    def _unexplained(self, replayed: Replayed) -> FirstNonfinite:
-        return msgspec.structs.replace(self._found, replay=replayed.unexplained())
+        self._found = (
+            replayed.completed(found) if replayed.matched else msgspec.structs.replace(found, replay=replayed.unexplained())
+        )
 
     def _replay(self, surface: Surface, steps_ago: int) -> Replayed:
         """Replay a step and put the run back. The loop's own code may fail outside of its loop: the run continues."""
