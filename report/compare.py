@@ -16,7 +16,7 @@ from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.errors import UsageError
 from report.tables import a_stability, b_efficiency, c_throughput
-from report.tables.b_efficiency import memory_kind, peak_of
+from report.tables.cells import memory_kind, peak_of
 from report.tables.selection import TASK_COLUMNS, by_cell, case_order, select, series_order, settings_of
 from report.tables.speed import eligible, pooled_rate
 from report.text import gigabytes, joined, printable

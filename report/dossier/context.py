@@ -96,7 +96,7 @@ def context(
         "machine_figures": [key for key in MACHINE if key in drawn],
         "figures": {letter: _figure(figure, tables[letter], numbers) for letter, figure in drawn.items()},
         "executive": [letter for letter in EXECUTIVE if letter in drawn],
-        "tasks": [_task(task, numbers) for task in verdict.tasks],
+        "tasks": [_task(task, numbers) for task in verdict.cases],
         "open_questions": [clean(question, 600) for question in verdict.open_questions],
         "next_command": clean(verdict.next_command or "", 600),
         "checks": [_check(check, numbers) for check in checks],
@@ -162,7 +162,7 @@ def _task(task, numbers: RowNumbers) -> dict[str, Any]:
     elif speed:
         speed += " (no interval)"
     return {
-        "column": clean(task.column),
+        "column": clean(task.case),
         "use": clean(task.use) if task.use else None,
         "avoid": [clean(a, 300) for a in ([task.avoid] if isinstance(task.avoid, str) else task.avoid or ())],
         "speed": speed,
@@ -170,7 +170,6 @@ def _task(task, numbers: RowNumbers) -> dict[str, Any]:
         "quality": clean(task.quality, 200) if task.quality not in (None, "") else None,
         "cost": clean(task.cost or "", 200) or None,
         "reason": clean(task.reason or "", 600),
-        "confidence": clean(task.confidence or "", 300),
         "rows": numbers.cite(task.run_ids),
     }
 

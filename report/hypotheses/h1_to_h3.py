@@ -245,7 +245,7 @@ def _h3_evidence(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> Evi
 
 def _failed(state: str) -> int | None:
     """1 for a run that diverged or trains worse, 0 for one that completed, None for what cannot be judged."""
-    return {"diverged": 1, "poor": 1, "completed": 0}.get(state)
+    return {"diverged": 1, "stalled": 1, "completed": 0}.get(state)
 
 
 def _percent(interval: Interval) -> Interval:

@@ -29,7 +29,8 @@ from report.hypotheses.evidence import (
     unanimous,
 )
 from report.statistics import FEWEST_SEEDS, Interval, exponential, mean_interval
-from report.tables.b_efficiency import shares_process
+from report.tables.cells import shares_process
+from report.tables.choice import all_cells
 from report.tables.e_logits import overflows
 from report.tables.f_padding import favourite, padding_of, real_tokens_known
 from report.tables.selection import REFERENCE, TASK_COLUMNS, column_of, is_bucketed, is_control, is_lm, series_order
@@ -213,7 +214,12 @@ ByConfig = dict[str, list[float]]
 
 def judge_p4(base: EvidenceBase) -> Finding:
     """Pairs of tasks, among configurations that completed both with good quality."""
-    good = [run for run in base.selection.runs if base.state(run) == "completed" and base.is_timed(run)]
+    cells = all_cells(base.folder)
+    good = [
+        run
+        for run in base.selection.runs
+        if base.state(run) == "completed" and base.is_timed(run) and not cells[run.case, run.dtype_config].poor
+    ]
     scores = group_scores(good, column_of)
     columns = [column for column in TASK_COLUMNS if len(scores.get(column, {})) > 1]
     evidence = [

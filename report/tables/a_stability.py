@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.statistics import mean_interval
-from report.tables.judgement import Judged, Judgements, divergence_kind, gap_text, judge_runs
+from report.tables.cells import FAILING, INCOMPARABLE, STALLED, UNFINISHED, UNHEALTHY, UNMEASURED, Cell, Quality
+from report.tables.choice import all_cells, case_tables
+from report.tables.judgement import MARGIN_F1, MARGIN_LOSS, MARGIN_NATS, Judged, divergence_kind, judge_runs
 from report.tables.selection import REFERENCE, TASK_COLUMNS, case_order, column_of, series_order
 from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened, signed
@@ -35,77 +37,97 @@ VERBS = {
 RESOLVED = "*"
 """After a difference that the seeds resolve from 0; a cell has room for a sign and not for the word."""
 SHORT_PHASES = {"optimizer": "optim", "backward": "backw."}
-WORST_FIRST = ("diverged", "poor", "failed", "unjudged", "completed", "unsupported", "unfinished")
 
 
 def table(folder: Folder) -> Table:
-    """One row a cell; a cell takes the worst state of its seeds and says how many they are. Runs that were ended from
-    outside do not count as seeds, unless there is nothing else."""
-    judgements = judge_runs(folder)
+    """One row a cell, in the state that `report.tables.cells` gives it: what failed in any seed, else what was shown. Runs that
+    were ended from outside do not count as seeds."""
+    judgements, cells = judge_runs(folder), all_cells(folder)
     runs = judgements.selection.runs
     cases = {run.case: run for run in reversed(runs)}
     order = sorted(case_order(cases), key=lambda case: TASK_COLUMNS.index(column_of(cases[case])))
     configs = series_order(
         {run.dtype_config for run in runs} | {config.id for config in DTYPE_CONFIGS.values() if config.in_default_matrix}
     )
-    data = frame([_cell(judgements, cases[case], config) for case in order for config in configs], COLUMNS)
+    data = frame(
+        [
+            _row(cases[case], config, cells.get((case, config)), judgements.of(case, config))
+            for case in order
+            for config in configs
+        ],
+        COLUMNS,
+    )
     absent = [column for column in TASK_COLUMNS if column not in set(data["column"])]
-    title, caption, excluded = _title(data, judgements), _caption(folder, judgements, absent), judgements.selection.excluded
-    return Table("A", "a_stability_matrix", data, title, caption, excluded=excluded, marks=folder.marks)
+    unhealthy = {table.case: table.unhealthy for table in case_tables(folder) if table.unhealthy}
+    title, caption = _title(data, unhealthy), _caption(folder, runs, unhealthy, absent)
+    return Table("A", "a_stability_matrix", data, title, caption, excluded=judgements.selection.excluded, marks=folder.marks)
 
 
-def _cell(judgements: Judgements, case: RunRecord, config: str) -> dict:
-    every = judgements.of(case.case, config)
-    judged = [j for j in every if j.state != "unfinished"] or every
-    state = next((s for s in WORST_FIRST if any(j.state == s for j in judged)), "missing")
-    bad = [j for j in judged if j.state == state]
-    line1, line2 = _lines(state, bad, len(judged), config, judgements)
-    diverged = bad if state == "diverged" else []
+def _row(case: RunRecord, config: str, cell: Cell | None, judged: list[Judged]) -> dict:
+    state = "missing" if cell is None else _state(cell, judged)
+    diverged = [j for j in judged if j.state == "diverged"]
+    line1, line2 = _lines(cell, state, diverged) if cell else ("not run", "")
     return identity(case) | {
         "dtype_config": config,
         "state": state,
-        "n_seeds": len(judged),
+        "n_seeds": cell.n if cell else 0,
         "sign": SIGNS[state],
-        "n_bad": len(bad) if state in ("diverged", "poor", "failed") else 0,
+        "n_bad": cell.n_failed if cell and cell.n_failed else cell.n if cell and state == "poor" else 0,
         "step": min((j.run.divergence_step for j in diverged), default=None),
         "phase": _phase(diverged),
         "line1": line1,
         "line2": line2,
-        "run_ids": " ".join(j.run.run_id for j in judged),
+        "run_ids": " ".join(cell.run_ids) if cell else "",
     }
 
 
-def _lines(state: str, bad: list[Judged], n: int, config: str, judgements: Judgements) -> tuple[str, str]:
+def _state(cell: Cell, judged: list[Judged]) -> str:
+    """The figure's state of a cell."""
+    if cell.state in (FAILING, STALLED):
+        return "diverged" if any(j.state == "diverged" for j in judged) else "failed"
+    if cell.state == UNMEASURED:
+        return "unsupported" if cell.what.startswith("unsupported") else "failed"
+    return {UNHEALTHY: "unjudged", INCOMPARABLE: "unjudged", UNFINISHED: "unfinished"}.get(
+        cell.state, "poor" if cell.poor else "completed"
+    )
+
+
+def _lines(cell: Cell, state: str, diverged: list[Judged]) -> tuple[str, str]:
     """The two short lines of a cell."""
-    seeds = f"{len(bad)} of {count(n, 'seed')}"
+    seeds = f"{cell.n_failed} of {count(cell.n, 'seed')}"
+    reference = cell.dtype_config == REFERENCE
     if state == "diverged":
-        phase = _phase(bad)
-        return _divergence(bad), f"{_short_phase(phase)}, {len(bad)}/{n}" if phase else seeds
-    if state == "missing":
-        return "not run", ""
+        phase = _phase(diverged)
+        return _divergence(diverged), f"{_short_phase(phase)}, {cell.n_failed}/{cell.n}" if phase else seeds
     if state in ("unsupported", "unfinished"):
         return state, ""
     if state == "failed":
-        return bad[0].run.status, seeds
-    if state == "unjudged":
-        unhealthy = bad[0].run.case in judgements.unhealthy
-        if config == REFERENCE:
-            return ("ends higher", "unhealthy") if unhealthy else ("not judged", seeds)
-        why = "unhealthy ref" if unhealthy else "incomparable" if "not comparable" in bad[0].reason else "no reference"
-        return "not judged", why
-    if state == "poor":
-        worst = max(bad, key=lambda j: j.gap if j.gap is not None else 0)
-        return (gap_text(worst.gap, worst.unit) if "loss" in worst.reason else f"F1 {signed(100 * worst.f1_gap, 1)} pt"), seeds
-    if config == REFERENCE:
-        return "reference", f"healthy, n={n}"
-    return _gap_line(bad), count(n, "seed")
+        return cell.what.split(":")[0].split(",")[0], seeds if cell.n_failed else ""
+    if cell.state == UNHEALTHY:
+        return ("not healthy", "reference") if reference else ("not judged", "unhealthy ref")
+    if cell.state == INCOMPARABLE:
+        why = "incomparable" if "not comparable" in cell.what else "no reference"
+        return "not judged", count(cell.n, "seed") if reference else why
+    if reference:
+        return "reference", f"healthy, n={cell.n}"
+    return _difference(cell), count(cell.n, "seed")
 
 
-def _gap_line(judged: list[Judged]) -> str:
-    """The mean distance from the reference, and whether the seeds resolve it."""
-    gaps = mean_interval([j.gap for j in judged if j.gap is not None])
-    resolved = RESOLVED if gaps.above(0) or gaps.below(0) else ""
-    return gap_text(gaps.value, judged[0].unit) + resolved if gaps.n else ""
+def _difference(cell: Cell) -> str:
+    """The mean distance from the reference by the first measure that judges, and whether the seeds resolve it from 0."""
+    quality = next((q for q in cell.judged_qualities if q.difference.n), None)
+    if quality is None:
+        return ""
+    return _short_difference(quality) + (RESOLVED if quality.difference.above(0) or quality.difference.below(0) else "")
+
+
+def _short_difference(quality: Quality) -> str:
+    value = quality.difference.value
+    return {
+        "nats": f"{signed(value, 2)} nats",
+        "share": f"{signed(100 * value, 1)} %",
+        "F1": f"F1 {signed(100 * value, 1)} pt",
+    }[quality.unit]
 
 
 def _divergence(diverged: list[Judged]) -> str:
@@ -127,8 +149,8 @@ def _short_phase(phase: str) -> str:
     return SHORT_PHASES.get(phase, phase) if several == 1 else f"{several} phases"
 
 
-def _title(data, judgements: Judgements) -> str:
-    """The finding: who diverges or is poor, in how many of the cases where it ran."""
+def _title(data, unhealthy: dict[str, str]) -> str:
+    """The finding: who diverges or is shown to train worse, in how many of the cases where it ran."""
     findings = []
     for state, verb in VERBS.items():
         cases: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -138,24 +160,23 @@ def _title(data, judgements: Judgements) -> str:
                 cases[hits, len(rows)].append(config)
         for (hits, n), names in sorted(cases.items(), reverse=True):
             findings.append(f"{shortened(names)} {verb[len(names) > 1]} in {hits} of {count(n, 'case')}")
-    title = "; ".join(findings) or ("no configuration diverges or trains worse" if len(data) else "no runs")
-    if judgements.unhealthy:
-        title += f"; {count(len(judgements.unhealthy), 'case')} not judged (reference unhealthy)"
+    title = "; ".join(findings) or ("no configuration fails or is shown to train worse" if len(data) else "no runs")
+    if unhealthy:
+        title += f"; {count(len(unhealthy), 'case')} not judged (reference unhealthy)"
     elif not np.isin(data["state"], ("completed", "poor", "diverged")).any():
         title = "Not decided: no cell could be judged"
     return sentence(title)
 
 
-def _caption(folder: Folder, judgements: Judgements, absent: list[str]) -> str:
-    unhealthy = " ".join(f"{case} is not judged: {reason}." for case, reason in sorted(judgements.unhealthy.items()))
+def _caption(folder: Folder, runs: Sequence[RunRecord], unhealthy: dict[str, str], absent: list[str]) -> str:
+    why = " ".join(f"{case} is not judged: {reason}." for case, reason in sorted(unhealthy.items()))
     missing = f" Not run: {', '.join(absent)}." if absent else ""
     return (
-        f"{data_text(folder, judgements.selection.runs)} A cell has the worst state of its seeds. Diverged: a loss, an "
-        "applied gradient, a parameter or an optimizer state became non-finite, or the loss exploded. Poor: completed, "
-        "with a loss above fp32_true of the same case and seed by more than 0.2 nats (language models) or 10 % "
-        "(classification), or micro-F1 down by more than 2 points. loss↑: it exploded with finite "
-        "values. *: the 95 % t-interval over seeds of the "
-        "paired difference excludes 0. k/n: seeds. Healthy: the reference ends below its start. Not judged: without a "
-        "healthy reference. No result: out of memory, an error or hung. Unfinished: stopped or killed from outside."
-        f"{missing} {unhealthy}"
+        f"{data_text(folder, runs)} Diverged: in some seed a loss, an applied gradient, a parameter or an optimizer state "
+        "became non-finite, or the loss exploded. Poor: completed, and the seeds show that it trains worse than fp32_true by "
+        f"more than {MARGIN_NATS:g} nats of loss (language models), or {100 * MARGIN_F1:g} point of micro- or macro-F1 or "
+        f"{100 * MARGIN_LOSS:g} % of loss (classification). loss↑: it exploded with finite values. Number: mean paired "
+        "difference from fp32_true; *: its 95 % t-interval over seeds excludes 0. k/n: seeds. Healthy: the reference learnt. "
+        "Not judged: without a healthy reference. No result: out of memory, an error, hung or stalled. Unfinished: stopped or "
+        f"killed from outside.{missing} {why}"
     ).strip()

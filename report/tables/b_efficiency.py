@@ -10,8 +10,9 @@ from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.statistics import NOTHING, mean_interval
-from report.tables.judgement import judge_runs
-from report.tables.selection import by_cell, series_order
+from report.tables.cells import COMPLETED, FAILING, MEMORY, Cell, memory_kind, peak_of, shares_process
+from report.tables.choice import all_cells
+from report.tables.selection import by_cell, select, series_order
 from report.tables.speed import FIELD, NOT_MEASURED, eligible, y_kind
 from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
@@ -20,40 +21,22 @@ COLUMNS = tuple(
     "case column arch dtype_config state n peak_bytes peak_least_bytes peak_most_bytes peak_kind mfu_bf16_peak y_kind "
     "mfu_own low high on_frontier run_ids".split()
 )
-MEMORY = {"allocated": "peak_allocated_bytes", "rss": "peak_rss_bytes"}
 
 
 def table(folder: Folder) -> Table:
     """One row a case and configuration. ``mfu_bf16_peak`` holds the MFU that ``y_kind`` names."""
-    judgements = judge_runs(folder)
-    runs, excluded = eligible(folder, judgements.selection)
+    cells = all_cells(folder)
+    runs, excluded = eligible(folder, select(folder))
     kind = y_kind(runs)
     memory = memory_kind(runs)
-    rows = [_row(cell, kind, memory, [j.state for j in judgements.of(*key)]) for key, cell in by_cell(runs).items()]
+    rows = [_row(cell, kind, memory, cells[key]) for key, cell in by_cell(runs).items()]
     data = _with_frontier(frame([row for row in rows if row is not None], COLUMNS))
     empty = None if not data.empty else NOT_MEASURED if kind is None and runs else "no completed run has enough timed steps"
     title, caption = _title(data, empty), _caption(folder, runs, kind, memory)
     return Table("B", "b_efficiency_frontier", data, title, caption, excluded=excluded, marks=folder.marks, empty=empty)
 
 
-def memory_kind(runs: list[RunRecord]) -> str | None:
-    """The one measure of memory that every run has: the allocator's on a GPU, else resident memory."""
-    return next((kind for kind, field in MEMORY.items() if runs and all(getattr(r, field) is not None for r in runs)), None)
-
-
-def peak_of(runs: list[RunRecord], memory: str) -> int:
-    """What a configuration needs: the largest peak of its seeds. Where runs shared a process, a later
-    run's peak holds what earlier ones left, so the smallest is the nearest to the truth."""
-    peaks = [getattr(run, MEMORY[memory]) for run in runs]
-    return min(peaks) if any(shares_process(run) for run in runs) else max(peaks)
-
-
-def shares_process(run: RunRecord) -> bool:
-    """Whether the run's process had runs before it, whose memory its peak still holds."""
-    return bool((run.flags.get("imported") or {}).get("memory_shares_process"))
-
-
-def _row(runs: list[RunRecord], kind: str | None, memory: str | None, states: list[str]) -> dict | None:
+def _row(runs: list[RunRecord], kind: str | None, memory: str | None, cell: Cell) -> dict | None:
     values = [value for run in runs if kind and (value := getattr(run, FIELD[kind])) is not None]
     peaks = [getattr(run, MEMORY[memory]) for run in runs] if memory else []
     if not values or not peaks:
@@ -62,7 +45,7 @@ def _row(runs: list[RunRecord], kind: str | None, memory: str | None, states: li
     own = [run.mfu for run in runs if run.mfu is not None]
     shared = any(shares_process(run) for run in runs)
     return identity(runs[0]) | {
-        "state": next((s for s in ("poor", "unjudged") if s in states), "completed"),
+        "state": "poor" if cell.poor else cell.state if cell.state in (COMPLETED, FAILING) else "unjudged",
         "n": len(runs),
         "peak_bytes": peak_of(runs, memory),
         "peak_least_bytes": math.nan if shared else min(peaks),

@@ -113,16 +113,28 @@ def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True)
         variants = Counter(_key(run) for run in runs)
         main = min(variants, key=lambda key: (-variants[key], key))
         seen: dict[tuple[str, int], str] = {}
+        prints: dict[tuple[str, str, Any], str] = {}
         for run in runs:
             if _key(run) != main:
                 shown = f"the {count(variants[main], 'run')} shown of its case"
                 excluded.append((run.run_id, f"other settings than {shown}: {_difference(_key(run), main)}"))
             elif (run.dtype_config, run.seed) in seen:
                 excluded.append((run.run_id, f"a second run of what {seen[run.dtype_config, run.seed]} did"))
+            elif original := next((prints[mark] for mark in fingerprints(folder, run) if mark in prints), None):
+                excluded.append((run.run_id, f"a copy of {original}, the same to the last bit: it counts once"))
             else:
                 seen[run.dtype_config, run.seed] = run.run_id
+                prints |= dict.fromkeys(fingerprints(folder, run), run.run_id)
                 chosen.append(run)
     return Selection(tuple(chosen), tuple(excluded))
+
+
+def fingerprints(folder: Folder, run: RunRecord) -> list[tuple[str, str, Any]]:
+    """What no two seeds of a configuration share: the hash of the trained weights, and the log of losses, norms and times."""
+    steps = folder.steps(run.run_id)
+    log = b"".join(steps[name].tobytes() for name in ("loss", "grad_norm", "step_time_s"))
+    found = {"weights": run.final_weights_sha256, "log": log}
+    return [(run.dtype_config, what, value) for what, value in found.items() if value]
 
 
 def is_bucketed(run: RunRecord) -> bool:

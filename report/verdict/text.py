@@ -11,7 +11,7 @@ from instrument.terminal import count
 from report.statistics import Interval
 from report.tables.selection import REFERENCE
 from report.text import bounds, gigabytes, printable
-from report.verdict.decision import Price, TaskVerdict, Verdict, verdict
+from report.verdict.decision import CaseVerdict, Price, Verdict, verdict
 
 WIDTH, HEIGHT = 80, 24
 INDENT = 12
@@ -39,18 +39,18 @@ def lines(decision: Verdict, price: Price | None = None) -> list[str]:
         2,
     )
     tail = [*_fitted(_claims(decision), "", 2), *command_lines(decision.next_command)]
-    room = max(1, (HEIGHT - len(head) - len(tail)) // max(1, len(decision.tasks)))
-    body = [line for task in decision.tasks for line in _task(task, room, price)]
+    room = max(1, (HEIGHT - len(head) - len(tail)) // max(1, len(decision.cases)))
+    body = [line for task in decision.cases for line in _task(task, room, price)]
     return [printable(line) for line in (*head, *body, *tail)]
 
 
-def _task(task: TaskVerdict, room: int, price: Price | None) -> list[str]:
-    use = _fitted(use_text(task, price), f"{task.column:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
+def _task(task: CaseVerdict, room: int, price: Price | None) -> list[str]:
+    use = _fitted(use_text(task, price), f"{task.case:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
     left = room - len(use)
     return use + (_fitted("avoid " + "; ".join(task.avoid), " " * INDENT, left) if task.avoid and left else [])
 
 
-def use_text(task: TaskVerdict, price: Price | None = None) -> str:
+def use_text(task: CaseVerdict, price: Price | None = None) -> str:
     """What to use and why, or why nothing can be said."""
     if task.use is None:
         return f"no recommendation: {task.reason}"
@@ -69,7 +69,6 @@ def use_text(task: TaskVerdict, price: Price | None = None) -> str:
         f"{gigabytes(task.peak_bytes)}{MEMORY_KINDS[task.peak_kind]}",
         *([task.quality] if task.quality and task.use != REFERENCE else []),
         cost,
-        f"confidence {task.confidence}",
     ]
     return ", ".join(parts) + (f" ({task.reason})" if task.reason else "")
 

@@ -63,9 +63,9 @@ def test_validate_lists_what_is_wrong_with_a_folder_of_rubbish(capsys, tmp_path)
 
 def test_verdict_speaks_words_or_json(capsys, small):
     code, out, err = run(capsys, "verdict", small.path)
-    assert code == 0 and err == "" and "use bf16_pure" in out and "claims" in out
+    assert code == 0 and err == "" and "2 seeds" in out and "claims" in out
     content = strict(run(capsys, "verdict", small.path, "--json")[1])
-    assert content["tasks"][0]["use"] == "bf16_pure" and content["marks"] == ["SIMULATED"] and content["n_seeds"] == 2
+    assert content["cases"][0]["use"] is None and content["marks"] == ["SIMULATED"] and content["n_seeds"] == 2
 
 
 def test_compare_and_export_speak_json(capsys, small, plant, tmp_path):
@@ -144,12 +144,13 @@ def test_options_that_contradict_the_folder_or_each_other_are_refused_before_any
 
 
 @pytest.mark.process
-def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
+def test_a_price_stands_on_the_page_and_in_the_summary(capsys, plant):
+    folder = plant(("gpt2_clm",), ("fp32_true", "bf16_pure"), change=lambda *_: {})
     assert (
         run(
             capsys,
             "build",
-            small.path,
+            folder.path,
             "--no-pdf",
             "--format",
             "svg",
@@ -162,10 +163,10 @@ def test_a_price_stands_on_the_page_and_in_the_summary(capsys, small):
         )[0]
         == 0
     )
-    assert "EUR per million samples" in (small.path / "dossier" / "index.html").read_text()
-    saved = json.loads((small.path / "summary.json").read_text())["verdict"]
+    assert "EUR per million samples" in (folder.path / "dossier" / "index.html").read_text()
+    saved = json.loads((folder.path / "summary.json").read_text())["verdict"]
     assert (saved["price_per_hour"], saved["currency"]) == (2.5, "EUR")
-    assert "bf16_pure" in (small.path / "plots" / "d_grad_norm_heartbeat.csv").read_text()
+    assert "bf16_pure" in (folder.path / "plots" / "d_grad_norm_heartbeat.csv").read_text()
 
 
 @pytest.mark.process

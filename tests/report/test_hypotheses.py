@@ -217,7 +217,7 @@ def test_h3_counts_failures_seed_by_seed(plant, gpt2, roberta, verdict):
             (SINGLE, "roberta_single_cls"),
             ("fp32_true", "bf16_pure", "amp_bf16"),
             change=lambda case, config, seed: (
-                {"gap": 5.0} if config == "bf16_pure" and (gpt2 if "gpt2" in case else roberta)(seed) else {}
+                {"diverges_at": 20} if config == "bf16_pure" and (gpt2 if "gpt2" in case else roberta)(seed) else {}
             ),
         ),
         "H3",

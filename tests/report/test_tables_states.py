@@ -31,31 +31,31 @@ def only(**given):
 @pytest.mark.parametrize(
     ("case", "given", "state"),
     [
-        (LM, {"gap": 0.19}, "completed"),
-        (LM, {"gap": 0.21}, "poor"),
+        (LM, {"gap": 0.019}, "completed"),
+        (LM, {"gap": 0.021}, "poor"),
         (LM, {"gap": -3.0}, "completed"),
-        (CLS, {"gap": 0.09 * 3}, "completed"),
-        (CLS, {"gap": 0.11 * 3}, "poor"),
+        (CLS, {"gap": 0.049 * 3}, "completed"),
+        (CLS, {"gap": 0.051 * 3}, "poor"),
         (LM, {"gap": 4.0}, "poor"),
     ],
 )
-def test_poor_is_above_0_2_nats_or_ten_percent(plant, case, given, state):
+def test_poor_is_shown_to_be_worse_by_more_than_the_margin(plant, case, given, state):
     assert cell(plant((case,), CONFIGS, change=only(**given)), case)["state"] == state
 
 
 @pytest.mark.parametrize(
     ("reference", "ours", "state"),
-    [(0.50, 0.49, "completed"), (0.50, 0.47, "poor"), (0.04, 0.0, "completed"), (0.05, 0.02, "poor")],
+    [(0.50, 0.495, "completed"), (0.50, 0.48, "poor"), (0.02, 0.0, "completed"), (0.05, 0.02, "poor")],
 )
-def test_f1_two_points_down_is_poor_unless_the_reference_has_learned_nothing(plant, reference, ours, state):
+def test_f1_a_point_down_is_poor_unless_the_reference_has_learned_nothing(plant, reference, ours, state):
     folder = plant((CLS,), CONFIGS, change=lambda case, config, seed: {"f1": ours if config == "amp_bf16" else reference})
     assert cell(folder, CLS)["state"] == state
 
 
-def test_a_cell_says_how_many_seeds_are_bad(plant):
+def test_one_bad_seed_of_three_shows_nothing(plant):
     folder = plant((LM,), CONFIGS, change=lambda case, config, seed: {"gap": 4.0 * (seed == 1)} if config == "amp_bf16" else {})
     row = cell(folder)
-    assert (row["state"], row["n_bad"], row["line1"], row["line2"]) == ("poor", 1, "+4.00 nats", "1 of 3 seeds")
+    assert (row["state"], row["n_bad"], row["line1"], row["line2"]) == ("completed", 0, "+1.33 nats", "3 seeds")
 
 
 def test_a_death_names_kind_step_phase_and_seeds(plant):
@@ -74,8 +74,8 @@ def test_an_explosion_with_finite_values_is_called_that(plant):
 
 
 def test_smaller_differences_that_the_seeds_resolve_stay_green_and_are_annotated(plant):
-    resolved = cell(plant((LM,), CONFIGS, change=only(gap=0.1), name="a"))
-    assert resolved["state"] == "completed" and resolved["line1"] == "+0.10 nats*"
+    resolved = cell(plant((LM,), CONFIGS, change=only(gap=0.01), name="a"))
+    assert resolved["state"] == "completed" and resolved["line1"] == "+0.01 nats*"
     noisy = cell(
         plant(
             (LM,),
@@ -90,7 +90,7 @@ def test_smaller_differences_that_the_seeds_resolve_stay_green_and_are_annotated
 def test_an_unhealthy_reference_leaves_its_case_unjudged_and_others_alone(plant):
     folder = plant((LM, CLS), CONFIGS, change=lambda case, config, seed: {"end": 9.5} if case == LM else {})
     assert cell(folder)["state"] == "unjudged" and cell(folder)["line2"] == "unhealthy ref"
-    assert cell(folder, config="fp32_true")["line2"] == "unhealthy"
+    assert cell(folder, config="fp32_true")["line1"] == "not healthy"
     assert cell(folder, CLS)["state"] == "completed" and cell(folder, CLS, "fp32_true")["line2"].startswith("healthy")
     assert "1 case not judged" in a_stability.table(folder).title
 
@@ -168,7 +168,7 @@ def test_default_configurations_that_were_not_run_are_missing(plant):
 
 
 def test_every_cell_differs_from_every_other_state_by_its_sign():
-    assert len(set(a_stability.SIGNS.values())) == len(a_stability.SIGNS) == len(a_stability.WORST_FIRST) + 1
+    assert len(set(a_stability.SIGNS.values())) == len(a_stability.SIGNS) == 8
 
 
 def test_other_settings_of_a_case_are_named_and_not_averaged(plant, add_row):

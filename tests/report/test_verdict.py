@@ -8,6 +8,7 @@ import pytest
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from instrument.results.contents import load
+from report.tables.choice import case_tables
 from report.tables.trust import trust
 from report.verdict import Price, verdict, verdict_text
 from report.verdict.text import HEIGHT, WIDTH, command_lines
@@ -17,8 +18,8 @@ CONFIGS = ("fp32_true", "amp_bf16", "bf16_pure")
 SPEEDS = {"amp_bf16": 2.0, "bf16_pure": 3.0}
 
 
-def task(folder, column="LM-Decoder"):
-    return {t.column: t for t in verdict(folder).tasks}[column]
+def of(folder, case=LM, price=None):
+    return {found.case: found for found in verdict(folder, price).cases}[case]
 
 
 def planted(plant, cases=(LM,), configs=CONFIGS, seeds=(0, 1, 2), **of_config):
@@ -28,8 +29,8 @@ def planted(plant, cases=(LM,), configs=CONFIGS, seeds=(0, 1, 2), **of_config):
 
 
 def test_the_fastest_good_configuration_is_recommended_with_its_numbers(plant):
-    found = task(planted(plant))
-    assert (found.use, found.confidence, found.n) == ("bf16_pure", "high", 3)
+    found = of(planted(plant))
+    assert (found.use, found.runner_up, found.lossless, found.n) == ("bf16_pure", "amp_bf16", None, 3)
     assert found.relative_speed == pytest.approx(3.0, rel=0.01) and found.low < found.relative_speed < found.high
     assert found.relative_cost == pytest.approx(1 / found.relative_speed)
     assert found.hours_per_million_samples == pytest.approx(1e6 / 300 / 3600, rel=0.01)
@@ -38,22 +39,25 @@ def test_the_fastest_good_configuration_is_recommended_with_its_numbers(plant):
 
 @pytest.mark.parametrize(
     ("bad", "says"),
-    [({"gap": 4.0}, "+4.00 nats"), ({"diverges_at": 55}, "NaN @ 55, optimizer"), ({"status": "oom", "val_loss": None}, "oom")],
+    [
+        ({"gap": 4.0}, "+4.000 [+4.000, +4.000] nats"),
+        ({"diverges_at": 55}, "NaN @ 55, optimizer in 3 of 3 seeds"),
+        ({"status": "oom", "val_loss": None}, "oom in 3 of 3 seeds [0.29, 1.00]"),
+    ],
 )
 def test_a_configuration_that_fails_is_avoided_with_its_reason_however_fast(plant, bad, says):
-    found = task(planted(plant, bf16_pure=bad))
+    found = of(planted(plant, bf16_pure=bad))
     assert found.use == "amp_bf16"
     assert len(found.avoid) == 1 and found.avoid[0].startswith("bf16_pure: ") and says in found.avoid[0]
-    assert "3 of 3 runs" in found.avoid[0]
 
 
 def test_what_ended_a_run_from_outside_or_the_reference_too_is_no_reason_to_avoid(plant):
     def dead(status, cause):
         return {"status": status, "val_loss": None, "flags": {"death": {"cause": cause, "goes_on": False}}}
 
-    assert task(planted(plant, bf16_pure=dead("error", "killed"))).avoid == ()
-    assert task(planted(plant, bf16_pure={"status": "preempted", "val_loss": None})).avoid == ()
-    assert task(planted(plant, fp32_true=dead("error", "segfault"), bf16_pure=dead("error", "segfault"))).avoid == ()
+    assert of(planted(plant, bf16_pure=dead("error", "killed"))).avoid == ()
+    assert of(planted(plant, bf16_pure={"status": "preempted", "val_loss": None})).avoid == ()
+    assert of(planted(plant, fp32_true=dead("error", "segfault"), bf16_pure=dead("error", "segfault"))).avoid == ()
     folder = plant(
         (LM,),
         CONFIGS,
@@ -61,10 +65,10 @@ def test_what_ended_a_run_from_outside_or_the_reference_too_is_no_reason_to_avoi
             {} if config != "bf16_pure" or seed == 0 else dead(*[("hung", "hung"), ("oom", "cuda_oom")][seed - 1])
         ),
     )
-    assert task(folder).avoid == ("bf16_pure: hung (1 of 3 runs), oom (1 of 3 runs)",)
+    assert of(folder).avoid == ("bf16_pure: hung, oom in 2 of 3 seeds [0.09, 0.99]: it failed here; how often is not resolved",)
 
 
-def test_one_bad_seed_is_enough_not_to_recommend(plant):
+def test_one_bad_seed_is_no_reason_to_avoid_and_none_to_recommend(plant):
     folder = plant(
         (LM,),
         CONFIGS,
@@ -73,17 +77,17 @@ def test_one_bad_seed_is_enough_not_to_recommend(plant):
             "gap": 4.0 * (config == "bf16_pure" and seed == 2),
         },
     )
-    assert task(folder).use == "amp_bf16" and "1 of 3 runs" in task(folder).avoid[0]
+    assert of(folder).use == "amp_bf16" and of(folder).avoid == ()
 
 
 def test_slower_than_fp32_is_avoided_when_the_seeds_resolve_it(plant):
-    slow = task(planted(plant, amp_bf16={"speed": 0.8}))
-    assert any(line.startswith("amp_bf16: slower than fp32_true, 0.80x") for line in slow.avoid)
-    assert task(plant((LM,), CONFIGS, (0,), lambda *_: {}, "one")).avoid == ()
+    slow = of(planted(plant, amp_bf16={"speed": 0.8}))
+    assert any(line.startswith("amp_bf16: slower than fp32_true: 0.80x") for line in slow.avoid)
+    assert of(plant((LM,), CONFIGS, (0,), lambda *_: {}, "one")).avoid == ()
 
 
 def test_fp32_itself_is_recommended_when_nothing_beats_it(plant):
-    found = task(planted(plant, amp_bf16={"speed": 0.8}, bf16_pure={"speed": 0.7}))
+    found = of(planted(plant, amp_bf16={"speed": 0.8}, bf16_pure={"speed": 0.7}))
     assert found.use == "fp32_true" and found.relative_speed == pytest.approx(1.0) and found.quality == "the reference"
 
 
@@ -93,33 +97,36 @@ def test_a_reference_that_stands_alone_is_not_praised(plant):
         ("fp32_true", "fp16_naive"),
         change=lambda case, config, seed: {"diverges_at": 3} if config == "fp16_naive" else {},
     )
-    assert "no other configuration completed" in task(folder).reason and "1.00x" not in verdict_text(folder)
+    assert "no other configuration is shown to train as well" in of(folder).reason and "1.00x" not in verdict_text(folder)
 
 
 def test_controls_are_never_recommended_nor_warned_of(plant):
-    found = task(planted(plant, configs=(*CONFIGS, "fp16_naive_eps1e4"), fp16_naive_eps1e4={"speed": 9.0}))
+    found = of(planted(plant, configs=(*CONFIGS, "fp16_naive_eps1e4"), fp16_naive_eps1e4={"speed": 9.0}))
     assert found.use == "bf16_pure" and found.avoid == ()
 
 
-def test_ties_and_few_seeds_lower_the_confidence(plant):
-    tied = task(
-        plant(
-            (LM,),
-            CONFIGS,
-            change=lambda case, config, seed: {"speed": {"amp_bf16": 2.9 + 0.1 * seed, "bf16_pure": 3.0}.get(config, 1.0)},
-        )
-    )
-    assert tied.confidence == "medium" and "tied with" in tied.reason
-    assert task(plant((LM,), CONFIGS, (0, 1), name="two")).confidence == "low"
+def test_ties_go_to_quality_then_memory_and_two_seeds_recommend_nothing(plant):
+    def noisy(**bf16_pure):
+        given = {"amp_bf16": lambda seed: {"speed": 2.9 + 0.1 * seed}, "bf16_pure": lambda seed: {"speed": 3.0} | bf16_pure}
+        return lambda case, config, seed: given.get(config, lambda seed: {})(seed)
+
+    tied = of(plant((LM,), CONFIGS, change=noisy()))
+    assert (tied.use, tied.runner_up) == ("bf16_pure", "amp_bf16") and "less memory" in tied.reason
+    tied = of(plant((LM,), CONFIGS, change=noisy(gap=0.01), name="worse"))
+    assert tied.use == "amp_bf16" and "better quality" in tied.reason and "(bf16_pure)" in tied.reason
+    same = of(plant((LM,), CONFIGS, change=noisy(peak_allocated_bytes=15 * 10**9), name="same"))
+    assert same.use == "amp_bf16" and "most conservative" in same.reason
+    two = of(plant((LM,), CONFIGS, (0, 1), name="two"))
+    assert two.use is None and "2 seeds" in two.reason
 
 
 def test_an_unhealthy_case_is_left_out_of_recommendations_and_its_deaths_are_not(plant):
-    found = task(planted(plant, fp32_true={"end": 9.9}, bf16_pure={"diverges_at": 20}))
-    assert found.use is None and "unhealthy" in found.reason and found.confidence is None
-    assert found.avoid == ("bf16_pure: NaN @ 20, optimizer (3 of 3 runs)",)
+    found = of(planted(plant, fp32_true={"end": 9.9}, bf16_pure={"diverges_at": 20}))
+    assert found.use is None and "unhealthy" in found.reason
+    assert found.avoid == ("bf16_pure: NaN @ 20, optimizer in 3 of 3 seeds [0.29, 1.00]",)
 
 
-def test_a_configuration_must_do_every_case_of_a_task(plant):
+def test_every_case_is_decided_on_its_own(plant):
     folder = plant(
         (MULTI, "roberta_multi_cls"),
         CONFIGS,
@@ -127,7 +134,7 @@ def test_a_configuration_must_do_every_case_of_a_task(plant):
             {"speed": SPEEDS.get(config, 1.0)} | ({"diverges_at": 9} if config == "bf16_pure" and "roberta" in case else {})
         ),
     )
-    assert task(folder, "Cls-Multi").use == "amp_bf16"
+    assert (of(folder, MULTI).use, of(folder, "roberta_multi_cls").use) == ("bf16_pure", "amp_bf16")
 
 
 def test_open_questions_are_the_claims_not_decided(plant):
@@ -166,7 +173,7 @@ def test_the_next_command_fills_the_largest_gap(plant, cases, configs, seeds, gi
 STOPPED = {"status": "preempted", "val_loss": None}
 
 
-def test_a_rival_that_was_stopped_is_named_and_makes_less_sure(plant):
+def test_a_rival_that_was_stopped_is_not_recommended(plant):
     folder = plant(
         (LM,),
         CONFIGS,
@@ -174,8 +181,8 @@ def test_a_rival_that_was_stopped_is_named_and_makes_less_sure(plant):
             {"speed": SPEEDS.get(config, 1.0)} | (STOPPED if config == "bf16_pure" and seed == 1 else {})
         ),
     )
-    found = task(folder)
-    assert (found.use, found.confidence) == ("amp_bf16", "medium") and "bf16_pure unfinished" in found.reason
+    cell = case_tables(folder)[0].cell("bf16_pure")
+    assert of(folder).use == "amp_bf16" and (cell.verdict, cell.n) == ("not resolved", 2)
 
 
 def test_what_was_stopped_is_asked_for_again_and_is_no_seed(plant):
@@ -274,7 +281,7 @@ def test_the_whole_matrix_with_everything_wrong_fits_a_terminal(plant):
     )
     text = verdict_text(folder)
     assert fits(text), text
-    assert all(column in text for column in ("LM-Decoder", "LM-Encoder", "Cls-Multi", "Cls-Single", "avoid", "claims", "next"))
+    assert all(column in text for column in ("gpt2_clm", "roberta_single_cls", "claims", "next"))
 
 
 def test_damaged_files_and_a_price_are_said(plant):
@@ -286,13 +293,13 @@ def test_damaged_files_and_a_price_are_said(plant):
 
 def test_a_price_makes_hours_money_and_changes_nothing_else(plant):
     folder = planted(plant, bf16_pure={"real_tokens_per_s": 30_000.0})
-    free, priced = task(folder), {t.column: t for t in verdict(folder, Price(2.0, "EUR")).tasks}["LM-Decoder"]
+    free, priced = of(folder), of(folder, price=Price(2.0, "EUR"))
     assert free.hours_per_billion_real_tokens == pytest.approx(1e9 / 30_000 / 3600)
     assert "hours per million samples" in free.cost and "EUR" not in free.cost
     assert priced.cost == "0.33 of fp32_true's, 1.85 EUR per million samples, 18.5 EUR per 10⁹ real tokens"
     assert priced == dataclasses.replace(free, cost=priced.cost)
     assert "18.5 EUR per 10^9 real tokens" in " ".join(verdict_text(folder, Price(2.0, "EUR")).split())
-    assert task(planted(plant)).hours_per_billion_real_tokens is None  # nobody counted tokens: nothing is said
+    assert of(planted(plant)).hours_per_billion_real_tokens is None  # nobody counted tokens: nothing is said
 
 
 def test_a_long_command_can_be_copied_as_it_is():
