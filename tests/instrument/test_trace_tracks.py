@@ -121,6 +121,16 @@ def test_arrows_from_one_producer_share_its_slice():
     assert all(e["bp"] == "e" for e in events if e["ph"] == "f")
 
 
+@pytest.mark.parametrize("since_base_ns", [0, 4_431_377_654_513_444, 7_800_000_000_000_001])
+def test_the_ends_of_arrows_never_touch_however_far_the_base_is(since_base_ns):
+    """Torch's base may lie three months back: there a double of microseconds is exact to a nanosecond, and Perfetto drops a
+    slice that begins a nanosecond before the last one's end."""
+    start = BASE_NS + since_base_ns
+    slices = [e for e in events_of(Tracks(flows=[Flow("p", start, "q", start + 300)]), BASE_NS) if e["ph"] == "X"]
+    (first, second), ulp_us = slices, math.ulp(since_base_ns / 1e3)
+    assert first["name"] == "p" and 0 < first["dur"] < second["ts"] - first["ts"] - 4 * ulp_us
+
+
 def test_what_runs_backwards_is_refused():
     with pytest.raises(ValueError, match="ends before it starts"):
         events_of(Tracks(phases=[PhaseSlice("loss", 2, 1)]), 0)
