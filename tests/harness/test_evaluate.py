@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench_cases import CASES
+from bench_cases import CASES, DTYPE_CONFIGS
+from bench_cases.collate import Batch
 from harness.evaluate import _f1, _quality, evaluate, tuned_micro_f1
+from harness.precision import Precision
 from harness.run.execute import load_run_data, make_batches
 from instrument.results.schemas import EvaluationRecord, decode, encode
 
@@ -143,3 +145,29 @@ def test_no_finite_logit_breaks_an_evaluation(case, data, dtype):
     assert written == decode(encode(written), EvaluationRecord) and written.val_loss == record.val_loss
     for name in ("f1_micro", "f1_macro", "f1_micro_tuned", "tuned_threshold", "f1_micro_majority"):
         assert (score := getattr(record, name)) is None or 0 <= score <= 1
+
+
+class Logits(torch.nn.Module):
+    """The same logits for every row, through dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.row, self.drop = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.5])), torch.nn.Dropout(0.5)
+
+    def forward(self, input_ids, attention_mask, last_token):
+        return self.drop(self.row.expand(len(input_ids), 3))
+
+
+def test_nothing_is_dropped_in_an_evaluation_and_training_continues_with_dropout():
+    """The loss of 4 + 2 documents is that of the bare logits in float64, divided by all of them, not batch by batch."""
+    model, config = Logits(), DTYPE_CONFIGS["fp32_true"]
+    batches = [
+        Batch(torch.zeros(n, 1, dtype=torch.int64), torch.tensor(targets), None, None, *[torch.zeros(n)] * 2, n, n, n, 1, n)
+        for n, targets in ((4, [0, 0, 1, 2]), (2, [0, 1]))
+    ]
+    precision = Precision(config, torch.device("cpu"), threads=1)
+    record = evaluate(model, batches, CASES["gpt2_single_cls"], precision, valid_vocab=None, step=7)
+    exact = -torch.log_softmax(model.row.detach().double(), 0)
+    assert record.val_loss == pytest.approx(exact[[0, 0, 1, 2, 0, 1]].mean().item(), rel=1e-6)
+    assert (record.step, record.samples, record.targets, record.f1_micro, record.perplexity) == (7, 6, 6, 0.5, None)
+    assert model.training and model.drop.training

@@ -1,11 +1,13 @@
 """The loop: accumulation changes nothing, configurations share what they must, fp16 fails where it should."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench_cases import CASES
+from bench_cases import CASES, DTYPE_CONFIGS
+from bench_cases.collate import Batch
 from bench_cases.models import build_model
 from harness.loop import LoopOptions, train
 from harness.loss import training_loss
@@ -150,3 +152,37 @@ def test_a_window_of_several_steps_reads_the_same(plan):
     readings = list(train(settings.case, model, optimizer, make_batches(settings, data), precision, meter, options))
     assert [len(reading.steps) for reading in readings] == [3, 1]
     assert [(s.step, s.loss, s.grad_norm) for r in readings for s in r.steps] == [(s.step, s.loss, s.grad_norm) for s in one]
+
+
+class Dropped(torch.nn.Module):
+    """Logits of two classes; notes what dropout left of 64 ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.head, self.seen = torch.nn.Dropout(0.5), torch.nn.Linear(64, 2), []
+
+    def forward(self, input_ids, attention_mask, last_token):
+        self.seen.append(self.drop(torch.ones(len(input_ids), 64)))
+        return self.head(self.seen[-1])
+
+
+def dropped(steps, seed):
+    """The masks of the micro-batches of these steps."""
+    rows = torch.zeros(4, dtype=torch.int64)
+    batch = Batch(rows.unsqueeze(1), rows, None, None, rows, rows + 1, 4, 4, 4, 1, 4)
+    precision = Precision(DTYPE_CONFIGS["fp32_true"], CPU, threads=1)
+    model = precision.prepare(Dropped())
+    optimizer = precision.make_optimizer(lr=1e-3, weight_decay=0.0, seed=0)
+    meter = StepMeter(model, optimizer, CPU, window=1, micro_batches=2, warmup_steps=0)
+    options = LoopOptions(3, 1, 2, 1e-3, 1.0, None, seed)
+    batches = SimpleNamespace(step=lambda step: batch)
+    list(train(CASES["gpt2_single_cls"], model, optimizer, batches, precision, meter, options, steps))
+    return model.seen
+
+
+def test_dropout_differs_from_step_to_step_and_repeats_with_its_step():
+    """A replay or a resumed run begins at any step: step 2 alone drops what it dropped after step 1."""
+    whole = dropped([1, 2, 3], seed=0)
+    assert len(whole) == 6 and not any(torch.equal(a, b) for k, a in enumerate(whole) for b in whole[:k])
+    assert all(map(torch.equal, dropped([2], seed=0), whole[2:4]))
+    assert not any(torch.equal(a, b) for a in dropped([2], seed=1) for b in whole)

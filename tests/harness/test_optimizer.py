@@ -101,6 +101,21 @@ def test_stochastic_rounding_moves_weights_that_nearest_rounding_leaves():
     assert total_move("stochastic_rounding") == pytest.approx(20 * 1e-4, rel=0.2)
 
 
+def test_both_states_are_rounded_stochastically():
+    """To nearest, v <- 0.999 v in bf16 never decays, and m <- 0.9 m + 0.1 g stops 2 % short of g."""
+    param = torch.nn.Parameter(torch.zeros(64, 64).bfloat16())
+    optimizer = adamw_for("stochastic_rounding", [param], lr=0.0, eps=1e-8, weight_decay=0.0, seed=0)
+    mean, square = 0.0, 0.0
+    for g in [1.0] * 60 + [0.25] * 60:
+        param.grad = torch.full_like(param, g)
+        optimizer.step()
+        mean, square = BETAS[0] * mean + (1 - BETAS[0]) * g, BETAS[1] * square + (1 - BETAS[1]) * g * g
+    state = optimizer.state[param]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    assert state["exp_avg"].double().mean().item() == pytest.approx(mean, rel=2e-3)
+    assert state["exp_avg_sq"].double().mean().item() == pytest.approx(square, rel=2e-3)
+
+
 def test_stochastic_rounding_repeats_with_its_seed():
     runs = [train("stochastic_rounding", torch.bfloat16, seed=seed)[0][0].detach().clone() for seed in (5, 5, 6)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])

@@ -26,6 +26,52 @@ def test_fp32_products_are_fp32_on_the_cpu():
     assert not torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
+SWITCHES = {
+    (torch.backends, "fp32_precision"): "tf32",
+    (torch.backends.cuda.matmul, "fp32_precision"): "tf32",
+    (torch.backends.cudnn.conv, "fp32_precision"): "tf32",
+    (torch.backends.cudnn.rnn, "fp32_precision"): "tf32",
+    (torch.backends.mkldnn.matmul, "fp32_precision"): "bf16",
+    (torch.backends.mkldnn.conv, "fp32_precision"): "bf16",
+    (torch.backends.mkldnn.rnn, "fp32_precision"): "bf16",
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"): True,
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"): True,
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation"): True,
+    (torch.backends.cudnn, "benchmark"): True,
+}
+"""The switches of torch that change numerics, each with a value that no run may inherit."""
+
+
+def test_no_switch_is_inherited():
+    """What a library or an earlier run of the process left on is off afterwards, and recorded as off."""
+    for (backend, name), value in SWITCHES.items():
+        setattr(backend, name, value)
+        assert getattr(backend, name) == value
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    record = precision.set_switches(CPU, tf32=False, threads=0)
+    for (backend, name), value in SWITCHES.items():
+        assert getattr(backend, name) == ("ieee" if isinstance(value, str) else False), (backend, name)
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    off = {name: value for name, value in record.items() if name not in ("threads", "verified")}
+    assert off.pop("fp32_precision") == "ieee" and set(off.values()) == {False} and len(off) == 5
+
+
+def test_onednn_is_not_asked_to_round_products_to_bf16(capfd):
+    """By its own log: a CPU with AMX rounds where it is asked to, any other computes in fp32 all the same."""
+
+    def log_of_a_product() -> str:
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            torch.ones(64, 64) @ torch.ones(64, 64)
+        return capfd.readouterr().out
+
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    before = log_of_a_product()
+    precision.set_switches(CPU, tf32=False, threads=0)
+    assert "fpmath:bf16" not in log_of_a_product()
+    if "fpmath:bf16" not in before:
+        pytest.skip("this CPU's products do not go through oneDNN")
+
+
 def test_the_proof_notices_a_product_that_rounds(monkeypatch):
     whole = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: whole(a.bfloat16(), b.bfloat16()).float())
@@ -258,6 +304,27 @@ def test_clipping_multiplies_by_an_fp32_factor(plan, monkeypatch, name, impl):
         precision.clip(torch.tensor(norm, dtype=torch.float64), 1.0)
         assert all(torch.equal(p.grad, w) for p, w in zip(precision.parameters, want, strict=True))
         assert all(p.grad.count_nonzero() for p in precision.parameters)
+
+
+def test_clipping_never_rounds_the_factor_to_16_bits(monkeypatch):
+    """`torch._foreach_mul_` of CUDA, played on the CPU: there a factor on the device is first rounded to the tensors'
+    dtype, so that 2^-26 is 0 in fp16. Only fp32 gradients may go through it."""
+
+    def as_on_cuda(tensors, factor):
+        for x in tensors:
+            x.mul_(factor.to(x.dtype))
+
+    monkeypatch.setattr(torch, "_foreach_mul_", as_on_cuda)
+    monkeypatch.setattr("harness.precision.scale_", partial(scale_, impl="triton"))
+    for name in ("fp32_true", "bf16_pure", "fp16_naive"):
+        precision = Precision(DTYPE_CONFIGS[name], CPU, threads=1)
+        precision.prepare(torch.nn.Linear(3, 2))
+        precision.close()
+        for p in precision.parameters:
+            p.grad = torch.full_like(p, 2.0**13)
+        precision.clip(torch.tensor(2.0**26), 1.0)
+        for p in precision.parameters:
+            assert p.grad.double().eq(2.0**-13).all(), name
 
 
 def test_clipping_in_fp16_overflows_where_fp32_does_not(plan):

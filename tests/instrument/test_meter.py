@@ -130,6 +130,20 @@ def test_a_bad_state_comes_before_the_parameter_it_spoils():
     assert (first.phase, first.tensor, first.module, first.dtype) == ("optimizer", "exp_avg_sq", "0", "float32")
 
 
+def test_a_state_that_overflows_is_a_divergence_though_the_parameters_stay_finite():
+    """A thousandth of (1e21)^2 is beyond fp32; m / inf = 0 freezes the weight, and nothing else shows it."""
+    model, optimizer, meter = make()
+
+    def spoil(at):
+        if at[0] == "backward":
+            model[1].weight.grad[0, 0] = 1e21
+
+    one_step(model, optimizer, meter, 1, spoil=spoil)
+    first = meter.read().divergence.first_nonfinite
+    assert (first.phase, first.tensor, first.module, first.kind) == ("optimizer", "exp_avg_sq", "1", "inf")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_scaler_skip_is_an_event_and_no_divergence():
     model, optimizer, meter = make()
 

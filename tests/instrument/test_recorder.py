@@ -98,6 +98,16 @@ def test_minus_infinity_that_nobody_wrote_down_is_followed_where_nothing_stronge
     assert b.graph.culprit([b.op("norm", [overflow], NAN)]).node.op == "addmm"
 
 
+def test_a_nan_explains_before_a_minus_infinity_does():
+    """-inf may be a mask that nobody recognised, NaN never is: so the NaN's producer is named, though it ran later."""
+    b = Builder()
+    low = b.op("log", [OUTSIDE], NEG_INF)
+    nan = b.op("rsqrt", [OUTSIDE], NAN)
+    added = b.op("add", [low, nan], NAN | NEG_INF)
+    culprit = b.graph.culprit([b.op("loss", [added], NAN)])
+    assert culprit.node.op == "rsqrt" and [n.op for n in culprit.absorbed] == ["log"]
+
+
 def test_a_mask_that_is_handed_in_is_no_fault_and_a_nan_that_is_handed_in_is():
     b = Builder()
     handed_mask, handed_nan = Edge(None, 7, NEG_INF), Edge(None, 8, NAN)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness.optimizer import adamw_for
 from instrument import NonfiniteError, Watch
 from instrument.watch.hooks import blocks, leaves, tensors_in
 from instrument.watch.taps import ModuleTaps
@@ -149,6 +150,62 @@ def test_an_infinity_that_dies_out_is_no_failure():
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     assert watch.first_nonfinite is None
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused", "8bit"])
+def test_an_optimizer_state_that_overflows_is_a_failure_though_the_parameters_stay_finite(implementation):
+    """A thousandth of (1e21)^2 is beyond fp32, and m / inf = 0: the weights stand still from here on. 8-bit states show it in
+    their scales."""
+    if implementation == "8bit":
+        pytest.importorskip("bitsandbytes")
+    model = nn.Linear(128, 64, bias=False)
+    optimizer = adamw_for(implementation, list(model.parameters()), lr=0.1, eps=1e-8, weight_decay=0.0, seed=0)
+    watch = Watch(model, optimizer)
+    for step in (1, 2):
+        with watch.step(step):
+            model(torch.ones(1, 128)).sum().mul(1e21 if step == 2 else 1.0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = watch.first_nonfinite
+    assert (found.step, found.phase, found.module, found.tensor) == (2, "optimizer", "", "exp_avg_sq")
+    assert implementation == "8bit" or all(p.isfinite().all() for p in model.parameters())
+
+
+class Zeroed(nn.Module):
+    """Its layer gives 2 zeros, 1 value that fp16 flushes to zero and 1 that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity()])
+        self.factor = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, scale):
+        return self.layers[0](self.factor * scale * torch.tensor([0.0, 0.0, 2.0**-30, 1.0]))
+
+
+def test_the_statistics_of_a_module_are_over_all_micro_batches_and_its_flush_share_over_nonzero_values():
+    model = Zeroed()
+    watch = Watch(model, every=1)
+    with watch.step(1):
+        for scale in (8.0, math.inf, 0.5):  # of infinity times 0 is NaN
+            model(torch.tensor(scale)).nan_to_num(0.0, 0.0, 0.0).sum().backward()
+    (row,) = [r for r in watch.headroom() if (r.module, r.direction) == ("layers.0", "fwd")]
+    assert (row.absmax, row.nonfinite, row.step) == (8.0, 4, 1)
+    assert row.flush_frac == 2 / 8  # nonzero are 2 values of three micro-batches and 2 NaN: those are not zero
+
+
+@pytest.mark.parametrize("every", [1, 0])
+def test_non_finite_values_of_all_steps_are_counted_in_headroom(every):
+    """With every count (``every`` 1) and where only the range is taken."""
+    model = Zeroed()
+    watch = Watch(model, every=every)
+    for step, scale in enumerate((math.nan, 3.0, math.inf, 2.0), start=1):
+        with watch.step(step):
+            for micro in (scale, 1.0):
+                model(torch.tensor(micro)).nan_to_num(0.0, 0.0, 0.0).sum().backward()
+    (row,) = [r for r in watch.headroom() if (r.module, r.direction) == ("layers.0", "fwd")]
+    assert (row.nonfinite, row.absmax, row.step) == (8, 3.0, 2)
+    assert (row.flush_frac is None) == (every == 0)
 
 
 def test_a_scalers_skip_is_an_event_with_its_place():
