@@ -428,6 +428,11 @@ def _inspect(command: argparse.ArgumentParser) -> None:
         metavar="K",
         help="with --try: up to K steps from the snapshot; default 20, or 5 beyond the failure",
     )
+    command.add_argument(
+        "--trust-run",
+        action="store_true",
+        help="with --try or --repro: load the code, data and weights that a run names which somebody else made",
+    )
     _out(command)
     _json(command)
 

@@ -23,15 +23,12 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def data_cache(tmp_path_factory):
-    """Tokenised data of this session; nothing is read from or written to the user's cache."""
-    folder = tmp_path_factory.getbasetemp().parent / "ddb-cache"  # shared by parallel test processes
-    before = os.environ.get("DDB_CACHE")
-    os.environ["DDB_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["DDB_CACHE"]
-    else:
-        os.environ["DDB_CACHE"] = before
+    """Tokenised data, and the key of signatures, of this session; the user's own are neither read nor written."""
+    shared = tmp_path_factory.getbasetemp().parent  # by parallel test processes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDB_CACHE", str(shared / "ddb-cache"))
+        patch.setenv("XDG_STATE_HOME", str(shared / "state"))
+        yield shared / "ddb-cache"
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def inspect_command(options: argparse.Namespace) -> int:
     run = locate(options.run, options.out)
     if options.repro is not None:
         record = run_record(run)
-        script, tensors = write_repro(run, record, failure_of(run, record), options.repro)
+        script, tensors = write_repro(run, record, failure_of(run, record), options.repro, trust=options.trust_run)
         if options.json:
             print(strict_json({"run_id": run.run_id, "script": str(script), "tensors": str(tensors)}))
         else:
@@ -233,7 +233,11 @@ def try_command(options: argparse.Namespace) -> int:
     refuse_unknown(options.changes)
     console = Console(stderr=True, highlight=False)
     with console.status("") as status:
-        tried = try_changes(run.path, options.changes, options.steps, lambda what: status.update(f"replaying: {what}"))
+
+        def show(what: str) -> None:
+            status.update(f"replaying: {what}")
+
+        tried = try_changes(run.path, options.changes, options.steps, show, trust=options.trust_run)
     row = msgspec.to_builtins(tried) | {"confirmed_by": tried.confirmed_by}
     if options.json:
         print(msgspec.json.encode(row).decode())

@@ -54,19 +54,25 @@ class Counterfactual:
 
 
 def try_changes(
-    run_folder: Path, names: list[str], steps: int | None = None, progress: Callable[[str], None] = lambda what: None
+    run_folder: Path,
+    names: list[str],
+    steps: int | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+    *,
+    trust: bool = False,
 ) -> Counterfactual:
     """Try changes on a failed run and write the remedies into its ``forensics.json``.
 
-    ``steps`` counts from the snapshot; None: `STEPS`, or as many as reach `STEPS_BEYOND` the failure. Raises
-    `NothingToReplay`, `SnapshotError`, `RebuildError`, `SettingsError` or `UnknownId`, each saying what to do.
+    ``steps`` counts from the snapshot; None: `STEPS`, or as many as reach `STEPS_BEYOND` the failure. ``trust`` a run that
+    somebody else made. Raises `NothingToReplay`, `SnapshotError`, `RebuildError`, `SettingsError` or `UnknownId`, each saying
+    what to do.
     """
     record, forensics = _read(run_folder)
     first = forensics.first_nonfinite
     state = read_state(run_folder, record.run_id)
     last = last_step(state.step, first.step, record.max_steps, steps)
     progress("data and model")
-    rebuilt = rebuild(record)
+    rebuilt = rebuild(record, trust=trust)
     changes = changes_of(names, rebuilt.settings.config, rebuilt.model, first)
     timed = list(range(state.step + 1, min(first.step, state.step + MOST_TIMED_STEPS) + 1))
     progress("unchanged")

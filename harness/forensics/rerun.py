@@ -15,7 +15,7 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from bench_cases import Case, DtypeConfig
+from bench_cases import CASES, Case, DtypeConfig
 from bench_cases.data import fingerprint
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model, weights_sha256
@@ -33,6 +33,7 @@ from instrument.replay.replays import Examination, examine
 from instrument.replay.snapshot import NamedState, Snapshot
 from instrument.results.read import differences, flat
 from instrument.results.schemas import FirstNonfinite, RunRecord
+from instrument.results.signature import is_own, key_file
 
 SAME_ENVIRONMENT = ("torch_version", "gpu", "cpu", "cpu_capability")
 """What of a record's ``env`` decides whether the same settings give the same bits."""
@@ -66,8 +67,9 @@ class Rebuilt:
             raise
 
 
-def settings_of(record: RunRecord) -> RunSettings:
-    """The run's settings; raises `RebuildError` naming what is not as it was (data, weights, the declaration)."""
+def settings_of(record: RunRecord, *, trust: bool = False) -> RunSettings:
+    """The run's settings; raises `RebuildError` naming what is not as it was (data, weights, the declaration), or what a run
+    that somebody else made would load from outside this installation, unless ``trust``."""
     try:
         config = dict(record.config)
         case = msgspec.convert(config.pop("case") | {"scenario": record.scenario}, Case)
@@ -77,6 +79,11 @@ def settings_of(record: RunRecord) -> RunSettings:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RebuildError(f"{record.run_id} was recorded by another version of this program: {error}") from error
+    if not trust and not is_own(record) and (sources := list(_outside_sources(settings))):
+        raise RebuildError(
+            f"{record.run_id} does not carry your signature (your key: {key_file()}): somebody else made it. Running it again "
+            f"would load {'; '.join(sources)}. Nothing was loaded; --trust-run allows it"
+        )
     choose_device(settings.device)  # a GPU's run needs a GPU
     now = replace(
         settings,
@@ -91,10 +98,21 @@ def settings_of(record: RunRecord) -> RunSettings:
     return now
 
 
-def rebuild(record: RunRecord) -> Rebuilt:
+def _outside_sources(settings: RunSettings) -> Iterator[str]:
+    """What making a run again takes from beyond this installation's registries and embedded data: code, files, the network."""
+    architecture = settings.case.architecture
+    if CASES.get(settings.case.id) != settings.case:
+        yield f"a model built by {architecture.build!r} from {architecture.hub_id!r}, which is no case of this installation"
+    if settings.data != "embedded":
+        yield f"data from {settings.data!r}"
+    if settings.weights != "scratch":
+        yield f"weights from {architecture.hub_id if settings.weights == 'pretrained' else settings.weights!r}"
+
+
+def rebuild(record: RunRecord, *, trust: bool = False) -> Rebuilt:
     """The run's model, batches and settings, proven to be the same by the hashes in its record; raises
-    `RebuildError`, or what loading data and weights raises."""
-    settings = settings_of(record)
+    `RebuildError`, or what loading data and weights raises. ``trust`` a run that somebody else made."""
+    settings = settings_of(record, trust=trust)
     data = load_run_data(settings)
     model = build_model(model_request(settings, data))
     batches = make_batches(settings, data)

@@ -1,12 +1,20 @@
-"""``inspect RUN --repro FILE.py``: a script that runs the failing op with torch alone, its tensors beside it. Torch-free."""
+"""``inspect RUN --repro FILE.py``: a script that runs the failing op with torch alone, its tensors beside it.
+
+The folder may be a stranger's: what goes into the script passes the schema `Culprit` first (names by pattern, dtypes, words and
+ops by list) and is written by ``repr``, so that no string of the folder becomes code.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 import kernels
 from harness.settings import SettingsError
@@ -15,8 +23,33 @@ from instrument.results.layout import RunFiles
 from instrument.results.measurements import ForensicsRecord
 from instrument.results.read import RunUnreadable
 from instrument.results.schemas import RunRecord
+from instrument.results.signature import is_own
 
 METADATA_KEY, SCHEMA = "culprit", 1
+Name = Annotated[str, Meta(pattern=r"(?a)^[A-Za-z_]\w*\Z")]
+"""A Python identifier in ASCII: of an op, an overload, an argument."""
+TensorName = Annotated[str, Meta(pattern=r"(?a)^[A-Za-z_]\w*(\.\d+)*\Z")]
+"""An argument, or a place in one that is a list."""
+Dtype = Literal[
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    *("float8_e8m0fnu", "complex32", "complex64", "complex128", "bool", "uint8", "uint16", "uint32", "uint64"),
+    *("int8", "int16", "int32", "int64"),
+]
+LEAVES = {
+    "float": Literal["nan", "inf", "-inf"],
+    "device": Annotated[str, Meta(pattern=r"(?a)^(cpu|cuda|meta)(:\d+)?\Z")],
+    "dtype": Dtype,
+    "layout": Literal["strided"],
+    "memory_format": Literal["contiguous_format", "preserve_format", "channels_last", "channels_last_3d"],
+    "tensor": TensorName,
+}
+"""Arguments that JSON cannot name, by their only key."""
+WORDS = frozenset(
+    "none tanh floor trunc sum mean prod amax amin add multiply max min left right fro nuc U L reflect constant replicate "
+    "circular linear lower higher midpoint nearest bilinear bicubic trilinear area valid same reduced complete r ortho forward "
+    "backward ij xy relu silu gels gelsd gelsy gelss gesvd gesvdj gesvda upper".split()
+)
+"""Strings that ops on tensors take: a rounding mode, a reduction. A file's name is none of them."""
 FP16_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 """The products that a CPU without fp16 arithmetic computes in fp32 and rounds (`harness.fp16_products`)."""
 OURS = {
@@ -29,6 +62,8 @@ OURS = {
     "bce": "bce_with_logits",
 }
 """Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
+OUR_NAMESPACES = tuple(f"dtype_dynamics_{name}" for name in OURS)
+PLAIN_NAMESPACES = ("aten", "prims")
 FLOAT_SOFTMAX = ("aten::_softmax", "aten::_log_softmax")
 """Their third argument asks for fp32 out of fp16, which float64 refuses."""
 LAYOUT = (
@@ -60,6 +95,7 @@ ${layout}args = $args
 kwargs = $kwargs
 shape, dtype, counts = $failed  # what came out in the run
 divisor = $divisor  # what the op divides by
+version = $version  # of torch in the run
 
 
 def op(*args, **kwargs):
@@ -117,7 +153,7 @@ except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
 
 print()
 if not bad.any():
-    sys.exit(f"It stays finite here; in the run, with torch $version: {listed(counts)}.")
+    sys.exit(f"It stays finite here; in the run, with torch {version}: {listed(counts)}.")
 print(f"{bad.sum():,} of {out.numel():,} elements are not finite: {listed(count(out))}.")
 zero = int(((divisor == 0) & bad).sum()) if torch.is_tensor(divisor) else 0
 if any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all() for t in tree_leaves((args, kwargs))):
@@ -131,20 +167,70 @@ elif at_failure is not None and at_failure.isfinite().any():
 elif at_failure is not None:
     print("An invalid operation: float64 gives nothing finite there either.")
 if (count(out), out.dtype) != (counts, dtype):
-    sys.exit(f"Not as in the run, with torch $version: {listed(counts)} in {str(dtype)[6:]}.")
+    sys.exit(f"Not as in the run, with torch {version}: {listed(counts)} in {str(dtype)[6:]}.")
 print("The same as in the run, kind by kind.")
 '''
 
 
-def write_repro(run: RunFiles, record: RunRecord | None, found: ForensicsRecord | None, script: Path) -> tuple[Path, Path]:
-    """Write ``script`` and its tensors; returns both paths. Raises `SettingsError` when this run has no op to show."""
+class Failed(msgspec.Struct, forbid_unknown_fields=True):
+    """What came out of the op. ``counts``: elements by the kind of non-finite value."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+    numel: int
+    counts: dict[Literal["nan", "inf", "-inf"], int]
+
+
+class Culprit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What was kept of the failing op (`harness.forensics.evidence`), without its tensors. ``overwritten``: the arguments that
+    it writes, by place or name; ``divisor``: the place of what it divides by."""
+
+    schema: int
+    left_out: str | None
+    op: Annotated[str, Meta(pattern=r"(?a)^[A-Za-z_]\w*::[A-Za-z_]\w*\Z")] = "aten::none"
+    overload: Name | Literal[""] = ""
+    args: list[Any] = []
+    kwargs: dict[Name, Any] = {}
+    device: Literal["cpu", "cuda"] = "cpu"
+    strides: dict[TensorName, tuple[int, ...]] = {}
+    overwritten: list[int | Name] = []
+    divisor: Annotated[int, Meta(ge=0)] | None = None
+    failed: Failed | None = None
+
+    def __post_init__(self) -> None:
+        if self.left_out is None and self.failed is None:
+            raise ValueError("nothing is known of what the op returned")
+        for value in (*self.args, *self.kwargs.values()):
+            _require_plain(value)
+
+
+def _require_plain(value: Any) -> None:
+    """Raise ValueError for an argument that no `_literal` is for."""
+    if isinstance(value, list):
+        for item in value:
+            _require_plain(item)
+    elif isinstance(value, dict):
+        ((kind, name),) = value.items()
+        msgspec.convert(name, LEAVES[kind])
+    elif isinstance(value, str) and value not in WORDS:
+        raise ValueError(f"{value[:40]!r} is no word that an op takes")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is written as a number")
+
+
+def write_repro(
+    run: RunFiles, record: RunRecord | None, found: ForensicsRecord | None, script: Path, *, trust: bool = False
+) -> tuple[Path, Path]:
+    """Write ``script`` and its tensors; returns both paths. Raises `SettingsError` when this run has no op to show,
+    `RunUnreadable` for an op that is none. ``trust``: import the package of an op that another's run names."""
     if script.suffix != ".py":
         raise SettingsError(f"--repro {script}: give a file that ends in .py; its tensors go beside it as .safetensors")
     if found is None:
         raise SettingsError(f"{run.run_id}: no failure of it was replayed, so there is no op to run again")
     culprit = read_culprit(run)
-    if culprit["left_out"]:
-        raise SettingsError(f"{run.run_id}: the failing op cannot be run alone: {culprit['left_out']}")
+    if culprit.left_out:
+        raise SettingsError(f"{run.run_id}: the failing op cannot be run alone: {culprit.left_out}")
+    _require_known(run, record, culprit, trust)
     tensors = script.with_suffix(".safetensors")
     try:
         copy(run.culprit, tensors)
@@ -154,8 +240,23 @@ def write_repro(run: RunFiles, record: RunRecord | None, found: ForensicsRecord 
     return script, tensors
 
 
-def read_culprit(run: RunFiles) -> dict[str, Any]:
-    """What was kept of the failing op (`harness.forensics.evidence`), without its tensors."""
+def _require_known(run: RunFiles, record: RunRecord | None, culprit: Culprit, trust: bool) -> None:
+    namespace = culprit.op.partition("::")[0]
+    if namespace in PLAIN_NAMESPACES:
+        import torch
+
+        schemas = torch._C._jit_get_schemas_for_operator(culprit.op)
+        if not any((schema.overload_name or "default") == (culprit.overload or "default") for schema in schemas):
+            raise RunUnreadable(f"{run.culprit}: {culprit.op} {culprit.overload} is no op of torch {torch.__version__}")
+    elif not (namespace in OUR_NAMESPACES or trust or (record is not None and is_own(record))):
+        raise SettingsError(
+            f"{run.run_id} does not carry your signature: somebody else made it. Its script would import the package "
+            f"{namespace}; --trust-run allows it"
+        )
+
+
+def read_culprit(run: RunFiles) -> Culprit:
+    """What was kept of the failing op, without its tensors."""
     path = run.culprit
     if not path.is_file():
         raise SettingsError(f"{run.run_id}: its culprit's operands were not kept ({path} is not there); run it again")
@@ -164,39 +265,43 @@ def read_culprit(run: RunFiles) -> dict[str, Any]:
     try:
         with safe_open(path, "np") as file:
             culprit = json.loads((file.metadata() or {})[METADATA_KEY])
+            names = set(file.keys())
         if culprit["schema"] > SCHEMA:
             raise RunUnreadable(f"{path}: schema {culprit['schema']} is newer than this version reads ({SCHEMA})")
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        found = msgspec.convert(culprit, Culprit)
+        if missing := (set(_argument_names(found)) | set(found.strides)) - names:
+            raise ValueError(f"the tensor {min(missing)} is not in it")
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise RunUnreadable(f"{path}: not the operands of an op: {error}") from error
-    return culprit
+    return found
 
 
-def script_text(run_id: str, record: RunRecord | None, found: ForensicsRecord, culprit: dict[str, Any]) -> str:
+def script_text(run_id: str, record: RunRecord | None, found: ForensicsRecord, culprit: Culprit) -> str:
     """The script, from the facts of the op."""
-    namespace, _, name = culprit["op"].partition("::")
+    namespace, _, name = culprit.op.partition("::")
     flags = record.flags if record is not None else {}
-    failed = culprit["failed"]
+    failed = culprit.failed
     needs, imports = _needs(namespace)
-    plain = CALL.format(namespace=namespace, name=name, overload=culprit["overload"] or "default", args="*args")
-    wide = plain.replace("*args,", "*args[:2], False,") if culprit["op"] in FLOAT_SOFTMAX else plain
+    plain = CALL.format(namespace=namespace, name=name, overload=culprit.overload or "default", args="*args")
+    wide = plain.replace("*args,", "*args[:2], False,") if culprit.op in FLOAT_SOFTMAX else plain
     return Template(SCRIPT).substitute(
         sentence=textwrap.fill(_safe(found.sentence), 110),
         run_id=run_id,
         op=f"{namespace}.{name}",
         needs=needs,
         imports=imports,
-        device=repr(culprit["device"]),
-        switches="\n".join(_switches(flags, culprit["device"])),
-        layout="".join(LAYOUT.format(name=name, stride=tuple(stride)) for name, stride in culprit["strides"].items()),
-        args=_sequence([_literal(value) for value in culprit["args"]], "(", ")"),
-        kwargs="{" + ", ".join(f"{key!r}: {_literal(value)}" for key, value in culprit["kwargs"].items()) + "}",
-        failed=f"{tuple(failed['shape'])!r}, torch.{failed['dtype']}, {failed['counts']!r}",
+        device=repr(culprit.device),
+        switches="\n".join(_switches(flags, culprit.device)),
+        layout="".join(LAYOUT.format(name=name, stride=stride) for name, stride in culprit.strides.items()),
+        args=_sequence([_literal(value) for value in culprit.args], "(", ")"),
+        kwargs="{" + ", ".join(f"{key!r}: {_literal(value)}" for key, value in culprit.kwargs.items()) + "}",
+        failed=f"{failed.shape!r}, torch.{failed.dtype}, {failed.counts!r}",
         divisor=_divisor(culprit),
         call=_run_call(plain, culprit, flags),
         wide_call=wide,
-        written=", ".join([*map(_place, culprit["overwritten"]), "returned"]),
+        written=", ".join([*map(_place, culprit.overwritten), "returned"]),
         names=repr(_argument_names(culprit)),
-        version=record.env.get("torch_version", "unknown") if record else "unknown",
+        version=repr(str(record.env.get("torch_version", "unknown") if record else "unknown")),
     )
 
 
@@ -205,17 +310,16 @@ def _place(place: int | str) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text that may stand in a docstring."""
-    return text.replace("\\", "/").replace('"""', "'''")
+    """Text that may stand in a docstring, and cannot end it."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("\\", "/").replace('"', "'")
 
 
 def _needs(namespace: str) -> tuple[str, str]:
     """What a script needs beside torch: a sentence, and its import."""
-    if namespace in ("aten", "prims"):
+    if namespace in PLAIN_NAMESPACES:
         return "Needs torch and safetensors alone.", ""
-    if namespace.startswith("dtype_dynamics_"):
-        room = OURS.get(namespace.removeprefix("dtype_dynamics_"), "")
-        module = f"{kernels.__name__}.{room}" if room else kernels.__name__
+    if namespace in OUR_NAMESPACES:
+        module = f"{kernels.__name__}.{OURS[namespace.removeprefix('dtype_dynamics_')]}"
         return (
             "The op is this project's own: run the script where the project can be imported.",
             f"\nimport {module}  # noqa: F401 (registers the op)",
@@ -223,12 +327,12 @@ def _needs(namespace: str) -> tuple[str, str]:
     return f"The op comes with {namespace}, which must be installed.", f"\nimport {namespace}  # noqa: F401 (registers the op)"
 
 
-def _run_call(plain: str, culprit: dict[str, Any], flags: dict[str, Any]) -> str:
+def _run_call(plain: str, culprit: Culprit, flags: dict[str, Any]) -> str:
     """The body of ``op``: the op as it ran."""
     in_fp32 = (
-        culprit["device"] == "cpu"
-        and culprit["op"] in FP16_PRODUCTS
-        and culprit["failed"]["dtype"] == "float16"
+        culprit.device == "cpu"
+        and culprit.op in FP16_PRODUCTS
+        and culprit.failed.dtype == "float16"
         and flags.get("fp16_products") != "hardware"
     )
     if not in_fp32:
@@ -240,28 +344,27 @@ def _run_call(plain: str, culprit: dict[str, Any], flags: dict[str, Any]) -> str
     )
 
 
-def _divisor(culprit: dict[str, Any]) -> str:
+def _divisor(culprit: Culprit) -> str:
     """The argument that the op divides by, as Python; ``None`` for an op that does not divide."""
-    place = culprit["divisor"]
-    if place is None or place >= len(culprit["args"]):
+    place = culprit.divisor
+    if place is None or place >= len(culprit.args):
         return "None"
-    value = culprit["args"][place]
+    value = culprit.args[place]
     return _literal(value[0] if isinstance(value, list) and value else value)
 
 
 def _switches(flags: dict[str, Any], device: str) -> list[str]:
     """The run's own settings of what changes an op's rounding."""
     switches = flags.get("switches") or {}
-    lines = [f"torch.set_num_threads({switches['threads']})"] if device == "cpu" and switches.get("threads") else []
-    if device == "cuda" and switches:
-        matmul = "torch.backends.cuda.matmul"
-        lines += [
-            f"{matmul}.fp32_precision = {switches['fp32_precision']!r}",
-            f"{matmul}.allow_fp16_reduced_precision_reduction = {switches['fp16_reduced_precision_reduction']}",
-            f"{matmul}.allow_bf16_reduced_precision_reduction = {switches['bf16_reduced_precision_reduction']}",
-            f"{matmul}.allow_fp16_accumulation = {switches['fp16_accumulation']}",
-        ]
-    return lines
+    if device == "cpu":
+        return [f"torch.set_num_threads({switches['threads']!r})"] if switches.get("threads") else []
+    names = {
+        "fp32_precision": "fp32_precision",
+        "allow_fp16_reduced_precision_reduction": "fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction": "bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation": "fp16_accumulation",
+    }
+    return [f"torch.backends.cuda.matmul.{name} = {switches[key]!r}" for name, key in names.items() if key in switches]
 
 
 def _literal(value: Any) -> str:
@@ -282,7 +385,7 @@ def _sequence(items: list[str], opening: str, closing: str) -> str:
     return opening + ", ".join(items) + ("," if opening == "(" and len(items) == 1 else "") + closing
 
 
-def _argument_names(culprit: dict[str, Any]) -> list[str]:
+def _argument_names(culprit: Culprit) -> list[str]:
     """The tensors' names in the order of the op's arguments."""
 
     def names(value: Any):
@@ -292,4 +395,4 @@ def _argument_names(culprit: dict[str, Any]) -> list[str]:
         elif isinstance(value, dict) and "tensor" in value:
             yield value["tensor"]
 
-    return list(names([culprit["args"], list(culprit["kwargs"].values())]))
+    return list(names([culprit.args, list(culprit.kwargs.values())]))

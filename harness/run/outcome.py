@@ -8,6 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from harness.parallel.context import RankFailed
@@ -15,6 +16,7 @@ from harness.run.progress import progress_summary, warm_steps
 from harness.settings import RunSettings
 from instrument.environment import capture, device_slug
 from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord
+from instrument.results.signature import signature_of
 from instrument.watch.meter import Divergence
 
 
@@ -62,7 +64,7 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
     slug, environment = outcome.machine or machine_of(settings)
     last = outcome.evaluations[-1] if outcome.status == "completed" else None
     divergence = outcome.divergence
-    return RunRecord(
+    record = RunRecord(
         run_id=settings.run_id,
         case=settings.case.id,
         scenario=settings.case.scenario,
@@ -97,6 +99,7 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         error=outcome.error or (divergence.reason if divergence else None),
         **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts),
     )
+    return msgspec.structs.replace(record, flags=record.flags | {"signature": signature_of(record)})
 
 
 def majority_scores(evaluations: Sequence[EvaluationRecord]) -> dict[str, float | None]:

@@ -187,6 +187,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     ``flags["case_spelled"]``: a case from outside the project, as the command line spells it. ``flags["stalled"]`` of a
     completed run that stood still for at least its last tenth: ``since_step``, after which no weight changed, or no gradient
     other than 0 entered an update, and ``why`` (`STALLED`).
+    ``flags["signature"]``: of the user who made the run (`instrument.results.signature`).
     """
 
     run_id: str

@@ -1,16 +1,21 @@
 """``inspect --repro``: the failing op alone, in a fresh process, fails as it did in the run."""
 
+import ast
+import contextlib
 import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 from harness.forensics.evidence import METADATA_KEY, save_operands
@@ -112,7 +117,7 @@ def test_the_script_says_what_the_replay_found(name, tmp_path, capsys):
     script, _ = write_repro(run, None, record, tmp_path / "alone.py")
     out = said(script, capsys)
     d = found.diagnosis
-    counts = read_culprit(run)["failed"]["counts"]
+    counts = read_culprit(run).failed.counts
     assert sum(counts.values()) == d.output.nonfinite and counts[d.kind]
     assert f"{d.output.nonfinite:,} of {d.output.numel:,} elements are not finite: " in out
     assert out.rstrip().endswith("The same as in the run, kind by kind.")
@@ -134,9 +139,9 @@ def test_forward_backward_and_optimizer_are_among_them():
 def test_memory_layout_is_kept(tmp_path):
     found = failure(lambda w: torch.mm((w * 90), (w * 90).mT) * 1)
     run, record = kept(found, tmp_path)
-    strides = read_culprit(run)["strides"]
+    strides = read_culprit(run).strides
     originals = dict(zip(("self", "mat2"), found.captured[1], strict=True))
-    assert strides == {n: list(t.stride()) for n, t in originals.items() if not t.is_contiguous()} and strides
+    assert strides == {n: t.stride() for n, t in originals.items() if not t.is_contiguous()} and strides
     script, tensors = write_repro(run, None, record, tmp_path / "alone.py")
     variables = runpy.run_path(str(script))
     for name, original in originals.items():
@@ -146,7 +151,6 @@ def test_memory_layout_is_kept(tmp_path):
 def test_a_script_whose_tensors_changed_does_not_claim_the_same(tmp_path):
     run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
     script, tensors = write_repro(run, None, record, tmp_path / "alone.py")
-    from safetensors.torch import load_file, save_file
 
     save_file({name: t * 0 for name, t in load_file(tensors).items()}, tensors)
     with pytest.raises(SystemExit, match="stays finite here"):
@@ -202,11 +206,155 @@ def test_scripts_for_gpus_and_for_other_libraries_are_python(op, device, message
         "fp16_accumulation": False,
     }
     made = SimpleNamespace(flags={"switches": switches}, env={"torch_version": "9.9"})
-    text = script_text(run.run_id, made, record, read_culprit(run) | {"op": op, "device": device})
+    text = script_text(run.run_id, made, record, msgspec.structs.replace(read_culprit(run), op=op, device=device))
     compile(text, "alone.py", "exec")
-    assert message in text and "with torch 9.9" in text
+    assert message in text and "version = '9.9'" in text
     assert ("allow_fp16_accumulation = False" in text) == (device == "cuda")
     assert ("set_num_threads(2)" in text) == (device == "cpu")
+
+
+CODE = "float16 if not __import__('os').system('touch ran') else None"
+
+
+def damaged(run, change):
+    """The culprit's facts after ``change(facts)``, its tensors as they were."""
+    tensors = load_file(run.culprit)
+    with safe_open(run.culprit, "pt") as file:
+        facts = json.loads(file.metadata()[METADATA_KEY])
+    change(facts)
+    save_file(tensors, run.culprit, {METADATA_KEY: json.dumps(facts)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: facts["failed"].update(dtype=CODE),
+        lambda facts: facts["failed"].update(counts={"nan": CODE}),
+        lambda facts: facts["failed"].update(shape=[CODE]),
+        lambda facts: facts.update(op=f"aten::exp({CODE})"),
+        lambda facts: facts.update(op="aten::exp\n"),
+        lambda facts: facts.update(op="aten::no_such_op"),
+        lambda facts: facts.update(op="aten::from_file", args=["x", True]),
+        lambda facts: facts.update(op="antigravity::exp"),
+        lambda facts: facts.update(overload=f"default({CODE})"),
+        lambda facts: facts.update(device=CODE),
+        lambda facts: facts.update(divisor=CODE),
+        lambda facts: facts.update(strides={f"self'] + {CODE} + ['": [1]}),
+        lambda facts: facts.update(strides={"other": [1]}),
+        lambda facts: facts.update(overwritten=[CODE]),
+        lambda facts: facts.update(kwargs={CODE: 1}),
+        lambda facts: facts.update(args=[{"dtype": CODE}]),
+        lambda facts: facts.update(args=[{"layout": CODE}]),
+        lambda facts: facts.update(args=[{"float": f"nan') or {CODE}"}]),
+        lambda facts: facts.update(args=[{"tensor": f"self'] or {CODE}"}]),
+        lambda facts: facts.update(args=[{"tensor": "absent"}]),
+        lambda facts: facts.update(args=[{"tensor": "self", "dtype": "float16"}]),
+        lambda facts: facts.update(args=[{}]),
+    ],
+)
+def test_no_string_of_a_received_folder_becomes_code(change, tmp_path):
+    run, record = kept(failure(FAILURES["exp"][0]), tmp_path)
+    damaged(run, change)
+    with pytest.raises((RunUnreadable, SettingsError)):
+        write_repro(run, None, record, tmp_path / "alone.py")
+    assert not (tmp_path / "alone.py").exists()
+
+
+def shape_of(script):
+    """The script's syntax with every literal, and the kept arguments, replaced by a mark."""
+    tree = ast.parse(script)
+    for line in tree.body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]).split(",")[0].strip("(") in FREE:
+            literals_only(line.value)
+            line.value = ast.Constant(0)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            node.value = 0
+        elif isinstance(node, ast.List) and all(LISTED.fullmatch(ast.unparse(item)) for item in node.elts):
+            node.elts = []
+    return ast.dump(tree)
+
+
+FREE = ("args", "kwargs", "shape", "divisor")
+LISTED = re.compile(r"'[a-z0-9_.]+'|(kw)?args\[('\w+'|-?\d+)\]|returned")
+"""What a list of tensors' names, or of what an op writes, consists of."""
+LITERALS = (
+    ast.Tuple,
+    ast.List,
+    ast.Dict,
+    ast.Constant,
+    ast.Subscript,
+    ast.Call,
+    ast.Name,
+    ast.Attribute,
+    ast.Load,
+    ast.UnaryOp,
+)
+LITERALS += (ast.USub,)
+
+
+def literals_only(node):
+    """Of an argument: tuples, lists, dictionaries and numbers; ``tensors[...]``, ``float(...)``, ``device``, ``torch.NAME``."""
+    for one in ast.walk(node):
+        assert isinstance(one, LITERALS)
+        assert not isinstance(one, ast.Name) or one.id in ("tensors", "float", "device", "torch")
+        assert not isinstance(one, ast.Call) or (one.func.id == "float" and isinstance(one.args[0], ast.Constant))
+        assert not isinstance(one, ast.Attribute) or (one.value.id == "torch" and one.attr.isidentifier())
+
+
+def mutated(value, random):
+    """``value`` with some of its leaves or keys replaced by hostile ones."""
+    hostile = [
+        CODE,
+        "'",
+        '"""',
+        "\\",
+        "\n",
+        "\x00",
+        "self\n",
+        "\u2028import os",
+        "{}",
+        "$op",
+        -1,
+        1 << 70,
+        1e400,
+        None,
+        True,
+        [],
+        {},
+    ]
+    if random.random() < 0.04:
+        return random.choice(hostile)
+    if isinstance(value, dict):
+        keys = {key: random.choice(hostile[:10]) if random.random() < 0.02 else key for key in value}
+        return {keys[key]: mutated(item, random) for key, item in value.items()}
+    return [mutated(item, random) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("trials", [300, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_scripts_of_mutated_folders_have_the_nodes_of_a_script_and_no_others(trials, tmp_path):
+    run, record = kept(failure(FAILURES["cast with a dtype"][0]), tmp_path)
+    with safe_open(run.culprit, "pt") as file:
+        facts = json.loads(file.metadata()[METADATA_KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    row = {"flags": {"switches": {"threads": 2}}, "env": {"torch_version": "2.0"}}
+    expected = shape_of(script_text(run.run_id, SimpleNamespace(**row), record, read_culprit(run)))
+    random, written = Random(0), 0
+    for _ in range(trials):
+        save_file(tensors, run.culprit, {METADATA_KEY: json.dumps(mutated(facts, random))})
+        changed = mutated(row, random)
+        found = msgspec.structs.replace(record, sentence=str(mutated("it failed", random)))
+        with contextlib.suppress(RunUnreadable, SettingsError):
+            culprit = read_culprit(run)
+            if culprit.left_out is None and isinstance(changed, dict):
+                flags, env = (part if isinstance(part := changed.get(key), dict) else {} for key in ("flags", "env"))
+                switches = flags.get("switches")
+                flags = {"switches": switches} if isinstance(switches, dict) and switches.get("threads") else row["flags"]
+                text = script_text(run.run_id, SimpleNamespace(flags=flags, env=env), found, culprit)
+                compile(text, "alone.py", "exec")
+                assert re.sub(r"attr='\w+'", "", shape_of(text)) == re.sub(r"attr='\w+'", "", expected)
+                written += 1
+    assert trials / 20 < written < trials
 
 
 @pytest.mark.process

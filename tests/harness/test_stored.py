@@ -1,13 +1,16 @@
 """The snapshot on disk: a fresh process' training resumes from it bit for bit, and damage is noticed."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 
+from bench_cases.lookup import BadDeclaration
 from bench_cases.models import build_model, weights_sha256
 from harness.forensics import stored
 from harness.forensics.rerun import rebuild, settings_of
@@ -16,7 +19,7 @@ from harness.precision import Precision
 from harness.run.execute import execute, load_run_data, make_batches, model_request
 from harness.training import Training
 from instrument.results.measurements import ForensicsRecord
-from instrument.results.schemas import decode
+from instrument.results.schemas import RunRecord, decode, encode
 
 pytestmark = pytest.mark.slow
 
@@ -167,3 +170,69 @@ def test_a_case_of_the_callers_own_comes_back_as_well(plan, tmp_path):
     record = execute(own, tmp_path)
     assert settings_of(record).case.weight_decay == 0.5
     assert json.loads((tmp_path / "runs" / own.run_id / "run.json").read_text())["config"]["case"]["weight_decay"] == 0.5
+
+
+@pytest.fixture
+def received(plan, tmp_path, monkeypatch):
+    """``received(changes of the settings)``: the row of a run that somebody else made, with a run id that fits it; here no
+    socket connects."""
+    settings = plan("gpt2_single_cls", "fp32_true", max_steps=1)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "theirs"))
+    record = execute(settings, tmp_path / "results")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "mine"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("went to the network"))
+
+    def make(**changes):
+        theirs = replace(settings, **{name: change(settings) for name, change in changes.items()})
+        return msgspec.structs.replace(record, run_id=theirs.run_id, config=theirs.as_config())
+
+    return make
+
+
+def test_a_received_run_of_a_registered_case_is_made_again(received):
+    assert rebuild(received()).settings.case.id == "gpt2_single_cls"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"case": lambda s: replace(s.case, architecture=replace(s.case.architecture, build="{evil}:build"))},
+            r"evil\.py:build",
+        ),
+        ({"case": lambda s: replace(s.case, architecture=replace(s.case.architecture, hub_id="some/model"))}, "'some/model'"),
+        (
+            {"case": lambda s: replace(s.case, architecture=replace(s.case.architecture, tokenizer="/a/pipe"))},
+            "no case of this",
+        ),
+        ({"data": lambda s: "hub:some/data"}, "data from 'hub:some/data'"),
+        ({"data": lambda s: "/a/pipe"}, "data from '/a/pipe'"),
+        ({"weights": lambda s: "pretrained"}, "weights from 'openai-community/gpt2'"),
+        ({"weights": lambda s: "some/folder"}, "weights from 'some/folder'"),
+    ],
+)
+def test_a_received_run_loads_nothing_from_outside_before_it_is_trusted(received, tmp_path, changes, named):
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef build(request): raise SystemExit(1)\n")
+    record = received(**changes)
+    record = decode(encode(record).replace(b"{evil}", str(evil).encode()), RunRecord)
+    with pytest.raises(RebuildError, match=named) as refused:
+        rebuild(record)
+    assert "--trust-run" in str(refused.value) and not (tmp_path / "ran").exists()
+
+
+def test_a_received_runs_code_is_loaded_when_it_is_trusted(received, tmp_path):
+    evil = tmp_path / "theirs.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ImportError('seen')\n")
+    record = received(case=lambda s: replace(s.case, architecture=replace(s.case.architecture, build=f"{evil}:build")))
+    with pytest.raises((RebuildError, BadDeclaration)):
+        rebuild(record, trust=True)
+
+
+def test_only_one_place_turns_a_rows_words_into_a_case():
+    """A second one would need the question of trust, too."""
+    root = Path(__file__).parents[2]
+    rooms = ("bench_cases", "harness", "instrument", "kernels", "report", "ddbench")
+    sources = [path for room in rooms for path in (root / room).rglob("*.py")]
+    converts = [path.relative_to(root).as_posix() for path in sources if re.search(r"convert\(.*, Case\)", path.read_text())]
+    assert converts == ["harness/forensics/rerun.py"]
