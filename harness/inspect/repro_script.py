@@ -357,14 +357,19 @@ def _switches(flags: dict[str, Any], device: str) -> list[str]:
     """The run's own settings of what changes an op's rounding."""
     switches = flags.get("switches") or {}
     if device == "cpu":
-        return [f"torch.set_num_threads({switches['threads']!r})"] if switches.get("threads") else []
+        threads = switches.get("threads")
+        return [f"torch.set_num_threads({threads:d})"] if isinstance(threads, int) and threads > 0 else []
     names = {
         "fp32_precision": "fp32_precision",
         "allow_fp16_reduced_precision_reduction": "fp16_reduced_precision_reduction",
         "allow_bf16_reduced_precision_reduction": "bf16_reduced_precision_reduction",
         "allow_fp16_accumulation": "fp16_accumulation",
     }
-    return [f"torch.backends.cuda.matmul.{name} = {switches[key]!r}" for name, key in names.items() if key in switches]
+    return [
+        f"torch.backends.cuda.matmul.{name} = {value!r}"
+        for name, key in names.items()
+        if isinstance(value := switches.get(key), (bool, str))
+    ]
 
 
 def _literal(value: Any) -> str:

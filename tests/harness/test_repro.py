@@ -349,7 +349,11 @@ def test_scripts_of_mutated_folders_have_the_nodes_of_a_script_and_no_others(tri
             if culprit.left_out is None and isinstance(changed, dict):
                 flags, env = (part if isinstance(part := changed.get(key), dict) else {} for key in ("flags", "env"))
                 switches = flags.get("switches")
-                flags = {"switches": switches} if isinstance(switches, dict) and switches.get("threads") else row["flags"]
+                flags = (
+                    {"switches": switches}
+                    if isinstance(switches, dict) and type(switches.get("threads")) is int and switches["threads"] > 0
+                    else row["flags"]
+                )
                 text = script_text(run.run_id, SimpleNamespace(flags=flags, env=env), found, culprit)
                 compile(text, "alone.py", "exec")
                 assert re.sub(r"attr='\w+'", "", shape_of(text)) == re.sub(r"attr='\w+'", "", expected)
