@@ -327,11 +327,11 @@ OPS = (
 NOT_TIMED = ("exponent_histogram",)
 """Plain torch, and only after a failure: it is checked, and not benched."""
 CAMPAIGN_DESCRIPTION = """\
-Doctor with measured ceilings, kernels against float64, kernel and overhead benchmarks (after the matrix where the minutes
-are few), a calibration of every case, the matrix at real size, what fits at most, and the dossier. Each stage is a process
-of its own, and its outcome is recorded.
-The same command resumes where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign.
-How many steps and seeds are run is planned once, after the calibration, for --total-minutes, and printed."""
+Doctor with measured ceilings, the kernels' speed, the matrix at real size, kernels against float64, what the instruments
+cost, what fits at most, and the dossier. Each stage is a process of its own, and its outcome is recorded.
+The same command resumes where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign,
+and each leaves a dossier of what there is by then. The matrix begins with one seed of at least 80 steps for every case and
+configuration; what these took plans more seeds and steps for --total-minutes, once."""
 
 
 def _campaign(command: argparse.ArgumentParser) -> None:
@@ -378,7 +378,7 @@ def _campaign(command: argparse.ArgumentParser) -> None:
     what.add_argument("--skip", nargs="+", choices=SKIPPABLE, metavar="STAGE", help=", ".join(SKIPPABLE))
     what.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, for costs in dossier and fit")
     how = command.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="print the plan, from estimates or from a calibration that is done")
+    how.add_argument("--dry-run", action="store_true", help="print the plan, from estimates or from the runs that are there")
     how.add_argument("--retry-failed", action="store_true", help="try stages again that failed in an earlier call")
     how.add_argument("--json", action="store_true", help="campaign.json on standard output at the end")
 

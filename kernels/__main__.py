@@ -1,8 +1,8 @@
 """Command line of the kernels: compile them for GPUs that are not here, check and bench them on the one that is.
 
     python -m kernels compile [--arch sm_75 ...] [--op NAME ...] [--json]
-    python -m kernels check   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--impl auto] [--out FILE] [--json]
-    python -m kernels bench   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--out FILE] [--json]
+    python -m kernels check   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--impl auto] [--jobs N] [--out FILE]
+    python -m kernels bench   [--op NAME ...] [--dtype bf16 ...] [--device auto|cuda|cpu] [--shape 8192x50304 ...] [--out FILE]
 
 Results for machines go to stdout as JSON with --json; tables for people go to stderr.
 Exit codes: 0 ok, 2 usage, 3 a check that came out wrong, 5 environment (a package, tool or device is missing).
@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from typing import TextIO
 
 from kernels import bench, compile
@@ -63,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument(
         "--impl", choices=("auto", "triton", "torch"), default="auto", help="default: what runs on that device"
     )
+    checking.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, each with an op of its own; default 1")
     benching = command("bench", "time every op against eager torch, torch.compile and a copy", list(bench.MODULES))
+    benching.add_argument("--shape", nargs="+", metavar="SHAPE", help="8192x50304, gpt2-124m, ...; default: all")
     benching.add_argument("--pairs", type=int, default=bench.PAIRS, help=f"pairs per ratio, default {bench.PAIRS}")
     return parser
 
@@ -86,11 +89,14 @@ def _compile(args) -> int:
 def _check(args) -> int:
     from kernels import check
 
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
     device, _ = _device(args.device)
+    judge = check.run if args.jobs == 1 else partial(check.run_apart, jobs=args.jobs)
     form = "{:<19} {:<5} {:<36} {:<21} {:<6} {}"
     _say(form.format("op", "dtype", "case", "quantity", "", "error (allowed)"))
     document = {"schema": check.SCHEMA, "machine": bench.machine(device), "judged": 0, "not_right": 0, "rows": []}
-    for row in check.run(device, args.impl, args.op, args.dtype):
+    for row in judge(device, args.impl, args.op, args.dtype):
         document["judged"] += 1
         document["not_right"] += row.status != "right"
         document["rows"].append(asdict(row))
@@ -107,26 +113,44 @@ def _bench(args) -> int:
     if args.pairs < 1:
         raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
     device, has_cuda = _device(args.device)
+    asked = {"ops": args.op, "dtypes": args.dtype, "shapes": args.shape}
+    cases = bench.collect(device, **asked)
     document = {
         "schema": bench.SCHEMA,
         "machine": bench.machine(device),
         "protocol": {"pairs": args.pairs, "order": "ABBA", "interval": "95 % of the median, by order statistics",
                      "l2_flushed": device == "cuda"},
+        "complete": False,
         "rows": [],
     }  # fmt: skip
     _say(_line("op", "case", "arm", "device", "time us", "x ours", "interval", "GB/s", "of copy"))
-    for row in bench.run(device, args.op, args.dtype, args.pairs):
-        document["rows"].append(asdict(row))
-        _write(args, document)  # as it grows: what is cut has the rows that it had
-        _say(_bench_line(row))
-    if not has_cuda:
-        for row in bench.unmeasured("cuda", args.op, args.dtype):
+    there = _measured_before(args.out, document)
+    for arms in cases:
+        rows = [row for row in there if (row.op, row.case) == (arms[0].op, arms[0].case)]
+        measured = rows if {arm.name for arm in arms} <= {row.arm for row in rows} else bench.run([arms], device, args.pairs)
+        for row in measured:
+            document["rows"].append(asdict(row))
+            _write(args, document)  # as it grows: what is cut has the rows that it had, and the same command resumes
+            _say(_bench_line(row))
+    if not has_cuda and not args.shape:
+        for row in bench.unmeasured("cuda", **asked):
             document["rows"].append(asdict(row))
             _say(_bench_line(row))
+    document["complete"] = True
     _write(args, document)
     if args.json:
         _say(json.dumps(document, indent=1, allow_nan=False), sys.stdout)
     return 0
+
+
+def _measured_before(out: str | None, document: dict) -> list["bench.BenchRow"]:
+    """The rows of a bench of this machine, by this protocol, that was cut; none of a file that is complete or damaged."""
+    try:
+        before = json.loads(pathlib.Path(out).read_bytes()) if out else document
+        same = not before["complete"] and all(before[name] == document[name] for name in ("schema", "machine", "protocol"))
+        return [bench.BenchRow(**row) for row in before["rows"]] if same else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _device(asked: str) -> tuple[str, bool]:

@@ -1,6 +1,6 @@
 """Interleaved, L2-flushed timing of every op against eager torch, torch.compile and a plain copy.
 
-    python -m kernels bench [--op NAME ...] [--json]
+    python -m kernels bench [--op NAME ...] [--dtype bf16 ...] [--shape 8192x50304 ...] [--json]
 
 Each op has a function (device, dtype) that yields `BenchArm`s, in `ARMS` of its module. How a figure is made:
 
@@ -25,6 +25,8 @@ SCHEMA = 1
 PAIRS = 32
 WARM_UP = 3
 DTYPES = ("fp32", "bf16", "fp16")
+HEADLINE = ("cross_entropy", "bf16 8192x50304")
+"""The case that is measured first, then everything in bf16: a bench that is cut has what is quoted most."""
 
 # Op -> the module whose ARMS list its arms (and whose CHECKS judge it), by hand, in the order of the README.
 MODULES = {op: "kernels.logit_cases" for op in ("logit_stats", "cross_entropy", "bce_with_logits")}
@@ -94,26 +96,39 @@ def known(ops: list[str] | None, modules: dict[str, str]) -> list[str]:
     return ops or list(modules)
 
 
-def collect(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[list[BenchArm]]:
-    """The cases of all op modules (or of those named), each a list of arms, in order."""
+def collect(
+    device: str, ops: list[str] | None = None, dtypes: list[str] | None = None, shapes: list[str] | None = None
+) -> list[list[BenchArm]]:
+    """The cases of all op modules (or of those named), each a list of arms, the most quoted first. ``shapes``: those of
+    `shape_of`; ValueError names what there is instead of one that no case has."""
     cases: dict[tuple[str, str], list[BenchArm]] = {}
     for op in known(ops, MODULES):
         for dtype in dtypes or DTYPES:
             for arm in import_module(MODULES[op]).ARMS[op](device, dtype):
                 cases.setdefault((arm.op, arm.case), []).append(arm)
-    return list(cases.values())
+    there = {shape_of(case): None for _, case in cases}
+    for shape in set(shapes or ()) - there.keys():
+        raise ValueError(f"no case of these ops has the shape {shape!r} on {device}; one of {', '.join(there)}")
+    first = sorted(cases, key=lambda key: (key != HEADLINE, not key[1].startswith("bf16 ")))
+    return [cases[key] for key in first if not shapes or shape_of(key[1]) in shapes]
 
 
-def run(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None, pairs: int = PAIRS) -> Iterator[BenchRow]:
-    """Bench every case on `device` ("cuda" or "cpu"), one row per arm, as they are measured."""
+def shape_of(case: str) -> str:
+    """ "8192x50304" of "bf16 8192x50304", "gpt2-124m" of "fp32 gpt2-124m gradients"."""
+    words = case.split()[1:]
+    return next((word for word in words if word.replace("x", "").isdecimal() and "x" in word), words[0])
+
+
+def run(cases: list[list[BenchArm]], device: str, pairs: int = PAIRS) -> Iterator[BenchRow]:
+    """Bench these cases on `device` ("cuda" or "cpu"), one row per arm, as they are measured."""
     timer = CudaTimer() if device == "cuda" else CpuTimer()
-    for arms in collect(device, ops, dtypes):
+    for arms in cases:
         yield from _run_case(arms, timer, device, pairs)
 
 
-def unmeasured(device: str, ops: list[str] | None = None, dtypes: list[str] | None = None) -> Iterator[BenchRow]:
+def unmeasured(device: str, **asked: list[str] | None) -> Iterator[BenchRow]:
     """The rows that a machine with `device` would have filled."""
-    for arms in collect(device, ops, dtypes):
+    for arms in collect(device, **asked):
         for arm in arms:
             yield BenchRow(arm.op, arm.case, arm.name, device, "unmeasured", bytes_moved=arm.bytes_moved or None)
 

@@ -1,13 +1,17 @@
 """Correctness of every op on the device at hand, judged against float64, at real sizes.
 
-    python -m kernels check [--op NAME ...] [--json]
+    python -m kernels check [--op NAME ...] [--jobs N] [--json]
 
 Each op has a function (device, dtype, impl) that yields `Judged`, in `CHECKS` of its module. The tests go through many more
 shapes; this is what an installed package, or a benchmark that is about to trust its kernels, asks of a GPU that nobody has
 tried yet. Losses and gradients may err by no more than eager torch in the same dtype does, plus one rounding; counts are exact.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -70,6 +74,50 @@ def run(device: str, impl: str = "auto", ops: list[str] | None = None, dtypes: l
             except Exception as e:  # what one kernel does on an unknown device must not hide the others
                 note = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"[:300]
                 yield CheckRow(*head, "", "", "failed", note=note)
+
+
+def run_apart(
+    device: str, impl: str = "auto", ops: list[str] | None = None, dtypes: list[str] | None = None, jobs: int = 2
+) -> Iterator[CheckRow]:
+    """As `run`, each op in a process of its own, ``jobs`` at a time: one that crashes costs its own op. It is tried again when
+    the others have ended, since a GPU that is full, or allows one process, is no fault of an op."""
+
+    def check(op: str) -> tuple[str, list[CheckRow] | None, str]:
+        options = [
+            "--op",
+            op,
+            "--device",
+            device,
+            "--impl",
+            impl,
+            "--jobs",
+            "1",
+            "--json",
+            *(["--dtype", *dtypes] if dtypes else []),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", __package__, "check", *options], capture_output=True, text=True, check=False
+        )
+        try:
+            return op, [CheckRow(**row) for row in json.loads(done.stdout)["rows"]], ""
+        except ValueError:
+            said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+            return op, None, f"its process ended with {done.returncode}: {said}"[:300]
+
+    def failed(rows: list[CheckRow] | None) -> bool:
+        return rows is None or any(row.status == "failed" for row in rows)
+
+    with ThreadPoolExecutor(jobs) as threads:
+        ended = [threads.submit(check, op) for op in bench.known(ops, MODULES)]
+        again = []
+        for op, rows, _ in (future.result() for future in as_completed(ended)):
+            if failed(rows):
+                again.append(op)
+            else:
+                yield from rows or ()
+    for op in again:
+        _, rows, why = check(op)
+        yield from rows if rows is not None else [CheckRow(op, "", device, impl, "", "", "failed", note=why)]
 
 
 def _row(head: tuple[str, str, str, str], judged: Judged) -> CheckRow:

@@ -19,7 +19,8 @@ from instrument.terminal import count
 CAMPAIGN = "campaign.json"
 LIMIT_BYTES = 15_000_000
 PLAIN = (
-    *(INDEX, *SIDE_FILES, "kernel_check.json", "fit.json", CAMPAIGN, "summary.json", f"{FOLDER}/*.json", "predictions/*.json"),
+    *(INDEX, *SIDE_FILES, "kernel_check.json", "fit.json", CAMPAIGN, "summary.json", "predictions/*.json"),
+    *(f"{FOLDER}/*.json", f"{FOLDER}/logs/*.log"),
     *("dossier/index.html", "dossier/dossier.pdf"),
     *(f"runs/*/{name}" for name in ("run.json", "forensics.json", "evaluations.jsonl", "events.jsonl")),
 )
@@ -40,9 +41,7 @@ def require_ours(out: Path) -> None:
     """Raise `OutputError` where a pack would replace what is no pack."""
     ours = not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / CAMPAIGN).exists()))
     if out.is_symlink() or not ours:
-        raise OutputError(
-            f"{out} holds something that no campaign wrote, and would be replaced as a whole; give another folder"
-        )
+        raise OutputError(f"{out} holds something that no campaign wrote, and would be replaced; give another folder")
 
 
 def pack(results: Path, out: Path, limit_bytes: int = LIMIT_BYTES) -> str:
@@ -84,9 +83,9 @@ def unpack(packed: Path, results: Path) -> bool:
         name = path.relative_to(packed)
         if not plain_inside(packed, path) or name.parts[0] == "dossier":
             continue
-        if path.name.endswith(".jsonl.gz"):
+        if not path.name.endswith(".jsonl.gz"):
+            copy(path, results / name)
+        else:
             with gzip.open(path, "rb") as zipped, replacing(results / name.with_suffix("")) as plain, plain.open("wb") as file:
                 shutil.copyfileobj(zipped, file)
-        else:
-            copy(path, results / name)
     return True

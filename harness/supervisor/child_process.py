@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -21,7 +21,9 @@ from typing import IO, Any
 
 from harness.failure import Failure
 from harness.run.heartbeat import Draft, Heartbeat
+from harness.run.signals import Stop
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
+from instrument.results.files import make_folder
 from instrument.results.schemas import StepRecord
 
 NO_HEARTBEATS = Rules(hang_after_s=0.0, heartbeats=False)
@@ -30,6 +32,7 @@ STARTS = 3
 PF_EXITING = 0x4
 """Linux sets it in a process' flags (``/proc/PID/stat``) before it closes its files."""
 PR_SET_PDEATHSIG = 1
+POLL_S = 0.1
 
 
 class ChildProcess:
@@ -196,6 +199,28 @@ class CommandProcess(ChildProcess):
 
     def exit_code(self) -> int | None:
         return self.process.wait()
+
+
+def run_command(
+    command: Sequence[str], files: Sequence[Path], limits_s: Mapping[str, float], grace_s: float, stop: Stop, started: Callable
+) -> tuple[int, str | None]:
+    """Execute a command with its standard output in the first of ``files`` and the rest in the second (added to).
+
+    It is asked to end at the first of ``limits_s`` or when ``stop`` is requested, and killed with all its processes ``grace_s``
+    later. Calls ``started(pid)``. Returns its exit code, and None or what cut it: the name of a limit or of a signal."""
+    began_s, cut, limit = time.monotonic(), None, min(limits_s, key=limits_s.__getitem__)
+    make_folder(files[1].parent)
+    with files[0].open("wb") as out, files[1].open("ab") as log, CommandProcess(command, stdout=out, stderr=log) as child:
+        started(child.pid)
+        while child.running():
+            if cut is None and (stop.requested or time.monotonic() - began_s > limits_s[limit]):
+                cut = stop.requested or limit
+                child.monitor.end(grace_s)
+            child.monitor.look()
+            time.sleep(POLL_S)
+    if not files[0].stat().st_size:  # most print nothing
+        files[0].unlink()
+    return child.exit_code(), cut
 
 
 def end_with_parent(number: int, parent: int) -> None:

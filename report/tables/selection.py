@@ -1,7 +1,7 @@
 """Which runs are compared, and in which order: one settings variant a case, one run a (case, configuration, seed).
 
 A folder may hold a case twice, with another learning rate say. Averaging the two would compare what differs in more than the
-configuration; so the variant with the most runs is shown and the others are named."""
+configuration; so the variant with the most runs (then with the most steps) is shown and the others are named."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True)
     for case in sorted({run.case for run in kept}):
         runs = [run for run in kept if run.case == case]
         variants = Counter(_key(run) for run in runs)
-        main = min(variants, key=lambda key: (-variants[key], key))
+        steps = {_key(run): run.max_steps for run in runs}
+        main = min(variants, key=lambda key: (-variants[key], -steps[key], key))
         seen: dict[tuple[str, int], str] = {}
         prints: dict[tuple[str, str, Any], str] = {}
         for run in runs:

@@ -28,7 +28,7 @@ def start(folder, *more):
 
 
 def wait_for_steps(folder, config, at_least, campaign, timeout_s=180):
-    """Until a run of the matrix (not of the calibration) has made some steps."""
+    """Until a run has made some steps."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         for log in (folder / "results" / "training_logs").glob(f"run_gpt2_clm-{config}-*.jsonl"):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from kernels import __main__ as command
 from kernels import bench
 from kernels.bench import BenchArm, median_interval
 
@@ -77,7 +78,7 @@ def test_an_arm_that_cannot_run_is_a_row_that_says_why():
 
 
 def test_unmeasured_rows_hold_no_number():
-    for row in bench.unmeasured("cuda", ["cross_entropy", "bce_with_logits", "logit_stats"]):
+    for row in bench.unmeasured("cuda", ops=["cross_entropy", "bce_with_logits", "logit_stats"]):
         assert row.status == "unmeasured" and row.time_s is None and row.share_of_copy is None
 
 
@@ -86,6 +87,60 @@ def test_the_cuda_cases_cover_what_was_asked():
     for width in (4096, 32768, 50304, 128256):
         for dtype in ("fp32", "bf16", "fp16"):
             assert ("cross_entropy", f"{dtype} 8192x{width}") in cases
+
+
+def test_the_headline_is_measured_first_and_bf16_before_the_rest():
+    cases = [(arms[0].op, arms[0].case) for arms in bench.collect("cuda")]
+    assert cases[0] == bench.HEADLINE == ("cross_entropy", "bf16 8192x50304") and len(set(cases)) == len(cases)
+    dtypes = [case.split()[0] for _, case in cases]
+    assert "bf16" not in dtypes[dtypes.index("fp32") :] and {op for op, case in cases if case.startswith("bf16")} == {
+        *bench.MODULES
+    }
+
+
+def test_a_shape_picks_its_cases_and_an_unknown_one_names_those_there_are():
+    def cases(*shapes, ops):
+        return [arms[0].case for arms in bench.collect("cuda", ops, ["bf16"], list(shapes))]
+
+    assert cases("8192x50304", ops=["cross_entropy"]) == ["bf16 8192x50304"]
+    assert cases("gpt2-124m", ops=["scale", "multi_tensor_stats"]) == ["bf16 gpt2-124m gradients"] * 2
+    assert cases("8192x768", ops=["activation_stats"]) == ["bf16 13 outputs 8192x768"]
+    with pytest.raises(ValueError, match="no case of these ops has the shape '8192x50305' on cuda; one of .*8192x50304"):
+        cases("8192x50305", ops=["cross_entropy"])
+
+
+def test_a_bench_that_was_cut_resumes_with_the_cases_it_lacks(tmp_path, monkeypatch, capsys):
+    out, ran = tmp_path / "kernels.json", []
+
+    def run(cases, device, pairs):
+        for arms in cases:
+            ran.append(arms[0].case)
+            if len(ran) == 3:
+                raise KeyboardInterrupt
+            yield from (bench.BenchRow(a.op, a.case, a.name, device, "measured", time_s=1.0) for a in arms)
+
+    def main(*more):
+        ran.clear()
+        return command.main(["bench", "--op", "logit_stats", "--device", "cpu", "--pairs", "2", "--out", str(out), *more])
+
+    monkeypatch.setattr(bench, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert not json.loads(out.read_text())["complete"] and ran == ["bf16 128x50304", "fp32 128x50304", "fp16 128x50304"]
+    with pytest.raises(KeyboardInterrupt):
+        main("--pairs", "3")
+    assert len(ran) == 3, "another protocol's rows are none of its own"
+    document = json.loads(out.read_text())
+    document["rows"].pop()  # killed between two rows of a case
+    out.write_text(json.dumps(document | {"protocol": document["protocol"] | {"pairs": 2}}))
+    assert main() == 0 and ran == ["fp32 128x50304", "fp16 128x50304"]
+    document = json.loads(out.read_text())
+    assert document["complete"] and [r["case"] for r in document["rows"] if r["device"] == "cpu"] == [
+        case for case in ("bf16 128x50304", "fp32 128x50304", "fp16 128x50304") for _ in range(2)
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert len(ran) == 3, "a complete file is measured anew"
 
 
 def test_unknown_op():

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,34 @@ def test_an_op_that_raises_is_failed_and_hides_no_other(monkeypatch, tmp_path, c
     status = {(row["op"], row["status"]) for row in document["rows"]}
     assert status == {("unscale", "failed"), ("exponent_histogram", "right")} and document["not_right"] == 2
     assert document["rows"][0]["note"] == "RuntimeError: no code for this device"
+
+
+def test_ops_in_processes_of_their_own_and_one_that_crashes_is_tried_again_alone(monkeypatch):
+    row, began, lock = check.CheckRow("", "fp32", "cpu", "auto", "", "loss", "right"), [], threading.Barrier(3)
+
+    def run(words, **options):
+        op = words[words.index("--op") + 1]
+        began.append(op)
+        if len(began) <= 3:
+            lock.wait(60)  # all three are under way at the same time
+        if op == "scale" or (op == "unscale" and began.count(op) == 1):  # the latter because another process had the GPU
+            return subprocess.CompletedProcess(words, -11, "", "torn\nSegmentation fault\n")
+        return subprocess.CompletedProcess(words, 0, json.dumps({"rows": [asdict(replace(row, op=op))]}), "")
+
+    monkeypatch.setattr(check.subprocess, "run", run)
+    rows = {row.op: row for row in check.run_apart("cpu", ops=["scale", "logit_stats", "unscale"], dtypes=["fp32"], jobs=3)}
+    assert rows["logit_stats"] == replace(row, op="logit_stats") and rows["unscale"].status == "right"
+    assert rows["scale"].status == "failed" and rows["scale"].note == "its process ended with -11: Segmentation fault"
+    assert sorted(began) == ["logit_stats", "scale", "scale", "unscale", "unscale"]
+
+
+@pytest.mark.process
+def test_jobs_judge_what_one_process_judges(capsys):
+    arguments = ["check", "--op", "scale", "exponent_histogram", "--dtype", "fp32", "--device", "cpu", "--json"]
+    assert command.main(arguments) == command.main([*arguments, "--jobs", "2"]) == 0
+    one, several = (json.loads(text) for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
+    assert sorted(map(str, one["rows"])) == sorted(map(str, several["rows"])) and one["judged"] == several["judged"] > 2
+    assert command.main([*arguments, "--jobs", "0"]) == 2
 
 
 def test_a_device_that_is_not_here_is_one_sentence(capsys):

@@ -7,6 +7,7 @@ import sys
 import msgspec
 import pytest
 
+from instrument.results.contents import Folder
 from report.tables import a_stability
 from report.tables.judgement import judge_runs
 from report.tables.selection import select
@@ -186,6 +187,18 @@ def test_other_settings_of_a_case_are_named_and_not_averaged(plant, add_row):
     assert selection.excluded == (
         ("gpt2_clm-amp_bf16-s0-feedbeef", "other settings than the 6 runs shown of its case: lr 0.5 instead of 0.001"),
     )
+
+
+def test_of_two_variants_with_as_many_runs_the_one_with_more_steps_is_shown(plant):
+    folder = plant((LM,), CONFIGS[:1])
+    there = folder.runs[0].max_steps
+    for steps in (there // 2, 9 * there):
+        others = [
+            msgspec.structs.replace(run, run_id=run.run_id[:-8] + "feedbeef", max_steps=steps, steps_done=0)
+            for run in folder.runs
+        ]
+        both = Folder(folder.path, (*folder.runs, *others), [])
+        assert {run.max_steps for run in select(both).runs} == {max(steps, there)}
 
 
 @pytest.mark.parametrize(
