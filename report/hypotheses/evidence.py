@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from instrument.results.contents import Folder
+from instrument.results.contents import Folder, is_cpu
 from instrument.results.schemas import RunRecord
-from report.statistics import FEWEST_SEEDS, NOTHING, Interval, mean_interval
+from instrument.terminal import count
+from report.significance import UNTESTED, Test, all_of, any_of
+from report.statistics import NOTHING, Interval, mean_interval
+from report.tables.cells import COMPLETED, Cell
+from report.tables.choice import all_cells
 from report.tables.judgement import Judgements, judge_runs
-from report.tables.selection import Selection, case_order, incomparable_reason, select
+from report.tables.selection import REFERENCE, Selection, case_order, incomparable_reason, select, unlike_reason
 from report.tables.speed import eligible
+from report.text import joined
 
 SUPPORTED, REFUTED, NOT_DECIDED = "supported", "refuted", "not decided"
 BySeed = dict[int, RunRecord]
@@ -21,19 +26,27 @@ BySeed = dict[int, RunRecord]
 
 @dataclass(frozen=True)
 class Evidence:
-    """One place where the claim can be tested (a case, an architecture): its verdict and why."""
+    """One place where the claim can be tested (a case, an architecture): the tests that it holds there and that it does not,
+    the effect with its interval, and both in a sentence."""
 
     place: str
-    verdict: str
+    supports: Test
+    refutes: Test
     interval: Interval
     sentence: str
     run_ids: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> str:
+        """What this place alone says."""
+        return verdict_of(self.supports, self.refutes)
+
 
 @dataclass(frozen=True)
 class Finding:
-    """``effect`` with ``low`` and ``high`` in ``unit``, over ``n`` paired seeds; ``would_decide`` says
-    what data are missing, and is empty when the verdict stands. ``plot``: the letter beside it."""
+    """``effect`` with ``low`` and ``high`` in ``unit``, over ``n`` seeds; ``would_decide`` says what data are missing, and is
+    empty when the verdict stands; ``seeds``: how many would decide it with a power of 80 %, were the effect as measured, None
+    where more seeds would not. ``plot``: the letter beside it."""
 
     id: str
     claim: str
@@ -48,77 +61,78 @@ class Finding:
     would_decide: str
     plot: str
     details: tuple[str, ...] = ()
+    seeds: int | None = None
 
 
-def decide(interval: Interval, smallest: float) -> str:
-    """The verdict on "there is a positive effect". Refuted: the whole interval lies below ``smallest``, the
-    least effect worth the name, be it resolved or not. Supported: it lies above 0. An interval around 0
-    that is wider than that decides nothing."""
-    if interval.n < FEWEST_SEEDS or not interval.known:
+def verdict_of(supports: Test, refutes: Test) -> str:
+    """What two opposite tests say; both shown is no verdict."""
+    if supports.shown == refutes.shown:
         return NOT_DECIDED
-    if interval.below(smallest):
-        return REFUTED
-    return SUPPORTED if interval.above(0.0) else NOT_DECIDED
+    return SUPPORTED if supports.shown else REFUTED
 
 
-def decide_count(hits: int, n: int) -> str:
-    """The verdict on "it happens" when it happened with ``hits`` of ``n`` seeds: all or none decides."""
-    if n < FEWEST_SEEDS or 0 < hits < n:
-        return NOT_DECIDED
-    return SUPPORTED if hits else REFUTED
+Rule = Callable[[Sequence[Evidence]], tuple[Test, Test]]
 
 
-def unanimous(evidence: Sequence[Evidence]) -> str:
-    """Supported or refuted where all places agree; a split or an undecided place decides nothing."""
-    verdicts = {e.verdict for e in evidence}
-    return verdicts.pop() if len(verdicts) == 1 else NOT_DECIDED
+def unanimous(evidence: Sequence[Evidence]) -> tuple[Test, Test]:
+    """Supported or refuted where all places agree."""
+    return all_of(e.supports for e in evidence), all_of(e.refutes for e in evidence)
 
 
-def everywhere(evidence: Sequence[Evidence]) -> str:
-    """The verdict on "in every place": one place refutes it."""
-    if any(e.verdict == REFUTED for e in evidence):
-        return REFUTED
-    return unanimous(evidence)
+def everywhere(evidence: Sequence[Evidence]) -> tuple[Test, Test]:
+    """The claim "in every place": one place refutes it."""
+    return all_of(e.supports for e in evidence), any_of(e.refutes for e in evidence)
 
 
-def somewhere(evidence: Sequence[Evidence]) -> str:
-    """The verdict on "in some place": one place supports it, all must refute it."""
-    if any(e.verdict == SUPPORTED for e in evidence):
-        return SUPPORTED
-    return unanimous(evidence)
+def somewhere(evidence: Sequence[Evidence]) -> tuple[Test, Test]:
+    """The claim "in some place": one place supports it, all must refute it."""
+    return any_of(e.supports for e in evidence), all_of(e.refutes for e in evidence)
 
 
 def finding(
+    base: EvidenceBase,
     id: str,
     claim: str,
     plot: str,
     unit: str,
     evidence: Sequence[Evidence],
-    verdict: str,
+    rule: Rule,
     missing: str,
     notes: Sequence[str] = (),
 ) -> Finding:
     """A finding with the sentence of the place that decides it (else of the one with most seeds).
 
-    ``missing`` says what would decide it; where there is no evidence at all it is the sentence too."""
-    deciding = [e for e in evidence if e.verdict == verdict] or list(evidence)
-    chosen = max(deciding, key=lambda e: e.interval.n, default=Evidence("", NOT_DECIDED, NOTHING, f"Not tested: {missing}"))
+    ``missing`` says what would decide it; where there is no evidence at all it is the sentence too. Runs of the tiny preset or
+    of a processor show what happened there and decide nothing about GPUs."""
+    toys = [e for e in evidence if base.about_toys(e.run_ids)]
+    tests = rule(evidence) if evidence and not toys else (UNTESTED, UNTESTED)
+    verdict = verdict_of(*tests)
+    deciding = [e for e in evidence if not toys and e.verdict == verdict] or list(evidence)
+    chosen = max(
+        deciding,
+        key=lambda e: (e.interval.n, -min(e.supports.p, e.refutes.p)),
+        default=Evidence("", UNTESTED, UNTESTED, NOTHING, f"Not tested: {missing}"),
+    )
     value = chosen.interval
-    measured = value.n > 0
+    seeds = min((n for test in tests if (n := test.seeds_needed) is not None), default=None)
+    asked = f"{missing}; were all as measured, about {count(seeds, 'seed')}" if seeds and seeds > value.n else missing
+    asked = f"a GPU with the full preset, where {missing}" if toys else asked
+    scope = "Measured with a tiny preset or on a processor, which decides nothing about GPUs. " if toys else ""
     return Finding(
         id,
         claim,
-        verdict if evidence else NOT_DECIDED,
-        _split(verdict, evidence) or (f"{chosen.place}: " if chosen.place else "") + chosen.sentence,
-        value.value if measured else None,
+        verdict,
+        scope + (_split(verdict, evidence) or (f"{chosen.place}: " if chosen.place else "") + chosen.sentence),
+        value.value if value.n else None,
         value.low if value.known else None,
         value.high if value.known else None,
-        unit if measured else None,
+        unit if value.n else None,
         value.n,
         tuple(dict.fromkeys(i for e in evidence for i in e.run_ids)),
-        missing if verdict == NOT_DECIDED or not evidence else "",
+        asked if verdict == NOT_DECIDED else "",
         plot,
-        (*(f"{e.place}: {e.verdict}. {e.sentence}" for e in evidence), *notes),
+        (*(f"{e.place}: {e.verdict if not toys else NOT_DECIDED}. {e.sentence}" for e in evidence), *notes),
+        seeds if verdict == NOT_DECIDED else None,
     )
 
 
@@ -128,6 +142,11 @@ def _split(verdict: str, evidence: Sequence[Evidence]) -> str | None:
     if verdict != NOT_DECIDED or not all(places.values()):
         return None
     return f"The evidence is split: supported for {places[SUPPORTED]}; refuted for {places[REFUTED]}."
+
+
+def seen(hits: int, n: int, what: str) -> str:
+    """``what`` with how many seeds; of none, that it was not seen, which is not that it does not happen."""
+    return f"{what} with {hits} of {count(n, 'seed')}" if hits else f"not seen in {count(n, 'seed')}: {what}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +165,24 @@ class EvidenceBase:
     def judgements(self) -> Judgements:
         """Every run's state."""
         return judge_runs(self.folder, self.selection)
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, str], Cell]:
+        """Every cell of the folder's main variants by case and configuration."""
+        return all_cells(self.folder)
+
+    def about_toys(self, run_ids: Iterable[str]) -> bool:
+        """Whether some of these runs had the tiny preset or ran on a processor."""
+        return any(run.preset == "tiny" or is_cpu(run) for run_id in run_ids if (run := self.folder.by_id.get(run_id)))
+
+    def unlike(self, *cells: BySeed, but: Sequence[str] = ()) -> str | None:
+        """Why cells of several cases must not be joined in a claim, or None."""
+        return unlike_reason([run for cell in cells for run in cell.values()], but)
+
+    def healthy(self, *cases: str) -> str | None:
+        """Which of these cases has no healthy fp32_true that completed, as a phrase; None when all have."""
+        ill = [case for case in cases if (cell := self.cells.get((case, REFERENCE))) is None or cell.state != COMPLETED]
+        return f"no healthy fp32_true of {joined(ill)}" if ill else None
 
     @cached_property
     def _timed(self) -> frozenset[str]:

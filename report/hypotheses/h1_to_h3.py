@@ -3,62 +3,81 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Callable
 
 from bench_cases import DTYPE_CONFIGS
-from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from instrument.terminal import count
 from report.hypotheses.evidence import (
     BySeed,
     Evidence,
     EvidenceBase,
     Finding,
-    decide,
-    decide_count,
     difference,
     finding,
     log_speed_ratios,
     run_ids,
+    seen,
     unanimous,
 )
+from report.significance import Test, above, all_of, any_of, below, more_often, rate_above, rate_below
 from report.statistics import Interval, exponential, mean_interval, share_interval
-from report.tables.judgement import divergence_text
-from report.tables.selection import REFERENCE, column_of, is_lm, series_order
-from report.text import bounds, joined, shortened
+from report.tables.cells import COMPLETED, FAILING, STALLED, Cell
+from report.tables.judgement import MARGIN_SPEED, divergence_text
+from report.tables.selection import REFERENCE, column_of, is_control, is_lm, series_order
+from report.text import bounds, joined
 
 H1 = "Loss-scale inversion: fp16_naive trains on single-label classification and diverges on multi-label."
 STRESSED, CLEAN = "fp16_naive", "fp16_naive_fp32_states"
-SETTLED = ("completed", "diverged")
+SETTLED = ("completed", "diverged", "stalled")
 
 
 def judge_h1(base: EvidenceBase) -> Finding:
-    """Per architecture and loss reduction; where AdamW's epsilon makes fp16_naive diverge in both tasks, the
-    control with fp32 AdamW states is judged instead: it shows what precision itself does."""
-    pairs = _label_pairs(base)
-    evidence = [e for single, multi, place in pairs if (e := _h1_evidence(base, single, multi, place)) is not None]
-    controls = [
-        line
-        for single, multi, place in pairs
-        for config in (STRESSED, *DTYPE_CONFIGS[STRESSED].controls)
-        if (line := _line(base, single, multi, place, config)) is not None
-    ]
-    missing = f"single- and multi-label runs (mean and label_sum) of {STRESSED} and its controls with seeds 0 1 2"
-    return finding("H1", H1, "G", "share of seeds with the inversion", evidence, unanimous(evidence), missing, controls)
+    """Per architecture and loss reduction, seed by seed: more often than rarely? Where AdamW's epsilon makes fp16_naive diverge
+    in both tasks, the control with fp32 AdamW states is judged instead: it shows what precision itself does."""
+    evidence, notes = [], []
+    pairs = _pairs(base, lambda run: column_of(run) == "Cls-Single", lambda run: column_of(run) == "Cls-Multi", _same_arch)
+    for single, multi in pairs:
+        run = base.cases[multi]
+        place = f"{run.arch}, {run.loss_reduction}"
+        found = _h1_evidence(base, single, multi, place)
+        why = found and (base.healthy(single, multi) or _unlike(base, found))
+        notes += [f"{place} is not judged: {why}."] if why else []
+        evidence += [found] if found and not why else []
+        lines = (_line(base, single, multi, place, config) for config in (STRESSED, *DTYPE_CONFIGS[STRESSED].controls))
+        notes += [line for line in lines if line is not None]
+    missing = (
+        f"single- and multi-label runs (mean and label_sum) of {STRESSED} and its controls beside a healthy {REFERENCE}, "
+        "seeds 0 1 2"
+    )
+    return finding(base, "H1", H1, "G", "share of seeds with the inversion", evidence, unanimous, missing, notes)
 
 
-def _label_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
-    """(single-label case, multi-label case, place) of every architecture and reduction."""
-    singles = {run.arch: case for case, run in base.cases.items() if column_of(run) == "Cls-Single"}
+def _pairs(
+    base: EvidenceBase,
+    first: Callable[[RunRecord], bool],
+    second: Callable[[RunRecord], bool],
+    match: Callable[[RunRecord, RunRecord], bool],
+) -> list[tuple[str, str]]:
+    """Pairs of cases, each by one of its runs, that belong together."""
     return [
-        (singles[run.arch], case, f"{run.arch}, {run.loss_reduction}")
-        for case, run in base.cases.items()
-        if column_of(run) == "Cls-Multi" and run.arch in singles
+        (one, two)
+        for one, run in base.cases.items()
+        if first(run)
+        for two, other in base.cases.items()
+        if second(other) and match(run, other)
     ]
+
+
+def _same_arch(run: RunRecord, other: RunRecord) -> bool:
+    return run.arch == other.arch
+
+
+def _unlike(base: EvidenceBase, evidence: Evidence) -> str | None:
+    return base.unlike({at: base.folder.by_id[run_id] for at, run_id in enumerate(evidence.run_ids)})
 
 
 def _settled(base: EvidenceBase, single: str, multi: str, config: str) -> tuple[BySeed, BySeed]:
-    """Runs of both cases that completed or diverged, for the seeds that both have."""
+    """Runs of both cases that completed, stalled or diverged, for the seeds that both have."""
     cells = [{seed: run for seed, run in base.runs(case, config).items() if run.status in SETTLED} for case in (single, multi)]
     seeds = cells[0].keys() & cells[1].keys()
     first, second = ({seed: cell[seed] for seed in sorted(seeds)} for cell in cells)
@@ -77,13 +96,15 @@ def _h1_evidence(base: EvidenceBase, single: str, multi: str, place: str) -> Evi
             why += ". "
     if not cells[0]:
         return None
-    hits = sum(cells[0][seed].status == "completed" and cells[1][seed].status == "diverged" for seed in cells[0])
+    hits = sum(_trains(base, cells[0][seed]) and cells[1][seed].status == "diverged" for seed in cells[0])
     share = share_interval(hits, len(cells[0]))
-    sentence = (
-        f"{why}{judged} trains on single-label and diverges on multi-label with {hits} of {count(share.n, 'seed')} "
-        f"[{share.low:.2f}, {share.high:.2f}]."
-    )
-    return Evidence(place, decide_count(hits, share.n), share, sentence, run_ids(*cells))
+    what = seen(hits, share.n, f"{judged} trains on single-label and diverges on multi-label")
+    tests = rate_above(hits, share.n), rate_below(hits, share.n)
+    return Evidence(place, *tests, share, f"{why}{what} {bounds(share, '.2f')}.", run_ids(*cells))
+
+
+def _trains(base: EvidenceBase, run: RunRecord) -> bool:
+    return run.status == "completed" and base.state(run) != "stalled"
 
 
 def _diverged_in_optimizer(run: RunRecord) -> bool:
@@ -105,8 +126,6 @@ def _line(base: EvidenceBase, single: str, multi: str, place: str, config: str) 
 
 H2 = "Architecture inversion: bf16_pure speeds RoBERTa up more than GPT-2, relative to fp32_true."
 CONFIG, SMALL, LARGE = "bf16_pure", "gpt2", "roberta"
-SMALLEST_GAIN = math.log(1.02)
-"""A gain that is less than 2 % larger is no inversion."""
 
 
 def judge_h2(base: EvidenceBase) -> Finding:
@@ -117,16 +136,20 @@ def judge_h2(base: EvidenceBase) -> Finding:
         gpt2 = _counterpart(base, roberta)
         if gpt2 is None:
             continue
-        partner, why = _matched(base.folder, gpt2, roberta)
-        if partner is None:
-            not_compared.append(f"{gpt2.case} and {roberta.case} are not compared: {why}.")
-        elif (found := _h2_evidence(partner, base, gpt2.case, roberta)) is not None:
-            evidence.append(found)
+        # GPT-2's runs at RoBERTa's sequence length, perhaps those of a control variant of the case.
+        small = EvidenceBase.of(
+            base.folder, lambda run, gpt2=gpt2, roberta=roberta: run.case == gpt2.case and run.seq_len == roberta.seq_len
+        )
+        found = _h2_evidence(small, base, gpt2.case, roberta)
+        why = None if small.selection.runs else f"sequence length {gpt2.seq_len} against {roberta.seq_len}"
+        why = why or (found and _unlike(base, found))
+        not_compared += [f"{gpt2.case} and {roberta.case} are not compared: {why}."] if why else []
+        evidence += [found] if found and not why else []
     missing = (
-        f"{CONFIG} and {REFERENCE} of both architectures at one sequence length, seeds 0 1 2 "
+        f"{CONFIG} and {REFERENCE} of both architectures at one sequence length and batch size on one machine, seeds 0 1 2 "
         "(for LM: gpt2_clm with --seq-len 512)"
     )
-    return finding("H2", H2, "B", "ratio of gains", evidence, unanimous(evidence), missing, not_compared)
+    return finding(base, "H2", H2, "B", "ratio of gains", evidence, unanimous, missing, not_compared)
 
 
 def _counterpart(base: EvidenceBase, roberta: RunRecord) -> RunRecord | None:
@@ -136,26 +159,14 @@ def _counterpart(base: EvidenceBase, roberta: RunRecord) -> RunRecord | None:
             run
             for run in base.cases.values()
             if run.arch == SMALL
-            and (
-                is_lm(run) and is_lm(roberta)
-                if is_lm(run) or is_lm(roberta)
-                else (column_of(run), run.loss_reduction) == (column_of(roberta), roberta.loss_reduction)
-            )
+            and (is_lm(run) and is_lm(roberta) if is_lm(run) or is_lm(roberta) else _same_task(run, roberta))
         ),
         None,
     )
 
 
-def _matched(folder: Folder, gpt2: RunRecord, roberta: RunRecord) -> tuple[EvidenceBase | None, str]:
-    """GPT-2's runs at RoBERTa's sequence length (perhaps a control variant of the case), or why not."""
-    if gpt2.weights_source != roberta.weights_source:
-        return None, f"weights {gpt2.weights_source} against {roberta.weights_source}"
-    if gpt2.attention_backend != roberta.attention_backend:
-        return None, f"attention backend {gpt2.attention_backend} against {roberta.attention_backend}"
-    matched = EvidenceBase.of(folder, lambda run: run.case == gpt2.case and run.seq_len == roberta.seq_len)
-    if not matched.selection.runs:
-        return None, f"sequence length {gpt2.seq_len} against {roberta.seq_len}"
-    return matched, ""
+def _same_task(run: RunRecord, other: RunRecord) -> bool:
+    return (column_of(run), run.loss_reduction) == (column_of(other), other.loss_reduction)
 
 
 def _h2_evidence(small: EvidenceBase, large: EvidenceBase, gpt2: str, roberta: RunRecord) -> Evidence | None:
@@ -174,79 +185,91 @@ def _h2_evidence(small: EvidenceBase, large: EvidenceBase, gpt2: str, roberta: R
         f"{CONFIG} gains {each[0]:.2f}x on RoBERTa and {each[1]:.2f}x on GPT-2, {shown.value:.2f} "
         f"{bounds(shown, '.2f')} times as much (sequence length {roberta.seq_len}, attention: {backends})."
     )
-    return Evidence(f"{roberta.case} / {gpt2}", decide(ratio, SMALLEST_GAIN), shown, sentence, run_ids(*cells))
+    leads = [gains[0][seed] - gains[1][seed] for seed in sorted(gains[0].keys() & gains[1].keys())]
+    tests = above(leads, MARGIN_SPEED), below(leads, MARGIN_SPEED)
+    return Evidence(f"{roberta.case} / {gpt2}", *tests, shown, sentence, run_ids(*cells))
 
 
 H3 = "Bottleneck instability: GPT-2 classification needs more precision than RoBERTa classification."
-FRAGILE, STURDY = "gpt2", "roberta"
-SMALLEST_GAP = 0.02
-"""A difference of less than 2 % of the configurations is none."""
 
 
 def judge_h3(base: EvidenceBase) -> Finding:
-    """Share of 16-bit configurations that diverge or train worse, GPT-2 minus RoBERTa, seed by seed."""
+    """Per 16-bit configuration, GPT-2 against RoBERTa: who fails more often (Fisher's exact test), and where neither fails, who
+    loses more against its fp32_true. 8-bit optimizer states and controls are listed apart."""
     evidence, notes = [], []
-    for gpt2, roberta, place in _architecture_pairs(base):
-        unhealthy = [case for case in (gpt2, roberta) if case in base.judgements.unhealthy]
-        if unhealthy:
-            notes.append(f"{place} is not judged: the reference of {' and '.join(unhealthy)} is unhealthy.")
-        elif (found := _h3_evidence(base, gpt2, roberta, place)) is not None:
-            evidence.append(found)
-    missing = "classification runs of both architectures in 16-bit configurations beside a healthy fp32_true, seeds 0 1 2"
-    return finding("H3", H3, "A", "share of 16-bit configurations", evidence, unanimous(evidence), missing, notes)
-
-
-def _architecture_pairs(base: EvidenceBase) -> list[tuple[str, str, str]]:
-    def key(run):
-        return column_of(run), run.loss_reduction
-
-    sturdy = {key(run): case for case, run in base.cases.items() if run.arch == STURDY and not is_lm(run)}
-    return [
-        (case, sturdy[key(run)], f"{key(run)[0]}, {run.loss_reduction}")
-        for case, run in base.cases.items()
-        if run.arch == FRAGILE and key(run) in sturdy
-    ]
-
-
-def _h3_evidence(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> Evidence | None:
-    configs = [
-        config
-        for config in series_order({run.dtype_config for run in base.selection.runs})
-        if config in DTYPE_CONFIGS and DTYPE_CONFIGS[config].compute != "fp32"
-    ]
-    pairs: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
-    compared: list[str] = []
-    for config in configs:
-        first, second = base.runs(gpt2, config), base.runs(roberta, config)
-        for seed in sorted(first.keys() & second.keys()):
-            failed = [_failed(base.state(cell[seed])) for cell in (first, second)]
-            if None not in failed:
-                pairs[seed].append((config, *failed))
-                compared += [first[seed].run_id, second[seed].run_id]
-    if not pairs:
-        return None
-    # Every seed is judged on the same configurations, so that a seed with fewer runs moves nothing.
-    common = set.intersection(*({config for config, *_ in seed} for seed in pairs.values()))
-    if not common:
-        return None
-    shares = [
-        [sum(failed[1 + side] for failed in seed if failed[0] in common) / len(common) for seed in pairs.values()]
-        for side in (0, 1)
-    ]
-    gap = mean_interval([a - b for a, b in zip(*shares, strict=True)])
-    only = sorted({c for seed in pairs.values() for c, a, b in seed if a and not b and c in common})
-    sentence = (
-        f"{100 * sum(shares[0]) / gap.n:.0f} % of {len(common)} 16-bit configurations fail on GPT-2 and "
-        f"{100 * sum(shares[1]) / gap.n:.0f} % on RoBERTa: {100 * gap.value:+.0f} {bounds(_percent(gap), '.0f')} points"
-        + (f" (only on GPT-2: {shortened(series_order(only))})." if only else ".")
+    pairs = _pairs(
+        base,
+        lambda run: run.arch == SMALL and not is_lm(run),
+        lambda run: run.arch == LARGE and not is_lm(run),
+        _same_task,
     )
-    return Evidence(place, decide(gap, SMALLEST_GAP), gap, sentence, tuple(compared))
+    for gpt2, roberta in pairs:
+        place = f"{column_of(base.cases[gpt2])}, {base.cases[gpt2].loss_reduction}"
+        found, apart = _h3_evidence(base, gpt2, roberta, place)
+        notes += apart
+        why = base.healthy(gpt2, roberta) or (found and _unlike(base, found))
+        notes += [f"{place} is not judged: {why}."] if why else []
+        evidence += [found] if found and not why else []
+    missing = "classification runs of both architectures in 16-bit configurations beside a healthy fp32_true, seeds 0 1 2"
+    return finding(base, "H3", H3, "A", "difference of the shares of seeds that fail", evidence, unanimous, missing, notes)
 
 
-def _failed(state: str) -> int | None:
-    """1 for a run that diverged or trains worse, 0 for one that completed, None for what cannot be judged."""
-    return {"diverged": 1, "stalled": 1, "completed": 0}.get(state)
+def _h3_evidence(base: EvidenceBase, gpt2: str, roberta: str, place: str) -> tuple[Evidence | None, list[str]]:
+    more, less, neither, lines, apart, ids = [], [], [], [], [], []
+    widest = (0.0, Interval(math.nan, math.nan, math.nan, 0))
+    for config in series_order({config for _, config in base.cells}):
+        cells = base.cells.get((gpt2, config)), base.cells.get((roberta, config))
+        declared = DTYPE_CONFIGS.get(config)
+        if declared is None or declared.compute == "fp32" or not all(cell and cell.state in ENDED for cell in cells):
+            continue
+        ours, theirs = (cell for cell in cells if cell)
+        line = f"{config}: {_outcome(ours)} on GPT-2, {_outcome(theirs)} on RoBERTa"
+        if is_control(config) or declared.optimizer == "8bit":
+            apart.append(f"{place}, apart: {line}.")
+            continue
+        tests = _needs_more(ours, theirs)
+        more.append(tests[0])
+        less.append(tests[1])
+        neither.append(tests[2])
+        lines.append(line)
+        ids += [*ours.run_ids, *theirs.run_ids]
+        gap = ours.failure_share.value - theirs.failure_share.value
+        widest = max(widest, (abs(gap), Interval(gap, math.nan, math.nan, min(ours.n, theirs.n))), key=lambda item: item[0])
+        if not widest[1].n:
+            widest = (0.0, Interval(0.0, math.nan, math.nan, min(ours.n, theirs.n)))
+    if not lines:
+        return None, apart
+    supports, refutes = any_of(more), any_of([any_of(less), all_of(neither)])
+    return Evidence(place, supports, refutes, widest[1], "; ".join(lines) + ".", tuple(ids)), apart
 
 
-def _percent(interval: Interval) -> Interval:
-    return Interval(100 * interval.value, 100 * interval.low, 100 * interval.high, interval.n)
+ENDED = (COMPLETED, FAILING, STALLED)
+
+
+def _needs_more(ours: Cell, theirs: Cell) -> tuple[Test, Test, Test]:
+    """The tests of "GPT-2 fails more", "RoBERTa fails more" and "GPT-2 does not fail more" for one configuration."""
+    if ours.n_failed or theirs.n_failed:
+        counts = (ours.n_failed, ours.n), (theirs.n_failed, theirs.n)
+        return more_often(*counts[0], *counts[1]), more_often(*counts[1], *counts[0]), rate_below(ours.n_failed, ours.n)
+    both = [(a, b) for a in ours.judged_qualities for b in theirs.judged_qualities if a.name == b.name]
+    if not both:
+        return any_of([]), any_of([]), any_of([])
+    mine, other = both[0]
+    gaps = [mine.worse[seed] - other.worse[seed] for seed in sorted(mine.worse.keys() & other.worse.keys())]
+    rounding = math.hypot(mine.resolution, other.resolution)
+    lost = [-gap for gap in gaps]
+    kept = all_of([below(gaps, mine.margin, rounding), rate_below(0, ours.n)])
+    return above(gaps, mine.margin, rounding), above(lost, mine.margin, rounding), kept
+
+
+def _outcome(cell: Cell) -> str:
+    if cell.n_failed:
+        return f"{cell.what} in {cell.n_failed} of {cell.n}"
+    gap = next((q for q in cell.judged_qualities if q.difference.n), None)
+    return f"no failure seen in {cell.n}" + (f" ({_gap(gap.worse)} worse)" if gap else "")
+
+
+def _gap(worse: dict[int, float]) -> str:
+    found = mean_interval([*worse.values()])
+    scaled = Interval(100 * found.value, 100 * found.low, 100 * found.high, found.n)
+    return f"{scaled.value:+.1f} {bounds(scaled, '+.1f')} points"

@@ -8,43 +8,40 @@ from itertools import combinations
 import numpy as np
 
 from instrument.results.schemas import RunRecord
-from instrument.terminal import count
 from kernels.float_formats import FP16
 from report.hypotheses.evidence import (
-    NOT_DECIDED,
-    REFUTED,
-    SUPPORTED,
     BySeed,
     Evidence,
     EvidenceBase,
     Finding,
-    decide,
-    decide_count,
-    difference,
     everywhere,
     finding,
-    log_speed_ratios,
     run_ids,
+    seen,
     somewhere,
     unanimous,
 )
-from report.statistics import FEWEST_SEEDS, Interval, exponential, mean_interval
-from report.tables.cells import shares_process
-from report.tables.choice import all_cells
+from report.significance import UNTESTED, Test, above, all_of, any_of, below, rate_above, rate_below
+from report.statistics import NOTHING, Interval, exponential, mean_interval
+from report.tables.cell_text import memory_text
+from report.tables.cells import AVOID, COMPLETED, FAILING, STALLED, Cell
+from report.tables.choice import lead
 from report.tables.e_logits import overflows
 from report.tables.f_padding import favourite, padding_of, real_tokens_known
-from report.tables.selection import REFERENCE, TASK_COLUMNS, column_of, is_bucketed, is_control, is_lm, series_order
-from report.tables.speed import group_scores, y_kind
-from report.text import bounds, gigabytes
+from report.tables.judgement import MARGIN_SPEED
+from report.tables.selection import REFERENCE, column_of, is_bucketed, is_control, is_lm, series_order, unlike_reason
+from report.tables.speed import y_kind
+from report.text import bounds
 
 P1 = "Classification heads overflow fp16: some logit passes 65,504."
 
 
 def judge_p1(base: EvidenceBase) -> Finding:
-    """Per classification case, over all configurations: with how many seeds some logit left fp16's range."""
+    """Per classification case, over all configurations: with how many seeds some logit left fp16's range, more often than
+    rarely?"""
     evidence = [e for case, run in base.cases.items() if not is_lm(run) and (e := _p1_evidence(base, case)) is not None]
     missing = "classification runs with logged logits, seeds 0 1 2"
-    return finding("P1", P1, "E", "share of 65,504", evidence, somewhere(evidence), missing)
+    return finding(base, "P1", P1, "E", "share of 65,504", evidence, somewhere, missing)
 
 
 def _p1_evidence(base: EvidenceBase, case: str) -> Evidence | None:
@@ -57,13 +54,12 @@ def _p1_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     hits = sum(any(overflows(base.folder, run).any() for run in runs) for runs in by_seed.values())
     largest = [max(_largest(base, run) for run in runs) for runs in by_seed.values()]
     share = exponential(mean_interval(np.log([value / FP16.max for value in largest])))
+    what = seen(hits, share.n, "a logit leaves fp16's range")
     sentence = (
-        f"a logit leaves fp16's range with {hits} of {count(share.n, 'seed')}; the largest finite one is "
-        f"{max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504."
+        f"{what}; the largest finite one is {max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504."
     )
-    return Evidence(
-        case, decide_count(hits, share.n), share, sentence, tuple(run.run_id for runs in by_seed.values() for run in runs)
-    )
+    tests = rate_above(hits, share.n), rate_below(hits, share.n)
+    return Evidence(case, *tests, share, sentence, tuple(run.run_id for runs in by_seed.values() for run in runs))
 
 
 def _largest(base: EvidenceBase, run: RunRecord) -> float:
@@ -73,14 +69,13 @@ def _largest(base: EvidenceBase, run: RunRecord) -> float:
 
 P2 = "bf16_pure is top-left: in every case no other configuration is faster or needs less memory."
 CONFIG = "bf16_pure"
-SMALLEST_LEAD = math.log(1.02)
-"""A rival within 2 % of its speed is no faster."""
-MEMORY_TOLERANCE = 1.01
+MEMORY_TOLERANCE = math.log(1.01)
 
 
 def judge_p2(base: EvidenceBase) -> Finding:
-    """Every case with a healthy reference. Within a case the FLOPs are equal, so the ratio of MFU against
-    one peak is that of samples/s. Memory is the allocator's peak: resident memory is no VRAM."""
+    """Every case with a healthy reference, among the configurations of which no seed failed and that are not avoided. Within a
+    case the FLOPs are equal, so the ratio of MFU against one peak is that of samples/s. Memory is the allocator's peak:
+    resident memory is no VRAM."""
     evidence, notes = [], []
     for case in base.cases:
         if case in base.judgements.unhealthy:
@@ -88,64 +83,71 @@ def judge_p2(base: EvidenceBase) -> Finding:
         elif (found := _p2_evidence(base, case)) is not None:
             evidence.append(found)
     missing = "a GPU (peak memory of the allocator), a healthy fp32_true, seeds 0 1 2"
-    return finding("P2", P2, "B", "speed over its best rival", evidence, everywhere(evidence), missing, notes)
+    return finding(base, "P2", P2, "B", "speed over its best rival", evidence, everywhere, missing, notes)
 
 
 def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
-    ours, reference = base.timed(case, CONFIG), base.timed(case, REFERENCE)
-    rivals = {
-        config: cell
-        for config in series_order({run.dtype_config for run in base.selection.of_case(case)})
-        if config != CONFIG and not is_control(config) and (cell := base.timed(case, config))
-    }
-    if not ours or not rivals:
+    ours = base.cells.get((case, CONFIG))
+    rivals = [
+        cell
+        for (of, config), cell in base.cells.items()
+        if of == case and config != CONFIG and not is_control(config) and _competes(cell)
+    ]
+    if ours is None or not rivals:
         return None
-    gains = {config: log_speed_ratios(cell, reference) for config, cell in rivals.items()}
-    own = log_speed_ratios(ours, reference)
-    leads = {config: difference(own, gain) for config, gain in gains.items()}
-    leads = {config: lead for config, lead in leads.items() if lead.n}
+    if ours.state in (FAILING, STALLED):
+        lost = rate_above(ours.n_failed, ours.n)
+        return Evidence(case, UNTESTED, lost, NOTHING, f"{CONFIG} failed: {ours.what}.", ours.run_ids)
+    leads = {cell.dtype_config: lead(ours, cell) for cell in rivals if lead(ours, cell)}
     if not leads:
         return None
-    rival = min(leads, key=lambda config: leads[config].value)
-    lead = leads[rival]
-    speed = _worst([_no_slower(each) for each in leads.values()])
-    memory, memory_text = _memory(ours, rivals)
-    verdict = _worst([speed, memory])
-    shown = exponential(lead)
-    sentence = f"{CONFIG} runs {shown.value:.2f}x {bounds(shown, '.2f')} as fast as {rival}, its best rival; {memory_text}."
-    return Evidence(case, verdict, shown, sentence, run_ids(ours, *rivals.values()))
+    best = min(leads, key=lambda config: float(np.mean(leads[config])))
+    shown = exponential(mean_interval(leads[best]))
+    least = min(rivals, key=lambda cell: cell.peak_bytes or math.inf)
+    leaner, heavier = _memory(base, ours, rivals)
+    supports = all_of([*(above(values, -MARGIN_SPEED) for values in leads.values()), leaner])
+    refutes = any_of([*(below(values, -MARGIN_SPEED) for values in leads.values()), heavier])
+    sentence = (
+        f"{CONFIG} runs {shown.value:.2f}x {bounds(shown, '.2f')} as fast as {best}, its best rival; it needs "
+        f"{memory_text(ours)}, the leanest rival ({least.dtype_config}) {memory_text(least)}{_not_compared(ours, rivals)}."
+    )
+    return Evidence(case, supports, refutes, shown, sentence, tuple(i for cell in (ours, *rivals) for i in cell.run_ids))
 
 
-def _no_slower(lead: Interval) -> str:
-    """The verdict on "no rival is faster" for one rival: a lead that excludes a deficit of 2 %."""
-    if lead.n < FEWEST_SEEDS or not lead.known:
-        return NOT_DECIDED
-    if lead.above(-SMALLEST_LEAD):
-        return SUPPORTED
-    return REFUTED if lead.below(0.0) else NOT_DECIDED
+def _competes(cell: Cell) -> bool:
+    """A configuration that failed, or is avoided, has lost."""
+    return cell.state == COMPLETED and cell.verdict != AVOID and bool(cell.log_speed)
 
 
-def _worst(verdicts: list[str]) -> str:
-    return next((v for v in (REFUTED, NOT_DECIDED) if v in verdicts), SUPPORTED)
+def _not_compared(ours: Cell, rivals: list[Cell]) -> str:
+    if any(cell.peak_is_bound for cell in (ours, *rivals)):
+        return " (not compared: runs shared a process)"
+    return "" if ours.peak_kind == "allocated" else " (not compared: no memory of a GPU)"
 
 
-def _memory(ours: BySeed, rivals: dict[str, BySeed]) -> tuple[str, str]:
-    """Whether no rival needs less memory. Peaks repeat from seed to seed, so the seeds' largest is compared."""
-    cells = {CONFIG: ours, **rivals}
-    peaks = {config: [run.peak_allocated_bytes for run in cell.values()] for config, cell in cells.items()}
-    if any(None in values for values in peaks.values()):
-        return NOT_DECIDED, "its memory on a GPU was not measured"
-    if any(shares_process(run) for cell in cells.values() for run in cell.values()):
-        return NOT_DECIDED, "its peak memory is not known, since its runs shared a process with others"
-    least = min(rivals, key=lambda config: max(peaks[config]))
-    text = f"it needs {gigabytes(max(peaks[CONFIG]))}, the leanest rival ({least}) {gigabytes(max(peaks[least]))}"
-    if len(ours) < FEWEST_SEEDS:
-        return NOT_DECIDED, text
-    return (SUPPORTED if max(peaks[CONFIG]) <= MEMORY_TOLERANCE * max(peaks[least]) else REFUTED), text
+def _memory(base: EvidenceBase, ours: Cell, rivals: list[Cell]) -> tuple[Test, Test]:
+    """The tests that no rival needs less memory by 1 %, and that some rival does, over paired seeds."""
+    if _not_compared(ours, rivals):
+        return UNTESTED, UNTESTED
+    peaks = {cell.dtype_config: _log_peaks(base, cell) for cell in (ours, *rivals)}
+    more = [
+        [
+            peaks[CONFIG][seed] - peaks[cell.dtype_config][seed]
+            for seed in sorted(peaks[CONFIG].keys() & peaks[cell.dtype_config])
+        ]
+        for cell in rivals
+    ]
+    return all_of(below(values, MEMORY_TOLERANCE) for values in more), any_of(
+        above(values, MEMORY_TOLERANCE) for values in more
+    )
+
+
+def _log_peaks(base: EvidenceBase, cell: Cell) -> dict[int, float]:
+    runs = (base.folder.by_id[run_id] for run_id in cell.run_ids)
+    return {run.seed: math.log(run.peak_allocated_bytes) for run in runs if run.peak_allocated_bytes}
 
 
 P3 = "Classification uses the machine less, and less evenly, than language modelling (MFU of real tokens)."
-SMALLEST_LOG = math.log(1.02)
 SMALLEST_CV = 0.005
 """A coefficient of variation that is less than half a point higher is not noisier."""
 
@@ -166,10 +168,13 @@ def judge_p3(base: EvidenceBase) -> Finding:
     for case, run in plain.cases.items():
         model = next((c for c, r in plain.cases.items() if is_lm(r) and r.arch == run.arch), None)
         if kind is not None and not is_lm(run) and model is not None:
-            found = _p3_evidence(plain, plain.timed(case, config), plain.timed(model, config), f"{case} / {model}", kind)
+            cells = plain.timed(case, config), plain.timed(model, config)
+            why = plain.unlike(*cells, but=("seq_len",))
+            notes += [f"{case} and {model} are not compared: {why}."] if why else []
+            found = None if why else _p3_evidence(plain, *cells, f"{case} / {model}", kind)
             evidence += [found] if found else []
     missing = f"{config} with a measured MFU on a classification case and its architecture's language model, seeds 0 1 2"
-    return finding("P3", P3, "F", "MFU relative to the language model", evidence, unanimous(evidence), missing, notes)
+    return finding(base, "P3", P3, "F", "MFU relative to the language model", evidence, unanimous, missing, notes)
 
 
 def _p3_evidence(base: EvidenceBase, classification: BySeed, model: BySeed, place: str, kind: str) -> Evidence | None:
@@ -179,24 +184,22 @@ def _p3_evidence(base: EvidenceBase, classification: BySeed, model: BySeed, plac
         for name in ("rate_real", "cv_real")
     )
     logs = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in rates]
-    lower, noisier = difference(logs[1], logs[0]), difference(*variations)
-    if lower.n == 0 or noisier.n == 0:
+    lower, noisier = _paired(logs[1], logs[0]), _paired(*variations)
+    if not lower or not noisier:
         return None
-    shown = exponential(lower.negated())
+    shown, cv = exponential(mean_interval(lower).negated()), mean_interval(noisier)
     sentence = (
-        f"classification reaches {shown.value:.2f} {bounds(shown, '.2f')} of the language model's MFU, and its "
-        f"coefficient of variation is {noisier.value:+.3f} {bounds(noisier, '+.3f')} higher"
-        f"{_lengths(classification, model)}."
+        f"classification reaches {shown.value:.2f} {bounds(shown, '.2f')} of the language model's MFU, and its coefficient of "
+        f"variation is {cv.value:+.3f} {bounds(cv, '+.3f')} higher{_lengths(classification, model)}."
     )
-    verdict = _both(decide(lower, SMALLEST_LOG), decide(noisier, SMALLEST_CV))
-    return Evidence(place, verdict, shown, sentence, run_ids(classification, model))
+    supports = all_of([above(lower, MARGIN_SPEED), above(noisier, SMALLEST_CV)])
+    refutes = any_of([below(lower, MARGIN_SPEED), below(noisier, SMALLEST_CV)])
+    return Evidence(place, supports, refutes, shown, sentence, run_ids(classification, model))
 
 
-def _both(lower: str, noisier: str) -> str:
-    """The claim has two parts: both must hold, and one that does not hold refutes it."""
-    if REFUTED in (lower, noisier):
-        return REFUTED
-    return SUPPORTED if lower == noisier == SUPPORTED else NOT_DECIDED
+def _paired(first: dict[int, float], second: dict[int, float]) -> list[float]:
+    """first - second over the seeds that both have."""
+    return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
 def _lengths(*cells: BySeed) -> str:
@@ -206,71 +209,87 @@ def _lengths(*cells: BySeed) -> str:
 
 
 P4 = "The best configuration changes with the task: one that is fastest on one task is not on another."
-SMALLEST_SHIFT = math.log(1.02)
-"""Within 2 % of the fastest a configuration serves as well."""
-
-ByConfig = dict[str, list[float]]
 
 
 def judge_p4(base: EvidenceBase) -> Finding:
-    """Pairs of tasks, among configurations that completed both with good quality."""
-    cells = all_cells(base.folder)
-    good = [
-        run
-        for run in base.selection.runs
-        if base.state(run) == "completed" and base.is_timed(run) and not cells[run.case, run.dtype_config].poor
-    ]
-    scores = group_scores(good, column_of)
-    columns = [column for column in TASK_COLUMNS if len(scores.get(column, {})) > 1]
-    evidence = [
-        e
-        for first, second in combinations(columns, 2)
-        if (e := _p4_evidence(first, second, scores[first], scores[second])) is not None
-    ]
-    run_ids = tuple(run.run_id for run in good)
-    evidence = [Evidence(e.place, e.verdict, e.interval, e.sentence, run_ids) for e in evidence]
-    missing = "two tasks with healthy references and two configurations each, seeds 0 1 2"
-    return finding(
-        "P4",
-        P4,
-        "H",
-        "speed of the one task's best on the other, relative to that one's best",
-        evidence,
-        somewhere(evidence),
-        missing,
-    )
+    """Pairs of one architecture's cases with other tasks: is there no configuration that completes both with its quality shown
+    to hold and without another that holds and is faster by 2 %?"""
+    evidence, notes = [], []
+    cases = {case: run for case, run in base.cases.items() if case not in base.judgements.unhealthy}
+    for (first, run), (second, other) in combinations(cases.items(), 2):
+        if run.arch != other.arch or column_of(run) == column_of(other):
+            continue
+        sides = [
+            {
+                config: cell
+                for (of, config), cell in base.cells.items()
+                if of == case and not is_control(config) and cell.state in (COMPLETED, FAILING, STALLED)
+            }
+            for case in (first, second)
+        ]
+        ids = [run_id for side in sides for cell in side.values() for run_id in cell.run_ids]
+        why = unlike_reason([base.folder.by_id[run_id] for run_id in ids], ("seq_len",))
+        notes += [f"{first} and {second} are not compared: {why}."] if why else []
+        found = None if why else _p4_evidence(first, second, *sides)
+        evidence += [found] if found else []
+    missing = "two tasks of one architecture with healthy references and two configurations each, seeds 0 1 2"
+    unit = "speed of the one task's best on the other, relative to that one's best"
+    return finding(base, "P4", P4, "H", unit, evidence, somewhere, missing, notes)
 
 
-def _p4_evidence(first: str, second: str, scores: ByConfig, others: ByConfig) -> Evidence | None:
-    """One pair of tasks: is there one configuration for both?"""
-    common = [config for config in scores if config in others]
-    if len(common) < 2:
+ByConfig = dict[str, Cell]
+
+
+def _p4_evidence(first: str, second: str, one: ByConfig, two: ByConfig) -> Evidence | None:
+    """One pair of tasks."""
+    sides = {first: one, second: two}
+    best = {case: _fastest(side) for case, side in sides.items()}
+    if any(cell is None for cell in best.values()) or min(len(side) for side in sides.values()) < 2:
         return None
-    sides = [{config: side[config] for config in common} for side in (scores, others)]
-    best = [max(common, key=lambda config, side=side: float(np.mean(side[config]))) for side in sides]
-    lead_first, lead_second = (_lead(side, *pair) for side, pair in zip(sides, (best, best[::-1]), strict=True))
-    n = min(len(side[common[0]]) for side in sides)
-    loss = exponential(lead_second.negated())
-    if best[0] == best[1]:
-        sentence = f"{best[0]} is fastest on both."
-    else:
+    configs = series_order({*one, *two})
+    supports = all_of(any_of([_loses(one, config), _loses(two, config)]) for config in configs)
+    refutes = any_of(all_of([_serves(one, config), _serves(two, config)]) for config in configs)
+    ours, theirs = (cell for cell in best.values() if cell)
+    there = two.get(ours.dtype_config)
+    loss, how = NOTHING, "was not run"
+    if there is not None and _competes(there):
+        loss = exponential(mean_interval(lead(there, theirs)))
+        how = f"reaches {loss.value:.2f} {bounds(loss, '.2f')} of its speed"
+    elif there is not None:
+        how = f"failed: {there.what}" if there.n_failed else f"is avoided: {there.why}"
+    sentence = f"{ours.dtype_config} is fastest on both."
+    if ours.dtype_config != theirs.dtype_config:
         sentence = (
-            f"{best[0]} is fastest on {first}, {best[1]} on {second}, where {best[0]} reaches {loss.value:.2f} "
-            f"{bounds(loss, '.2f')} of its speed."
+            f"{ours.dtype_config} is fastest on {first}, {theirs.dtype_config} on {second}, where {ours.dtype_config} {how}."
         )
-    verdict = NOT_DECIDED
-    if n >= FEWEST_SEEDS:
-        if any(all(_serves(side, config) for side in sides) for config in common):
-            verdict = REFUTED
-        elif best[0] != best[1] and lead_first.above(0.0) and lead_second.above(0.0):
-            verdict = SUPPORTED
-    return Evidence(f"{first} / {second}", verdict, Interval(loss.value, loss.low, loss.high, n), sentence)
+    n = min(ours.n, theirs.n)
+    ids = tuple(run_id for side in sides.values() for cell in side.values() for run_id in cell.run_ids)
+    return Evidence(f"{first} / {second}", supports, refutes, Interval(loss.value, loss.low, loss.high, n), sentence, ids)
 
 
-def _lead(side: ByConfig, config: str, rival: str) -> Interval:
-    return mean_interval(np.subtract(side[config], side[rival]))
+def _fastest(side: ByConfig) -> Cell | None:
+    """The fastest of those that completed and are not avoided."""
+    return max((cell for cell in side.values() if _competes(cell)), key=lambda cell: cell.speed.value, default=None)
 
 
-def _serves(side: ByConfig, config: str) -> bool:
-    """Whether no other configuration is faster by 2 % or more, with certainty."""
-    return all(_lead(side, rival, config).below(SMALLEST_SHIFT) for rival in side if rival != config)
+def _holds(cell: Cell) -> Test:
+    return Test(0.0) if cell.dtype_config == REFERENCE and cell.state == COMPLETED else cell.holds()
+
+
+def _loses(side: ByConfig, config: str) -> Test:
+    """The configuration is not the one for this task: it fails or trains worse, or another that holds is faster by 2 %."""
+    cell = side.get(config)
+    if cell is None:
+        return UNTESTED
+    rivals = [other for other in side.values() if other is not cell and _competes(other)]
+    slower = [all_of([_holds(rival), above(lead(rival, cell), MARGIN_SPEED)]) for rival in rivals if cell.log_speed]
+    return any_of([cell.bad(), *slower])
+
+
+def _serves(side: ByConfig, config: str) -> Test:
+    """The configuration holds its quality on this task, and no other that competes is faster by 2 %."""
+    cell = side.get(config)
+    if cell is None or not _competes(cell):
+        return UNTESTED
+    rivals = [other for other in side.values() if other is not cell and _competes(other)]
+    return all_of([_holds(cell), *(below(lead(rival, cell), MARGIN_SPEED) for rival in rivals)])

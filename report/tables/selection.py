@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -180,6 +180,23 @@ def incomparable_reason(run: RunRecord, reference: RunRecord) -> str | None:
     for field, what in MACHINE.items():
         if run.env.get(field) != reference.env.get(field):
             return f"{what} {run.env.get(field)} against {reference.env.get(field)} of {reference.run_id}"
+    return None
+
+
+ALIKE = ("device", "preset", "batch_size", "micro_batch", "seq_len", "weights_source", "data_source", "attention_backend")
+"""Fields in which the runs of cases that one claim joins must agree, beside the machine's."""
+
+
+def unlike_reason(runs: Sequence[RunRecord], but: Sequence[str] = ()) -> str | None:
+    """Why runs of several cases must not be joined in one claim, or None; ``but``: fields that may differ."""
+    for field in ALIKE:
+        values = {getattr(run, field) for run in runs}
+        if field not in but and len(values) > 1:
+            return f"{field.replace('_', ' ')} {' against '.join(sorted(map(str, values)))}"
+    for field, what in MACHINE.items():
+        values = {str(run.env.get(field)) for run in runs}
+        if len(values) > 1:
+            return f"{what} {' against '.join(sorted(values))}"
     return None
 
 
