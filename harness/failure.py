@@ -249,6 +249,16 @@ def _cause_in(message: str) -> str | None:
     return next((cause for cause, pattern in MESSAGES if re.search(pattern, message)), None)
 
 
+FORENSICS_ERRORS = "forensics_failed"
+"""Key of the row's ``flags``: parts of the forensics that failed, and why."""
+
+
+def after_divergence(flags: dict[str, Any], error: str, failure_flags: dict[str, Any]) -> dict[str, Any]:
+    """The ``flags`` of a run that had diverged before its process failed: why less is known of its first non-finite value."""
+    others = {name: value for name, value in failure_flags.items() if name != "death"}
+    return flags | others | {FORENSICS_ERRORS: {**flags.get(FORENSICS_ERRORS, {}), "process": error}}
+
+
 CLEANUP_ERRORS = "failed_behind_the_error"
 """Key of the row's ``flags``."""
 

@@ -2,15 +2,21 @@
 
 Three passes. The first runs from the snapshot to the failure with every module measured at every
 step: it gives the history, and whether the same failure comes again. The second records the failed
-step's ops and names the culprit (`instrument.replay`). The third profiles it.
+step's ops and names the culprit (`instrument.replay`). The third profiles it. Whatever fails in them costs what it would have
+found, and never the run's status: the divergence is known already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
+
+from harness.failure import sentence as failure_sentence
 from harness.forensics.evidence import (
     chain_links,
     headroom_since,
@@ -31,6 +37,27 @@ from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 from instrument.watch.meter import Divergence
 from instrument.watch.surface import Seen
 from instrument.watch.taps import ModuleTaps
+
+T = TypeVar("T")
+
+
+@dataclass
+class Attempts:
+    """Calls parts of the forensics and keeps why one failed. ``alone``: no other rank takes part; where one does, an error that
+    it would wait for is raised, and ends the run on all ranks."""
+
+    alone: bool
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, part: str, call: Callable[[], T], default: T, *, together: bool = False) -> T:
+        """``call()``, or ``default`` where it fails; ``together``: all ranks do it at the same time."""
+        try:
+            return call()
+        except Exception as error:
+            if together and not self.alone:
+                raise
+            self.failed[part] = failure_sentence(error)
+            return default
 
 
 class PhaseTrace:
@@ -106,7 +133,9 @@ def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: i
     what = {"output": "output", "grad": "gradient"}.get(first.tensor, first.tensor)
     failure = f"{', '.join(where)}: {what} is {KIND_NAMES[first.kind]}" + (f" in {first.dtype}" if first.dtype else "")
     if found is None:
-        return failure + "; a replay from the snapshot did not fail the same way, so the op is not known"
+        error = (first.replay or {}).get("error")
+        why = f"its replay failed ({error})" if error else "a replay from the snapshot did not fail the same way"
+        return f"{failure}; {why}, so the op is not known"
     n = found.culprit.alike
     alike = f"; {n:,} more {'fails' if n == 1 else 'fail'} likewise" if n else ""
     spread = f", first of {spread_modules} modules it spread to" if spread_modules > 1 else ""
@@ -139,26 +168,25 @@ def investigate(
     last: StepRecord,
     run_id: str,
     trace_path: Path | None,
-    operands_path: Path | None = None,
+    operands_path: Path | None,
+    attempt: Attempts,
 ) -> ForensicsRecord:
     """Everything about one failure; leaves the training as it is after the failed step. The culprit's operands
-    are kept in ``operands_path``."""
+    are kept in ``operands_path``; ``attempt.failed`` says what could not be found out and why."""
     strategy, micro_batches = training.replayed, training.settings.batch_size // training.settings.micro_batch
-    replayed, modules = _replay(training, divergence, replays, last)
-    found, mine = replayed.found, replayed.completed(divergence.first_nonfinite)
-    winner = first_of_all(strategy, of_this_rank(mine, strategy, micro_batches) if found else None)
+    replayed, modules = attempt("replay", lambda: _replay(training, divergence, replays, last), (None, []), together=True)
+    if replayed is None:
+        failed = Replayed(None, False, replays.snapshot.step, error=attempt.failed["replay"])
+        mine = msgspec.structs.replace(divergence.first_nonfinite, replay=failed.unexplained())
+        return _unexplained(run_id, mine, failed.from_step)
+    mine = replayed.completed(divergence.first_nonfinite)
+    winner = first_of_all(strategy, of_this_rank(mine, strategy, micro_batches) if replayed.found else None)
     if winner is None:
-        return ForensicsRecord(
-            run_id=run_id,
-            matched=False,
-            first_nonfinite=mine,
-            sentence=sentence(mine, None, None, 0),
-            snapshot_step=replayed.from_step,
-        )
+        return _unexplained(run_id, mine, replayed.from_step)
     rank, first = winner
     record = None
     if rank == training.context.ranks.rank:  # the other ranks know nothing of it
-        record = _record(training, replayed, modules, first, run_id, trace_path, operands_path)
+        record = _record(training, replayed, modules, first, run_id, trace_path, operands_path, attempt)
     elif trace_path is not None:
         replayed.before.restore()
         training.again(divergence.step)
@@ -167,6 +195,12 @@ def investigate(
         if path is not None and (content := training.context.hand_over(path, rank)) is not None:
             replace(path, content)
     return record
+
+
+def _unexplained(run_id: str, first: FirstNonfinite, from_step: int) -> ForensicsRecord:
+    """The record of a failure that did not come again."""
+    said = sentence(first, None, None, 0)
+    return ForensicsRecord(run_id=run_id, matched=False, first_nonfinite=first, sentence=said, snapshot_step=from_step)
 
 
 def _replay(
@@ -205,35 +239,48 @@ def _record(
     run_id: str,
     trace_path: Path | None,
     operands_path: Path | None,
+    attempt: Attempts,
 ) -> ForensicsRecord:
     """The record of a failure by the process that produced it."""
     found, diagnosis = replayed.found, replayed.found.diagnosis
     if operands_path is not None:
-        save_operands(operands_path, found)
-    history = history_of(found.module, modules)
-    since = headroom_since(history, first.dtype, first.phase)
+        attempt("operands", lambda: save_operands(operands_path, found), None)
+    history = attempt("history", lambda: history_of(found.module, modules), [])
+    since = attempt("headroom", lambda: headroom_since(history, first.dtype, first.phase), None)
     events = None
     if trace_path is not None:
-        replayed.before.restore()
-        events = trace_step(training, first.step, trace_path, found)
+        events = attempt("trace", lambda: _traced(training, replayed, first.step, trace_path), None, together=True)
+    chain, absorbed = (
+        attempt("chain", lambda nodes=nodes: tuple(chain_links(nodes, found)), ())
+        for nodes in (found.culprit.chain, found.culprit.absorbed)
+    )
     return ForensicsRecord(
         run_id=run_id,
         matched=replayed.matched,
         first_nonfinite=first,
-        sentence=sentence(first, found, since, found.culprit.spread),
+        sentence=attempt(
+            "sentence",
+            lambda: sentence(first, found, since, found.culprit.spread),
+            f"step {first.step}, {first.phase}, {first.module or 'outside of modules'}: {first.tensor} is {first.kind}",
+        ),
         parameter=found.parameter,
         spread_modules=found.culprit.spread,
-        chain=tuple(chain_links(found.culprit.chain, found)),
-        absorbed=tuple(chain_links(found.culprit.absorbed, found)),
+        chain=chain,
+        absorbed=absorbed,
         operands=diagnosis.operands if diagnosis else (),
         output=diagnosis and diagnosis.output,
         history=tuple(history),
         headroom_since_step=since,
-        histograms=tuple(histograms(found)),
-        kernels=tuple(kernel_rows(found, events)),
+        histograms=attempt("histograms", lambda: tuple(histograms(found)), ()),
+        kernels=attempt("kernels", lambda: tuple(kernel_rows(found, events)), ()),
         trace_file=trace_path.name if events is not None else None,
         snapshot_step=replayed.from_step,
     )
+
+
+def _traced(training: Training, replayed: Replayed, step: int, path: Path) -> list[dict] | None:
+    replayed.before.restore()
+    return trace_step(training, step, path, replayed.found)
 
 
 def trace_step(training: Training, step: int, path: Path, found: Examination) -> list[dict] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from harness.failure import FORENSICS_ERRORS
 from instrument.results.files import plain_inside
 from instrument.results.layout import TRACES, RunFiles
 from instrument.results.measurements import ForensicsRecord, Magnitude
@@ -162,7 +163,10 @@ def verdict(record: RunRecord | None, found: ForensicsRecord | None, steps: int)
             return f"completed, but stalled: {record.stalled} of {count(steps, 'step')}{scaler}"
         return f"healthy: {count(steps, 'step')}, every loss, gradient that was applied, parameter and state finite{scaler}"
     if record.status == "diverged" and record.first_nonfinite is not None:
-        return f"{surfaced(record.first_nonfinite)}; the failure was not replayed (instrument level {record.instrument})"
+        failed = record.flags.get(FORENSICS_ERRORS)
+        reasons = "; ".join(f"{part}: {why}" for part, why in failed.items()) if isinstance(failed, dict) else ""
+        why = f"its forensics failed ({reasons})" if reasons else f"instrument level {record.instrument}"
+        return f"{surfaced(record.first_nonfinite)}; the failure was not replayed: {why}"
     return f"{record.status} after {count(steps, 'step')}" + (f": {record.error}" if record.error else "")
 
 

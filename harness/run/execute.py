@@ -108,12 +108,11 @@ def _execute_claimed(
                     data, model, batches, model_request(settings, data)
                 )
             except (Unsupported, Stopped) as error:  # on every rank alike
-                outcome.status = "unsupported" if isinstance(error, Unsupported) else "preempted"
-                outcome.error = str(error)
+                outcome.fail("unsupported" if isinstance(error, Unsupported) else "preempted", str(error), {})
     except RankFailed as error:
         outcome.failed_with(error)
     except KeyboardInterrupt:
-        outcome.status, outcome.error = "preempted", "interrupted"
+        outcome.fail("preempted", "interrupted", {})
         folder.finish(summarize(settings, outcome))
         raise
     except (Exception, SystemExit) as error:  # a crash is a row with its cause, not a lost run
@@ -128,8 +127,7 @@ def _execute_claimed(
 
 def _note_failure(error: BaseException, outcome: Outcome, failure: Failure) -> None:
     """Keep what ended the run for its row, and free the tensors that the failed frames hold."""
-    outcome.status, outcome.error = failure.status, failure.error
-    outcome.flags |= failure.flags | {"traceback": "".join(traceback.format_exception(error))}
+    outcome.fail(failure.status, failure.error, failure.flags | {"traceback": "".join(traceback.format_exception(error))})
     for link in chain(error):
         traceback.clear_frames(link.__traceback__)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from harness.failure import cleanup
-from harness.forensics.investigate import PhaseTrace, investigate
+from harness.failure import FORENSICS_ERRORS, cleanup
+from harness.forensics.investigate import Attempts, PhaseTrace, investigate
 from harness.forensics.stored import Stored, store
 from harness.optimizer import rounded_away_share
 from harness.parallel.failure_location import first_of_all, located, of_this_rank
@@ -67,7 +67,7 @@ class Instruments:
         self.forensics: ForensicsRecord | None = None
         self.traced: dict[str, object] = {}
         self.failed: dict[str, object] = {}
-        """For the row's ``flags``: what could not be closed after an error."""
+        """For the row's ``flags``: what could not be closed after an error, and what of the forensics failed."""
         self.taps: ModuleTaps | None = None
         self.sampler: Sampler | None = None
         self.replays: Replays | None = None
@@ -258,19 +258,34 @@ class Instruments:
             self.traced["time_by_kernel"] = trace.table()
 
     def investigate(self, divergence: Divergence, last: StepRecord) -> Divergence:
-        """Replay a failure and write what it was; the divergence with a completed record."""
+        """Replay a failure and write what it was; the divergence with a completed record. What fails in it is kept in
+        ``failed``."""
         if self.level is None or divergence.first_nonfinite is None:
             return divergence
+        context = self.training.context
         if self.replays is None:
-            return located(divergence, self.training.context, self.taps)
-        run_id = self.settings.run_id
-        trace = self.folder.files.trace(divergence.step)
-        stored = store(self.replays.snapshot, self.folder.path, run_id) if self.training.context.ranks.is_first else NOT_OURS
+            return located(divergence, context, self.taps)
+        run_id, files = self.settings.run_id, self.folder.files
+        attempt = Attempts(alone=context.ranks.world == 1)
+        stored = NOT_OURS
+        if context.ranks.is_first:
+            stored = attempt("snapshot", lambda: store(self.replays.snapshot, self.folder.path, run_id), Stored(None, 0))
         self.traced["snapshot"] = {"file": stored.file, "bytes": stored.nbytes, "why": stored.why}
-        self.forensics = investigate(self.training, divergence, self.replays, last, run_id, trace, self.folder.files.culprit)
-        self.forensics = msgspec.structs.replace(self.forensics, snapshot_file=stored.file)
-        replace(self.folder.files.forensics, encode(self.forensics) + b"\n")
-        return Divergence(divergence.step, self.forensics.first_nonfinite, self.forensics.sentence)
+        forensics = attempt(
+            "forensics",
+            lambda: investigate(
+                self.training, divergence, self.replays, last, run_id, files.trace(divergence.step), files.culprit, attempt
+            ),
+            None,
+            together=True,
+        )
+        if forensics is not None:
+            self.forensics = forensics = msgspec.structs.replace(forensics, snapshot_file=stored.file)
+            attempt("writing", lambda: replace(files.forensics, encode(forensics) + b"\n"), None)
+            divergence = Divergence(divergence.step, forensics.first_nonfinite, forensics.sentence)
+        if attempt.failed:
+            self.failed[FORENSICS_ERRORS] = attempt.failed
+        return divergence
 
 
 def _gpu_uuid(device: torch.device) -> str | None:

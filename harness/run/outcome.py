@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
+from harness.failure import after_divergence
 from harness.parallel.context import RankFailed
 from harness.run.progress import progress_summary, warm_steps
 from harness.settings import RunSettings
@@ -42,13 +43,23 @@ class Outcome:
         """Count ``seconds`` more for a part of the run."""
         self.timings_s[name] = self.timings_s.get(name, 0.0) + seconds
 
+    def diverged(self, divergence: Divergence) -> None:
+        """The run has diverged: nothing that fails later changes its status."""
+        self.status, self.divergence = "diverged", divergence
+
+    def fail(self, status: str, error: str, flags: dict[str, Any]) -> Outcome:
+        """End with a failure; returns itself. After a divergence that is a reason why less is known of it."""
+        if self.divergence is None:
+            self.status, self.error = status, error
+            self.flags |= flags
+        else:
+            self.flags = after_divergence(self.flags, error, flags)
+        return self
+
     def failed_with(self, other: RankFailed) -> Outcome:
         """End as another rank of the run did; returns itself."""
-        self.status, self.error = other.status, str(other)
-        self.flags |= other.flags | {"failed_rank": other.rank}
-        if other.traceback:
-            self.flags["traceback"] = other.traceback
-        return self
+        traceback = {"traceback": other.traceback} if other.traceback else {}
+        return self.fail(other.status, str(other), other.flags | {"failed_rank": other.rank} | traceback)
 
     def timings_now_s(self) -> dict[str, float]:
         """The time spent so far, by part and in ``total``; of all processes that had a part in the run."""

@@ -16,7 +16,7 @@ from harness.parallel.context import SINGLE_PROCESS, DistributedContext, facts_o
 from harness.precision import Precision
 from harness.run.checkpoints import Checkpointing
 from harness.run.instruments import Instruments
-from harness.run.outcome import Outcome, idle_since, stall_window
+from harness.run.outcome import Outcome, idle_since, stall_window, summarize
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.step_flops import utilisation
@@ -154,6 +154,10 @@ class Trainer:
                     self.figures.fill(step, lengths.tolist())
                     for step, lengths in zip(reading.steps, reading.lengths, strict=True)
                 ]
+                outcome.steps += reading.steps
+                if reading.divergence is not None:  # whatever fails from here on, this run has diverged
+                    outcome.diverged(reading.divergence)
+                    self.stop.heartbeat.draft(lambda: summarize(s, outcome), self.folder.out)
                 self._keep(self.instruments.after(reading))
                 outcome.add_time("steps", time.perf_counter() - began_s)
                 if outcome.divergence is None:
@@ -177,9 +181,7 @@ class Trainer:
         return self.settings.max_steps - stall_window(self.settings.max_steps)
 
     def _keep(self, reading: Reading) -> None:
-        """Keep and write a log window, then show it."""
-        self.outcome.steps += reading.steps
-        self.outcome.divergence = reading.divergence
+        """Write a log window, then show it."""
         for record in reading.steps:
             self.folder.steps.write(record)
         for event in reading.events:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.exit_codes import ENVIRONMENT, INTERRUPTED, RUN_FAILED
+from harness.exit_codes import ENVIRONMENT, INTERRUPTED, OK, RUN_FAILED
 from harness.failure import Failure
 from harness.run.heartbeat import HeartbeatSender, write_stacks_to
 from harness.supervisor.child_process import ChildProcess, ForkedProcess
@@ -93,7 +93,7 @@ def conclude(child: ChildProcess, exit_code: int | None, options: argparse.Names
     finally:
         child.close()
     show(row, Path(child.draft.out), options.json)
-    return RUN_FAILED
+    return OK if row.status == "diverged" else RUN_FAILED
 
 
 def _row(child: ChildProcess, exit_code: int | None, failure: Failure | None) -> RunRecord:

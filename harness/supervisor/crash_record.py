@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from harness.failure import Failure
+from harness.failure import Failure, after_divergence
 from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps, progress_summary
 from harness.supervisor.process_monitor import ProcessMonitor
 from instrument.results.claims import RunClaimed, claim
@@ -48,16 +49,19 @@ def _claim(out: Path, run_id: str, pid: int | None) -> AbstractContextManager:
 
 
 def with_failure(draft: RunRecord, failure: Failure, steps: list[StepRecord], checkpoint: str | None) -> RunRecord:
-    """The draft with what was reached and how it ended. A run that failed before it began to write keeps the draft's."""
+    """The draft with what was reached and how it ended. A run that failed before it began to write keeps the draft's; one that
+    had diverged stays so, and what ended its forensics is a reason why less is known of it."""
     resumes = failure.resumable and checkpoint is not None
     error = f"{failure.error}; the same command resumes from {checkpoint}" if resumes else failure.error
     resumed = draft.flags.get("resumed") or {}
     facts = progress_summary(steps, draft.config["untimed_steps"], resumed.get("behind_steps", [])) if steps else {}
+    if draft.status == "diverged":
+        ended: dict[str, Any] = {"flags": after_divergence(draft.flags, failure.error, failure.flags)}
+    else:
+        ended = {"status": failure.status, "error": error, "flags": draft.flags | failure.flags}
     return msgspec.structs.replace(
         draft,
-        status=failure.status,
-        error=error,
-        flags=draft.flags | failure.flags,
+        **ended,
         peak_rss_bytes=failure.detail.get("peak_rss_last_seen_bytes"),
         **facts,
     )

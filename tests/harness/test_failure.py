@@ -192,7 +192,7 @@ def raising(error, on_call=1):
         (precision.Precision, "measure_gradients", 3, "unscale", 3),
         (precision.Precision, "clip", 1, "clip", 1),
         (precision.Precision, "update", 2, "optimizer", 2),
-        (ParallelStrategy, "weights_sha256", 1, "closing", None),
+        (ParallelStrategy, "weights_sha256", 2, "closing", None),
         (trainer, "evaluate", 2, "evaluation", None),
         (training.Training, "prepare", 1, "build", None),
     ],

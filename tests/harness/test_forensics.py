@@ -3,11 +3,15 @@
 import gzip
 import json
 import math
+from contextlib import suppress
 
 import pytest
 import torch
 
+from harness.inspect.findings import verdict
 from harness.run.execute import execute
+from harness.run.signals import Stopped
+from instrument.results.folder import finished_runs
 from instrument.results.lines import read
 from instrument.results.measurements import ForensicsRecord, ModuleRecord
 from instrument.results.schemas import EventRecord, StepRecord, decode
@@ -111,7 +115,7 @@ def test_the_sampler_gets_where_timing_begins_and_ends_and_not_every_step(plan, 
     settings = plan("gpt2_single_cls", "fp32_true", max_steps=12, eval_every=6, checkpoint_every=8)
     execute(settings, tmp_path)
     assert settings.untimed_steps < 6
-    assert edges == ["begin", "end", "begin", "end", "begin", "end"]  # apart: the evaluation at 6, the checkpoint at 8
+    assert edges == ["begin", "end"] * 4  # apart: the evaluation at 6, the checkpoint at 8, the hash of the weights at 11
 
 
 def test_every_block_is_in_the_module_log_at_every_window(plan, tmp_path):
@@ -131,3 +135,70 @@ def test_flops_and_memory_stand_in_the_row(plan, tmp_path):
     split = record.flags["memory_split"]
     assert split["weights_bytes"] == 4 * record.n_params and split["optimizer_bytes"] >= 8 * record.n_params
     assert torch.device(split["device"]).type == "cpu"
+
+
+PLANTS = {
+    "harness.run.instruments.store": "snapshot",
+    "harness.forensics.investigate.ModuleTaps": "replay",
+    "instrument.replay.snapshot.Snapshot.restore": "replay",
+    "instrument.replay.replays.examine": "replay",
+    "instrument.replay.replays.find": "replay",
+    "instrument.replay.replays.diagnose": "replay",
+    "instrument.replay.replays._conclude": "replay",
+    "instrument.replay.replays.completed": "forensics",
+    "harness.run.instruments.investigate": "forensics",
+    "harness.forensics.investigate.of_this_rank": "forensics",
+    "harness.forensics.investigate.save_operands": "operands",
+    "harness.forensics.investigate.history_of": "history",
+    "harness.forensics.investigate.headroom_since": "headroom",
+    "harness.forensics.investigate.trace_step": "trace",
+    "harness.forensics.investigate.chain_links": "chain",
+    "harness.forensics.investigate.sentence": "sentence",
+    "harness.forensics.investigate.histograms": "histograms",
+    "harness.forensics.investigate.kernel_rows": "kernels",
+    "harness.run.instruments.encode": "writing",
+    "harness.run.instruments.Instruments.after": "process",
+    "harness.run.instruments.Instruments.investigate": "process",
+    "harness.run.trainer.facts_of_all": "process",
+    "harness.run.trainer.peaks_by_rank": "process",
+}
+KEEP_THE_OP = ("snapshot", "operands", "history", "headroom", "trace", "chain", "sentence", "histograms", "kernels", "writing")
+
+
+@pytest.mark.parametrize("where", PLANTS)
+def test_whatever_fails_after_the_divergence_costs_what_it_would_have_found_and_never_the_status(
+    plan, tmp_path, where, monkeypatch
+):
+    error = SystemExit if where.endswith("peaks_by_rank") else RuntimeError
+
+    def fails(*args, **kwargs):
+        raise error(f"planted in {where}")
+
+    monkeypatch.setattr(where, fails)
+    settings = plan("gpt2_single_cls", "fp16_naive")
+    record = execute(settings, tmp_path)
+    part = PLANTS[where]
+    assert (record.status, record.divergence_step, record.steps_done) == ("diverged", 1, 1)
+    assert f"planted in {where}" in record.flags["forensics_failed"][part] and "death" not in record.flags
+    first = record.first_nonfinite
+    assert (first.step, first.tensor) == (1, "param")
+    if part in KEEP_THE_OP:
+        assert (first.op, first.cause) == ("aten._foreach_addcdiv_", "underflow_then_divide")
+    elif part == "replay":
+        assert (
+            first.op is None and where in first.replay["error"] and "its replay failed (RuntimeError: planted" in record.error
+        )
+    (row,) = finished_runs(tmp_path)
+    assert row == record and verdict(record, None, 1).startswith("step 1, ")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), Stopped("SIGTERM")])
+def test_a_run_stopped_in_its_forensics_has_diverged(plan, tmp_path, raised, monkeypatch):
+    def stops(*_):
+        raise raised
+
+    monkeypatch.setattr("harness.run.instruments.Instruments.investigate", stops)
+    with suppress(KeyboardInterrupt):
+        execute(plan("gpt2_single_cls", "fp16_naive"), tmp_path)
+    (row,) = finished_runs(tmp_path)
+    assert row.status == "diverged" and row.flags["forensics_failed"]["process"]

@@ -118,7 +118,8 @@ def test_a_screen_that_fails_does_not_hide_the_divergence(plan, tmp_path):
 
     settings = plan("gpt2_clm", "fp16_naive")
     record = execute(settings, tmp_path, fails)
-    assert record.status == "error" and record.divergence_step == 1 and record.steps_done == 1
+    assert (record.status, record.divergence_step, record.steps_done) == ("diverged", 1, 1)
+    assert record.flags["forensics_failed"]["process"] == "RuntimeError: no terminal"
 
 
 def test_an_interrupted_run_is_a_row_and_no_result(plan, tmp_path):
