@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 from scipy import special  # scipy.stats would cost half a second at every start
 
 CONFIDENCE = 0.95
-FEWEST_SEEDS = 3
-"""Below this many paired seeds no claim is decided, whatever the interval says."""
 DRAWS = 1_000
 FEWEST_BLOCKS = 5
 FEWEST_FOR_TAU = 5
@@ -139,27 +136,37 @@ def coefficient_of_variation(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One entry of a ranking: ``rank`` counts from 1; equal ``tie_group`` means not separated."""
+    """One entry of a ranking: ``rank`` counts from 1; equal ``tie_group`` means not separated from the group's first;
+    ``with_leader``: not separated from the first of all."""
 
     name: str
     rank: int
     tie_group: int
+    with_leader: bool
 
 
 def rank_with_ties(scores: dict[str, Sequence[float]]) -> list[Ranked]:
     """Names by mean score, highest first. ``scores`` holds one value a seed, the same seeds for all.
 
-    Two neighbours tie unless the t-interval of their paired differences excludes 0, so one seed separates nothing. Ties chain:
-    a group ends where two neighbours are separated."""
+    Two are separated when the t-interval of their paired differences excludes 0 (95 % for all comparisons of a leader together:
+    Bonferroni), so one seed separates nothing. Each is compared with the first of its group, and the first that is separated
+    from it opens the next group: ties do not chain."""
     counts = {len(values) for values in scores.values()}
     if len(counts) > 1:
         raise ValueError(f"a ranking needs the same seeds for all, and there are {sorted(counts)} of them")
     order = sorted(scores, key=lambda name: (-float(np.mean(scores[name])), name))
-    groups = [0] if order else []
-    for first, second in pairwise(order):
-        differences = np.subtract(scores[first], scores[second])
-        groups.append(groups[-1] + mean_interval(differences).above(0.0))
-    return [Ranked(name, rank, group) for rank, (name, group) in enumerate(zip(order, groups, strict=True), start=1)]
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(order) - 1)
+
+    def separated(first: str, second: str) -> bool:
+        return mean_interval(np.subtract(scores[first], scores[second]), confidence).above(0.0)
+
+    found: list[Ranked] = []
+    group, leader = 0, order[0] if order else ""
+    for rank, name in enumerate(order, start=1):
+        if separated(leader, name):
+            group, leader = group + 1, name
+        found.append(Ranked(name, rank, group, not separated(order[0], name)))
+    return found
 
 
 def kendall_tau(

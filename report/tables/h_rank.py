@@ -15,7 +15,7 @@ from report.tables.speed import Scores, eligible, group_scores
 from report.tables.table import Table, data_text, frame
 from report.text import joined, sentence, shortened
 
-COLUMNS = ("dtype_config", "side", "relative", "low", "high", "n", "rank", "tie_group")
+COLUMNS = ("dtype_config", "side", "relative", "low", "high", "n", "rank", "tie_group", "with_leader")
 SUMMARY = ("tau", "tau_low", "tau_high", "n_configs", "note")
 SIDES = ("LM", "classification")
 TOO_FEW = "fewer than two configurations finished every case of both language modelling and classification beside fp32_true"
@@ -39,7 +39,17 @@ def _rows(side: str, scores: dict[str, list[float]]) -> list[dict]:
     rows = []
     for ranked in rank_with_ties(scores):
         speed = exponential(mean_interval(scores[ranked.name]))
-        values = (ranked.name, side, speed.value, speed.low, speed.high, speed.n, ranked.rank, ranked.tie_group)
+        values = (
+            ranked.name,
+            side,
+            speed.value,
+            speed.low,
+            speed.high,
+            speed.n,
+            ranked.rank,
+            ranked.tie_group,
+            ranked.with_leader,
+        )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
@@ -60,7 +70,7 @@ def _summary(scores: Scores, both: set[str]) -> pd.DataFrame:
 def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
     if empty:
         return "Not decided: too few configurations finished both sides."
-    first = {side: data[(data["side"] == side) & (data["tie_group"] == 0)]["dtype_config"].tolist() for side in SIDES}
+    first = {side: data[(data["side"] == side) & data["with_leader"]]["dtype_config"].tolist() for side in SIDES}
     tau = summary.iloc[0]
     correlation = (
         "" if math.isnan(tau["tau"]) else f" (Kendall's tau {tau['tau']:.2f} [{tau['tau_low']:.2f}, {tau['tau_high']:.2f}])"
@@ -81,6 +91,6 @@ def _caption(folder: Folder, runs: list[RunRecord]) -> str:
     return (
         f"{data_text(folder, runs)} Rank by samples/s relative to fp32_true of the same case and seed, geometric mean "
         "over the side's cases; only configurations that finished every case and seed of both sides, controls left out. "
-        "Brackets: neighbours whose paired difference the seeds do not separate (95 % t-interval). Second panel: "
+        "Brackets: those that the seeds do not separate from the first of them (t-intervals, 95 % together). Second panel: "
         "relative speed with its interval. Kendall's tau-b with Fieller's interval from five configurations up."
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from instrument.results.contents import Folder
 from instrument.terminal import count
-from report.statistics import FEWEST_SEEDS
+from report.significance import FEWEST_SEEDS
 from report.tables.judgement import is_unfinished, judge_runs
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, select
 from report.tables.speed import eligible

@@ -128,6 +128,18 @@ def test_ranks_tie_where_the_seeds_do_not_separate_neighbours():
     assert found == {"fast": (1, 0), "near": (2, 0), "slow": (3, 1)}
 
 
+def test_ties_do_not_chain_to_one_that_is_slower_than_the_leader():
+    """b ties with a, and c with b, and c is slower than a."""
+    scores = {"a": [1.00, 1.10, 1.20], "b": [0.80, 1.08, 1.00], "c": [0.80, 0.90, 1.00]}
+    assert mean_interval(np.subtract(scores["a"], scores["c"])).above(0.0)
+    assert not mean_interval(np.subtract(scores["b"], scores["c"])).above(0.0)
+    assert {r.name: (r.tie_group, r.with_leader) for r in rank_with_ties(scores)} == {
+        "a": (0, True),
+        "b": (0, True),
+        "c": (1, False),
+    }
+
+
 def test_pairing_separates_ranks_that_overlap():
     scores = {"a": [1.01, 2.01, 3.011], "b": [1.0, 2.0, 3.0]}
     assert [r.tie_group for r in rank_with_ties(scores)] == [0, 1]

@@ -1,0 +1,245 @@
+"""Each cell's verdict, from folders built to mislead it."""
+
+import math
+
+import msgspec
+import pytest
+
+from instrument.results.contents import load
+from report.tables import a_stability, b_efficiency, c_throughput, h_rank
+from report.tables.cell_text import HEADS, cell_texts
+from report.tables.choice import all_cells, case_tables, conservatism
+from report.verdict import verdict
+from tests.report.conftest import write_index, write_run
+
+LM, CLS, MULTI = "gpt2_clm", "gpt2_single_cls", "gpt2_multi_cls"
+SPEEDS = {"amp_bf16": 2.0, "bf16_pure": 3.0}
+THREE = ("fp32_true", "amp_bf16", "bf16_pure")
+
+
+def table(folder, case=LM):
+    return {found.case: found for found in case_tables(folder)}[case]
+
+
+def by_seed(**of_config):
+    """``config=(a, b, c)``: what is added to each seed's final loss; speeds are those of `SPEEDS`."""
+    return lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0), "gap": of_config.get(config, (0, 0, 0))[seed]}
+
+
+# Line 1: a scatter of 0.3 nats and no effect is no reason to avoid.
+
+
+def test_a_bad_seed_among_seeds_that_scatter_is_not_resolved(plant):
+    found = table(plant((LM,), THREE, change=by_seed(amp_bf16=(0.36, 0.1, -0.1), bf16_pure=(-0.3, 0.2, 0.4))))
+    assert {cell.dtype_config: cell.verdict for cell in found.cells} == {
+        "fp32_true": "recommended",
+        "amp_bf16": "not resolved",
+        "bf16_pure": "not resolved",
+    }
+    why = found.cell("amp_bf16").why
+    assert "loss +0.120 [-0.453, +0.693] nats: not resolved against a margin of 0.02 nats" in why and "would decide" in why
+    assert {row["state"] for row in a_stability.table(plant((LM,), THREE, name="same")).data.to_dict("records")} == {
+        "completed",
+        "missing",
+    }
+
+
+# Line 2: the reason given is the reason.
+
+
+def test_the_reason_is_that_nothing_else_is_shown_to_train_as_well_not_that_nothing_else_completed(plant):
+    found = table(plant((LM,), THREE, change=by_seed(amp_bf16=(0.36, 0.1, -0.1), bf16_pure=(-0.3, 0.2, 0.4))))
+    assert found.use == "fp32_true" and found.reason == "no other configuration is shown to train as well"
+    assert all(cell.state == "completed" for cell in found.cells)
+
+
+# Line 8: the margin, both F1s, and the lossless alternative.
+
+
+def test_a_loss_of_0_19_nats_in_every_seed_is_avoided_beside_one_without(plant):
+    found = table(plant((LM,), THREE, change=by_seed(bf16_pure=(0.189, 0.19, 0.191))))
+    assert found.use == "amp_bf16" and found.cell("bf16_pure").verdict == "avoid"
+    assert "worse than the margin of 0.02 nats" in found.cell("bf16_pure").why
+
+
+def test_macro_f1_is_judged_beside_micro_f1_and_both_stand_beside_the_most_frequent_answer(plant):
+    def change(case, config, seed):
+        lost = config == "bf16_pure"
+        return {"speed": SPEEDS.get(config, 1.0), "f1": 0.6 + 0.001 * seed, "f1_macro": (0.05 if lost else 0.30) + 0.001 * seed}
+
+    found = table(plant((CLS,), THREE, change=change), CLS)
+    assert found.use == "amp_bf16" and found.cell("bf16_pure").verdict == "avoid"
+    assert found.cell("bf16_pure").why.startswith("macro-F1 -25.0")
+    assert "micro-F1 0.60" in cell_texts(found.cell("amp_bf16"))["quality"]
+    assert "macro-F1 0.30" in cell_texts(found.cell("amp_bf16"))["quality"]
+
+
+def test_a_loss_within_the_margin_that_the_seeds_resolve_names_the_lossless_alternative(plant):
+    found = table(plant((LM,), THREE, change=by_seed(bf16_pure=(0.0099, 0.01, 0.0101))))
+    assert (found.use, found.runner_up, found.lossless) == ("bf16_pure", "amp_bf16", "amp_bf16")
+
+
+# Line 10: among ties quality, then memory, then the more conservative dtype.
+
+
+def test_an_unresolved_speed_with_a_resolved_loss_is_not_recommended(plant):
+    def change(case, config, seed):
+        return {"speed": (0.7, 1.8, 4.8)[seed], "gap": (0.0099, 0.01, 0.0101)[seed]} if config == "bf16_pure" else {}
+
+    found = table(plant((LM,), ("fp32_true", "bf16_pure"), change=change))
+    assert found.use == "fp32_true" and "better quality" in found.reason
+
+
+def test_dtypes_from_the_most_conservative_to_the_least():
+    order = ["fp32_true", "fp32_tf32", "amp_bf16_fp32_head", "amp_bf16", "amp_fp16", "amp_bf16_8bit", "bf16_pure", "fp16_naive"]
+    assert sorted(reversed(order), key=conservatism) == order
+    assert max([*order, "posit8"], key=conservatism) == "posit8"
+
+
+# Lines 11 and 12: what an unhealthy reference leaves, and one state for all.
+
+
+def test_under_an_unhealthy_reference_cells_are_measured_and_not_judged(plant):
+    folder = plant((LM,), THREE, change=lambda case, config, seed: {"end": 9.5, "speed": SPEEDS.get(config, 1.0)})
+    cell = table(folder).cell("bf16_pure")
+    assert (cell.state, cell.verdict) == ("unhealthy reference", "not judged") and cell.why.startswith("measured, not judged")
+    texts = cell_texts(cell)
+    assert texts["speed"].startswith("3.00x [") and texts["peak memory"] == "10.0 GB" and "perplexity" in texts["quality"]
+
+
+def test_every_figure_has_the_state_speed_and_memory_of_the_cell(plant):
+    folder = plant((LM, CLS), THREE, change=lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0)})
+    speeds = c_throughput.table(folder).data.set_index(["case", "dtype_config"])
+    memory = b_efficiency.table(folder).data.set_index(["case", "dtype_config"])
+    states = a_stability.table(folder).data.set_index(["case", "dtype_config"])
+    decided = {found.case: found for found in verdict(folder).cases}
+    for key, cell in all_cells(folder).items():
+        assert (
+            speeds.loc[key, "relative"] == pytest.approx(cell.speed.value) and memory.loc[key, "peak_bytes"] == cell.peak_bytes
+        )
+        assert states.loc[key, "state"] == cell.state == "completed" and states.loc[key, "n_seeds"] == cell.n
+    assert decided[LM].peak_bytes == all_cells(folder)[LM, "bf16_pure"].peak_bytes
+
+
+# Line 13: one statistic.
+
+
+def test_a_cell_has_one_number_for_its_difference(plant):
+    folder = plant((LM,), THREE, change=by_seed(bf16_pure=(0.0, 0.1, 0.2)))
+    (row,) = a_stability.table(folder).data.query("dtype_config == 'bf16_pure'").to_dict("records")
+    cell = table(folder).cell("bf16_pure")
+    assert row["line1"] == "+0.10 nats" and cell_texts(cell)["difference"].startswith("loss +0.100 [")
+
+
+# Line 15: copies, and a reference that learnt nothing.
+
+
+def copied(folder, config, **changes):
+    """Seed 0's run of a configuration again, as seeds 1 and 2."""
+    source = next(run for run in folder.runs if run.dtype_config == config and run.seed == 0)
+    log = (folder.path / "training_logs" / f"run_{source.run_id}.jsonl").read_bytes()
+    for seed in (1, 2):
+        record = msgspec.structs.replace(source, run_id=source.run_id.replace("-s0-", f"-s{seed}-"), seed=seed, **changes)
+        write_run(folder.path, record, [], folder.evaluations(source.run_id))
+        (folder.path / "training_logs" / f"run_{record.run_id}.jsonl").write_bytes(log)
+    write_index(folder.path)
+    return load(folder.path)
+
+
+def test_copied_seeds_count_once(plant):
+    folder = plant((LM,), THREE, (0,), lambda case, config, seed: {"speed": SPEEDS.get(config, 1.0)})
+    for config in THREE:
+        folder = copied(folder, config)
+    found = table(folder)
+    assert found.use is None and [cell.n for cell in found.cells] == [1, 1, 1] and found.reason.startswith("1 seed")
+    assert any("a copy of" in reason for _, reason in a_stability.table(folder).excluded)
+
+
+def test_equal_weights_are_copies_whatever_the_log_says(plant):
+    folder = plant((LM,), THREE, change=lambda case, config, seed: {"final_weights_sha256": f"{config}"})
+    assert [cell.n for cell in table(folder).cells] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("case", "start", "end", "healthy"),
+    [
+        (LM, 10.747, 10.746, False),
+        (LM, 10.747, 10.72, False),
+        (LM, 10.747, 10.70, True),
+        (CLS, 0.70, 0.65, False),
+        (CLS, 0.70, 0.60, True),
+    ],
+)
+def test_a_reference_that_learnt_nothing_is_unhealthy(plant, case, start, end, healthy):
+    found = table(plant((case,), THREE, change=lambda *_: {"start": start, "end": end}), case)
+    assert (found.unhealthy is None) is healthy and (healthy or "learnt nothing" in found.reason)
+
+
+# Line 17: a row a case.
+
+
+def test_every_case_has_its_own_speed(plant):
+    def change(case, config, seed):
+        return {"speed": {LM: 2.0, "roberta_mlm": 4.0}[case] if config == "bf16_pure" else 1.0}
+
+    decided = {found.case: found for found in verdict(plant((LM, "roberta_mlm"), THREE, change=change)).cases}
+    assert decided[LM].relative_speed == pytest.approx(2.0, rel=0.01)
+    assert decided["roberta_mlm"].relative_speed == pytest.approx(4.0, rel=0.01)
+
+
+# Line 6: the title compares with the leader.
+
+
+def test_the_title_of_h_names_as_first_only_what_ties_with_the_leader(plant):
+    def change(case, config, seed):
+        fast = {"amp_bf16": (3.0, 3.3, 3.6), "bf16_pure": (2.4, 3.2, 3.0), "amp_fp16": (2.4, 2.7, 3.0)}
+        slow = {"amp_bf16": (2.0, 2.0, 2.0), "bf16_pure": (2.1, 2.1, 2.1), "amp_fp16": (3.0, 3.0, 3.0)}
+        return {"speed": (fast if case == LM else slow).get(config, (1.0,) * 3)[seed]}
+
+    title = h_rank.table(plant((LM, CLS), (*THREE, "amp_fp16"), change=change)).title
+    assert (
+        title.startswith("The fastest changes with the task: amp_bf16 and bf16_pure") and "amp_fp16 for classification" in title
+    )
+
+
+# Other states.
+
+
+def test_a_run_that_stalled_failed(plant):
+    stalled = {"flags": {"simulated": True, "stalled": {"since_step": 4, "why": "weights"}}}
+    folder = plant((LM,), THREE, change=lambda case, config, seed: dict(stalled) if config == "bf16_pure" else {})
+    cell = table(folder).cell("bf16_pure")
+    assert (cell.state, cell.verdict, cell.n_failed) == ("stalled", "avoid", 3)
+    folder = plant((LM,), THREE, change=lambda case, config, seed: dict(stalled) if config == "fp32_true" else {}, name="ref")
+    assert "stalled" in table(folder).unhealthy
+
+
+def test_a_finished_run_without_a_finite_loss_failed(plant):
+    folder = plant((LM,), THREE, change=lambda case, config, seed: {"val_loss": math.inf} if config == "bf16_pure" else {})
+    assert table(folder).cell("bf16_pure").state == "failed"
+
+
+def test_one_failed_seed_is_not_recommended_and_says_what_failed(plant):
+    folder = plant(
+        (LM,),
+        THREE,
+        change=lambda case, config, seed: (
+            {"speed": SPEEDS.get(config, 1.0)} | ({"diverges_at": 40} if config == "bf16_pure" and seed == 1 else {})
+        ),
+    )
+    cell = table(folder).cell("bf16_pure")
+    assert table(folder).use == "amp_bf16" and (cell.verdict, cell.n_failed, cell.n) == ("failed", 1, 3)
+    assert cell.why == "NaN @ 40, optimizer in 1 of 3 seeds [0.01, 0.91]: it failed here; how often is not resolved"
+
+
+def test_headroom_is_doublings_to_65504(plant):
+    found = table(plant((LM,), THREE, change=lambda *_: {"logit": 65_504 / 8})).cell("amp_bf16")
+    assert found.headroom_bits == pytest.approx(3.0) and cell_texts(found)["headroom"] == "3.0 bits (largest logit 8.19e+03)"
+
+
+def test_every_text_of_a_cell_is_said_once_for_page_and_terminal(plant):
+    folder = plant((LM, MULTI), THREE, change=lambda case, config, seed: {"diverges_at": 9} if config == "bf16_pure" else {})
+    for cell in all_cells(folder).values():
+        texts = cell_texts(cell)
+        assert tuple(texts) == HEADS and all(isinstance(text, str) and text for text in texts.values())
+        assert "nan" not in " ".join(texts.values()).replace("NaN", "")
