@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save
 from torch.utils._pytree import tree_leaves
 
-from instrument.replay.diagnosis import DENOMINATOR
 from instrument.replay.graph import Node
 from instrument.replay.replays import Examination, kind_name
 from instrument.results.files import replace
@@ -204,7 +203,6 @@ def _operands(found: Examination, most_bytes: int) -> tuple[str | None, dict[str
             and argument.alias_info.is_write
             and (place < len(args) or argument.name in kwargs)
         ],
-        "divisor": DENOMINATOR.get(func._schema.name.partition("::")[2]),
         "failed": {
             "shape": output.shape,
             "dtype": output.dtype,

@@ -94,7 +94,6 @@ tensors = load_file(Path(__file__).with_suffix(".safetensors"), device=device)
 ${layout}args = $args
 kwargs = $kwargs
 shape, dtype, counts = $failed  # what came out in the run
-divisor = $divisor  # what the op divides by
 version = $version  # of torch in the run
 
 
@@ -110,6 +109,11 @@ def wide(leaf):
     if torch.is_tensor(leaf) and leaf.is_floating_point():
         return leaf.double()
     return torch.float64 if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
+
+
+def without_zeros(leaf):
+    leaf = wide(leaf)
+    return torch.where(leaf == 0, 1e-30, leaf) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
 
 
 def output(op, args, kwargs):
@@ -143,11 +147,12 @@ for name in $names:
         show(name, tensors[name])
 out = output(op, args, kwargs)
 show("-> output", out)
-bad, at_failure = ~out.isfinite(), None
+bad, at_failure, zero = ~out.isfinite(), None, 0
 try:
     exact = output(float64_op, *tree_map(wide, (args, kwargs)))
     show("-> float64", exact)
     at_failure = exact[bad]
+    zero = int((~at_failure.isfinite() & output(float64_op, *tree_map(without_zeros, (args, kwargs)))[bad].isfinite()).sum())
 except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
     print("  float64 has no such op:", str(error).splitlines()[0])
 
@@ -155,7 +160,6 @@ print()
 if not bad.any():
     sys.exit(f"It stays finite here; in the run, with torch {version}: {listed(counts)}.")
 print(f"{bad.sum():,} of {out.numel():,} elements are not finite: {listed(count(out))}.")
-zero = int(((divisor == 0) & bad).sum()) if torch.is_tensor(divisor) else 0
 if any(torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all() for t in tree_leaves((args, kwargs))):
     print("An input is not finite already.")
 if zero:
@@ -183,7 +187,7 @@ class Failed(msgspec.Struct, forbid_unknown_fields=True):
 
 class Culprit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What was kept of the failing op (`harness.forensics.evidence`), without its tensors. ``overwritten``: the arguments that
-    it writes, by place or name; ``divisor``: the place of what it divides by."""
+    it writes, by place or name; ``divisor``: in older files."""
 
     schema: int
     left_out: str | None
@@ -296,7 +300,6 @@ def script_text(run_id: str, record: RunRecord | None, found: ForensicsRecord, c
         args=_sequence([_literal(value) for value in culprit.args], "(", ")"),
         kwargs="{" + ", ".join(f"{key!r}: {_literal(value)}" for key, value in culprit.kwargs.items()) + "}",
         failed=f"{failed.shape!r}, torch.{failed.dtype}, {failed.counts!r}",
-        divisor=_divisor(culprit),
         call=_run_call(plain, culprit, flags),
         wide_call=wide,
         written=", ".join([*map(_place, culprit.overwritten), "returned"]),
@@ -342,15 +345,6 @@ def _run_call(plain: str, culprit: Culprit, flags: dict[str, Any]) -> str:
         "    args = [a.float() if torch.is_tensor(a) else a for a in args]\n"
         f"    return {plain}.half()"
     )
-
-
-def _divisor(culprit: Culprit) -> str:
-    """The argument that the op divides by, as Python; ``None`` for an op that does not divide."""
-    place = culprit.divisor
-    if place is None or place >= len(culprit.args):
-        return "None"
-    value = culprit.args[place]
-    return _literal(value[0] if isinstance(value, list) and value else value)
 
 
 def _switches(flags: dict[str, Any], device: str) -> list[str]:

@@ -15,7 +15,8 @@ from instrument.watch.meter import Divergence
 from instrument.watch.surface import innermost, prevailing
 from instrument.watch.taps import ModuleTaps
 
-BEFORE_GRADIENTS = ("forward", "loss")
+MICROBATCH_PHASES = ("forward", "loss", "backward")
+"""In their order."""
 
 
 def of_this_rank(found: FirstNonfinite, strategy: ParallelStrategy, micro_batches: int) -> FirstNonfinite:
@@ -33,8 +34,8 @@ def of_this_rank(found: FirstNonfinite, strategy: ParallelStrategy, micro_batche
 
 def first_of_all(strategy: ParallelStrategy, mine: FirstNonfinite | None) -> tuple[int, FirstNonfinite] | None:
     """The rank whose finding came first and that finding, on every rank; None where there is none. In the order in
-    which one process would have blamed them: what made a loss non-finite, by micro-batch, before gradients, these
-    before what comes after the sum; that sum itself last, since it only passes on what a rank put in."""
+    which one process would have run them: by micro-batch and, within one, forward pass, loss, backward pass; then what
+    comes after the sum of gradients; that sum itself last, since it only passes on what a rank put in."""
     findings = strategy.context.gather(mine)
     candidates = [(_order(first), rank) for rank, first in enumerate(findings) if first is not None]
     if not candidates:
@@ -47,9 +48,10 @@ def first_of_all(strategy: ParallelStrategy, mine: FirstNonfinite | None) -> tup
     return rank, first
 
 
-def _order(first: FirstNonfinite) -> tuple[int, int]:
-    stage = 3 if first.op == SUM_OVER_RANKS else 0 if first.phase in BEFORE_GRADIENTS else 1 if first.phase == "backward" else 2
-    return stage, first.microbatch or 0
+def _order(first: FirstNonfinite) -> tuple[int, int, int]:
+    in_microbatch = first.phase in MICROBATCH_PHASES and first.op != SUM_OVER_RANKS
+    stage = 0 if in_microbatch else 2 if first.op == SUM_OVER_RANKS else 1
+    return stage, first.microbatch or 0, MICROBATCH_PHASES.index(first.phase) if in_microbatch else 0
 
 
 def _what(first: FirstNonfinite) -> tuple:

@@ -1,5 +1,6 @@
-"""Why an op with finite inputs wrote a non-finite value: computed again in float64 from the same inputs. Before that, what
-an op reads, writes and repeats over lists, by its schema, and what a tensor holds.
+"""Why an op wrote a non-finite value: computed again in float64 from the same inputs, and from inputs whose zeros are what
+they would have been without rounding. Before that, what an op reads, writes and repeats over lists, by its schema, and what a
+tensor holds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty
 SUM_OVER_RANKS = "ddb.sum_over_ranks_"
 """Gradients summed over the processes of a run: what comes out is other processes' too, so that it can neither be
 explained by what this one put in nor run again alone."""
+UNRECORDED_WRITE = "ddb.unrecorded_write"
+"""A write that no op made: through NumPy's view of a tensor, by a C extension, by a kernel launched past the dispatcher."""
+TRITON_PREFIX = "triton."
+
+
+def runs_again(op: str) -> bool:
+    """Whether a recorded op can be run again alone from its inputs."""
+    return op not in (SUM_OVER_RANKS, UNRECORDED_WRITE) and not op.startswith(TRITON_PREFIX)
 
 
 def kinds_of(tensor: torch.Tensor) -> int:
@@ -61,14 +70,26 @@ def is_view(func) -> bool:
     return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
 
 
-def mutated(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The tensors among the arguments that an op writes to."""
+BATCH_NORMS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+"""Ops that write to their running statistics, which their schemas do not say."""
+
+
+def mutated(func, args: tuple, kwargs: dict, *, unread: bool = False) -> list[torch.Tensor]:
+    """The tensors among the arguments that an op writes to; with ``unread`` those of them that it does not read."""
     found = []
     for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+        statistics = func._schema.name in BATCH_NORMS and argument.name in ("running_mean", "running_var")
+        if statistics or (argument.alias_info is not None and argument.alias_info.is_write):
+            if unread and not argument.is_out and func._opname not in OVERWRITES:
+                continue
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     return found
+
+
+def outputs(func, args: tuple, kwargs: dict, out: object) -> list[torch.Tensor]:
+    """The dense tensors that an op wrote: to its arguments, then what it returned."""
+    return [t for t in map(values_of, (*mutated(func, args, kwargs), *tree_leaves(out))) if is_dense(t)]
 
 
 def pick_element(args: tuple, element: int | None) -> tuple:
@@ -96,16 +117,6 @@ def list_positions(func, args: tuple) -> dict[int, int]:
     }
 
 
-DENOMINATOR = (
-    dict.fromkeys(("div", "div_", "true_divide", "_foreach_div", "_foreach_div_"), 1)
-    | dict.fromkeys(("addcdiv", "addcdiv_", "_foreach_addcdiv", "_foreach_addcdiv_"), 2)
-    | dict.fromkeys(("reciprocal", "reciprocal_", "rsqrt", "rsqrt_", "_foreach_reciprocal"), 0)
-)
-"""Position of the argument that an op divides by."""
-FUSED_ADAM = ("_fused_adamw_", "_fused_adam_")
-EXP_AVG_SQ_OF_FUSED = 3
-
-
 @dataclass(frozen=True)
 class Diagnosis:
     """``kind`` is what prevails among the non-finite outputs, ``counts`` how many of each kind there are;
@@ -121,26 +132,49 @@ class Diagnosis:
     operands: tuple[OperandRecord, ...] = ()
 
 
-def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
-    """Diagnose one captured op (the function and its arguments as they were before it ran)."""
+def diagnose(node: Node, captured: tuple[Any, tuple, dict], unflushed: tuple[tuple, dict] | None = None) -> Diagnosis:
+    """Diagnose one captured op (the function and its arguments as they were before it ran). ``unflushed``: its arguments
+    in float64, where zeros that an earlier op's rounding made are what float64 gives."""
     func, args, kwargs = captured
     written = _run(func, args, kwargs)
-    out = _the_output(written, node)
+    place = _place(written, node)
+    out = _real(written[place])
     bad = ~out.isfinite()
-    exact = _exact(func, args, kwargs, node)
     operands = tuple(_operands(func, args, kwargs))
     largest = max((o.absmax for o in operands if o.absmax is not None), default=None)
     finite = out[~bad]
     wrote = float(finite.abs().max()) if finite.numel() else 0.0
-    denominator = _denominator(func, args, out.shape)
-    zero = int(((denominator == 0) & bad).sum()) if denominator is not None else 0
     limit = torch.finfo(out.dtype).max
     dtype = str(out.dtype).removeprefix("torch.")
     top = max([wrote, *(o.absmax for o in operands if o.dtype == dtype and o.absmax is not None)])
     counts = {"nan": int(out.isnan().sum()), "inf": int((out == math.inf).sum()), "-inf": int((out == -math.inf).sum())}
-    at_failure = None if exact is None or exact.shape != out.shape else exact[bad]
+
+    def at_failure(args: tuple, kwargs: dict) -> torch.Tensor | None:
+        """The failed elements in float64, from these arguments."""
+        exact = exactly(func, args, kwargs)
+        values = _real(exact[place]) if exact else None
+        return values[bad] if values is not None and values.shape == out.shape else None
+
+    def nudged(sign: int) -> torch.Tensor:
+        """The same with arguments moved a little; integers too, where the op computes with them (an index cannot move)."""
+        moved = (at_failure(*_nudged(sign, tree)) for tree in (tree_map(_widen_integers, wide), wide))
+        return next((values for values in moved if values is not None), exact)
+
+    wide = in_float64(_with_float_scalars(func, args, kwargs))
+    exact = at_failure(*wide)
+    if exact is None:  # float64 has no such op, or it is not torch's own: by what it wrote
+        cause, by_zero = "overflow" if bool(out[bad].isinf().any()) else "invalid", 0
+    else:
+        known_zeros = at_failure(*unflushed) if unflushed is not None else None
+        by_zero = int((~exact.isfinite() & nudged(0).isfinite()).sum())
+        cause = _cause(exact, exact if known_zeros is None else known_zeros, limit)
+        if cause == "invalid" and bool(exact.isinf().any()) and not node.constant and not any(e.kinds for e in node.inputs):
+            cause = _beyond_float64(exact, nudged(1), nudged(-1))
+        elif cause == "overflow" and largest and largest < 1 and float(exact[exact.isfinite()].abs().max()) <= limit:
+            scaled = _run(func, *map_numbers(lambda t: t / largest, (args, kwargs)))[place]
+            cause = "underflow_then_divide" if bool(scaled.isfinite().all()) else cause  # inside the op
     return Diagnosis(
-        cause=_cause(node, at_failure, zero, out[bad]),
+        cause=cause,
         kind=_kind(counts),
         counts=counts,
         input_absmax=largest,
@@ -150,91 +184,117 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict]) -> Diagnosis:
             dtype=dtype,
             nonfinite=int(bad.sum()),
             numel=out.numel(),
-            exact_absmax=_finite_max(at_failure),
-            zero_denominators=zero,
+            exact_absmax=_finite_max(exact),
+            zero_denominators=by_zero,
         ),
         operands=operands,
     )
 
 
-def _cause(node: Node, at_failure: torch.Tensor | None, zero: int, bad: torch.Tensor) -> str:
-    """``overflow``: finite in float64. ``underflow_then_divide`` is for the caller to distinguish from a true division
-    by zero, which is ``invalid`` as 0/0 and inf - inf are."""
-    if (
-        any(edge.kinds and edge.writer is None for edge in node.inputs)
-        and not node.constant
-        and (at_failure is None or not at_failure.isfinite().any())
-    ):
-        return "from_input"
-    if zero:
-        return "invalid"
-    if at_failure is not None and at_failure.numel():
-        return "overflow" if bool(at_failure.isfinite().any()) else "invalid"
-    return "overflow" if bool(bad.isinf().any()) else "invalid"  # an op that float64 cannot run: by what it wrote
+TINY = 1e-30
+"""Stands for zero where the question is whether an op is singular there."""
 
 
-def underflowed(node: Node, captured: tuple[Any, tuple, dict]) -> bool:
-    """Whether an op rounded a value to zero that float64 does not."""
-    func, args, kwargs = captured
-    exact = _exact(func, args, kwargs, node)
-    if exact is None:
-        return False
-    out = _the_output(_run(func, args, kwargs), node)
-    return out.shape == exact.shape and bool(((out == 0) & (exact != 0)).any())
+def _cause(exact: torch.Tensor, known_zeros: torch.Tensor, limit: float) -> str:
+    """What holds for most of the failed elements, given what float64 makes of them: from the op's own inputs, and with the
+    zeros that rounding made undone. ``underflow_then_divide``: finite then, and not before (or beyond the dtype's ``limit``
+    before, and within it then); ``overflow``: finite in float64; else ``invalid``."""
+    rescued = known_zeros.isfinite() & (~exact.isfinite() | (known_zeros.abs() <= limit) & (exact.abs() > limit))
+    overflow = exact.isfinite() & ~rescued
+    of_each = {"underflow_then_divide": int(rescued.sum()), "overflow": int(overflow.sum())}
+    of_each["invalid"] = exact.numel() - sum(of_each.values())
+    return max(of_each, key=of_each.__getitem__)
 
 
-def divides(op: str) -> bool:
-    return op.rpartition(".")[2] in DENOMINATOR
+def _beyond_float64(exact: torch.Tensor, *nudged: torch.Tensor) -> str:
+    """The cause of infinities in float64: ``overflow`` (``exp(1000)``) where they stay when the inputs move a little, else a
+    singular point (``1 / 0``, ``log1p(-1)``), which is ``invalid``."""
+    stay = exact.isinf() & torch.stack([~values.isfinite() for values in nudged]).all(0)
+    return "overflow" if 2 * int(stay.sum()) > exact.numel() else "invalid"
+
+
+def _nudged(sign: int, tree):
+    """``tree`` with its real numbers, tensors and plain ones, moved a little up or down (0: only the zeros, up)."""
+    zero, factor = TINY if sign >= 0 else -TINY, 1 + sign * 2.0**-30
+    tree = map_numbers(lambda t: torch.where(t == 0, zero, t * factor), tree)
+    return tree_map(lambda leaf: (leaf * factor or zero) if type(leaf) is float else leaf, tree)
+
+
+def repeatable(func) -> bool:
+    """Whether torch's own op can be run a second time without a trace: another's may write elsewhere, a random one draws."""
+    return func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in func.tags
 
 
 @torch.no_grad()
 def _run(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """What an op writes, on copies of its arguments."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-    out = func(*args, **kwargs)
-    return [values_of(t) for t in (*mutated(func, args, kwargs), *tree_leaves(out)) if isinstance(t, torch.Tensor)]
+    return outputs(func, args, kwargs, func(*args, **kwargs))
 
 
-def _the_output(written: list[torch.Tensor], node: Node) -> torch.Tensor:
-    """The written tensor that the node stands for: the first non-finite one of its shape, else the first of it."""
-    like = [t for t in written if tuple(t.shape) == node.shape and t.is_floating_point()] or [
-        t for t in written if t.is_floating_point()
-    ]
-    return next((t for t in like if not bool(t.isfinite().all())), like[0])
+def fails_without(func, args: tuple, kwargs: dict) -> list[bool]:
+    """Of each tensor that an op writes, whether it is not finite either when all the infinities that the op read are 1."""
+    finite = map_numbers(lambda t: torch.where(t.isinf(), 1.0, t), (args, kwargs))
+    return [bool(kinds_of(t)) for t in _run(func, *finite)]
 
 
-def _exact(func, args: tuple, kwargs: dict, node: Node) -> torch.Tensor | None:
-    """The op in float64; None where float64 has no such op (or it is not torch's own)."""
-    if func.namespace != "aten":
-        return None
+def _place(written: list[torch.Tensor], node: Node) -> int:
+    """Which of the written tensors the node stands for: the first non-finite one of its shape, else the first of it."""
+    numbers = [place for place, t in enumerate(written) if can_be_nonfinite(t)]
+    like = [place for place in numbers if tuple(written[place].shape) == node.shape] or numbers
+    return next((place for place in like if not bool(written[place].isfinite().all())), like[0])
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def map_numbers(change, tree):
+    """``tree`` with its tensors of real numbers changed."""
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tree)
+
+
+def _with_float_scalars(func, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments whose numbers are floats: ``x / 0`` has an integer for one."""
+    number = {a.name for a in func._schema.arguments if str(a.type) in ("Tensor", "number")}
+    names = [argument.name for argument in func._schema.arguments]
+
+    def as_float(name: str, value: object) -> object:
+        return float(value) if name in number and type(value) is int else value
+
+    return (
+        tuple(as_float(name, value) for name, value in zip(names, args, strict=False)),
+        {name: as_float(name, value) for name, value in kwargs.items()},
+    )
+
+
+def _widen_integers(leaf):
+    integers = isinstance(leaf, torch.Tensor) and not can_be_nonfinite(leaf) and leaf.dtype != torch.bool
+    return leaf.double() if integers else leaf
+
+
+def in_float64(tree, real=lambda tensor: tensor.double()):
+    """Arguments in float64; ``real`` widens a tensor of real numbers."""
 
     def wide(leaf):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            return leaf.double()
-        if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-            return torch.float64
-        return leaf
+        if isinstance(leaf, torch.Tensor) and leaf.is_complex():
+            return leaf.to(torch.complex128)
+        return torch.float64 if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
 
-    wide_args, wide_kwargs = tree_map(wide, (args, kwargs))
+    return tree_map(wide, map_numbers(real, tree))
+
+
+def exactly(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """What an op writes from arguments in float64; nothing where float64 has no such op (or it is not torch's own)."""
+    if func.namespace != "aten":
+        return []
     if func._schema.name in ("aten::_softmax", "aten::_log_softmax"):
-        wide_args = (*wide_args[:2], False)
+        args = (*args[:2], False)
     try:
-        return _the_output(_run(func, wide_args, wide_kwargs), node)
+        return _run(func, args, kwargs)
     except (RuntimeError, NotImplementedError, TypeError, IndexError):
-        return None
-
-
-def _denominator(func, args: tuple, shape: torch.Size) -> torch.Tensor | None:
-    """What an op divides by, in the output's shape; for a fused AdamW what its root comes from."""
-    name = func._schema.name.partition("::")[2]
-    position = EXP_AVG_SQ_OF_FUSED if name in FUSED_ADAM else DENOMINATOR.get(name)
-    if position is None or position >= len(args):
-        return None
-    value = args[position]
-    value = value[0] if isinstance(value, (list, tuple)) and value else value
-    if not isinstance(value, torch.Tensor):
-        return None
-    return value.expand(shape) if value.shape != shape and value.numel() == 1 else value if value.shape == shape else None
+        return []
 
 
 def _operands(func, args: tuple, kwargs: dict):
@@ -245,7 +305,7 @@ def _operands(func, args: tuple, kwargs: dict):
         if name in written:
             continue
         for tensor in map(values_of, tree_leaves(value)):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            if can_be_nonfinite(tensor):
                 finite = tensor[tensor.isfinite()]
                 yield OperandRecord(
                     argument=name,

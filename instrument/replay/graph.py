@@ -1,15 +1,27 @@
 """The ops of one step as a graph of who read what from whom, and the rule that finds the culprit. Torch-free.
 
-An op *produces* a non-finite value when none of the values it read explains it: they are finite, or are infinities on purpose
-(the -inf of a mask). The culprit is the earliest producer from which a chain of non-finite values leads to what failed: a loss,
-a gradient, a parameter or a state. Tensors saved for backward are edges like any other. Other producers were *absorbed*: their
-infinities died out (``tanh`` of an infinite ``pow``) and are reported, not blamed.
+An op *produces* a non-finite value when none of the values it read explains it. The culprit is the earliest producer, in order
+of execution, from which a chain of non-finite values leads to what failed: a loss, a gradient, a parameter or a state. Tensors
+saved for backward are edges like any other. Other producers were *absorbed*: their infinities died out (``tanh`` of an infinite
+``pow``) and are reported, not blamed.
+
+What explains an op's non-finite output, the first of these that it read:
+
+1. NaN, or infinities with +Inf among them, that nobody meant;
+2. minus infinities that nobody meant (``exp`` maps them to 0, so they are the weaker evidence);
+3. *meant* infinities, where the op is finite once they are replaced by 1: written down (``masked_fill(mask, -inf)``,
+   ``full(inf)``), computed from constants, booleans and integers alone (``log(mask)``, ``(1 - mask) * -1e9`` in fp16), or there
+   before the step in an input or a buffer. An op that makes NaN of a mask's minus infinities alone is itself the producer.
+
+A chain that ends in meant infinities alone names them only where no other chain ends in a fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
 NAN, POS_INF, NEG_INF = 1, 2, 4
 """Bits of ``kinds``: which non-finite values a tensor holds."""
@@ -21,11 +33,13 @@ AFTER = "after"
 
 @dataclass(slots=True)
 class Edge:
-    """A tensor that an op read: who wrote its storage last (None: it was there before the step)."""
+    """A tensor that an op read: who wrote its storage last (None: it was there before the step). ``given``: of such a
+    tensor, whether it is an input or a buffer, which may hold infinities in health; not a weight, a gradient or a state."""
 
     writer: int | None
     storage: int
     kinds: int
+    given: bool = True
 
 
 @dataclass(slots=True)
@@ -33,7 +47,10 @@ class Node:
     """One op (for an op over lists of tensors: one position of the lists, ``element``).
 
     ``module`` is the dotted name of the module that called it, or whose forward op it differentiates; None outside of modules.
-    ``constant``: a non-finite number was written down in its arguments (``masked_fill(mask, -inf)``).
+    ``constant``: a non-finite number was written down in its arguments (``masked_fill(mask, -inf)``); ``of_constants``: it read
+    nothing that was learned or measured; ``fails_alone``: without the meant infinities that it read, its output is not finite
+    either; ``reads_zero``: of a producer, whether one of its inputs held a zero. ``meant``: the non-finite kinds that its
+    infinities go back to where somebody meant them, 0 where nobody did.
     """
 
     index: int
@@ -49,7 +66,10 @@ class Node:
     start_ns: int = 0
     element: int | None = None
     constant: bool = False
-    on_purpose: bool = False
+    of_constants: bool = False
+    fails_alone: bool = False
+    reads_zero: bool = False
+    meant: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,23 +94,31 @@ class StepGraph:
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, node: Node) -> None:
-        """Append the next op and note whether its infinities are on purpose."""
-        unexplained = [edge for edge in node.inputs if edge.kinds and not self.on_purpose(edge)]
-        explained = any(edge.kinds for edge in node.inputs) and not unexplained
-        node.on_purpose = node.kinds == NEG_INF and (node.constant or explained)
+        """Append the next op and note whether its infinities are meant."""
+        read = [self.meant(edge) for edge in node.inputs if edge.kinds]
+        if node.kinds and not node.kinds & NAN and all(read):
+            if node.constant or node.of_constants:
+                node.meant = reduce(or_, read, node.kinds)
+            elif not node.fails_alone:
+                node.meant = reduce(or_, read, 0)
         self.nodes.append(node)
 
-    def on_purpose(self, edge: Edge) -> bool:
-        """Whether an edge's non-finite values are a mask's: -inf only, written down or handed in."""
-        if edge.kinds != NEG_INF:
-            return False
-        return edge.writer is None or self.nodes[edge.writer].on_purpose
+    def meant(self, edge: Edge) -> int:
+        """The kinds that an edge's infinities go back to where somebody meant them, else 0."""
+        if edge.kinds & NAN:
+            return 0
+        if edge.writer is None:
+            return edge.kinds if edge.given else 0
+        return self.nodes[edge.writer].meant
 
     def to_blame(self, node: Node) -> list[Edge]:
-        """The inputs that may explain a node's non-finite output: NaN and +inf before -inf, masks never."""
-        edges = [edge for edge in node.inputs if edge.kinds and not self.on_purpose(edge)]
-        strong = [edge for edge in edges if edge.kinds != NEG_INF]
-        return strong or edges
+        """The inputs that explain a node's non-finite output; none of a producer."""
+        read = [edge for edge in node.inputs if edge.kinds]
+        faults = [edge for edge in read if not self.meant(edge)]
+        if faults:
+            return [edge for edge in faults if edge.kinds != NEG_INF] or faults
+        nan_of_masks = node.kinds & NAN and all(self.meant(edge) == NEG_INF for edge in read)
+        return [] if nan_of_masks or node.fails_alone else read
 
     def culprit(self, failed: Iterable[Edge]) -> Culprit | None:
         """The earliest producer that the ``failed`` tensors lead back to; None when they are all finite."""
@@ -114,10 +142,13 @@ class StepGraph:
                 stack += causes
             else:
                 producers.append(node)
+        faults = [node for node in producers if not node.meant], [edge for edge in before if not self.meant(edge)]
+        if any(faults):
+            producers, before = faults
         first = None if before else min(producers, key=lambda node: node.index)
         storage = before[-1].storage if before else first.storage
         reached = self._reached(first, {edge.storage for edge in before})
-        absorbed = [n for n in self.nodes if n.kinds and n.index not in visited and not n.on_purpose and not self.to_blame(n)]
+        absorbed = [n for n in self.nodes if n.kinds and n.index not in visited and not n.meant and not self.to_blame(n)]
         modules = {node.module for node in reached if node.module}
         alike = sum(n is not first and (n.op, n.phase) == (first.op, first.phase) for n in producers) if first else 0
         return Culprit(
@@ -138,17 +169,15 @@ class StepGraph:
                 found.append(node)
         return found
 
-    def ancestors(self, edge: Edge, limit: int) -> list[Node]:
-        """The ops that a tensor was computed from, finite ones too: newest first, at most ``limit``."""
+    def ancestors(self, node: Node, limit: int) -> list[Node]:
+        """The ops that an op's inputs were computed from, finite ones too: newest first, at most ``limit``."""
         found: dict[int, Node] = {}
-        pending = [edge]
+        pending = {edge.writer for edge in node.inputs if edge.writer is not None}
         while pending and len(found) < limit:
-            pending.sort(key=lambda e: -1 if e.writer is None else e.writer)
-            writer = pending.pop().writer
-            if writer is None or writer in found:
-                continue
+            writer = max(pending)
+            pending.remove(writer)
             found[writer] = self.nodes[writer]
-            pending += self.nodes[writer].inputs
+            pending |= {e.writer for e in found[writer].inputs if e.writer is not None and e.writer not in found}
         return list(found.values())
 
 

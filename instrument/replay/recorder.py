@@ -7,38 +7,48 @@ Every output is read back, so this is for replays, never for training itself.
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.replay.diagnosis import (
-    OVERWRITES,
     SUM_OVER_RANKS,
+    TRITON_PREFIX,
     UNINITIALISED,
+    UNRECORDED_WRITE,
     can_be_nonfinite,
+    exactly,
+    fails_without,
     is_dense,
     is_view,
     kinds_of,
     list_positions,
     mutated,
     pick_element,
+    repeatable,
     values_of,
 )
 from instrument.replay.graph import AFTER, Edge, Node, StepGraph
-from instrument.watch.hooks import call_with_hooks, wrap_unscale
+from instrument.replay.storages import FlushedZeros, Storages, is_part
+from instrument.watch.hooks import call_with_hooks, tensors_in, wrap_unscale
+
+BORN = "lift_fresh"
+"""The op that ``torch.tensor(...)`` calls on its numbers: the tensor is made there."""
+TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
 
 
 class OpRecorder(TorchDispatchMode):
     """Records the ops between ``begin()`` and ``end()`` into ``graph``.
 
     ``capture`` names op indices whose inputs are kept (cloned before the op runs) in ``captured``:
-    replaying a step twice gives the same indices, so a second pass can keep just what matters.
+    replaying a step twice gives the same indices, so a second pass can keep just what matters. Zeros that rounding made are
+    followed through the ops in ``followed`` to the captured ones, whose inputs without them are in ``unflushed``.
     """
 
     def __init__(
@@ -48,20 +58,22 @@ class OpRecorder(TorchDispatchMode):
         *,
         scaler: torch.amp.GradScaler | None = None,
         capture: frozenset[int] = frozenset(),
+        followed: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         self.graph = StepGraph()
-        self.capture = capture
+        self.capture, self.followed = capture, followed
         self.captured: dict[int, tuple[Any, tuple, dict]] = {}
+        self.unflushed: dict[int, tuple[tuple, dict]] = {}
         self.failed: dict[str, list[Edge]] = {"loss": [], "grad": [], "param": []}
         """Edges of what a step must leave finite: the losses, the gradients, parameters and states."""
         self.names: dict[int, tuple[str, str]] = {}
         """Storage -> (parameter name, what it is of it: param, grad, exp_avg, ...)."""
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._parameters = dict(model.named_parameters())
-        self._writers: dict[int, int] = {}
-        self._known: dict[int, int] = {}  # storage -> kinds of its last write
-        self._kept: dict[int, StorageWeakRef] = {}  # holds the keys: a freed storage's address is not used again
+        self._storages = Storages(self.graph)
+        self._zeros = FlushedZeros(self._storages)
+        self._held: dict[int, tuple[Any, tuple, dict]] = {}
         self._modules: list[str] = []
         self._module_of_sequence: dict[int, str | None] = {}
         self._microbatch = -1
@@ -71,7 +83,11 @@ class OpRecorder(TorchDispatchMode):
         self._last_scalar: Edge | None = None
         self._states_named = False
         for name, parameter in self._parameters.items():
-            self.names[self._key(parameter)] = (name, "param")
+            self.names[self._storages.key(parameter)] = (name, "param")
+            if parameter.requires_grad:
+                self._storages.before([parameter, parameter.grad], trained=True)
+        for module in model.modules():  # parameters, buffers and plain attributes
+            self._storages.before(tree_leaves(vars(module)))
 
     # -- what the step reports ----------------------------------------------------------------
 
@@ -87,8 +103,10 @@ class OpRecorder(TorchDispatchMode):
         if self._scaler is not None:
             removers.append(wrap_unscale(self._scaler, lambda: self.phase("unscale")))
         self._name_states()
+        for state in self._optimizer.state.values() if self._optimizer is not None else ():
+            self._storages.before(state.values(), trained=True)
         try:
-            with self:
+            with self._launches_recorded(), self:
                 yield self
             self._note_gradients()
             self._name_states()
@@ -112,7 +130,8 @@ class OpRecorder(TorchDispatchMode):
         with _disable_current_modes():
             self.failed["loss"].append(self._edge(loss))
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, arguments: object) -> None:
+        self._look(arguments, unwritten=False)  # what is wrong with them is the caller's
         if not name and torch._C._current_autograd_node() is None:
             self._stage = "forward"
             self._microbatch += torch.is_grad_enabled()
@@ -120,7 +139,8 @@ class OpRecorder(TorchDispatchMode):
             self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._modules[-1])
         self._modules.append(name)
 
-    def _leave(self, name: str) -> None:
+    def _leave(self, name: str, output: object) -> None:
+        self._look(output)
         while self._modules and self._modules.pop() != name:
             pass
         if not self._modules and torch._C._current_autograd_node() is None:
@@ -154,7 +174,7 @@ class OpRecorder(TorchDispatchMode):
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if torch.is_tensor(value) and key != "step":
-                    self.names[self._key(value)] = (name, key)
+                    self.names[self._storages.key(value)] = (name, key)
 
     def _note_parameters(self) -> None:
         edges = [self._edge(parameter) for parameter in self._parameters.values()]
@@ -166,33 +186,46 @@ class OpRecorder(TorchDispatchMode):
             ]
         self.failed["param"] = edges
 
-    def _key(self, tensor: torch.Tensor) -> int:
-        reference = StorageWeakRef(tensor.untyped_storage())
-        self._kept.setdefault(reference.cdata, reference)
-        return reference.cdata
+    def _edge(self, tensor: torch.Tensor, *, overwritten: bool = False) -> Edge:
+        """Who wrote a tensor, and whether what it holds now is finite; what nobody is known to have written gets a node."""
+        edge, unknown = self._storages.read(tensor, overwritten=overwritten, made_here=self._in_module)
+        if not unknown:
+            return edge
+        if edge.writer is not None and self._storages.as_allocated(tensor):
+            self.graph.nodes[edge.writer].kinds |= unknown  # memory that is read before it is written
+            return edge
+        self._add(UNRECORDED_WRITE, self._where(), self._storages.faults(edge.storage), [(tensor, None)])
+        return self._storages.read(tensor)[0]
 
-    def _edge(self, tensor: torch.Tensor) -> Edge:
-        """Who wrote a tensor, and whether what it holds now is finite."""
-        key = self._key(tensor)
-        kinds = 0 if self._known.get(key, -1) == 0 else kinds_of(tensor.detach())
-        return Edge(self._writers.get(key), key, kinds)
+    def _look(self, tree: object, *, unwritten: bool = True) -> None:
+        """Find the writes to a module's arguments or output that no op made, while that module is the one that runs."""
+        with _disable_current_modes():
+            for tensor in tensors_in(tree):
+                plain = is_dense(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+                if plain and (unwritten or not self._storages.is_unwritten(tensor)):
+                    self._edge(tensor)
 
     # -- the ops ------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if is_view(func):
+        born = func._opname == BORN and self._in_module
+        if is_view(func) and not born:
             return func(*args, **kwargs)
-        name = func._schema.name.replace("::", ".")
+        where = self._where()
         positions = list_positions(func, args)
-        replaced = {id(t) for t in mutated(func, args, kwargs)} if name.rpartition(".")[2] in OVERWRITES else set()
+        changed = mutated(func, args, kwargs)
+        overwritten, unread = {id(t) for t in changed}, {id(t) for t in mutated(func, args, kwargs, unread=True)}
+        leaves = tree_leaves((args, kwargs))
         reads = [
-            (self._edge(values), positions.get(id(leaf)))
-            for leaf in tree_leaves((args, kwargs))
-            if can_be_nonfinite(values := values_of(leaf)) and id(leaf) not in replaced
+            (values, self._edge(values, overwritten=id(leaf) in overwritten), positions.get(id(leaf)))
+            for leaf in (() if born else leaves)
+            if can_be_nonfinite(values := values_of(leaf)) and id(leaf) not in unread
         ]
-        if self.capture:
-            self._hold(func, args, kwargs, positions)
+        self._storages.before(changed)
+        bad = [edge for _, edge, _ in reads if edge.kinds]
+        alone = fails_without(func, args, kwargs) if bad and all(map(self.graph.meant, bad)) and repeatable(func) else []
+        self._hold(func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
         written = [
@@ -200,71 +233,154 @@ class OpRecorder(TorchDispatchMode):
             for i, t in enumerate(tree_leaves(out))
             if is_dense(values := values_of(t))
         ]
-        written = [
-            (values, positions.get(id(t))) for t in mutated(func, args, kwargs) if is_dense(values := values_of(t))
-        ] + written
+        written = [(values, positions.get(id(t))) for t in changed if is_dense(values := values_of(t))] + written
         if written:
-            constant = any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in tree_leaves((args, kwargs)))
-            self._record(name, reads, written, constant, start_ns)
+            name = func._schema.name.replace("::", ".")
+            nodes = self._add(
+                name,
+                where,
+                [edge for _, edge, _ in reads],
+                written,
+                positions=[position for *_, position in reads],
+                alone=alone,
+                constant=born or any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves),
+                of_constants=repeatable(func)
+                and func._opname not in UNINITIALISED
+                and all(self._is_constant(edge, tensor) for tensor, edge, _ in reads),
+                start_ns=start_ns,
+            )
+            for place, node in nodes:
+                tensor = written[place][0]
+                if node.kinds and not bad:
+                    node.reads_zero = bool(changed) or any(bool((t == 0).any()) for t, *_ in reads)
+                if func._opname in UNINITIALISED:
+                    self._storages.allocated(tensor)
+                if self.followed:
+                    self._zeros.note(tensor, self._exact(node, place))
         return out
 
-    def _record(
+    def _add(
         self,
         name: str,
-        reads: list[tuple[Edge, int | None]],
-        written: list[tuple[torch.Tensor, int | None]],
-        constant: bool,
-        start_ns: int,
-    ) -> None:
-        """Add the nodes of one op: one, or one for every position of its lists."""
-        phase, module = self._where()
+        where: tuple[str, str | None],
+        reads: Sequence[Edge],
+        written: Sequence[tuple[torch.Tensor, int | None]],
+        *,
+        positions: Sequence[int | None] | None = None,
+        alone: Sequence[bool] = (),
+        constant: bool = False,
+        of_constants: bool = False,
+        start_ns: int = 0,
+    ) -> list[tuple[int, Node]]:
+        """Add the nodes of one op, one or one for every position of its lists, each with its place in ``written``."""
+        phase, module = where
         if name == SUM_OVER_RANKS:  # where training makes it while the backward pass still runs
             phase = "backward"
-        seen: set[int] = set()
-        for tensor, element in written:
-            key = self._key(tensor)
+        storages, seen, nodes = self._storages, set(), []
+        for place, (tensor, element) in enumerate(written):
+            key = storages.key(tensor)
             if key in seen:
                 continue
             seen.add(key)
             kinds = 0 if name.rpartition(".")[2] in UNINITIALISED else kinds_of(tensor)
-            edges = [edge for edge, position in reads if element is None or position in (None, element)]
-            before = self._known.get(key, 0)
-            if before and tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes():
-                edges.append(Edge(self._writers.get(key), key, before))  # a part was written: the rest is as it was
+            edges = [
+                e
+                for e, p in zip(reads, positions or [None] * len(reads), strict=True)
+                if element is None or p in (None, element)
+            ]
+            before = storages.kinds.get(key, 0)
+            if before and is_part(tensor):
+                edges.append(Edge(storages.writers.get(key), key, before))  # the rest is as it was
                 kinds |= before
-            owner = self._owner(edges, key) if module is None else module
             node = Node(
                 len(self.graph.nodes),
                 name,
                 phase,
-                owner,
+                self._owner(edges, key) if module is None else module,
                 self._microbatch_of(phase),
                 tuple(edges),
                 key,
                 kinds,
                 str(tensor.dtype).removeprefix("torch."),
                 tuple(tensor.shape),
-                start_ns,
+                start_ns or time.time_ns(),
                 element,
                 constant,
+                of_constants,
+                bool(alone) and alone[place],
             )
             self.graph.add(node)
-            self._writers[key], self._known[key] = node.index, kinds
+            storages.written(tensor, node.index, kinds)
+            nodes.append((place, node))
             number = tensor.ndim == 0 and tensor.is_floating_point() and edges and not name.endswith("ones_like")
             if number and phase in ("forward", "loss"):
                 self._last_scalar = Edge(node.index, key, kinds)
+        return nodes
+
+    def _is_constant(self, edge: Edge, tensor: torch.Tensor) -> bool:
+        """Whether what an op read goes back to constants, booleans and integers alone, or was handed in like a mask."""
+        if edge.writer is not None:
+            return self.graph.nodes[edge.writer].of_constants
+        return self._storages.like_a_mask(edge, tensor)
 
     def _hold(self, func, args: tuple, kwargs: dict, positions: dict[int, int]) -> None:
-        """Keep an op's arguments as they are before it runs, where a node of it is to be captured: of an op
+        """Keep an op's arguments as they are before it runs, where a node of it is to be captured or followed: of an op
         over lists, those of the node's position."""
-        overwritten = {self._key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_dense(t)}
+        if not self.capture:
+            return
+        overwritten = {self._storages.key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_dense(t)}
         elements = [
             *overwritten.values(),
             *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns)),
         ]
         for index, element in enumerate(elements, start=len(self.graph.nodes)):
+            mine = pick_element(args, element), kwargs
             if index in self.capture:  # an op that writes fewer tensors than it returns is overwritten by the next
-                self.captured[index] = (func, *tree_map(_clone, (pick_element(args, element), kwargs)))
+                self.captured[index] = (func, *tree_map(_clone, mine))
+                self.unflushed[index] = self._zeros.undone(mine)
+            elif index in self.followed and repeatable(func):
+                self._held[index] = (func, *self._zeros.undone(mine))
+
+    def _exact(self, node: Node, place: int) -> torch.Tensor | None:
+        """What an op that is followed gives in float64 for a node, None of any other."""
+        written = exactly(*self._held.pop(node.index)) if node.index in self._held else []
+        of_lists = [t for t in written if tuple(t.shape) == node.shape] if node.element is not None else written[place:]
+        return of_lists[0] if of_lists else None
+
+    @contextmanager
+    def _launches_recorded(self) -> Iterator[None]:
+        """Record the Triton kernels that are launched past the dispatcher."""
+        launchers = [getattr(sys.modules[name], kind) for name, kind in TRITON_LAUNCHERS.items() if name in sys.modules]
+        plain = [launcher.run for launcher in launchers]
+        for launcher, run in zip(launchers, plain, strict=True):
+            launcher.run = self._recorded_launch(run)
+        try:
+            yield
+        finally:
+            for launcher, run in zip(launchers, plain, strict=True):
+                launcher.run = run
+
+    def _recorded_launch(self, run):
+        def launch(kernel, *args, **kwargs):
+            if kwargs.get("warmup") or not torch._C._len_torch_dispatch_stack():  # inside of an op that is recorded
+                return run(kernel, *args, **kwargs)
+            with _disable_current_modes():
+                where = self._where()
+                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if can_be_nonfinite(leaf)]
+                reads = [self._edge(tensor, overwritten=True) for tensor in tensors]
+                start_ns, out = time.time_ns(), run(kernel, *args, **kwargs)
+                known = self._storages.kinds
+                changed = [
+                    (t, None) for t in tensors if self._storages.is_unwritten(t) or kinds_of(t) & ~known[self._storages.key(t)]
+                ]
+                self._add(TRITON_PREFIX + kernel.__name__, where, reads, changed, start_ns=start_ns)
+            return out
+
+        return launch
+
+    @property
+    def _in_module(self) -> bool:
+        return bool(self._modules) or torch._C._current_autograd_node() is not None
 
     def _where(self) -> tuple[str, str | None]:
         """Phase and module of the op that runs now."""
@@ -296,7 +412,7 @@ class OpRecorder(TorchDispatchMode):
         return self._microbatch if phase in ("forward", "loss", "backward") and self._microbatch >= 0 else None
 
     def _owner_of_parameter(self, parameter: torch.Tensor) -> str | None:
-        named = self.names.get(self._key(parameter))
+        named = self.names.get(self._storages.key(parameter))
         return named[0].rpartition(".")[0] if named else None
 
     def _owner(self, edges: list[Edge], key: int) -> str | None:

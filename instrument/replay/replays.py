@@ -1,8 +1,8 @@
 """From a snapshot to the culprit: run to the failed step again, see that it fails the same way, record it, say why.
 
 `examine` runs the failed step twice from the same state: the first pass finds the culprit in the graph of ops, the
-second keeps the inputs of just that op (and of what made its denominator) and diagnoses it. `Replays` keeps the snapshot
-that a run's replays start from.
+second keeps the inputs of just that op, follows the zeros that rounding made on the way to it, and diagnoses it. `Replays`
+keeps the snapshot that a run's replays start from.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
-from instrument.replay.diagnosis import SUM_OVER_RANKS, Diagnosis, diagnose, divides, underflowed
-from instrument.replay.graph import Culprit, Node, StepGraph
+from instrument.replay.diagnosis import SUM_OVER_RANKS, UNRECORDED_WRITE, Diagnosis, diagnose, runs_again
+from instrument.replay.graph import NAN, Culprit, Node, StepGraph
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Snapshot
 from instrument.results.schemas import FirstNonfinite
@@ -23,7 +23,8 @@ from instrument.watch.surface import Seen, surfaced
 
 StepFunction = Callable[[int, OpRecorder | None], None]
 """Runs one whole step of training; the recorder, when there is one, is already recording."""
-DENOMINATOR_ANCESTORS = 24
+MOST_FOLLOWED = 32
+"""Ops before the culprit through which zeros are followed, the newest."""
 MOST_ABSORBED = 16
 
 
@@ -31,7 +32,8 @@ MOST_ABSORBED = 16
 class Examination:
     """The culprit of a step. ``tensor`` is what it wrote (``output``, ``grad``, ``param``, ``exp_avg``, ...),
     ``source_tensor`` the optimizer state that its zero denominator came from; ``parameter`` the
-    parameter's name where there is one. ``diagnosis`` is None for a value that was there before the step."""
+    parameter's name where there is one. ``cause`` is None where nobody saw what was read; ``diagnosis`` where the op
+    cannot be run again alone, and for a value that was there before the step."""
 
     culprit: Culprit
     graph: StepGraph
@@ -41,7 +43,7 @@ class Examination:
     tensor: str
     parameter: str | None
     source_tensor: str | None
-    cause: str
+    cause: str | None
     kind: str
     diagnosis: Diagnosis | None
     captured: tuple | None
@@ -76,22 +78,22 @@ def examine(
     first = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler))
     culprit = find(first)
     node = culprit and culprit.node
-    wanted = [node, *_ops_of_the_denominator(first.graph, node)] if node and node.op != SUM_OVER_RANKS else []
+    wanted = [node] if node and runs_again(node.op) else []
+    followed = first.graph.ancestors(node, MOST_FOLLOWED) if wanted and node.reads_zero else []
     second = first
     if any_rank(bool(wanted)):
         before.restore()
-        second = _record(
-            step, run_step, OpRecorder(model, optimizer, scaler=scaler, capture=frozenset(node.index for node in wanted))
-        )
+        capture, follow = (frozenset(n.index for n in nodes) for nodes in (wanted, followed))
+        second = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler, capture=capture, followed=follow))
     if node is None:
         return culprit and _from_before(culprit, first)
-    return _conclude(culprit, wanted[1:], first, second)
+    return _conclude(culprit, first, second)
 
 
 def find(recorder: OpRecorder) -> Culprit | None:
-    """The culprit of a recorded step: what the loss leads back to, else the gradients, else parameters and states."""
-    found = (recorder.graph.culprit(recorder.failed[kind]) for kind in ("loss", "grad", "param"))
-    return next((culprit for culprit in found if culprit is not None), None)
+    """The culprit of a recorded step: the first, in order of execution, that its losses, gradients, parameters or states
+    lead back to."""
+    return recorder.graph.culprit([edge for edges in recorder.failed.values() for edge in edges])
 
 
 def _record(step: int, run_step: StepFunction, recorder: OpRecorder) -> OpRecorder:
@@ -100,26 +102,18 @@ def _record(step: int, run_step: StepFunction, recorder: OpRecorder) -> OpRecord
     return recorder
 
 
-def _ops_of_the_denominator(graph: StepGraph, node: Node) -> list[Node]:
-    """The ops of the same phase that made what the culprit divides by."""
-    if not divides(node.op):
-        return []
-    ancestors = [ancestor for edge in node.inputs for ancestor in graph.ancestors(edge, DENOMINATOR_ANCESTORS)]
-    return list({n.index: n for n in ancestors if n.phase == node.phase}.values())[:DENOMINATOR_ANCESTORS]
-
-
-def _conclude(culprit: Culprit, denominator: list[Node], first: OpRecorder, second: OpRecorder) -> Examination:
+def _conclude(culprit: Culprit, first: OpRecorder, second: OpRecorder) -> Examination:
     node, names = culprit.node, first.names | second.names
     named = first.names.get(node.storage)
     tensor = named[1] if named else "grad" if node.phase in ("backward", "unscale", "clip") else "output"
-    diagnosis = diagnose(node, second.captured[node.index]) if node.index in second.captured else None
-    cause = diagnosis.cause if diagnosis else "overflow" if node.op == SUM_OVER_RANKS else "invalid"
-    source = None
-    if diagnosis and diagnosis.output.zero_denominators:
-        rounded = any(n.index in second.captured and underflowed(n, second.captured[n.index]) for n in denominator)
-        source = _state_in_denominator(first, node)
-        if rounded or source is not None:
-            cause = "underflow_then_divide"
+    captured = second.captured.get(node.index)
+    diagnosis = diagnose(node, captured, second.unflushed[node.index]) if captured else None
+    if diagnosis:
+        cause = diagnosis.cause
+    else:  # it cannot run again: by what it wrote
+        cause = "invalid" if node.kinds & NAN and node.op != SUM_OVER_RANKS else "overflow"
+        cause = None if node.op == UNRECORDED_WRITE else cause
+    source = _state_in_denominator(first, node) if cause == "underflow_then_divide" else None
     phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
     kind = diagnosis.kind if diagnosis else kind_name(node.kinds)
     return Examination(
@@ -134,15 +128,14 @@ def _conclude(culprit: Culprit, denominator: list[Node], first: OpRecorder, seco
         cause,
         kind,
         diagnosis,
-        second.captured.get(node.index),
+        captured,
     )
 
 
 def _state_in_denominator(recorder: OpRecorder, node: Node) -> str | None:
     """The second moment that a denominator was made of, by its name."""
     storages = {edge.storage for edge in node.inputs}
-    for edge in node.inputs:
-        storages |= {n.storage for n in recorder.graph.ancestors(edge, DENOMINATOR_ANCESTORS) if n.phase == node.phase}
+    storages |= {n.storage for n in recorder.graph.ancestors(node, MOST_FOLLOWED) if n.phase == node.phase}
     states = {recorder.names[s][1] for s in storages if s in recorder.names}
     return next((name for name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg") if name in states), None)
 

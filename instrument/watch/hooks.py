@@ -15,13 +15,19 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-def call_with_hooks(model: nn.Module, entering: Callable[[str], None], leaving: Callable[[str], None]) -> Callable[[], None]:
-    """Call ``entering(name)`` before and ``leaving(name)`` after every module's forward, whatever other hooks
-    there are and also when it raises; returns what takes the hooks off again. The model itself is ``""``."""
+def call_with_hooks(
+    model: nn.Module, entering: Callable[[str, object], None], leaving: Callable[[str, object], None]
+) -> Callable[[], None]:
+    """Call ``entering(name, arguments)`` before and ``leaving(name, output)`` after every module's forward, whatever other
+    hooks there are and also when it raises; returns what takes the hooks off again. The model itself is ``""``."""
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: entering(name), prepend=True))
-        handles.append(module.register_forward_hook(lambda *_, name=name: leaving(name), always_call=True))
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: entering(name, (args, kwargs)), prepend=True, with_kwargs=True
+            )
+        )
+        handles.append(module.register_forward_hook(lambda *_, name=name: leaving(name, _[-1]), always_call=True))
 
     def remove() -> None:
         for handle in handles:

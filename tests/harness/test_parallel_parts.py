@@ -50,7 +50,8 @@ def test_a_finding_gets_its_rank_and_its_place_in_the_whole_step():
     ("findings", "winner"),
     [
         ([None, found("forward", 3)], 1),
-        ([found("backward", 0), found("forward", 3)], 1),  # one process asks for the loss' cause first
+        ([found("backward", 0), found("forward", 3)], 0),  # one process goes backward before its next micro-batch
+        ([found("backward", 2), found("loss", 2)], 1),
         ([found("backward", 1), found("backward", 2)], 0),
         ([found("backward", 1, SUM_OVER_RANKS), found("backward", 2)], 1),
         ([found("backward", None, SUM_OVER_RANKS), found("optimizer", None)], 1),

@@ -128,9 +128,9 @@ def test_producers_that_fail_alike_are_counted(n):
 def test_ancestors_come_newest_first_and_stop_at_the_limit():
     b = Builder()
     edge = OUTSIDE
-    for name in "abcde":
+    for name in "abcdef":
         edge = b.op(name, [edge])
-    assert [n.op for n in b.graph.ancestors(edge, 3)] == ["e", "d", "c"]
+    assert [n.op for n in b.graph.ancestors(b.graph.nodes[-1], 3)] == ["e", "d", "c"]
 
 
 def record(model, run, optimizer=None, **options):
