@@ -28,11 +28,14 @@ run: $(READY)
 	$(BIN)/python -m harness case $(RUN) --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 
+# Three test processes on two cores: some tests wait for what they started. The order of files is tests/conftest.py's.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 quick: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not process and not slow"
+	$(PYTEST) -m "not soak and not process and not slow"
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -k "not all_trials_lose_nothing"

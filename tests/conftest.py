@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.harness.commands import PRELOADED
 from tests.process_mark import pytest_fixture_setup, pytest_runtest_call  # noqa: F401
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +20,24 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of processes elsewhere
+_set_preload = forkserver.set_forkserver_preload  # who starts the server has it import what all tests fork it for
+forkserver.set_forkserver_preload = lambda names: _set_preload(list(dict.fromkeys([*names, *PRELOADED])))
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+LONGEST = """
+    harness/test_signals harness/test_ray harness/test_campaign harness/test_parallel harness/test_pool soak/test_reliability
+    harness/test_sharded_checkpoints kernels/test_activation_stats harness/test_resume harness/test_checkpoint
+    harness/test_counterfactual harness/test_forensics harness/test_matrix harness/test_cli harness/test_flops
+    report/test_pdf report/test_plots_figures report/test_dossier_build harness/test_hostile harness/test_missing_libraries
+    harness/test_case_parent harness/test_fit soak/test_forensics report/test_plots_write harness/test_loop
+""".split()
+"""Test files, those that take longest first: begun last, one would keep a single worker busy while the others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {str(ROOT / "tests" / f"{name}.py"): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

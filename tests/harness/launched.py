@@ -1,23 +1,31 @@
 """Launches by torchrun for the tests: commands and what came of them."""
 
 import contextlib
+import gc
 import json
+import math
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 
 import psutil
 import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
+from harness.parallel.ranks import end_process
 from harness.planning import plan_run
 from harness.run.execute import load_run_data, make_batches
 from harness.settings import Request
 from instrument.results.lines import read
 from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord, decode
+from tests.harness.commands import Forked, end_all
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -47,16 +55,77 @@ def ids_of(step, place, case="gpt2_clm", **asked):
     return str(int(make_batches(settings, load_run_data(settings)).step(step).micro_batches(2)[place].input_ids.sum()))
 
 
-def torchrun(program, environment, *, processes=2, **more):
-    """Start it, on so many processes; `ended` removes what torchrun, and who is killed, leave among temporary files."""
+def torchrun(program, environment, *, processes=2, fork=True, **more):
+    """Start it, on so many processes, which are forked with everything imported, or else executed; `ended` removes what
+    torchrun, and who is killed, leave among temporary files."""
     temporary = tempfile.mkdtemp(prefix="ddb-torchrun-")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *program]
+    words = ["--standalone", "--nproc-per-node", str(processes), *program]
     environment = {**environment, **more, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": temporary}
-    process = subprocess.Popen(
-        command, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    if fork:
+        process = Forked(words, Path(temporary) / "launch", environment, launch)
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     process.temporary = temporary
     return process
+
+
+def launch(words):
+    """torchrun's command; it forks its ranks."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.run import main
+
+    tempfile.tempdir = None  # that of this process' environment
+    subprocess_handler.SubprocessHandler._popen = lambda handler, command, environment: ForkedRank(command, environment)
+    main(words)
+    return 0
+
+
+class ForkedRank:
+    """What torchrun needs of `subprocess.Popen`: a fork of this process that executes a Python command, ``python -u FILE`` or
+    ``python -u -m MODULE``, as a new interpreter would."""
+
+    def __init__(self, command, environment):
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            try:
+                self._execute(command[2:], environment)
+            finally:  # nothing of the launcher's is ended or closed here
+                os._exit(1)
+
+    def _execute(self, words, environment):
+        gc.freeze()
+        os.setsid()
+        os.closerange(3, 4096)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(environment)
+        run, words = (runpy.run_module, words[1:]) if words[0] == "-m" else (runpy.run_path, words)
+        sys.argv, code = list(words), 0
+        try:
+            run(words[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        end_process(code)
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout=None):
+        until_s = math.inf if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until_s:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(0.01)
+        return self.returncode
 
 
 def ended(process, timeout_s=LONGEST_S):
@@ -64,9 +133,8 @@ def ended(process, timeout_s=LONGEST_S):
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        for one in (*psutil.Process(process.pid).children(recursive=True), process):  # ranks have sessions of their own
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            end_all(process.pid)
         raise
     finally:
         shutil.rmtree(process.temporary, ignore_errors=True)
@@ -74,8 +142,8 @@ def ended(process, timeout_s=LONGEST_S):
 
 
 def launched(words, environment, **more):
-    """A command of the harness on two processes."""
-    return ended(torchrun(["-m", "harness", *words], environment, **more))
+    """A command of the harness on two processes, executed as torchrun executes them."""
+    return ended(torchrun(["-m", "harness", *words], environment, fork=False, **more))
 
 
 def several(runs, environment=os.environ, **more):

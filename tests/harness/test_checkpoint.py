@@ -5,9 +5,8 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -21,6 +20,7 @@ from instrument.results.files import TEMPORARY
 from instrument.results.folder import OutputError, finished_run, log_paths, output_error
 from instrument.results.lines import read
 from instrument.results.schemas import StepRecord
+from tests.harness.commands import Forked, harness
 
 pytestmark = pytest.mark.slow
 
@@ -259,14 +259,15 @@ def test_an_error_about_something_else_is_not_the_folders(tmp_path):
     assert "Read-only file system" in str(output_error(OSError(errno.EROFS, "x", str(tmp_path / "a")), tmp_path))
 
 
+def on_a_full_disk(words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return harness(words)
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("command", ["case", "matrix"])
-def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command_environment, command):
+def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command):
     """A real limit: no file of the process may grow beyond 100 KB, and a checkpoint is larger."""
-    limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        "sys.argv[0] = 'harness'; runpy.run_module('harness', run_name='__main__')"
-    )
     words = (
         ["case", "gpt2_single_cls", "fp32_true"]
         if command == "case"
@@ -292,18 +293,13 @@ def test_a_full_disk_exits_5_with_one_sentence(tmp_path, command_environment, co
         "--checkpoint-every",
         "2",
     ]
-    finished = subprocess.run(
-        [sys.executable, "-c", limited, *words, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=command_environment,
-        check=False,
-    )
-    assert finished.returncode == 5, finished.stderr
-    (sentence,) = [line for line in finished.stderr.splitlines() if line.startswith("harness: ")]
+    process = Forked([*words, "--out", str(tmp_path / "out")], tmp_path / "command", call=on_a_full_disk)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 5, errors
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("harness: ")]
     assert "File too large" in sentence and "what was written before is intact" in sentence
-    assert "Traceback" not in finished.stderr
-    rows = [json.loads(path.read_bytes()) for path in tmp_path.glob("runs/*/run.json")]
+    assert "Traceback" not in errors
+    rows = [json.loads(path.read_bytes()) for path in (tmp_path / "out").glob("runs/*/run.json")]
     assert all(row["status"] == "preempted" for row in rows), rows  # the other run, stopped before it met the limit
 
 

@@ -12,7 +12,7 @@ from harness import options as arguments
 from harness.cli import COMMANDS, main
 from harness.commands.case import asked_case, asked_config
 from harness.exit_codes import CODE_OF_ERROR
-from tests.harness.commands import TWO_STEPS
+from tests.harness.commands import TWO_STEPS, Forked, harness
 
 pytestmark = pytest.mark.slow
 
@@ -217,20 +217,24 @@ def test_any_model_and_ones_own_file_run_unchanged(capsys, tmp_path, kind):
     assert json.loads(capsys.readouterr().out)["status"] == "completed"
 
 
+def without_a_reader(words):
+    end, pipe = os.pipe()
+    os.close(end)
+    os.dup2(pipe, 1)
+    os.dup2(pipe, 2)
+    return harness(words)
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     "command", [["case", "gpt2_clm", "fp32_true"], ["matrix", "--cases", "gpt2_clm", "--configs", "fp32_true"]]
 )
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, command):
     """`| head` ends neither a run nor a matrix: the row is that of a run to its end, and so is the exit status."""
-    end, pipe = os.pipe()
-    os.close(end)
-    sizes = [*TWO_STEPS, "--device", "cpu", "--json", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "harness", *command, *sizes], stdout=pipe, stderr=pipe, timeout=300, check=False
-    )
-    os.close(pipe)
-    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    words = [*command, *TWO_STEPS, "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
+    done = Forked(words, tmp_path / "command", call=without_a_reader, own_server=False)
+    done.communicate(timeout=300)
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert (done.returncode, row["status"], row["steps_done"]) == (0, "completed", 2)
 
 

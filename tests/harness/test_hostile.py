@@ -5,8 +5,6 @@ import base64
 import gzip
 import json
 import os
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from instrument.results.folder import OutputError, RunFolder, finished_run, fini
 from instrument.results.layout import RunFiles, RunNotFound, locate
 from instrument.results.read import RunUnreadable, run_record
 from instrument.results.schemas import RecordError, RunRecord, StepRecord, decode
+from tests.harness.commands import Forked
 from tests.soak.reliability.planted_secrets import SECRETS, hits
 
 pytestmark = pytest.mark.slow
@@ -228,10 +227,7 @@ def test_a_file_name_in_a_log_leads_nowhere_else(tmp_path, name):
 def test_secrets_of_the_environment_are_in_no_artefact(tmp_path):
     """A real run that diverges, so that snapshot, forensics and trace are written too; every byte is looked at."""
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "harness",
+    words = [
         "case",
         "gpt2_multi_cls",
         "fp16_naive",
@@ -257,9 +253,10 @@ def test_secrets_of_the_environment_are_in_no_artefact(tmp_path):
         str(out),
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT, env={**os.environ, **SECRETS})
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    run_id = json.loads(done.stdout)["run_id"]
+    process = Forked(words, tmp_path / "command", {**os.environ, **SECRETS})
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    run_id = json.loads(printed)["run_id"]
     (tmp_path / "empty").mkdir()
     artefacts = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert {
@@ -273,7 +270,7 @@ def test_secrets_of_the_environment_are_in_no_artefact(tmp_path):
         "culprit.safetensors",
         f"{run_id}-step1.json.gz",
     } <= {p.name for p in artefacts}
-    for path, content in (artefacts | {Path("stdout"): done.stdout, Path("stderr"): done.stderr}).items():
+    for path, content in (artefacts | {Path("stdout"): printed.encode(), Path("stderr"): errors.encode()}).items():
         assert hits(content) == [], path
     steps = (out / "training_logs" / f"run_{run_id}.jsonl").read_bytes().splitlines()
     assert steps and all(decode(line, StepRecord) for line in steps)

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from harness.settings import SettingsError
 from harness.supervisor.pool import Pool
 from instrument.results.folder import finished_runs
 from instrument.results.schemas import FirstNonfinite, RunRecord
-from tests.harness.commands import TWO_STEPS
+from tests.harness.commands import TWO_STEPS, Forked
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +29,16 @@ def options(*words):
     return arguments.parser().parse_args(["matrix", *words])
 
 
-def harness(*words, env):
-    return subprocess.run([sys.executable, "-m", "harness", *words], capture_output=True, text=True, env=env)
+@pytest.fixture
+def harness(tmp_path):
+    """``harness(*words)``: exit code, standard output and standard error of a command, which is a process."""
+
+    def run(*words):
+        process = Forked(words, tmp_path / "command", own_server=False)
+        printed, errors = process.communicate(timeout=300)
+        return process.returncode, printed, errors
+
+    return run
 
 
 def test_the_default_plan_is_six_cases_by_seven_configurations_rotated():
@@ -75,47 +81,37 @@ def test_controls_change_the_configuration_only(plan):
 
 
 @pytest.mark.process
-def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, command_environment):
+def test_runs_are_resumed_followed_up_and_summed_up(tmp_path, harness):
     words = ["matrix", *TWO_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true", "fp16_naive", "--out", str(tmp_path)]
-    first = harness(*words, "--jobs", "2", "--json", env=command_environment)
-    assert first.returncode == 0, first.stderr
-    rows = [json.loads(line) for line in first.stdout.splitlines()]
+    code, printed, errors = harness(*words, "--jobs", "2", "--json")
+    assert code == 0, errors
+    rows = [json.loads(line) for line in printed.splitlines()]
     assert {row["dtype_config"]: row["status"] for row in rows} == {
         "fp32_true": "completed",
         "fp16_naive": "diverged",
         "fp16_naive_eps1e4": "completed",
         "fp16_naive_fp32_states": "completed",
     }
-    assert "✗ inf @1 optim" in first.stderr and "Stability: 4 runs" in first.stderr
+    assert "✗ inf @1 optim" in errors and "Stability: 4 runs" in errors
     assert len({row["init_sha256"] for row in rows}) == 1
     assert len(finished_runs(tmp_path)) == 4
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")}
-    again = harness(*words, env=command_environment)
-    assert again.returncode == 0 and "nothing to do: all 4 runs are done" in again.stderr
-    assert "Stability: 4 runs" in again.stderr
+    code, _, errors = harness(*words)
+    assert code == 0 and "nothing to do: all 4 runs are done" in errors
+    assert "Stability: 4 runs" in errors
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/run.json")} == before
     for path in before:  # as if the matrix had been interrupted between a divergence and its controls
         if "fp16_naive_" in str(path):
             path.unlink()
-    planned = harness(*words, "--dry-run", "--json", env=command_environment)
-    assert len(json.loads(planned.stdout)["todo"]) == 2 and len(json.loads(planned.stdout)["done"]) == 2
+    planned = json.loads(harness(*words, "--dry-run", "--json")[1])
+    assert len(planned["todo"]) == 2 and len(planned["done"]) == 2
 
 
 @pytest.mark.process
-def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, command_environment):
+def test_a_run_in_a_process_equals_the_same_run_alone(tmp_path, harness):
     common = [*TWO_STEPS, "--json"]
-    harness(
-        "matrix",
-        *common,
-        "--cases",
-        "roberta_mlm",
-        "--configs",
-        "amp_bf16",
-        "--out",
-        str(tmp_path / "m"),
-        env=command_environment,
-    )
-    harness("case", "roberta_mlm", "amp_bf16", *common, "--out", str(tmp_path / "c"), env=command_environment)
+    harness("matrix", *common, "--cases", "roberta_mlm", "--configs", "amp_bf16", "--out", str(tmp_path / "m"))
+    harness("case", "roberta_mlm", "amp_bf16", *common, "--out", str(tmp_path / "c"))
     (one,), (other,) = finished_runs(tmp_path / "m"), finished_runs(tmp_path / "c")
     assert one.run_id == other.run_id and one.final_weights_sha256 == other.final_weights_sha256 is not None
 

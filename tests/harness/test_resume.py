@@ -61,7 +61,13 @@ def small(plan):
     return make
 
 
-@pytest.mark.parametrize("config", DTYPE_CONFIGS)
+SAMPLE = ("fp32_true", "amp_fp16", "amp_bf16_8bit", "bf16_pure_sr", "fp16_naive", "fp16_naive_fp32_states")
+"""One of each way to scale, to hold states and to round, and one that diverges; `make soak` takes all."""
+
+
+@pytest.mark.parametrize(
+    "config", [config if config in SAMPLE else pytest.param(config, marks=pytest.mark.soak) for config in DTYPE_CONFIGS]
+)
 def test_stopped_twice_a_run_equals_the_one_that_was_not(small, tmp_path, config):
     settings = small(config, dropout=0.1)
     whole = execute(settings, tmp_path / "whole")

@@ -23,6 +23,7 @@ from harness.planning import plan_run
 from harness.settings import Request, RunSettings
 from instrument.results import crash_hook
 from instrument.results.schemas import Record, StepRecord
+from tests.harness.commands import PRELOADED
 
 HUNG_S = 180.0
 """A run of some steps that takes this long hangs."""
@@ -37,14 +38,6 @@ SMALL = {
     "documents": 400,
     "validation_documents": 2,
 }
-PRELOADED = [
-    "sklearn.metrics",
-    "harness.commands.case",
-    "harness.run.terminal",
-    "harness.supervisor.worker",
-    __name__,
-]
-"""Imported by the fork server, so that a process costs a third of a second."""
 ASKED = (*SMALL, "max_steps", "eval_every", "checkpoint_every")
 
 
