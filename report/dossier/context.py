@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
 
 from instrument.terminal import count
@@ -15,6 +18,7 @@ from report.dossier.prediction import prediction_text
 from report.dossier.reproduce import commands, versions
 from report.dossier.rows import HEADS, RowNumbers, run_rows
 from report.plots.draw import Drawn
+from report.tables import headroom
 from report.tables.selection import select
 from report.tables.speed import eligible
 from report.tables.table import Table
@@ -132,11 +136,29 @@ def _figure(figure: Drawn, table: Table, numbers: RowNumbers) -> dict[str, Any]:
         "title": clean(table.title, 400),
         "caption": clean(table.caption, 3_000),
         "svg": Markup(figure.svg),
+        "cells": headroom_cells(table.data) if table.name == headroom.NAME and not table.empty else None,
         "files": figure.files,
         "empty": table.empty and clean(table.empty, 600),
         "n_excluded": len(table.excluded),
         "excluded": _excluded(table.excluded, numbers),
     }
+
+
+def headroom_cells(data: pd.DataFrame) -> str:
+    """What stands under a pointer over the heat maps, as JSON: a map's modules, steps and bits."""
+    maps = [headroom.cells(run) for _, run in data.groupby("run_id", sort=False)]
+    return json.dumps(
+        [
+            {
+                "modules": [clean(module, 80) for module in cells.index],
+                "steps": [int(step) for step in cells.columns],
+                "bits": [
+                    [round(bits, 1) if math.isfinite(bits) else None for bits in row] for row in cells.to_numpy().tolist()
+                ],
+            }
+            for cells in maps
+        ]
+    )
 
 
 def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[dict[str, Any]]:

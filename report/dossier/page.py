@@ -64,7 +64,7 @@ def environment() -> Environment:
 
 def page(context: dict[str, Any]) -> str:
     """The whole dossier as one HTML file that loads nothing."""
-    script = (TEMPLATES / "sort.js").read_text()
+    script = (TEMPLATES / "page.js").read_text()
     styles = "\n".join((TEMPLATES / name).read_text() for name in ("screen.css", "print.css"))
     dark = f"@media screen and (prefers-color-scheme: dark){{\n{dark_rules()}\n}}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

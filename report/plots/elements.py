@@ -70,9 +70,13 @@ def name_frames(figure: Figure) -> None:
         number += 1
         for artist in series:
             artist.set_gid(f"{artist.get_gid()}|{number}")
-        scales = (axes.get_xscale(), axes.get_yscale())
-        limits = (*axes.get_xlim(), *axes.get_ylim())
-        axes.patch.set_gid("|".join((FRAME, str(number), *(f"{limit:.6g}" for limit in limits), *scales)))
+        name_frame(axes, number)
+
+
+def name_frame(axes: Axes, number: int) -> None:
+    """Give a frame its number and, for the value under a pointer, its limits and scales."""
+    limits = [f"{limit:.6g}" for limit in (*axes.get_xlim(), *axes.get_ylim())]
+    axes.patch.set_gid("|".join((FRAME, str(number), *limits, axes.get_xscale(), axes.get_yscale())))
 
 
 def thinned_line(axes: Axes, x: np.ndarray, y: np.ndarray, look: Look, **style) -> None:

@@ -9,7 +9,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from report.plots.elements import name_frame
 from report.plots.style import table_figure
+from report.tables import headroom
 from report.text import clean
 
 ROW_IN, FRAME_IN = 0.135, 0.55
@@ -24,16 +26,16 @@ def draw(table) -> Figure:
     heights = [ROW_IN * run["module"].nunique() + FRAME_IN for run in runs]
     figure = table_figure(table, sum(heights))
     grid = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)
-    for (axes,), run in zip(grid, runs, strict=True):
+    for number, ((axes,), run) in enumerate(zip(grid, runs, strict=True), start=1):
         mesh = _map(axes, run)
+        name_frame(axes, number)
     bar = figure.colorbar(mesh, ax=[axes for (axes,) in grid], shrink=0.6, pad=0.01, aspect=30)
     bar.set_label("headroom (bits)")
     return figure
 
 
 def _map(axes: Axes, run: pd.DataFrame) -> QuadMesh:
-    order = run.drop_duplicates("module").sort_values("order")["module"]
-    cells = run.pivot_table(index="module", columns="step", values="headroom_bits", aggfunc="min").loc[order]
+    cells = headroom.cells(run)
     mesh = axes.pcolormesh(
         np.arange(cells.shape[1] + 1),
         np.arange(len(cells) + 1),
@@ -45,7 +47,7 @@ def _map(axes: Axes, run: pd.DataFrame) -> QuadMesh:
     )
     axes.set_ylim(len(cells), 0)
     axes.set_yticks(np.arange(len(cells)) + 0.5)
-    axes.set_yticklabels([clean(module, 44) for module in order])
+    axes.set_yticklabels([clean(module, 44) for module in cells.index])
     some = np.unique(np.linspace(0, cells.shape[1] - 1, 8).astype(int))
     axes.set_xticks(some + 0.5)
     axes.set_xticklabels([f"{cells.columns[at]:,}" for at in some])

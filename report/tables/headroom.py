@@ -77,6 +77,12 @@ def table(folder: Folder) -> Table:
     return Table(NAME, NAME, data, _title(folder, data), caption, marks=folder.marks)
 
 
+def cells(run: pd.DataFrame) -> pd.DataFrame:
+    """One run's rows of the table as a heat map: modules down in the order of the forward pass, steps across, bits."""
+    order = run.drop_duplicates("module").sort_values("order")["module"]
+    return run.pivot_table(index="module", columns="step", values="headroom_bits", aggfunc="min").loc[order]
+
+
 def _chosen(folder: Folder) -> list[pd.DataFrame]:
     """The runs to show. One seed a case and configuration is looked at: reading all of a campaign would take long."""
     first: dict[tuple[str, str], RunRecord] = {}
