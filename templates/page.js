@@ -35,6 +35,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...rows);
     });
   });
+  body.querySelectorAll(".case-head").forEach((row) => row.remove()); // for paper
   const bar = make("label", null, { className: "filters", textContent: "Filter " });
   const field = make("input", bar, { type: "search", placeholder: "gpt2 diverged" });
   const shown = make("span", bar);

@@ -16,7 +16,7 @@ from report.dossier.page import page, require_pdf, write_pdf
 from report.hypotheses import judge
 from report.plots.draw import draw_all
 from report.tables import all_tables, hardware, headroom, kernel_time, overhead, step_times
-from report.tables.failures import failures
+from report.tables.failures import failure_groups
 from report.tables.predicted import predicted
 from report.tables.trust import trust
 from report.text import plain_json
@@ -65,7 +65,7 @@ def build(
     with _bar(progress) as bar:
         task = bar.add_task("tables", total=None)
         tables = all_tables(folder, heartbeat) | {key: module.table(folder) for key, module in SECTION_TABLES.items()}
-        findings, decision, checks, cards = judge(folder), verdict(folder, price), trust(folder), failures(folder)
+        findings, decision, checks, cards = judge(folder), verdict(folder, price), trust(folder), failure_groups(folder)
         forecast = predicted(folder)
         clock.lap("tables")
         bar.update(task, total=len(tables) + 1 + pdf)

@@ -1,5 +1,5 @@
-"""One card a failure: what failed, why, and which remedies were tried. Forensics are read as plain data: what is missing or
-of another kind is a dash, and nothing of it is markup."""
+"""One card a group of failures: what failed, where, why, which remedies were tried, and which controls survived. Forensics are
+read as plain data: what is missing or of another kind is a dash, and nothing of it is markup."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from typing import Any
 
 from markupsafe import Markup
 
+from bench_cases import DTYPE_CONFIGS
+from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.dossier.rows import ABSENT, RowNumbers, run_href
+from report.dossier.rows import ABSENT, RowNumbers
+from report.tables.failures import Control, FailureGroup
+from report.tables.selection import in_order
 from report.text import clean, number, objects, short
 
-MOST_CARDS, MOST_LINKS, MOST_REMEDIES = 24, 8, 12
-"""Cards in full; further failures are rows of the table of all runs."""
+MOST_CARDS, MOST_PLACES, MOST_LINKS, MOST_REMEDIES = 16, 12, 8, 12
+"""Cards, and places of one; what is further is in the table of all runs."""
 BESIDE = 3
 """Kernels shown before the culprit, and as many after it."""
 FEWEST_STEPS = 3
 """A magnitude over fewer steps is printed; from here on it is drawn as well."""
+PLACE_HEADS = ("case", "seeds", "step", "producer", "what it became")
 REMEDY_HEADS = ("change", "survives", "time", "memory", "confirms, or why not")
 CHAIN_HEADS = ("", "phase", "module", "op", "kind", "dtype")
 KERNEL_HEADS = ("", "kernel", "module", "phase", "us", "shapes", "dtype")
@@ -27,37 +32,81 @@ DIRECTIONS = (("absmax_fwd", "output"), ("absmax_bwd", "gradient"))
 WIDTH_PX, HEIGHT_PX, EDGE_PX = 110, 22, 3
 
 
-def failure_cards(failures: Sequence, folder, numbers: RowNumbers) -> dict[str, Any]:
+def failure_cards(groups: Sequence[FailureGroup], folder, numbers: RowNumbers) -> dict[str, Any]:
     """Cards in the order given, how many failures got none, and the heads of the cards' tables."""
     return {
-        "cards": [_card(failure, folder, numbers) for failure in failures[:MOST_CARDS]],
-        "further": max(0, len(failures) - MOST_CARDS),
+        "cards": [_card(group, folder, numbers) for group in groups[:MOST_CARDS]],
+        "further": sum(len(group.members) for group in groups[MOST_CARDS:]),
+        "place_heads": PLACE_HEADS,
         "remedy_heads": REMEDY_HEADS,
         "chain_heads": CHAIN_HEADS,
         "kernel_heads": KERNEL_HEADS,
     }
 
 
-def _card(failure, folder, numbers: RowNumbers) -> dict[str, Any]:
-    run = folder.by_id.get(failure.run_id)
+def _card(group: FailureGroup, folder, numbers: RowNumbers) -> dict[str, Any]:
+    failure = group.example
+    run = folder.by_id[failure.run_id]
     chain = objects(failure.chain)
-    if chain and run and run.first_nonfinite:  # a link names NaN before Inf; of the culprit it is known what prevails
+    if chain and run.first_nonfinite:  # a link names NaN before Inf; of the culprit it is known what prevails
         chain[0] = {**chain[0], "kind": run.first_nonfinite.kind}
+    places = _places([folder.by_id[member.run_id] for member in group.members])
+    cases = {folder.by_id[member.run_id].case for member in group.members}
+    one = len(group.members) == 1
+    where = f"{clean(run.case, 40)} · seed {run.seed}" if one else f"{len(group.members)} runs in {count(len(cases), 'case')}"
     return {
-        "case": clean(run.case if run else failure.run_id),
-        "config": clean(run.dtype_config) if run else "",
-        "seed": run.seed if run else None,
-        "status": run.status if run else "",
+        "config": clean(group.config),
+        "where": where,
+        "status": run.status,
         "sentence": clean(failure.sentence, 900),
         "cause": clean(failure.cause or "", 600),
+        "places": [] if one else places[:MOST_PLACES],
+        "places_further": max(0, len(places) - MOST_PLACES),
+        "controls": [_control(control, numbers) for control in group.controls],
+        "example": None if one else f"{clean(run.case, 40)}, seed {run.seed}",
         "remedies": [_remedy(remedy) for remedy in objects(failure.remedies)[:MOST_REMEDIES]],
         "chain": [[str(at), *_link(link)] for at, link in enumerate(chain[:MOST_LINKS], start=1)],
         "chain_further": max(0, len(chain) - MOST_LINKS),
         "kernels": _kernels(objects(failure.kernels)),
         "history": _history(objects(failure.history)),
         "trace": clean(failure.trace_file, 200) if failure.trace_file else None,
-        "rows": numbers.cite([failure.run_id]),
-        "href": run_href(failure.run_id),
+        "rows": numbers.cite(member.run_id for member in group.members),
+    }
+
+
+def _places(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """A row a case and producer: the seeds and steps in which it failed there."""
+    found: dict[tuple[str, str, str], list[RunRecord]] = {}
+    for run in in_order(runs):
+        first = run.first_nonfinite
+        what = first.kind if first else run.status
+        place = ".".join(filter(None, (first.module, first.tensor))) if first else ABSENT
+        found.setdefault((run.case, place, what), []).append(run)
+    return [
+        [
+            clean(case, 40),
+            ", ".join(str(run.seed) for run in group),
+            _steps([run.divergence_step if run.divergence_step is not None else run.steps_done for run in group]),
+            _word(place, 90),
+            clean(what, 20),
+        ]
+        for (case, place, what), group in found.items()
+    ]
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
+
+
+def _control(control: Control, numbers: RowNumbers) -> dict[str, Any]:
+    """``fp16_naive_eps1e4 survived in 18 of 18 of the same cases and seeds``, with its rows and what it changes."""
+    n = len(control.survived) + len(control.failed)
+    note = getattr(DTYPE_CONFIGS.get(control.config), "note", "")
+    what = f"survived in {len(control.survived)} of {n} of the same cases and seeds" if n else "was not run beside them"
+    return {
+        "text": f"{clean(control.config, 40)} {what}",
+        "note": note,
+        "rows": numbers.cite(control.survived + control.failed),
     }
 
 

@@ -100,7 +100,8 @@ def write_pdf(html: str, path: Path) -> None:
     """Write ``html`` as a PDF: no date, no random identifier, so the same page gives the same bytes."""
     from weasyprint import HTML
 
-    document = HTML(string=figures_as_images(html), base_url=None, url_fetcher=data_only_fetcher(), media_type="print")
+    whole = links_as_names(figures_as_images(html))
+    document = HTML(string=whole, base_url=None, url_fetcher=data_only_fetcher(), media_type="print")
     with _dateless_fonts():
         content = document.write_pdf(pdf_identifier=b"datatype-dynamics-bench", full_fonts=False)
     replace(path, content)
@@ -129,6 +130,11 @@ def figures_as_images(html: str) -> str:
         return f'<img class="figure" alt="{label[1] if label else ""}" src="data:image/svg+xml;base64,{source}">'
 
     return re.sub(r"<svg\b.*?</svg>", as_image, html, flags=re.DOTALL)
+
+
+def links_as_names(html: str) -> str:
+    """The page with links to other files as plain names: a PDF is mailed without them. Links inside the page stay."""
+    return re.sub(r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", html, flags=re.DOTALL)
 
 
 def data_only_fetcher():

@@ -19,14 +19,60 @@ PARTS = ("gpu", "cpu", "cpu_count", "memory_bytes", "system", "python")
 
 
 def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
-    """``rows``: number and command of every row that this program's harness can make again; ``foreign``: the
-    citations of those that it did not make; ``unnamed``: of those whose case has no name on its command line."""
+    """``matrix``: lines that make all of them again, each with the rows that it makes; ``rows``: number and command of every
+    row that this program's harness can make again; ``foreign``: the citations of those that it did not make; ``unnamed``: of
+    those whose case has no name on its command line."""
     found = [(run, command(run)) for run in in_order(runs)]
     return {
+        "matrix": [
+            {"command": line, "rows": numbers.cite(run.run_id for run in made)}
+            for line, made in matrix_commands([run for run, line in found if line])
+        ],
         "rows": [{"number": numbers[run.run_id], "command": line} for run, line in found if line],
         "foreign": numbers.cite(run.run_id for run, line in found if not line and _is_foreign(run)),
         "unnamed": numbers.cite(run.run_id for run, line in found if not line and not _is_foreign(run)),
     }
+
+
+def matrix_commands(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """As few command lines as make the runs: a ``harness matrix`` for every set of cases that share settings, configurations
+    and seeds, with every setting spelled out that it would not choose; runs on several ranks have their own."""
+    alone = [run for run in runs if run.config.get("world") in (None, 1)]
+    by_case: dict[tuple, list[RunRecord]] = defaultdict(list)
+    for run in alone:
+        by_case[tuple(case_arguments(run) or ()), _options(run)].append(run)
+    plans: dict[tuple, list[list[RunRecord]]] = defaultdict(list)
+    for (case, options), made in by_case.items():
+        for configs, seeds, part in _products(made):
+            one_model = case if len(case) > 1 else ()  # a matrix takes one --model, and any number of --cases
+            plans[one_model, options, configs, seeds].append(part)
+    lines = []
+    for (model, options, configs, seeds), parts in plans.items():
+        cases = model or ("--cases", *(argument for part in parts for argument in case_arguments(part[0]) or ()))
+        words = [*cases, "--configs", *configs, "--seeds", *map(str, seeds), *options, "--no-follow-up"]
+        lines.append((f"python -m harness matrix {shlex.join(words)}", [run for part in parts for run in part]))
+    return lines + [(line, [run]) for run in runs if run not in alone and (line := command(run))]
+
+
+def _options(run: RunRecord) -> tuple[str, ...]:
+    """A run's settings as arguments, where the command line would choose others; the preset always."""
+    usually = usual(run) | {"preset": None}
+    unusual = {name: value for name, value in settings_of(run).items() if usually.get(name) != value}
+    return tuple(argument for name, value in unusual.items() for argument in setting_arguments(name, value))
+
+
+def _products(runs: Sequence[RunRecord]) -> list[tuple[tuple[str, ...], tuple[int, ...], list[RunRecord]]]:
+    """One case's runs as products of configurations and seeds: configurations with the same seeds together."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for run in runs:
+        seeds[run.dtype_config].add(run.seed)
+    by_seeds: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for config, own in seeds.items():
+        by_seeds[tuple(sorted(own))].append(config)
+    return [
+        (tuple(clean(config, 80) for config in configs), own, [run for run in runs if run.dtype_config in configs])
+        for own, configs in by_seeds.items()
+    ]
 
 
 def command(run: RunRecord) -> str | None:

@@ -57,16 +57,20 @@ class Cell(NamedTuple):
 
 
 def run_rows(runs: Sequence[RunRecord], numbers: RowNumbers) -> list[dict]:
-    """One row a run, in the order of the citations: number, state, cells, link to the files."""
+    """One row a run, in the order of the citations: number, state, cells, link to the files; ``first_of_case`` where paper
+    puts the case's name over its rows."""
+    ordered = in_order(runs)
     return [
         {
             "number": numbers[run.run_id],
+            "case": clean(run.case, 40),
+            "first_of_case": at == 0 or ordered[at - 1].case != run.case,
             "status": run.status,
             "cells": _cells(run, numbers[run.run_id]),
             "run": clean(run.run_id, 80),
             "href": run_href(run.run_id),
         }
-        for run in in_order(runs)
+        for at, run in enumerate(ordered)
     ]
 
 
@@ -80,7 +84,7 @@ def _cells(run: RunRecord, number: int) -> list[Cell]:
     memory = next((size for size in (run.peak_allocated_bytes, run.peak_rss_bytes) if size is not None), None)
     return [
         Cell(str(number), str(number)),
-        Cell(clean(run.case, 40), kind="name"),
+        Cell(clean(run.case, 40), kind="name case"),
         Cell(clean(run.dtype_config, 40), kind="name"),
         Cell(str(run.seed), str(run.seed)),
         Cell(f"{run.status}, stalled" if run.stalled else run.status, kind="status"),

@@ -14,7 +14,7 @@ from report.plots.palette import look
 from report.plots.style import INK, LEGEND_IN, MUTED, SHADE, THIN_PT, legend_row, table_figure
 from report.text import clean
 
-ROW_IN, FRAME_IN = 1.9, 0.3
+ROW_IN, FRAME_IN, MOST_IN = 1.9, 0.3, 4.8
 PEAK_WORDS = {
     "allocated": "peak memory allocated",
     "rss": "peak resident memory",
@@ -27,7 +27,7 @@ def draw(table) -> Figure:
     """A panel a case: MFU over peak memory, and the Pareto frontier."""
     data = table.data
     rows = cases_in_rows(data)
-    figure = table_figure(table, ROW_IN * len(rows) + FRAME_IN + LEGEND_IN)
+    figure = table_figure(table, min(ROW_IN * len(rows), MOST_IN) + FRAME_IN + LEGEND_IN)
     _legend(figure, data)
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False, sharey=True)
     top = 125 * np.nanmax(data[["mfu_bf16_peak", "mfu_own", "high"]].to_numpy(float))

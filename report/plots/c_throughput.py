@@ -13,7 +13,7 @@ from report.plots.palette import look
 from report.plots.style import MUTED, PAPER, SMALL_PT, name_rows, table_figure
 from report.text import clean, rate
 
-ROW_IN, FRAME_IN = 0.168, 0.5
+ROW_IN, FRAME_IN = 0.148, 0.42
 LEAST, MOST = 1 / 16, 16.0
 """An interval beyond these is cut there, with an arrow: two seeds that scatter would leave no room for the rest."""
 

@@ -13,16 +13,17 @@ from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
 from report.tables.selection import REFERENCE
 from report.text import clean
 
-ROW_IN, FRAME_IN = 1.12, 0.3
+ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 5.1
 
 
 def draw(table) -> Figure:
     """A row a case: steps linear at the left, logarithmic at the right, where an early divergence is seen."""
     data = table.data
     cases = list(data["case"].unique())
+    row_in = min(ROW_IN, MOST_IN / len(cases))
     figure = table_figure(
         table,
-        ROW_IN * len(cases) + FRAME_IN,
+        row_in * len(cases) + FRAME_IN,
         "Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
         "Ring: spike, over 5 times the rolling median.",
     )
@@ -42,7 +43,7 @@ def draw(table) -> Figure:
             axes.margins(x=0.02)
         linear.set_title(clean(case), pad=8)
         linear.set_ylabel("gradient norm")
-        _names(log, rows, summary)
+        _names(log, rows, summary, row_in - 0.42)
     grid[-1][0].set_xlabel("step")
     grid[-1][1].set_xlabel("step, logarithmic")
     return figure
@@ -82,14 +83,14 @@ def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
         )
 
 
-def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
+def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: float) -> None:
     """Each configuration by name at the right: where it diverged, or its rate of spikes against fp32."""
     labels = []
     for config, runs in rows.groupby("dtype_config", sort=False):
         finite = runs[np.isfinite(runs["grad_norm"])]
         y = float(finite["grad_norm"].iloc[-1]) if len(finite) else axes.get_ylim()[0]
         labels.append((y, _label(config, summary[summary["dtype_config"] == config]), look(config)))
-    label_right(axes, labels, height_in=ROW_IN - 0.42)
+    label_right(axes, labels, height_in=height_in)
 
 
 def _label(config: str, summary: pd.DataFrame) -> str:

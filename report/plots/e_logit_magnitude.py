@@ -23,7 +23,7 @@ from report.plots.style import (
 )
 from report.text import clean, short
 
-ROW_IN, FRAME_IN = 0.98, 0.15
+ROW_IN, FRAME_IN, MOST_IN = 0.98, 0.15, 4.6
 HALF_WIDTH = 0.4
 NAME_CHARACTERS = 13
 WIDE_SLOT_IN, NARROW_SLOT_IN = 0.34, 0.2
@@ -37,7 +37,7 @@ def draw(table) -> Figure:
     configs = _beside(list(data["dtype_config"].unique()))
     figure = table_figure(
         table,
-        ROW_IN * len(cases) + FRAME_IN,
+        min(ROW_IN * len(cases), MOST_IN) + FRAME_IN,
         "Over each violin its largest finite value. n ✗: steps with a non-finite logit. Box: quartiles and median.",
     )
     grid = figure.subplots(len(cases), 1, squeeze=False, sharex=True, sharey=True)

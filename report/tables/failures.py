@@ -1,14 +1,16 @@
-"""Failed runs, one card each: what failed first, why, the largest values before it, and what helps."""
+"""Failed runs: what failed first, why, the largest values before it, what helps; grouped by producer and cause, with the
+controls that ran beside them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.tables.judgement import divergence_text, is_unfinished
+from report.tables.judgement import divergence_kind, divergence_text, is_unfinished
 from report.text import objects
 
 FAILED = ("diverged", "oom", "error", "hung")
@@ -51,6 +53,61 @@ class Failure:
     trace_file: str | None = None
     history: tuple[dict[str, Any], ...] = ()
     status: str = "diverged"
+
+
+@dataclass(frozen=True)
+class Control:
+    """A configuration that changes one thing, in the cases and seeds of a group: ids of the runs that survived, and that did
+    not. Both empty: it was not run."""
+
+    config: str
+    survived: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FailureGroup:
+    """Failures of one configuration with one cause at one kind of producer. ``example``: the member of which most is known."""
+
+    config: str
+    members: tuple[Failure, ...]
+    example: Failure
+    controls: tuple[Control, ...]
+
+
+def failure_groups(folder: Folder) -> tuple[FailureGroup, ...]:
+    """Every failure in its group; groups by how many they are."""
+    found: dict[tuple, list[Failure]] = {}
+    for failure in failures(folder):
+        found.setdefault(_producer(folder.by_id[failure.run_id]), []).append(failure)
+    groups = []
+    for members in found.values():
+        runs = [folder.by_id[member.run_id] for member in members]
+        example = max(
+            members, key=lambda member: sum(map(bool, (member.kernels, member.chain, member.remedies, member.history)))
+        )
+        groups.append(FailureGroup(runs[0].dtype_config, tuple(members), example, _controls(folder, runs)))
+    return tuple(sorted(groups, key=lambda group: -len(group.members)))
+
+
+def _producer(run: RunRecord) -> tuple:
+    """What makes two failures the same: configuration, phase, op, tensor and cause; the module differs from model to model."""
+    first, failure = run.first_nonfinite, run.flags.get("death")
+    if first is not None:
+        return run.dtype_config, run.status, first.phase, first.op, first.tensor, first.source_tensor, first.cause
+    return run.dtype_config, run.status, str(failure.get("cause")) if isinstance(failure, dict) else divergence_kind(run)
+
+
+def _controls(folder: Folder, failed: list[RunRecord]) -> tuple[Control, ...]:
+    """What became of the declared controls of the failed runs' configuration, in the same cases and seeds."""
+    declared = DTYPE_CONFIGS.get(failed[0].dtype_config)
+    cells = {(run.case, run.seed) for run in failed}
+    found = []
+    for config in declared.controls if declared else ():
+        runs = [run for run in folder.runs if run.dtype_config == config and (run.case, run.seed) in cells]
+        ends = {good: tuple(run.run_id for run in runs if (run.status == "completed") is good) for good in (True, False)}
+        found.append(Control(config, ends[True], ends[False]))
+    return tuple(found)
 
 
 def failures(folder: Folder) -> tuple[Failure, ...]:

@@ -18,6 +18,8 @@ from report.dossier.reproduce import command, commands, versions
 from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
 from report.harness_commands import setting_arguments
 from report.tables import kernel_time
+from report.tables.failures import Failure, FailureGroup, failure_groups
+from tests.report.conftest import ADAMW
 
 
 @pytest.fixture(scope="module")
@@ -264,18 +266,47 @@ def test_a_benchmark_is_printed_in_its_units():
 
 
 def card_of(runs, **fields):
-    empty = {
-        "run_id": runs[0].run_id,
-        "sentence": "died",
-        "cause": None,
-        "remedies": (),
-        "chain": (),
-        "kernels": (),
-        "history": (),
-        "trace_file": None,
-    }
+    failure = Failure(runs[0].run_id, "died", None, **fields)
     folder = SimpleNamespace(by_id={run.run_id: run for run in runs})
-    return failure_cards([SimpleNamespace(**empty | fields)], folder, RowNumbers(runs))["cards"][0]
+    group = FailureGroup(runs[0].dtype_config, (failure,), failure, ())
+    return failure_cards([group], folder, RowNumbers(runs))["cards"][0]
+
+
+def test_failures_of_one_producer_and_cause_are_one_card_that_cites_its_controls(plant):
+    """18 alike runs with their controls, of which one died too, and a run of another cause beside them."""
+    cases, controls = ("gpt2_clm", "gpt2_multi_cls", "roberta_mlm"), ("fp16_naive_eps1e4", "fp16_naive_fp32_states")
+    other = msgspec.structs.replace(ADAMW, phase="forward", tensor="output", source_tensor=None, cause="overflow", kind="inf")
+
+    def change(case, config, seed):
+        if config == "fp16_naive" or (config, case, seed) == (controls[0], "gpt2_clm", 0):
+            first = msgspec.structs.replace(ADAMW, module=f"{case}.wte")
+            return {"diverges_at": 1 + seed, "first": other if (case, seed) == ("roberta_mlm", 5) else first}
+        return {}
+
+    folder = plant(cases, ("fp32_true", "fp16_naive", *controls), range(6), change)
+    groups = failure_groups(folder)
+    assert sorted((group.config, len(group.members)) for group in groups) == [
+        ("fp16_naive", 1),
+        ("fp16_naive", 17),
+        (controls[0], 1),
+    ]
+    card = failure_cards(groups, folder, RowNumbers(folder.runs))["cards"][0]
+    assert card["where"] == "17 runs in 3 cases" and len(card["places"]) == 3
+    assert card["places"][0] == ["gpt2_clm", "0, 1, 2, 3, 4, 5", "1 to 6", "gpt2_clm.wte.param", "nan"]
+    assert [control["text"] for control in card["controls"]] == [
+        f"{controls[0]} survived in 16 of 17 of the same cases and seeds",
+        f"{controls[1]} survived in 17 of 17 of the same cases and seeds",
+    ]
+    assert all(control["rows"] for control in card["controls"])
+
+
+def test_a_control_that_was_not_run_is_not_said_to_have_survived(plant):
+    folder = plant(
+        ("gpt2_clm",), ("fp32_true", "fp16_naive"), (0,), lambda _, config, __: {"diverges_at": 1} if "naive" in config else {}
+    )
+    (group,) = failure_groups(folder)
+    (card,) = failure_cards((group,), folder, RowNumbers(folder.runs))["cards"]
+    assert {control["text"].split(" ", 1)[1] for control in card["controls"]} == {"was not run beside them"}
 
 
 def test_a_card_shows_remedies_in_columns(runs):
@@ -351,14 +382,12 @@ def test_a_sparkline_rises_with_the_logarithm_and_puts_zero_on_the_ground():
     assert sparkline([(1, 0.0), (2, 0.0)], "x") is None and sparkline([(1, 3.0)], "x") is None
 
 
-def test_many_failures_are_counted_and_not_all_printed(runs):
+def test_many_groups_are_counted_and_not_all_printed(runs):
     many = [
-        SimpleNamespace(
-            run_id=run.run_id, sentence="died", cause="", remedies=None, chain=None, kernels=None, history=None, trace_file=None
-        )
+        FailureGroup(run.dtype_config, (found := Failure(run.run_id, "died", None),), found, ())
         for run in runs[: MOST_CARDS + 3]
     ]
-    cards = failure_cards(many, SimpleNamespace(by_id={}), RowNumbers(runs))
+    cards = failure_cards(many, SimpleNamespace(by_id={run.run_id: run for run in runs}), RowNumbers(runs))
     assert len(cards["cards"]) == MOST_CARDS and cards["further"] == 3
 
 
