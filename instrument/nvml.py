@@ -19,6 +19,7 @@ CLOCK_EVENT_REASONS = dict(
     )
 )
 """Bit number -> why the clocks are below their maximum (nvml.h, ``nvmlClocksEventReason*``)."""
+MOST_NVLINKS = 18
 TEMPERATURE_GPU, CLOCK_SM, CLOCK_MEMORY = 0, 1, 2
 
 
@@ -58,7 +59,7 @@ class Nvml:
         )
 
     def device(self, uuid: str) -> dict[str, Any]:
-        """Memory in bytes, processes, power limit in watts, MIG and compute mode of ``GPU-...``."""
+        """Memory in bytes, processes, power limit in watts, PCIe and NVLink, MIG and compute mode of ``GPU-...``."""
 
         def handle() -> Any:
             return self._need("nvmlDeviceGetHandleByUUID", uuid)
@@ -74,9 +75,19 @@ class Nvml:
                 "processes": lambda: self._processes(handle()),
                 "power_limit_w": lambda: self._need("nvmlDeviceGetPowerManagementLimit", handle()) / 1e3,
                 "mig": lambda: bool(self._need("nvmlDeviceGetMigMode", handle())[0]),
+                "pcie_generation": lambda: int(self._need("nvmlDeviceGetMaxPcieLinkGeneration", handle())),
+                "pcie_lanes": lambda: int(self._need("nvmlDeviceGetMaxPcieLinkWidth", handle())),
+                "nvlinks": lambda: sum(self._nvlink(handle(), link) for link in range(MOST_NVLINKS)),
                 "compute_mode": lambda: COMPUTE_MODES.get(self._need("nvmlDeviceGetComputeMode", handle()), "unknown"),
             }
         )
+
+    def _nvlink(self, handle: Any, link: int) -> bool:
+        """Whether a link of the GPU is up; one that it does not have is not."""
+        try:
+            return bool(self._need("nvmlDeviceGetNvLinkState", handle, link))
+        except RuntimeError:
+            return False
 
     def sensors(self, uuid: str) -> dict[str, Callable[[], dict[str, Any]]]:
         """Questions quick enough to be asked twice a second, by NVML's name; each answers some fields.

@@ -31,7 +31,14 @@ def shortened(names: Iterable[str], most: int = 3) -> str:
 
 def times(interval: Interval) -> str:
     """``2.08x [2.01, 2.15]``, or ``2.08x (one seed)``."""
-    return f"{interval.value:.2f}x {bounds(interval, '.2f')}"
+    digits = max(2, enough_digits(interval.low, interval.high))
+    return f"{interval.value:.{digits}f}x {bounds(interval, f'.{digits}f')}"
+
+
+def enough_digits(low: float, high: float) -> int:
+    """Decimals in which the ends of an interval differ, so that a value agrees with its interval as printed; at most 5."""
+    width = high - low
+    return min(5, max(0, -math.floor(math.log10(width)))) if math.isfinite(width) and width > 0 else 0
 
 
 def bounds(interval: Interval, form: str) -> str:

@@ -13,16 +13,20 @@ from markupsafe import Markup
 
 from instrument.terminal import count
 from report.dossier import measurements
+from report.dossier.decision import HEADS as CASE_HEADS
+from report.dossier.decision import case_sections
 from report.dossier.failure_cards import failure_cards
 from report.dossier.prediction import prediction_text
-from report.dossier.reproduce import commands, versions
+from report.dossier.reproduce import commands
 from report.dossier.rows import HEADS, RowNumbers, run_rows
+from report.dossier.system import system_block
+from report.hypotheses.evidence import NOT_DECIDED
 from report.plots.draw import Drawn
 from report.tables import headroom
 from report.tables.selection import select
 from report.tables.speed import eligible
 from report.tables.table import Table
-from report.text import clean, gigabytes, joined
+from report.text import clean, joined
 
 MARK_MEANINGS = {
     "TINY PRESET": "Two-layer models and some dozen steps: mechanisms show, speeds and scores do not carry over.",
@@ -34,7 +38,6 @@ MARK_MEANINGS = {
 
 
 EXECUTIVE = "ACB"
-PEAK_KINDS = {"rss": "resident", "device": "on the device", "reserved": "reserved"}
 MACHINE = ("step_times", "hardware")
 SECTIONS = (
     ("decision", "Decision"),
@@ -48,15 +51,13 @@ SECTIONS = (
     ("methods", "Methods"),
     ("reproduce", "Reproduce"),
 )
-MOST_DEFECTS, MOST_EXCLUDED = 200, 12
+MOST_DEFECTS, MOST_EXCLUDED, MOST_REASONS = 200, 12, 4
 
 
 def header(folder) -> dict:
-    """Device, marks with their meaning, and the facts beneath the title."""
+    """Device, marks with their meaning, and the facts beneath the title: the runs, then the system."""
     runs = folder.runs
-    gpus = _values(run.env.get("gpu") or run.env.get("cpu") for run in runs)
     facts = [
-        ("Hardware", ", ".join(gpus) or "not recorded"),
         ("Preset", ", ".join(_values(run.preset for run in runs))),
         ("Data", ", ".join(_values(run.data_source for run in runs))),
         ("Weights", ", ".join(_values(run.weights_source for run in runs))),
@@ -72,7 +73,7 @@ def header(folder) -> dict:
     ]
     return {
         "device": clean(folder.device, 60),
-        "facts": facts,
+        "facts": [*facts, *system_block(folder)],
         "marks": [{"name": mark, "meaning": MARK_MEANINGS.get(mark, "")} for mark in folder.marks],
     }
 
@@ -100,8 +101,9 @@ def context(
         "machine_figures": [key for key in MACHINE if key in drawn],
         "figures": {letter: _figure(figure, tables[letter], numbers) for letter, figure in drawn.items()},
         "executive": [letter for letter in EXECUTIVE if letter in drawn],
-        "tasks": [_task(task, numbers) for task in verdict.cases],
-        "open_questions": [clean(question, 600) for question in verdict.open_questions],
+        "cases": case_sections(verdict, numbers),
+        "case_heads": CASE_HEADS,
+        "open_claims": [finding.id for finding in findings if finding.verdict == NOT_DECIDED],
         "next_command": clean(verdict.next_command or "", 600),
         "checks": [_check(check, numbers) for check in checks],
         "findings": _findings(findings, numbers),
@@ -122,7 +124,6 @@ def context(
         "run_heads": HEADS,
         "run_rows": run_rows(folder.runs, numbers),
         "commands": commands(folder.runs, numbers),
-        "versions": versions(folder.runs, folder.machine),
         "defects": [clean(defect, 400) for defect in folder.defects[:MOST_DEFECTS]],
         "n_defects": len(folder.defects),
     }
@@ -166,41 +167,18 @@ def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[
     reasons: dict[str, list[str]] = {}
     for run_id, reason in excluded:
         reasons.setdefault(clean(reason, 300), []).append(run_id)
+    shown = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    if len(shown) > MOST_REASONS:
+        others = [run_id for _, run_ids in shown[MOST_REASONS - 1 :] for run_id in run_ids]
+        shown = [*shown[: MOST_REASONS - 1], (f"{len(shown) - MOST_REASONS + 1} further reasons, in summary.json", others)]
     return [
         {
             "reason": reason,
             "rows": numbers.cite(run_ids),
             "others": [clean(run_id, 80) for run_id in run_ids if run_id not in numbers][:MOST_EXCLUDED],
         }
-        for reason, run_ids in reasons.items()
+        for reason, run_ids in shown
     ]
-
-
-def _task(task, numbers: RowNumbers) -> dict[str, Any]:
-    """One row of the decision page."""
-    speed = f"{task.relative_speed:.2f}x" if task.relative_speed is not None else None
-    if speed and task.low is not None and task.high is not None:
-        speed += f" [{task.low:.2f}, {task.high:.2f}]"
-    elif speed:
-        speed += " (no interval)"
-    return {
-        "column": clean(task.case),
-        "use": clean(task.use) if task.use else None,
-        "avoid": [clean(a, 300) for a in ([task.avoid] if isinstance(task.avoid, str) else task.avoid or ())],
-        "speed": speed,
-        "memory": _memory(task.peak_bytes, task.peak_kind),
-        "quality": clean(task.quality, 200) if task.quality not in (None, "") else None,
-        "cost": clean(task.cost or "", 200) or None,
-        "reason": clean(task.reason or "", 600),
-        "rows": numbers.cite(task.run_ids),
-    }
-
-
-def _memory(peak_bytes: float | None, kind: str | None) -> str | None:
-    """A peak with what it is a peak of, unless it is the usual one, memory allocated on the GPU."""
-    if peak_bytes is None:
-        return None
-    return gigabytes(peak_bytes) + ("" if kind in (None, "allocated") else f" {PEAK_KINDS.get(kind, clean(kind))}")
 
 
 def _check(check, numbers: RowNumbers) -> dict[str, Any]:

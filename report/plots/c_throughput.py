@@ -43,7 +43,8 @@ def _reach(data: pd.DataFrame) -> tuple[float, float]:
     ends = np.clip(ends[np.isfinite(ends)], LEAST, MOST)
     values = data["relative"].to_numpy(float)
     values = values[np.isfinite(values)]
-    return min(0.9, *(0.9 * ends), *(0.9 * values)), max(2.0, *(1.1 * ends), *(1.1 * values))
+    every = np.r_[1.0, ends, values]
+    return 0.9 * float(every.min()), max(2.0, 1.1 * float(every.max()))
 
 
 def _panel(axes: Axes, data: pd.DataFrame) -> None:

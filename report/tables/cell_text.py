@@ -7,7 +7,7 @@ import math
 from instrument.terminal import count
 from report.tables.cells import COMPLETED, Cell, Quality
 from report.tables.selection import REFERENCE
-from report.text import gigabytes, signed, times
+from report.text import enough_digits, gigabytes, signed, times
 
 HEADS = ("configuration", "state", "speed", "peak memory", "quality", "difference", "headroom", "verdict", "why")
 MEMORY_KINDS = {"allocated": "", "rss": " resident", None: ""}
@@ -17,7 +17,7 @@ UNKNOWN = "-"
 def cell_texts(cell: Cell) -> dict[str, str]:
     """What each of `HEADS` says. Speed and difference are against fp32_true of the same seeds, with 95 % t-intervals."""
     reference = cell.dtype_config == REFERENCE
-    shown = cell.qualities if any(quality.difference.n for quality in cell.qualities) or reference else cell.qualities[:1]
+    shown = shown_qualities(cell)
     values = (
         cell.dtype_config,
         state_text(cell),
@@ -30,6 +30,12 @@ def cell_texts(cell: Cell) -> dict[str, str]:
         cell.why,
     )
     return dict(zip(HEADS, values, strict=True))
+
+
+def shown_qualities(cell: Cell) -> tuple[Quality, ...]:
+    """Every measure where one was compared with fp32_true, and of fp32_true; else the first alone."""
+    compared = any(quality.difference.n for quality in cell.qualities) or cell.dtype_config == REFERENCE
+    return cell.qualities if compared else cell.qualities[:1]
 
 
 def state_text(cell: Cell) -> str:
@@ -76,6 +82,7 @@ def difference_text(quality: Quality) -> str:
     name = quality.name.replace("perplexity", "loss")
     if found.n == 0:
         return f"{name}: no difference measured"
+    digits = max(digits, enough_digits(scale * found.low, scale * found.high))
     low, high = (signed(scale * bound, digits) if math.isfinite(bound) else "" for bound in (found.low, found.high))
     interval = f" [{low}, {high}]" if found.known else ""
     return f"{name} {signed(scale * found.value, digits)}{interval} {unit}"

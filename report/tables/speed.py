@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from instrument.terminal import count
 from report.statistics import NOTHING, Interval, ratio_interval
 from report.tables.judgement import divergence_text
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, is_control, series_order
+from report.text import number
 
 FEWEST_STEPS = 50
 FEWEST_STEPS_TINY = 10
+SATURATED_PERCENT, LEAST_SHARE_PERCENT = 95.0, 80.0
+"""Of a machine, and of a core for each thread: a run on a busy processor that had less than this was slowed by others."""
 BF16, MEASURED, TOKENS = "bf16 peak", "measured peak", "tokens/s"
 FIELD = {BF16: "mfu_bf16_peak", MEASURED: "mfu_measured_peak"}
 NOT_MEASURED = (
@@ -61,14 +66,43 @@ def untimed_steps(run: RunRecord) -> int:
 
 
 def disturbed(run: RunRecord) -> str | None:
-    """Whether the GPU throttled or was shared with others, by ``flags["hardware"]``."""
-    hardware = run.flags.get("hardware") or {}
-    if not isinstance(hardware, dict):
-        return None
-    if hardware.get("throttled"):
-        reasons = hardware.get("throttle_reasons")
+    """Whether the device throttled or was shared with others; None where it was not, and where nobody knows."""
+    found = disturbances(run)
+    if found["throttled"]:
+        reasons = _hardware(run).get("throttle_reasons")
         return "throttled" + (f": {', '.join(map(str, reasons))}" if isinstance(reasons, list) and reasons else "")
-    return "contended: another process used the GPU" if hardware.get("contended") else None
+    if not found["contended"]:
+        return None
+    busy, own, threads = _cpu(run)
+    if _hardware(run).get("contended"):
+        return "contended: another process used the GPU"
+    return (
+        f"contended: the machine's CPU was at {busy:.0f} % and the run had {own / 100:.2f} cores for {count(threads, 'thread')}"
+    )
+
+
+def disturbances(run: RunRecord) -> dict[str, bool | None]:
+    """``throttled`` and ``contended``: true, false, or None where ``flags["hardware"]`` does not say. A run on the processor
+    was contended when the whole machine was busy and it had less of it than its threads could use."""
+    hardware = _hardware(run)
+    found = {name: value if isinstance(value := hardware.get(name), bool) else None for name in ("throttled", "contended")}
+    busy, own, threads = _cpu(run)
+    if found["contended"] is None and run.config.get("device") == "cpu" and busy is not None and own is not None:
+        found["contended"] = busy >= SATURATED_PERCENT and own < LEAST_SHARE_PERCENT * threads
+    return found
+
+
+def _hardware(run: RunRecord) -> dict[str, Any]:
+    hardware = run.flags.get("hardware")
+    return hardware if isinstance(hardware, dict) else {}
+
+
+def _cpu(run: RunRecord) -> tuple[float | None, float | None, int]:
+    """Medians of the machine's use (100 %: all of it) and of the run's (100 %: one core), and its threads."""
+    hardware, switches = _hardware(run), run.flags.get("switches")
+    threads = run.config.get("threads") or (switches.get("threads") if isinstance(switches, dict) else None)
+    busy, own = (number(hardware.get(f"{whose}_cpu_percent_median")) for whose in ("system", "process"))
+    return busy, own, threads if isinstance(threads, int) and not isinstance(threads, bool) and threads > 0 else 1
 
 
 def y_kind(runs: Iterable[RunRecord]) -> str | None:

@@ -10,7 +10,7 @@ from instrument.terminal import count
 from report.significance import FEWEST_SEEDS
 from report.tables.judgement import is_unfinished, judge_runs
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, select
-from report.tables.speed import eligible
+from report.tables.speed import disturbances, eligible
 from report.text import number, objects, shortened
 
 DISTURBED = ("throttled", "contended")
@@ -90,16 +90,19 @@ def _seeds(selection: Selection) -> Check:
 
 
 def _exclusions(folder: Folder, selection: Selection) -> Check:
+    """Runs left out of speed and memory, and whether the device was throttled or shared; "?" for runs that do not know."""
     _, excluded = eligible(folder, selection)
-    disturbed = [(run_id, reason) for run_id, reason in excluded if reason.startswith(DISTURBED)]
-    ids = tuple(run_id for run_id, _ in excluded)
-    if not excluded:
-        return Check("exclusions", True, "No run is left out of the figures of speed and memory.")
-    reasons = shortened([f"{run_id} ({reason})" for run_id, reason in disturbed or excluded], 2)
-    what = f"{len(disturbed)} throttled or contended" if disturbed else "none throttled or contended"
-    runs = f"{count(len(excluded), 'run')} {'is' if len(excluded) == 1 else 'are'}"
-    text = f"{runs} left out of the figures of speed and memory, {what}: {reasons}."
-    return Check("exclusions", not disturbed, text, ids)
+    found = [(run_id, reason) for run_id, reason in excluded if reason.startswith(DISTURBED)]
+    unknown = {
+        name: sum(run.status == "completed" and disturbances(run)[name] is None for run in selection.runs) for name in DISTURBED
+    }
+    known = [f"{name}: ? for {count(n, 'completed run')}" for name, n in unknown.items() if n]
+    runs = f"{count(len(excluded), 'run')} {'is' if len(excluded) == 1 else 'are'}" if excluded else "No run is"
+    reasons = f": {shortened([f'{run_id} ({reason})' for run_id, reason in found or excluded], 2)}" if excluded else ""
+    what = f"{len(found)} of them throttled or contended" if found else "" if known else "none was throttled or contended"
+    text = "; ".join([f"{runs} left out of the figures of speed and memory{reasons}", *filter(None, [what]), *known])
+    ok = False if found else None if known else True
+    return Check("exclusions", ok, f"{text}.", tuple(run_id for run_id, _ in excluded))
 
 
 def _overhead(folder: Folder) -> Check:

@@ -14,8 +14,9 @@ from instrument.results.schemas import RunRecord, decode
 from report.dossier import build, measurements
 from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards, sparkline
 from report.dossier.measurements import ABSENT, FIT_HEADS, fit_rows
-from report.dossier.reproduce import command, commands, versions
+from report.dossier.reproduce import command, commands
 from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
+from report.dossier.system import system_block
 from report.harness_commands import setting_arguments
 from report.tables import kernel_time
 from report.tables.failures import Failure, FailureGroup, failure_groups
@@ -68,7 +69,7 @@ def test_a_command_spells_out_every_setting_and_is_safe_to_paste(runs):
 
 def test_what_this_harness_did_not_make_has_no_command(runs):
     numbers = RowNumbers(runs)
-    assert commands(runs, numbers) == {"rows": [], "foreign": [("1–84", "row-1")], "unnamed": []}
+    assert commands(runs, numbers) == {"matrix": [], "rows": [], "foreign": [("1–84", "row-1")], "unnamed": []}
 
 
 OWN = """
@@ -151,7 +152,7 @@ def test_an_own_case_whose_name_is_not_known_has_no_command(runs, said):
         runs[0], case="mine", flags={} if said is None else {"case_spelled": said}, config={"preset": "tiny"}
     )
     assert command(row) is None
-    assert commands([row], RowNumbers([row])) == {"rows": [], "foreign": [], "unnamed": [("1", "row-1")]}
+    assert commands([row], RowNumbers([row])) == {"matrix": [], "rows": [], "foreign": [], "unnamed": [("1", "row-1")]}
 
 
 @pytest.mark.parametrize("value", [[], {"lr": 3}, None, "x"])
@@ -160,13 +161,45 @@ def test_a_row_with_broken_settings_still_has_its_command(runs, value):
     assert command(msgspec.structs.replace(runs[0], flags={}, config={"preset": "tiny"} | broken)) is not None
 
 
-def test_versions_that_differ_are_all_listed(runs):
-    rows = [
-        msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "memory_bytes": 25e9, "secret": "x"})
-        for i, run in enumerate(runs[:3])
-    ]
-    assert versions(rows, {}) == [("torch", "2.10 (2 rows); 2.11 (1 row)"), ("memory", "25.0 GB")]
-    assert versions([], {"python": "3.11"}) == [("python", "3.11")]
+def system_of(runs, machine=None, **fields):
+    return dict(
+        system_block(SimpleNamespace(runs=[msgspec.structs.replace(run, **fields) for run in runs], machine=machine or {}))
+    )
+
+
+def test_the_system_is_described_and_what_nobody_recorded_is_a_question_mark(runs):
+    block = system_of(runs[:2], env={"cpu": "EPYC", "cpu_sockets": 2, "cpu_cores": 64, "cpu_count": 128, "memory_bytes": 25e9})
+    assert block["Processor"] == "EPYC" and block["Sockets, cores"] == "2 sockets, 64 cores, 128 threads"
+    assert block["Memory"] == "25.0 GB" and block["Storage"] == block["Operating system"] == block["Measured ceiling"] == "?"
+    gpu = system_of(
+        runs[:1], env={"gpu": "H200", "gpu_count": 8, "gpu_pcie_generation": 5, "gpu_pcie_lanes": 16, "gpu_nvlinks": 18}
+    )
+    assert gpu["Accelerator"] == "H200" and gpu["Its links"] == "PCIe 5 x16, 18 NVLinks" and gpu["Driver"] == "?"
+
+
+def test_systems_that_differ_are_all_listed(runs):
+    rows = [msgspec.structs.replace(run, env={"torch_version": f"2.1{i % 2}", "secret": "x"}) for i, run in enumerate(runs[:3])]
+    block = system_of(rows)
+    assert block["torch"] == "2.10 (2 rows); 2.11 (1 row)" and "x" not in block.values()
+
+
+def test_whether_a_run_was_disturbed_is_known_unknown_or_read_from_the_processor(runs):
+    def state(**hardware):
+        return system_of(runs[:2], flags={"hardware": hardware}, config={"device": "cpu", "threads": 1})["State"]
+
+    assert state(throttled=None, contended=None) == "throttled ? and contended ?"
+    busy = {"system_cpu_percent_median": 100.0}
+    assert state(**busy, process_cpu_percent_median=29.0) == "throttled ? and contended 2 of 2 rows"
+    assert state(**busy, process_cpu_percent_median=99.0) == "throttled ? and contended 0 of 2 rows"
+    assert state(system_cpu_percent_median=60.0, process_cpu_percent_median=29.0) == "throttled ? and contended 0 of 2 rows"
+    assert state(throttled=False, contended=False) == "throttled 0 of 2 rows and contended 0 of 2 rows"
+
+
+def test_the_best_measured_rate_is_named_and_a_busy_machine_is_a_warning(runs):
+    rows = [{"dtype": "fp32", "flops_per_s": rate} for rate in (2e10, 3e10)]
+    measured = {"matmul": rows, "copy": [{"bytes_per_s": 9e9}], "cpu_busy_before_frac": 1.0}
+    block = system_of(runs[:1], {"measured": measured})
+    assert block["Measured ceiling"] == "fp32 30 GFLOP/s, copy 9 GB/s (other work took 100 % of the CPU: too low)"
 
 
 @pytest.mark.parametrize("run_id", ["../../etc/passwd", "a/b", "javascript:x", "a..b", "ä", "x y"])

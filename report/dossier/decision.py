@@ -1,0 +1,79 @@
+"""Screen one: a table per case with the state, figures, verdict and reason of every configuration, as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from report.dossier.rows import RowNumbers
+from report.tables.cell_text import (
+    UNKNOWN,
+    difference_text,
+    headroom_text,
+    memory_text,
+    shown_qualities,
+    speed_text,
+    state_text,
+    value_text,
+)
+from report.tables.cells import AVOID, LOST, RECOMMENDED, RUNNER_UP, USABLE, Cell
+from report.tables.choice import CaseTable
+from report.tables.selection import REFERENCE
+from report.text import clean
+
+HEADS = (
+    "Configuration",
+    "State",
+    "Speed vs fp32_true",
+    "Peak memory",
+    "Quality",
+    "Difference from fp32_true",
+    "Logit headroom to 65,504",
+    "Verdict",
+)
+KINDS = {RECOMMENDED: "yes", RUNNER_UP: "yes", USABLE: "quiet", AVOID: "no", LOST: "no"}
+
+
+def case_sections(verdict, numbers: RowNumbers) -> list[dict[str, Any]]:
+    """One entry a case: the answer in a sentence, rows, costs and citations."""
+    costs = {case.case: case.cost for case in verdict.cases}
+    return [
+        {
+            "case": clean(table.case, 60),
+            "column": clean(table.column, 40),
+            "answer": answer(table),
+            "use": table.use,
+            "cost": clean(costs.get(table.case) or "", 200),
+            "rows": [_row(cell, numbers) for cell in table.cells],
+        }
+        for table in verdict.tables
+    ]
+
+
+def answer(table: CaseTable) -> str:
+    """``use amp_bf16 (the fastest ...); runner-up fp32_true``, or why nothing is recommended."""
+    reason = clean(table.reason, 400)
+    if table.use is None:
+        return f"No recommendation: {reason}."
+    others = [f"runner-up {clean(table.runner_up, 60)}"] if table.runner_up else []
+    others += [f"without a shown loss {clean(table.lossless, 60)}"] if table.lossless else []
+    return "; ".join([f"Use {clean(table.use, 60)}: {reason}", *others]) + "."
+
+
+def _row(cell: Cell, numbers: RowNumbers) -> dict[str, Any]:
+    reference, shown = cell.dtype_config == REFERENCE, shown_qualities(cell)
+    differences = [] if reference else [difference_text(quality) for quality in shown if quality.difference.n]
+    return {
+        "config": clean(cell.dtype_config, 40),
+        "state": clean(state_text(cell), 160),
+        "speed": speed_text(cell),
+        "memory": memory_text(cell),
+        "quality": [clean(value_text(quality), 120) for quality in shown] or [UNKNOWN],
+        "difference": differences or ["the reference" if reference else UNKNOWN],
+        "headroom": headroom_text(cell).split(" (")[0],
+        "logit": headroom_text(cell).partition(" (")[2].rstrip(")"),
+        "verdict": cell.verdict,
+        "kind": KINDS.get(cell.verdict, "open"),
+        "chosen": cell.verdict == RECOMMENDED,
+        "why": clean(cell.why, 400),
+        "rows": numbers.cite(cell.run_ids),
+    }
