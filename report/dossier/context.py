@@ -38,7 +38,7 @@ MARK_MEANINGS = {
 
 
 EXECUTIVE = "ACB"
-MACHINE = ("step_times", "hardware")
+MACHINE = ("hardware", "step_times")
 SECTIONS = (
     ("decision", "Decision"),
     ("trust", "Can you trust this?"),
@@ -113,7 +113,7 @@ def context(
         "class_rows": class_rows,
         "top_heads": measurements.TOP_HEADS,
         "top_rows": measurements.top_kernels(tables["kernel_time"].summary),
-        "mfu_rows": measurements.mfu_rows(eligible(folder, select(folder))[0]),
+        "mfu_tables": measurements.mfu_tables(eligible(folder, select(folder))[0]),
         "kernel_heads": measurements.KERNEL_HEADS,
         "kernel_rows": measurements.kernel_rows(folder.kernels),
         "overhead_heads": measurements.OVERHEAD_HEADS,

@@ -59,6 +59,14 @@ def answer(table: CaseTable) -> str:
     return "; ".join([f"Use {clean(table.use, 60)}: {reason}", *others]) + "."
 
 
+def _reason(cell: Cell) -> str:
+    """Why, without the difference that stands in its own column."""
+    text = cell.why
+    for quality in cell.qualities:
+        text = text.replace(f"{difference_text(quality)}: ", f"{quality.name} ")
+    return text
+
+
 def _row(cell: Cell, numbers: RowNumbers) -> dict[str, Any]:
     reference, shown = cell.dtype_config == REFERENCE, shown_qualities(cell)
     differences = [] if reference else [difference_text(quality) for quality in shown if quality.difference.n]
@@ -74,6 +82,6 @@ def _row(cell: Cell, numbers: RowNumbers) -> dict[str, Any]:
         "verdict": cell.verdict,
         "kind": KINDS.get(cell.verdict, "open"),
         "chosen": cell.verdict == RECOMMENDED,
-        "why": clean(cell.why, 400),
+        "why": clean(_reason(cell), 400),
         "rows": numbers.cite(cell.run_ids),
     }

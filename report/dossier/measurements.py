@@ -12,10 +12,14 @@ import pandas as pd
 from instrument.results.schemas import RunRecord
 from report.dossier.rows import ABSENT
 from report.tables.kernel_time import IDLE
-from report.tables.selection import by_cell
+from report.tables.selection import by_cell, series_order
 from report.text import clean, number, objects, short
 
-DENOMINATORS = ("mfu", "mfu_bf16_peak", "mfu_measured_peak")
+DENOMINATORS = {
+    "mfu": "the peak of the dtype of each FLOP",
+    "mfu_bf16_peak": "the card's bf16 peak",
+    "mfu_measured_peak": "the rate measured here",
+}
 MAX_ROWS = 60
 TOP_HEADS = ("case", "configuration", "kernel", "class", "phase", "calls a step", "ms a step", "inputs")
 KERNEL_HEADS = ("op", "case", "way", "status", "time (us)", "time over ours", "GB/s", "share of copy", "pairs", "note")
@@ -29,16 +33,30 @@ FIT_HEADS = tuple(
 )
 
 
-def mfu_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Case, configuration, and the six MFUs (three denominators x all and real tokens), in per cent:
-    medians over seeds. Rows without any are left out."""
-    fields = [field + tokens for field in DENOMINATORS for tokens in ("", "_real_tokens")]
-    rows = []
-    for (case, config), group in by_cell(runs).items():
-        values = [[v for run in group if (v := getattr(run, field)) is not None and math.isfinite(v)] for field in fields]
-        if any(values):
-            rows.append([clean(case), clean(config), *(f"{100 * median(v):.1f}" if v else ABSENT for v in values)])
-    return rows
+def mfu_tables(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """A table for each denominator that was measured: a row a configuration, a column a case, in per cent the median over seeds
+    of all tokens, and of real ones where padding makes them fewer."""
+    cells = by_cell(runs)
+    cases = list(dict.fromkeys(case for case, _ in cells))
+    tables = []
+    for field, name in DENOMINATORS.items():
+        found = {key: text for key, group in cells.items() if (text := _utilisation(group, field))}
+        configs = series_order({config for _, config in found})
+        rows = [[clean(config), *(found.get((case, config), ABSENT) for case in cases)] for config in configs]
+        if rows:
+            tables.append({"name": name, "heads": ["configuration", *map(clean, cases)], "rows": rows})
+    return tables
+
+
+def _utilisation(group: Sequence[RunRecord], field: str) -> str | None:
+    every, real = (
+        [v for run in group if (v := getattr(run, field + tokens)) is not None and math.isfinite(v)]
+        for tokens in ("", "_real_tokens")
+    )
+    if not every:
+        return None
+    text = f"{100 * median(every):.1f}"
+    return text if not real or f"{100 * median(real):.1f}" == text else f"{text} (real {100 * median(real):.1f})"
 
 
 def kernel_classes(data: pd.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -13,7 +13,9 @@ from report.plots.palette import look
 from report.plots.style import MUTED, PAPER, SMALL_PT, name_rows, table_figure
 from report.text import clean, rate
 
-ROW_IN, FRAME_IN = 0.148, 0.42
+ROW_IN, FRAME_IN = 0.132, 0.4
+MOST_IN_PAIRS = 4
+"""Cases that stand two in a row; more stand three in a row, and the first of a row names the configurations."""
 LEAST, MOST = 1 / 16, 16.0
 """An interval beyond these is cut there, with an arrow: two seeds that scatter would leave no room for the rest."""
 
@@ -22,6 +24,9 @@ def draw(table) -> Figure:
     """A point with its interval on a logarithmic axis, a facet a case; a run that gave no speed is a text."""
     data = table.data
     rows = cases_in_rows(data)
+    if sum(map(len, rows)) > MOST_IN_PAIRS:
+        cases = [case for row in rows for case in row]
+        rows = [cases[at : at + 3] for at in range(0, len(cases), 3)]
     heights = [ROW_IN * max((data["case"] == case).sum() for case in row) + FRAME_IN for row in rows]
     figure = table_figure(table, sum(heights))
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False, height_ratios=heights, sharex=True)
@@ -30,6 +35,9 @@ def draw(table) -> Figure:
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         _panel(axes, data[data["case"] == case])
+        first = next(row[0] for row in rows if case in row)
+        if list(data.loc[data["case"] == first, "dtype_config"]) == list(data.loc[data["case"] == case, "dtype_config"]):
+            axes.tick_params(labelleft=case == first or len(rows[0]) < 3)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(2.0 ** np.arange(np.ceil(np.log2(low)), np.floor(np.log2(high)) + 1))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
@@ -68,7 +76,7 @@ def _panel(axes: Axes, data: pd.DataFrame) -> None:
         if np.isfinite(row["low"]) and np.isfinite(row["high"]):
             _interval(axes, at, row["low"], row["high"], style.colour)
         axes.plot(row["relative"], at, style.marker, color=style.colour, markersize=4.6, mec="white", mew=0.4)
-        speed = f"{row['relative']:.2f}x · {rate(row['samples_per_s'])}/s · n={row['n']:.0f}"
+        speed = f"{row['relative']:.2f}x {rate(row['samples_per_s'])}/s n={row['n']:.0f}"
         axes.text(1.015, at, speed, va="center", size=SMALL_PT, transform=axes.get_yaxis_transform())
     name_rows(axes, data["dtype_config"], limit=26)
     axes.set_title(clean(data["case"].iloc[0]))

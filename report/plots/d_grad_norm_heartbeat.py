@@ -13,7 +13,7 @@ from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
 from report.tables.selection import REFERENCE
 from report.text import clean
 
-ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 5.1
+ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 3.9
 
 
 def draw(table) -> Figure:

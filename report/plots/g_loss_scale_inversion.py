@@ -15,7 +15,7 @@ from report.plots.style import MUTED, SMALL_PT, legend_in, legend_row, table_fig
 from report.tables.selection import REFERENCE, series_order
 from report.text import clean
 
-LOSS_IN, DIFFERENCE_IN, FRAME_IN = 1.12, 0.86, 0.2
+LOSS_IN, DIFFERENCE_IN, FRAME_IN = 0.86, 0.68, 0.2
 
 
 def draw(table) -> Figure:

@@ -14,7 +14,7 @@ from report.plots.style import table_figure
 from report.tables import headroom
 from report.text import clean
 
-ROW_IN, FRAME_IN = 0.135, 0.55
+ROW_IN, FRAME_IN = 0.125, 0.48
 MOST_BITS = 16.0
 DANGER = LinearSegmentedColormap.from_list("headroom", ["#6d0f16", "#d6503c", "#f5b56a", "#f4ead2", "#dfe9f2"])
 

@@ -23,7 +23,7 @@ from report.plots.style import (
 )
 from report.text import clean, short
 
-LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 1.0, 0.108, 0.33, 0.25
+LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 0.85, 0.092, 0.27, 0.2
 CLASS_BAR_IN, CLASS_FRAME_IN, FOOT_IN = 0.2, 0.36, 0.25
 MOST_BARS, BODY_IN = 40, 1.75
 

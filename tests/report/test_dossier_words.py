@@ -219,23 +219,15 @@ def test_a_value_that_begins_with_a_dash_is_no_option():
     assert setting_arguments("compile", True) == ["--compile"]
 
 
-def test_mfu_is_the_median_over_seeds_in_per_cent(runs):
+def test_mfu_is_the_median_over_seeds_in_per_cent_a_table_a_denominator(runs):
     rows = [
-        msgspec.structs.replace(run, mfu=value, mfu_measured_peak=None)
+        msgspec.structs.replace(run, mfu=value, mfu_real_tokens=value / 2, mfu_bf16_peak=None, mfu_measured_peak=None)
         for run, value in zip([runs[0], runs[1]], (0.2, 0.4), strict=True)
     ]
-    (row,) = measurements.mfu_rows(rows)
-    assert row[:3] == ["gpt2_clm", "fp32_true", "30.0"] and row[6:] == ["–", "–"]
-    assert (
-        measurements.mfu_rows(
-            [
-                msgspec.structs.replace(
-                    runs[0], **dict.fromkeys([name for name in RunRecord.__struct_fields__ if name.startswith("mfu")])
-                )
-            ]
-        )
-        == []
-    )
+    (table,) = measurements.mfu_tables(rows)
+    assert table["heads"] == ["configuration", "gpt2_clm"] and table["rows"] == [["fp32_true", "30.0 (real 15.0)"]]
+    none = dict.fromkeys(name for name in RunRecord.__struct_fields__ if name.startswith("mfu"))
+    assert measurements.mfu_tables([msgspec.structs.replace(runs[0], **none)]) == []
 
 
 PROFILE = {
