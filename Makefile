@@ -40,6 +40,7 @@ quick: $(READY)
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -k "not all_trials_lose_nothing"
 	$(BIN)/python -m tests.soak.reliability
+	$(BIN)/python -m tests.soak.mutation
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -59,12 +59,9 @@ def _in_fp32(out_variant):
     """The op through its ``out=`` variant, in fp32 where the operands are fp16."""
 
     def product(*operands: torch.Tensor, **scalars) -> torch.Tensor:
-        left, right = operands[-2], operands[-1]
-        shape = (*left.shape[:-1], right.shape[-1])
-        if left.dtype != torch.float16:
-            return out_variant(*operands, **scalars, out=torch.empty(shape, dtype=left.dtype))
-        result = torch.empty(shape, dtype=torch.float32)
-        out_variant(*(operand.float() for operand in operands), **scalars, out=result)
-        return result.half()
+        dtype = operands[-1].dtype
+        if dtype != torch.float16:
+            return out_variant(*operands, **scalars, out=torch.empty(0, dtype=dtype))
+        return out_variant(*(operand.float() for operand in operands), **scalars, out=torch.empty(0)).half()
 
     return product

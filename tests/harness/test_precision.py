@@ -16,6 +16,7 @@ from harness.run.execute import load_run_data, make_batches, model_request
 from kernels import scale_
 
 CPU = torch.device("cpu")
+INF = torch.tensor(float("inf"))
 
 
 def test_fp32_products_are_fp32_on_the_cpu():
@@ -88,6 +89,12 @@ def test_the_accumulation_proof_distinguishes_fp32_from_fp16_partial_sums(monkey
         return torch.stack(parts).sum(0, dtype=torch.float16)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", in_pieces)
+    assert not precision.accumulates_in_fp32(CPU, torch.float16)
+
+
+def test_the_accumulation_proof_notices_a_single_element(monkeypatch):
+    """A kernel may accumulate in fp16 at the edge of a tile only."""
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.zeros(64, 64).index_put_([torch.tensor(3)] * 2, INF))
     assert not precision.accumulates_in_fp32(CPU, torch.float16)
 
 
@@ -350,6 +357,12 @@ def test_fp16_on_this_cpu_is_recorded(plan):
 def test_tf32_does_not_exist_on_a_cpu():
     with pytest.raises(Unsupported, match="TF32 is a mode of NVIDIA tensor cores"):
         refuse_what_the_device_lacks(DTYPE_CONFIGS["fp32_tf32"], CPU)
+
+
+def test_a_configuration_that_the_device_lacks_is_refused_before_any_switch_is_set(monkeypatch):
+    monkeypatch.setattr(precision, "set_switches", lambda *_, **__: pytest.fail("switches were set"))
+    with pytest.raises(Unsupported, match="TF32 is a mode"):
+        Precision(DTYPE_CONFIGS["fp32_tf32"], CPU)
 
 
 @pytest.mark.parametrize(

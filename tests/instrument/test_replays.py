@@ -152,6 +152,28 @@ def test_the_diagnosis_says_what_float64_gives_and_what_was_left():
     assert [(o.argument, o.dtype, o.absmax) for o in d.operands] == [("self", "float16", 300.0), ("other", "float16", 300.0)]
 
 
+def test_only_the_zeros_that_failed_are_counted():
+    """60,000 / 0.001 overflows beside 1 / 0, and 0 beside them divides nothing."""
+    found = why(lambda w, x: torch.cat([w / x, x]), [1.0, 60_000.0, 1.0], [0.0, 1e-3, 1.0])
+    assert (found.op, found.diagnosis.output.nonfinite, found.diagnosis.output.zero_denominators) == ("aten.div", 2, 1)
+
+
+def test_a_second_moment_of_zero_beside_an_overflow_is_not_its_cause():
+    """Fused AdamW in fp32: a step of 1e38 from 3e38 overflows; where no gradient came, exp_avg_sq = 0 is healthy."""
+    weight = nn.Parameter(torch.tensor([-3e38, 1.0, 1.0]))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = torch.optim.AdamW([weight], lr=1e38, weight_decay=0.0, fused=True)
+
+    def step(number, recorder):
+        (weight[:1] * 1.0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found = examine(1, step, Snapshot(0, model, optimizer), model, optimizer)
+    assert (found.op, found.cause, found.diagnosis.output.zero_denominators) == ("aten._fused_adamw_", "overflow", 0)
+
+
 def test_the_same_op_in_fp32_is_healthy():
     assert why(lambda w, x: w * x, [300.0], [300.0], torch.float32) is None
 

@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in options.only:
             room = ROOMS[name]
             coverage, limit_s = laboratory.prepare(name, room)
-            planted = [_planted(*plant) for plant in PLANTED if any(Path(plant[1]).match(glob) for glob in room.files)]
+            planted = [laboratory.plant(*plant) for plant in PLANTED if any(Path(plant[1]).match(glob) for glob in room.files)]
             living += [mutant for mutant in planted if laboratory.survives(mutant, room, coverage, limit_s, None)]
-            sample = _sample(room, -(-options.mutants // len(ROOMS)), options.seed)
+            sample = laboratory.sample(room, -(-options.mutants // len(ROOMS)), options.seed)
             whys = []
             for mutant in sample:
                 why = explained.get(mutant.path, {}).get(mutant.key)
@@ -69,19 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for mutant in living:
         print(f"planted, and no test notices: {mutant.key} ({mutant.path}:{mutant.line})")
     return RUN_FAILED if living or unexplained > UNEXPLAINED_SHARE * run else OK
-
-
-def _sample(room: Room, count: int, seed: int) -> list[Mutant]:
-    files = sorted({path for glob in room.files for path in ROOT.glob(glob)})
-    found = [mutant for path in files for mutant in mutants(str(path.relative_to(ROOT)), path.read_bytes())]
-    return sorted(sorted(found, key=lambda mutant: mutant.order(seed))[:count], key=lambda mutant: (mutant.path, mutant.line))
-
-
-def _planted(what: str, path: str, old: str, new: str) -> Mutant:
-    source = (ROOT / path).read_text()
-    if source.count(old) != 1:
-        raise SystemExit(f"targets.py plants {what!r} in {path}, where its text stands {source.count(old)} times")
-    return Mutant(path, source[: source.index(old)].count("\n") + 1, what, source.replace(old, new).encode())
 
 
 Coverage = dict[tuple[str, int], list[str]]
@@ -99,6 +86,19 @@ class Laboratory:
             if (ROOT / name).is_file():
                 (self._root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, self._root / name)
+
+    def sample(self, room: Room, count: int, seed: int) -> list[Mutant]:
+        """So many mutants of a room's files, in the order of their lines."""
+        files = {str(path.relative_to(self._root)): path for glob in room.files for path in self._root.glob(glob)}
+        found = [mutant for name, path in files.items() for mutant in mutants(name, path.read_bytes())]
+        return sorted(sorted(found, key=lambda m: m.order(seed))[:count], key=lambda m: (m.path, m.line))
+
+    def plant(self, what: str, path: str, old: str, new: str) -> Mutant:
+        """A mutant of `PLANTED`; raises SystemExit where its text does not stand once."""
+        source = (self._root / path).read_text()
+        if source.count(old) != 1:
+            raise SystemExit(f"targets.py plants {what!r} in {path}, where its text stands {source.count(old)} times")
+        return Mutant(path, source[: source.index(old)].count("\n") + 1, what, source.replace(old, new).encode())
 
     def prepare(self, name: str, room: Room) -> tuple[Coverage, float]:
         """Run a room's tests on the code as it is: which test runs which line, and the time limit of a mutant. Raises

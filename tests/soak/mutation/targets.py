@@ -70,12 +70,12 @@ PLANTED = (
         "r.nan + r.inf + (old.nonfinite if old else 0)",
         "r.nan + r.inf",
     ),
-    ("NaN before -inf in the rule of blame", "instrument/replay/graph.py", "return strong or edges", "return edges"),
+    ("NaN before -inf in the rule of blame", "instrument/replay/graph.py", "if edge.kinds != NEG_INF] or faults", "]"),
     (
         "all zero denominators counted",
         "instrument/replay/diagnosis.py",
-        "int(((denominator == 0) & bad).sum())",
-        "int((denominator == 0).sum())",
+        "(~exact.isfinite() & nudged(0).isfinite())",
+        "nudged(0).isfinite()",
     ),
     (
         "<= at the edge of underflow",
