@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-RUN ?= gpt2_multi_cls amp_fp16 --preset tiny --data embedded
+RUN ?= --cases gpt2_multi_cls --configs fp32_true amp_fp16 fp16_naive --preset tiny --data embedded
 OUT ?= results/tiny
 SHARD ?= 1/1
 CONSTRAINTS ?= constraints.txt
 
 .PHONY: help run test quick soak lint matrix bench gpu gpu-dossier freeze clean
 help:
-	@echo "make run     set up .venv, run the main job ($(RUN)) and build its dossier"
+	@echo "make run     set up .venv, run the main job beside its fp32 reference and a configuration that diverges, build the dossier"
 	@echo "make test    set up .venv and run the tests"
 	@echo "make quick   the tests that start no process, in a minute and a half"
 	@echo "make matrix  every case x configuration (tiny, embedded data), and the dossier"
@@ -24,8 +24,10 @@ $(READY): setup.py $(CONSTRAINTS) install.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" CONSTRAINTS="$(CONSTRAINTS)" sh install.sh
 	@touch $@
 
+# The main job is gpt2_multi_cls under amp_fp16; fp32_true judges it, and fp16_naive, which diverges, brings its controls.
 run: $(READY)
-	$(BIN)/python -m harness case $(RUN) --out $(OUT)
+	$(BIN)/python -m harness doctor --measure --out $(OUT)
+	$(BIN)/python -m harness matrix $(RUN) --out $(OUT)
 	$(BIN)/python -m report build $(OUT)
 
 # Three test processes on two cores: some tests wait for what they started. The order of files is tests/conftest.py's.

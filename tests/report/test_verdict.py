@@ -145,32 +145,38 @@ def test_open_questions_are_the_claims_not_decided(plant):
 
 
 REAL = {"flags": {}}
+STOPPED = {"status": "preempted", "val_loss": None}
+ALL = f"--configs {' '.join(CONFIGS)} --seeds 0 1 2 --preset full"
 
 
 @pytest.mark.parametrize(
     ("cases", "configs", "seeds", "given", "command"),
     [
-        ((LM,), ("amp_bf16",), (0, 1, 2), REAL, "--cases gpt2_clm --preset full"),
-        ((LM,), ("fp32_true",), (0,), REAL | {"status": "preempted", "val_loss": None}, "--cases gpt2_clm --preset full"),
-        ((LM,), CONFIGS, (0, 1, 2), REAL | {"end": 9.9}, "--cases gpt2_clm --lr 0.00033 --preset full"),
-        ((LM,), CONFIGS, (0,), REAL, "--cases gpt2_clm --seeds 0 1 2 --preset full"),
+        ((LM,), ("amp_bf16",), (0, 1, 2), REAL, "--cases gpt2_clm --configs fp32_true --seeds 0 1 2 --preset full"),
+        (
+            (LM,),
+            ("fp32_true",),
+            (0,),
+            REAL | {"status": "preempted", "val_loss": None},
+            "--cases gpt2_clm --configs fp32_true --seeds 0 --preset",
+        ),
+        ((LM,), CONFIGS, (0, 1, 2), REAL | {"end": 9.9}, "--seeds 0 1 2 3 --lr 0.00033 --preset full"),
+        ((LM,), CONFIGS, (0,), REAL, f"--cases gpt2_clm {ALL}"),
         ((LM,), CONFIGS, (0, 1, 2), REAL, "--cases roberta_mlm gpt2_multi_cls"),
-        (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL, "python -m report build"),
+        (tuple(c.id for c in CASES.values() if c.in_default_matrix), CONFIGS, (0, 1, 2), REAL, ""),
         (
             tuple(c.id for c in CASES.values() if c.in_default_matrix),
             CONFIGS,
             (0, 1, 2),
             REAL | {"preset": "tiny"},
-            "python -m harness matrix --preset full",
+            "roberta_single_cls --seeds 0 1 2 --preset full",
         ),
-        ((LM,), CONFIGS, (0,), {}, "python -m harness matrix --seeds 0 1 2"),
+        ((LM,), CONFIGS, (0,), {}, "python -m harness matrix --cases gpt2_clm --seeds 0 1 2 --preset full"),
     ],
 )
 def test_the_next_command_fills_the_largest_gap(plant, cases, configs, seeds, given, command):
-    assert command in verdict(plant(cases, configs, seeds, lambda *_: dict(given))).next_command
-
-
-STOPPED = {"status": "preempted", "val_loss": None}
+    found = verdict(plant(cases, configs, seeds, lambda *_: dict(given))).next_command
+    assert command in found and bool(command) == bool(found)
 
 
 def test_a_rival_that_was_stopped_is_not_recommended(plant):
@@ -187,7 +193,7 @@ def test_a_rival_that_was_stopped_is_not_recommended(plant):
 
 def test_what_was_stopped_is_asked_for_again_and_is_no_seed(plant):
     folder = plant((LM,), CONFIGS, change=lambda case, config, seed: REAL | (STOPPED if seed else {}))
-    assert "--cases gpt2_clm --seeds 0 1 2" in verdict(folder).next_command
+    assert f"--cases gpt2_clm --configs {' '.join(CONFIGS)} --seeds 0 1 2" in verdict(folder).next_command
     (seeds,) = [check for check in trust(folder) if check.name == "seeds"]
     assert seeds.ok is False and seeds.sentence.startswith("1 seed a cell")
 
@@ -210,8 +216,8 @@ MODEL = {"case": "gpt_neo_clm", "flags": {"case_spelled": ["--model", "my model"
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (MINE, ["--cases", "my dir/mine.py:CASE", "--seeds"]),
-        (MODEL, ["--model", "my model", "--task", "clm", "--seeds"]),
+        (MINE, ["--cases", "my dir/mine.py:CASE", "--configs"]),
+        (MODEL, ["--model", "my model", "--task", "clm", "--configs"]),
         (MINE | {"flags": {}}, ["--cases", "gpt2_clm", "roberta_mlm"]),
     ],
 )
@@ -239,10 +245,8 @@ def test_the_next_command_makes_runs_that_compare_with_those_there_are(plant):
         }
 
     folder = plant((LM, MULTI), CONFIGS, (0,), lambda case, *_: config(0.5 if case == LM else 0.25))
-    assert (
-        "--cases gpt2_clm --seeds 0 1 2 --preset full --lr 0.5 --data 'my data' --text-field body --max-steps 60 --sdpa "
-        "math --compile --out" in verdict(folder).next_command
-    )
+    settings = "--lr 0.5 --data 'my data' --text-field body --max-steps 60 --sdpa math --compile"
+    assert f"--cases gpt2_clm {ALL} {settings} --out" in verdict(folder).next_command
     assert "--lr 0.5 " in verdict(plant((LM,), CONFIGS, (0,), lambda *_: config(0.5), "same rate")).next_command
 
 
