@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def modules_after(statement: str, *watched: str) -> list[str]:
@@ -55,6 +59,45 @@ def test_the_layers_hold():
     assert done.returncode == 0, done.stdout
 
 
+ROOMS = ("bench_cases", "ddbench", "harness", "instrument", "kernels", "report")
+
+
+def imports_of(*rooms):
+    """Who imports whom, with imports inside functions, without those for type checkers alone."""
+    import grimp
+    import networkx
+
+    imports = grimp.build_graph(*rooms, exclude_type_checking_imports=True, cache_dir=None)
+    return networkx.DiGraph((a, b) for a in imports.modules for b in imports.find_modules_directly_imported_by(a))
+
+
+def outside_of_all_layers(modules, contracts):
+    """The modules below a room with layers that no layer holds. A room and its `__main__` may import all of it."""
+    layers = {module.strip() for contract in contracts for layer in contract.get("layers", ()) for module in layer.split("|")}
+    layers = {layer for layer in layers if "." in layer}
+    rooms = {layer.partition(".")[0] for layer in layers}
+    packages = {module.rpartition(".")[0] for module in modules}
+
+    def free(module):
+        room, _, name = module.partition(".")
+        return room not in rooms or name == "__main__" or module in packages
+
+    return sorted(
+        module for module in modules if not free(module) and not any(f"{module}.".startswith(f"{layer}.") for layer in layers)
+    )
+
+
+def test_every_module_has_a_layer():
+    """Import-linter says nothing about a module that no layer names."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    modules = set(imports_of(*ROOMS).nodes)
+    assert {module.partition(".")[0] for module in modules} == set(ROOMS)
+    assert outside_of_all_layers(modules, contracts) == []
+    planted = {"harness.upward", "harness.forensics.upward", "instrument.upward", "kernels.upward", "report.upward"}
+    assert outside_of_all_layers(modules | planted, contracts) == sorted(planted), "a new module that no layer names"
+    assert outside_of_all_layers(modules | {"harness.run.upward"}, contracts) == [], "a new module of a package is in its layer"
+
+
 def test_transformers_does_not_take_our_kernels_for_the_hubs():
     from transformers.utils.import_utils import is_kernels_available
 
@@ -79,12 +122,27 @@ def test_bitsandbytes_loads_without_a_warning_about_our_kernels():
 
 
 def test_no_module_reaches_itself_through_its_imports():
-    """Imports inside functions count; those for type checkers alone do not."""
-    import grimp
     import networkx
 
-    rooms = ("bench_cases", "ddbench", "harness", "instrument", "kernels", "report")
-    imports = grimp.build_graph(*rooms, exclude_type_checking_imports=True, cache_dir=None)
-    graph = networkx.DiGraph((a, b) for a in imports.modules for b in imports.find_modules_directly_imported_by(a))
+    graph = imports_of(*ROOMS)
     assert graph.number_of_edges() > 500
     assert not [circle for circle in networkx.strongly_connected_components(graph) if len(circle) > 1]
+
+
+def packages_in_a_circle(graph):
+    """Groups of packages and modules directly in a room of which each reaches the others."""
+    import networkx
+
+    whole = networkx.DiGraph()
+    for pair in graph.edges:
+        ours, theirs = (".".join(module.split(".")[:2]) for module in pair)
+        if ours != theirs and "." in ours and "." in theirs:
+            whole.add_edge(ours, theirs)
+    return [sorted(circle) for circle in networkx.strongly_connected_components(whole) if len(circle) > 1]
+
+
+def test_no_package_reaches_itself_through_another():
+    graph = imports_of(*ROOMS)
+    assert packages_in_a_circle(graph) == []
+    graph.add_edge("instrument.replay.replays", "instrument.watch.surface")
+    assert packages_in_a_circle(graph) == [["instrument.replay", "instrument.watch"]]

@@ -39,7 +39,7 @@ from instrument.terminal import STATUS_STYLES, count, print_section
 from kernels.float_formats import FP16, float_format
 
 if TYPE_CHECKING:
-    from harness.forensics.counterfactual import Counterfactual
+    from harness.inspect.counterfactual import Counterfactual
 
 
 def inspect_command(options: argparse.Namespace) -> int:
@@ -222,8 +222,8 @@ CAUSES = {
 
 def try_command(options: argparse.Namespace) -> int:
     """Try the changes, print a table; ``--json`` prints the result as one object on standard output."""
-    from harness.forensics.changes import refuse_unknown
-    from harness.forensics.counterfactual import try_changes
+    from harness.inspect.changes import refuse_unknown
+    from harness.inspect.counterfactual import try_changes
 
     if options.repro is not None:
         raise SettingsError("--try and --repro are two commands; give one of them")

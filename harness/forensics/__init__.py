@@ -1,3 +1,3 @@
-"""Why a run failed: its failed step replayed from what the run stored, and again with one thing changed. How a replay finds
-the op is `instrument.replay`; what is shown of it is `harness.inspect`.
+"""Why a run failed: its failed step replayed, in the run or from what it stored. How a replay finds the op is
+`instrument.replay`; what is shown of it, and what one change would have done, is `harness.inspect`.
 """

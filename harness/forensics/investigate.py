@@ -29,13 +29,13 @@ from harness.parallel.failure_location import first_of_all, of_this_rank
 from harness.training import Training
 from instrument.replay.diagnosis import SUM_OVER_RANKS
 from instrument.replay.replays import Examination, Replayed, Replays
+from instrument.replay.snapshot import Seen
 from instrument.results.files import replace
 from instrument.results.measurements import ForensicsRecord, TapReading
 from instrument.results.schemas import FirstNonfinite, StepRecord
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 from instrument.watch.meter import Divergence
-from instrument.watch.surface import Seen
 from instrument.watch.taps import ModuleTaps
 
 T = TypeVar("T")

@@ -1,1 +1,3 @@
-"""``python -m harness inspect``: what a run's files say about its end, in characters or as a script. Reads; runs no step."""
+"""``python -m harness inspect``: what a run's files say about its end, in characters or as a script; with ``--try`` its failed
+step once more with one thing changed.
+"""

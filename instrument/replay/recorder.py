@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from instrument.hooks import call_with_hooks, tensors_in, wrap_unscale
 from instrument.replay.diagnosis import (
     SUM_OVER_RANKS,
     TRITON_PREFIX,
@@ -36,7 +37,6 @@ from instrument.replay.diagnosis import (
 )
 from instrument.replay.graph import AFTER, Edge, Node, StepGraph
 from instrument.replay.storages import FlushedZeros, Storages, is_part
-from instrument.watch.hooks import call_with_hooks, tensors_in, wrap_unscale
 
 BORN = "lift_fresh"
 """The op that ``torch.tensor(...)`` calls on its numbers: the tensor is made there."""

@@ -17,9 +17,8 @@ import torch
 from instrument.replay.diagnosis import SUM_OVER_RANKS, UNRECORDED_WRITE, Diagnosis, diagnose, runs_again
 from instrument.replay.graph import NAN, Culprit, Node, StepGraph
 from instrument.replay.recorder import OpRecorder
-from instrument.replay.snapshot import Snapshot
+from instrument.replay.snapshot import Seen, Snapshot
 from instrument.results.schemas import FirstNonfinite
-from instrument.watch.surface import Seen, surfaced
 
 StepFunction = Callable[[int, OpRecorder | None], None]
 """Runs one whole step of training; the recorder, when there is one, is already recording."""
@@ -305,4 +304,4 @@ class Replays:
 
 def skip_surfaced(step: int) -> FirstNonfinite:
     """A skipped step as the loss scaler shows it, for a replay to complete."""
-    return surfaced(step, "unscale", "grad", "inf")
+    return FirstNonfinite.surfaced(step, "unscale", "grad", "inf")

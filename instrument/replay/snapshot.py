@@ -1,4 +1,4 @@
-"""The state of a training run, kept in host memory, and put back into the same objects.
+"""The state of a training run, kept in host memory, and put back into the same objects; and what a step showed.
 
 ``load_state_dict`` would not do: bitsandbytes' casts float states to the parameter's dtype, and
 states made since would stay. So tensors are copied as they are, and what did not exist is removed.
@@ -10,9 +10,37 @@ import copy
 import random
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from instrument.results.schemas import FirstNonfinite
+
+
+class Seen(NamedTuple):
+    """What a step showed that failed or was skipped: enough to know it again."""
+
+    first: FirstNonfinite | None
+    loss: float
+    grad_norm: float | None
+    updated: bool
+
+    def same_as(self, other: Seen, tolerance: float) -> bool:
+        """Same phase, tensor, module and kind, and the same loss and norm up to a relative ``tolerance``."""
+        if self.first is None or other.first is None or self.updated != other.updated:
+            return False
+        place, other_place = ((f.phase, f.tensor, f.module, f.kind) for f in (self.first, other.first))
+        return (
+            place == other_place
+            and _equal(self.loss, other.loss, tolerance)
+            and _equal(self.grad_norm, other.grad_norm, tolerance)
+        )
+
+
+def _equal(a: float | None, b: float | None, tolerance: float) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
 @dataclass(frozen=True)

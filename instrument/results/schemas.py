@@ -97,6 +97,15 @@ class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.cause is not None:
             _one_of("first_nonfinite.cause", self.cause, CAUSES)
 
+    @classmethod
+    def surfaced(cls, step: int, phase: str, tensor: str, kind: str, **known: Any) -> FirstNonfinite:
+        """A failure as the counters show it, with what is ``known`` of module, microbatch, dtype and rank; op, cause and
+        headroom are the replay's to fill."""
+        unknown: dict[str, Any] = dict.fromkeys(
+            ("microbatch", "module", "op", "source_tensor", "dtype", "cause", "input_absmax", "headroom_bits", "rank")
+        )
+        return cls(step=step, phase=phase, phase_surfaced=phase, tensor=tensor, kind=kind, **unknown | known)
+
 
 class StepRecord(Record, frozen=True, kw_only=True):
     """One attempted update: a line of ``training_logs/run_<run_id>.jsonl``.

@@ -28,11 +28,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from instrument.hooks import blocks, leaves, tensors_in
 from instrument.results.files import replace
 from instrument.results.schemas import PHASES
 from instrument.trace.time_table import PHASE_PREFIX, WINDOW, time_table
 from instrument.trace.tracks import CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of
-from instrument.watch.hooks import blocks, leaves, tensors_in
 
 
 class TraceWindow:
@@ -164,7 +164,7 @@ OURS = "ddb.ours.magnitudes"
 
 
 class ModuleMagnitudes:
-    """A context around traced steps of ``model``: watches its blocks and leaves (`instrument.watch.hooks`)."""
+    """A context around traced steps of ``model``: watches its blocks and leaves (`instrument.hooks`)."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -9,37 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from instrument.replay.snapshot import Seen
 from instrument.results.schemas import FirstNonfinite, nonfinite_name
 from instrument.watch.counters import GRADIENTS, StepCounters
 from instrument.watch.taps import TapReading
-
-
-class Seen(NamedTuple):
-    """What a step showed that failed or was skipped: enough to know it again."""
-
-    first: FirstNonfinite | None
-    loss: float
-    grad_norm: float | None
-    updated: bool
-
-    def same_as(self, other: Seen, tolerance: float) -> bool:
-        """Same phase, tensor, module and kind, and the same loss and norm up to a relative ``tolerance``."""
-        if self.first is None or other.first is None or self.updated != other.updated:
-            return False
-        place, other_place = ((f.phase, f.tensor, f.module, f.kind) for f in (self.first, other.first))
-        return (
-            place == other_place
-            and _equal(self.loss, other.loss, tolerance)
-            and _equal(self.grad_norm, other.grad_norm, tolerance)
-        )
-
-
-def _equal(a: float | None, b: float | None, tolerance: float) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
 @dataclass(frozen=True)
@@ -139,7 +114,7 @@ class Surface:
 
     def _of_microbatch(self, phase: str, kind: str, microbatch: int | None) -> FirstNonfinite:
         rank = microbatch // (len(self.logits) // self.world) if self.world > 1 and microbatch is not None else None
-        return surfaced(self.step, phase, "output", kind, microbatch=microbatch, rank=rank)
+        return FirstNonfinite.surfaced(self.step, phase, "output", kind, microbatch=microbatch, rank=rank)
 
     def _in_gradients(self) -> FirstNonfinite:
         where = self.bad_gradients
@@ -152,7 +127,7 @@ class Surface:
     def _in_clip_norm(self) -> FirstNonfinite | None:
         norm = self.row.get("clip_norm", 0.0)
         spoilt = self._shows("param") and not math.isfinite(norm)
-        return surfaced(self.step, "clip", "grad_norm", nonfinite_name(norm)) if spoilt else None
+        return FirstNonfinite.surfaced(self.step, "clip", "grad_norm", nonfinite_name(norm)) if spoilt else None
 
     def _in_states(self) -> FirstNonfinite | None:
         if not self._shows("state"):
@@ -169,7 +144,7 @@ class Surface:
         return self._in_tensor(kind, phase, tensor, self.counters.names[index], self.counters.parameters[index].dtype, step)
 
     def _in_tensor(self, kind: str, phase: str, tensor: str, name: str, dtype: object, step: int) -> FirstNonfinite:
-        return surfaced(
+        return FirstNonfinite.surfaced(
             step,
             phase,
             tensor,
@@ -181,7 +156,7 @@ class Surface:
 
     def _in_module(self, readings: Sequence[TapReading], phase: str, tensor: str) -> FirstNonfinite:
         reading = innermost(readings)
-        return surfaced(self.step, phase, tensor, prevailing(reading.nan - reading.inf), module=reading.module)
+        return FirstNonfinite.surfaced(self.step, phase, tensor, prevailing(reading.nan - reading.inf), module=reading.module)
 
 
 def innermost(readings: Sequence[TapReading]) -> TapReading:
@@ -195,12 +170,3 @@ def innermost(readings: Sequence[TapReading]) -> TapReading:
 def prevailing(nan_surplus: float) -> str:
     """The kind of a tensor with ``nan_surplus`` more NaN than infinities."""
     return "nan" if nan_surplus > 0 else "inf"
-
-
-def surfaced(step: int, phase: str, tensor: str, kind: str, **known: Any) -> FirstNonfinite:
-    """A failure as the counters show it, with what is ``known`` of module, microbatch, dtype and rank; op, cause and
-    headroom are the replay's to fill."""
-    unknown: dict[str, Any] = dict.fromkeys(
-        ("microbatch", "module", "op", "source_tensor", "dtype", "cause", "input_absmax", "headroom_bits", "rank")
-    )
-    return FirstNonfinite(step=step, phase=phase, phase_surfaced=phase, tensor=tensor, kind=kind, **unknown | known)

@@ -22,12 +22,13 @@ from typing import Any
 import msgspec
 import torch
 
+from instrument.hooks import Hook, after_any_update, tensors_in, wrap_unscale
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.replays import Examination, Replayed, Replays, skip_surfaced
+from instrument.replay.snapshot import Seen
 from instrument.results.schemas import PHASES, EventRecord, FirstNonfinite
 from instrument.watch.counters import StepCounters
-from instrument.watch.hooks import Hook, after_any_update, tensors_in, wrap_unscale
-from instrument.watch.surface import Seen, Surface
+from instrument.watch.surface import Surface
 from instrument.watch.taps import Headroom, HeadroomTable, ModuleTaps
 
 

@@ -9,8 +9,8 @@ import torch
 
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.lookup import UnknownId
-from harness.forensics.changes import change_of, changes_of, confirms, enclosing_modules, with_fp32_moments
-from harness.forensics.rerun import in_fp32
+from harness.inspect.changes import change_of, changes_of, confirms, enclosing_modules, with_fp32_moments
+from harness.inspect.rerun import in_fp32
 from harness.settings import SettingsError
 from instrument.replay.snapshot import Snapshot
 from instrument.results.schemas import FirstNonfinite

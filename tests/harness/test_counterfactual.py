@@ -9,10 +9,10 @@ import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from harness.cli import main
-from harness.forensics.changes import change_of, without_options
-from harness.forensics.counterfactual import last_step, try_changes
-from harness.forensics.rerun import rebuild
 from harness.forensics.stored import read_state
+from harness.inspect.changes import change_of, without_options
+from harness.inspect.counterfactual import last_step, try_changes
+from harness.inspect.rerun import rebuild
 from harness.planning import plan_run
 from harness.run.execute import execute
 from harness.settings import Request, SettingsError

@@ -17,7 +17,7 @@ from harness.parallel.strategy import ParallelStrategy, takes_part
 from harness.run.outcome import Outcome
 from harness.run.signals import Stopped, StopTogether
 from instrument.replay.diagnosis import SUM_OVER_RANKS
-from instrument.watch.surface import surfaced
+from instrument.results.schemas import FirstNonfinite
 
 
 class Scripted(DistributedContext):
@@ -33,7 +33,7 @@ class Scripted(DistributedContext):
 
 
 def found(phase, microbatch, op="aten.mul"):
-    first = surfaced(3, phase, "output", "inf", module="m", microbatch=microbatch)
+    first = FirstNonfinite.surfaced(3, phase, "output", "inf", module="m", microbatch=microbatch)
     return type(first)(**{name: getattr(first, name) for name in first.__struct_fields__} | {"op": op})
 
 

@@ -13,8 +13,8 @@ import torch
 from bench_cases.lookup import BadDeclaration
 from bench_cases.models import build_model, weights_sha256
 from harness.forensics import stored
-from harness.forensics.rerun import rebuild, settings_of
 from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError
+from harness.inspect.rerun import rebuild, settings_of
 from harness.precision import Precision
 from harness.run.execute import execute, load_run_data, make_batches, model_request
 from harness.training import Training
@@ -159,7 +159,7 @@ def test_what_is_not_as_it_was_is_named(plan, tmp_path, monkeypatch):
         settings_of(msgspec.structs.replace(record, config=record.config | {"unheard_of": 1}))
     other = rebuild(msgspec.structs.replace(record, env=record.env | {"torch_version": "1.0"}))
     assert other.warnings == (f"torch_version was 1.0 and is {record.env['torch_version']}",)
-    monkeypatch.setattr("harness.forensics.rerun.fingerprint", lambda *_, **__: "changed")
+    monkeypatch.setattr("harness.inspect.rerun.fingerprint", lambda *_, **__: "changed")
     with pytest.raises(RebuildError, match=r"differs: data_fingerprint '.*' -> 'changed'"):
         settings_of(record)
 
@@ -235,4 +235,4 @@ def test_only_one_place_turns_a_rows_words_into_a_case():
     rooms = ("bench_cases", "harness", "instrument", "kernels", "report", "ddbench")
     sources = [path for room in rooms for path in (root / room).rglob("*.py")]
     converts = [path.relative_to(root).as_posix() for path in sources if re.search(r"convert\(.*, Case\)", path.read_text())]
-    assert converts == ["harness/forensics/rerun.py"]
+    assert converts == ["harness/inspect/rerun.py"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from harness.optimizer import adamw_for
 from instrument import NonfiniteError, Watch
-from instrument.watch.hooks import blocks, leaves, tensors_in
+from instrument.hooks import blocks, leaves, tensors_in
 from instrument.watch.taps import ModuleTaps
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from instrument import Watch
+from instrument.hooks import blocks
 from instrument.results.schemas import FirstNonfinite
-from instrument.watch.hooks import blocks
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from instrument.watch.surface import surfaced
+from instrument.results.schemas import FirstNonfinite
 from tests.soak.forensics import trials
 from tests.soak.forensics.planted_models import MODELS, PLANTS, build
 from tests.soak.forensics.trials import measure
@@ -51,16 +51,17 @@ def test_wrong_answers_are_found_out():
         module="twice",
         step=2,
     )
-    right = replace_replay(surfaced(2, "forward", "output", "nan", module="twice"))
+    right = replace_replay(FirstNonfinite.surfaced(2, "forward", "output", "nan", module="twice"))
     expected = (2, "forward", "twice")
     judge = trials._judge
     assert judge(trial, expected, right) == ""
     assert judge(trial, expected, None) == "named nothing"
     assert judge(trial, None, right) == "named a healthy run"
-    assert judge(trial, expected, replace_replay(surfaced(3, "forward", "output", "nan", module="twice")))
-    assert judge(trial, expected, replace_replay(surfaced(2, "backward", "output", "nan", module="twice")))
-    assert judge(trial, expected, replace_replay(surfaced(2, "forward", "output", "nan", module="deep.0")))
-    assert judge(trial, expected, surfaced(2, "forward", "output", "nan", module="twice")) == "the replay did not match"
+    assert judge(trial, expected, replace_replay(FirstNonfinite.surfaced(3, "forward", "output", "nan", module="twice")))
+    assert judge(trial, expected, replace_replay(FirstNonfinite.surfaced(2, "backward", "output", "nan", module="twice")))
+    assert judge(trial, expected, replace_replay(FirstNonfinite.surfaced(2, "forward", "output", "nan", module="deep.0")))
+    unreplayed = FirstNonfinite.surfaced(2, "forward", "output", "nan", module="twice")
+    assert judge(trial, expected, unreplayed) == "the replay did not match"
     assert judge(replace(trial, plant="overflow_weight"), expected, right) == "cause None, not overflow"
 
 

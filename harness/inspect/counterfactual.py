@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from harness.forensics.changes import Change, change_of, changes_of, confirms, enclosing_modules
-from harness.forensics.rerun import ChangedRun, Rebuilt, rebuild, run_changed, run_unchanged
 from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError, read_state
+from harness.inspect.changes import Change, change_of, changes_of, confirms, enclosing_modules
+from harness.inspect.rerun import ChangedRun, Rebuilt, rebuild, run_changed, run_unchanged
 from harness.precision import DTYPES, Unsupported
 from harness.settings import SettingsError
 from instrument.replay.snapshot import NamedState

@@ -19,8 +19,8 @@ from bench_cases import CASES, Case, DtypeConfig
 from bench_cases.data import fingerprint
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model, weights_sha256
-from harness.forensics.changes import Change, with_fp32_moments, without_options
 from harness.forensics.stored import RebuildError
+from harness.inspect.changes import Change, with_fp32_moments, without_options
 from harness.loss import training_loss
 from harness.planning import choose_device, data_options, sources_fingerprint
 from harness.precision import Precision
