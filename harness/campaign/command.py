@@ -128,6 +128,7 @@ class Call:
         self.content, self.results, self.out, self.ends_s, self.stop = content, results, out, ends_s, stop
         self.asked, self.machine, self.stages = content.asked, content.machine, content.stages
         self.total_s, self.grace_s = 60 * content.total_minutes, GRACE_S[self.machine["device"]]
+        self.half_s = (ends_s - time.monotonic()) / 2  # of the call
 
     def run(self, *, retry: bool) -> int:
         """Everything there is time for; with ``retry`` also what failed before. Returns the exit code."""
@@ -243,8 +244,9 @@ class Call:
         return plan
 
     def dossier_s(self) -> float:
-        """What one is expected to take at most."""
-        return max(DOSSIER_S[self.machine["device"]], 1.5 * self.stages.get("dossier", StageState()).last_s)
+        """What one is expected to take at most; a call has half of its minutes for the stages in any case."""
+        expected_s = max(DOSSIER_S[self.machine["device"]], 1.5 * self.stages.get("dossier", StageState()).last_s)
+        return min(self.half_s, expected_s)
 
     def dossier(self) -> None:
         """Build it, if a run has ended and nobody asked to stop, and pack what is there."""

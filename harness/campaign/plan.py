@@ -31,8 +31,7 @@ LADDER = ((0.0, 1), (0.0, 3), (0.2, 3), (0.3, 3), (0.5, 3), (1.0, 3))
 """(Share of the preset's steps, seeds), by cost; never fewer steps than the pilot's. Of a case the report shows the variant
 with the most runs, which is the pilot until there are more."""
 
-# By case label and configuration: seconds of a run whatever its steps, and of one step.
-Costs = dict[tuple[str, str], tuple[float, float]]
+Costs = dict[tuple[str, str], tuple[float, float]]  # by label, configuration: seconds of a run whatever its steps, of a step
 
 
 def find_machine(asked: dict[str, Any], *, estimates: bool) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def campaign(tmp_path, monkeypatch):
         return ends.pop(0) if len(ends) > 1 else ends[0]
 
     monkeypatch.setattr(command, "run_command", run)
-    call.ran, call.ends, call.times, call.machine = [], {}, {}, machine
+    call.ran, call.ends, call.times, call.machine, call.results = [], {}, {}, machine, tmp_path / "results"
     call.state = lambda: json.loads((tmp_path / "results" / "campaign.json").read_text())
     return call
 
@@ -395,6 +395,19 @@ def test_a_small_call_keeps_time_free_for_a_dossier_only_where_there_can_be_one(
     for name, dossier_s in (("doctor", 0.0), ("run-gpt2_clm-s0", command.DOSSIER_S["cpu"]), ("check", 0.0)):
         [(limits_s, grace_s)] = campaign.times[name]
         assert 100 < limits_s["the call's end"] + grace_s + dossier_s <= 120, name
+
+
+def test_a_dossier_that_takes_longer_than_a_call_leaves_half_of_it_to_the_stages(campaign, monkeypatch):
+    """A machine that is busy with something else: without this no call would ever do anything but build a dossier."""
+    campaign.ends = {"check": [(-15, "the call's end")]}
+    monkeypatch.setattr(command, "finished_runs", lambda out: ["a run"])
+    assert campaign("--minutes", "3", "--skip", "fit") == 75
+    state = campaign.state()
+    state["stages"]["dossier"]["last_s"] = 1e4
+    command.replace(campaign.results / "campaign.json", json.dumps(state).encode())
+    assert campaign("--minutes", "3") == 75
+    limits_s, grace_s = campaign.times["check"][-1]
+    assert limits_s["the call's end"] + grace_s == pytest.approx(90, abs=5)
 
 
 def test_something_worth_reading_is_packed_after_every_call(campaign, tmp_path):
