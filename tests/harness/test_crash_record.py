@@ -13,8 +13,8 @@ from harness.supervisor.crash_record import amend, logged_steps, write_crash_rec
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
 from instrument.results.claims import RunClaimed
 from instrument.results.folder import finished_run, finished_runs
+from instrument.results.schemas import FirstNonfinite
 from instrument.watch.meter import Divergence
-from instrument.watch.surface import surfaced
 
 HOLD = """import sys, time; from pathlib import Path; from instrument.results.claims import claim
 claim(Path(sys.argv[1]), sys.argv[2]); print("held", flush=True); time.sleep(60)"""
@@ -49,7 +49,7 @@ def test_a_dead_run_keeps_what_it_had_reached(dead, tmp_path):
 def test_a_run_that_dies_in_its_forensics_has_diverged(dead, tmp_path, exit_code):
     settings, _, monitor = dead
     outcome = Outcome()
-    outcome.diverged(Divergence(3, surfaced(3, "optimizer", "param", "nan"), "param is nan"))
+    outcome.diverged(Divergence(3, FirstNonfinite.surfaced(3, "optimizer", "param", "nan"), "param is nan"))
     row = write_crash_record(summarize(settings, outcome), tmp_path, monitor, exit_code)
     assert (row.status, row.divergence_step, row.steps_done, row.error) == ("diverged", 3, 3, "param is nan")
     assert row.first_nonfinite.tensor == "param" and "death" not in row.flags
