@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.optimizer import BETAS, adamw_for, round_stochastically, rounded_away_share, state_dtypes
 
@@ -46,6 +47,29 @@ def reference(steps=5, dtype=torch.float32):
 def test_fp32_implementations_follow_the_formula_and_spare_vectors_the_decay(implementation):
     for got, expected in zip(train(implementation)[0], reference(), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "op"), [("foreach", "_foreach_addcdiv_"), ("fused", "_fused_adamw_"), ("fp32_states", "_foreach_copy_")]
+)
+def test_the_implementation_that_runs_is_the_one_that_was_named(implementation, op):
+    """Where an update is rounded decides whether fp16 lives: the others' results may agree in fp32."""
+    with Ops() as ops:
+        train(implementation, steps=1)
+    assert op in ops.names
+    assert not {"_fused_adamw_", "addcdiv_"} & ops.names - {op}
 
 
 def test_fp32_states_over_fp16_weights_lose_only_the_weights_rounding():

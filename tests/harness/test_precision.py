@@ -284,6 +284,19 @@ def test_the_measuring_scaler_skips_and_backs_off_like_the_stock_one():
         assert scale == stock_scale and torch.equal(weight, stock_weight)
 
 
+def test_an_infinite_gradient_skips_the_update_and_halves_the_scale():
+    precision = Precision(DTYPE_CONFIGS["amp_fp16"], CPU, threads=1)
+    precision.close()
+    (weight,) = precision.prepare(torch.nn.Linear(2, 1, bias=False)).parameters()
+    optimizer = precision.make_optimizer(lr=0.1, weight_decay=0.0, seed=0)
+    for gradient, moves, scale_after in ((float("inf"), False, 2.0**15), (1.0, True, 2.0**15), (float("nan"), False, 2.0**14)):
+        precision.loss_scale()
+        before, weight.grad = weight.detach().clone(), torch.full_like(weight, gradient)
+        precision.measure_gradients(optimizer)
+        precision.update(optimizer)
+        assert torch.equal(weight, before) != moves and precision.loss_scale().item() == scale_after
+
+
 def test_clipping_scales_to_the_norm_and_never_up(plan):
     precision, _, _ = made(plan, "fp32_true")
     for factor in (100.0, 1e-6):
@@ -366,13 +379,21 @@ def test_a_configuration_that_the_device_lacks_is_refused_before_any_switch_is_s
 
 
 @pytest.mark.parametrize(
-    ("capability", "refused"), [((7, 0), {"bf16", "tf32"}), ((7, 5), {"bf16", "tf32"}), ((8, 6), set()), ((9, 0), set())]
+    ("capability", "refused"),
+    [
+        ((5, 2), {"fp16", "bf16", "tf32"}),
+        ((5, 3), {"bf16", "tf32"}),
+        ((7, 5), {"bf16", "tf32"}),
+        ((8, 0), set()),
+        ((9, 0), set()),
+    ],
 )
 def test_a_gpu_refuses_what_its_generation_lacks(monkeypatch, capability, refused):
     monkeypatch.setattr(precision.torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(precision.torch.cuda, "get_device_name", lambda device: "Some GPU")
     for config in DTYPE_CONFIGS.values():
-        lacks = ("bf16" in refused and "bf16" in (config.weights, config.compute)) or ("tf32" in refused and config.tf32)
+        used = {config.weights, config.compute, config.head} | ({"tf32"} if config.tf32 else set())
+        lacks = used & refused
         if lacks:
             with pytest.raises(Unsupported, match="Some GPU"):
                 refuse_what_the_device_lacks(config, torch.device("cuda"))

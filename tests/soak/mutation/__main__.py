@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     explained = tomllib.loads(SURVIVORS.read_text())
     # On the CPU everywhere: what a forked process may do depends on no GPU, and Triton's kernels are not mutated.
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             __import__(name)
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             room = ROOMS[name]
             coverage, limit_s = laboratory.prepare(name, room)
             planted = [laboratory.plant(*plant) for plant in PLANTED if any(Path(plant[1]).match(glob) for glob in room.files)]
-            living += [mutant for mutant in planted if laboratory.survives(mutant, room, coverage, limit_s, None)]
+            living += [mutant for mutant in planted if laboratory.survives(mutant, room, coverage, limit_s)]
             sample = laboratory.sample(room, -(-options.mutants // len(ROOMS)), options.seed)
             whys = []
             for mutant in sample:
                 why = explained.get(mutant.path, {}).get(mutant.key)
-                if laboratory.survives(mutant, room, coverage, limit_s, why):
+                if laboratory.survives(mutant, room, coverage, limit_s):
                     whys.append(why)
                     print(f"{mutant.path}:{mutant.line} {mutant.key}\n    {why or 'UNEXPLAINED'}", flush=True)
             print(f"{name}: {len(sample)} mutants, {len(whys)} survive, {whys.count(None)} of them unexplained", flush=True)
@@ -115,17 +115,15 @@ class Laboratory:
             coverage[path, int(number)].append(test)
         return coverage, LIMIT[0] + LIMIT[1] * (time.monotonic() - began)
 
-    def survives(self, mutant: Mutant, room: Room, coverage: Coverage, limit_s: float, why: str | None) -> bool:
-        """Whether no test of the room fails: first those that run the line, the short ones before the long ones; where all
-        of them pass and nothing explains it (``why``), the others too."""
+    def survives(self, mutant: Mutant, room: Room, coverage: Coverage, limit_s: float) -> bool:
+        """Whether no test fails that runs the line, the short ones first; of a line that runs when its module is imported,
+        no test of the room."""
         place = self._root / mutant.path
         original = place.read_bytes()
         place.write_bytes(mutant.source)
         try:
-            known = coverage.get((mutant.path, mutant.line), [])
-            if known and self._fork(known, limit_s) != pytest.ExitCode.OK:
-                return False
-            return bool(known and why) or self._fork(room.tests, limit_s) == pytest.ExitCode.OK
+            tests = coverage.get((mutant.path, mutant.line)) or room.tests
+            return self._fork(tests, limit_s) == pytest.ExitCode.OK
         finally:
             place.write_bytes(original)
 
@@ -158,11 +156,11 @@ class Laboratory:
             str(self._root),
             *(place for place in sys.path if Path(place or ".").resolve() not in (ROOT, self._root)),
         ]
-        sys.dont_write_bytecode = True
         rooms = {path.name for path in self._root.iterdir() if path.is_dir()}
         for name in [name for name in sys.modules if name.partition(".")[0] in rooms]:
             del sys.modules[name]
         plugins = [found for found in [plugin()] if found is not None]
+        sys.dont_write_bytecode = not plugins  # what the first run compiled serves for all but the mutated file
         globs = [test for test in tests if "*" in test and "::" not in test]
         chosen = [test for test in tests if test not in globs] + [str(path) for g in globs for path in sorted(Path().glob(g))]
         return int(pytest.main([*QUICK, f"--basetemp={self._runs / 'now'}", *chosen], plugins))
@@ -187,6 +185,18 @@ def _traced(root: Path, room: Room, written: Path):
         return line(frame, event, argument)
 
     class Plugin:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_fixture_setup(self, fixturedef, request) -> Iterator[None]:
+            nonlocal test
+            mine = test
+            if fixturedef.scope != "function":  # made once, for every test of the file
+                test = mine.partition("::")[0]
+                seconds.setdefault(test, 1e9)
+            try:
+                return (yield)
+            finally:
+                test = mine
+
         @pytest.hookimpl(wrapper=True)
         def pytest_runtest_protocol(self, item) -> Iterator[None]:
             nonlocal test

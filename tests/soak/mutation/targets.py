@@ -20,7 +20,10 @@ ROOMS = {
         ("harness/loop.py", "harness/evaluate.py", "harness/loss.py"),
         ("tests/harness/test_loop.py", "tests/harness/test_loss.py", "tests/harness/test_evaluate.py"),
     ),
-    "optimizer": Room(("harness/optimizer.py",), ("tests/harness/test_optimizer.py", "tests/harness/test_loop.py")),
+    "optimizer": Room(
+        ("harness/optimizer.py",),
+        ("tests/harness/test_optimizer.py", "tests/harness/test_loop.py::test_the_loop_follows_a_plain_torch_loop"),
+    ),
     "collate": Room(("bench_cases/collate.py",), ("tests/bench_cases/test_collate.py",)),
     "kernels": Room(("kernels/*/reference.py",), ("tests/kernels", "-k", "not triton and not compile")),
     "watch": Room(("instrument/watch/*.py",), WATCH),
