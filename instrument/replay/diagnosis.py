@@ -25,12 +25,14 @@ SUM_OVER_RANKS = "ddb.sum_over_ranks_"
 explained by what this one put in nor run again alone."""
 UNRECORDED_WRITE = "ddb.unrecorded_write"
 """A write that no op made: through NumPy's view of a tensor, by a C extension, by a kernel launched past the dispatcher."""
+BORN = "aten.lift_fresh"
+"""What ``torch.tensor(...)`` and ``torch.from_numpy(...)`` call on numbers that Python or NumPy made."""
 TRITON_PREFIX = "triton."
 
 
 def runs_again(op: str) -> bool:
     """Whether a recorded op can be run again alone from its inputs."""
-    return op not in (SUM_OVER_RANKS, UNRECORDED_WRITE) and not op.startswith(TRITON_PREFIX)
+    return op not in (SUM_OVER_RANKS, UNRECORDED_WRITE, BORN) and not op.startswith(TRITON_PREFIX)
 
 
 def kinds_of(tensor: torch.Tensor) -> int:
@@ -41,7 +43,7 @@ def kinds_of(tensor: torch.Tensor) -> int:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.element_size() == 1:
         tensor = tensor.float()
-    low, high = torch.aminmax(tensor)
+    low, high = torch.aminmax(tensor.detach())
     low, high = float(low), float(high)
     if math.isnan(low) or math.isnan(high):  # a NaN hides the infinities
         return NAN | POS_INF * bool((tensor == math.inf).any()) | NEG_INF * bool((tensor == -math.inf).any())
@@ -140,20 +142,23 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict], unflushed: tuple[tup
     place = _place(written, node)
     out = _real(written[place])
     bad = ~out.isfinite()
-    operands = tuple(_operands(func, args, kwargs))
+    own, operands = bad, tuple(_operands(func, args, kwargs))
+    if node.fails_alone:  # what it does by itself is asked for, not what the meant infinities do
+        args, kwargs, unflushed = _without_infinities(args, kwargs, unflushed)
+        own = bad & ~_real(_run(func, args, kwargs)[place]).isfinite()
     largest = max((o.absmax for o in operands if o.absmax is not None), default=None)
     finite = out[~bad]
     wrote = float(finite.abs().max()) if finite.numel() else 0.0
     limit = torch.finfo(out.dtype).max
     dtype = str(out.dtype).removeprefix("torch.")
     top = max([wrote, *(o.absmax for o in operands if o.dtype == dtype and o.absmax is not None)])
-    counts = {"nan": int(out.isnan().sum()), "inf": int((out == math.inf).sum()), "-inf": int((out == -math.inf).sum())}
+    counts = _counts(out)
 
     def at_failure(args: tuple, kwargs: dict) -> torch.Tensor | None:
         """The failed elements in float64, from these arguments."""
         exact = exactly(func, args, kwargs)
         values = _real(exact[place]) if exact else None
-        return values[bad] if values is not None and values.shape == out.shape else None
+        return values[own] if values is not None and values.shape == out.shape else None
 
     def nudged(sign: int) -> torch.Tensor:
         """The same with arguments moved a little; integers too, where the op computes with them (an index cannot move)."""
@@ -163,19 +168,24 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict], unflushed: tuple[tup
     wide = in_float64(_with_float_scalars(func, args, kwargs))
     exact = at_failure(*wide)
     if exact is None:  # float64 has no such op, or it is not torch's own: by what it wrote
-        cause, by_zero = "overflow" if bool(out[bad].isinf().any()) else "invalid", 0
+        cause, by_zero = "overflow" if bool(out[own].isinf().any()) else "invalid", 0
     else:
         known_zeros = at_failure(*unflushed) if unflushed is not None else None
         by_zero = int((~exact.isfinite() & nudged(0).isfinite()).sum())
         cause = _cause(exact, exact if known_zeros is None else known_zeros, limit)
-        if cause == "invalid" and bool(exact.isinf().any()) and not node.constant and not any(e.kinds for e in node.inputs):
+        if (
+            cause == "invalid"
+            and bool(exact.isinf().any())
+            and not node.constant
+            and (node.fails_alone or not any(edge.kinds for edge in node.inputs))
+        ):
             cause = _beyond_float64(exact, nudged(1), nudged(-1))
         elif cause == "overflow" and largest and largest < 1 and float(exact[exact.isfinite()].abs().max()) <= limit:
             scaled = _run(func, *map_numbers(lambda t: t / largest, (args, kwargs)))[place]
             cause = "underflow_then_divide" if bool(scaled.isfinite().all()) else cause  # inside the op
     return Diagnosis(
         cause=cause,
-        kind=_kind(counts),
+        kind=_kind(_counts(out[own])),
         counts=counts,
         input_absmax=largest,
         headroom_bits=math.log2(limit / top) if top else None,
@@ -233,9 +243,18 @@ def _run(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
 
 
 def fails_without(func, args: tuple, kwargs: dict) -> list[bool]:
-    """Of each tensor that an op writes, whether it is not finite either when all the infinities that the op read are 1."""
-    finite = map_numbers(lambda t: torch.where(t.isinf(), 1.0, t), (args, kwargs))
-    return [bool(kinds_of(t)) for t in _run(func, *finite)]
+    """Of each tensor that an op writes, whether it is not finite either when all the infinities that the op read are."""
+    return [bool(kinds_of(t)) for t in _run(func, *_without_infinities(args, kwargs))]
+
+
+def _without_infinities(*tree):
+    """``tree`` with numbers between 1/2 and 1 for its infinities, not all the same, whose variance would be zero."""
+
+    def finite(tensor: torch.Tensor) -> torch.Tensor:
+        numbers = 0.5 + torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape) % 7 / 16
+        return torch.where(tensor.isinf(), numbers.to(tensor.dtype), tensor)
+
+    return map_numbers(finite, tree)
 
 
 def _place(written: list[torch.Tensor], node: Node) -> int:
@@ -315,6 +334,10 @@ def _operands(func, args: tuple, kwargs: dict):
                     nonfinite=tensor.numel() - finite.numel(),
                     zeros=int((finite == 0).sum()),
                 )
+
+
+def _counts(values: torch.Tensor) -> dict[str, int]:
+    return {"nan": int(values.isnan().sum()), "inf": int((values == math.inf).sum()), "-inf": int((values == -math.inf).sum())}
 
 
 def _kind(counts: dict[str, int]) -> str:

@@ -9,7 +9,7 @@ What explains an op's non-finite output, the first of these that it read:
 
 1. NaN, or infinities with +Inf among them, that nobody meant;
 2. minus infinities that nobody meant (``exp`` maps them to 0, so they are the weaker evidence);
-3. *meant* infinities, where the op is finite once they are replaced by 1: written down (``masked_fill(mask, -inf)``,
+3. *meant* infinities, where the op is finite once ordinary numbers replace them: written down (``masked_fill(mask, -inf)``,
    ``full(inf)``), computed from constants, booleans and integers alone (``log(mask)``, ``(1 - mask) * -1e9`` in fp16), or there
    before the step in an input or a buffer. An op that makes NaN of a mask's minus infinities alone is itself the producer.
 

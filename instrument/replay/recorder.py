@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from instrument.hooks import call_with_hooks, tensors_in, wrap_unscale
 from instrument.replay.diagnosis import (
+    BORN,
     SUM_OVER_RANKS,
     TRITON_PREFIX,
     UNINITIALISED,
@@ -38,8 +39,6 @@ from instrument.replay.diagnosis import (
 from instrument.replay.graph import AFTER, Edge, Node, StepGraph
 from instrument.replay.storages import FlushedZeros, Storages, is_part
 
-BORN = "lift_fresh"
-"""The op that ``torch.tensor(...)`` calls on its numbers: the tensor is made there."""
 TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
 
 
@@ -73,6 +72,7 @@ class OpRecorder(TorchDispatchMode):
         self._parameters = dict(model.named_parameters())
         self._storages = Storages(self.graph)
         self._zeros = FlushedZeros(self._storages)
+        self._literals: set[int] = set()
         self._held: dict[int, tuple[Any, tuple, dict]] = {}
         self._modules: list[str] = []
         self._module_of_sequence: dict[int, str | None] = {}
@@ -163,8 +163,8 @@ class OpRecorder(TorchDispatchMode):
         with _disable_current_modes():
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
-                    edges.append(self._edge(values_of(parameter.grad)))
-                    self.names[edges[-1].storage] = (name, "grad")
+                    self.names[self._storages.key(values := values_of(parameter.grad))] = (name, "grad")
+                    edges.append(self._edge(values))
         if any(edge.kinds for edge in edges) and not any(edge.kinds for edge in self.failed["grad"]):
             self.failed["grad"] = edges
 
@@ -194,7 +194,11 @@ class OpRecorder(TorchDispatchMode):
         if edge.writer is not None and self._storages.as_allocated(tensor):
             self.graph.nodes[edge.writer].kinds |= unknown  # memory that is read before it is written
             return edge
-        self._add(UNRECORDED_WRITE, self._where(), self._storages.faults(edge.storage), [(tensor, None)])
+        known, writer, where = self._storages.kinds[edge.storage], edge.writer, self._where()
+        if writer is not None and torch._C._current_autograd_node() is not None and self._storages.is_unwritten(tensor):
+            where = self.graph.nodes[writer].phase, self.graph.nodes[writer].module  # who allocates memory there fills it
+        before = [Edge(writer, edge.storage, known, edge.given)] if known else []
+        self._add(UNRECORDED_WRITE, where, before + self._storages.faults(edge.storage), [(tensor, None)])
         return self._storages.read(tensor)[0]
 
     def _look(self, tree: object, *, unwritten: bool = True) -> None:
@@ -209,7 +213,10 @@ class OpRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        born = func._opname == BORN and self._in_module
+        name = func._schema.name.replace("::", ".")
+        if name == BORN and args[0].ndim == 0:  # a number of Python's
+            self._literals.add(self._storages.key(args[0]))
+        born = name == BORN and args[0].ndim > 0 and self._in_module
         if is_view(func) and not born:
             return func(*args, **kwargs)
         where = self._where()
@@ -217,10 +224,12 @@ class OpRecorder(TorchDispatchMode):
         changed = mutated(func, args, kwargs)
         overwritten, unread = {id(t) for t in changed}, {id(t) for t in mutated(func, args, kwargs, unread=True)}
         leaves = tree_leaves((args, kwargs))
+        read = [t for t in leaves if can_be_nonfinite(values_of(t)) and id(t) not in unread and not born]
+        literals = {id(t) for t in read if self._storages.key(values_of(t)) in self._literals}
         reads = [
-            (values, self._edge(values, overwritten=id(leaf) in overwritten), positions.get(id(leaf)))
-            for leaf in (() if born else leaves)
-            if can_be_nonfinite(values := values_of(leaf)) and id(leaf) not in unread
+            (values := values_of(t), self._edge(values, overwritten=id(t) in overwritten), positions.get(id(t)))
+            for t in read
+            if id(t) not in literals
         ]
         self._storages.before(changed)
         bad = [edge for _, edge, _ in reads if edge.kinds]
@@ -235,18 +244,18 @@ class OpRecorder(TorchDispatchMode):
         ]
         written = [(values, positions.get(id(t))) for t in changed if is_dense(values := values_of(t))] + written
         if written:
-            name = func._schema.name.replace("::", ".")
             nodes = self._add(
                 name,
                 where,
-                [edge for _, edge, _ in reads],
+                self._storages.faults(0) if born else [edge for _, edge, _ in reads],
                 written,
-                positions=[position for *_, position in reads],
+                positions=[position for *_, position in reads] or None,
                 alone=alone,
-                constant=born or any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves),
+                constant=born or any(_is_written_down(leaf, literals) for leaf in leaves),
                 of_constants=repeatable(func)
                 and func._opname not in UNINITIALISED
-                and all(self._is_constant(edge, tensor) for tensor, edge, _ in reads),
+                and all(self._is_constant(edge, tensor) for tensor, edge, _ in reads)
+                and (not born or self._is_constant(Edge(None, self._storages.key(out), 0), out)),
                 start_ns=start_ns,
             )
             for place, node in nodes:
@@ -311,6 +320,7 @@ class OpRecorder(TorchDispatchMode):
             )
             self.graph.add(node)
             storages.written(tensor, node.index, kinds)
+            self._literals.discard(key)
             nodes.append((place, node))
             number = tensor.ndim == 0 and tensor.is_floating_point() and edges and not name.endswith("ones_like")
             if number and phase in ("forward", "loss"):
@@ -424,6 +434,13 @@ class OpRecorder(TorchDispatchMode):
             return None
         writers = (self.graph.nodes[edge.writer] for edge in edges if edge.writer is not None)
         return next((n.module for n in writers if n.phase == "optimizer" and n.module is not None), None)
+
+
+def _is_written_down(leaf: object, literals: set[int]) -> bool:
+    """Whether an argument is a non-finite number, or a tensor that was made of one."""
+    if id(leaf) in literals:
+        return not bool(leaf.isfinite().all())
+    return isinstance(leaf, float) and not math.isfinite(leaf)
 
 
 def _clone(leaf: object) -> object:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
-from instrument.replay.diagnosis import SUM_OVER_RANKS, UNRECORDED_WRITE, Diagnosis, diagnose, runs_again
+from instrument.replay.diagnosis import BORN, SUM_OVER_RANKS, UNRECORDED_WRITE, Diagnosis, diagnose, runs_again
 from instrument.replay.graph import NAN, Culprit, Node, StepGraph
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Seen, Snapshot
@@ -111,7 +111,7 @@ def _conclude(culprit: Culprit, first: OpRecorder, second: OpRecorder) -> Examin
         cause = diagnosis.cause
     else:  # it cannot run again: by what it wrote
         cause = "invalid" if node.kinds & NAN and node.op != SUM_OVER_RANKS else "overflow"
-        cause = None if node.op == UNRECORDED_WRITE else cause
+        cause = None if node.op in (UNRECORDED_WRITE, BORN) else cause
     source = _state_in_denominator(first, node) if cause == "underflow_then_divide" else None
     phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
     kind = diagnosis.kind if diagnosis else kind_name(node.kinds)

@@ -51,8 +51,10 @@ def test_wrong_answers_are_found_out():
         module="twice",
         step=2,
     )
-    right = replace_replay(FirstNonfinite.surfaced(2, "forward", "output", "nan", module="twice"))
-    expected = (2, "forward", "twice")
+    right = replace_replay(
+        FirstNonfinite.surfaced(2, "forward", "output", "nan", module="twice", op="aten.copy_", cause="invalid")
+    )
+    expected = (2, "forward", "twice", "aten.copy_")
     judge = trials._judge
     assert judge(trial, expected, right) == ""
     assert judge(trial, expected, None) == "named nothing"
@@ -60,9 +62,12 @@ def test_wrong_answers_are_found_out():
     assert judge(trial, expected, replace_replay(FirstNonfinite.surfaced(3, "forward", "output", "nan", module="twice")))
     assert judge(trial, expected, replace_replay(FirstNonfinite.surfaced(2, "backward", "output", "nan", module="twice")))
     assert judge(trial, expected, replace_replay(FirstNonfinite.surfaced(2, "forward", "output", "nan", module="deep.0")))
-    unreplayed = FirstNonfinite.surfaced(2, "forward", "output", "nan", module="twice")
-    assert judge(trial, expected, unreplayed) == "the replay did not match"
-    assert judge(replace(trial, plant="overflow_weight"), expected, right) == "cause None, not overflow"
+    assert (
+        judge(trial, expected, FirstNonfinite.surfaced(2, "forward", "output", "nan", module="twice"))
+        == "the replay did not match"
+    )
+    assert judge(trial, (*expected[:3], "aten.log"), right) == "op aten.copy_, not aten.log"
+    assert judge(replace(trial, plant="overflow_weight"), expected, right) == "cause invalid, not overflow"
 
 
 def replace_replay(found):
@@ -84,7 +89,7 @@ def test_the_twin_knows_a_fault_that_does_no_harm():
         step=2,
     )
     result = trials.run_trial(trial)
-    assert result.expected == (2, "forward", "deep.1") and result.why_wrong == ""
+    assert result.expected == (2, "forward", "deep.1", "aten.copy_") and result.why_wrong == ""
 
 
 @pytest.mark.parametrize("kind", MODELS)

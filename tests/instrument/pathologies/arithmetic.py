@@ -99,7 +99,7 @@ ZEROS = (
     ("all targets ignored", in_b(lambda net, x: F.cross_entropy(x, torch.full((2,), -100))), "aten.nll_loss_forward"),
     ("an overflow that was repaired", in_b(lambda net, x: (x * net.huge() * 4).clamp(max=1).log() / (x * 0)), "aten.div"),
     ("infinity written down", in_b(lambda net, x: x * torch.inf), "aten.mul"),
-    ("NaN written down", in_b(lambda net, x: x + torch.tensor(torch.nan, dtype=net.dtype)), "aten.lift_fresh"),
+    ("NaN written down", in_b(lambda net, x: x + torch.full_like(x, torch.nan)), "aten.full_like"),
     ("NaN filled in", in_b(lambda net, x: x.masked_fill(x > 0, torch.nan)), "aten.masked_fill"),
 )
 ZEROS_BACKWARD = (

@@ -139,10 +139,12 @@ PLANTS = (
 
 @dataclass
 class Planted:
-    """What the plant does in a step, and where its fault should be found. ``module`` None: outside of modules."""
+    """What the plant does in a step, and where its fault should be found. ``module`` None: outside of modules; ``op``: the
+    one that the planted line calls."""
 
     phase: str
     module: str | None
+    op: str | None = None
     begin: Callable[[int], None] = lambda step: None
     before_update: Callable[[int], None] = lambda step: None
     unscale_by: Callable[[int], float] = lambda step: 1.0
@@ -159,10 +161,16 @@ def plant(kind: str, model: nn.Module, optimizer: torch.optim.Optimizer, module:
         return _overflow(where, module, at)
     parameter = next(p for p in where.parameters(recurse=False) if p.requires_grad)
     if kind == "unscale":
-        return Planted("unscale", module, unscale_by=lambda step: math.inf if step == at else 1.0)  # 1 / a scale of 0
+        return Planted(
+            "unscale", module, "aten.mul_", unscale_by=lambda step: math.inf if step == at else 1.0
+        )  # 1 / a scale of 0
     if kind == "underflow_then_divide":
         return _underflow(parameter, optimizer, module, at)
     return _in_state(parameter, optimizer, module, at, float(kind.rpartition("_")[2]))
+
+
+WRITES_ONE = "aten.copy_"
+"""What ``tensor[i, j] = number`` calls."""
 
 
 def _spoiled(tensor: torch.Tensor, value: float) -> torch.Tensor:
@@ -197,7 +205,7 @@ def _wrap(where: nn.Module, active: Callable[[], bool], change) -> None:
 def _in_forward(where: nn.Module, name: str, at: int, value: float) -> Planted:
     now = {"step": 0}
     _wrap(where, lambda: now["step"] == at, lambda tensor: _spoiled(tensor, value))
-    return Planted("forward", name, begin=lambda step: now.update(step=step))
+    return Planted("forward", name, WRITES_ONE, begin=lambda step: now.update(step=step))
 
 
 class _SpoilGradient(torch.autograd.Function):
@@ -214,7 +222,7 @@ class _SpoilGradient(torch.autograd.Function):
 def _in_backward(where: nn.Module, name: str, at: int, value: float) -> Planted:
     now = {"step": 0}
     _wrap(where, lambda: now["step"] == at and torch.is_grad_enabled(), lambda tensor: _SpoilGradient.apply(tensor, value))
-    return Planted("backward", name, begin=lambda step: now.update(step=step))
+    return Planted("backward", name, WRITES_ONE, begin=lambda step: now.update(step=step))
 
 
 def _overflow(where: nn.Module, name: str, at: int) -> Planted:
@@ -226,7 +234,8 @@ def _overflow(where: nn.Module, name: str, at: int) -> Planted:
             with torch.no_grad():
                 weight.copy_(weight.sign() * torch.finfo(weight.dtype).max * 0.9)
 
-    return Planted("forward", name, begin=grow)
+    biased = getattr(where, "bias", None) is not None
+    return Planted("forward", name, "aten.addmm" if biased else "aten.mm", begin=grow)
 
 
 def _in_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, name: str, at: int, value: float) -> Planted:
@@ -235,7 +244,7 @@ def _in_state(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, name: s
         if step == at and "exp_avg" in state:
             state["exp_avg"].view(-1)[0] = value
 
-    return Planted("optimizer", name, before_update=spoil)
+    return Planted("optimizer", name, WRITES_ONE, before_update=spoil)
 
 
 def _underflow(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, name: str, at: int) -> Planted:
@@ -256,4 +265,4 @@ def _underflow(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, name: 
                 if "exp_avg_sq" in state:
                     state["exp_avg_sq"].zero_()
 
-    return Planted("optimizer", name, before_update=shrink)
+    return Planted("optimizer", name, "aten._foreach_addcdiv_", before_update=shrink)

@@ -24,6 +24,8 @@ from instrument.watch.watch import Watch
 from tests.soak.forensics.planted_models import MODELS, PLANTS, Planted, Subject, build, make_gelu_overflow, plant
 
 STEPS = 4
+CAUSES = {"overflow_weight": "overflow", "underflow_then_divide": "underflow_then_divide"}
+"""Of a plant; of every other, which writes a NaN or an infinity down, ``invalid``."""
 LIVING_STATES = ("state_nan", "state_inf")
 
 
@@ -44,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """``expected`` and ``named`` are (step, phase, module) or None; ``why_wrong`` is empty when they agree.
+    """``expected`` and ``named`` are (step, phase, module, op) or None; ``why_wrong`` is empty when they agree.
     ``infinities``: of a healthy run, how many ops of its last step had an infinite output all the same."""
 
     trial: Trial
@@ -131,7 +133,7 @@ def run_trial(trial: Trial) -> Result | None:
             break
     found = watch.first_nonfinite
     watch.close()
-    named = None if found is None else (found.step, found.phase, found.module)
+    named = None if found is None else (found.step, found.phase, found.module, found.op)
     infinities = watched.infinities() if trial.plant is None else 0
     return Result(trial, expected, named, found and found.cause, found and found.op, _judge(trial, expected, found), infinities)
 
@@ -144,12 +146,12 @@ def _judge(trial: Trial, expected: tuple | None, found: FirstNonfinite | None) -
         return ""
     if not (found.replay or {}).get("matched"):
         return "the replay did not match"
-    if (found.step, found.phase, found.module) != expected:
+    if (found.step, found.phase, found.module) != expected[:3]:
         return "another step, phase or module"
-    wanted = {"overflow_weight": ("overflow",), "underflow_then_divide": ("underflow_then_divide",)}.get(trial.plant)
-    if wanted and found.cause not in wanted:
-        return f"cause {found.cause}, not {wanted[0]}"
-    return ""
+    if found.op != expected[3]:
+        return f"op {found.op}, not {expected[3]}"
+    wanted = CAUSES.get(trial.plant, "invalid")
+    return "" if found.cause == wanted else f"cause {found.cause}, not {wanted}"
 
 
 class _Run:
@@ -211,7 +213,7 @@ class _Run:
 
 
 def _expected(trial: Trial) -> tuple | str | None:
-    """(step, phase, module) that must be named, None when nothing must be; by a twin without a watch."""
+    """(step, phase, module, op) that must be named, None when nothing must be; by a twin without a watch."""
     twin = _Run(trial)
     seen: list[str] = []
     if trial.plant == "overflow_weight":
@@ -230,7 +232,7 @@ def _expected(trial: Trial) -> tuple | str | None:
         return "redraw"  # ill before the fault, or of it later
     if trial.plant == "overflow_weight" and seen[:1] != [trial.module]:
         return "redraw"  # the large weight did harm further on: where, this twin cannot say
-    return failed, twin.planted.phase, twin.planted.module
+    return failed, twin.planted.phase, twin.planted.module, twin.planted.op
 
 
 def _note_first_bad_module(model: nn.Module, seen: list[str]) -> None:
@@ -253,8 +255,8 @@ HEALTHY_SHARE = 0.4
 
 
 def measure(trials: int) -> list[Figure]:
-    """The share of ``trials`` injected faults that were named right (step, phase, module; cause where the
-    plant fixes it), by plant and together, and of healthy runs in which nothing was named."""
+    """The share of ``trials`` injected faults that were named right (step, phase, module, op, cause), by plant and together,
+    and of healthy runs in which nothing was named."""
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     injected = list(injection_trials(trials, device=device))
