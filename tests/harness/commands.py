@@ -2,13 +2,20 @@
 they need, which takes a third of a second instead of several."""
 
 import contextlib
+import gc
+import math
 import multiprocessing.forkserver
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import psutil
+
+from harness.parallel.ranks import end_process
 
 SMALL = (
     "--preset tiny --data embedded --batch-size 2 --micro-batch 2 --seq-len 16 --validation-documents 2 --documents 400".split()
@@ -75,6 +82,61 @@ class Forked:
             end_all(self.pid)
             raise subprocess.TimeoutExpired("harness", timeout)
         return [path.read_text() for path in self._files]
+
+
+class ForkedCommand:
+    """What a launcher needs of `subprocess.Popen`: a fork of this process, which has everything imported. It executes a Python
+    command (``python -u FILE`` or ``python -u -m MODULE``) in a session of its own, as a new interpreter would."""
+
+    def __init__(self, command, env=None, stdout=None, stderr=None, *, preexec_fn=None, close_fds=True, **_):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.returncode, self.pid = None, os.fork()
+        if self.pid == 0:
+            try:
+                os.setsid()
+                for number, file in ((1, stdout), (2, stderr)):
+                    if file:
+                        os.dup2(file.fileno(), number)
+                if close_fds:
+                    os.closerange(3, 4096)
+                if preexec_fn:
+                    preexec_fn()
+                self._execute(command[2:], env)
+            finally:  # nothing of the launcher's is ended or closed here
+                os._exit(1)
+
+    def _execute(self, words, env):
+        gc.freeze()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        run, words = (runpy.run_module, words[1:]) if words[0] == "-m" else (runpy.run_path, words)
+        sys.argv, code = list(words), 0
+        try:
+            run(words[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        end_process(code)
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout=None):
+        until_s = math.inf if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until_s:
+                raise subprocess.TimeoutExpired("a forked command", timeout)
+            time.sleep(0.01)
+        return self.returncode
 
 
 def _enter(call, words, files, environment, own_server):

@@ -1,31 +1,24 @@
 """Launches by torchrun for the tests: commands and what came of them."""
 
 import contextlib
-import gc
 import json
-import math
 import os
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from pathlib import Path
 
 import psutil
 import torch
 
 from bench_cases import CASES, DTYPE_CONFIGS
-from harness.parallel.ranks import end_process
 from harness.planning import plan_run
 from harness.run.execute import load_run_data, make_batches
 from harness.settings import Request
 from instrument.results.lines import read
 from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord, decode
-from tests.harness.commands import Forked, end_all
+from tests.harness.commands import Forked, ForkedCommand, end_all
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -77,55 +70,9 @@ def launch(words):
     from torch.distributed.run import main
 
     tempfile.tempdir = None  # that of this process' environment
-    subprocess_handler.SubprocessHandler._popen = lambda handler, command, environment: ForkedRank(command, environment)
+    subprocess_handler.SubprocessHandler._popen = lambda handler, command, environment: ForkedCommand(command, environment)
     main(words)
     return 0
-
-
-class ForkedRank:
-    """What torchrun needs of `subprocess.Popen`: a fork of this process that executes a Python command, ``python -u FILE`` or
-    ``python -u -m MODULE``, as a new interpreter would."""
-
-    def __init__(self, command, environment):
-        self.returncode, self.pid = None, os.fork()
-        if self.pid == 0:
-            try:
-                self._execute(command[2:], environment)
-            finally:  # nothing of the launcher's is ended or closed here
-                os._exit(1)
-
-    def _execute(self, words, environment):
-        gc.freeze()
-        os.setsid()
-        os.closerange(3, 4096)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        os.environ.clear()
-        os.environ.update(environment)
-        run, words = (runpy.run_module, words[1:]) if words[0] == "-m" else (runpy.run_path, words)
-        sys.argv, code = list(words), 0
-        try:
-            run(words[0], run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        end_process(code)
-
-    def poll(self):
-        if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
-        return self.returncode
-
-    def wait(self, timeout=None):
-        until_s = math.inf if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > until_s:
-                raise subprocess.TimeoutExpired("rank", timeout)
-            time.sleep(0.01)
-        return self.returncode
 
 
 def ended(process, timeout_s=LONGEST_S):
