@@ -14,7 +14,7 @@ from harness.settings import Request
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plan():
     """``plan("gpt2_clm", "fp32_true", seed=0, max_steps=2, ...)``: resolved settings of a small CPU run."""
 

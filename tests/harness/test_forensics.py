@@ -44,11 +44,21 @@ def test_fp16_adamw_is_distinguished_from_overflow(plan, tmp_path):
     assert here.name == first.op and here.nonfinite and here.duration_s > 0
 
 
+@pytest.fixture(scope="module")
+def overflows(plan, tmp_path_factory):
+    """Row and findings of one run that overflows in its forward pass, by its log window."""
+    made = {}
+    for log_every in (1, 4):
+        out = tmp_path_factory.mktemp("overflow")
+        settings = plan("roberta_mlm", "amp_fp16_unscaled", max_steps=30, lr=3.0, log_every=log_every)
+        made[log_every] = execute(settings, out), forensics(out, settings)
+    return made
+
+
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_forward_overflow_is_named_with_its_history(plan, tmp_path, log_every):
-    settings = plan("roberta_mlm", "amp_fp16_unscaled", max_steps=30, lr=3.0, log_every=log_every)
-    record = execute(settings, tmp_path)
-    found, first = forensics(tmp_path, settings), record.first_nonfinite
+def test_a_forward_overflow_is_named_with_its_history(overflows, log_every):
+    record, found = overflows[log_every]
+    first = record.first_nonfinite
     assert found.matched and first.replay["matched"] and first.step == record.divergence_step
     assert first.cause == "overflow" and first.dtype == "float16" and first.headroom_bits >= 0
     assert found.output.exact_absmax > 65_504 and found.chain[0].op == first.op and found.spread_modules > 1
@@ -58,14 +68,8 @@ def test_a_forward_overflow_is_named_with_its_history(plan, tmp_path, log_every)
         assert sum(h.counts) + h.zeros + h.below + h.above == math.prod(operand.shape)
 
 
-def test_the_log_window_changes_nothing_of_what_is_found(plan, tmp_path):
-    found = []
-    for log_every in (1, 4):
-        out = tmp_path / str(log_every)
-        settings = plan("roberta_mlm", "amp_fp16_unscaled", max_steps=30, lr=3.0, log_every=log_every)
-        execute(settings, out)
-        found.append(forensics(out, settings))
-    a, b = found
+def test_the_log_window_changes_nothing_of_what_is_found(overflows):
+    (_, a), (_, b) = overflows[1], overflows[4]
     assert (a.first_nonfinite, a.sentence, a.chain, a.operands) == (b.first_nonfinite, b.sentence, b.chain, b.operands)
 
 
