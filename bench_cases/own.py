@@ -58,11 +58,15 @@ def _configuration(model: str) -> dict[str, Any]:
     folder = Path(model)
     if folder.exists():
         file = folder / "config.json"
+        if odd := next(
+            (path for path in sorted(folder.rglob("*")) if path.exists() and not (path.is_file() or path.is_dir())), None
+        ):
+            raise BadDeclaration(f"--model {model}: {odd.name} is no plain file")
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BadDeclaration(f"--model {model}: no config.json in this folder") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadDeclaration(f"{file}: not JSON ({error})") from error
     else:
         from transformers import AutoConfig
@@ -72,7 +76,7 @@ def _configuration(model: str) -> dict[str, Any]:
             model,
             "give --model DIR with a config.json, or a hub id that can be reached",
         ).to_dict()
-    if "model_type" not in config:
+    if not isinstance(config, dict) or "model_type" not in config:
         raise BadDeclaration(f"--model {model}: its config.json names no model_type")
     return config
 

@@ -264,8 +264,9 @@ def speed(a: Run, b: Run) -> dict[str, Any]:
     both have."""
     untimed = max(run.record.config.get("untimed_steps", 0) for run in (a, b))
     common = [(a.steps[s], b.steps[s]) for s in sorted(a.steps.keys() & b.steps.keys()) if s > untimed]
-    timed = [(x, y, math.log(y.step_time_s / x.step_time_s)) for x, y in common if x.step_time_s and y.step_time_s]
-    tokens = [math.log(y.real_tokens / x.real_tokens) - t for x, y, t in timed if x.real_tokens and y.real_tokens]
+    common = [(x, y) for x, y in common if (x.step_time_s or 0) > 0 < (y.step_time_s or 0)]
+    timed = [(x, y, math.log(y.step_time_s / x.step_time_s)) for x, y in common]
+    tokens = [math.log(y.real_tokens / x.real_tokens) - t for x, y, t in timed if x.real_tokens > 0 < y.real_tokens]
     rates = {
         f"{name}_{side}": getattr(run.record, name)
         for side, run in (("a", a), ("b", b))

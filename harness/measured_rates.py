@@ -24,8 +24,10 @@ import torch
 from harness import fp16_products
 from harness.precision import DTYPES, set_switches
 from instrument.mfu import capability_support
-from instrument.results.files import replace
+from instrument.results.files import read_plain, replace
 from instrument.results.folder import OutputError, require_writable
+from instrument.results.lines import json_object
+from instrument.results.schemas import RecordError
 from instrument.terminal import count
 
 IDENTITY = ("cpu", "gpu")
@@ -100,14 +102,11 @@ def read_machine(out: Path) -> dict[str, Any] | None:
     """The folder's ``machine.json``; None when there is none. Raises `OutputError` when it is no JSON object."""
     path = out / "machine.json"
     try:
-        facts = json.loads(path.read_bytes())
+        return json_object(read_plain(path))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise OutputError(f"{path} is not JSON ({error}); move it away, and the next run writes it anew") from error
-    if not isinstance(facts, dict):
-        raise OutputError(f"{path} is no JSON object; move it away, and the next run writes it anew")
-    return facts
+    except RecordError as error:
+        raise OutputError(f"{path}: {error}; move it away, and the next run writes it anew") from error
 
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}

@@ -75,7 +75,10 @@ def print_section(console: Console, title: str, *content: Any, note: str = "") -
 
 FIXABLE = {
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EROFS EIO ESTALE EFBIG EACCES EPERM ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP".split()
+    for name in (
+        "ENOSPC EDQUOT EROFS EIO ESTALE EFBIG EACCES EPERM ENOTDIR EISDIR EEXIST ENAMETOOLONG ELOOP EINVAL EMFILE ENFILE "
+        "ENOLCK EBUSY ETXTBSY ENOTEMPTY EXDEV EMLINK EDEADLK ENXIO ENODEV EINTR"
+    ).split()
 }
 
 
@@ -83,7 +86,7 @@ def sentence_of(error: BaseException) -> str | None:
     """``cannot use PATH: Not a directory``; None for any other error, a missing file above all: a fault of ours."""
     if not isinstance(error, OSError) or error.errno not in FIXABLE or not isinstance(error.filename, str | bytes):
         return None
-    return f"cannot use {os.fsdecode(error.filename)}: {os.strerror(error.errno or 0)}"
+    return f"cannot use {os.fsdecode(error.filename)}: {error.strerror or os.strerror(error.errno or 0)}"
 
 
 READER_GONE = 141

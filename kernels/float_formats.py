@@ -87,8 +87,8 @@ class FloatFormat:
         return math.ldexp(1.0, -self.mantissa_bits)
 
     def headroom_bits(self, value: float) -> float | None:
-        """log2(max / value): bits from a magnitude to `max`, negative beyond it. None for 0 and for what is not finite."""
-        return math.log2(self.max / value) if value and math.isfinite(value) else None
+        """log2(max / value): bits from a magnitude to `max`, negative beyond it. None for 0 and for what is no magnitude."""
+        return math.log2(self.max / value) if 0 < value < math.inf else None
 
 
 FP64 = FloatFormat("fp64", "float64", 11, 52)

@@ -20,8 +20,9 @@ from harness.exit_codes import OK, RUN_FAILED
 from harness.fit.search import Found, Tried, search
 from harness.options import FIT_SETTINGS
 from harness.settings import Request, RunSettings
-from instrument.results.files import locked, replace
+from instrument.results.files import locked, read_plain, replace
 from instrument.results.folder import require_writable
+from instrument.results.lines import json_object
 from instrument.terminal import count
 
 SCHEMA, NAME, LOCK = 1, "fit.json", ".fit.lock"
@@ -206,7 +207,7 @@ def keep(out: Path, row: dict[str, Any]) -> None:
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """The rows of fit.json; none where there is no such file."""
     try:
-        return json.loads((out / NAME).read_bytes())["rows"]
+        return json_object(read_plain(out / NAME))["rows"]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from harness.training import Training
 from instrument.replay.snapshot import NamedState, Snapshot
-from instrument.results.files import placing_folder, remove_folder
+from instrument.results.files import open_plain, placing_folder, read_plain, remove_folder
+from instrument.results.lines import json_object
 
 
 class NothingToReplay(Exception):
@@ -82,8 +83,8 @@ def read_state(run_folder: Path, run_id: str) -> NamedState:
 def read_folder(folder: Path, run_id: str) -> tuple[NamedState, dict[str, Any]]:
     """The state in a folder and what was written ``more``; raises `FileNotFoundError` or `SnapshotError`."""
     try:
-        facts = json.loads((folder / FACTS).read_bytes())
-        with (folder / TENSORS).open("rb") as file:
+        facts = json_object(read_plain(folder / FACTS))
+        with open_plain(folder / TENSORS) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if facts["schema"] not in (1, SCHEMA):
             raise SnapshotError(f"{folder / FACTS} has schema {facts['schema']}; this version reads up to {SCHEMA}")
@@ -94,7 +95,9 @@ def read_folder(folder: Path, run_id: str) -> tuple[NamedState, dict[str, Any]]:
         if facts["tensors_sha256"] != sha256:
             raise SnapshotError(f"{folder / TENSORS} has changed since it was written (its checksum differs)")
         return _state(facts["state"], load_file(folder / TENSORS)), facts.get("more", {})
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise SnapshotError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -20,9 +20,9 @@ from harness.inspect.rerun import ChangedRun, Rebuilt, rebuild, run_changed, run
 from harness.precision import DTYPES, Unsupported
 from harness.settings import SettingsError
 from instrument.replay.snapshot import NamedState
-from instrument.results.files import replace
+from instrument.results.files import read_plain, replace
 from instrument.results.measurements import ForensicsRecord, Remedy
-from instrument.results.schemas import FirstNonfinite, RecordError, RunRecord, decode, encode
+from instrument.results.schemas import UNREADABLE, FirstNonfinite, RunRecord, decode, encode
 
 STEPS, STEPS_BEYOND = 20, 5
 MOST_TIMED_STEPS = 6
@@ -222,13 +222,13 @@ def _read(run_folder: Path) -> tuple[RunRecord, ForensicsRecord]:
     """The run's row and its forensics; a healthy run has none, or those of an older run of the same settings."""
     why = "--try is for runs that ended in a non-finite value under --instrument light or full"
     try:
-        record = decode((run_folder / "run.json").read_bytes(), RunRecord)
+        record = decode(read_plain(run_folder / "run.json"), RunRecord)
         if record.status != "diverged":
             raise NothingToReplay(f"{record.run_id} is {record.status}: {why}")
-        return record, decode((run_folder / "forensics.json").read_bytes(), ForensicsRecord)
+        return record, decode(read_plain(run_folder / "forensics.json"), ForensicsRecord)
     except FileNotFoundError as error:
         raise NothingToReplay(f"{run_folder.name} has no {Path(error.filename).name}: {why}") from error
-    except RecordError as error:
+    except (OSError, *UNREADABLE) as error:
         raise SnapshotError(f"{run_folder}: {error}") from error
 
 

@@ -3,6 +3,7 @@ stayed from the ends of dtypes. Torch-free."""
 
 from __future__ import annotations
 
+import math
 import re
 import sysconfig
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def _is_a_librarys(file: str) -> bool:
 
 def smallest_headroom(modules: Sequence) -> dict[str, dict[str, Any]] | None:
     """The values that came nearest to the end of ``own_dtype`` and of ``float16``, whatever they were stored in."""
-    measured = [row for row in modules if row.absmax and float_format(row.dtype)]
+    measured = [row for row in modules if row.absmax and 0 < row.absmax < math.inf and float_format(row.dtype)]
     if not measured:
         return None
 

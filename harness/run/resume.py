@@ -18,7 +18,7 @@ from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps
 from harness.settings import RunSettings
 from harness.training import Training
 from instrument.replay.snapshot import NamedState
-from instrument.results.files import remove
+from instrument.results.files import open_plain, remove
 from instrument.results.folder import OutputError, RunFolder, finished_run, log_paths, require_no_links
 from instrument.results.layout import LOGS, RunFiles
 from instrument.results.schemas import AnyRecord, EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
@@ -125,7 +125,7 @@ def _logged(run_id: str, out: Path, step: int, progress: Progress) -> tuple[list
 
 def _records(path: Path, kind: type[AnyRecord], size_bytes: int) -> list[AnyRecord]:
     """The records in the first ``size_bytes`` of a log; raises `OSError` or `RecordError`."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         data = file.read(size_bytes)
     if len(data) < size_bytes:
         raise RecordError(f"{size_bytes - len(data)} bytes are missing")

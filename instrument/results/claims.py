@@ -34,7 +34,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from instrument.results import log
-from instrument.results.files import TEMPORARY, is_abandoned, locked_temporary, make_folder, try_lock
+from instrument.results.files import TEMPORARY, is_abandoned, locked_temporary, make_folder, open_plain, try_lock
 from instrument.results.layout import RunFiles
 from instrument.results.schemas import require_safe
 
@@ -206,7 +206,7 @@ def _claim_softly(path: Path) -> Claim | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a claim says; None where there is none, and nothing for a file that is not of our making."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        with open_plain(path) as file:
             content = file.read(4096)
     except FileNotFoundError:
         return None

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from instrument.results.crash_hook import CRASH_VARIABLE  # noqa: F401  (where it is set, this process dies at a file operation)
 
@@ -61,11 +62,26 @@ def replace(path: Path, data: bytes) -> None:
 def copy(source: Path, path: Path) -> None:
     """Copy a regular file (OSError for a link), in one step for readers of ``path``."""
     with (
-        open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as content,
+        open_plain(source) as content,
         replacing(path) as temporary,
         temporary.open("wb") as target,
     ):
         shutil.copyfileobj(content, target, 1 << 20)
+
+
+def open_plain(path: Path, *, follow: bool = False) -> IO[bytes]:
+    """Open a file to read. Raises OSError for a pipe or a device, which would be waited for; for a link, unless ``follow``."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
+    return open(fd, "rb")
+
+
+def read_plain(path: Path, *, follow: bool = False) -> bytes:
+    """The content of a file that `open_plain` opens."""
+    with open_plain(path, follow=follow) as file:
+        return file.read()
 
 
 def truncate(path: Path, size: int) -> None:

@@ -103,6 +103,8 @@ def _load(place: RunFiles) -> Run:
         raise RunNotFound(
             f"{place.run_id} has not ended (no {place.row}): there is nothing to compare yet; `inspect` shows how far it is"
         )
+    if type(record.config.get("untimed_steps", 0)) is not int or not isinstance(record.config.get("config", {}), dict):
+        raise RunUnreadable(f"{place.row}: its config is not one that this program writes")
     steps = {step.step: step for step in records(place, "steps")}
     return Run(place, record, steps, tuple(records(place, "activations")))
 

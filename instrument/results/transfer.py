@@ -99,7 +99,7 @@ def pack(out: Path, run_id: str) -> list[PackedFile]:
     packed = []
     for path in [out / MACHINE, *files_of(out, run_id), RunFiles(out, run_id).row]:
         if files.plain_inside(out, path):
-            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            with files.open_plain(path) as file:
                 size_bytes = os.fstat(file.fileno()).st_size
                 data = np.asarray(np.memmap(file, np.uint8, "r")) if size_bytes else np.empty(0, np.uint8)
             packed.append(PackedFile(path.relative_to(out).as_posix(), hashlib.sha256(data).hexdigest(), data))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import traceback
 from pathlib import Path
 from random import Random
 
@@ -16,6 +17,7 @@ from instrument.results.layout import RunFiles
 
 pytestmark = pytest.mark.slow
 LONGEST_S = 20
+REPLAYED = ("run.json", "forensics.json", "snapshot.json", "tensors.safetensors")
 DEEP = b"[" * 100_000 + b"]" * 100_000
 CONTENTS = {
     "empty": b"",
@@ -36,16 +38,16 @@ WRONG = [None, True, -1, 1 << 70, 1e308, "", "nan", "\x1b[31m[/link]\n", "x" * 1
 def folder(tmp_path_factory, plan):
     """A results folder with a run that diverged, its snapshot and operands, and one that completed; and both."""
     out = tmp_path_factory.mktemp("received")
-    died = execute(plan("gpt2_multi_cls", "fp16_naive", max_steps=4), out)
-    lived = execute(plan("gpt2_multi_cls", "fp32_true", max_steps=4), out)
+    died = execute(plan("gpt2_multi_cls", "fp16_naive", max_steps=2), out)
+    lived = execute(plan("gpt2_multi_cls", "fp32_true", max_steps=2), out)
     assert (died.status, lived.status) == ("diverged", "completed")
     return out, RunFiles(out, died.run_id), RunFiles(out, lived.run_id)
 
 
 @pytest.fixture
 def read(folder, tmp_path, capsys):
-    """``read(file, damage)``: put the damage in the place of a run's file (its path in the results folder), and give the folder to
-    the commands that read it."""
+    """``read(file, damage)``: put the damage in the place of a run's file (its path in the results folder), and run the
+    commands that read it."""
     out, died, lived = folder
     place = tmp_path / "out"
     shutil.copytree(out, place)
@@ -60,16 +62,22 @@ def read(folder, tmp_path, capsys):
         ["predict", "gpt2_multi_cls", "--out"],
     ]
 
-    def give(file, damage, commands=commands):
+    def give(file, damage, *, replay=True):
         original = (place / file).read_bytes()
         (place / file).unlink()
         damage(place / file)
         try:
             for words in commands:
+                if "--try" in words and not (replay and Path(file).name in REPLAYED):
+                    continue
                 signal.signal(signal.SIGALRM, _too_long)
                 signal.alarm(LONGEST_S)
                 try:
                     code = main([*words, str(place)])
+                except Exception as error:
+                    frame = traceback.extract_tb(error.__traceback__)[-1]
+                    crashes.setdefault(f"{frame.filename}:{frame.lineno} {type(error).__name__}: {error}"[:200], words[0])
+                    continue
                 finally:
                     signal.alarm(0)
                 err = capsys.readouterr().err
@@ -82,7 +90,9 @@ def read(folder, tmp_path, capsys):
             shutil.rmtree(place / file) if (place / file).is_dir() else (place / file).unlink(missing_ok=True)
             (place / file).write_bytes(original)
 
-    return give
+    crashes = {}
+    yield give
+    assert not crashes, "tracebacks"
 
 
 def _too_long(*_):
@@ -106,7 +116,7 @@ DAMAGE = [Path.mkdir, lambda path: path.symlink_to("nowhere"), lambda path: None
 DAMAGE += [lambda path, content=content: path.write_bytes(content) for content in CONTENTS.values()]
 
 
-@pytest.mark.parametrize("share", [0.15, pytest.param(1.0, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("share", [0.06, pytest.param(1.0, marks=pytest.mark.soak)])
 def test_what_is_no_record(folder, read, share):
     random = Random(0)
     for file in files_of(folder[1]) + files_of(folder[2]):
@@ -127,7 +137,7 @@ def changed(value, random):
     return random.choice(WRONG)
 
 
-@pytest.mark.parametrize("trials", [20, pytest.param(1_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("trials", [12, pytest.param(300, marks=pytest.mark.soak)])
 def test_values_of_other_types(folder, read, trials):
     random = Random(0)
     out, died, lived = folder
@@ -138,4 +148,4 @@ def test_values_of_other_types(folder, read, trials):
         if lines:
             place = random.randrange(len(lines))
             lines[place] = json.dumps(changed(json.loads(lines[place]), random))
-            read(file, lambda path, lines=lines: path.write_text("\n".join(lines) + "\n"))
+            read(file, lambda path, lines=lines: path.write_text("\n".join(lines) + "\n"), replay=False)
