@@ -31,13 +31,11 @@ run: $(READY)
 	$(BIN)/python -m report build $(OUT)
 
 # Three test processes on two cores: some tests wait for what they started. The order of files is tests/conftest.py's.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-
 test: lint
-	$(PYTEST)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 quick: $(READY)
-	$(PYTEST) -m "not soak and not process and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak and not process and not slow"
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak -k "not all_trials_lose_nothing"
