@@ -15,8 +15,10 @@ __version__ = "0.1.0"
 __all__ = ["NonfiniteError", "Watch", "__version__"]
 
 IS_CLONE = not (Path(__file__).parent / "instrument").is_dir()
+CLONE = str(Path(__file__).resolve().parents[1])
+"""Where the rooms are, in a clone."""
 if IS_CLONE:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, CLONE)
 
 
 def __getattr__(name: str) -> object:

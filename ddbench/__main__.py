@@ -8,7 +8,7 @@ import os
 import runpy
 import sys
 
-from ddbench import IS_CLONE, __version__
+from ddbench import CLONE, IS_CLONE, __version__
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -19,8 +19,10 @@ def main() -> None:
         import argcomplete
 
         argcomplete.autocomplete(parser())
-    if not IS_CLONE:  # a folder named kernels/ or report/ where the command is given is nobody's package
-        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    # A folder named kernels/ or report/ where the command is given is nobody's package, here and in the processes it starts.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if IS_CLONE:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (CLONE, os.environ.get("PYTHONPATH"))))
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in ("-h", "--help", "--version", "completion"):
         options = parser().parse_args([first, *sys.argv[2:]])
@@ -58,4 +60,6 @@ def completion(shell: str) -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path and sys.path.count(os.getcwd()) > (os.getcwd() == CLONE):  # which ``python -m`` puts there
+        sys.path.remove(os.getcwd())
     main()

@@ -102,6 +102,27 @@ def test_the_command_works_where_other_packages_have_the_names_of_our_rooms(buil
     assert "inspect" in every_command and "report" in every_command and "ddb case gpt2_multi_cls" in every_command
 
 
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("wheel", "flops gpt2_clm --preset tiny --data embedded"),  # imports transformers, which looks for a package kernels
+        ("clone", "kernels check --op exponent_histogram scale --dtype fp32 --device cpu --jobs 2"),  # starts processes
+    ],
+)
+def test_the_module_does_what_the_command_does_in_a_folder_with_packages_of_our_names(
+    built, tmp_path, their_project, words, layout
+):
+    """As `python -m ddbench`, which puts the folder before everything else."""
+    place = built
+    if layout == "clone":  # where an editable installation brings ddbench alone
+        (place := tmp_path / "editable").mkdir()
+        (place / "ddbench").symlink_to(ROOT / "ddbench")
+    environment = {**os.environ, "PYTHONPATH": str(place), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "ddbench", *words.split()]
+    done = subprocess.run(command, cwd=their_project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "somebody else" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_printed_for_the_shells(built, tmp_path, shell):
     assert "_ARGCOMPLETE" in ddb(built, tmp_path, "completion", shell)
