@@ -57,6 +57,14 @@ def test_rows_are_the_documents(chosen, seq_len):
                 assert ids[:length].tolist() == [data.special.bos, *text[: seq_len - 2], data.special.eos]
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "roberta"])
+def test_the_last_document_is_read_to_its_end(arch):
+    data, framed = data_of(arch), arch == "roberta"
+    batch = documents(arch, "single_cls", [len(data.offsets) - 2], seq_len=10_000)
+    text = data.tokens[data.offsets[-2] :].tolist()
+    assert batch.input_ids[0].tolist() == ([data.special.bos, *text, data.special.eos] if framed else text)
+
+
 def test_both_label_modes_from_one_stored_document():
     data = data_of("roberta")
     chosen = [0, 5, 17, 1_000]
@@ -100,6 +108,10 @@ def test_causal_targets_are_shifted_here():
     assert batch.input_ids.shape == batch.targets.shape == (8, 128) and batch.attention_mask is None
     assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
     assert batch.n_targets == batch.tokens == batch.real_tokens == 8 * 128
+    framing = lm("roberta", "clm", causal=True).step(
+        1
+    )  # packed text has no frame, whatever the tokenizer puts around documents
+    assert framing.input_ids.shape == (8, 128) and torch.equal(framing.input_ids[:, 1:], framing.targets[:, :-1])
 
 
 def test_packed_text_is_the_documents_with_an_end_between():
@@ -155,6 +167,7 @@ def test_every_row_has_a_target_however_short():
         batch = made.step(step)
         ordinary = ~torch.from_numpy(made.data.is_special)[unmasked(batch)]
         assert torch.equal((batch.targets != IGNORE).any(1), ordinary.any(1))
+        assert not ((batch.targets != IGNORE) & ~ordinary).any()
 
 
 def test_masks_are_keyed_by_seed_and_step():
@@ -164,13 +177,23 @@ def test_masks_are_keyed_by_seed_and_step():
 
 
 @pytest.mark.parametrize(
-    "arch,task",
-    [("gpt2", "clm"), ("roberta", "mlm"), ("gpt2", "multi_cls"), ("roberta", "multi_cls"), ("roberta", "single_cls")],
+    "arch,task,reduction",
+    [
+        ("gpt2", "clm", "mean"),
+        ("roberta", "mlm", "mean"),
+        ("gpt2", "multi_cls", "mean"),
+        ("gpt2", "multi_cls", "label_sum"),
+        ("roberta", "multi_cls", "mean"),
+        ("roberta", "single_cls", "mean"),
+    ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 20])
-def test_micro_batches_are_the_rows_of_the_batch(arch, task, size):
-    made = Batches(data_of(arch, task), task, causal=arch == "gpt2", seq_len=512, batch_size=8, seed=0)
+def test_micro_batches_are_the_rows_of_the_batch(arch, task, reduction, size):
+    made = Batches(
+        data_of(arch, task), task, causal=arch == "gpt2", seq_len=512, batch_size=8, seed=0, loss_reduction=reduction
+    )
     batch = made.step(2)
+    assert torch.equal(batch.last_token, batch.lengths - 1)
     parts = batch.micro_batches(size)
     for name in ("input_ids", "targets", "last_token", "lengths"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
