@@ -24,7 +24,9 @@ ROOMS = {
         ("harness/optimizer.py",),
         ("tests/harness/test_optimizer.py", "tests/harness/test_loop.py::test_the_loop_follows_a_plain_torch_loop"),
     ),
-    "collate": Room(("bench_cases/collate.py",), ("tests/bench_cases/test_collate.py",)),
+    "collate": Room(
+        ("bench_cases/collate.py",), ("tests/bench_cases/test_collate.py", "tests/bench_cases/data/test_batches.py")
+    ),
     "kernels": Room(("kernels/*/reference.py",), ("tests/kernels", "-k", "not triton and not compile")),
     "watch": Room(("instrument/watch/*.py",), WATCH),
     "replay": Room(
