@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from report.statistics import (
+    Interval,
     block_bootstrap,
     coefficient_of_variation,
     kendall_tau,
@@ -32,10 +33,18 @@ def test_the_mean_interval_is_scipys_t_interval(n):
     assert found.value == pytest.approx(values.mean()) and found.n == n
 
 
+@pytest.mark.filterwarnings("error")
 def test_one_value_has_no_interval_and_none_has_no_value():
     one, none = mean_interval([2.0]), mean_interval([])
     assert one.value == 2.0 and not one.known and not one.above(0) and not one.below(3)
     assert math.isnan(none.value) and none.n == 0 and not none.known
+
+
+def test_an_interval_lies_above_or_below_a_bound_that_it_does_not_touch():
+    interval = Interval(2.0, 1.0, 4.0, 3)
+    assert interval.above(0.9) and not interval.above(1.0) and interval.below(4.1) and not interval.below(4.0)
+    assert interval.negated() == Interval(-2.0, -4.0, -1.0, 3)
+    assert not Interval(2.0, 1.0, math.nan, 3).known and not Interval(2.0, math.nan, 4.0, 3).below(9.0)
 
 
 def test_a_value_that_is_not_finite_is_refused():
@@ -67,8 +76,10 @@ def test_pairing_removes_what_seeds_share():
 
 
 def test_ratios_need_pairs_and_positive_values():
-    with pytest.raises(ValueError, match="no pairs"):
+    with pytest.raises(ValueError, match="1 numerators and 2 denominators are no pairs"):
         ratio_interval([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="above 0"):
+        ratio_interval([1.0, 1.0], [1.0, 0.0])
     with pytest.raises(ValueError, match="above 0"):
         ratio_interval([1.0, 0.0], [1.0, 1.0])
 
@@ -78,6 +89,10 @@ def test_a_share_has_scipys_exact_interval(hits, n):
     found = share_interval(hits, n)
     expected = stats.binomtest(hits, n).proportion_ci(0.95, method="exact")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert (found.value, found.n) == (hits / n, n) and share_interval(0, 0).n == 0
+    for wrong in (-1, n + 1):
+        with pytest.raises(ValueError, match="is no share"):
+            share_interval(wrong, n)
 
 
 def test_the_block_bootstrap_covers_the_mean_of_dependent_steps_where_single_steps_do_not():
@@ -99,7 +114,12 @@ def test_the_block_bootstrap_covers_the_mean_of_dependent_steps_where_single_ste
 def test_the_bootstrap_is_the_same_each_time_and_silent_on_short_series():
     values = np.random.default_rng(2).normal(size=200)
     assert block_bootstrap(values, mean) == block_bootstrap(values, mean)
-    assert not block_bootstrap(values[:9], mean).known
+    assert (
+        not block_bootstrap(values[:14], mean).known and block_bootstrap(values[:15], mean).known
+    )  # 5 blocks of ceil(15^(1/3))
+    assert block_bootstrap([*values, math.inf], mean) == block_bootstrap(values, mean)
+    narrow, wide = block_bootstrap(values, mean, confidence=0.5), block_bootstrap(values, mean)
+    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high and wide.n == 200
     assert block_bootstrap(np.full(3, np.nan), mean).n == 0
 
 
@@ -120,6 +140,14 @@ def test_a_spike_is_found_where_it_is_and_not_in_its_own_shadow():
     values[[40, 41, 70]] = [6.0, 5.0, math.inf]
     values[9] = 50.0  # nine steps before it are too few to judge by
     assert np.flatnonzero(spikes(values)).tolist() == [40]
+
+
+def test_the_tenth_value_before_it_is_enough_to_judge_a_spike_by():
+    for at, found in ((10, [10]), (9, [])):
+        values = np.ones(60)
+        values[at] = 5.001
+        assert np.flatnonzero(spikes(values)).tolist() == found
+    assert not spikes(np.where(np.arange(60) == 30, 5.0, 1.0)).any()  # five times the median is none yet
 
 
 def test_ranks_tie_where_the_seeds_do_not_separate_neighbours():
@@ -155,7 +183,11 @@ def test_tau_is_scipys_from_five_pairs_on_and_none_below():
     first, second = [1, 2, 3, 4, 5, 6, 7], [1, 3, 2, 4, 5, 7, 6]
     tau, low, high = kendall_tau(first, second)
     assert tau == pytest.approx(stats.kendalltau(first, second).statistic) and low < tau < high
-    assert kendall_tau(first[:4], second[:4]) is None
+    half = stats.norm.ppf(0.975) * math.sqrt(0.437 / 3)
+    assert (low, high) == pytest.approx((math.tanh(math.atanh(tau) - half), math.tanh(math.atanh(tau) + half)))
+    assert kendall_tau(first[:4], second[:4]) is None and kendall_tau(first[:5], second[:5]) is not None
+    with pytest.raises(ValueError, match="7 and 6 scores are no pairs"):
+        kendall_tau(first, second[:6])
     assert kendall_tau([1] * 5, second[:5]) is None
 
 

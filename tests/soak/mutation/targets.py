@@ -33,7 +33,10 @@ ROOMS = {
         ("instrument/replay/*.py",), ("tests/instrument/test_recorder.py", "tests/instrument/test_replays.py", *WATCH)
     ),
     "tables": Room(("report/tables/*.py",), ("tests/report/test_tables_*.py", "tests/report/test_verdict.py")),
-    "statistics": Room(("report/statistics.py",), ("tests/report/test_statistics.py",)),
+    "statistics": Room(
+        ("report/statistics.py", "report/significance.py"),
+        ("tests/report/test_statistics.py", "tests/report/test_significance.py"),
+    ),
     "hypotheses": Room(("report/hypotheses/*.py",), ("tests/report/test_hypotheses.py",)),
 }
 
