@@ -15,7 +15,7 @@ from report.dossier.context import context
 from report.dossier.page import page, require_pdf, write_pdf
 from report.hypotheses import judge
 from report.plots.draw import draw_all
-from report.tables import all_tables, hardware, headroom, kernel_time, overhead, step_times
+from report.tables import all_tables, hardware, headroom, kernel_time, lm_loss, overhead, step_times
 from report.tables.failures import failure_groups
 from report.tables.predicted import predicted
 from report.tables.trust import trust
@@ -28,6 +28,7 @@ SECTION_TABLES = {
     "step_times": step_times,
     "hardware": hardware,
     "headroom": headroom,
+    "lm_loss": lm_loss,
 }
 
 

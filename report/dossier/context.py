@@ -38,6 +38,7 @@ MARK_MEANINGS = {
 
 
 EXECUTIVE = "ACB"
+LABELS = {"lm_loss": "LM loss", "step_times": "Step times", "kernel_time": "Kernel time"}
 MACHINE = ("hardware", "step_times")
 SECTIONS = (
     ("decision", "Decision"),
@@ -101,7 +102,7 @@ def context(
         "machine_figures": [key for key in MACHINE if key in drawn],
         "figures": {letter: _figure(figure, tables[letter], numbers) for letter, figure in drawn.items()},
         "executive": [letter for letter in EXECUTIVE if letter in drawn],
-        "cases": case_sections(verdict, numbers),
+        "cases": case_sections(verdict, folder, numbers),
         "case_heads": CASE_HEADS,
         "open_claims": [finding.id for finding in findings if finding.verdict == NOT_DECIDED],
         "next_command": clean(verdict.next_command or "", 600),
@@ -132,7 +133,7 @@ def context(
 def _figure(figure: Drawn, table: Table, numbers: RowNumbers) -> dict[str, Any]:
     return {
         "letter": table.letter,
-        "label": f"Figure {table.letter}" if len(table.letter) == 1 else table.letter.replace("_", " ").capitalize(),
+        "label": f"Figure {table.letter}" if len(table.letter) == 1 else LABELS.get(table.name, table.name.capitalize()),
         "name": table.name,
         "title": clean(table.title, 400),
         "caption": clean(table.caption, 3_000),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from instrument.results.contents import Folder
 from report.dossier.rows import RowNumbers
 from report.tables.cell_text import (
     UNKNOWN,
@@ -15,9 +16,10 @@ from report.tables.cell_text import (
     state_text,
     value_text,
 )
-from report.tables.cells import AVOID, LOST, RECOMMENDED, RUNNER_UP, USABLE, Cell
+from report.tables.cells import AVOID, COMPLETED, LOST, RECOMMENDED, RUNNER_UP, USABLE, Cell
 from report.tables.choice import CaseTable
 from report.tables.selection import REFERENCE
+from report.tables.speed import ineligible_reason
 from report.text import clean
 
 HEADS = (
@@ -33,7 +35,7 @@ HEADS = (
 KINDS = {RECOMMENDED: "yes", RUNNER_UP: "yes", USABLE: "quiet", AVOID: "no", LOST: "no"}
 
 
-def case_sections(verdict, numbers: RowNumbers) -> list[dict[str, Any]]:
+def case_sections(verdict, folder: Folder, numbers: RowNumbers) -> list[dict[str, Any]]:
     """One entry a case: the answer in a sentence, rows, costs and citations."""
     costs = {case.case: case.cost for case in verdict.cases}
     return [
@@ -43,7 +45,7 @@ def case_sections(verdict, numbers: RowNumbers) -> list[dict[str, Any]]:
             "answer": answer(table),
             "use": table.use,
             "cost": clean(costs.get(table.case) or "", 200),
-            "rows": [_row(cell, numbers) for cell in table.cells],
+            "rows": [_row(cell, folder, numbers) for cell in table.cells],
         }
         for table in verdict.tables
     ]
@@ -59,6 +61,15 @@ def answer(table: CaseTable) -> str:
     return "; ".join([f"Use {clean(table.use, 60)}: {reason}", *others]) + "."
 
 
+def _speed(cell: Cell, folder: Folder) -> str:
+    """The ratio, or why a cell that completed has none."""
+    text = speed_text(cell)
+    if text != UNKNOWN or cell.state != COMPLETED:
+        return text
+    reasons = [reason for run_id in cell.run_ids if (reason := ineligible_reason(folder, folder.by_id[run_id]))]
+    return clean(reasons[0].partition(":")[0], 40) if reasons else text
+
+
 def _reason(cell: Cell) -> str:
     """Why, without the difference that stands in its own column."""
     text = cell.why
@@ -67,15 +78,15 @@ def _reason(cell: Cell) -> str:
     return text
 
 
-def _row(cell: Cell, numbers: RowNumbers) -> dict[str, Any]:
+def _row(cell: Cell, folder: Folder, numbers: RowNumbers) -> dict[str, Any]:
     reference, shown = cell.dtype_config == REFERENCE, shown_qualities(cell)
     differences = [] if reference else [difference_text(quality) for quality in shown if quality.difference.n]
     return {
         "config": clean(cell.dtype_config, 40),
         "state": clean(state_text(cell), 160),
-        "speed": speed_text(cell),
+        "speed": _speed(cell, folder),
         "memory": memory_text(cell),
-        "quality": [clean(value_text(quality), 120) for quality in shown] or [UNKNOWN],
+        "quality": [clean(value_text(quality, baseline=reference), 120) for quality in shown] or [UNKNOWN],
         "difference": differences or ["the reference" if reference else UNKNOWN],
         "headroom": headroom_text(cell).split(" (")[0],
         "logit": headroom_text(cell).partition(" (")[2].rstrip(")"),

@@ -7,13 +7,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from instrument.terminal import count
 from report.plots.elements import as_series, decimate, label_right
 from report.plots.palette import look
 from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
 from report.tables.selection import REFERENCE
 from report.text import clean
 
-ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 3.9
+ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 3.8
 
 
 def draw(table) -> Figure:
@@ -84,7 +85,7 @@ def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
 
 
 def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: float) -> None:
-    """Each configuration by name at the right: where it diverged, or its rate of spikes against fp32."""
+    """Each configuration by name at the right: where it diverged, or how many spikes it has."""
     labels = []
     for config, runs in rows.groupby("dtype_config", sort=False):
         finite = runs[np.isfinite(runs["grad_norm"])]
@@ -101,7 +102,5 @@ def _label(config: str, summary: pd.DataFrame) -> str:
         where = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         seeds = f", {len(diverged_at)} of {len(summary)} seeds" if len(summary) > 1 else ""
         return f"{name} × @ {where}{seeds}"
-    relative = summary["relative_to_fp32"].dropna()
-    if len(relative) and config != REFERENCE:
-        return f"{name}, spikes {relative.mean():.2g}x"
-    return name
+    spikes = int(summary["spikes"].sum())
+    return f"{name}, {count(spikes, 'spike')}" if spikes else name

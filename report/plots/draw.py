@@ -24,6 +24,7 @@ from report.plots import (
     h_rank_correlation,
     hardware,
     headroom,
+    lm_loss,
     step_time,
 )
 from report.plots.elements import name_frames
@@ -41,6 +42,7 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "G": g_loss_scale_inversion.draw,
     "H": h_rank_correlation.draw,
     "headroom": headroom.draw,
+    "lm_loss": lm_loss.draw,
     "hardware": hardware.draw,
     "step_times": step_time.draw_step_times,
     "kernel_time": step_time.draw_kernel_time,

@@ -16,7 +16,7 @@ from report.plots.palette import DASH, look
 from report.plots.style import INK, MUTED, SMALL_PT, table_figure
 from report.text import clean
 
-ROW_IN, FRAME_IN, MOST_IN = 1.5, 0.2, 3.1
+ROW_IN, FRAME_IN, MOST_IN = 1.5, 0.2, 2.9
 MOST_POINTS = 400
 WINDOWS, WINDOW_LEAST = 15, 5
 """The smoother's window is a fifteenth of the batches, five at least."""

@@ -32,7 +32,7 @@ def table(folder: Folder) -> Table:
     rows = [_row(cell, kind, memory, cells[key]) for key, cell in by_cell(runs).items()]
     data = _with_frontier(frame([row for row in rows if row is not None], COLUMNS))
     empty = None if not data.empty else NOT_MEASURED if kind is None and runs else "no completed run has enough timed steps"
-    title, caption = _title(data, empty), _caption(folder, runs, kind, memory)
+    title, caption = _title(data, cells, empty), _caption(folder, runs, kind, memory)
     return Table("B", "b_efficiency_frontier", data, title, caption, excluded=excluded, marks=folder.marks, empty=empty)
 
 
@@ -72,7 +72,7 @@ def _with_frontier(data: pd.DataFrame) -> pd.DataFrame:
     return data
 
 
-def _title(data: pd.DataFrame, empty: str | None) -> str:
+def _title(data: pd.DataFrame, cells: dict[tuple[str, str], Cell], empty: str | None) -> str:
     """Whose frontier has a single configuration, and how high MFU gets."""
     if empty:
         return "Not decided: no MFU to compare."
@@ -85,7 +85,9 @@ def _title(data: pd.DataFrame, empty: str | None) -> str:
     cases = frontier["case"].nunique()
     alone_in = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
     trades = f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"
-    return sentence("; ".join([*(alone_in or [trades]), highest]))
+    lost = sum(cell.n_failed > 0 and case in set(frontier["case"]) for (case, _), cell in cells.items())
+    among = [f"of what finished: {count(lost, 'cell')} with a failure {'is' if lost == 1 else 'are'} not drawn"] if lost else []
+    return sentence("; ".join([*(alone_in or [trades]), *among, highest]))
 
 
 def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: str | None) -> str:

@@ -68,11 +68,11 @@ def headroom_text(cell: Cell) -> str:
     return f"{signed(cell.headroom_bits, 1).lstrip('+')} bits (largest logit {cell.largest_logit:.3g})"
 
 
-def value_text(quality: Quality) -> str:
-    """``perplexity 24.1``; ``micro-F1 0.31 (most frequent answer 0.20)``."""
+def value_text(quality: Quality, *, baseline: bool = True) -> str:
+    """``perplexity 24.1``; ``micro-F1 0.31 (most frequent answer 0.20)``, without it where another row says it."""
     number = f"{quality.value:.2f}" if quality.unit == "F1" else f"{quality.value:.4g}"
-    baseline = f" (most frequent answer {quality.baseline:.2f})" if quality.baseline is not None else ""
-    return f"{quality.name} {number}{baseline}"
+    known = baseline and quality.baseline is not None
+    return f"{quality.name} {number}" + (f" (most frequent answer {quality.baseline:.2f})" if known else "")
 
 
 def difference_text(quality: Quality) -> str:

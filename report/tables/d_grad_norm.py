@@ -86,9 +86,13 @@ def _title(summary: pd.DataFrame) -> str:
             steps = sorted({int(step) for step in diverged["died_at"]})
             when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
             parts.append(f"{config} diverges at {when} in {len(diverged)} of {count(len(rows), 'run')}")
-    rates = summary.dropna(subset="spikes_per_1000").groupby("dtype_config")["spikes_per_1000"].mean()
-    spiking = [f"{config} {rates[config]:.1f}" for config in series_order(rates.index)]
-    return sentence("; ".join([*parts, f"spikes per 1,000 steps: {shortened(spiking, 4)}"] if spiking else parts))
+    judged = summary[summary["n_steps"] > FEWEST_STEPS]
+    counts = [
+        f"{config} {rows['spikes'].sum()} in {(rows['n_steps'] - FEWEST_STEPS).sum():,}"
+        for config in series_order(judged["dtype_config"])
+        if len(rows := judged[judged["dtype_config"] == config])
+    ]
+    return sentence("; ".join([*parts, f"spikes in steps: {shortened(counts, 4)}"] if counts else parts))
 
 
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:

@@ -16,7 +16,7 @@ from report.tables.table import Table
 from report.text import objects
 
 NAME = "headroom"
-MOST_RUNS, MOST_MODULES = 2, 12
+MOST_RUNS, MOST_MODULES = 2, 10
 FEWEST_WINDOWS = 3
 """Fewer columns than these show no development."""
 COLUMNS = ("run_id", "case", "dtype_config", "seed", "step", "module", "order", "direction", "absmax", "headroom_bits")

@@ -141,7 +141,16 @@ def _d():
             }
             for i in range(n)
         ]
-        summary.append(run | {"n_steps": n, "spikes_per_1000": 2.5, "relative_to_fp32": 1.0, "died_at": 3 if n == 2 else None})
+        summary.append(
+            run
+            | {
+                "n_steps": n,
+                "spikes": int(n > 2),
+                "spikes_per_1000": 2.5,
+                "relative_to_fp32": 1.0,
+                "died_at": 3 if n == 2 else None,
+            }
+        )
     return "d_grad_norm_heartbeat", rows, summary
 
 

@@ -108,5 +108,32 @@ def test_the_keyboard_reaches_the_skip_link_the_contents_and_the_wide_boxes(view
 
 def test_it_is_complete_without_scripts(view):
     page = view(scripts=False)
-    assert page.locator("table.sortable tbody tr").count() == 42 and page.locator("table.sortable th button").count() == 0
+    assert (
+        page.locator("table.sortable tbody tr:not(.case-head)").count() == 42
+        and page.locator("table.sortable th button").count() == 0
+    )
     assert page.locator("section").count() == 10 and page.locator(".plot svg").count() >= 8
+
+
+def test_a_pointer_reads_a_figure_and_configurations_can_be_hidden(view):
+    page = view()
+    figure = page.locator("#figure-d_grad_norm_heartbeat")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator("svg").bounding_box()
+    said = set()
+    for share in range(15, 50):
+        page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + share / 200 * box["height"])
+        said.add(page.locator(".tip").text_content())
+    assert any("seed" in text and "step" in text for text in said), said
+    lines = figure.locator('[data-config="amp_bf16"]')
+    figure.locator(".filters button", has_text="amp_bf16").first.click()
+    assert lines.count() > 0 and not lines.first.is_visible()
+
+
+def test_the_table_of_runs_is_filtered_by_words(view):
+    page = view()
+    page.locator(".filters input").last.fill("gpt2_clm diverged")
+    assert (
+        page.locator("table.sortable tbody tr:visible").count() == 1
+        and "1 of 42 rows" in page.locator(".filters").last.text_content()
+    )

@@ -12,7 +12,7 @@ from instrument.results.contents import load
 from report.dossier.measurements import overhead_rows
 from report.plots.draw import draw
 from report.plots.style import theme
-from report.tables import b_efficiency, c_throughput, f_padding, h_rank, overhead
+from report.tables import b_efficiency, c_throughput, d_grad_norm, f_padding, h_rank, overhead
 from report.tables.selection import select
 from report.tables.speed import eligible, pooled_rate
 
@@ -288,3 +288,19 @@ def test_what_is_no_figure_is_left_out(place, changes):
     with theme(table.name):
         draw(table).draw_without_rendering()
     assert not np.isinf(table.data.get("ratio", np.zeros(1)).to_numpy(float) if len(table.data) else np.zeros(1)).any()
+
+
+def test_titles_carry_what_is_resolved(plant):
+    """C calls nothing fast that the seeds do not show to be; B says that some of its cells failed; D counts spikes."""
+
+    def change(case, config, seed):
+        scatter = {"amp_bf16": (0.6, 1.9, 1.2)}.get(config, (1.0, 1.0, 1.0))
+        return {"speed": scatter[seed % 3]} | ({"diverges_at": 20} if config == "fp16_naive" else {})
+
+    folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16", "fp16_naive"), change=change)
+    assert c_throughput.table(folder).title.startswith("Not resolved: no configuration is shown to be faster than fp32_true")
+    assert "1 cell with a failure is not drawn" in b_efficiency.table(folder).title
+    counted = "spikes in steps: fp32_true 0 in 150, amp_bf16 0 in 150 and fp16_naive 0 in 30."
+    assert d_grad_norm.table(folder).title.endswith(counted)
+    quick = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), change=fast, name="fast")
+    assert "amp_bf16 leads at 2.00x (resolved in 1 of 1 case)" in c_throughput.table(quick).title
