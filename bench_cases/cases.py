@@ -8,6 +8,7 @@ from bench_cases.architectures import CLM, GPT2, MLM, MULTI_CLS, ROBERTA, SINGLE
 from bench_cases.lookup import check, check_id, index
 
 REDUCTIONS = ("mean", "label_sum")
+PRIORS = ("none", "log_odds")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class Case:
     """One case of the matrix; ``id`` is ``{arch}_{task}``, with a suffix for a variant.
 
     ``loss_reduction``: ``mean`` over all targets, or ``label_sum``: sum over a document's
-    labels, mean over documents (multi-label only). ``spelled``: the arguments by which a command line
-    names a case from outside the project, whose id says nothing to it; empty for those in `CASES`.
+    labels, mean over documents (multi-label only). ``head_prior``: what the bias of a classification head's last layer
+    begins with; ``log_odds``: the labels' log-odds in the training split, so that the first gradients are about the
+    documents and not about how rare labels are (Lin et al. 2017, arXiv:1708.02002, section 4.1). ``spelled``: the
+    arguments by which a command line names a case from outside the project, whose id says nothing to it; empty for
+    those in `CASES`.
     """
 
     id: str
@@ -50,6 +54,7 @@ class Case:
     lr: LearningRates
     loss_reduction: str = "mean"
     weight_decay: float = 0.01
+    head_prior: str = "none"
     in_default_matrix: bool = True
     spelled: tuple[str, ...] = ()
 
@@ -63,6 +68,12 @@ class Case:
             self.loss_reduction == "mean" or self.task.loss == "bce_with_logits",
             owner,
             "label_sum needs the loss bce_with_logits",
+        )
+        check(self.head_prior in PRIORS, owner, f"head_prior {self.head_prior!r} is none of {PRIORS}")
+        check(
+            self.head_prior == "none" or self.task.loss == "bce_with_logits",
+            owner,
+            "a prior of log-odds needs the loss bce_with_logits",
         )
         check(
             self.task.head != "causal_lm" or self.architecture.causal,
@@ -81,8 +92,8 @@ CASES: dict[str, Case] = index(
     [
         Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 6e-4, 1e-4)),
         Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 4e-4, 5e-5)),
-        Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5)),
-        Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5)),
+        Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5), head_prior="log_odds"),
+        Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5), head_prior="log_odds"),
         Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 1e-4, 5e-5)),
         Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 1e-4, 3e-5)),
         Case(
@@ -92,6 +103,7 @@ CASES: dict[str, Case] = index(
             MULTI_CLS,
             LearningRates(2e-3, 1e-4, 5e-5),
             loss_reduction="label_sum",
+            head_prior="log_odds",
             in_default_matrix=False,
         ),
         Case(
@@ -101,6 +113,7 @@ CASES: dict[str, Case] = index(
             MULTI_CLS,
             LearningRates(2e-3, 1e-4, 3e-5),
             loss_reduction="label_sum",
+            head_prior="log_odds",
             in_default_matrix=False,
         ),
     ]

@@ -40,7 +40,8 @@ class ModelRequest:
 
     ``vocabulary`` is the tokenizer's size; the embedding holds `padded_vocabulary` of it. ``outputs`` is the number of labels
     or classes, None for language models. ``weights`` is ``scratch``, ``pretrained`` (the architecture's hub id) or a folder.
-    ``seq_len`` is the longest sequence that the model must take.
+    ``seq_len`` is the longest sequence that the model must take. ``prior``: what the bias of a classification head's last layer
+    begins with, one number an output; None: the head's own beginning, and a bias only where it has one.
     """
 
     architecture: Architecture
@@ -55,6 +56,7 @@ class ModelRequest:
     dropout: float
     seed: int
     seq_len: int = 1
+    prior: tuple[float, ...] | None = None
 
 
 def padded_vocabulary(size: int) -> int:

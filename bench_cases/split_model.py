@@ -86,16 +86,19 @@ class _PassedOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 class ClassificationHead(nn.Module):
     """(B, D) -> (B, C). ``deep`` is RoBERTa's (dense, tanh, projection with bias); otherwise
-    GPT-2's (one projection without bias)."""
+    GPT-2's (one projection without bias). With a ``prior`` of C numbers the projection has a bias that begins with it."""
 
-    def __init__(self, width: int, outputs: int, *, deep: bool, std: float) -> None:
+    def __init__(self, width: int, outputs: int, *, deep: bool, std: float, prior: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width) if deep else None
-        self.out_proj = nn.Linear(width, outputs, bias=deep)
+        self.out_proj = nn.Linear(width, outputs, bias=deep or prior is not None)
         for layer in filter(None, (self.dense, self.out_proj)):
             nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        if prior is not None:
+            with torch.no_grad():
+                self.out_proj.bias.copy_(torch.tensor(prior))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if self.dense is not None:

@@ -90,7 +90,9 @@ def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module
         encoder.pooler = None  # its output would be computed, take gradients nowhere, and be dropped
     assert request.outputs is not None  # labels or classes, which every classification task has
     std = getattr(config, "initializer_range", 0.02)
-    head = ClassificationHead(_encoded_width(encoder), request.outputs, deep=not request.architecture.causal, std=std)
+    head = ClassificationHead(
+        _encoded_width(encoder), request.outputs, deep=not request.architecture.causal, std=std, prior=request.prior
+    )
     return name, encoder, head
 
 

@@ -66,6 +66,7 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
             attention=precision.attention,
             outputs=meaningful_outputs(facts.request),
             seq_len=settings.seq_len,
+            micro_batch=settings.micro_batch,
         )
         findings["time"] = duration(settings, traced, flops)
     except (ModelError, WeightsUnavailable):

@@ -86,6 +86,7 @@ def data_facts(settings: RunSettings) -> DataFacts:
         weights=settings.weights,
         dropout=settings.dropout,
         seed=settings.seed,
+        prior=None if settings.case.head_prior == "none" else (0.0,) * HUB_LABELS,
     )
     return DataFacts(vocabulary, request, "assumed: a dry run downloads nothing")
 

@@ -168,6 +168,8 @@ class RunSettings:
                 del plain[declared.name]
         for description in ("scenario", "in_default_matrix", "spelled"):
             del plain["case"][description]
+        if plain["case"]["head_prior"] == "none":  # runs from before there was one keep their ids
+            del plain["case"]["head_prior"]
         for description in ("note", "controls", "in_default_matrix"):
             del plain["config"][description]
         return plain

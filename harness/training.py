@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from bench_cases import Case
 from bench_cases.data.batches import Batches
 from harness.loop import LoopOptions, train
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
@@ -95,6 +97,7 @@ class Training:
             gather=self.context.gather,
             micro_batches=self.strategy.count(s.batch_size // s.micro_batch),
             warmup_steps=s.warmup_steps,
+            uninformed_loss=uninformed_loss(s.case, self.batches.data.n_labels),
             named_parameters=self.strategy.named_parameters(self.model),
         )
 
@@ -126,6 +129,14 @@ class Training:
     def restore(self, state: NamedState) -> None:
         """Put a stored state into this freshly prepared training; raises `ValueError` when it does not fit."""
         self.strategy.restore(state, self.model, self.optimizer, self.precision.scaler)
+
+
+def uninformed_loss(case: Case, labels: int) -> float:
+    """The loss of a model that gives every label the probability 1/2, as one without a prior nearly does at its start; 0 for a
+    case without a prior, whose own first loss says it."""
+    if case.head_prior == "none":
+        return 0.0
+    return math.log(2) * (labels if case.loss_reduction == "label_sum" else 1)
 
 
 def strategy_for(

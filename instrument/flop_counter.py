@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -75,6 +75,7 @@ class ModelCounter:
         self._known: dict[tuple[int, int], tuple[Products, ...]] = {}
         with _reasons(), self._fake:
             self._twin = without_data(model).eval()  # dropout costs no product, and some models throw dice in training
+            _multiply_each_tokens_experts(self._twin)
             if valid_outputs is not None:
                 cut_pad_columns(self._twin, valid_outputs)
             self._tally = Tally(self._twin)
@@ -88,8 +89,22 @@ class ModelCounter:
         return self._known[rows, length]
 
     def row_parts(self, length: int) -> tuple[int, int, int]:
-        """FLOPs of one row's (encoder, attention, head)."""
-        products = self.count(1, length)
+        """FLOPs of what one more row costs: its (encoder, attention, head)."""
+        return tuple(two - one for one, two in zip(self._parts(1, length), self._parts(2, length), strict=True))
+
+    def once_parts(self, length: int) -> tuple[int, int, int]:
+        """FLOPs of what a pass costs once, however many rows it has. Raises `Uncountable` where three rows do not cost what
+        follows from one and two: where rows touch each other."""
+        one, two, three = (self._parts(rows, length) for rows in (1, 2, 3))
+        if any(a + c != 2 * b for a, b, c in zip(one, two, three, strict=True)):
+            raise Uncountable(
+                f"rows touch each other: one, two and three rows of {length} tokens cost {sum(one):,}, {sum(two):,} and "
+                f"{sum(three):,} FLOPs, which is no sum over rows"
+            )
+        return tuple(2 * a - b for a, b in zip(one, two, strict=True))
+
+    def _parts(self, rows: int, length: int) -> tuple[int, int, int]:
+        products = self.count(rows, length)
         return tuple(sum(p.flops for p in products if p.part == part) for part in ("encoder", "attention", "head"))
 
     def _run(self, rows: int, length: int) -> tuple[Products, ...]:
@@ -107,6 +122,14 @@ class ModelCounter:
         return tally.products()
 
 
+def _multiply_each_tokens_experts(twin: nn.Module) -> None:
+    """Let a mixture of experts of `transformers` multiply every token with the weights of the k experts that it is routed to,
+    whichever they are: what it costs without data, and with any. Its other ways sort tokens by their experts."""
+    for module in twin.modules():
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
+            module.config._experts_implementation = "batched_mm"
+
+
 class Tally(TorchDispatchMode):
     """Adds up the FLOPs of the ops that pass, by the module that runs or, in a backward pass, ran."""
 
@@ -115,6 +138,7 @@ class Tally(TorchDispatchMode):
         self._saved = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._stack: list[str] = [""]
         self._in_backward = False
+        self._experts = {n for n, m in model.named_modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))}
         for name, module in model.named_modules():
             module.register_forward_pre_hook(partial(self._enter, name))
             module.register_forward_hook(self._leave, always_call=True)
@@ -172,7 +196,8 @@ class Tally(TorchDispatchMode):
             )
         if flops:
             name = op.__name__
-            kind = "attention" if name in BATCHED or "attention" in name else "projection"
+            batched = name in BATCHED and self._stack[-1] not in self._experts  # theirs are products with weights
+            kind = "attention" if batched or "attention" in name else "projection"
             self._flops[self._stack[-1], kind][self._in_backward] += flops
         return result
 
@@ -187,6 +212,8 @@ def _reasons():
         yield
     except Uncountable:
         raise
+    except DataDependentOutputException as error:
+        raise Uncountable(f"what the model computes depends on values that it reads back ({error.func})") from error
     except Exception as error:
         message = (str(error).strip() or "no message").splitlines()[0]
         raise Uncountable(f"the model does not run on tensors without data ({type(error).__name__}: {message})") from error

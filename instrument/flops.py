@@ -16,12 +16,14 @@ training is 3 times the forward pass. Per token and layer:
 
 with D the width, F the MLP's inner width, L the row's length. The number of heads cancels out. A row costs a + b L + c L^2, in
 exact integers or fractions: ``b L`` is what runs token by token, ``c L^2`` attention's scores and their use, ``a`` what runs
-once a row (a pooled head). Rows do not touch each other, so a step costs the sum over its rows; micro-batches change nothing.
+once a row (a pooled head). In these two rows do not touch each other, so a step costs the sum over its rows; micro-batches
+change nothing. Of any other model that is counted (`harness.run.step_flops`): what a forward pass costs once, however many rows
+it has (DeBERTa's relative positions), is counted once a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -174,25 +176,45 @@ def product_dtypes(compute: str, head: str, *, tf32: bool, attention: str) -> Pr
 @dataclass(frozen=True)
 class StepFlops:
     """``row``: FLOPs of one row's (encoder, attention, head) at a length; a `RowFlops` where they follow
-    polynomials, else a function that counts. ``source`` says where they come from."""
+    polynomials, else a function that counts. ``once``: what a forward and backward pass costs besides, however many of the
+    ``rows_a_pass`` it has; None: nothing. ``source`` says where they come from."""
 
-    row: RowFlops | Callable[[int], tuple[int, int, int]]
+    row: Callable[[int], tuple[int, int, int]]
     dtypes: ProductDtypes
     causal: bool
     source: str
+    once: Callable[[int], tuple[int, int, int]] | None = None
+    rows_a_pass: int = 1
 
     def of(self, samples: int, seq_len: int) -> dict[str, int]:
         """``samples`` rows, each padded to ``seq_len``: what ran, by dtype."""
-        return self._by_dtype([tuple(samples * part for part in self._parts(seq_len))])
+        rows = [tuple(samples * part for part in self._parts(seq_len))]
+        return self._by_dtype(rows + self._passes(samples, seq_len))
 
-    def real(self, lengths: Iterable[int]) -> dict[str, int]:
-        """Rows of these true lengths, as if no padding had run: sums of L and of L^2 over the documents."""
-        return self._by_dtype([self._parts(length) for length in lengths])
+    def real(self, lengths: Sequence[int]) -> dict[str, int]:
+        """Rows of these true lengths, as if no padding had run: sums of L and of L^2 over the documents; a pass is as long as
+        its longest row."""
+        rows = [self._parts(length) for length in lengths]
+        return self._by_dtype(rows + self._passes(len(lengths), max(lengths, default=0)))
+
+    def _passes(self, samples: int, seq_len: int) -> list[tuple[int, int, int]]:
+        """What the passes over ``samples`` rows cost once each."""
+        if self.once is None or not samples:
+            return []
+        if seq_len not in self._known_once:
+            self._known_once[seq_len] = self.once(seq_len)
+        return [self._known_once[seq_len]] * -(-samples // self.rows_a_pass)
 
     def causal_half(self, samples: int, seq_len: int) -> int | None:
         """FLOPs with attention counted half, since a causal model needs half of its scores. None where
         attention is not causal, and where it is no multiple of L^2, so that half of it means nothing."""
-        if not self.causal or not isinstance(self.row, RowFlops) or self.row.attention.linear or self.row.attention.constant:
+        if (
+            not self.causal
+            or self.once is not None
+            or not isinstance(self.row, RowFlops)
+            or self.row.attention.linear
+            or self.row.attention.constant
+        ):
             return None
         return sum(self.of(samples, seq_len).values()) - samples * self.row.attention(seq_len) // 2
 
@@ -200,6 +222,10 @@ class StepFlops:
         if length not in self._known:
             self._known[length] = self.row(length)
         return self._known[length]
+
+    @cached_property
+    def _known_once(self) -> dict[int, tuple[int, int, int]]:
+        return {}
 
     @cached_property
     def _known(self) -> dict[int, tuple[int, int, int]]:

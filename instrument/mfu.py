@@ -188,7 +188,7 @@ class Utilisation:
         self.not_counted = not_counted
         self._work: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
 
-    def fill(self, record: StepRecord, lengths: Iterable[int]) -> StepRecord:
+    def fill(self, record: StepRecord, lengths: Sequence[int]) -> StepRecord:
         """The record with FLOPs and MFU. ``lengths``: the real tokens of every row of the step."""
         if self.step_flops is None:
             return record

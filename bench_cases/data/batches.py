@@ -93,19 +93,13 @@ class Batches:
         if self.collator.single_label:
             uses = np.bincount(data.single_targets[documents], minlength=data.n_classes)
             return np.arange(data.n_classes) == uses.argmax()
-        uses = self.label_uses()
+        uses = data.label_uses
         order = np.argsort(-uses, kind="stable")
         hits = np.cumsum(uses[order])
         f1 = 2 * hits / (np.arange(1, len(uses) + 1) * len(documents) + hits[-1])
         answer = np.zeros(len(uses), bool)
         answer[order[: int(f1.argmax()) + 1]] = True
         return answer
-
-    def label_uses(self) -> np.ndarray:
-        """(labels,) int64: how many training documents carry each label."""
-        data = self.data
-        of = np.repeat(np.arange(len(data.split)), np.diff(data.label_offsets))
-        return np.bincount(data.labels[np.isin(of, self._train)], minlength=data.n_labels)
 
     def sha256(self, max_steps: int) -> str:
         """Pins every batch of a run of ``max_steps`` steps: the data, the rows of each step, and all

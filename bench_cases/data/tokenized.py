@@ -68,6 +68,18 @@ class TokenizedData:
         return int(self.classes.max()) + 1 if len(self.classes) else 0
 
     @cached_property
+    def label_uses(self) -> np.ndarray:
+        """(labels,) int64: how many training documents carry each label."""
+        in_train = np.repeat(self.split == SPLITS.index("train"), np.diff(self.label_offsets))
+        return np.bincount(self.labels[in_train], minlength=self.n_labels)
+
+    def label_log_odds(self) -> np.ndarray:
+        """(labels,) float64: each label's log-odds among the training documents, with half a document more of either kind, so
+        that a label of all documents or of none has finite ones."""
+        carried, documents = self.label_uses + 0.5, len(self.splits["train"])
+        return np.log(carried) - np.log(documents + 1 - carried)
+
+    @cached_property
     def single_targets(self) -> np.ndarray:
         """(documents,) int32: each document's single-label class, -1 where it has none."""
         counts = np.diff(self.label_offsets)

@@ -60,16 +60,18 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
 
     facts = data_facts(settings)
     model, outputs = shapes_of(facts.request), meaningful_outputs(facts.request)
-    shape = settings.batch_size, settings.seq_len
+    shape, passes = (settings.batch_size, settings.seq_len), settings.batch_size // settings.micro_batch
+    one_pass = settings.micro_batch, settings.seq_len
     attention = DEFAULT_ATTENTION[settings.device] if settings.attention == "auto" else settings.attention
     try:
-        products = counter_of(model, case, outputs).count(*shape)
-        executed = products if case.task.head == "classification" else ModelCounter(model).count(*shape)
+        products = counter_of(model, case, outputs).count(*one_pass)
+        executed = products if case.task.head == "classification" else ModelCounter(model).count(*one_pass)
         closed = closed_row_flops(model, case, outputs)
-        flops = step_flops(model, case, config, attention=attention, outputs=outputs, seq_len=settings.seq_len)
+        sizes = {"outputs": outputs, "seq_len": settings.seq_len, "micro_batch": settings.micro_batch}
+        flops = step_flops(model, case, config, attention=attention, **sizes)
     except Uncountable as error:
         raise ModelError(f"{case.id}: its FLOPs cannot be counted: {error}") from error
-    total = sum(product.flops for product in products)
+    total = passes * sum(product.flops for product in products)
     closed_flops = sum(flops.of(*shape).values()) if closed else None
     dtypes = dtypes_of(model, config, attention)
     rows = [
@@ -77,8 +79,8 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
             "module": p.module,
             "kind": p.kind,
             "dtype": getattr(dtypes, p.part),
-            "forward_flops": p.forward_flops,
-            "backward_flops": p.backward_flops,
+            "forward_flops": passes * p.forward_flops,
+            "backward_flops": passes * p.backward_flops,
         }
         for p in products
     ]
@@ -99,8 +101,8 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
         "n_params": sum(parameter.numel() for parameter in model.parameters()),
         "flops_per_step": total,
         "flops_per_token": total / (settings.batch_size * settings.seq_len),
-        "forward_flops": sum(p.forward_flops for p in products),
-        "backward_flops": sum(p.backward_flops for p in products),
+        "forward_flops": passes * sum(p.forward_flops for p in products),
+        "backward_flops": passes * sum(p.backward_flops for p in products),
         "by_module": _summed(rows, "module"),
         "by_dtype": _summed(rows, "dtype"),
         "products": rows,
@@ -108,7 +110,7 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
         "closed_form_equal": None if closed_flops is None else closed_flops == total,
         "causal_attention": "full" if case.architecture.causal else None,
         "causal_half_flops_per_step": flops.causal_half(*shape),
-        "pad_column_flops": sum(product.flops for product in executed) - total,
+        "pad_column_flops": passes * sum(product.flops for product in executed) - total,
     }
 
 

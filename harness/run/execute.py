@@ -181,6 +181,7 @@ def model_request(settings: RunSettings, data: TokenizedData) -> ModelRequest:
         dropout=settings.dropout,
         seed=settings.seed,
         seq_len=settings.seq_len,
+        prior=tuple(data.label_log_odds().tolist()) if settings.case.head_prior == "log_odds" else None,
     )
 
 

@@ -18,19 +18,23 @@ from instrument.flops import CLOSED_FORMS, ProductDtypes, RowFlops, StepFlops, f
 from instrument.mfu import Peaks, Utilisation, datasheet_peaks
 
 
-def step_flops(model: nn.Module, case: Case, config: DtypeConfig, *, attention: str, outputs: int, seq_len: int) -> StepFlops:
+def step_flops(
+    model: nn.Module, case: Case, config: DtypeConfig, *, attention: str, outputs: int, seq_len: int, micro_batch: int
+) -> StepFlops:
     """FLOPs of this model's steps under a configuration. ``attention``: the SDPA backend that runs (``math``,
     ``efficient``, ...); ``outputs``: columns of its head that mean something (`meaningful_outputs`); ``seq_len``:
-    the longest rows.
+    the longest rows; ``micro_batch``: rows a forward pass.
 
     An architecture of the registry has a closed form, which costs nothing and which the tests hold equal to
-    the count; any other is counted once at a few lengths. Raises `instrument.flop_counter.Uncountable`.
+    the count; any other is counted once at a few lengths and with one, two and three rows. Raises
+    `instrument.flop_counter.Uncountable`.
     """
-    row, source = closed_row_flops(model, case, outputs), "closed form"
-    if row is None:
-        row, source = counted_row_flops(model, case, outputs, seq_len)
-    dtypes = dtypes_of(model, config, attention)
-    return StepFlops(row, dtypes, causal=case.architecture.causal, source=source)
+    dtypes, causal = dtypes_of(model, config, attention), case.architecture.causal
+    row = closed_row_flops(model, case, outputs)
+    if row is not None:
+        return StepFlops(row, dtypes, causal=causal, source="closed form")
+    row, once, source = counted_row_flops(model, case, outputs, seq_len)
+    return StepFlops(row, dtypes, causal=causal, source=source, once=once, rows_a_pass=micro_batch)
 
 
 def dtypes_of(model: nn.Module, config: DtypeConfig, attention: str) -> ProductDtypes:
@@ -53,17 +57,24 @@ def closed_row_flops(model: nn.Module, case: Case, outputs: int) -> RowFlops | N
     return form(sizes_of(getattr(model, model.encoder_name).config, outputs))
 
 
-def counted_row_flops(
-    model: nn.Module, case: Case, outputs: int, seq_len: int
-) -> tuple[RowFlops | Callable[[int], tuple[int, int, int]], str]:
-    """By counting a few lengths: (row FLOPs, how they were found). An architecture whose FLOPs are no polynomial
-    of the length (chunked attention) is counted again at every length that occurs, outside of all timing."""
+Parts = Callable[[int], tuple[int, int, int]]
+
+
+def counted_row_flops(model: nn.Module, case: Case, outputs: int, seq_len: int) -> tuple[Parts, Parts | None, str]:
+    """By counting a few lengths: FLOPs of a row, of what a pass costs once (None: nothing, rows do not touch each other), and
+    how they were found. An architecture whose FLOPs are no polynomial of the length (chunked attention) is counted again at
+    every length that occurs, outside of all timing."""
     counter = counter_of(model, case, outputs)
-    parts = {length: counter.row_parts(length) for length in probe_lengths(seq_len)}
+    lengths = probe_lengths(seq_len)
+    once = {length: counter.once_parts(length) for length in lengths}
+    parts = {length: counter.row_parts(length) for length in lengths}
     fits = [fit({length: part[which] for length, part in parts.items()}) for which in (0, 1, 2)]
+    touch = any(map(any, once.values()))
+    also = ", and what a pass costs once" if touch else ""
     if None in fits:
-        return counter.row_parts, "counted at every length that occurs"
-    return RowFlops(*fits), f"counted at lengths {', '.join(map(str, parts))}, and a polynomial between them"
+        return counter.row_parts, counter.once_parts if touch else None, f"counted at every length that occurs{also}"
+    source = f"counted at lengths {', '.join(map(str, parts))}, and a polynomial between them{also}"
+    return RowFlops(*fits), counter.once_parts if touch else None, source
 
 
 def counter_of(model: nn.Module, case: Case, outputs: int) -> ModelCounter:
@@ -105,6 +116,7 @@ def utilisation(
             attention=attention,
             outputs=meaningful_outputs(request),
             seq_len=settings.seq_len,
+            micro_batch=settings.micro_batch,
         )
     except Uncountable as error:
         return Utilisation(None, peaks, not_counted=str(error))

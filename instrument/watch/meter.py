@@ -52,17 +52,18 @@ MEDIAN_STEPS, EXPLOSION_FACTOR, EXPLOSION_STEPS = 50, 1.5, 100
 
 class ExplosionDetector:
     """The loss explodes when its rolling median over 50 steps stays above 1.5 times the first loss
-    for 100 steps after warm-up."""
+    for 100 steps after warm-up. ``uninformed_loss``, where it is larger, stands for the first loss: what a head that begins
+    with a prior would have begun with without it."""
 
-    def __init__(self, warmup_steps: int) -> None:
-        self._warmup_steps = warmup_steps
+    def __init__(self, warmup_steps: int, uninformed_loss: float = 0.0) -> None:
+        self._warmup_steps, self._uninformed_loss = warmup_steps, uninformed_loss
         self._recent: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._first: float | None = None
         self._above = 0
 
     def exploded(self, step: int, loss: float) -> bool:
         """Take one finite or non-finite loss; True at the step that completes the condition."""
-        self._first = loss if self._first is None else self._first
+        self._first = max(loss, self._uninformed_loss) if self._first is None else self._first
         self._recent.append(loss)
         if step <= self._warmup_steps or len(self._recent) < MEDIAN_STEPS:
             return False
@@ -73,7 +74,8 @@ class ExplosionDetector:
     def describe(self) -> str:
         """The condition as a sentence."""
         return (
-            f"rolling median loss {self._median:.4g} above {EXPLOSION_FACTOR} times the first loss "
+            f"rolling median loss {self._median:.4g} above {EXPLOSION_FACTOR} times the "
+            f"{'loss of an uninformed model' if self._first == self._uninformed_loss else 'first loss'} "
             f"{self._first:.4g} for {EXPLOSION_STEPS} steps"
         )
 
@@ -172,6 +174,7 @@ class StepMeter:
         window: int,
         micro_batches: int,
         warmup_steps: int,
+        uninformed_loss: float = 0.0,
         taps: ModuleTaps | None = None,
         recorder: OpRecorder | None = None,
         gather: Callable[[list[MeasuredStep]], list[list[MeasuredStep]]] = lambda mine: [mine],
@@ -185,7 +188,7 @@ class StepMeter:
         self._logits = LogitStats(device, slots=window * micro_batches)
         self._slots_used = 0
         self._pending: list[StepFacts] = []
-        self._explosion = ExplosionDetector(warmup_steps)
+        self._explosion = ExplosionDetector(warmup_steps, uninformed_loss)
 
     @property
     def parameters(self) -> list[torch.Tensor]:

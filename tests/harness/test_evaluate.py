@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from bench_cases import CASES, DTYPE_CONFIGS
 from bench_cases.collate import Batch
+from bench_cases.models import build_model
 from harness.evaluate import _f1, _quality, evaluate, tuned_micro_f1
 from harness.precision import Precision
-from harness.run.execute import load_run_data, make_batches
+from harness.run.execute import load_run_data, make_batches, model_request
+from harness.training import uninformed_loss
 from instrument.results.schemas import EvaluationRecord, decode, encode
 
 
@@ -89,11 +91,27 @@ def test_the_majority_answer_is_the_best_constant_one_on_the_training_rows(plan,
     truths = np.zeros((len(documents), data.n_labels), bool)
     for row, d in enumerate(documents):
         truths[row, data.labels[data.label_offsets[d] : data.label_offsets[d + 1]]] = True
-    assert (batches.label_uses() == truths.sum(0)).all()
+    assert (data.label_uses == truths.sum(0)).all()
     by_use = np.argsort(-truths.sum(0), kind="stable")
     constants = [np.isin(np.arange(data.n_labels), by_use[:k]) for k in range(1, data.n_labels + 1)]
     scores = [f1_by_hand(np.broadcast_to(c, truths.shape), truths, [0])[0] for c in constants]
     assert f1_by_hand(np.broadcast_to(answer, truths.shape), truths, [0])[0] == pytest.approx(max(scores))
+
+
+@pytest.mark.parametrize("case", ["gpt2_multi_cls", "roberta_multi_cls_labelsum"])
+def test_a_multi_label_head_begins_with_the_labels_log_odds(plan, case):
+    settings = plan(case, "fp32_true", documents=300)
+    data = load_run_data(settings)
+    model, batches = build_model(model_request(settings, data)), make_batches(settings, data)
+    documents = batches._train
+    share = (np.stack([batches._make(documents, np.array([i]), None).targets[0] for i in range(len(documents))]) == 1).mean(0)
+    bias = model.head.out_proj.bias.detach().double().sigmoid().numpy()
+    assert bias == pytest.approx(share, abs=1 / len(documents)) and ((bias > 0) & (bias < 1)).all()
+    assert settings.as_config()["case"]["head_prior"] == "log_odds"
+    assert "head_prior" not in plan("gpt2_clm", "fp32_true").as_config()["case"]  # runs without one keep their ids
+    labels = data.n_labels if case.endswith("labelsum") else 1
+    assert uninformed_loss(settings.case, data.n_labels) == pytest.approx(labels * math.log(2))
+    assert uninformed_loss(CASES["gpt2_clm"], 0) == 0
 
 
 def test_scores_that_are_not_finite_give_no_threshold():

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
-from bench_cases.models import build_model
+from bench_cases.models import ModelRequest, build_model
+from bench_cases.own import case_for_model
 from harness.cli import main
 from harness.commands.flops import count, groups
 from harness.fake_model import conversions_left_out, converted, data_facts, shape_only, shapes_of
@@ -27,7 +30,7 @@ from harness.run.step_flops import (
 )
 from harness.settings import Request, resolve
 from instrument.environment import capture
-from instrument.flop_counter import Uncountable
+from instrument.flop_counter import ModelCounter, Uncountable
 from instrument.flops import CLOSED_FORMS
 from instrument.watch.meter import StepMeter
 
@@ -70,8 +73,9 @@ def test_fitting_a_few_lengths_finds_the_closed_form_again(case):
     settings = sized(case, "tiny", seq_len=64)
     request = data_facts(settings).request
     model, outputs = shapes_of(request), meaningful_outputs(request)
-    fitted, source = counted_row_flops(model, settings.case, outputs, settings.seq_len)
+    fitted, once, source = counted_row_flops(model, settings.case, outputs, settings.seq_len)
     assert fitted == closed_row_flops(model, settings.case, outputs) and "64" in source
+    assert once is None  # proven with one, two and three rows
 
 
 @pytest.mark.parametrize("longest", [4, 5, 6, 7, 64, 1_023])
@@ -83,11 +87,80 @@ def test_an_architecture_of_the_registry_without_a_closed_form_is_counted(monkey
     settings = sized("roberta_single_cls", "tiny", seq_len=16)
     request = data_facts(settings).request
     model, outputs = shapes_of(request), meaningful_outputs(request)
-    known = step_flops(model, settings.case, settings.config, attention="math", outputs=outputs, seq_len=16)
+    known = step_flops(model, settings.case, settings.config, attention="math", outputs=outputs, seq_len=16, micro_batch=2)
     monkeypatch.delitem(CLOSED_FORMS, ("roberta", "single_cls"))
-    counted = step_flops(model, settings.case, settings.config, attention="math", outputs=outputs, seq_len=16)
+    counted = step_flops(model, settings.case, settings.config, attention="math", outputs=outputs, seq_len=16, micro_batch=2)
     assert known.source == "closed form" and counted.source.startswith("counted at lengths 2, 5, 8, 15, 16")
     assert counted.of(3, 16) == known.of(3, 16) and counted.real([3, 9]) == known.real([3, 9])
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256, "pad_token_id": 0}
+LIBRARY_MODELS = {
+    "deberta_v2": (
+        "DebertaV2Config",
+        "mlm",
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    ),
+    "fnet": ("FNetConfig", "mlm", {}),
+    "mixtral": ("MixtralConfig", "clm", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "clm",
+        {"num_key_value_heads": 2, "moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8},
+    ),
+    "longformer": ("LongformerConfig", "mlm", {"attention_window": 4}),
+}
+
+
+@pytest.fixture(params=LIBRARY_MODELS)
+def library_model(request, tmp_path):
+    """(id, case, the model in fp32 with no pad columns)."""
+    kind, task, more = LIBRARY_MODELS[request.param]
+    getattr(transformers, kind)(**SMALL, intermediate_size=48, **more).save_pretrained(tmp_path)
+    case = case_for_model(str(tmp_path), task)
+    return (
+        request.param,
+        case,
+        build_model(ModelRequest(case.architecture, case.task, "full", 256, 0, 1, 2, None, "scratch", 0.0, 0)),
+    )
+
+
+def test_a_step_of_any_library_model_costs_what_torch_counts_as_it_runs(library_model):
+    """By `torch.utils.flop_counter.FlopCounterMode` over two real micro-batches of three rows, forward and backward: with what
+    a pass costs once (DeBERTa's relative positions) and whichever experts the tokens were routed to."""
+    name, case, model = library_model
+    sizes = {"attention": "math", "outputs": 256, "seq_len": 16, "micro_batch": 3}
+    if name == "longformer":
+        with pytest.raises(Uncountable, match="depends on values that it reads back"):
+            step_flops(model, case, DTYPE_CONFIGS["fp32_true"], **sizes)
+        return
+    found = step_flops(model, case, DTYPE_CONFIGS["fp32_true"], **sizes)
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
+            module.config._experts_implementation = "eager"
+    with FlopCounterMode(display=False) as counted, sdpa_kernel([SDPBackend.MATH]):
+        for seed in (0, 1):
+            tokens = torch.randint(3, 256, (3, 16), generator=torch.Generator().manual_seed(seed))
+            model(tokens, None, torch.zeros(3, dtype=torch.int64)).sum().backward()
+    assert sum(found.of(6, 16).values()) == counted.get_total_flops()
+    assert (found.once is not None) == (name == "deberta_v2")
+    assert sum(found.real([16] * 6).values()) == counted.get_total_flops()
+
+
+def test_rows_that_touch_each_other_are_not_counted_as_if_they_did_not():
+    class Touching(torch.nn.Module):
+        attention = "sdpa"
+
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(8, 4)
+
+        def forward(self, tokens, mask, last):
+            flat = self.embedding(tokens).flatten(0, 1)  # every token attends to those of all rows
+            return (flat @ flat.T @ flat).view(*tokens.shape, 4)
+
+    with pytest.raises(Uncountable, match="rows touch each other: one, two and three rows of 5 tokens cost"):
+        ModelCounter(Touching()).once_parts(5)
 
 
 def test_pad_columns_are_in_no_numerator_and_said():
@@ -133,7 +206,7 @@ def test_the_declared_dtypes_are_those_that_autocast_gives(plan, case, config):
         precision.close()
     columns = meaningful_outputs(facts.request) if facts.request.outputs else facts.as_row()["padded_vocabulary"]
     assert seen.flops == step_flops(
-        model, settings.case, settings.config, attention=precision.attention, outputs=columns, seq_len=32
+        model, settings.case, settings.config, attention=precision.attention, outputs=columns, seq_len=32, micro_batch=4
     ).of(4, 32)
 
 

@@ -204,7 +204,9 @@ def config_digest(settings):
 @pytest.mark.parametrize(("words", "run_id", "config"), RECORDED)
 def test_a_command_line_has_the_run_id_that_it_always_had(words, run_id, config):
     settings = settings_from(words)
-    assert (settings.run_id, config_digest(settings)) == (run_id, config)
+    before = replace(settings, case=replace(settings.case, head_prior="none"))
+    assert (before.run_id, config_digest(before)) == (run_id, config)
+    assert (settings.run_id == run_id) == (settings.case.task.id != "multi_cls")  # theirs begin with a prior since
 
 
 def test_a_run_on_several_ranks_has_the_run_id_that_it_always_had():

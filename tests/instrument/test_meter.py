@@ -208,8 +208,8 @@ def test_a_loss_that_stays_high_ends_the_run_without_a_non_finite_value():
     assert "rolling median loss" in divergence.reason
 
 
-def first_explosion(losses, warmup_steps=0):
-    detector = ExplosionDetector(warmup_steps)
+def first_explosion(losses, warmup_steps=0, uninformed_loss=0.0):
+    detector = ExplosionDetector(warmup_steps, uninformed_loss)
     return next((step for step, loss in enumerate(losses, start=1) if detector.exploded(step, loss)), None)
 
 
@@ -226,6 +226,15 @@ def test_a_loss_that_stays_above_explodes_after_the_stated_number_of_steps():
     high = [2.0] + [3.1] * 400
     assert first_explosion(high) == MEDIAN_STEPS - 1 + EXPLOSION_STEPS
     assert first_explosion([2.0] + [2.9] * 400) is None
+
+
+def test_a_head_that_begins_with_a_prior_is_held_to_the_loss_that_it_would_have_begun_with():
+    """Without the prior the first loss is ln 2; with it 0.06, and 1.5 times that would be no explosion of anything."""
+    never, at_149 = None, MEDIAN_STEPS - 1 + EXPLOSION_STEPS
+    for later, end in ((0.5, never), (1.03, never), (1.05, at_149), (33_000.0, at_149)):
+        without = first_explosion([math.log(2)] + [later] * 400)
+        assert first_explosion([0.06] + [later] * 400, uninformed_loss=math.log(2)) == without == end
+    assert first_explosion([2.0] + [2.9] * 400, uninformed_loss=math.log(2)) is None  # nor does it tighten a larger one
 
 
 def test_warm_up_is_forgiven():
