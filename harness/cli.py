@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from harness.exit_codes import INTERRUPTED, USAGE, exit_code_of, message_of
 from harness.options import parser
 from harness.parallel.ranks import is_main_process
+from harness.run.signals import interrupt_on_signals
 from instrument.terminal import reader_may_leave
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None =
     with reader_may_leave() as reader:
         options.heartbeat, reader.needed = heartbeat, not _writes_files(options)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: rows written, exit 75
+            interrupt_on_signals()
         try:
             return _function_of(options)(options)
         except KeyboardInterrupt:

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT request a stop after the current step: spot machines and batch systems send them half a minute or more
-before they take the machine away. A second signal ends the process at once. Torch-free.
+"""SIGTERM, SIGINT and SIGHUP request a stop after the current step: spot machines and batch systems send them half a minute or
+more before they take the machine away, and a terminal that closes sends the last. A second signal ends the process at once.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ Item = TypeVar("Item")
 SAME_SIGNAL_S = 0.1
 """Equal signals within this time are one: whoever signals a whole process group (`timeout`, a batch system) reaches a run
 twice, directly and through its supervisor, which passes the signal on."""
+
+
+def interrupt_on_signals() -> None:
+    """SIGTERM, and SIGHUP unless the caller of this process ignores it (``nohup``), end the process as Ctrl-C does: rows are
+    written, exit code 75."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 class Stopped(Exception):
@@ -61,11 +70,11 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Handle both signals, but for one that the caller of this process had ignored (``nohup``). Only a main thread can."""
+        """Handle the signals, but for one that the caller of this process had ignored (``nohup``). Only a main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         for number in (s for s, handler in before.items() if handler is not signal.SIG_IGN):
             signal.signal(number, self._receive)
         try:
@@ -76,8 +85,10 @@ class Stop:
 
     def obey_the_matrix(self) -> None:
         """In a process of the matrix, to its end: SIGTERM requests a stop, however often it comes (a batch system sends it to
-        every process, and the matrix passes it on); Ctrl-C is left to the matrix, which kills where it must."""
+        every process, and the matrix passes it on); Ctrl-C and a closed terminal are left to the matrix, which kills where it
+        must."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: self.request("SIGTERM"))
 
     def _receive(self, number: int, frame: object) -> None:

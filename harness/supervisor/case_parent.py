@@ -17,6 +17,7 @@ from pathlib import Path
 from harness.exit_codes import ENVIRONMENT, INTERRUPTED, OK, RUN_FAILED
 from harness.failure import Failure
 from harness.run.heartbeat import HeartbeatSender, write_stacks_to
+from harness.run.signals import interrupt_on_signals
 from harness.supervisor.child_process import ChildProcess, ForkedProcess
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
 from instrument.results.files import CRASH_VARIABLE
@@ -48,7 +49,7 @@ def run_supervised(options: argparse.Namespace, run: Callable[[argparse.Namespac
 
     def enter(send: Callable[[object], None]) -> int:
         """In the run's process: the command, and its end for the parent."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupt_on_signals()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         write_stacks_to(stacks)
         try:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after a checkpoint, reach every run of a matrix, and a second one leaves at once."""
+"""SIGTERM, SIGINT and SIGHUP end a run after a checkpoint, reach every run of a matrix, and a second one leaves at once."""
 
 import json
 import operator
@@ -10,7 +10,7 @@ import pytest
 
 from harness.cli import main
 from harness.run.progress import checkpoint_steps
-from harness.run.signals import Stop, Stopped
+from harness.run.signals import Stop, Stopped, interrupt_on_signals
 from instrument.results.folder import finished_runs
 from tests.harness.commands import SMALL, Forked, executed, group_is_gone, logged, wait_until
 
@@ -23,7 +23,7 @@ def test_a_case_ends_after_a_checkpoint_and_the_same_command_resumes(tmp_path):
     out = tmp_path / "out"
     words = ["case", "gpt2_single_cls", "amp_bf16", *SMALL, "--max-steps", "120", "--out", str(out), "--json"]
     step = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = Forked(words, tmp_path / number.name)
         wait_until(lambda before=step: sum(logged(out)) > before + 3, process)
         process.send_signal(number)
@@ -56,14 +56,13 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 
 @pytest.mark.process
 def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_them(tmp_path, capsys):
-    """A matrix that is killed, then signalled itself, then with all of its processes, then left alone."""
+    """A matrix that is killed, then loses its terminal, then is signalled with all of its processes, then left alone."""
     out = tmp_path / "out"
     words = ["matrix", *SMALL, "--cases", "gpt2_single_cls", "--configs", "fp32_true", "amp_bf16", "bf16_pure"]
     words += ["--max-steps", "150", "--jobs", "2", "--out", str(out)]
     stopped_after = {}
-    for send in ("SIGKILL to the matrix", "SIGTERM to the matrix", "SIGTERM to every process"):
-        own_server = send != "SIGTERM to the matrix"  # once is enough: its runs are in no group of the matrix otherwise
-        process, before = Forked(words, tmp_path / "stopped", own_server=own_server), logged(out) or [0, 0]
+    for send in ("SIGKILL to the matrix", "SIGHUP to every process", "SIGTERM to every process"):
+        process, before = Forked(words, tmp_path / "stopped", own_server=True), logged(out) or [0, 0]
         wait_until(lambda old=before: len(logged(out)) == 2 and min(map(operator.sub, logged(out), old)) > 2, process)
         (os.killpg if "every" in send else os.kill)(process.pid, getattr(signal, send.split()[0]))
         errors = process.communicate(timeout=60)[1]
@@ -73,7 +72,7 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_the
         if "SIGKILL" in send:
             assert all("the end of the matrix" in row.error for row in rows)
         else:
-            assert process.returncode == 75 and "stopped by SIGTERM: the same command" in errors, errors
+            assert process.returncode == 75 and f"stopped by {send.split()[0]}: the same command" in errors, errors
             assert "Traceback" not in errors
         for row in rows:
             assert checkpoint_steps(out / "runs" / row.run_id)[0] == row.steps_done < 150
@@ -114,11 +113,16 @@ def test_before_there_is_something_to_finish_a_signal_leaves_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_signal_that_the_caller_ignores_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_caller_ignores_stays_ignored(number):
+    before = {n: signal.getsignal(n) for n in (number, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(number, signal.SIG_IGN)
     try:
+        if number == signal.SIGHUP:
+            interrupt_on_signals()  # `nohup python -m harness case ...`
         with Stop(patient=True).listening() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             assert stop.requested is None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
