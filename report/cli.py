@@ -59,8 +59,17 @@ def _build(options: argparse.Namespace) -> int:
         price=_price(options),
     )
     if options.json:
-        _print({"paths": [str(path) for path in result.paths], "seconds": result.seconds, "defects": result.defects})
+        _print(
+            {
+                "paths": [str(path) for path in result.paths],
+                "seconds": result.seconds,
+                "defects": result.defects,
+                "open": result.open_claims,
+            }
+        )
         return OK
+    for claim in result.open_claims:
+        print(f"not decided: {claim}", file=sys.stderr)
     pages = [path for path in result.paths if path.suffix == ".html" or path.name == "dossier.pdf"]
     for path in pages:
         print(path, file=sys.stderr)

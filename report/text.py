@@ -38,7 +38,8 @@ def times(interval: Interval) -> str:
 def enough_digits(low: float, high: float) -> int:
     """Decimals in which the ends of an interval differ, so that a value agrees with its interval as printed; at most 5."""
     width = high - low
-    return min(5, max(0, -math.floor(math.log10(width)))) if math.isfinite(width) and width > 0 else 0
+    rounded = 1e-9 * max(abs(low), abs(high))  # what adding floats leaves between two equal ends
+    return min(5, max(0, -math.floor(math.log10(width)))) if math.isfinite(width) and width > rounded else 0
 
 
 def bounds(interval: Interval, form: str) -> str:

@@ -35,11 +35,12 @@ SECTION_TABLES = {
 @dataclass(frozen=True)
 class BuildResult:
     """``paths``: every file written, in order; ``seconds``: wall-clock time by stage; ``defects``: of
-    the folder, as `instrument.results.contents` found them."""
+    the folder, as `instrument.results.contents` found them; ``open_claims``: what each claim that is not decided needs."""
 
     paths: tuple[Path, ...]
     seconds: dict[str, float]
     defects: tuple
+    open_claims: tuple[str, ...] = ()
 
 
 def build(
@@ -86,7 +87,8 @@ def build(
             paths.append(out / "dossier" / "dossier.pdf")
             write_pdf(html, paths[-1])
             clock.lap("pdf")
-    return BuildResult(tuple(paths), clock.seconds, folder.defects)
+    asked = tuple(f"{finding.id} needs {finding.would_decide}" for finding in findings if finding.would_decide)
+    return BuildResult(tuple(paths), clock.seconds, folder.defects, asked)
 
 
 def _bar(enabled: bool) -> Progress:

@@ -50,9 +50,11 @@ not). Speed is total samples over total time of the timed steps, relative to fp3
 are 95\,\% $t$-intervals on paired differences (of logarithms, for ratios) over seeds, within a run moving-block
 bootstrap~\cite{kuensch1989jackknife}; rank correlation is Kendall's $\tau_b$ with the interval of Fieller et
 al.~\cite{fieller1957tests}. MFU counts matrix products, attention included in full, forward and
-backward~\cite{chowdhery2023palm}, against dense peaks. A run is of poor quality when its loss exceeds that of fp32\_true by
-more than 0.2 nats (language models) or 10\,\% (classification), or its micro-F1 falls by more than 2 points. A claim is
-decided from three paired seeds upward."""
+backward~\cite{chowdhery2023palm}, against dense peaks. A configuration is of poor quality
+when the seeds show that its loss exceeds that of fp32\_true by more than 0.02 nats (language models) or 5\,\% (classification),
+or that its micro- or macro-F1 falls by more than one point (Holm's rule over a case's configurations). Claims about rates rest
+on exact binomial tests against 1 seed in 10, claims about differences on paired $t$-tests of three seeds or more against a
+margin of 2\,\%."""
 BIBLIOGRAPHY = """@article{kuensch1989jackknife,
   author = {K{\\"u}nsch, Hans R.}, title = {The Jackknife and the Bootstrap for General Stationary Observations},
   journal = {The Annals of Statistics}, volume = {17}, number = {3}, pages = {1217--1241}, year = {1989}

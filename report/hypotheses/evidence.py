@@ -11,7 +11,7 @@ import numpy as np
 from instrument.results.contents import Folder, is_cpu
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.significance import UNTESTED, Test, all_of, any_of
+from report.significance import FEWEST_SEEDS, UNTESTED, Test, all_of, any_of
 from report.statistics import NOTHING, Interval, mean_interval
 from report.tables.cells import COMPLETED, Cell
 from report.tables.choice import all_cells
@@ -115,8 +115,7 @@ def finding(
     )
     value = chosen.interval
     seeds = min((n for test in tests if (n := test.seeds_needed) is not None), default=None)
-    asked = f"{missing}; were all as measured, about {count(seeds, 'seed')}" if seeds and seeds > value.n else missing
-    asked = f"a GPU with the full preset, where {missing}" if toys else asked
+    asked = f"a GPU with the full preset: {missing}" if toys else missing + _how_many(seeds, value.n)
     scope = "Measured with a tiny preset or on a processor, which decides nothing about GPUs. " if toys else ""
     return Finding(
         id,
@@ -133,6 +132,17 @@ def finding(
         plot,
         (*(f"{e.place}: {e.verdict if not toys else NOT_DECIDED}. {e.sentence}" for e in evidence), *notes),
         seeds if verdict == NOT_DECIDED else None,
+    )
+
+
+def _how_many(seeds: int | None, n: int) -> str:
+    """How many seeds would decide, as the end of a sentence; nothing where there are none yet."""
+    if not n:
+        return ""
+    if seeds is not None:
+        return f"; were all as measured, about {count(max(seeds, n + 1), 'seed')} would decide"
+    return (
+        f"; at least {FEWEST_SEEDS} seeds" if n < FEWEST_SEEDS else "; were all as measured, more seeds alone would not decide"
     )
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from instrument.results.schemas import RunRecord
+from instrument.terminal import count
 from kernels.float_formats import FP16
 from report.hypotheses.evidence import (
     BySeed,
@@ -27,7 +28,7 @@ from report.tables.cell_text import memory_text
 from report.tables.cells import AVOID, COMPLETED, FAILING, STALLED, Cell
 from report.tables.choice import lead
 from report.tables.e_logits import overflows
-from report.tables.f_padding import favourite, padding_of, real_tokens_known
+from report.tables.f_padding import favourite, real_rates, real_tokens_known
 from report.tables.judgement import MARGIN_SPEED
 from report.tables.selection import REFERENCE, column_of, is_bucketed, is_control, is_lm, series_order, unlike_reason
 from report.tables.speed import y_kind
@@ -54,7 +55,8 @@ def _p1_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     hits = sum(any(overflows(base.folder, run).any() for run in runs) for runs in by_seed.values())
     largest = [max(_largest(base, run) for run in runs) for runs in by_seed.values()]
     share = exponential(mean_interval(np.log([value / FP16.max for value in largest])))
-    what = seen(hits, share.n, "a logit leaves fp16's range")
+    steps = min(run.steps_done for runs in by_seed.values() for run in runs)
+    what = seen(hits, share.n, f"a logit leaves fp16's range (runs of {count(steps, 'step')} or more)")
     sentence = (
         f"{what}; the largest finite one is {max(largest):,.4g}, on average {share.value:.2g} {bounds(share, '.2g')} of 65,504."
     )
@@ -178,10 +180,9 @@ def judge_p3(base: EvidenceBase) -> Finding:
 
 
 def _p3_evidence(base: EvidenceBase, classification: BySeed, model: BySeed, place: str, kind: str) -> Evidence | None:
-    padding = [{seed: padding_of(base.folder, run, kind) for seed, run in cell.items()} for cell in (classification, model)]
+    read = [{seed: real_rates(base.folder, run, kind) for seed, run in cell.items()} for cell in (classification, model)]
     rates, variations = (
-        [{seed: row[name] for seed, row in rows.items() if math.isfinite(row[name])} for rows in padding]
-        for name in ("rate_real", "cv_real")
+        [{seed: pair[at] for seed, pair in side.items() if math.isfinite(pair[at])} for side in read] for at in (0, 1)
     )
     logs = [{seed: math.log(value) for seed, value in side.items() if value > 0} for side in rates]
     lower, noisier = _paired(logs[1], logs[0]), _paired(*variations)

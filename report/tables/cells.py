@@ -151,18 +151,20 @@ def measure_cells(folder: Folder, judgements: Judgements | None = None) -> dict[
     judgements = judgements or judge_runs(folder)
     runs = judgements.selection.runs
     configs = series_order({run.dtype_config for run in runs})
+    eligible = {run.run_id for run in runs if ineligible_reason(folder, run) is None}
     kinds = {
-        case: memory_kind([r for r in runs if r.case == case and r.status == "completed"]) for case in {r.case for r in runs}
+        case: memory_kind([run for run in runs if run.case == case and run.status == "completed"])
+        for case in {run.case for run in runs}
     }
     found = {}
     for case in kinds:
         for config in configs:
             if judged := judgements.of(case, config):
-                found[case, config] = _cell(folder, judgements, judged, kinds[case])
+                found[case, config] = _cell(folder, judgements, judged, kinds[case], eligible)
     return found
 
 
-def _cell(folder: Folder, judgements: Judgements, judged: list[Judged], kind: str | None) -> Cell:
+def _cell(folder: Folder, judgements: Judgements, judged: list[Judged], kind: str | None, eligible: set[str]) -> Cell:
     first = judged[0].run
     ended = [j for j in judged if j.state not in ("unfinished", "unsupported")]
     failed = [j for j in ended if j.state in ("diverged", "failed", "stalled") and not _is_an_accident(judgements, j)]
@@ -175,9 +177,9 @@ def _cell(folder: Folder, judgements: Judgements, judged: list[Judged], kind: st
         and reference.status == "completed"
         and incomparable_reason(run, reference) is None
     ]
-    timed = [(a, b) for a, b in pairs if all(ineligible_reason(folder, run) is None for run in (a, b))]
+    timed = [(a, b) for a, b in pairs if a.run_id in eligible and b.run_id in eligible]
     log_speed = {run.seed: math.log(run.samples_per_s / reference.samples_per_s) for run, reference in timed}
-    rates = [run.samples_per_s for run in completed if ineligible_reason(folder, run) is None]
+    rates = [run.samples_per_s for run in completed if run.run_id in eligible]
     bound = any(shares_process(run) for run in completed)
     return Cell(
         first.case,

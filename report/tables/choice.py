@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bench_cases import DTYPE_CONFIGS
-from instrument.results.contents import Folder
+from instrument.results.contents import Folder, is_cpu
 from instrument.terminal import count
 from report.significance import FAMILY_LEVEL, FEWEST_SEEDS, LEVEL, above, rate_above, shown_of_family
 from report.tables.cell_text import difference_text, margin_text
@@ -44,6 +44,7 @@ from report.tables.selection import REFERENCE, case_order, is_control, series_or
 from report.text import bounds, gigabytes, joined, shortened, times
 
 MEMORY_TOLERANCE = 1.01
+TOY = "; a tiny preset or a processor says nothing about a GPU"
 RANKS = {"fp32": 0, "bf16": 1, "fp16": 2}
 """From the more conservative dtype to the less: bf16 has the range of fp32, fp16 has not."""
 
@@ -77,7 +78,9 @@ def case_tables(folder: Folder) -> tuple[CaseTable, ...]:
     if folder not in _KNOWN:
         judgements = judge_runs(folder)
         cells = measure_cells(folder, judgements)
-        _KNOWN[folder] = tuple(_table(judgements, case, cells) for case in case_order({case for case, _ in cells}))
+        toys = {run.case for run in judgements.selection.runs if run.preset == "tiny" or is_cpu(run)}
+        tables = (_table(judgements, case, cells) for case in case_order({case for case, _ in cells}))
+        _KNOWN[folder] = tuple(replace(t, reason=t.reason + TOY) if t.case in toys and t.use else t for t in tables)
     return _KNOWN[folder]
 
 
@@ -128,7 +131,7 @@ def _why_nothing(reference: Cell | None) -> str | None:
     if reference.state == UNHEALTHY:
         return f"the fp32_true reference is unhealthy: {reference.what}"
     if reference.state != COMPLETED:
-        return f"fp32_true is {reference.state}: {reference.what}"
+        return f"fp32_true: {reference.state}, {reference.what}"
     if reference.n < FEWEST_SEEDS:
         return f"{count(reference.n, 'seed')}: no difference is resolved below {FEWEST_SEEDS}"
     return None
@@ -163,28 +166,30 @@ def lead(leader: Cell, other: Cell) -> list[float]:
 
 
 def _best_quality(cells: Sequence[Cell]) -> list[Cell]:
-    """Those that no measure shows to be worse than the best by the first measure."""
+    """Those that no measure shows to be worse than the best by the first measure. fp32_true stays: what seems better than the
+    reference does so by chance."""
     if not all(cell.judged_qualities for cell in cells):
         return [*cells]
     best = min(cells, key=lambda cell: float(np.mean([*cell.judged_qualities[0].worse.values()])))
-    return [cell for cell in cells if cell is best or not _trains_worse(cell, best)]
+    level = min(LEVEL, FAMILY_LEVEL / max(1, len(cells) * (len(cells) - 1) / 2))  # the best may be so by chance: all pairs
+    return [cell for cell in cells if cell.dtype_config == REFERENCE or not _trains_worse(cell, best, level)]
 
 
-def _trains_worse(cell: Cell, best: Cell) -> bool:
+def _trains_worse(cell: Cell, best: Cell, level: float) -> bool:
     others = {quality.name: quality for quality in best.judged_qualities}
     for mine in cell.judged_qualities:
         theirs = others.get(mine.name, mine)
         seeds = sorted(mine.worse.keys() & theirs.worse.keys())
-        if above([mine.worse[seed] - theirs.worse[seed] for seed in seeds], 0.0, mine.resolution).shown:
+        if above([mine.worse[seed] - theirs.worse[seed] for seed in seeds], 0.0, mine.resolution).p <= level:
             return True
     return False
 
 
 def _least_memory(cells: Sequence[Cell]) -> list[Cell]:
-    """Those within 1 % of the least peak, where all were measured alike."""
+    """Those within 1 % of the least peak of the GPU's allocator, where all have one of their own."""
     peaks = [cell.peak_bytes for cell in cells]
-    if None in peaks or any(cell.peak_is_bound for cell in cells):
-        return [*cells]
+    if None in peaks or any(cell.peak_is_bound or cell.peak_kind != "allocated" for cell in cells):
+        return [*cells]  # what a process holds in RAM varies by more than a configuration changes
     least = min(peak for peak in peaks if peak is not None)
     return [cell for cell, peak in zip(cells, peaks, strict=True) if peak is not None and peak <= MEMORY_TOLERANCE * least]
 
@@ -221,7 +226,8 @@ def _verdict(
     if cell.state in (FAILING, STALLED):
         return (AVOID if cell.dtype_config in avoided else LOST), failure_sentence(cell)
     if cell.state in (UNHEALTHY, INCOMPARABLE):
-        return UNJUDGED, f"measured, not judged: {cell.what}"
+        reference = cell.state == UNHEALTHY and cell.dtype_config != REFERENCE
+        return UNJUDGED, f"measured, not judged: {'its reference is unhealthy' if reference else cell.what}"
     if cell.dtype_config in avoided:
         return AVOID, bad_sentence(cell)
     if cell is best:
@@ -261,8 +267,8 @@ def unresolved_sentence(cell: Cell) -> str:
     widest = max(cell.judged_qualities, key=lambda quality: quality.within_margin().p)
     needed = min((n for test in (cell.holds(), cell.bad()) if (n := test.seeds_needed) is not None), default=None)
     more = f"; about {count(needed, 'seed')} would decide" if needed is not None and needed > cell.n else ""
-    by = f" by {count(cell.n, 'seed')}" if cell.n < FEWEST_SEEDS else ""
-    return f"{difference_text(widest)}: not resolved{by} against a margin of {margin_text(widest)}{more}"
+    name = widest.name.replace("perplexity", "loss")
+    return f"{name} not resolved by {count(len(widest.worse), 'seed')} against a margin of {margin_text(widest)}{more}"
 
 
 def _beside(cell: Cell, best: Cell | None) -> str:

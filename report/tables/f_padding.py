@@ -53,6 +53,16 @@ def real_tokens_known(run: RunRecord) -> bool:
     return (run.flags.get("imported") or {}).get("real_tokens_known", True)
 
 
+def real_rates(folder: Folder, run: RunRecord, kind: str) -> tuple[float, float]:
+    """Utilisation of real tokens over a run's timed steps (total over total), and its coefficient of variation over them."""
+    steps = _timed(folder, run, kind)
+    real, time_s = steps[RATES[kind == TOKENS][0]], steps["step_time_s"]
+    known = np.isfinite(real)
+    if known.sum() < 2:
+        return math.nan, math.nan
+    return float((real * time_s)[known].sum() / time_s[known].sum()), float(coefficient_of_variation(real[known]))
+
+
 def padding_of(folder: Folder, run: RunRecord, kind: str) -> dict:
     """One run's tax (the share of its work that padding was) and how much its batches vary."""
     steps = _timed(folder, run, kind)

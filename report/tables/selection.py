@@ -108,17 +108,18 @@ def select(folder: Folder, keep: Callable[[RunRecord], bool] = lambda run: True)
     unknown = [run for run in folder.runs if column_of(run) is None]
     excluded = [(run.run_id, f"task {run.task!r} is not known to this version") for run in unknown]
     kept = [run for run in folder.runs if column_of(run) is not None and keep(run)]
+    keys = _keys(kept)
     for case in sorted({run.case for run in kept}):
         runs = [run for run in kept if run.case == case]
-        variants = Counter(_key(run) for run in runs)
-        steps = {_key(run): run.max_steps for run in runs}
+        variants = Counter(keys[run.run_id] for run in runs)
+        steps = {keys[run.run_id]: run.max_steps for run in runs}
         main = min(variants, key=lambda key: (-variants[key], -steps[key], key))
         seen: dict[tuple[str, int], str] = {}
         prints: dict[tuple[str, str, Any], str] = {}
         for run in runs:
-            if _key(run) != main:
+            if keys[run.run_id] != main:
                 shown = f"the {count(variants[main], 'run')} shown of its case"
-                excluded.append((run.run_id, f"other settings than {shown}: {_difference(_key(run), main)}"))
+                excluded.append((run.run_id, f"other settings than {shown}: {_difference(keys[run.run_id], main)}"))
             elif (run.dtype_config, run.seed) in seen:
                 excluded.append((run.run_id, f"a second run of what {seen[run.dtype_config, run.seed]} did"))
             elif original := next((prints[mark] for mark in fingerprints(folder, run) if mark in prints), None):
@@ -149,8 +150,16 @@ def settings_of(run: RunRecord) -> dict[str, Any]:
     return {**{name: getattr(run, name) for name in ROW_SETTINGS}, **rest, "case": run.config.get("case")}
 
 
-def _key(run: RunRecord) -> str:
-    return json.dumps(settings_of(run), sort_keys=True, default=str)
+def _keys(runs: Iterable[RunRecord]) -> dict[str, str]:
+    """Run id -> its settings as text; runs that share one ``config`` object are read once."""
+    known: dict[tuple, str] = {}
+    found = {}
+    for run in runs:
+        like = (id(run.config), *(getattr(run, name) for name in ROW_SETTINGS))
+        if like not in known:
+            known[like] = json.dumps(settings_of(run), sort_keys=True, default=str)
+        found[run.run_id] = known[like]
+    return found
 
 
 def _difference(key: str, main: str) -> str:

@@ -49,7 +49,8 @@ class CaseVerdict:
     """One case. ``use`` None: nothing can be recommended, and ``reason`` says why. ``runner_up`` is next; ``lossless`` is named
     where ``use`` has a loss that the seeds resolve. ``relative_speed`` with ``low`` and ``high`` is against fp32_true,
     ``relative_cost`` its inverse (the same machine by the hour); ``cost`` is the same as text, in money where the price of an
-    hour is known. ``quality`` is text. ``avoid``: ``configuration: reason``, also of those that failed in some seed."""
+    hour is known. ``quality`` is text. ``avoid`` and ``failed`` (in some seed; how often is not resolved):
+    ``configuration: reason``."""
 
     case: str
     column: str
@@ -57,6 +58,7 @@ class CaseVerdict:
     runner_up: str | None
     lossless: str | None
     avoid: tuple[str, ...]
+    failed: tuple[str, ...]
     reason: str
     n: int
     relative_speed: float | None = None
@@ -74,7 +76,8 @@ class CaseVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision for one device. ``cases`` and ``tables`` in the registry's order of cases, those that were run."""
+    """The decision for one device. ``cases`` and ``tables`` in the registry's order of cases, those that were run. ``claims``:
+    id, verdict, and how many seeds would decide it where that is known."""
 
     device: str
     marks: tuple[str, ...]
@@ -83,7 +86,7 @@ class Verdict:
     n_defects: int
     cases: tuple[CaseVerdict, ...]
     tables: tuple[CaseTable, ...]
-    claims: tuple[tuple[str, str], ...]
+    claims: tuple[tuple[str, str, int | None], ...]
     open_questions: tuple[str, ...]
     next_command: str
     price_per_hour: float | None = None
@@ -102,7 +105,7 @@ def verdict(folder: Folder, price: Price | None = None) -> Verdict:
         len(folder.defects),
         tuple(_case(table, folder.by_id, price) for table in tables),
         tables,
-        tuple((f.id, f.verdict) for f in findings),
+        tuple((f.id, f.verdict, f.seeds) for f in findings),
         tuple(f"{f.id}: {f.claim} Not decided; it needs {f.would_decide}." for f in findings if f.verdict == NOT_DECIDED),
         next_command(folder, base),
         price.per_hour if price else None,
@@ -111,9 +114,15 @@ def verdict(folder: Folder, price: Price | None = None) -> Verdict:
 
 
 def _case(table: CaseTable, runs: dict[str, RunRecord], price: Price | None) -> CaseVerdict:
-    bad = [cell for cell in table.cells if cell.verdict in (AVOID, LOST) and cell.dtype_config != REFERENCE]
-    avoid = tuple(f"{cell.dtype_config}: {cell.why}" for cell in bad)
-    found = (table.case, table.column, table.use, table.runner_up, table.lossless, avoid, table.reason, table.n)
+    avoid, failed = (
+        tuple(
+            f"{cell.dtype_config}: {cell.why}"
+            for cell in table.cells
+            if cell.verdict == verdict and cell.dtype_config != REFERENCE
+        )
+        for verdict in (AVOID, LOST)
+    )
+    found = (table.case, table.column, table.use, table.runner_up, table.lossless, avoid, failed, table.reason, table.n)
     cell = table.cell(table.use)
     if cell is None:
         return CaseVerdict(*found)

@@ -1,4 +1,4 @@
-"""The decision on a terminal: at most 24 lines of 80 characters."""
+"""The decision on a terminal: a table a case, and at most 24 lines of 80 characters that say what to do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import textwrap
 from instrument.results.contents import Folder
 from instrument.terminal import count
 from report.statistics import Interval
+from report.tables.cell_text import UNKNOWN, cell_texts
+from report.tables.cells import RECOMMENDED, RUNNER_UP
+from report.tables.choice import CaseTable
 from report.tables.selection import REFERENCE
 from report.text import bounds, gigabytes, printable
 from report.verdict.decision import CaseVerdict, Price, Verdict, verdict
@@ -19,8 +22,10 @@ MEMORY_KINDS = {"allocated": "", "rss": " resident", None: ""}
 
 
 def verdict_text(folder: Folder, price: Price | None = None) -> str:
-    """The decision in 24 lines: per task what to use and what to avoid; what is open; what is next."""
-    return "\n".join(lines(verdict(folder, price), price))
+    """A table a case, the same that stands on the page; then the decision in 24 lines: what to use, what is open, what next."""
+    decision = verdict(folder, price)
+    tables = [line for table in decision.tables for line in (*table_lines(table), "")]
+    return "\n".join([*map(printable, tables), *lines(decision, price)])
 
 
 def lines(decision: Verdict, price: Price | None = None) -> list[str]:
@@ -45,9 +50,12 @@ def lines(decision: Verdict, price: Price | None = None) -> list[str]:
 
 
 def _task(task: CaseVerdict, room: int, price: Price | None) -> list[str]:
-    use = _fitted(use_text(task, price), f"{task.case:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid else room)
+    use = _fitted(
+        use_text(task, price), f"{task.case:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid + task.failed else room
+    )
     left = room - len(use)
-    return use + (_fitted("avoid " + "; ".join(task.avoid), " " * INDENT, left) if task.avoid and left else [])
+    bad = ". ".join(f"{what} {'; '.join(why)}" for what, why in (("avoid", task.avoid), ("failed", task.failed)) if why)
+    return use + (_fitted(bad, " " * INDENT, left) if bad and left else [])
 
 
 def use_text(task: CaseVerdict, price: Price | None = None) -> str:
@@ -69,21 +77,41 @@ def use_text(task: CaseVerdict, price: Price | None = None) -> str:
         f"{gigabytes(task.peak_bytes)}{MEMORY_KINDS[task.peak_kind]}",
         *([task.quality] if task.quality and task.use != REFERENCE else []),
         cost,
+        *([f"runner-up {task.runner_up}"] if task.runner_up else []),
+        *([f"without a shown loss {task.lossless}"] if task.lossless else []),
     ]
     return ", ".join(parts) + (f" ({task.reason})" if task.reason else "")
 
 
 def _claims(decision: Verdict) -> str:
-    """The claims by verdict, in a line or two."""
+    """The claims by verdict, in a line or two, those not decided with the seeds that would decide them."""
     by_verdict: dict[str, list[str]] = {}
-    for name, outcome in decision.claims:
-        by_verdict.setdefault(outcome, []).append(name)
+    for name, outcome, seeds in decision.claims:
+        by_verdict.setdefault(outcome, []).append(f"{name} (about {count(seeds, 'seed')})" if seeds else name)
     parts = [
-        f"{outcome}: {' '.join(by_verdict[outcome])}"
+        f"{outcome}: {', '.join(by_verdict[outcome])}"
         for outcome in ("supported", "refuted", "not decided")
         if outcome in by_verdict
     ]
     return "claims      " + "; ".join(parts)
+
+
+def table_lines(table: CaseTable) -> list[str]:
+    """A case's table: a line of figures a configuration, then its quality and the reason of its verdict."""
+    rows = [cell_texts(cell) for cell in table.cells]
+    heads = ("configuration", "state", "speed", "peak memory", "verdict")
+    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
+    found = [f"{table.case} ({table.column}), against fp32_true of the same seeds"]
+    found.append("  " + "  ".join(f"{head:<{width}}" for head, width in zip(heads, widths, strict=True)).rstrip())
+    for row in rows:
+        mark = {RECOMMENDED: ">", RUNNER_UP: "+"}.get(row["verdict"], " ")
+        found.append(
+            f"{mark} " + "  ".join(f"{row[head]:<{width}}" for head, width in zip(heads, widths, strict=True)).rstrip()
+        )
+        more = [row["quality"], row["difference"], f"headroom {row['headroom']}"]
+        for text in (", ".join(part for part in more if not part.endswith(UNKNOWN)), row["why"]):
+            found += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return found
 
 
 def command_lines(command: str) -> list[str]:
