@@ -114,6 +114,18 @@ def test_the_first_bad_step_is_exact_whatever_the_window(window, phase, tensor, 
     assert first.microbatch == (1 if phase in ("forward", "loss") else None)
 
 
+def test_a_loss_that_fails_in_the_first_micro_batch_is_the_first_ones():
+    model, optimizer, meter = make()
+
+    def spoil(at):
+        if at[:2] == ("loss", 0):
+            at[2].data.fill_(math.nan)
+
+    one_step(model, optimizer, meter, 1, spoil=spoil)
+    first = meter.read().divergence.first_nonfinite
+    assert (first.phase, first.microbatch, first.kind) == ("loss", 0, "nan")
+
+
 def test_a_bad_state_comes_before_the_parameter_it_spoils():
     model, optimizer, meter = make()
     one_step(model, optimizer, meter, 1)
