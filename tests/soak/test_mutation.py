@@ -24,7 +24,7 @@ def changes(source):
         ("x = y.argmax()", ["x = (y.argmin())"]),
         ("x = 'é' * 1.5", ["x = ('é' / 1.5)", "x = 'é' * (2.5)"]),
         ("def f(a: 3 = 2): pass", ["def f(a: 3 = (3)): pass", "def f(a: 3 = (1)): pass"]),
-        ("x = f(a, *b, **c, strict=True, d=e)", ["x = f(a, *b, **c, strict=(False), d=e)", "x = (f(a, *b, **c, strict=True))"]),
+        ("x = f(a, *b, **c, strict=True, d=e)", ["x = (f(a, *b, **c, strict=True))"]),
         ("if a: b()", ["if (not a): b()", "if a: pass"]),
         ("x = [a for a in b if a]", ["x = [a for a in b if (not a)]"]),
         ("if a:\n    return\nx = b if c else d", ["if (not a):", "pass", "x = b if (not c) else d"]),

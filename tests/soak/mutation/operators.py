@@ -27,8 +27,9 @@ OPPOSITES = dict(
     for a, b in (("min", "max"), ("any", "all"), ("amin", "amax"), ("argmin", "argmax"), ("minimum", "maximum"))
     for pair in ((a, b), (b, a))
 )
-GUARDS = {"strict", "stacklevel", "key"}
-"""Keywords whose loss only removes a check, or makes another error of the same mistake."""
+LEFT_ALONE = (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)
+GUARDS = {"strict", "stacklevel"}
+"""Keywords that only check, which are left alone."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _changes(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST, ast.AST, str]
             if name in ("annotation", "returns", "decorator_list", "exc", "msg", "format_spec"):
                 continue
             for part in child if isinstance(child, list) else [child]:
-                if isinstance(part, ast.AST) and not isinstance(part, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)):
+                if isinstance(part, ast.AST) and not isinstance(part, LEFT_ALONE) and getattr(part, "arg", None) not in GUARDS:
                     condition = name == "test" and isinstance(node, (ast.If, ast.While, ast.IfExp))
                     if (condition or name == "ifs") and not isinstance(part, ast.Compare):  # a comparison has its own sense
                         yield part, ast.UnaryOp(ast.Not(), part), statement, inner
