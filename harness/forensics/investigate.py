@@ -148,8 +148,11 @@ def _why(first: FirstNonfinite, found: Examination, headroom_since: int | None) 
         return ": finite on every rank, and not in their sum"
     if first.cause == "underflow_then_divide":
         source = f" from {first.source_tensor}" if first.source_tensor else ""
-        zeros = f" in {diagnosis.output.zero_denominators:,} of {diagnosis.output.numel:,} elements" if diagnosis else ""
+        output = diagnosis and diagnosis.output
+        zeros = f" in {output.zero_denominators:,} of {output.numel:,} elements" if output and output.zero_denominators else ""
         return f", its denominator{source} underflowed to 0{zeros}; nothing overflowed"
+    if first.cause is None:
+        return ": written by no op of PyTorch's, so what led to it is not known"
     if first.cause == "from_input":
         return ", it came in from outside the step"
     largest = f", largest input {first.input_absmax:.3g}" if first.input_absmax is not None else ""

@@ -13,7 +13,9 @@ What explains an op's non-finite output, the first of these that it read:
    ``full(inf)``), computed from constants, booleans and integers alone (``log(mask)``, ``(1 - mask) * -1e9`` in fp16), or there
    before the step in an input or a buffer. An op that makes NaN of a mask's minus infinities alone is itself the producer.
 
-A chain that ends in meant infinities alone names them only where no other chain ends in a fault.
+   +Inf and what goes back to it explain before a mask's.
+
+A chain that ends in meant infinities names them only where no other chain ends in a fault.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Node:
     """One op (for an op over lists of tensors: one position of the lists, ``element``).
 
     ``module`` is the dotted name of the module that called it, or whose forward op it differentiates; None outside of modules.
-    ``constant``: a non-finite number was written down in its arguments (``masked_fill(mask, -inf)``); ``of_constants``: it read
+    ``constant``: the kinds of its non-finite arguments, plain numbers (``masked_fill(mask, -inf)``); ``of_constants``: it read
     nothing that was learned or measured; ``fails_alone``: without the meant infinities that it read, its output is not finite
     either; ``reads_zero``: of a producer, whether one of its inputs held a zero. ``meant``: the non-finite kinds that its
     infinities go back to where somebody meant them, 0 where nobody did.
@@ -65,7 +67,7 @@ class Node:
     shape: tuple[int, ...]
     start_ns: int = 0
     element: int | None = None
-    constant: bool = False
+    constant: int = 0
     of_constants: bool = False
     fails_alone: bool = False
     reads_zero: bool = False
@@ -98,7 +100,7 @@ class StepGraph:
         read = [self.meant(edge) for edge in node.inputs if edge.kinds]
         if node.kinds and not node.kinds & NAN and all(read):
             if node.constant or node.of_constants:
-                node.meant = reduce(or_, read, node.kinds)
+                node.meant = reduce(or_, read, node.constant & ~NAN or node.kinds)
             elif not node.fails_alone:
                 node.meant = reduce(or_, read, 0)
         self.nodes.append(node)
@@ -117,8 +119,8 @@ class StepGraph:
         faults = [edge for edge in read if not self.meant(edge)]
         if faults:
             return [edge for edge in faults if edge.kinds != NEG_INF] or faults
-        nan_of_masks = node.kinds & NAN and all(self.meant(edge) == NEG_INF for edge in read)
-        return [] if nan_of_masks or node.fails_alone else read
+        no_masks = [edge for edge in read if self.meant(edge) != NEG_INF]
+        return [] if node.fails_alone or (node.kinds & NAN and not no_masks) else no_masks or read
 
     def culprit(self, failed: Iterable[Edge]) -> Culprit | None:
         """The earliest producer that the ``failed`` tensors lead back to; None when they are all finite."""
@@ -142,9 +144,11 @@ class StepGraph:
                 stack += causes
             else:
                 producers.append(node)
-        faults = [node for node in producers if not node.meant], [edge for edge in before if not self.meant(edge)]
-        if any(faults):
-            producers, before = faults
+        for allowed in ((0,), (POS_INF, POS_INF | NEG_INF)):  # faults, else what goes back to +Inf, else masks
+            mine = [n for n in producers if n.meant in allowed], [e for e in before if self.meant(e) in allowed]
+            if any(mine):
+                producers, before = mine
+                break
         first = None if before else min(producers, key=lambda node: node.index)
         storage = before[-1].storage if before else first.storage
         reached = self._reached(first, {edge.storage for edge in before})

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from instrument.replay.diagnosis import (
     repeatable,
     values_of,
 )
-from instrument.replay.graph import AFTER, Edge, Node, StepGraph
+from instrument.replay.graph import AFTER, NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
 from instrument.replay.storages import FlushedZeros, Storages, is_part
 
 TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
@@ -81,7 +83,6 @@ class OpRecorder(TorchDispatchMode):
         self._phase_asked: str | None = None
         self._updating = False
         self._last_scalar: Edge | None = None
-        self._states_named = False
         for name, parameter in self._parameters.items():
             self.names[self._storages.key(parameter)] = (name, "param")
             if parameter.requires_grad:
@@ -147,7 +148,7 @@ class OpRecorder(TorchDispatchMode):
             self._stage = "loss"
 
     def _enter_optimizer(self) -> None:
-        self._note_gradients()
+        self._note_gradients(before_update=True)
         self._name_states()
         self._stage, self._updating = "optimizer", True
 
@@ -157,15 +158,16 @@ class OpRecorder(TorchDispatchMode):
 
     # -- naming -------------------------------------------------------------------------------
 
-    def _note_gradients(self) -> None:
-        """Take the gradients as they are now for the ones that count; they are freed before the step ends."""
+    def _note_gradients(self, *, before_update: bool = False) -> None:
+        """Take the gradients as they are now for the ones that count: the first that are not finite, unless an update takes
+        them repaired. They are freed before the step ends."""
         edges = []
         with _disable_current_modes():
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
                     self.names[self._storages.key(values := values_of(parameter.grad))] = (name, "grad")
                     edges.append(self._edge(values))
-        if any(edge.kinds for edge in edges) and not any(edge.kinds for edge in self.failed["grad"]):
+        if before_update or (any(e.kinds for e in edges) and not any(e.kinds for e in self.failed["grad"])):
             self.failed["grad"] = edges
 
     def _name_states(self) -> None:
@@ -251,7 +253,7 @@ class OpRecorder(TorchDispatchMode):
                 written,
                 positions=[position for *_, position in reads] or None,
                 alone=alone,
-                constant=born or any(_is_written_down(leaf, literals) for leaf in leaves),
+                constant=kinds_of(out) if born else reduce(or_, (_written_down(leaf, literals) for leaf in leaves), 0),
                 of_constants=repeatable(func)
                 and func._opname not in UNINITIALISED
                 and all(self._is_constant(edge, tensor) for tensor, edge, _ in reads)
@@ -277,7 +279,7 @@ class OpRecorder(TorchDispatchMode):
         *,
         positions: Sequence[int | None] | None = None,
         alone: Sequence[bool] = (),
-        constant: bool = False,
+        constant: int = 0,
         of_constants: bool = False,
         start_ns: int = 0,
     ) -> list[tuple[int, Node]]:
@@ -436,11 +438,13 @@ class OpRecorder(TorchDispatchMode):
         return next((n.module for n in writers if n.phase == "optimizer" and n.module is not None), None)
 
 
-def _is_written_down(leaf: object, literals: set[int]) -> bool:
-    """Whether an argument is a non-finite number, or a tensor that was made of one."""
+def _written_down(leaf: object, literals: set[int]) -> int:
+    """The kind of an argument that is a non-finite number, or a tensor that was made of one."""
     if id(leaf) in literals:
-        return not bool(leaf.isfinite().all())
-    return isinstance(leaf, float) and not math.isfinite(leaf)
+        return kinds_of(leaf)
+    return (
+        0 if not isinstance(leaf, float) or math.isfinite(leaf) else NAN if leaf != leaf else POS_INF if leaf > 0 else NEG_INF
+    )
 
 
 def _clone(leaf: object) -> object:

@@ -92,7 +92,8 @@ class OperandRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class OutputRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the culprit wrote. ``exact_absmax``: the largest |x| that float64 gives where it failed, null where
-    that is not finite either; ``zero_denominators``: failed elements that were divided by zero."""
+    that is not finite either; ``zero_denominators``: failed elements that float64 makes finite once no input is exactly zero
+    (a divisor, what ``rsqrt`` or a logarithm took)."""
 
     shape: list[int]
     dtype: str

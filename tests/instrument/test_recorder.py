@@ -30,7 +30,7 @@ class Builder:
                 kinds=kinds,
                 dtype="float16",
                 shape=(2,),
-                constant=constant,
+                constant=kinds if constant else 0,
             )
         )
         return Edge(index, 100 + index, kinds)
@@ -106,6 +106,56 @@ def test_a_nan_explains_before_a_minus_infinity_does():
     added = b.op("add", [low, nan], NAN | NEG_INF)
     culprit = b.graph.culprit([b.op("loss", [added], NAN)])
     assert culprit.node.op == "rsqrt" and [n.op for n in culprit.absorbed] == ["log"]
+
+
+@pytest.mark.parametrize("kinds", [NAN, POS_INF, NAN | NEG_INF])
+def test_nan_and_plus_infinity_explain_before_minus_infinity_even_an_earlier_one(kinds):
+    b = Builder()
+    minus = b.op("log", [OUTSIDE], NEG_INF)
+    strong = b.op("bmm", [OUTSIDE], kinds)
+    assert b.graph.culprit([b.op("add", [minus, strong], NAN)]).node.op == "bmm"
+
+
+def test_meant_infinities_are_named_only_where_nothing_else_went_wrong():
+    b = Builder()
+    limit = b.op("full", (), POS_INF, constant=True)
+    product = b.op("mul", [OUTSIDE], POS_INF)
+    assert b.graph.culprit([b.op("minimum", [limit, product], POS_INF)]).node.op == "mul"
+    alone = b.op("expand_copy", [limit], POS_INF)
+    assert b.graph.culprit([b.op("sum", [alone], POS_INF)]).node.op == "full"
+    assert b.graph.culprit([b.op("sum", [alone], POS_INF), b.op("log", [OUTSIDE], NEG_INF)]).node.op == "log"
+
+
+def test_a_mask_s_infinity_that_is_passed_on_is_followed_and_nan_of_it_is_not():
+    b = Builder()
+    mask = b.op("masked_fill", [OUTSIDE], NEG_INF, constant=True)
+    assert b.graph.culprit([b.op("mean", [mask], NEG_INF)]).node.op == "masked_fill"
+    assert b.graph.culprit([b.op("softmax", [mask], NAN)]).node.op == "softmax"
+
+
+def test_plus_infinity_that_was_written_down_explains_before_a_mask():
+    b = Builder()
+    mask = b.op("scalar_tensor", [OUTSIDE], NEG_INF, constant=True)
+    factor = b.op("mul", [OUTSIDE], POS_INF, constant=True)
+    assert b.graph.culprit([b.op("add", [mask, factor], NAN)]).node.op == "mul"
+    b.graph.nodes[factor.writer].kinds = factor.kinds = NEG_INF  # x * inf, where all of x is negative: no mask
+    assert b.graph.culprit([b.op("layer_norm", [factor], NAN)]).node.op == "mul"
+
+
+def test_an_infinity_in_a_weight_is_a_fault_and_in_a_buffer_meant():
+    b = Builder()
+    weight, buffer = Edge(None, 7, POS_INF, given=False), Edge(None, 8, POS_INF)
+    product = b.op("mul", [OUTSIDE], POS_INF)
+    assert b.graph.culprit([b.op("min", [buffer, product], POS_INF)]).node.op == "mul"
+    assert b.graph.culprit([b.op("min", [weight, product], POS_INF)]).storage == 7
+    assert b.graph.culprit([b.op("min", [buffer], POS_INF)]).storage == 8
+
+
+def test_of_several_failures_the_first_in_execution_is_named():
+    b = Builder()
+    gradient = b.op("mul", [OUTSIDE], POS_INF, phase="backward")
+    loss = b.op("log", [OUTSIDE], NAN)
+    assert b.graph.culprit([loss, gradient]).node.op == "mul"
 
 
 def test_a_mask_that_is_handed_in_is_no_fault_and_a_nan_that_is_handed_in_is():

@@ -92,6 +92,10 @@ def large(gradient, net):
     gradient.fill_(net.huge())
 
 
+def repaired(gradient, net):
+    gradient.mul_(math.inf).nan_to_num_(0.0, 0.0, 0.0)
+
+
 def by_norm(gradient, net):
     gradient.zero_().div_(gradient.norm())
 
@@ -127,7 +131,8 @@ UPDATES = [
     ),
     with_optimizer("gradient unscaled by 1 / 0", SINGLE, adam(), "aten.mul_", INVALID, lambda g, net: g.mul_(math.inf), "clip"),
     with_optimizer("gradient too large", HALF, adam(), "aten.mul_", OVERFLOW, lambda g, net: g.mul_(net.huge()), "clip"),
-    with_optimizer("repaired", SINGLE, adam(), None, None, lambda g, net: g.mul_(math.inf).nan_to_num_(0.0, 0.0, 0.0)),
+    with_optimizer("repaired", SINGLE, adam(), None, None, repaired),
+    with_optimizer("repaired, then zero by zero", SINGLE, adam(eps=0.0), FOREACH, INVALID, repaired),
     with_optimizer("healthy", SINGLE, adam(), None, None),
     with_optimizer("healthy, gradients 0", SINGLE, adam(), None, None, zero),
 ]  # fmt: skip
