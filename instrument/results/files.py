@@ -15,15 +15,22 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import SoftFileLock
+
 from instrument.results.crash_hook import CRASH_VARIABLE  # noqa: F401  (where it is set, this process dies at a file operation)
 
 TEMPORARY = ".ddb-tmp"
 """Suffix of temporary files: ``.<name>.<random>.ddb-tmp``."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+"""What a file system without locks answers: NFS without its lock daemon, Lustre without ``flock``."""
+SOFT_LOCK_S = 60.0
+"""Far longer than an index is written for."""
 
 
 @contextmanager
@@ -195,13 +202,23 @@ def require_there(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path``, one process or thread at a time; the file is made and stays."""
+    """Hold the lock of ``path``, one process or thread at a time; the file is made and stays. On a file system without locks
+    another file's existence is the lock; one that a dead process left counts for `SOFT_LOCK_S`."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        held.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the lock may expire is what we ask for
+                soft = SoftFileLock(
+                    path.with_name(f"{path.name}.soft"), poll_interval=0.01, thread_local=False, lifetime=SOFT_LOCK_S
+                )
+            held.enter_context(soft)
         yield
-    finally:
-        os.close(fd)
 
 
 def is_abandoned(temporary: Path) -> bool:

@@ -22,11 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from instrument.results.files import make_folder, sync_folder
+from instrument.results.files import NO_LOCKS, make_folder, sync_folder
 from instrument.results.schemas import Record, encode
 
 SYNC_EVERY_S = 5.0
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 class Appender:

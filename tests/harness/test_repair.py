@@ -10,10 +10,11 @@ import pytest
 
 from harness import cli
 from harness.exit_codes import BAD_DATA, ENVIRONMENT, OK, USAGE
+from harness.run.execute import execute
 from instrument.results import files
 from instrument.results.claims import claim
 from instrument.results.contents import NoResults, load
-from instrument.results.folder import write_index
+from instrument.results.folder import indexed_rows, write_index
 from instrument.results.repair import repair_folder
 from instrument.results.schemas import EvaluationRecord, RunRecord, encode
 from tests.soak.reliability.logs_and_claims import flipped
@@ -369,3 +370,12 @@ def test_hostile_lines_crash_nothing(out):
     assert done.runs == 2 and state(done, "training_logs/run_a.jsonl").intact == STEPS
     assert {path.name for path in out.parent.iterdir()} == {"results"}
     assert load(out).steps("a")["step"].tolist() == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_runs_and_their_repair_need_no_locks_of_the_file_system(plan, tmp_path, no_locks):
+    rows = [execute(plan("gpt2_single_cls", config, max_steps=1), tmp_path) for config in ("fp32_true", "amp_bf16")]
+    assert sorted(indexed_rows(tmp_path)) == sorted(row.run_id for row in rows)
+    (tmp_path / "results.jsonl").unlink()
+    assert cli.main(["repair", str(tmp_path)]) == 0
+    assert len(indexed_rows(tmp_path)) == 2

@@ -168,16 +168,6 @@ def test_a_forked_process_neither_frees_a_claim_nor_keeps_it(tmp_path):
     own.release()
 
 
-@pytest.fixture
-def no_locks(monkeypatch):
-    """A file system without locks."""
-
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-
-
 @pytest.mark.parametrize("hard_links", [True, False])
 def test_without_locks_there_is_one_owner_too(tmp_path, no_locks, hard_links, monkeypatch):
     if not hard_links:

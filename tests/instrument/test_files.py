@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -362,3 +363,40 @@ def test_nothing_writes_files_past_this_module():
                 offenders += [f"{name}:{line}" for line in lines]
     assert not offenders, "write through instrument.results.files, or allow it here with a reason"
     assert used == set(ALLOWED), "the list of exceptions names a file that writes nothing"
+
+
+def test_without_locks_of_the_file_system_one_thread_or_process_at_a_time(tmp_path, no_locks):
+    inside, most = [], []
+
+    def hold():
+        for _ in range(5):
+            with files.locked(tmp_path / ".index.lock"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.002)
+                inside.pop()
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 20 and max(most) == 1 and os.listdir(tmp_path) == [".index.lock"]
+
+
+def test_a_lock_that_a_dead_process_left_is_taken(tmp_path, no_locks, monkeypatch):
+    soft = tmp_path / ".index.lock.soft"
+    soft.write_text("4194000\nanother-host\n")
+    os.utime(soft, (0, 0))
+    with files.locked(tmp_path / ".index.lock"):
+        assert soft.exists()
+    assert not soft.exists()
+
+
+def test_another_error_of_a_lock_is_no_missing_lock(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", broken)
+    with pytest.raises(OSError, match="Input/output"), files.locked(tmp_path / ".index.lock"):
+        pass
