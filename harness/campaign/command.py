@@ -29,7 +29,7 @@ from instrument.results.files import make_folder, replace
 from instrument.results.folder import OutputError, finished_runs, require_writable
 
 CHANGEABLE = ("skip", "price_per_hour")  # options that a later call may give anew: no run depends on them
-MOST_CUTS = 3  # of a stage that cannot resume, by its own limit
+MOST_CUTS = 3  # of a stage that cannot resume, by its own limit or the call's end
 GRACE_S = {"cpu": 20.0, "cuda": 45.0}  # to write a checkpoint
 END_S = 5.0  # to end with nothing to write
 DOSSIER_S = {"cpu": 30.0, "cuda": 60.0}  # kept free at least at the end of a call
@@ -202,8 +202,8 @@ class Call:
         dossier_s = self.dossier_s() if stage.group == "run" or finished_runs(self.results) else 0.0
         left_s = self.ends_s - began_s - grace_s - dossier_s
         limits_s = {"limit": own_s, "the call's end": own_s if stage.group == "dossier" else left_s}
-        # One that cannot resume is begun with half of its time at least.
-        if limits_s["the call's end"] < (LEAST_S if resumes else own_s / 2):
+        # One that cannot resume is begun with half of its time at least, or a quarter of the call's.
+        if limits_s["the call's end"] < (LEAST_S if resumes else min(own_s, self.half_s) / 2):
             entry.note = "not begun: the call's minutes are over"
             return None
         self.say(f"{stage.name} (at most {min(limits_s.values()):.0f} s; it writes {log})")
@@ -215,9 +215,9 @@ class Call:
         command = [sys.executable, "-u", "-m", PACKAGE + stage.command[0], *stage.command[1:]]
         entry.exit_code, cut = run_command(command, self.files(stage.name), limits_s, grace_s, self.stop, started)
         entry.state, entry.note = outcome(entry.exit_code, cut, resumes=resumes)
-        entry.cuts += entry.state == "cut"
-        if not resumes and entry.cuts == MOST_CUTS:
-            entry.state, entry.note = "failed", f"it did not end within {own_s:.0f} s"
+        entry.cuts += entry.state == "cut" or (cut == "the call's end" and not resumes)
+        if not resumes and entry.state in ("cut", "pending") and entry.cuts >= MOST_CUTS:
+            entry.state, entry.note = "failed", f"it did not end in {MOST_CUTS} turns"
         if entry.state == "failed":
             entry.note += ": " + (tail(log).strip() or "it said nothing").splitlines()[-1][:300]
         entry.last_s = round(time.monotonic() - began_s, 1)

@@ -366,7 +366,14 @@ def test_a_stage_that_is_cut_resumes_after_the_others_with_twice_the_limit(campa
     assert limits_s == [limits_s[0], 2 * limits_s[0], 4 * limits_s[0]]
     found = campaign.state()["stages"]
     assert found["bench"]["state"] == "done", "what resumes may be cut as often as it takes"
-    assert found["overhead"]["state"] == "failed" and "it did not end within" in found["overhead"]["note"]
+    assert found["overhead"]["state"] == "failed" and "it did not end in 3 turns" in found["overhead"]["note"]
+
+
+def test_a_stage_that_is_too_long_for_every_call_does_not_keep_a_campaign_from_its_end(campaign):
+    campaign.ends = {"overhead": [(-15, "the call's end")]}
+    assert [campaign("--minutes", "3", "--skip", "fit", "check") for _ in range(4)] == [75, 75, 3, 3]
+    found = campaign.state()["stages"]
+    assert found["overhead"]["state"] == "failed" and found["bench"]["state"] == "done"
 
 
 def test_a_stage_that_was_cut_last_is_left_to_the_next_call(campaign):
