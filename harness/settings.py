@@ -174,6 +174,10 @@ class RunSettings:
             del plain["config"][description]
         return plain
 
+    def unhashed(self) -> dict[str, Any]:
+        """The settings that can be asked for and are in no run id, for the row: its command needs them, too."""
+        return {name: getattr(self, name) for name, declared in SETTINGS.items() if declared.hashed is False}
+
 
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(RunSettings) if "setting" in f.metadata}
 """Every setting that can be asked for, by name, in their order."""

@@ -22,13 +22,17 @@ DEFAULTS = {
     "bucket_by_length": False,
     "text_field": "text",
     "label_field": "labels",
+    "instrument": "light",
+    "trace_steps": 0,
+    "memory_snapshot": False,
+    "checkpoint_every": 0,
 }
 """Of settings that every row has. A setting that was added later is in a row only where it is not at its default."""
 OF_ONE_CASE = ("lr", "seq_len", "text_field", "label_field")
-NO_OPTION = ("case", "config", "device", "data_fingerprint", "sources_fingerprint", "warmup_steps", "untimed_steps")
+NO_OPTION = ("case", "config", "data_fingerprint", "sources_fingerprint", "warmup_steps", "untimed_steps")
 OF_RANKS = ("world", "parallel")
 """Spelled for a run alone: a matrix gives every run one process."""
-FLAGS = {"attention": "--sdpa"}
+FLAGS = {"attention": "--sdpa", "trace_steps": "--trace", "mtbf_s": "--mtbf"}
 """Options that are not called as their setting. `tests.harness.test_settings` compares all of this with the declaration."""
 SETTING = re.compile("[a-z][a-z0-9_]*")
 
@@ -54,20 +58,23 @@ def cases_option(runs: Iterable[RunRecord]) -> str | None:
 
 
 def settings_of(run: RunRecord) -> dict[str, str | int | float]:
-    """The settings in a row's ``config`` for which the command line has an option, by name."""
+    """A row's settings for which the command line has an option, by name: those of its ``config`` and those that are in no run
+    id, of which rows made before those were kept have the instrument level alone."""
+    unhashed = run.flags.get("unhashed")
+    known = {**run.config, "instrument": run.instrument, **(unhashed if isinstance(unhashed, dict) else {})}
     return {
         name: value
-        for name, value in run.config.items()
+        for name, value in known.items()
         if name not in (*NO_OPTION, *OF_RANKS) and SETTING.fullmatch(name) and isinstance(value, str | int | float)
     }
 
 
 def unusual_options(runs: Sequence[RunRecord], leave_out: Sequence[str] = ()) -> str:
     """The options for the settings that all ``runs`` share and the command line would choose otherwise for one of them, with
-    a blank before each; empty where there are none."""
+    a blank before each; empty where there are none. The device is the one that the command is given on."""
     arguments: list[str] = []
     for name, value in settings_of(runs[0]).items() if runs else ():
-        shared = name not in leave_out and all(run.config.get(name) == value for run in runs)
+        shared = name not in (*leave_out, "device") and all(settings_of(run).get(name) == value for run in runs)
         if shared and any(usual(run).get(name) != value for run in runs):
             arguments += setting_arguments(name, value)
     return " " + shlex.join(arguments) if arguments else ""
@@ -101,4 +108,5 @@ def usual(run: RunRecord) -> dict[str, Any]:
         "lr": rates.get(rate) if isinstance(rates, dict) else None,
         "seq_len": preset.sequence_length(run.case),
         "micro_batch": math.gcd(run.batch_size, preset.micro_batch),
+        "log_every": min(run.max_steps, 1 if config.get("device") == "cpu" else 10),
     }

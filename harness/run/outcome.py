@@ -106,7 +106,12 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         instrument=settings.instrument,
         env=environment,
         config=settings.as_config(),
-        flags={**_spelled(settings), **outcome.flags, "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()}},
+        flags={
+            **_spelled(settings),
+            "unhashed": settings.unhashed(),
+            **outcome.flags,
+            "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()},
+        },
         error=outcome.error or (divergence.reason if divergence else None),
         **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts),
     )

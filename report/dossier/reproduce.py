@@ -12,7 +12,10 @@ from report.harness_commands import case_arguments, setting_arguments, settings_
 from report.tables.selection import in_order
 from report.text import clean
 
-RARE = ("text_field", "label_field", "eval_every", "documents", "validation_documents", "threads")
+RARE = (
+    *("text_field", "label_field", "eval_every", "documents", "validation_documents", "threads"),
+    *("trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"),
+)
 """Settings that are spelled out only where the command line would choose others."""
 
 

@@ -42,6 +42,7 @@ def test_a_dead_run_keeps_what_it_had_reached(dead, tmp_path):
     assert (row.status, row.steps_done, row.flags["death"]["cause"]) == ("error", 2, "killed")
     assert "after step 2" in row.error and row.loss_initial == logged_steps(tmp_path, settings.run_id, True)[0].loss
     assert row.env == draft.env and row.config == draft.config and row.val_loss is None
+    assert row.flags["unhashed"] == settings.unhashed() and row.flags["unhashed"]["log_every"] == settings.log_every
     assert finished_runs(tmp_path) == [row]
 
 

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from benchmarks.simulated_results import simulate
+from harness.options import parser
 from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode
 from report.dossier import build, measurements
 from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards, sparkline
 from report.dossier.measurements import ABSENT, FIT_HEADS, fit_rows
-from report.dossier.reproduce import command, commands
+from report.dossier.reproduce import command, commands, matrix_commands
 from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
 from report.dossier.system import system_block
 from report.harness_commands import setting_arguments
@@ -116,10 +117,12 @@ def elsewhere(tmp_path, monkeypatch):
             "--text-field",
             "my text",
         ],
+        ["gpt2_clm", *"--instrument full --log-every 7 --trace 2 --memory-snapshot --mtbf 3600".split()],
     ],
 )
 def test_a_command_pasted_makes_the_same_run(runs, elsewhere, asked):
-    """Whatever a case is called, and whatever was asked for: the row's own command resolves to the row's run id."""
+    """Whatever a case is called, and whatever was asked for: the row's own command resolves to the row's settings, also to
+    those that are in no run id, on the row's kind of device."""
     settings = resolved(["python", "-m", "harness", "case", *asked, "--dtype-config", "amp_fp16", "--seed", "7"])
     row = msgspec.structs.replace(
         runs[0],
@@ -129,9 +132,27 @@ def test_a_command_pasted_makes_the_same_run(runs, elsewhere, asked):
         preset="tiny",
         batch_size=settings.batch_size,
         config=settings.as_config(),
-        flags={"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {},
+        max_steps=settings.max_steps,
+        instrument=settings.instrument,
+        flags={"unhashed": settings.unhashed()}
+        | ({"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {}),
     )
-    assert resolved(shlex.split(command(row))).run_id == settings.run_id
+    assert resolved(shlex.split(command(row))) == settings and "--device cpu" in command(row)
+    [(line, _)] = matrix_commands([row])
+    of_matrix = parser().parse_args(shlex.split(line)[3:])
+    of_case = parser().parse_args(shlex.split(command(row))[3:])
+    spelled = {name: getattr(of_matrix, name) for name in ("device", *settings.unhashed())}
+    assert spelled == {name: getattr(of_case, name) for name in spelled} | (
+        {} if "--log-every" in line else {"log_every": None}
+    ), "a log that is as the command line would choose it is left out"
+
+
+def test_a_row_that_was_made_before_its_unhashed_settings_were_kept_has_its_command(runs):
+    old = msgspec.structs.replace(runs[0], flags={}, instrument="full", config={"preset": "tiny", "device": "cuda"})
+    line = "python -m harness case gpt2_clm fp32_true --seed 0 --preset tiny --device cuda --instrument full"
+    assert command(old) == line
+    odd = msgspec.structs.replace(old, flags={"unhashed": ["x"]})
+    assert command(odd) == line
 
 
 def resolved(words):
