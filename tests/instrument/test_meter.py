@@ -114,6 +114,23 @@ def test_the_first_bad_step_is_exact_whatever_the_window(window, phase, tensor, 
     assert first.microbatch == (1 if phase in ("forward", "loss") else None)
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_every_window_reads_the_logits_of_its_own_micro_batches(window):
+    """The second micro-batch's are the larger ones, and each step's smaller than the last one's."""
+    model, optimizer, meter = make(window)
+    found = []
+
+    def spoil(at):
+        if at[0] == "forward":
+            at[2].data.fill_(10.0 * (1 + at[1]) / step)
+
+    for step in range(1, 5):
+        one_step(model, optimizer, meter, step, spoil=spoil)
+        if meter.due:
+            found += [record.logit_absmax for record in meter.read().steps]
+    assert found == pytest.approx([20.0, 10.0, 20 / 3, 5.0])
+
+
 def test_a_loss_that_fails_in_the_first_micro_batch_is_the_first_ones():
     model, optimizer, meter = make()
 

@@ -174,6 +174,15 @@ def test_a_second_moment_of_zero_beside_an_overflow_is_not_its_cause():
     assert (found.op, found.cause, found.diagnosis.output.zero_denominators) == ("aten._fused_adamw_", "overflow", 0)
 
 
+@pytest.mark.parametrize(
+    ("weights", "cause"), [([1e-45, 1e-45, 0.0], "overflow"), ([1e-45, 0.0], "invalid"), ([1e-45, 0.0, 0.0], "invalid")]
+)
+def test_what_holds_for_most_elements_is_the_cause(weights, cause):
+    """(1e-45)^-8 is beyond float64, too; 0^-8 divides by zero."""
+    found = why(lambda w, x: w.pow(-8), weights, weights, torch.float32)
+    assert (found.op, found.cause) == ("aten.pow", cause)
+
+
 def test_the_same_op_in_fp32_is_healthy():
     assert why(lambda w, x: w * x, [300.0], [300.0], torch.float32) is None
 

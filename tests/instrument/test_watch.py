@@ -10,6 +10,8 @@ from torch import nn
 from harness.optimizer import adamw_for
 from instrument import NonfiniteError, Watch
 from instrument.hooks import blocks, leaves, tensors_in
+from instrument.results.measurements import TapReading
+from instrument.watch.surface import innermost
 from instrument.watch.taps import ModuleTaps
 
 CPU = torch.device("cpu")
@@ -192,6 +194,42 @@ def test_the_statistics_of_a_module_are_over_all_micro_batches_and_its_flush_sha
     (row,) = [r for r in watch.headroom() if (r.module, r.direction) == ("layers.0", "fwd")]
     assert (row.absmax, row.nonfinite, row.step) == (8.0, 4, 1)
     assert row.flush_frac == 2 / 8  # nonzero are 2 values of three micro-batches and 2 NaN: those are not zero
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(math.inf, "inf"), (math.nan, "nan")])
+def test_the_kind_of_a_module_s_output_is_what_prevails(scale, kind):
+    """Infinity times its two zeros is NaN: as many as the infinities, so these prevail."""
+    model = Zeroed()
+    watch = Watch(model)
+    with watch.step(1):
+        watch.loss(model(torch.tensor(scale)).sum()).backward()
+    found = watch.first_nonfinite
+    assert (found.phase, found.module, found.kind) == ("forward", "layers.0", kind)
+
+
+def test_gradients_that_fail_in_a_named_phase_are_that_phases():
+    model = nn.Linear(2, 2)
+    watch = Watch(model)
+    with watch.step(1):
+        model(torch.ones(1, 2)).sum().backward()
+        with watch.phase("clip"):
+            model.weight.grad.mul_(math.inf)
+        with watch.phase("optimizer"), torch.no_grad():
+            for p in model.parameters():
+                p.sub_(p.grad)
+    assert (watch.first_nonfinite.phase, watch.first_nonfinite.tensor) == ("clip", "grad")
+
+
+def test_of_modules_inside_one_another_the_inner_one_is_named():
+    """Backward the outer module's gradient comes first."""
+
+    def reading(module, called):
+        return TapReading(1, module, 0, "bwd", "float32", 1.0, 1, 0, None, called)
+
+    outer, inner, later, whole = reading("h.0", 1), reading("h.0.mlp", 2), reading("h.01", 3), reading("", 0)
+    assert innermost([outer, inner, later, whole]).module == "h.0.mlp"
+    assert innermost([outer, later]).module == "h.0" and innermost([whole, later]).module == "h.01"
+    assert innermost([whole]).module == ""
 
 
 @pytest.mark.parametrize("every", [1, 0])
@@ -389,6 +427,16 @@ def test_a_module_whose_output_s_memory_is_used_again_is_not_taken_for_the_model
     monkeypatch.undo()
     got = taps.read()
     assert {r.step for r in got if r.module == "first"} == {1, 2} and {r.step for r in got if r.module == "last"} == {1}
+
+
+def test_half_a_ring_is_nearly_full_and_a_read_one_empty():
+    taps = ModuleTaps(Net(), CPU, every=0, kept_steps=4)
+    for pending in (1, 2, 3):
+        taps.begin_step(pending)
+        taps.end_step()
+        assert (taps.pending_steps, taps.nearly_full) == (pending, pending >= 2)
+    taps.read()
+    assert (taps.pending_steps, taps.nearly_full) == (0, False)
 
 
 def test_more_steps_than_the_ring_keeps_lose_the_oldest_only():
