@@ -22,7 +22,6 @@ from report.tables.judgement import (
     Judgements,
     divergence_text,
     judge_runs,
-    majority,
 )
 from report.tables.selection import REFERENCE, column_of, incomparable_reason, is_lm, series_order
 from report.tables.speed import ineligible_reason
@@ -284,7 +283,7 @@ def _f1(folder: Folder, runs: list[RunRecord], pairs: list, field: str, name: st
         return None
     both = [(a, b) for a, b in pairs if getattr(a, field) is not None and getattr(b, field) is not None]
     worse = {run.seed: getattr(reference, field) - getattr(run, field) for run, reference in both}
-    baseline = next((f1 for run in known if (f1 := majority(folder, run, field)) is not None), None)
+    baseline = next((f1 for run in known if (f1 := getattr(run, f"{field}_majority")) is not None), None)
     value = float(np.mean([getattr(run, field) for run in known]))
     reference = float(np.mean([getattr(reference, field) for _, reference in both])) if both else math.nan
     learnt = reference > (baseline or 0.0) + 2 * MARGIN_F1

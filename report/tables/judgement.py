@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, is_lm, select
-from report.text import signed
 
 MARGIN_NATS = 0.02
 MARGIN_LOSS = 0.05
@@ -76,7 +75,7 @@ def unhealthy_reason(folder: Folder, reference: RunRecord) -> str | None:
     """Why a reference is unhealthy, or None. One that failed for another reason is no reference."""
     if reference.status == "diverged":
         return f"it diverged at step {reference.divergence_step}"
-    if (why := stalled(reference)) is not None:
+    if (why := reference.stalled) is not None:
         return f"it stalled: {why} (seed {reference.seed})"
     losses = start_and_end(folder, reference) if reference.status == "completed" else None
     if losses is None:
@@ -84,21 +83,15 @@ def unhealthy_reason(folder: Folder, reference: RunRecord) -> str | None:
     start, end, what = losses
     if end >= start:
         return f"its {what} ends above its start: {end:.3g} against {start:.3g} (seed {reference.seed})"
-    if start - end >= (2 * MARGIN_NATS if is_lm(reference) else 2 * MARGIN_LOSS * start) or _above_majority(folder, reference):
+    if start - end >= (2 * MARGIN_NATS if is_lm(reference) else 2 * MARGIN_LOSS * start) or _above_majority(reference):
         return None
     return f"it learnt nothing: its {what} went from {start:.5g} to {end:.5g} (seed {reference.seed})"
 
 
-def _above_majority(folder: Folder, run: RunRecord) -> bool:
+def _above_majority(run: RunRecord) -> bool:
     """Whether a classifier scores more than the most frequent answer."""
-    constant = majority(folder, run, "f1_micro")
-    return constant is not None and run.f1_micro is not None and run.f1_micro > constant + 2 * MARGIN_F1
-
-
-def majority(folder: Folder, run: RunRecord, field: str) -> float | None:
-    """The F1 of the most frequent answer in the run's last evaluation; None where it was not scored."""
-    found = (getattr(evaluation, f"{field}_majority", None) for evaluation in reversed(folder.evaluations(run.run_id)))
-    return next((float(value) for value in found if value is not None), None)
+    known = run.f1_micro is not None and run.f1_micro_majority is not None
+    return known and run.f1_micro > run.f1_micro_majority + 2 * MARGIN_F1
 
 
 def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict[str, str]) -> Judged:
@@ -112,7 +105,7 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
         return Judged(run, "failed", f"{run.status}: {run.error}" if run.error else run.status)
     if run.val_loss is not None and not math.isfinite(run.val_loss):
         return Judged(run, "failed", f"validation loss {run.val_loss}")
-    if (why := stalled(run)) is not None and run.dtype_config != REFERENCE:
+    if (why := run.stalled) is not None and run.dtype_config != REFERENCE:
         return Judged(run, "stalled", f"stalled: {why}")
     if run.case in unhealthy:
         return Judged(run, "unjudged", f"reference unhealthy: {unhealthy[run.case]}")
@@ -128,19 +121,6 @@ def is_unfinished(run: RunRecord) -> bool:
     """Whether a run was stopped or killed from outside."""
     failure = run.flags.get("death")
     return run.status == "preempted" or (isinstance(failure, dict) and failure.get("cause") in FROM_OUTSIDE)
-
-
-def stalled(run: RunRecord) -> str | None:
-    """Why a completed run's weights stood still (``flags["stalled"]``), or None."""
-    found = run.flags.get("stalled")
-    if run.status != "completed" or not found:
-        return None
-    return str(found.get("why", "its weights stood still")) if isinstance(found, dict) else str(found)
-
-
-def gap_text(gap: float, unit: str) -> str:
-    """``+0.31 nats`` or ``+12 %``."""
-    return f"{signed(gap, 2)} nats" if unit == "nats" else f"{signed(100 * gap, 1)} %"
 
 
 def divergence_text(run: RunRecord) -> str:

@@ -75,6 +75,26 @@ def test_macro_f1_is_judged_beside_micro_f1_and_both_stand_beside_the_most_frequ
     assert "macro-F1 0.30" in cell_texts(found.cell("amp_bf16"))["quality"]
 
 
+@pytest.mark.parametrize(("constant", "verdict"), [(0.20, "not resolved"), (0.10, "avoid")])
+def test_f1_judges_only_where_the_reference_scores_more_than_the_most_frequent_answer(plant, constant, verdict):
+    """A reference that gives the most frequent answer says nothing of a configuration that does not."""
+
+    def change(case, config, seed):
+        lost = config == "bf16_pure"
+        score = (0.10 if lost else 0.20) + 0.0001 * seed
+        return {"f1": score, "f1_micro_majority": constant, "gap": (0.3, -0.3, 0.2)[seed] * lost}
+
+    cell = table(plant((CLS,), THREE, change=change), CLS).cell("bf16_pure")
+    assert cell.verdict == verdict and f"most frequent answer {constant:.2f}" in cell_texts(cell)["quality"]
+    assert cell.qualities[0].judged is (verdict == "avoid")
+
+
+def test_a_classifier_that_beats_the_most_frequent_answer_has_learnt_whatever_its_loss(plant):
+    little = {"start": 0.100, "end": 0.095, "f1": 0.30}
+    assert table(plant((MULTI,), THREE, change=lambda *_: little | {"f1_micro_majority": 0.29}), MULTI).unhealthy
+    assert not table(plant((MULTI,), THREE, change=lambda *_: little | {"f1_micro_majority": 0.2}, name="b"), MULTI).unhealthy
+
+
 def test_a_loss_within_the_margin_that_the_seeds_resolve_names_the_lossless_alternative(plant):
     found = table(plant((LM,), THREE, change=by_seed(bf16_pure=(0.0099, 0.01, 0.0101))))
     assert (found.use, found.runner_up, found.lossless) == ("bf16_pure", "amp_bf16", "amp_bf16")
