@@ -107,7 +107,7 @@ def context(
         "open_claims": [finding.id for finding in findings if finding.verdict == NOT_DECIDED],
         "next_command": clean(verdict.next_command or "", 600),
         "checks": [_check(check, numbers) for check in checks],
-        "findings": _findings(findings, numbers),
+        "findings": [_finding(finding, numbers) for finding in findings],
         "failures": failure_cards(failures, folder, numbers),
         "predicted": prediction_text(forecast, folder),
         "class_heads": class_heads,
@@ -190,16 +190,6 @@ def _check(check, numbers: RowNumbers) -> dict[str, Any]:
         "sentence": clean(check.sentence, 900),
         "rows": numbers.cite(check.run_ids),
     }
-
-
-def _findings(findings: Sequence, numbers: RowNumbers) -> list[dict[str, Any]]:
-    """Findings, each with its figure unless that stands further up already."""
-    shown = set(EXECUTIVE)
-    rows = []
-    for finding in findings:
-        rows.append(_finding(finding, numbers) | {"shows": finding.plot not in shown})
-        shown.add(finding.plot)
-    return rows
 
 
 def _finding(finding, numbers: RowNumbers) -> dict[str, Any]:

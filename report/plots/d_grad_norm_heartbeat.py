@@ -6,30 +6,44 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from instrument.terminal import count
 from report.plots.elements import as_series, decimate, label_right
 from report.plots.palette import look
-from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
-from report.tables.selection import REFERENCE
+from report.plots.style import THIN_PT, legend_in, legend_row, log_axis, table_figure, whole_steps
+from report.tables.selection import REFERENCE, series_order
 from report.text import clean
 
-ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 3.8
+ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 4.4
+MOST_NAMED = 3
+"""Cases whose lines are named beside each frame; with more there is one legend."""
 
 
 def draw(table) -> Figure:
-    """A row a case: steps linear at the left, logarithmic at the right, where an early divergence is seen."""
+    """Two frames a case: steps linear at the left, logarithmic at the right, where an early divergence is seen. Many cases
+    stand two in a row."""
     data = table.data
     cases = list(data["case"].unique())
-    row_in = min(ROW_IN, MOST_IN / len(cases))
+    across = 1 if len(cases) <= MOST_NAMED else 2
+    down = -(-len(cases) // across)
+    row_in = min(ROW_IN, MOST_IN / down)
+    below = _legend(data, table.summary) if len(cases) > MOST_NAMED else []
     figure = table_figure(
         table,
-        row_in * len(cases) + FRAME_IN,
+        row_in * down + FRAME_IN + (legend_in(handle.get_label() for handle in below) if below else 0.0),
         "Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
         "Ring: spike, over 5 times the rolling median.",
     )
-    grid = figure.subplots(len(cases), 2, squeeze=False, sharey="row", width_ratios=(1, 1.1))
-    for (linear, log), case in zip(grid, cases, strict=True):
+    if below:
+        legend_row(figure, below)
+    grid = figure.subplots(down, 2 * across, squeeze=False, width_ratios=(1, 1.1) * across)
+    pairs = [pair for row in grid for pair in np.split(row, across)]
+    for axes in (axes for pair in pairs[len(cases) :] for axes in pair):
+        axes.axis("off")
+    for (linear, log), case in zip(pairs, cases, strict=False):
+        log.sharey(linear)
+        log.tick_params(labelleft=False)
         rows = data[data["case"] == case]
         summary = table.summary[table.summary["case"] == case]
         log_axis(linear, "y")
@@ -43,10 +57,13 @@ def draw(table) -> Figure:
                     as_series(line, case, config, seed)
             axes.margins(x=0.02)
         linear.set_title(clean(case), pad=8)
-        linear.set_ylabel("gradient norm")
-        _names(log, rows, summary, row_in - 0.42)
-    grid[-1][0].set_xlabel("step")
-    grid[-1][1].set_xlabel("step, logarithmic")
+        if not below:
+            _names(log, rows, summary, row_in - 0.42)
+        if linear is grid[down // 2][0]:
+            linear.set_ylabel("gradient norm")
+    for linear, log in pairs[max(0, len(cases) - across) : len(cases)]:
+        linear.set_xlabel("step")
+        log.set_xlabel("step, logarithmic")
     return figure
 
 
@@ -94,13 +111,22 @@ def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: flo
     label_right(axes, labels, height_in=height_in)
 
 
+def _legend(data: pd.DataFrame, summary: pd.DataFrame) -> list[Line2D]:
+    """The configurations once, in the registry's order, where the frames are too low for names beside each."""
+    handles = []
+    for config in series_order(data["dtype_config"].unique()):
+        label = _label(config, summary[summary["dtype_config"] == config])
+        handles.append(Line2D([], [], color=look(config).colour, linestyle=look(config).line, linewidth=1.2, label=label))
+    return handles
+
+
 def _label(config: str, summary: pd.DataFrame) -> str:
     name = clean(config, 24)
     diverged_at = summary["died_at"].dropna()
     if len(diverged_at):
         steps = sorted({int(step) for step in diverged_at})
         where = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        seeds = f", {len(diverged_at)} of {len(summary)} seeds" if len(summary) > 1 else ""
+        seeds = f", {len(diverged_at)} of {len(summary)} runs" if len(summary) > 1 else ""
         return f"{name} × @ {where}{seeds}"
     spikes = int(summary["spikes"].sum())
     return f"{name}, {count(spikes, 'spike')}" if spikes else name

@@ -23,11 +23,11 @@ from report.plots.style import (
 )
 from report.text import clean, short
 
-ROW_IN, FRAME_IN, MOST_IN = 0.98, 0.15, 3.0
+ROW_IN, FRAME_IN, MOST_IN = 0.98, 0.15, 4.7
 HALF_WIDTH = 0.4
 NAME_CHARACTERS = 13
 WIDE_SLOT_IN, NARROW_SLOT_IN = 0.34, 0.2
-HEADROOM, FOOTROOM = 3.5, 2.0
+HEADROOM, FOOTROOM = 25.0, 2.0
 
 
 def draw(table) -> Figure:
@@ -45,7 +45,7 @@ def draw(table) -> Figure:
         rows = data[data["case"] == case]
         _panel(axes, rows, table.summary[table.summary["case"] == case], configs)
         axes.set_title(clean(case))
-        axes.set_ylabel("largest logit")
+    grid[len(cases) // 2][0].set_ylabel("largest logit")
     ends = table.summary["max"].to_numpy(float)
     low, high = grid[0][0].get_ylim()
     for (axes,) in grid:

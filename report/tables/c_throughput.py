@@ -67,10 +67,10 @@ def _title(data) -> str:
             f"not resolved: no configuration is shown to be faster than fp32_true in any of {cases} ({_span(best)})"
         )
     best = shown.loc[shown.groupby("case")["relative"].idxmax()]
-    names = shortened(series_order(best["dtype_config"]))
-    return sentence(
-        f"of those shown to be faster than fp32_true, {names} leads at {_span(best)} (resolved in {len(best)} of {cases})"
-    )
+    names = series_order(best["dtype_config"].unique())
+    verb = "leads" if len(names) == 1 else "lead"
+    resolved = f"resolved in {len(best)} of {cases}"
+    return sentence(f"of those shown to be faster than fp32_true, {shortened(names)} {verb} at {_span(best)} ({resolved})")
 
 
 def _span(best) -> str:
@@ -80,8 +80,8 @@ def _span(best) -> str:
 
 def _caption(folder: Folder, runs) -> str:
     return (
-        f"{data_text(folder, runs)} Bars: geometric mean over seeds of samples/s relative to fp32_true of the same case "
-        "and seed, total over total of the timed steps; lines: 95 % t-interval on the paired log-ratios; one seed has a "
-        "dot and no interval. A run enters when it completed with at least 50 (tiny preset: 10) timed, finite steps "
-        "after warm-up, and was neither throttled nor contended. A word stands where no run entered."
+        f"{data_text(folder, runs)} Points: geometric mean over seeds of samples/s relative to fp32_true of the same case "
+        "and seed, total over total of the timed steps; lines: 95 % t-interval on the paired log-ratios, with an arrow's head "
+        "where it goes on; one seed has none. A run enters when it completed with at least 50 (tiny preset: 10) timed, finite "
+        "steps after warm-up, and was neither throttled nor contended. A word stands where no run entered."
     )
