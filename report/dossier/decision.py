@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from instrument.results.contents import Folder
@@ -16,7 +17,7 @@ from report.tables.cell_text import (
     state_text,
     value_text,
 )
-from report.tables.cells import AVOID, COMPLETED, LOST, RECOMMENDED, RUNNER_UP, USABLE, Cell
+from report.tables.cells import AVOID, COMPLETED, LOST, RECOMMENDED, RUNNER_UP, UNJUDGED, USABLE, Cell
 from report.tables.choice import CaseTable
 from report.tables.selection import REFERENCE
 from report.tables.speed import ineligible_reason
@@ -32,6 +33,7 @@ HEADS = (
     "Logit headroom to 65,504",
     "Verdict",
 )
+MEASURED = "measured, not judged"
 KINDS = {RECOMMENDED: "yes", RUNNER_UP: "yes", USABLE: "quiet", AVOID: "no", LOST: "no"}
 
 
@@ -61,6 +63,11 @@ def answer(table: CaseTable) -> str:
     return "; ".join([f"Use {clean(table.use, 60)}: {reason}", *others]) + "."
 
 
+def _kept(text: str) -> str:
+    """The text with its intervals on one line each."""
+    return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), text)
+
+
 def _speed(cell: Cell, folder: Folder) -> str:
     """The ratio, or why a cell that completed has none."""
     text = speed_text(cell)
@@ -72,7 +79,7 @@ def _speed(cell: Cell, folder: Folder) -> str:
 
 def _reason(cell: Cell) -> str:
     """Why, without the difference that stands in its own column."""
-    text = cell.why
+    text = cell.why.removeprefix(f"{MEASURED}: ")
     for quality in cell.qualities:
         text = text.replace(f"{difference_text(quality)}: ", f"{quality.name} ")
     return text
@@ -84,13 +91,13 @@ def _row(cell: Cell, folder: Folder, numbers: RowNumbers) -> dict[str, Any]:
     return {
         "config": clean(cell.dtype_config, 40),
         "state": clean(state_text(cell), 160),
-        "speed": _speed(cell, folder),
+        "speed": _kept(_speed(cell, folder)),
         "memory": memory_text(cell),
         "quality": [clean(value_text(quality, baseline=reference), 120) for quality in shown] or [UNKNOWN],
-        "difference": differences or ["the reference" if reference else UNKNOWN],
+        "difference": [_kept(text) for text in differences] or ["the reference" if reference else UNKNOWN],
         "headroom": headroom_text(cell).split(" (")[0],
         "logit": headroom_text(cell).partition(" (")[2].rstrip(")"),
-        "verdict": cell.verdict,
+        "verdict": MEASURED if cell.verdict == UNJUDGED else cell.verdict,
         "kind": KINDS.get(cell.verdict, "open"),
         "chosen": cell.verdict == RECOMMENDED,
         "why": clean(_reason(cell), 400),

@@ -45,9 +45,10 @@ def dark_colours() -> dict[str, str]:
 
 
 def dark_rules() -> str:
-    """One rule per colour and property, under the class of the figures; a hatch has its colours as attributes."""
+    """One rule per colour and property; a hatch has its colours as attributes. Without an ancestor in the selector: what a
+    ``<use>`` shows has none, and a hollow marker would stay dark."""
     return "\n".join(
-        f'.plot svg [style*="{name}: {light}"],.plot svg [{name}="{light}"]{{{name}:{dark}!important}}'
+        f'[style*="{name}: {light}"],[{name}="{light}"]{{{name}:{dark}!important}}'
         for light, dark in dark_colours().items()
         for name in ("fill", "stroke")
     )

@@ -7,7 +7,7 @@ import math
 from instrument.terminal import count
 from report.tables.cells import COMPLETED, Cell, Quality
 from report.tables.selection import REFERENCE
-from report.text import enough_digits, gigabytes, signed, times
+from report.text import enough_digits, gigabytes, short, signed, times
 
 HEADS = ("configuration", "state", "speed", "peak memory", "quality", "difference", "headroom", "verdict", "why")
 MEMORY_KINDS = {"allocated": "", "rss": " resident", None: ""}
@@ -65,7 +65,7 @@ def headroom_text(cell: Cell) -> str:
     """``9.2 bits (largest logit 112)``: doublings to 65,504."""
     if math.isnan(cell.headroom_bits):
         return UNKNOWN
-    return f"{signed(cell.headroom_bits, 1).lstrip('+')} bits (largest logit {cell.largest_logit:.3g})"
+    return f"{signed(cell.headroom_bits, 1).lstrip('+')} bits (largest logit {short(cell.largest_logit)})"
 
 
 def value_text(quality: Quality, *, baseline: bool = True) -> str:
