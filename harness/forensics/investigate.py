@@ -27,7 +27,7 @@ from harness.forensics.evidence import (
 )
 from harness.parallel.failure_location import first_of_all, of_this_rank
 from harness.training import Training
-from instrument.replay.diagnosis import SUM_OVER_RANKS
+from instrument.replay.ops import SUM_OVER_RANKS
 from instrument.replay.replays import Examination, Replayed, Replays
 from instrument.replay.snapshot import Seen
 from instrument.results.files import replace

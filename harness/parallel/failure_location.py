@@ -8,7 +8,7 @@ import msgspec
 
 from harness.parallel.context import DistributedContext
 from harness.parallel.strategy import ParallelStrategy
-from instrument.replay.diagnosis import SUM_OVER_RANKS
+from instrument.replay.ops import SUM_OVER_RANKS
 from instrument.results.measurements import TapReading
 from instrument.results.schemas import FirstNonfinite
 from instrument.watch.meter import Divergence

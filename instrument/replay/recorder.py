@@ -13,33 +13,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from instrument.hooks import call_with_hooks, tensors_in, wrap_unscale
-from instrument.replay.diagnosis import (
+from instrument.replay.captures import Captures
+from instrument.replay.diagnosis import fails_without
+from instrument.replay.graph import AFTER, NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
+from instrument.replay.ops import (
     BORN,
     SUM_OVER_RANKS,
     TRITON_PREFIX,
     UNINITIALISED,
     UNRECORDED_WRITE,
     can_be_nonfinite,
-    exactly,
-    fails_without,
     is_dense,
     is_view,
     kinds_of,
     list_positions,
     mutated,
-    pick_element,
     repeatable,
     values_of,
 )
-from instrument.replay.graph import AFTER, NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
-from instrument.replay.storages import FlushedZeros, Storages, is_part
+from instrument.replay.storages import Storages, is_part
 
 TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
 
@@ -63,9 +61,6 @@ class OpRecorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.graph = StepGraph()
-        self.capture, self.followed = capture, followed
-        self.captured: dict[int, tuple[Any, tuple, dict]] = {}
-        self.unflushed: dict[int, tuple[tuple, dict]] = {}
         self.failed: dict[str, list[Edge]] = {"loss": [], "grad": [], "param": []}
         """Edges of what a step must leave finite: the losses, the gradients, parameters and states."""
         self.names: dict[int, tuple[str, str]] = {}
@@ -73,9 +68,9 @@ class OpRecorder(TorchDispatchMode):
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._parameters = dict(model.named_parameters())
         self._storages = Storages(self.graph)
-        self._zeros = FlushedZeros(self._storages)
+        self._captures = Captures(self._storages, capture, followed)
+        self.captured, self.unflushed = self._captures.captured, self._captures.unflushed
         self._literals: set[int] = set()
-        self._held: dict[int, tuple[Any, tuple, dict]] = {}
         self._modules: list[str] = []
         self._module_of_sequence: dict[int, str | None] = {}
         self._microbatch = -1
@@ -236,7 +231,7 @@ class OpRecorder(TorchDispatchMode):
         self._storages.before(changed)
         bad = [edge for _, edge, _ in reads if edge.kinds]
         alone = fails_without(func, args, kwargs) if bad and all(map(self.graph.meant, bad)) and repeatable(func) else []
-        self._hold(func, args, kwargs, positions)
+        self._captures.hold(len(self.graph.nodes), func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
         written = [
@@ -266,8 +261,7 @@ class OpRecorder(TorchDispatchMode):
                     node.reads_zero = bool(changed) or any(bool((t == 0).any()) for t, *_ in reads)
                 if func._opname in UNINITIALISED:
                     self._storages.allocated(tensor)
-                if self.followed:
-                    self._zeros.note(tensor, self._exact(node, place))
+                self._captures.note(node, place, tensor)
         return out
 
     def _add(
@@ -334,30 +328,6 @@ class OpRecorder(TorchDispatchMode):
         if edge.writer is not None:
             return self.graph.nodes[edge.writer].of_constants
         return self._storages.like_a_mask(edge, tensor)
-
-    def _hold(self, func, args: tuple, kwargs: dict, positions: dict[int, int]) -> None:
-        """Keep an op's arguments as they are before it runs, where a node of it is to be captured or followed: of an op
-        over lists, those of the node's position."""
-        if not self.capture:
-            return
-        overwritten = {self._storages.key(t): positions.get(id(t)) for t in mutated(func, args, kwargs) if is_dense(t)}
-        elements = [
-            *overwritten.values(),
-            *(range(1 + max(positions.values())) if positions else [None] * len(func._schema.returns)),
-        ]
-        for index, element in enumerate(elements, start=len(self.graph.nodes)):
-            mine = pick_element(args, element), kwargs
-            if index in self.capture:  # an op that writes fewer tensors than it returns is overwritten by the next
-                self.captured[index] = (func, *tree_map(_clone, mine))
-                self.unflushed[index] = self._zeros.undone(mine)
-            elif index in self.followed and repeatable(func):
-                self._held[index] = (func, *self._zeros.undone(mine))
-
-    def _exact(self, node: Node, place: int) -> torch.Tensor | None:
-        """What an op that is followed gives in float64 for a node, None of any other."""
-        written = exactly(*self._held.pop(node.index)) if node.index in self._held else []
-        of_lists = [t for t in written if tuple(t.shape) == node.shape] if node.element is not None else written[place:]
-        return of_lists[0] if of_lists else None
 
     @contextmanager
     def _launches_recorded(self) -> Iterator[None]:
@@ -445,7 +415,3 @@ def _written_down(leaf: object, literals: set[int]) -> int:
     return (
         0 if not isinstance(leaf, float) or math.isfinite(leaf) else NAN if leaf != leaf else POS_INF if leaf > 0 else NEG_INF
     )
-
-
-def _clone(leaf: object) -> object:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf

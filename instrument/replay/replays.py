@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
-from instrument.replay.diagnosis import BORN, SUM_OVER_RANKS, UNRECORDED_WRITE, Diagnosis, diagnose, runs_again
+from instrument.replay.diagnosis import Diagnosis, diagnose
 from instrument.replay.graph import NAN, Culprit, Node, StepGraph
+from instrument.replay.ops import BORN, SUM_OVER_RANKS, UNRECORDED_WRITE, runs_again
 from instrument.replay.recorder import OpRecorder
 from instrument.replay.snapshot import Seen, Snapshot
 from instrument.results.schemas import FirstNonfinite

@@ -1,5 +1,4 @@
-"""What the storages of a step hold: which op wrote each last, what that left there, and where rounding made zeros of
-numbers that are none."""
+"""What the storages of a step hold: which op wrote each last, and what that left there."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from instrument.replay.diagnosis import in_float64, kinds_of
 from instrument.replay.graph import NAN, POS_INF, Edge, StepGraph
+from instrument.replay.ops import kinds_of
 
 
 @dataclass
@@ -116,38 +115,3 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
     n = storage.nbytes() // tensor.element_size()
     return tensor.new_empty(0).set_(storage, 0, (n,), (1,)) if is_part(tensor) else tensor.detach()
-
-
-class FlushedZeros:
-    """The zeros that the rounding of recorded ops made, by storage: what float64 gives in their place. Values that are not
-    zero are taken as they are, so that only what was flushed differs."""
-
-    def __init__(self, storages: Storages) -> None:
-        self._key, self._exact = storages.key, {}
-
-    def undone(self, tree):
-        """Arguments in float64, with the flushed zeros as they would be."""
-        return in_float64(tree, self._wide)
-
-    def _wide(self, tensor: torch.Tensor) -> torch.Tensor:
-        exact = self._exact.get(self._key(tensor))
-        return tensor.double() if exact is None else torch.where(tensor == 0, _like(exact, tensor), tensor)
-
-    def note(self, tensor: torch.Tensor, exact: torch.Tensor | None) -> None:
-        """An op wrote ``tensor``; ``exact`` is what it gives in float64, None where that was not computed."""
-        if not tensor.is_floating_point():
-            return
-        key = self._key(tensor)
-        flushed = None
-        if exact is not None and exact.shape == tensor.shape:
-            flushed = torch.where((tensor == 0) & exact.isfinite(), exact, 0.0)
-            if bool(flushed.any()) and key not in self._exact:
-                n = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self._exact[key] = torch.zeros(n, dtype=torch.float64, device=tensor.device)
-        if key in self._exact:
-            _like(self._exact[key], tensor).copy_(torch.zeros(()) if flushed is None else flushed)
-
-
-def _like(flat: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a flat tensor that ``tensor`` is of its storage."""
-    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from instrument.hooks import Hook, blocks, leaves, tensors_in
-from instrument.replay.diagnosis import is_dense
+from instrument.replay.ops import is_dense
 from instrument.results.measurements import TapReading
 from kernels import ActivationRing, activation_stats
 from kernels.float_formats import FP16

@@ -16,7 +16,7 @@ from harness.parallel.ranks import Ranks
 from harness.parallel.strategy import ParallelStrategy, takes_part
 from harness.run.outcome import Outcome
 from harness.run.signals import Stopped, StopTogether
-from instrument.replay.diagnosis import SUM_OVER_RANKS
+from instrument.replay.ops import SUM_OVER_RANKS
 from instrument.results.schemas import FirstNonfinite
 
 

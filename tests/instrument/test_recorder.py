@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from instrument.replay.diagnosis import kinds_of
 from instrument.replay.graph import NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
+from instrument.replay.ops import kinds_of
 from instrument.replay.recorder import OpRecorder
 
 
