@@ -145,14 +145,18 @@ def _rounds(
     """Wall and processor seconds of every arm's step, a round at a time; None where an arm took no part. One round counts,
     whatever it takes."""
     wall_s, cpu_s = ({name: [] for name in arms} for _ in range(2))
-    ends = math.inf if at_most_s is None else time.perf_counter() + at_most_s
-    for turn in range(WARMUP_ROUNDS + pairs):
-        if turn > WARMUP_ROUNDS and time.perf_counter() > ends:
+    at_most_s, began_s = math.inf if at_most_s is None else at_most_s, time.perf_counter()
+    warm, turn = WARMUP_ROUNDS, -1
+    while (turn := turn + 1) < warm + pairs:
+        spent_s = time.perf_counter() - began_s
+        if 0 < turn < warm and spent_s > at_most_s / 2:  # on a machine that is busy one must do, or nothing would be measured
+            warm = turn
+        if turn > warm and spent_s > at_most_s:
             break
-        whole = turn < WARMUP_ROUNDS or (turn - WARMUP_ROUNDS) % SELDOM == 0
+        whole = turn < warm or (turn - warm) % SELDOM == 0
         order = [name for name in arms if whole or name in IN_EVERY_ROUND]
         spent = {name: _step(arms[name]) for name in (order if turn % 2 == 0 else reversed(order))}
-        for name in arms if turn >= WARMUP_ROUNDS else ():
+        for name in arms if turn >= warm else ():
             wall, cpu = spent.get(name, (None, None))
             wall_s[name].append(wall and wall / steps_a_turn)
             cpu_s[name].append(cpu and cpu / steps_a_turn)

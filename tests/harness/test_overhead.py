@@ -34,9 +34,12 @@ def test_an_interval_that_is_too_wide_says_so():
 def test_no_round_begins_after_the_time_that_was_given_and_one_always_counts(monkeypatch):
     clock = iter(range(10_000))
     monkeypatch.setattr(overhead.time, "perf_counter", lambda: float(next(clock)))  # a second passes at every look
-    steps = iter(lambda: None, 1)
+    taken = []
+    steps = iter(lambda: taken.append(0), 1)
     for at_most_s, rounds in ((0.0, 1), (20.0, 6)):
+        taken.clear()
         wall_s, cpu_s = overhead._rounds({"bare": steps, "light": steps}, 50, 1, at_most_s)
+        assert at_most_s or len(taken) == 2 * 2, "one round to warm up, and one that counts"
         assert len(wall_s["bare"]) == len(wall_s["light"]) == len(cpu_s["light"]), at_most_s
         assert 1 <= len(wall_s["bare"]) <= rounds, at_most_s
 
