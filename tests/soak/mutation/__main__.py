@@ -36,7 +36,8 @@ PRELOADED = ("numpy", "torch", "scipy.stats", "sklearn.metrics", "transformers.m
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 3 when a planted mutant lives, or more than 3 % of the sample without an explanation."""
+    """Exit code 3 when a planted mutant lives, a room's tests fail without one, or more than 3 % of the sample survive without
+    an explanation."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak.mutation", description=__doc__.partition(": ")[2])
     parser.add_argument("--mutants", type=at_least_one, default=320, metavar="N", help="how many, over all rooms (default 320)")
     parser.add_argument("--seed", type=int, default=13, metavar="N", help="of the sample (default 13)")
@@ -48,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             __import__(name)
-    run, survived, unexplained, living = 0, 0, 0, []
+    run, survived, unexplained, living, broken = 0, 0, 0, [], []
     with tempfile.TemporaryDirectory(prefix="ddb-mutation-") as folder:
         laboratory = Laboratory(Path(folder))
         for name in options.only:
             room = ROOMS[name]
-            coverage, limit_s = laboratory.prepare(name, room)
+            try:
+                coverage, limit_s = laboratory.prepare(room)
+            except TestsFail as error:
+                broken.append(name)
+                print(f"{name}: {error}", flush=True)
+                continue
             planted = [laboratory.plant(*plant) for plant in PLANTED if any(Path(plant[1]).match(glob) for glob in room.files)]
             living += [mutant for mutant in planted if laboratory.survives(mutant, room, coverage, limit_s)]
             sample = laboratory.sample(room, -(-options.mutants // len(ROOMS)), options.seed)
@@ -68,11 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{run} mutants, seed {options.seed}: {run - survived} die, {survived} survive, {unexplained} of them unexplained")
     for mutant in living:
         print(f"planted, and no test notices: {mutant.key} ({mutant.path}:{mutant.line})")
-    return RUN_FAILED if living or unexplained > UNEXPLAINED_SHARE * run else OK
+    return RUN_FAILED if broken or living or unexplained > UNEXPLAINED_SHARE * run else OK
 
 
 Coverage = dict[tuple[str, int], list[str]]
 """File and line -> the tests that run it, the shortest first."""
+
+
+class TestsFail(Exception):
+    """A room whose tests fail without a mutant."""
+
+    __test__ = False
 
 
 class Laboratory:
@@ -100,15 +112,14 @@ class Laboratory:
             raise SystemExit(f"targets.py plants {what!r} in {path}, where its text stands {source.count(old)} times")
         return Mutant(path, source[: source.index(old)].count("\n") + 1, what, source.replace(old, new).encode())
 
-    def prepare(self, name: str, room: Room) -> tuple[Coverage, float]:
+    def prepare(self, room: Room) -> tuple[Coverage, float]:
         """Run a room's tests on the code as it is: which test runs which line, and the time limit of a mutant. Raises
-        SystemExit where they fail."""
+        `TestsFail`."""
         began, written = time.monotonic(), self._runs / "coverage"
         code = self._fork(room.tests, 3600, lambda: _traced(self._root, room, written))
         if code != pytest.ExitCode.OK:
-            raise SystemExit(
-                f"{name}: its tests end with {code} on the code as it is:\n{(self._runs / 'output').read_text()[-3000:]}"
-            )
+            said = (self._runs / "output").read_text()[-3000:]
+            raise TestsFail(f"not mutated: its tests end with {code} on the code as it is:\n{said}")
         coverage: Coverage = defaultdict(list)
         for line in written.read_text().splitlines():
             path, number, test = line.split("\t")

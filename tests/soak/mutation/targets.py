@@ -30,7 +30,13 @@ ROOMS = {
     "kernels": Room(("kernels/*/reference.py",), ("tests/kernels", "-k", "not triton and not compile")),
     "watch": Room(("instrument/watch/*.py",), WATCH),
     "replay": Room(
-        ("instrument/replay/*.py",), ("tests/instrument/test_recorder.py", "tests/instrument/test_replays.py", *WATCH)
+        ("instrument/replay/*.py",),
+        (
+            "tests/instrument/test_recorder.py",
+            "tests/instrument/test_replays.py",
+            "tests/instrument/test_pathologies.py",
+            *WATCH,
+        ),
     ),
     "tables": Room(("report/tables/*.py",), ("tests/report/test_tables_*.py", "tests/report/test_verdict.py")),
     "statistics": Room(
