@@ -187,6 +187,22 @@ def test_the_same_op_in_fp32_is_healthy():
     assert why(lambda w, x: w * x, [300.0], [300.0], torch.float32) is None
 
 
+@pytest.mark.parametrize(("spoilt", "phase", "tensor"), [("gradient", "clip", "grad"), ("weight", "optimizer", "param")])
+def test_what_was_there_before_the_step_is_of_the_phase_that_first_read_it(spoilt, phase, tensor):
+    """After backward nothing says whether a loop clips or updates by hand: who reads a gradient clips, else it updates."""
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.zeros(2, 2)
+    (model.weight.grad if spoilt == "gradient" else model.weight.data)[0, 0] = float("nan")
+
+    def step(number, recorder):
+        model.bias.sum().backward()
+        with torch.no_grad():
+            (model.weight.grad if spoilt == "gradient" else model.weight).mul_(0.5)
+
+    found = examine(1, step, Snapshot(0, model, None), model, None)
+    assert (found.phase, found.tensor, found.parameter, found.cause) == (phase, tensor, "weight", "from_input")
+
+
 def test_adamw_in_fp16_fails_by_its_epsilon():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).half()
