@@ -92,7 +92,7 @@ CASES: dict[str, Case] = index(
     [
         Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 6e-4, 1e-4)),
         Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 4e-4, 5e-5)),
-        Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(2e-3, 1e-4, 5e-5), head_prior="log_odds"),
+        Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(3e-3, 1e-4, 5e-5), head_prior="log_odds"),
         Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5), head_prior="log_odds"),
         Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 1e-4, 5e-5)),
         Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 1e-4, 3e-5)),
@@ -101,7 +101,7 @@ CASES: dict[str, Case] = index(
             "C",
             GPT2,
             MULTI_CLS,
-            LearningRates(2e-3, 1e-4, 5e-5),
+            LearningRates(3e-3, 1e-4, 5e-5),
             loss_reduction="label_sum",
             head_prior="log_odds",
             in_default_matrix=False,

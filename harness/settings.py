@@ -209,7 +209,7 @@ def resolve(
     _check(values, seed, device)
     for name, declared in SETTINGS.items():
         if declared.of_preset and values[name] is None:
-            values[name] = getattr(preset, name)
+            values[name] = preset.steps(case.id) if name == "max_steps" else getattr(preset, name)
     data = choose_data(asked.data, preset.id)
     weights = asked.weights or ("pretrained" if preset.id == "full" and data.startswith("hub") else "scratch")
     batch_size, max_steps = values["batch_size"], values["max_steps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
@@ -41,6 +42,10 @@ def print_tables() -> None:
     console.print(
         "Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. "
         "Learning rates: tiny, scratch, pretrained."
+    )
+    console.print(
+        "Attention's products (scores, and their use) run in the compute dtype on a GPU; on a CPU, whose backend is math, in "
+        "fp32 under every configuration. A row's attention_dtype says which."
     )
     console.print("* not in the default matrix; run by name, or with --cases all / --configs all")
 
@@ -98,15 +103,21 @@ def _configs():
     return table
 
 
+def _own(values: Mapping[str, int]) -> str:
+    """``, gpt2_clm 1024``: the cases with a value of their own, those with the same one together."""
+    cases = {value: [case for case in CASES if values.get(case) == value] for value in dict.fromkeys(values.values())}
+    return "".join(f", {' '.join(names)} {value}" for value, names in cases.items())
+
+
 def _presets():
     table = _table("Presets", "id", "batch (micro)", "sequence", "steps (warm-up)", "documents", "seeds")
     for preset in PRESETS.values():
-        own = "".join(f", {case} {length}" for case, length in preset.seq_len_of.items())
+        lengths, steps = (_own(values) for values in (preset.seq_len_of, preset.max_steps_of))
         table.add_row(
             preset.id,
             f"{preset.batch_size} ({preset.micro_batch})",
-            f"{preset.seq_len}{own}",
-            f"{preset.max_steps} ({preset.warmup_steps})",
+            f"{preset.seq_len}{lengths}",
+            f"{preset.max_steps} ({preset.warmup_steps}){steps}",
             f"{preset.documents:,}",
             " ".join(map(str, preset.seeds)),
         )

@@ -122,7 +122,7 @@ def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: i
         where.append(f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}")
     if first.microbatch is not None:
         where.append(f"micro-batch {first.microbatch}")
-    where.append(first.phase)
+    where.append("after the update" if first.phase == "after" else first.phase)
     parameter = found.parameter if found else None
     if parameter and first.tensor not in ("output",):
         where.append(f"{first.tensor} of {parameter}")

@@ -177,7 +177,8 @@ def surfaced(first: FirstNonfinite) -> str:
     micro = f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     module = f"{first.module}, " if first.module else ""
     dtype = f" in {first.dtype}" if first.dtype else ""
-    return f"step {first.step}{rank}{micro}, {first.phase}, {module}{first.tensor} is {KIND_NAMES[first.kind]}{dtype}"
+    phase = "after the update" if first.phase == "after" else first.phase
+    return f"step {first.step}{rank}{micro}, {phase}, {module}{first.tensor} is {KIND_NAMES[first.kind]}{dtype}"
 
 
 def _trace(run: RunFiles, name: str | None) -> str | None:

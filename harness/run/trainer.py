@@ -19,7 +19,7 @@ from harness.run.instruments import Instruments
 from harness.run.outcome import Outcome, idle_since, stall_window, summarize
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
-from harness.run.step_flops import utilisation
+from harness.run.step_flops import dtypes_of, utilisation
 from harness.settings import RunSettings
 from harness.training import Training
 from instrument.environment import capture
@@ -68,6 +68,7 @@ class Trainer:
             own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
             outcome.facts |= {
                 "attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
+                "attention_dtype": dtypes_of(model, s.config, precision.attention).attention,
                 "autocast": precision.autocast_name,
             }
             self.stop.heartbeat.enter("build")

@@ -41,6 +41,13 @@ STATUSES = ("completed", "diverged", "oom", "unsupported", "error", "preempted",
 PHASES = ("forward", "loss", "backward", "unscale", "clip", "unscale_or_clip", "optimizer", "after")
 """``unscale_or_clip``: a loop that is not ours, where the two are one step. ``after``: between the update and the next forward
 pass (a renormalised weight, a moving average)."""
+
+
+def phase_text(phase: str) -> str:
+    """A phase within a sentence: ``in the backward``, ``after the update``."""
+    return "after the update" if phase == "after" else f"in the {phase.replace('_', ' ')}"
+
+
 CAUSES = ("overflow", "underflow_then_divide", "invalid", "from_input")
 KINDS = ("nan", "inf", "-inf")
 EVENTS = ("scaler_skip", "clip_norm", "gradient_repaired", "warning", "resumed")
@@ -113,7 +120,7 @@ class StepRecord(Record, frozen=True, kw_only=True):
     ``loss`` is the step's training loss before the update. ``grad_norm`` is the global L2 norm before clipping, after
     unscaling. ``logit_absmax`` is over finite logits of rows whose target is not ignored; ``logit_over_fp16`` counts finite
     ones beyond 65,504; ``grad_underflow_frac`` is the share of nonzero gradients below 2^-24 at the scale at which backward
-    ran. ``tokens`` counts padding, ``real_tokens`` does not.
+    ran. ``tokens`` counts padding, ``real_tokens`` does not; ``targets`` are what the loss is a mean over.
     """
 
     step: int
@@ -141,6 +148,7 @@ class StepRecord(Record, frozen=True, kw_only=True):
     mfu_bf16_peak_real_tokens: float | None = None
     mfu_measured_peak_real_tokens: float | None = None
     allocated_bytes: int | None = None
+    targets: int | None = None
     nonfinite: dict[str, str] = {}
 
 
@@ -188,7 +196,8 @@ class RunRecord(Record, frozen=True, kw_only=True):
 
     ``loss_initial`` is the training loss of step 1, before any update; ``train_loss_final`` the
     mean over the last tenth of the finite steps. Rates are total over total of the timed steps.
-    Memory is the run's own process. Fields of measurements not yet made are null.
+    ``attention_dtype``: in what attention's two products ran (``fp32`` under every configuration where the backend is ``math``,
+    as on a CPU). Memory is the run's own process. Fields of measurements not yet made are null.
 
     ``flags["death"]`` of a run that failed: ``cause`` (`harness.failure.CAUSES`), ``goes_on`` (whether the same
     command resumes from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
@@ -253,6 +262,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     energy_j: float | None = None
     scaler_skips: int = 0
     attention_backend: str | None = None
+    attention_dtype: str | None = None
     autocast: str | None = None
     instrument: str | None = None
     init_sha256: str | None = None

@@ -132,6 +132,7 @@ class StepFacts:
     tokens: int = 0
     real_tokens: int = 0
     seq_len: int = 0
+    targets: int = 0
     micro_batches: int = 0
     allocated_bytes: int | None = None
     lengths: torch.Tensor | None = None
@@ -212,7 +213,7 @@ class StepMeter:
         facts = self._facts
         facts.samples, facts.tokens = batch.samples, batch.tokens
         facts.real_tokens, facts.seq_len = batch.real_tokens, batch.seq_len
-        facts.lengths = batch.lengths
+        facts.lengths, facts.targets = batch.lengths, batch.n_targets
 
     def next_logits(self) -> LogitStats:
         """The accumulator for the next micro-batch's logits: each has a slot of its own."""
@@ -320,4 +321,5 @@ def _record(facts: StepFacts, measured: MeasuredStep, surface: Surface) -> StepR
         real_tokens=facts.real_tokens,
         seq_len=facts.seq_len,
         allocated_bytes=measured.allocated_bytes,
+        targets=facts.targets,
     )

@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from bench_cases import TASKS
+from instrument.results.schemas import RunRecord
 from instrument.terminal import count
 from report.dossier import measurements
 from report.dossier.decision import HEADS as CASE_HEADS
@@ -70,6 +72,8 @@ def header(folder) -> dict:
                 for field, word in (("case", "case"), ("dtype_config", "configuration"), ("seed", "seed"))
             ),
         ),
+        *_attention(runs),
+        *_left_out(runs),
         ("Outcomes", joined(f"{n} {status}" for status, n in Counter(run.status for run in runs).most_common())),
     ]
     return {
@@ -77,6 +81,33 @@ def header(folder) -> dict:
         "facts": [*facts, *system_block(folder)],
         "marks": [{"name": mark, "meaning": MARK_MEANINGS.get(mark, "")} for mark in folder.marks],
     }
+
+
+def _attention(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Where attention's products ran in another dtype than the configuration's compute dtype."""
+    wide = {
+        run.dtype_config: f"{run.attention_dtype} ({run.attention_backend})"
+        for run in runs
+        if run.attention_dtype is not None
+        and (compute := (run.config.get("config") or {}).get("compute")) is not None
+        and run.attention_dtype not in (compute, "tf32")
+    }
+    said = [f"{dtype} under {joined(c for c in wide if wide[c] == dtype)}" for dtype in dict.fromkeys(wide.values())]
+    return [("Attention's products", clean("; ".join(said), 400))] if said else []
+
+
+def _left_out(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Documents without a single-label class, by split, of the cases that drop them."""
+    found = {
+        run.case: ", ".join(f"{n:,} {split}" for split, n in left_out.items() if n)
+        for run in runs
+        if (task := TASKS.get(run.task)) is not None
+        and (task.head, task.loss) == ("classification", "cross_entropy")
+        and isinstance(left_out := (run.flags.get("data") or {}).get("single_label_excluded"), dict)
+        and all(isinstance(n, int) for n in left_out.values())
+    }
+    said = [f"{case}: {text or 'none'}" for case, text in found.items()]
+    return [("Documents without a class, left out", clean("; ".join(said), 400))] if said else []
 
 
 def _values(values: Iterable[object]) -> list[str]:

@@ -71,10 +71,13 @@ def overflows(folder: Folder, run: RunRecord) -> np.ndarray:
 
 
 def logits_per_step(folder: Folder, run: RunRecord) -> float:
-    """How many logits a step's maximum is over (real tokens or documents, times outputs); nan when the record does not say."""
+    """How many logits a step's maximum is over (targets of a language model, or documents, times outputs); nan when the record
+    does not say: of masked language modelling one token in seven is a target, and old logs do not count them."""
     data = run.flags.get("data") or {}
     if is_lm(run):
-        outputs, rows = data.get("vocabulary"), float(np.median(folder.steps(run.run_id)["real_tokens"]))
+        columns = folder.steps(run.run_id)
+        every = TASKS[run.task].head == "causal_lm"  # there every real token is a target
+        outputs, rows = data.get("vocabulary"), float(np.median(columns["real_tokens" if every else "targets"]))
     else:
         multi = TASKS[run.task].loss == "bce_with_logits"
         outputs, rows = data.get("labels" if multi else "classes"), run.batch_size

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder
-from instrument.results.schemas import RunRecord
+from instrument.results.schemas import RunRecord, phase_text
 from instrument.terminal import count
 from report.tables.judgement import divergence_kind, divergence_text, is_unfinished
 from report.text import objects
@@ -139,7 +139,7 @@ def failure_sentence(run: RunRecord) -> str:
     place = f"{first.module}.{first.tensor}" if first.module else first.tensor
     source = f", from {first.source_tensor}" if first.source_tensor else ""
     dtype = f" ({first.dtype})" if first.dtype else ""
-    return f"{divergence_text(run)}: {place} became {first.kind}{dtype} in the {first.phase}{source}."
+    return f"{divergence_text(run)}: {place} became {first.kind}{dtype} {phase_text(first.phase)}{source}."
 
 
 def _cause(run: RunRecord) -> str | None:

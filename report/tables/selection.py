@@ -22,7 +22,11 @@ REFERENCE = "fp32_true"
 ROW_SETTINGS = tuple("preset data_source weights_source loss loss_reduction batch_size micro_batch seq_len max_steps".split())
 """Settings that stand in the row itself; the others stand in its ``config``."""
 HASHES = {"init_sha256": "initial weights", "data_sha256": "batches"}
-MACHINE = {"gpu": "GPU", "torch_version": "torch", "cuda_version": "CUDA"}
+MACHINE = {
+    **{"gpu": "GPU", "torch_version": "torch", "cuda_version": "CUDA", "cpu": "processor", "cpu_capability": "CPU capability"},
+    **{f"{name}_version": name for name in ("transformers", "triton", "bitsandbytes", "numpy")},
+}
+"""Fields of ``env`` that decide what the same settings compute; the processor's where there is no GPU."""
 
 
 def column_of(run: RunRecord) -> str | None:
@@ -187,7 +191,7 @@ def incomparable_reason(run: RunRecord, reference: RunRecord) -> str | None:
         if ours != theirs:
             return f"switch {name} is {ours}, and {theirs} in {reference.run_id}"
     for field, what in MACHINE.items():
-        if run.env.get(field) != reference.env.get(field):
+        if _decides(field, run) and run.env.get(field) != reference.env.get(field):
             return f"{what} {run.env.get(field)} against {reference.env.get(field)} of {reference.run_id}"
     return None
 
@@ -203,10 +207,14 @@ def unlike_reason(runs: Sequence[RunRecord], but: Sequence[str] = ()) -> str | N
         if field not in but and len(values) > 1:
             return f"{field.replace('_', ' ')} {' against '.join(sorted(map(str, values)))}"
     for field, what in MACHINE.items():
-        values = {str(run.env.get(field)) for run in runs}
+        values = {str(run.env.get(field)) for run in runs if _decides(field, run)}
         if len(values) > 1:
             return f"{what} {' against '.join(sorted(values))}"
     return None
+
+
+def _decides(field: str, run: RunRecord) -> bool:
+    return run.env.get("gpu") is None or not field.startswith("cpu")
 
 
 def _switches(run: RunRecord, reference: RunRecord) -> dict[str, tuple[object, object]]:

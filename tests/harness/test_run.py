@@ -17,7 +17,7 @@ from harness.inspect.findings import verdict
 from harness.matrix.stability import cell_text
 from harness.precision import Precision
 from harness.run import execute as run_module
-from harness.run.execute import execute
+from harness.run.execute import execute, load_run_data, make_batches
 from harness.run.terminal import CaseScreen, show_summary
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, RunFolder, finished_runs, write_index
@@ -44,8 +44,17 @@ def test_a_run_leaves_its_logs_its_row_and_the_index(plan, tmp_path):
     timed = steps[settings.untimed_steps :]
     assert row["tokens_per_s"] == pytest.approx(sum(s.tokens for s in timed) / sum(s.step_time_s for s in timed))
     assert row["attention_backend"] == "math" and row["autocast"] == "cpu" and row["mfu"] is None
+    assert row["attention_dtype"] == "fp32" and all(s.targets == s.tokens for s in steps)  # math, whatever the compute dtype
     assert row["flags"]["switches"]["verified"] == ["fp32_products"]
     assert row["config"]["lr"] == settings.lr and row["env"]["torch_version"]
+
+
+def test_masked_language_modelling_counts_its_targets(plan, tmp_path):
+    settings = plan("roberta_mlm", "fp32_true")
+    execute(settings, tmp_path)
+    batches = make_batches(settings, load_run_data(settings))
+    steps = read(tmp_path / "training_logs" / f"run_{settings.run_id}.jsonl", StepRecord)
+    assert [s.targets for s in steps] == [int((batches.step(s).targets >= 0).sum()) for s in (1, 2)]
 
 
 def test_the_same_command_twice_is_the_same_run_bit_for_bit(plan, tmp_path):

@@ -16,7 +16,7 @@ from instrument.watch.taps import merge_readings
 from kernels import logit_stats, multi_tensor_stats
 
 CPU = torch.device("cpu")
-BATCH = SimpleNamespace(samples=4, tokens=12, real_tokens=10, seq_len=3, lengths=torch.tensor([3, 3, 2, 2]))
+BATCH = SimpleNamespace(samples=4, tokens=12, real_tokens=10, seq_len=3, n_targets=12, lengths=torch.tensor([3, 3, 2, 2]))
 
 
 def make(window=1):

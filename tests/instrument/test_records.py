@@ -164,7 +164,7 @@ def test_the_rows_have_the_fields_of_the_design():
     step_fields = """schema step loss lr grad_norm grad_absmax grad_nonfinite grad_underflow_frac logit_absmax logit_nonfinite
         logit_over_fp16 loss_scale step_skipped step_time_s samples tokens real_tokens seq_len flops mfu
         mfu_bf16_peak mfu_measured_peak mfu_real_tokens mfu_bf16_peak_real_tokens
-        mfu_measured_peak_real_tokens allocated_bytes nonfinite""".split()
+        mfu_measured_peak_real_tokens allocated_bytes targets nonfinite""".split()
     assert list(strict(encode(a_step()))) == step_fields
     run_fields = """schema run_id case scenario arch task loss loss_reduction dtype_config seed preset device data_source
         weights_source status divergence_step first_nonfinite steps_done max_steps timed_steps batch_size
@@ -173,7 +173,7 @@ def test_the_rows_have_the_fields_of_the_design():
         step_time_p50_s step_time_p95_s
         flops_per_step mfu mfu_bf16_peak mfu_measured_peak mfu_real_tokens mfu_bf16_peak_real_tokens
         mfu_measured_peak_real_tokens peak_flops_per_s peak_flops_source peak_allocated_bytes
-        peak_reserved_bytes peak_device_bytes peak_rss_bytes energy_j scaler_skips attention_backend autocast
+        peak_reserved_bytes peak_device_bytes peak_rss_bytes energy_j scaler_skips attention_backend attention_dtype autocast
         instrument init_sha256 data_sha256 final_weights_sha256 env config flags error nonfinite""".split()
     assert list(RunRecord.__struct_fields__) == run_fields
 

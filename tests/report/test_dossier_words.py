@@ -13,6 +13,7 @@ from harness.options import parser
 from instrument.results.contents import load
 from instrument.results.schemas import RunRecord, decode
 from report.dossier import build, measurements
+from report.dossier.context import header
 from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards, sparkline
 from report.dossier.measurements import ABSENT, FIT_HEADS, fit_rows
 from report.dossier.reproduce import command, commands, matrix_commands
@@ -196,6 +197,25 @@ def test_the_system_is_described_and_what_nobody_recorded_is_a_question_mark(run
         runs[:1], env={"gpu": "H200", "gpu_count": 8, "gpu_pcie_generation": 5, "gpu_pcie_lanes": 16, "gpu_nvlinks": 18}
     )
     assert gpu["Accelerator"] == "H200" and gpu["Its links"] == "PCIe 5 x16, 18 NVLinks" and gpu["Driver"] == "?"
+
+
+def test_fp32_products_of_attention_and_documents_that_were_left_out_stand_in_the_header(plant):
+    def change(case, config, seed):
+        compute = "fp32" if config == "fp32_true" else "bf16"
+        return {
+            "attention_dtype": "fp32",
+            "attention_backend": "math",
+            "config": {"config": {"compute": compute}},
+            "flags": {"data": {"single_label_excluded": {"train": 1_200, "validation": 3, "test": 0}}},
+        }
+
+    facts = dict(
+        header(plant(("gpt2_single_cls", "gpt2_multi_cls"), ("fp32_true", "amp_bf16", "bf16_pure"), (0,), change))["facts"]
+    )
+    assert facts["Attention's products"] == "fp32 (math) under amp_bf16 and bf16_pure"
+    assert facts["Documents without a class, left out"] == "gpt2_single_cls: 1,200 train, 3 validation"
+    plain = dict(header(plant(("gpt2_multi_cls",), ("fp32_true",), (0,)))["facts"])
+    assert not {"Attention's products", "Documents without a class, left out"} & plain.keys()
 
 
 def test_systems_that_differ_are_all_listed(runs):

@@ -165,6 +165,8 @@ def test_h2_compares_the_gains(plant, roberta, gpt2, verdict):
         ({"batch_size": 32}, "batch size 32 against 8"),
         ({"env": {"gpu": "H100"}}, "GPU H100 against None"),
         ({"env": {"torch_version": "2.9"}}, "torch 2.9 against None"),
+        ({"env": {"transformers_version": "5.1"}}, "transformers 5.1 against None"),
+        ({"env": {"cpu": "AMD EPYC 9654"}}, "processor AMD EPYC 9654 against None"),
         ({"preset": "long"}, "preset full against long"),
     ],
 )

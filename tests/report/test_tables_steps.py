@@ -111,6 +111,16 @@ def test_the_number_of_logits_is_stated_where_it_is_known(plant):
     assert found == {"gpt2_clm": 512_000, "gpt2_multi_cls": 8 * 322, "gpt2_single_cls": 8 * 26}
 
 
+def test_of_masked_language_modelling_the_logits_of_targets_count_and_no_others(plant):
+    flags = {"simulated": True, "data": {"vocabulary": 1_000}}
+    folder = plant(("roberta_mlm",), ("fp32_true",), (0,), lambda *_: {"flags": flags})
+    (unknown,) = e_logits.table(folder).summary["logits_per_step"]
+    assert np.isnan(unknown)  # logs from before the targets were counted
+    folder = edit_log(folder, run_id("roberta_mlm", "fp32_true"), lambda r: {"targets": 75 + r.step % 3})
+    (known,) = e_logits.table(folder).summary["logits_per_step"]
+    assert known == 76 * 1_000
+
+
 def test_loss_minus_reference_is_taken_on_the_same_batch_only(plant):
     def change(case, config, seed):
         return {"end": 4.0} if config == "amp_bf16" else {"data_sha256": "others"} if config == "bf16_pure" else {}
