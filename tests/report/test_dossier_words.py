@@ -209,13 +209,13 @@ def test_fp32_products_of_attention_and_documents_that_were_left_out_stand_in_th
             "flags": {"data": {"single_label_excluded": {"train": 1_200, "validation": 3, "test": 0}}},
         }
 
+    plain = dict(header(plant(("gpt2_multi_cls",), ("fp32_true",), (0,)))["facts"])
+    assert not {"Attention's products", "Documents without a class, left out"} & plain.keys()
     facts = dict(
         header(plant(("gpt2_single_cls", "gpt2_multi_cls"), ("fp32_true", "amp_bf16", "bf16_pure"), (0,), change))["facts"]
     )
     assert facts["Attention's products"] == "fp32 (math) under amp_bf16 and bf16_pure"
     assert facts["Documents without a class, left out"] == "gpt2_single_cls: 1,200 train, 3 validation"
-    plain = dict(header(plant(("gpt2_multi_cls",), ("fp32_true",), (0,)))["facts"])
-    assert not {"Attention's products", "Documents without a class, left out"} & plain.keys()
 
 
 def test_systems_that_differ_are_all_listed(runs):
