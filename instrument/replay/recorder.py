@@ -39,6 +39,8 @@ from instrument.replay.ops import (
 )
 from instrument.replay.storages import Storages, is_part
 
+READ_OUT = "_local_scalar_dense"
+"""What ``tensor.item()`` calls."""
 TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
 
 
@@ -71,6 +73,7 @@ class OpRecorder(TorchDispatchMode):
         self._captures = Captures(self._storages, capture, followed)
         self.captured, self.unflushed = self._captures.captured, self._captures.unflushed
         self._literals: set[int] = set()
+        self._read_out: list[Edge] = []  # non-finite values that became numbers of Python's
         self._modules: list[str] = []
         self._module_of_sequence: dict[int, str | None] = {}
         self._microbatch = -1
@@ -230,6 +233,10 @@ class OpRecorder(TorchDispatchMode):
         ]
         self._storages.before(changed)
         bad = [edge for _, edge, _ in reads if edge.kinds]
+        if func._opname == READ_OUT:
+            self._read_out += bad
+        written_down = 0 if born else reduce(or_, (_written_down(leaf, literals) for leaf in leaves), 0)
+        passed_on = [edge for edge in self._read_out if edge.kinds & written_down]
         alone = fails_without(func, args, kwargs) if bad and all(map(self.graph.meant, bad)) and repeatable(func) else []
         self._captures.hold(len(self.graph.nodes), func, args, kwargs, positions)
         start_ns = time.time_ns()
@@ -244,11 +251,11 @@ class OpRecorder(TorchDispatchMode):
             nodes = self._add(
                 name,
                 where,
-                self._storages.faults(0) if born else [edge for _, edge, _ in reads],
+                self._storages.faults(0) if born else [*(edge for _, edge, _ in reads), *passed_on],
                 written,
-                positions=[position for *_, position in reads] or None,
+                positions=[*(position for *_, position in reads), *(None for _ in passed_on)] or None,
                 alone=alone,
-                constant=kinds_of(out) if born else reduce(or_, (_written_down(leaf, literals) for leaf in leaves), 0),
+                constant=kinds_of(out) if born else written_down,
                 of_constants=repeatable(func)
                 and func._opname not in UNINITIALISED
                 and all(self._is_constant(edge, tensor) for tensor, edge, _ in reads)

@@ -148,6 +148,18 @@ PATHOLOGIES = [
         "aten.log",
         "invalid",
     ),
+    written(
+        "an overflow that a number of Python's passes on",
+        lambda net, x: net.c(lambda y: x * y.max().item(), overflow(net, x)),
+        "aten.mul",
+        "overflow",
+    ),
+    written(
+        "an overflow beside a mask that is written down",
+        lambda net, x: net.c(lambda y: x.masked_fill(x < y.max().item(), -INF).exp() * y, overflow(net, x)),
+        "aten.mul",
+        "overflow",
+    ),
     written("before an overflow", lambda net, x: net.c(lambda y: y * 1e38 * 1e38, net.b(lambda y: numpy_write(y, NAN), x * 3))),
     written("after an overflow", lambda net, x: net.c(lambda y: numpy_write(y, NAN), overflow(net, x)), "aten.mul", "overflow"),
     written("beside an overflow that died", in_b(lambda net, x: (x * 3e38 * 4).sigmoid() * numpy_write(torch.ones(2, 4), NAN))),
