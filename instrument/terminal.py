@@ -36,12 +36,13 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
 
-def plain_table(*columns: str, right: Container[str] = (), fold: Container[str] = ()) -> Table:
+def plain_table(*columns: str, right: Container[str] = (), fold: Container[str] = (), title: str | None = None) -> Table:
     """A table of rich without borders; the columns in ``fold`` break, the others end in an ellipsis."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.title, table.title_justify, table.title_style = title, "left", "bold"
     for name in columns:
         breaks = name in fold
         justify = "right" if name in right else "left"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
+from instrument.terminal import plain_table
 
 LOSS_WORDS = {"cross_entropy": "CE", "bce_with_logits": "BCE"}
 
@@ -61,22 +62,8 @@ def _star(entry) -> str:
 
 
 def _table(title: str, *columns: str):
-    """A table whose first column (the id, to be copied) is never broken."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number == 0, overflow="fold")
-    return table
+    """The first column (the id, to be copied) is never broken."""
+    return plain_table(*columns, fold=columns[1:], title=title)
 
 
 def _cases():

@@ -10,9 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from bench_cases import Case, DtypeConfig
 from bench_cases.own import find_case
@@ -23,7 +21,7 @@ from harness.settings import Request, RunSettings
 from instrument.results.files import locked, read_plain, replace
 from instrument.results.folder import require_writable
 from instrument.results.lines import json_object
-from instrument.terminal import count
+from instrument.terminal import count, plain_table
 
 SCHEMA, NAME, LOCK = 1, "fit.json", ".fit.lock"
 ON_A_CPU = (
@@ -236,23 +234,13 @@ def largest(found: dict[str, Any]) -> str:
 
 def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -> None:
     """All configurations side by side, within 80 columns; what was not measured is a dash."""
-    drawn = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title=f"{case}: the largest batch that fits, in one forward pass",
-        title_justify="left",
-    )
-    drawn.add_column("configuration", no_wrap=True)
-    drawn.add_column("rows\nthat fit", justify="right")
     names, prices = ("peak_bytes", "tokens_per_s", "real_tokens_per_s"), ()
     heads = ["peak\nGB", "tokens\nk/s", "real\nk/s", "real k/s\nat 32"]
     if price_per_hour is not None:
         prices = ("cost_per_1e9_real_tokens", "cost_per_1e9_real_tokens_at_32")
         heads += ["cost\n/10^9", "cost\nat 32"]
-    for head in heads:
-        drawn.add_column(head, justify="right", no_wrap=True)
+    heads = ["configuration", "rows\nthat fit", *heads]
+    drawn = plain_table(*heads, right=heads[1:], title=f"{case}: the largest batch that fits, in one forward pass")
     for found in rows:
         values = [*(found.get(name) for name in names), (found.get("at_32") or {}).get("real_tokens_per_s")]
         cells = [_number(value, unit) for value, unit in zip(values, (1e9, 1e3, 1e3, 1e3), strict=True)]
