@@ -1,5 +1,7 @@
 """Every claim reaches every verdict, from data planted for it and nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from instrument.results.schemas import FirstNonfinite
@@ -14,6 +16,8 @@ from report.hypotheses.evidence import (
     unanimous,
     verdict_of,
 )
+from report.hypotheses.evidence import finding as finding_of
+from report.hypotheses.p1_to_p4 import _lengths
 from report.significance import UNTESTED, Test
 from report.statistics import Interval
 from report.tables.choice import case_tables
@@ -456,3 +460,55 @@ def test_claims_that_join_cases_need_the_same_machine(plant, name):
 
     finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=change), name)
     assert finding.verdict == NOT_DECIDED and any("GPU" in line and "not compared" in line for line in finding.details)
+
+
+# What is left out, and what is asked for.
+
+
+def test_h1_counts_the_seeds_that_both_tasks_have(plant):
+    def change(case, config, seed):
+        stressed = (case, config) == (MULTI, "fp16_naive")
+        return None if stressed and seed == 2 else {"diverges_at": 4} if stressed else {}
+
+    assert of(plant((SINGLE, MULTI), ("fp32_true", "fp16_naive"), change=change), "H1").n == 2
+
+
+def test_h2_needs_a_case_of_both_architectures(plant):
+    finding = of(plant(("roberta_single_cls",), ("fp32_true", "bf16_pure")), "H2")
+    assert finding.verdict == NOT_DECIDED and "Not tested" in finding.sentence
+
+
+@pytest.mark.parametrize("missing", [None, {"status": "unsupported"}])
+def test_h3_compares_configurations_that_ended_on_both_architectures(plant, missing):
+    def change(case, config, seed):
+        if (case, config) == ("roberta_single_cls", "amp_fp16"):
+            return missing and dict(missing)
+        return {"diverges_at": 4} if case == SINGLE and config != "fp32_true" else {}
+
+    finding = of(plant((SINGLE, "roberta_single_cls"), ("fp32_true", "amp_fp16", "bf16_pure"), change=change), "H3")
+    assert "bf16_pure: " in finding.sentence and "amp_fp16" not in finding.sentence
+
+
+def test_h3_is_refuted_where_roberta_loses_more_quality(plant):
+    def change(case, config, seed):
+        return {"gap": 5.0} if (case, config) == ("roberta_single_cls", "bf16_pure") else {}
+
+    finding = of(plant((SINGLE, "roberta_single_cls"), ("fp32_true", "bf16_pure"), change=change), "H3")
+    assert finding.verdict == REFUTED, finding.sentence
+
+
+def test_p1_is_not_tested_without_logits(plant):
+    finding = of(plant((SINGLE,), ("fp32_true",), change=lambda *_: {"logit": float("nan")}), "P1")
+    assert finding.verdict == NOT_DECIDED and "Not tested" in finding.sentence
+
+
+def test_a_finding_asks_for_the_fewest_seeds_that_would_decide_it():
+    evidence = [Evidence("place", UNTESTED, UNTESTED, Interval(0.5, 0.0, 1.0, 3), "A sentence.")]
+    tests = Test(0.4, lambda level: 9), Test(0.6, lambda level: 5)
+    base = SimpleNamespace(about_toys=lambda ids: False)
+    assert finding_of(base, "H1", "claim", "G", "share", evidence, lambda _: tests, "runs").seeds == 5
+
+
+def test_other_lengths_of_the_two_tasks_are_noted():
+    short, long = ({0: SimpleNamespace(seq_len=n)} for n in (128, 512))
+    assert _lengths(short, long) == " (sequence length 128 against 512)" and _lengths(long, long) == ""
