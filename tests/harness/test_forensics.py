@@ -7,10 +7,16 @@ from contextlib import suppress
 
 import pytest
 import torch
+import transformers
 
+from bench_cases import DTYPE_CONFIGS
+from bench_cases.own import case_for_model
 from harness.inspect.findings import verdict
+from harness.planning import plan_run
+from harness.run import execute as run_module
 from harness.run.execute import execute
 from harness.run.signals import Stopped
+from harness.settings import Request
 from instrument.results.folder import finished_runs
 from instrument.results.lines import read
 from instrument.results.measurements import ForensicsRecord, ModuleRecord
@@ -139,6 +145,28 @@ def test_flops_and_memory_stand_in_the_row(plan, tmp_path):
     split = record.flags["memory_split"]
     assert split["weights_bytes"] == 4 * record.n_params and split["optimizer_bytes"] >= 8 * record.n_params
     assert torch.device(split["device"]).type == "cpu"
+
+
+def test_a_producer_of_complex_numbers_has_an_op_and_a_cause(tmp_path, monkeypatch):
+    """FNet's Fourier transform, whose sums leave float32's range."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    transformers.FNetConfig(**sizes).save_pretrained(tmp_path / "fnet")
+    build = run_module.build_model
+
+    def scaled(request):
+        model = build(request)
+        transform = next(m for m in model.modules() if hasattr(m, "fourier_transform"))
+        inner = transform.fourier_transform
+        transform.fourier_transform = lambda hidden: inner(hidden.clamp(-1, 1) * 3e38)
+        return model
+
+    monkeypatch.setattr(run_module, "build_model", scaled)
+    asked = Request(preset="tiny", max_steps=2, batch_size=4, micro_batch=2, seq_len=16, validation_documents=4, documents=400)
+    case = case_for_model(str(tmp_path / "fnet"), "mlm")
+    record = execute(plan_run(case, DTYPE_CONFIGS["fp32_true"], 0, asked, torch.device("cpu")), tmp_path / "out")
+    first = record.first_nonfinite
+    assert (record.status, first.op, first.cause, first.dtype) == ("diverged", "aten._fft_c2c", "overflow", "complex64")
+    assert "forensics_failed" not in record.flags
 
 
 PLANTS = {
