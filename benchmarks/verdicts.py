@@ -31,8 +31,8 @@ MEANINGS = {
     "P3": "classification's MFU is lower by the setting's factor (margin 2 %) and its variation higher (margin half a point)",
     "P4": "two configurations swap places by the setting's factor (margin 2 %); with deaths: the fastest dies on one task",
 }
-Row = tuple[str, str, str, str, tuple[float, ...]]
-"""Question, setting, ``false`` or ``power``, the answer, and its frequency by number of seeds."""
+Row = tuple[str, str, str, str, tuple[float, ...], int]
+"""Question, setting, ``false`` or ``power``, the answer, its frequency by number of seeds, and the worlds of each."""
 
 
 def rows(worlds: int = WORLDS, seed: int = SEED, seeds: tuple[int, ...] = SEEDS, processes: int | None = None) -> list[Row]:
@@ -51,7 +51,7 @@ def rows(worlds: int = WORLDS, seed: int = SEED, seeds: tuple[int, ...] = SEEDS,
             found[task] = answers
             print(*task, answers, file=sys.stderr, flush=True)
     return [
-        (name, setting, kind, answer, tuple(found[name, setting, n].get(answer, 0.0) for n in seeds))
+        (name, setting, kind, answer, tuple(found[name, setting, n].get(answer, 0.0) for n in seeds), worlds)
         for name, question in QUESTIONS.items()
         for setting in SETTINGS
         for kind, answers in (
@@ -62,14 +62,14 @@ def rows(worlds: int = WORLDS, seed: int = SEED, seeds: tuple[int, ...] = SEEDS,
     ]
 
 
-def markdown(found: list[Row], worlds: int, seed: int, seeds: tuple[int, ...] = SEEDS) -> str:
+def markdown(found: list[Row], seed: int, seeds: tuple[int, ...] = SEEDS) -> str:
     """The table with what it means."""
-    worst = max(max(values) for _, _, kind, _, values in found if kind == "false")
-    error = math.sqrt(LEVEL * (1 - LEVEL) / worlds)
+    worst = max(max(values) for _, _, kind, _, values, _ in found if kind == "false")
+    error = math.sqrt(LEVEL * (1 - LEVEL) / max(worlds for *_, worlds in found))
     lines = [
         "# How often a verdict is false, and how many seeds a question needs",
         "",
-        f"`python -m benchmarks verdicts --seed {seed}` wrote this page and its figure: {worlds:,} simulated worlds a line",
+        f"`python -m benchmarks verdicts --seed {seed}` wrote this page and its figure: simulated worlds for each line",
         "and number of seeds, judged by the code that judges a folder. Paired differences of losses and speeds scatter by 1 %",
         "(of a language model: 0.01 nats). False: the answer is untrue in that world; aimed at is at most 5 %, and the largest",
         f"below is **{100 * worst:.1f} %** (the standard error of 5 % is {100 * error:.1f} points). Power: how often the true",
@@ -79,11 +79,13 @@ def markdown(found: list[Row], worlds: int, seed: int, seeds: tuple[int, ...] = 
         "",
         "![False verdicts and power by number of seeds](verdicts.svg)",
         "",
-        "| question | setting | | answer | " + " | ".join(f"{n} seed{'s' * (n > 1)}" for n in seeds) + " |",
-        "|---|---|---|---|" + "---:|" * len(seeds),
+        "| question | setting | | answer | worlds | " + " | ".join(f"{n} seed{'s' * (n > 1)}" for n in seeds) + " |",
+        "|---|---|---|---|---:|" + "---:|" * len(seeds),
     ]
-    for name, setting, kind, answer, values in found:
-        lines.append(f"| {name} | {setting} | {kind} | {answer} | " + " | ".join(f"{100 * v:.1f} %" for v in values) + " |")
+    for name, setting, kind, answer, values, worlds in found:
+        lines.append(
+            f"| {name} | {setting} | {kind} | {answer} | {worlds:,} | " + " | ".join(f"{100 * v:.1f} %" for v in values) + " |"
+        )
     lines += ["", *(f"- **{name}**: {meaning}." for name, meaning in MEANINGS.items()), ""]
     return "\n".join(lines)
 
@@ -100,7 +102,7 @@ def figure(found: list[Row], path: Path, seeds: tuple[int, ...] = SEEDS) -> None
     colours = dict(zip(QUESTIONS, plt.get_cmap("tab20").colors, strict=False))
     markers = dict(zip(SETTINGS, "o^vsDP", strict=True))
     for ax, kind, top in ((axes[0], "false", 0.1), (axes[1], "power", 1.02)):
-        for name, setting, which, _, values in found:
+        for name, setting, which, _, values, _ in found:
             if which == kind:
                 ax.plot(range(len(seeds)), values, marker=markers[setting], ms=4, lw=1, color=colours[name], alpha=0.85)
         ax.set(
@@ -124,7 +126,7 @@ def bench_command(worlds: int | None, seed: int | None, as_json: bool, out: Path
     """Simulate, and write ``verdicts.md`` and ``verdicts.svg``."""
     worlds, seed = worlds or WORLDS, SEED if seed is None else seed
     found = rows(worlds, seed)
-    (out / "verdicts.md").write_text(markdown(found, worlds, seed), encoding="utf-8")
+    (out / "verdicts.md").write_text(markdown(found, seed), encoding="utf-8")
     figure(found, out / "verdicts.svg")
     if as_json:
         sys.stdout.write(json.dumps({"worlds": worlds, "seed": seed, "seeds": SEEDS, "rows": found}) + "\n")

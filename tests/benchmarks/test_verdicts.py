@@ -1,11 +1,14 @@
 """False verdicts stay rare, measured through the verdicts' own code; the published table is of this code."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks.verdict_worlds import CLEAR, MARGIN, NONE, OFTEN, QUESTIONS, RARELY, SOMETIMES, frequencies
-from benchmarks.verdicts import LEVEL, MEANINGS, bench_command, figure, markdown, rows
+from benchmarks.verdicts import LEVEL, MEANINGS, SEED, bench_command, figure, markdown, rows
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "verdicts.md"
 
 
 @pytest.mark.parametrize(
@@ -45,11 +48,27 @@ def test_no_verdict_comes_from_one_seed():
     assert frequencies("worse", CLEAR, 1, 10, seed=7) == {}
 
 
+@pytest.mark.parametrize(("name", "setting", "n"), [("P1", OFTEN, 2)])
+def test_the_published_table_is_what_this_code_gives(name, setting, n):
+    """A line of docs/verdicts.md again from its recorded seed: where they differ, run `python -m benchmarks verdicts`."""
+    heads, *lines = [
+        [part.strip() for part in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines() if line[:1] == "|"
+    ]
+    published = [dict(zip(heads, line, strict=True)) for line in lines if line[:2] == [name, setting]]
+    given = frequencies(name, setting, n, int(published[0]["worlds"].replace(",", "")), SEED)
+    assert [row[f"{n} seeds"] for row in published] == [f"{100 * given.get(row['answer'], 0.0):.1f} %" for row in published]
+    false = [value for line in lines if line[2] == "false" for value in line[5:]]
+    assert len(false) > 200 and all(float(value.removesuffix(" %")) <= 100 * LEVEL for value in false)
+
+
 def test_every_question_is_explained_and_drawn(tmp_path):
     assert MEANINGS.keys() == QUESTIONS.keys()
-    found = [("H1", NONE, "false", "supported", (0.0, 0.01, 0.02, 0.0, 0.0)), ("H1", NONE, "power", "refuted", (0.0,) * 5)]
+    found = [
+        ("H1", NONE, "false", "supported", (0.0, 0.01, 0.02, 0.0, 0.0), 100),
+        ("H1", NONE, "power", "refuted", (0.0,) * 5, 100),
+    ]
     figure(found, tmp_path / "a.svg")
-    assert "aim: at most 5 %" not in markdown(found, 100, 1) and "**2.0 %**" in markdown(found, 100, 1)
+    assert "aim: at most 5 %" not in markdown(found, 1) and "**2.0 %**" in markdown(found, 1)
     assert (tmp_path / "a.svg").stat().st_size > 5_000
 
 

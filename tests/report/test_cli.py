@@ -173,6 +173,7 @@ def test_a_price_stands_on_the_page_and_in_the_summary(capsys, plant):
 def test_without_weasyprint_the_page_is_built_and_a_line_says_what_is_missing(capsys, small, tmp_path, monkeypatch):
     monkeypatch.setattr("report.dossier.page.find_spec", lambda name: None)
     code, out, err = run(capsys, "build", small.path, "--format", "svg", "--out", tmp_path)
+    assert "not decided: H1 needs single- and multi-label runs" in err
     assert code == 0 and (tmp_path / "dossier" / "index.html").is_file() and not (tmp_path / "dossier" / "dossier.pdf").exists()
     assert err.startswith("report: no dossier.pdf: no PDF without WeasyPrint: install weasyprint")
     assert str(tmp_path / "dossier" / "index.html") in err and "--no-pdf" in err
