@@ -65,14 +65,15 @@ def rows(worlds: int = WORLDS, seed: int = SEED, seeds: tuple[int, ...] = SEEDS,
 def markdown(found: list[Row], seed: int, seeds: tuple[int, ...] = SEEDS) -> str:
     """The table with what it means."""
     worst = max(max(values) for _, _, kind, _, values, _ in found if kind == "false")
-    error = math.sqrt(LEVEL * (1 - LEVEL) / max(worlds for *_, worlds in found))
+    sizes = sorted({worlds for *_, worlds in found})
+    errors = [f"{100 * math.sqrt(LEVEL * (1 - LEVEL) / worlds):.1f} points in {worlds:,}" for worlds in sizes]
     lines = [
         "# How often a verdict is false, and how many seeds a question needs",
         "",
-        f"`python -m benchmarks verdicts --seed {seed}` wrote this page and its figure: simulated worlds for each line",
-        "and number of seeds, judged by the code that judges a folder. Paired differences of losses and speeds scatter by 1 %",
+        f"Written by `python -m benchmarks verdicts` (seed {seed}): at least as many simulated worlds as a line says, for each",
+        "number of seeds, judged by the code that judges a folder. Paired differences of losses and speeds scatter by 1 %",
         "(of a language model: 0.01 nats). False: the answer is untrue in that world; aimed at is at most 5 %, and the largest",
-        f"below is **{100 * worst:.1f} %** (the standard error of 5 % is {100 * error:.1f} points). Power: how often the true",
+        f"below is **{100 * worst:.1f} %** (the standard error of 5 %: {', '.join(errors)} worlds). Power: how often the true",
         "answer is given. A claim about a rate asks whether it is above 1 seed in 10: `refuted` needs 36 seeds without one,",
         "so with 10 its power is 0. A failure that no seed showed is known to nobody: a configuration that completed every",
         "seed is judged by its speed and quality alone.",
