@@ -131,6 +131,20 @@ def test_every_window_reads_the_logits_of_its_own_micro_batches(window):
     assert found == pytest.approx([20.0, 10.0, 20 / 3, 5.0])
 
 
+@pytest.mark.parametrize("microbatch", [0, 1])
+def test_bad_logits_of_a_later_window_are_of_their_micro_batch(microbatch):
+    model, optimizer, meter = make()
+
+    def spoil(at):
+        if step == 3 and at[:2] == ("forward", microbatch):
+            at[2].data[0, 0] = math.inf
+
+    for step in (1, 2, 3):
+        one_step(model, optimizer, meter, step, spoil=spoil)
+        divergence = meter.read().divergence
+    assert (divergence.step, divergence.first_nonfinite.microbatch) == (3, microbatch)
+
+
 def test_a_loss_that_fails_in_the_first_micro_batch_is_the_first_ones():
     model, optimizer, meter = make()
 
