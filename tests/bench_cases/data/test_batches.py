@@ -1,5 +1,7 @@
 """Batches: a pure function of (data, task, seed, step)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,20 @@ def test_evaluation_is_fixed(arch, task):
 def test_evaluation_takes_all_rows():
     made = batches("roberta", "single_cls")
     assert sum(b.samples for b in made.evaluation(None, 64)) == made.facts["rows"]["validation"]
+
+
+def test_documents_without_a_class_are_rows_of_the_multi_label_task_only():
+    data = batches("gpt2", "single_cls").data
+    without = data.splits["validation"][:3]
+    counts = np.diff(data.label_offsets)
+    kept = ~np.isin(np.repeat(np.arange(len(counts)), counts), without)
+    counts[without] = 0
+    data = replace(data, labels=data.labels[kept], label_offsets=np.append(0, np.cumsum(counts)))
+    rows = {
+        task: sum(b.samples for b in Batches(data, task, causal=True, seq_len=64, batch_size=8, seed=0).evaluation(None, 64))
+        for task in ("single_cls", "multi_cls")
+    }
+    assert rows["multi_cls"] == len(data.splits["validation"]) == rows["single_cls"] + 3
 
 
 def test_what_cannot_be_batched():
