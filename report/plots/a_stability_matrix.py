@@ -20,7 +20,7 @@ from report.plots.style import (
 )
 from report.text import clean
 
-ROW_IN, HEADER_IN = 0.31, 0.42
+ROW_IN, HEADER_IN = 0.29, 0.42
 CHARACTER_IN = 0.56 * SMALL_PT / 72
 LABEL_IN, FRAME_IN = 1.42, 6.9
 

@@ -14,7 +14,7 @@ from report.plots.palette import look
 from report.plots.style import INK, LEGEND_IN, MUTED, SHADE, THIN_PT, legend_row, table_figure
 from report.text import clean
 
-ROW_IN, FRAME_IN, MOST_IN = 1.9, 0.3, 3.2
+ROW_IN, FRAME_IN, MOST_IN = 1.9, 0.3, 3.9
 PEAK_WORDS = {
     "allocated": "peak memory allocated",
     "rss": "peak resident memory",

@@ -13,7 +13,7 @@ from report.plots.palette import look
 from report.plots.style import MUTED, PAPER, SMALL_PT, name_rows, table_figure
 from report.text import clean, rate
 
-ROW_IN, FRAME_IN = 0.145, 0.46
+ROW_IN, FRAME_IN = 0.136, 0.41
 MOST_IN_PAIRS = 4
 """Cases that stand two in a row; more stand three in a row, and the first of a row names the configurations."""
 LEAST, MOST = 1 / 16, 16.0

@@ -12,7 +12,7 @@ from report.plots.style import MUTED, SMALL_PT, legend_in, legend_row, table_fig
 from report.tables.selection import REFERENCE, series_order
 from report.text import clean
 
-ROW_IN, FRAME_IN = 1.0, 0.2
+ROW_IN, FRAME_IN = 0.85, 0.2
 
 
 def draw(table) -> Figure:

@@ -12,7 +12,7 @@ from instrument.terminal import count
 from report.statistics import NOTHING, mean_interval
 from report.tables.cells import COMPLETED, FAILING, MEMORY, Cell, memory_kind, peak_of, shares_process
 from report.tables.choice import all_cells
-from report.tables.selection import by_cell, select, series_order
+from report.tables.selection import by_cell, is_control, select, series_order
 from report.tables.speed import FIELD, NOT_MEASURED, eligible, y_kind
 from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
@@ -24,9 +24,11 @@ COLUMNS = tuple(
 
 
 def table(folder: Folder) -> Table:
-    """One row a case and configuration. ``mfu_bf16_peak`` holds the MFU that ``y_kind`` names."""
+    """One row a case and configuration, controls left out: nobody would choose them. ``mfu_bf16_peak`` holds the MFU that
+    ``y_kind`` names."""
     cells = all_cells(folder)
-    runs, excluded = eligible(folder, select(folder))
+    entered, excluded = eligible(folder, select(folder))
+    runs = [run for run in entered if not is_control(run.dtype_config)]
     kind = y_kind(runs)
     memory = memory_kind(runs)
     rows = [_row(cell, kind, memory, cells[key]) for key, cell in by_cell(runs).items()]
@@ -85,7 +87,8 @@ def _title(data: pd.DataFrame, cells: dict[tuple[str, str], Cell], empty: str | 
     cases = frontier["case"].nunique()
     alone_in = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
     trades = f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"
-    lost = sum(cell.n_failed > 0 and case in set(frontier["case"]) for (case, _), cell in cells.items())
+    drawn = set(frontier["case"])
+    lost = sum(cell.n_failed > 0 and case in drawn and not is_control(config) for (case, config), cell in cells.items())
     among = [f"of what finished: {count(lost, 'cell')} with a failure {'is' if lost == 1 else 'are'} not drawn"] if lost else []
     return sentence("; ".join([*(alone_in or [trades]), *among, highest]))
 
@@ -109,5 +112,5 @@ def _caption(folder: Folder, runs: list[RunRecord], kind: str | None, memory: st
         f"{data_text(folder, runs)} Filled: MFU {against}, mean and 95 % t-interval over seeds. Hollow: against the peak "
         "of the dtype that each FLOP ran in, which flatters fp32. Memory: "
         f"{measure}. Frontier: no other configuration of the case is as fast with less memory; poor or unjudged "
-        "configurations are not on it."
+        "configurations are not on it, and controls are left out."
     )
