@@ -23,7 +23,7 @@ from report.plots.style import (
 )
 from report.text import clean, short
 
-ROW_IN, FRAME_IN, MOST_IN = 0.98, 0.15, 4.7
+ROW_IN, FRAME_IN, MOST_IN = 0.98, 0.15, 4.3
 HALF_WIDTH = 0.4
 NAME_CHARACTERS = 13
 WIDE_SLOT_IN, NARROW_SLOT_IN = 0.34, 0.2
