@@ -322,7 +322,7 @@ class _Repeating:
     """The first four batches, again and again: making batches is no instrument's cost."""
 
     def __init__(self, batches) -> None:
-        self._made = [batches.step(step) for step in range(1, 5)]
+        self._made, self.data = [batches.step(step) for step in range(1, 5)], batches.data
 
     def step(self, step: int):
         return self._made[(step - 1) % len(self._made)]

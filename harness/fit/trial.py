@@ -51,7 +51,7 @@ class LongestFirst:
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
-        self.longest = batches.longest()
+        self.longest, self.data = batches.longest(), batches.data
 
     def step(self, step: int):
         return self.longest if step <= LONGEST_STEPS else self.batches.step(step)
