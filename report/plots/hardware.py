@@ -12,7 +12,7 @@ from report.plots.palette import look
 from report.plots.style import INK, SMALL_PT, THIN_PT, table_figure
 from report.text import clean
 
-ROW_IN, KEY_IN, FRAME_IN = 1.6, 0.75, 0.2
+ROW_IN, KEY_IN, FRAME_IN = 1.3, 0.75, 0.2
 MEMORY = (("gpu_memory_bytes", "GPU memory (GB)"), ("rss_bytes", "resident memory (GB)"))
 DISK = ("disk_growth_bytes", "disk growth (GB)")
 USE = (("gpu_percent", "GPU utilisation (%)"), ("cpu_percent", "CPU utilisation (%)"))
