@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import ddbench
+
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
 MOST_FILES = {"A setting": 9, "A batch": 9, "A matrix option": 9, "A non-finite value": 12}
@@ -61,3 +63,8 @@ def test_neighbours_of_a_walk_know_each_other(title):
     files = [file for file, _ in walk(title)]
     apart = [(a, b) for a, b in pairwise(files) if a != b and not mentions(a, b) and not mentions(b, a)]
     assert not apart, "no import between them: a station is missing"
+
+
+def test_the_changelog_begins_with_the_version_of_the_package():
+    first = re.search(r"(?m)^## (\S+) ", (ROOT / "CHANGELOG.md").read_text())
+    assert first[1] == ddbench.__version__

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ddbench
 from bench_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +95,7 @@ def ddb(built: Path, folder: Path, *words: str, code: str = "") -> str:
 
 
 def test_the_command_works_where_other_packages_have_the_names_of_our_rooms(built, their_project):
-    assert ddb(built, their_project, "--version") == "ddb 0.1.0\n"
+    assert ddb(built, their_project, "--version") == f"ddb {ddbench.__version__}\n"
     assert "amp_bf16_fp32_head" in ddb(built, their_project, "list")
     for command in (["case"], ["matrix"], ["report", "build"], ["kernels", "bench"]):
         assert f"usage: ddb {' '.join(command)} [-h]" in ddb(built, their_project, *command, "--help")
@@ -200,7 +201,7 @@ def test_the_wheel_works_beside_hugging_faces_kernels(their_project, tmp_path_fa
     assert {path.name for path in site.iterdir()} & {"harness", "instrument", "report", "bench_cases", "templates"} == set()
 
     tiny = ("--preset", "tiny", "--data", "embedded", "--max-steps", "3")
-    assert run_in(their_project, bin_ / "ddb", "--version") == "ddb 0.1.0\n"
+    assert run_in(their_project, bin_ / "ddb", "--version") == f"ddb {ddbench.__version__}\n"
     assert "completed after 3 steps" in run_in(
         their_project, bin_ / "ddb", "case", "gpt2_multi_cls", "fp32_true", *tiny, "--out", "case"
     )
