@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from harness.exit_codes import INTERRUPTED, USAGE, exit_code_of, message_of
 from harness.options import parser
 from harness.parallel.ranks import is_main_process
-from harness.run.signals import interrupt_on_signals
 from instrument.terminal import reader_may_leave
 
 if TYPE_CHECKING:
@@ -56,9 +55,11 @@ def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None =
     """Run a parsed command; returns its exit code. ``heartbeat``: to the supervisor of this process, which a single run has."""
     with reader_may_leave() as reader:
         options.heartbeat, reader.needed = heartbeat, not _writes_files(options)
-        if threading.current_thread() is threading.main_thread():
-            interrupt_on_signals()
         try:
+            if threading.current_thread() is threading.main_thread():
+                from harness.run.signals import interrupt_on_signals
+
+                interrupt_on_signals()
             return _function_of(options)(options)
         except KeyboardInterrupt:
             print("interrupted: give the same command again", file=sys.stderr)

@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported, which other libraries do: so here, before any test module.
     os.environ["TRITON_INTERPRET"] = "1"
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it, and passes that on
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of processes elsewhere

@@ -27,8 +27,8 @@ from instrument.results.log import Appender
 from instrument.results.schemas import UNREADABLE, Record, RunRecord, StepRecord, decode, encode, is_safe
 from instrument.terminal import count
 
-SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)', re.DOTALL)
-"""Where two lines run together: a newline that flipped into another byte, or zeros that a power cut left."""
+SEAM = re.compile(rb'\0+|(?<=\}).(?=\{"schema":)|(?<=\})[^}]\Z', re.DOTALL)
+"""Where two lines run together, or the last ends: a newline that flipped into another byte, or zeros that a power cut left."""
 CUT_SHORT = "Input data was truncated"
 """msgspec's message for the beginning of a JSON value."""
 TORN = ".torn"

@@ -245,7 +245,7 @@ def test_the_lists_tables_fit_a_small_terminal(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     assert [line.split()[1:] for line in lines if line.startswith("gpt2_multi_cls ")] == [
-        ["C", "GPT-2", "multi-label", "BCE", "2e-3", "1e-4", "5e-5"]
+        ["C", "GPT-2", "multi-label", "BCE", "3e-3", "1e-4", "5e-5"]
     ]
     assert sum(line.endswith("5e-5") or line.endswith("3e-5") or line.endswith("1e-4") for line in lines) >= 8
 

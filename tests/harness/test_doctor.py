@@ -48,6 +48,8 @@ class FakeNvml:
             "nvmlDeviceGetGraphicsRunningProcesses": [],
             "nvmlDeviceGetPowerManagementLimit": 700_000,
             "nvmlDeviceGetMigMode": (0, 0),
+            "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+            "nvmlDeviceGetMaxPcieLinkWidth": 16,
             "nvmlDeviceGetComputeMode": 3,
         }
 

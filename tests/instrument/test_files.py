@@ -267,6 +267,7 @@ ALLOWED = {
     "harness/run/heartbeat.py": "a temporary file that a process' stacks go through",
     "harness/commands/list.py": "JSON to standard output",
     "report/plots/write.py": "draws into memory",
+    "benchmarks/verdicts.py": "a page and a figure of docs/, made again by one command",
     "benchmarks/report.py": "JSON to standard output",
     "benchmarks/simulated_results.py": "makes a benchmark's input",
     "benchmarks/plain_script.py": "is the naive script that the benchmark compares with",

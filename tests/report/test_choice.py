@@ -270,7 +270,7 @@ def test_a_toy_says_that_it_is_one_and_ram_breaks_no_tie(plant):
 
 def test_headroom_is_doublings_to_65504(plant):
     found = table(plant((LM,), THREE, change=lambda *_: {"logit": 65_504 / 8})).cell("amp_bf16")
-    assert found.headroom_bits == pytest.approx(3.0) and cell_texts(found)["headroom"] == "3.0 bits (largest logit 8.19e+03)"
+    assert found.headroom_bits == pytest.approx(3.0) and cell_texts(found)["headroom"] == "3.0 bits (largest logit 8,188)"
 
 
 def test_every_text_of_a_cell_is_said_once_for_page_and_terminal(plant):
