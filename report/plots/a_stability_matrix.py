@@ -46,7 +46,7 @@ def draw(table) -> Figure:
     for cell in data.to_dict("records"):
         _cell(axes, column_of[cell["case"]], rows.index(cell["dtype_config"]), cell, room)
     for at, config in enumerate(rows):
-        axes.text(-0.06, at + 0.5, clean(config, 26), ha="right", va="center", size=TEXT_PT)
+        axes.text(-0.01 * len(columns), at + 0.5, clean(config, 26), ha="right", va="center", size=TEXT_PT)
     _headers(axes, columns)
     return figure
 
