@@ -6,8 +6,10 @@ import msgspec
 import pytest
 
 from instrument.results.contents import load
+from report.statistics import Interval
 from report.tables import a_stability, b_efficiency, c_throughput, h_rank
-from report.tables.cell_text import HEADS, cell_texts
+from report.tables.cell_text import HEADS, cell_texts, difference_text
+from report.tables.cells import Quality
 from report.tables.choice import all_cells, case_tables, conservatism
 from report.verdict import verdict
 from tests.report.conftest import write_index, write_run
@@ -279,3 +281,13 @@ def test_every_text_of_a_cell_is_said_once_for_page_and_terminal(plant):
         texts = cell_texts(cell)
         assert tuple(texts) == HEADS and all(isinstance(text, str) and text for text in texts.values())
         assert "nan" not in " ".join(texts.values()).replace("NaN", "")
+
+
+def test_a_difference_has_its_unit_its_interval_and_its_absence():
+    def text(name, unit, *difference):
+        return difference_text(Quality(name, unit, 1.0, None, Interval(*difference), {}, 0.0))
+
+    assert text("perplexity", "nats", 0.12, -0.44, 0.67, 3) == "loss +0.120 [-0.440, +0.670] nats"
+    assert text("loss", "share", 0.05, math.nan, math.nan, 1) == "loss +5.0 %"
+    assert text("micro-F1", "F1", -0.02, -0.03, -0.01, 3) == "micro-F1 -2.0 [-3.0, -1.0] points"
+    assert text("perplexity", "nats", math.nan, math.nan, math.nan, 0) == "loss: no difference measured"
