@@ -100,6 +100,8 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     if ours.state in (FAILING, STALLED):
         lost = rate_above(ours.n_failed, ours.n)
         return Evidence(case, UNTESTED, lost, NOTHING, f"{CONFIG} failed: {ours.what}.", ours.run_ids)
+    if ours.verdict == AVOID:
+        return Evidence(case, UNTESTED, ours.bad(), NOTHING, f"{CONFIG} is avoided: {ours.why}.", ours.run_ids)
     leads = {cell.dtype_config: lead(ours, cell) for cell in rivals if lead(ours, cell)}
     if not leads:
         return None
@@ -258,11 +260,11 @@ def _p4_evidence(first: str, second: str, one: ByConfig, two: ByConfig) -> Evide
         how = f"reaches {loss.value:.2f} {bounds(loss, '.2f')} of its speed"
     elif there is not None:
         how = f"failed: {there.what}" if there.n_failed else f"is avoided: {there.why}"
-    sentence = f"{ours.dtype_config} is fastest on both."
-    if ours.dtype_config != theirs.dtype_config:
-        sentence = (
-            f"{ours.dtype_config} is fastest on {first}, {theirs.dtype_config} on {second}, where {ours.dtype_config} {how}."
-        )
+    sentence = f"of what completed and is not avoided, {ours.dtype_config} has the highest mean speed on "
+    if ours.dtype_config == theirs.dtype_config:
+        sentence += "both."
+    else:
+        sentence += f"{first}, {theirs.dtype_config} on {second}, where {ours.dtype_config} {how}."
     n = min(ours.n, theirs.n)
     ids = tuple(run_id for side in sides.values() for cell in side.values() for run_id in cell.run_ids)
     return Evidence(f"{first} / {second}", supports, refutes, Interval(loss.value, loss.low, loss.high, n), sentence, ids)

@@ -7,6 +7,7 @@ allows, or to be slower than fp32_true. Both with Holm's rule over the case's co
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder, is_cpu
 from instrument.terminal import count
-from report.significance import FAMILY_LEVEL, FEWEST_SEEDS, LEVEL, above, rate_above, shown_of_family
+from report.significance import FAMILY_LEVEL, FEWEST_SEEDS, LEVEL, above, below, rate_above, shown_of_family
 from report.tables.cell_text import difference_text, margin_text
 from report.tables.cells import (
     AVOID,
@@ -97,12 +98,9 @@ def _table(judgements: Judgements, case: str, every: dict[tuple[str, str], Cell]
     avoided = shown_of_family({config: cell.bad() for config, cell in ended.items()})
     holding = shown_of_family({config: cell.holds() for config, cell in rivals.items() if cell.state == COMPLETED})
     why_not = _why_nothing(reference)
-    candidates = [cell for config, cell in rivals.items() if config in holding - avoided and cell.log_speed]
-    if why_not is None and reference is not None and reference.log_speed:
-        candidates = [reference, *candidates]
-    else:
-        candidates = []
-    best, reason = _best(candidates) if candidates else (None, why_not or "no fp32_true run was timed undisturbed")
+    candidates = [cell for config, cell in rivals.items() if config in holding - avoided and _is_timed(cell)]
+    candidates = [reference, *candidates] if reference is not None and why_not is None else []
+    best, reason = _best(candidates) if candidates else (None, why_not or "")
     after = _best([cell for cell in candidates if cell is not best])[0] if len(candidates) > 1 else None
     lossless = _lossless(best, candidates) if best else None
     judged = tuple(
@@ -134,7 +132,14 @@ def _why_nothing(reference: Cell | None) -> str | None:
         return f"fp32_true: {reference.state}, {reference.what}"
     if reference.n < FEWEST_SEEDS:
         return f"{count(reference.n, 'seed')}: no difference is resolved below {FEWEST_SEEDS}"
+    if not _is_timed(reference):
+        return f"fp32_true was timed undisturbed in {len(reference.log_speed)} of {count(reference.n, 'seed')}"
     return None
+
+
+def _is_timed(cell: Cell) -> bool:
+    """Its speed is known from enough seeds to be compared: one lucky seed would tie with everything."""
+    return len(cell.log_speed) >= FEWEST_SEEDS
 
 
 def _best(candidates: Sequence[Cell]) -> tuple[Cell, str]:
@@ -235,9 +240,9 @@ def _verdict(
     if cell is after:
         return RUNNER_UP, _beside(cell, best)
     if cell.dtype_config == REFERENCE:
-        return MEASURE, why_not or _beside(cell, best)
-    if cell.dtype_config in holding and best is not None:
-        return USABLE, _beside(cell, best)
+        return MEASURE, _beside(cell, best) if best else reason
+    if cell.dtype_config in holding:
+        return USABLE, _beside(cell, best) if best else f"its quality holds; {reason}"
     return UNRESOLVED, unresolved_sentence(cell)
 
 
@@ -264,22 +269,31 @@ def unresolved_sentence(cell: Cell) -> str:
     """What the seeds leave open about a completed configuration, and how many would decide."""
     if not cell.judged_qualities:
         return "no measure of quality that can judge"
+    correction = "by itself, but not corrected for the measures and configurations of the case"
+    if cell.slower().shown or any(quality.worse_than_margin().shown for quality in cell.judged_qualities):
+        return f"{bad_sentence(cell)} {correction}"
     widest = max(cell.judged_qualities, key=lambda quality: quality.within_margin().p)
+    if widest.within_margin().shown:
+        return f"{difference_text(widest)}, within the margin of {margin_text(widest)} {correction}"
     needed = min((n for test in (cell.holds(), cell.bad()) if (n := test.seeds_needed) is not None), default=None)
     more = f"; about {count(needed, 'seed')} would decide" if needed is not None and needed > cell.n else ""
     name = widest.name.replace("perplexity", "loss")
     return f"{name} not resolved by {count(len(widest.worse), 'seed')} against a margin of {margin_text(widest)}{more}"
 
 
-def _beside(cell: Cell, best: Cell | None) -> str:
-    """How a configuration that serves stands beside the recommended one."""
-    if best is None:
-        return "serves"
-    ratio = lead(best, cell)
-    slower = float(np.exp(np.mean(ratio))) if ratio else float("nan")
-    parts = [f"as fast as {best.dtype_config}, within the seeds"]
-    if above(ratio, 0.0).shown:
-        parts = [f"{best.dtype_config} is {slower:.2f}x as fast"]
+def _beside(cell: Cell, best: Cell) -> str:
+    """How a configuration whose quality holds stands beside the recommended one."""
+    ratio, name = lead(best, cell), best.dtype_config
+    if len(ratio) < FEWEST_SEEDS:
+        parts = [f"its speed beside {name} is known from {count(len(ratio), 'seed')}"]
+    elif below(ratio, MARGIN_SPEED).shown and above(ratio, -MARGIN_SPEED).shown:
+        parts = [f"as fast as {name}, within 2 %"]
+    elif above(ratio, 0.0).shown:
+        parts = [f"{name} is {math.exp(np.mean(ratio)):.2f}x as fast"]
+    elif below(ratio, 0.0).shown:
+        parts = [f"{math.exp(-np.mean(ratio)):.2f}x as fast as {name}"]
+    else:
+        parts = [f"not separated from {name} in speed by {count(len(ratio), 'seed')}"]
     if cell.peak_bytes is not None and best.peak_bytes is not None:
         parts.append(f"{gigabytes(cell.peak_bytes)} against {gigabytes(best.peak_bytes)}")
     return joined(parts)

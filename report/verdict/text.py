@@ -51,7 +51,7 @@ def lines(decision: Verdict, price: Price | None = None) -> list[str]:
 
 def _task(task: CaseVerdict, room: int, price: Price | None) -> list[str]:
     use = _fitted(
-        use_text(task, price), f"{task.case:<{INDENT}}", max(1, (room + 1) // 2) if task.avoid + task.failed else room
+        use_text(task, price), f"{task.case:<{INDENT - 1}} ", max(1, (room + 1) // 2) if task.avoid + task.failed else room
     )
     left = room - len(use)
     bad = ". ".join(f"{what} {'; '.join(why)}" for what, why in (("avoid", task.avoid), ("failed", task.failed)) if why)
@@ -70,7 +70,9 @@ def use_text(task: CaseVerdict, price: Price | None = None) -> str:
             f", {price.of(tokens)} per 10^9 real tokens" if tokens else ""
         )
     against = (
-        "nothing faster holds its quality" if task.use == REFERENCE else f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
+        "nothing is shown to be faster and as good"
+        if task.use == REFERENCE
+        else f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
     )
     parts = [
         f"use {task.use}: {against}",

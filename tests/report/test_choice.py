@@ -291,3 +291,51 @@ def test_a_difference_has_its_unit_its_interval_and_its_absence():
     assert text("loss", "share", 0.05, math.nan, math.nan, 1) == "loss +5.0 %"
     assert text("micro-F1", "F1", -0.02, -0.03, -0.01, 3) == "micro-F1 -2.0 [-3.0, -1.0] points"
     assert text("perplexity", "nats", math.nan, math.nan, math.nan, 0) == "loss: no difference measured"
+
+
+# Speeds that are not known, and what a correction changes.
+
+
+def contended(case, config, seed, which):
+    hardware = {"contended": which(config, seed), "throttled": False}
+    return {"speed": SPEEDS.get(config, 1.0), "flags": {"simulated": True, "hardware": hardware}}
+
+
+def test_a_speed_that_nobody_could_measure_is_as_fast_as_nothing(plant):
+    found = table(plant((LM,), THREE, change=lambda *cell: contended(*cell, lambda config, seed: config == "bf16_pure")))
+    assert found.use == "amp_bf16"
+    assert found.cell("bf16_pure").why.startswith("its speed beside amp_bf16 is known from 0 seeds")
+
+
+def test_one_undisturbed_seed_ties_with_nothing(plant):
+    found = table(
+        plant((LM,), THREE, change=lambda *cell: contended(*cell, lambda config, seed: config == "bf16_pure" and seed > 0))
+    )
+    assert (found.use, found.runner_up) == ("amp_bf16", "fp32_true")
+    assert found.cell("bf16_pure").why.startswith("its speed beside amp_bf16 is known from 1 seed")
+
+
+def test_under_a_disturbed_reference_the_reason_is_the_missing_speed(plant):
+    found = table(plant((LM,), THREE, change=lambda *cell: contended(*cell, lambda config, seed: config == "fp32_true")))
+    missing = "fp32_true was timed undisturbed in 0 of 3 seeds"
+    assert (found.use, found.reason) == (None, missing)
+    assert [cell.why for cell in found.cells] == [missing, *[f"its quality holds; {missing}"] * 2]
+
+
+def test_a_speed_that_scatters_is_not_called_as_fast(plant):
+    speeds = {"bf16_pure": (0.7, 1.8, 4.8)}
+    found = table(plant((LM,), ("fp32_true", "bf16_pure"), change=lambda case, c, s: {"speed": speeds.get(c, (1, 1, 1))[s]}))
+    other = next(cell for cell in found.cells if cell.dtype_config != found.use)
+    assert other.why.startswith(f"not separated from {found.use} in speed by 3 seeds")
+
+
+def test_what_only_the_correction_leaves_open_is_not_called_unresolved_against_the_margin(plant):
+    """An interval that is printed beside it excludes the margin."""
+    gaps = {"bf16_pure": (0.096, 0.114, 0.132)}  # +0.114 [+0.069, +0.159]
+    configs = ("fp32_true", "fp32_tf32", "amp_bf16", "amp_fp16", "bf16_pure", "amp_bf16_fp32_head")
+    found = table(plant((LM,), configs, change=by_seed(**gaps))).cell("bf16_pure")
+    low = found.qualities[0].difference.low
+    assert found.verdict == "not resolved" and low > 0.02
+    assert found.why.startswith("loss +0.114 [") and found.why.endswith(
+        "worse than the margin of 0.02 nats by itself, but not corrected for the measures and configurations of the case"
+    )

@@ -446,9 +446,25 @@ def test_p4_agrees_with_the_decision_about_a_configuration_that_failed(plant):
     finding = of(folder, "P4")
     assert {table.case: table.use for table in case_tables(folder)} == {LM: "bf16_pure", MULTI: "amp_bf16"}
     assert finding.verdict == SUPPORTED and finding.sentence.startswith(
-        "gpt2_clm / gpt2_multi_cls: bf16_pure is fastest on gpt2_clm"
+        "gpt2_clm / gpt2_multi_cls: of what completed and is not avoided, bf16_pure has the highest mean speed on gpt2_clm, amp"
     )
     assert "failed: NaN @ 9" in finding.sentence
+
+
+def test_a_configuration_that_is_avoided_for_its_quality_has_lost_in_p2_as_in_p4(plant):
+    def change(case, config, seed):
+        gap = (0.189, 0.19, 0.191)[seed] if (case, config) == (LM, "bf16_pure") else 0
+        return {"speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0), "gap": gap}
+
+    folder = plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=change)
+    assert (of(folder, "P2").verdict, of(folder, "P4").verdict) == (REFUTED, SUPPORTED)
+    assert "bf16_pure is avoided: loss +0.190" in of(folder, "P2").sentence
+
+
+def test_p4_calls_nothing_the_fastest_that_ties(plant):
+    finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16")), "P4")
+    assert finding.verdict == REFUTED and "highest mean speed on both" in finding.sentence
+    assert "fastest" not in finding.sentence
 
 
 @pytest.mark.parametrize("name", ["P3", "P4"])

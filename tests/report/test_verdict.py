@@ -101,7 +101,7 @@ def test_a_reference_that_stands_alone_is_not_praised(plant):
     )
     assert "no other configuration is shown to train as well" in of(
         folder
-    ).reason and "use fp32_true: nothing faster holds" in verdict_text(folder)
+    ).reason and "use fp32_true: nothing is shown to be faster and as good" in verdict_text(folder)
 
 
 def test_controls_are_never_recommended_nor_warned_of(plant):
