@@ -20,12 +20,11 @@ from harness.run.heartbeat import HeartbeatSender, write_stacks_to
 from harness.run.signals import interrupt_on_signals
 from harness.supervisor.child_process import ChildProcess, ForkedProcess
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
-from instrument.results.files import CRASH_VARIABLE
 from instrument.results.schemas import RunRecord, decode, encode
 from instrument.terminal import reader_may_leave
 
-SUPERVISED_ELSEWHERE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", CRASH_VARIABLE)
-"""torchrun supervises its ranks; and tests that crash at a file operation mean the whole machine."""
+SUPERVISED_ELSEWHERE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+"""torchrun supervises its ranks."""
 SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 SECONDS_BETWEEN_LOOKS = 0.25
 

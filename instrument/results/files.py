@@ -3,8 +3,6 @@
 **Replace** (`replacing`, `replace`, `copy`, `placing_folder`): a temporary file in the same folder, sync, rename, sync of
 the folder: readers see the old content or the new one. The writer holds the temporary file's lock while
 it lives, which is how `is_abandoned` knows what a dead writer left.
-
-What a process' death at any of these operations leaves is tried out by `instrument.results.crash_hook`.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from pathlib import Path
 from typing import IO
 
 from filelock import SoftFileLock
-
-from instrument.results.crash_hook import CRASH_VARIABLE  # noqa: F401  (where it is set, this process dies at a file operation)
 
 TEMPORARY = ".ddb-tmp"
 """Suffix of temporary files: ``.<name>.<random>.ddb-tmp``."""

@@ -74,7 +74,6 @@ def test_who_has_a_parent():
     assert is_wanted(run, {}.get)
     assert not is_wanted(parser().parse_args(["case", "gpt2_clm", "fp32_true", "--dry-run"]), {}.get)
     assert not is_wanted(run, {"LOCAL_RANK": "0"}.get)  # torchrun supervises its ranks
-    assert not is_wanted(run, {"DDB_CRASH_AT_FILE_OPERATION": "4"}.get)
 
 
 def test_what_is_refused_costs_no_process_and_keeps_its_exit_code(command_environment):

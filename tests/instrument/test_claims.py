@@ -17,9 +17,10 @@ import time
 
 import pytest
 
-from instrument.results import claims, crash_hook, files
+from instrument.results import claims, files
 from instrument.results.claims import FILE, RunClaimed, claim, owner_of
 from instrument.results.files import TEMPORARY
+from tests import crash_hook
 from tests.soak.reliability.logs_and_claims import leave_dead_claim
 
 SPAWN = multiprocessing.get_context("spawn")

@@ -3,18 +3,15 @@ lost, wherever it kills."""
 
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from instrument.results import crash_hook
 from instrument.results.log import JsonlLog
 from instrument.results.schemas import EventRecord, RecordError, decode
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import crash_hook
 
 pytestmark = pytest.mark.process
 
@@ -163,15 +160,3 @@ def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
     with open(reading) as output:
         said = output.read().splitlines()
     return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.process
-def test_the_environment_variable_does_the_same(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SEQUENCE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, crash_hook.CRASH_VARIABLE: "5", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == crash_hook.CRASHED and done.stdout.split("\n")[0] == "row 1", done.stderr

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from instrument.results import crash_hook, files
+from instrument.results import files
+from tests import crash_hook
 
 ROOT = Path(__file__).resolve().parents[2]
 

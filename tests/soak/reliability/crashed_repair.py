@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 
-from instrument.results import crash_hook
 from instrument.results.folder import finished_run, indexed_rows, write_terminal
 from instrument.results.layout import INDEX
 from instrument.results.repair import TORN, repair_folder
 from instrument.results.schemas import RunRecord
+from tests import crash_hook
 from tests.soak.reliability.processes import run, small, start
 from tests.soak.reliability.same_run import completed, contents, left_alone, repaired, repaired_twice
 from tests.soak.reliability.trials import Trial, share_of

@@ -14,8 +14,8 @@ from pathlib import Path
 from harness.exit_codes import INTERRUPTED, OK
 from harness.run.progress import checkpoint_steps
 from harness.settings import RunSettings
-from instrument.results.crash_hook import CRASHED
 from instrument.results.folder import finished_run
+from tests.crash_hook import CRASHED
 from tests.soak.reliability import same_run
 from tests.soak.reliability.processes import ProcessResult, asked_to_stop, run, signalled, small
 from tests.soak.reliability.same_run import completed, finished_well, left_alone, repaired, resumes_well

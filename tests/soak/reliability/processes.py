@@ -21,8 +21,8 @@ from harness import cli
 from harness.options import option_words
 from harness.planning import plan_run
 from harness.settings import Request, RunSettings
-from instrument.results import crash_hook
 from instrument.results.schemas import Record, StepRecord
+from tests import crash_hook
 from tests.harness.commands import PRELOADED
 
 HUNG_S = 180.0

@@ -1,9 +1,9 @@
-"""The crash sweep's hook: with ``DDB_CRASH_AT_FILE_OPERATION=n`` the process dies just before its n-th file operation.
+"""The crash sweep's hook: after `crash_at(n)` the process dies just before its n-th file operation.
 
 An operation is what changes a disk, whoever asks for it: a regular file made, emptied or cut, renamed, linked,
 deleted, its mode changed; a folder made or deleted; a sync; a write, which counts as two, the second being its middle.
 Only the main thread's count, so that n means the same in every process, and not the interpreter's own caches.
-Nothing is installed, and nothing costs anything, until `crash_at` is called. Torch-free.
+Nothing is installed, and nothing costs anything, until `crash_at` is called.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import stat
 import sys
 import threading
 
-CRASH_VARIABLE = "DDB_CRASH_AT_FILE_OPERATION"
 CRASHED = 86
 """Exit code of a process that the crash sweep killed: `os._exit`, no clean-up."""
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
@@ -78,6 +77,3 @@ def _operation(half=lambda: None) -> None:
     if _operations == _at:
         half()
         os._exit(CRASHED)
-
-
-crash_at(int(os.environ.get(CRASH_VARIABLE, "0")))
