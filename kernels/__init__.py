@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from kernels.exponent_histogram import exponent_histogram as exponent_histogram
     from kernels.logit_stats import LogitStats as LogitStats
     from kernels.logit_stats import logit_stats as logit_stats
-    from kernels.multi_tensor_stats import StatsReading as StatsReading
     from kernels.multi_tensor_stats import TensorStats as TensorStats
     from kernels.multi_tensor_stats import multi_tensor_stats as multi_tensor_stats
+    from kernels.multi_tensor_stats.reference import StatsReading as StatsReading
     from kernels.unscale import scale_ as scale_
     from kernels.unscale import unscale_and_stats_ as unscale_and_stats_
 
@@ -39,7 +39,7 @@ _EXPORTS = {
     "bce_with_logits": "kernels.bce_with_logits",
     "multi_tensor_stats": "kernels.multi_tensor_stats",
     "TensorStats": "kernels.multi_tensor_stats",
-    "StatsReading": "kernels.multi_tensor_stats",
+    "StatsReading": "kernels.multi_tensor_stats.reference",
     "unscale_and_stats_": "kernels.unscale",
     "scale_": "kernels.unscale",
     "exponent_histogram": "kernels.exponent_histogram",

@@ -80,7 +80,7 @@ def histograms(found: Examination) -> list[HistogramRecord]:
     for name, value in (*named, *kwargs.items()):
         for tensor in torch.utils._pytree.tree_leaves(value):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
-                r = exponent_histogram(tensor.detach()).read()
+                r = exponent_histogram(tensor)
                 rows.append(
                     HistogramRecord(
                         tensor=name,
@@ -89,7 +89,7 @@ def histograms(found: Examination) -> list[HistogramRecord]:
                         zeros=r.zeros,
                         below=r.below_range,
                         above=r.above_range,
-                        nonfinite=r.nonfinite,
+                        nonfinite=r.nan + r.pos_inf + r.neg_inf,
                     )
                 )
     return rows

@@ -290,7 +290,7 @@ class StepMeter:
     def _measured(self) -> Iterator[MeasuredStep]:
         """The pending steps: row, the logit statistics of each micro-batch, times; of all ranks."""
         rows = self.counters.read()
-        slots = iter(self._logits.read_async()() if self._slots_used else [])
+        slots = iter(self._logits.read_all() if self._slots_used else [])
         self._logits.reset()
         self._slots_used = 0
         mine = [

@@ -22,7 +22,7 @@ Tried and lost: keeping references to all outputs and measuring them in one laun
 every activation alive through backward); a table of addresses (an upload per module, wrong under graph replay).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,22 +126,6 @@ class ActivationRing:
     def read(self) -> list[ActivationReading]:
         """All cells that were written, by step and slot. Waits for the device."""
         return decode(self.cells.cpu())
-
-    def read_async(self) -> Callable[[], list[ActivationReading]]:
-        """Start copying the ring to the host; call the result, on any thread, for what `read` would have given now."""
-        if self.device.type != "cuda":
-            cells = self.cells.clone()
-            return lambda: decode(cells)
-        cells = torch.empty(self.cells.shape, dtype=torch.int64, pin_memory=True)
-        cells.copy_(self.cells, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def wait() -> list[ActivationReading]:
-            copied.synchronize()
-            return decode(cells)
-
-        return wait
 
 
 def decode(cells: torch.Tensor) -> list[ActivationReading]:

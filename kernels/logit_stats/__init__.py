@@ -18,7 +18,6 @@ Memory traffic of the standalone pass: x read once. Inside a loss kernel: nothin
 """
 
 import struct
-from collections.abc import Callable
 
 import torch
 
@@ -95,36 +94,19 @@ class LogitStats:
         self._used = 1
 
     def read(self) -> dict[str, float | int | None]:
-        """The current slot as plain numbers. The one call here that waits for the device.
+        """The current slot as plain numbers. Waits for the device.
 
         `absmax`, `row` and `col` are None when no finite value was seen. IndexError when a
         loss kernel met targets that were out of range.
         """
         return decode(self.current.tolist(), self._width)
 
-    def read_async(self) -> Callable[[], list[dict[str, float | int | None]]]:
-        """Start copying the ring to the host; call the result, on any thread, for its slots, oldest first.
-
-        The copy is ordered after the work already queued on the current stream. Only the
-        returned callable waits, and only for that copy.
-        """
+    def read_all(self) -> list[dict[str, float | int | None]]:
+        """The slots in use, oldest first, as `read` gives one. Waits for the device."""
+        rows, widths = self.counters.tolist(), [*self._widths]
+        widths[self._slot] = self._width
         order = [(self._slot - self._used + 1 + i) % self.slots for i in range(self._used)]
-        widths = [*(self._widths[i] for i in order[:-1]), self._width]
-        on_cuda = self.device.type == "cuda"
-        host = torch.empty(self.counters.shape, dtype=torch.int64, pin_memory=on_cuda)
-        host.copy_(self.counters, non_blocking=True)
-        done = None
-        if on_cuda:
-            done = torch.cuda.Event()
-            done.record()
-
-        def finish():
-            if done is not None:
-                done.synchronize()
-            rows = host.tolist()
-            return [decode(rows[i], width) for i, width in zip(order, widths, strict=True)]
-
-        return finish
+        return [decode(rows[i], widths[i]) for i in order]
 
 
 def decode(counters: list[int], width: int | None) -> dict[str, float | int | None]:

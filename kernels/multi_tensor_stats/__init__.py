@@ -38,17 +38,8 @@ from torch.compiler import is_compiling
 
 from kernels.dispatch import check_device_scalar, check_same_device, number_or_tensor, operators_watched, register, resolve_impl
 from kernels.multi_tensor_stats.cpu import cpu_stats
-from kernels.multi_tensor_stats.reference import (
-    UNDERFLOW_BELOW,
-    Reading,
-    StatsReading,
-    TensorStats,
-    decode,
-    reference_stats,
-)
+from kernels.multi_tensor_stats.reference import UNDERFLOW_BELOW, TensorStats, reference_stats
 from kernels.tensor_list import check_tensors, flats_of
-
-__all__ = ["Reading", "StatsReading", "TensorStats", "bytes_moved", "decode", "flops", "multi_tensor_stats"]
 
 _OP = "multi_tensor_stats"
 COUNTS = ("all", "underflow", "none")

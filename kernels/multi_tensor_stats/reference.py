@@ -41,12 +41,6 @@ class Reading:
     def nonfinite(self) -> int:
         return self.nan + self.inf
 
-    @property
-    def below_frac(self) -> float | None:
-        """Share of the nonzero elements below the threshold; None when none is nonzero or none was counted."""
-        nonzero = self.numel - self.zeros if self.zeros is not None else 0
-        return self.below / nonzero if nonzero and self.below is not None else None
-
 
 @dataclass(frozen=True)
 class StatsReading:
@@ -111,42 +105,20 @@ class TensorStats:
 
     def read(self) -> StatsReading:
         """Plain numbers; on CUDA one copy and the only sync."""
-        return decode(self.table.cpu())
-
-    def read_total(self) -> StatsReading:
-        """As `read`, but only the total row is copied: `tensors` is empty."""
-        return decode(self.table[-1:].cpu())
+        table = self.table.cpu()
+        floats, ints = table.view(torch.float64)[:, :NAN].tolist(), table.tolist()
+        counts = ([None if n == NOT_COUNTED else n for n in row[NAN : NUMEL + 1]] for row in ints)
+        rows = tuple(Reading(*f, *n) for f, n in zip(floats, counts, strict=True))
+        first = ints[-1][FIRST_NONFINITE]
+        found_inf, clip_factor = table.view(torch.float32)[-1, FOUND_INF_F32:].tolist()
+        return StatsReading(rows[:-1], rows[-1], None if first < 0 else first, bool(found_inf), clip_factor)
 
 
 _FLOAT_COLUMNS = {"sumsq": SUMSQ, "norm": NORM, "absmax": ABSMAX}
 _INT_COLUMNS = {
-    "nan": NAN,
-    "inf": INF,
-    "zeros": ZEROS,
-    "fp16_flush": FP16_FLUSH,
-    "fp16_subnormal": FP16_SUBNORMAL,
-    "below": BELOW,
+    "nan": NAN, "inf": INF, "zeros": ZEROS, "fp16_flush": FP16_FLUSH, "fp16_subnormal": FP16_SUBNORMAL, "below": BELOW,
     "numel": NUMEL,
-}
-
-
-def _count(figure: int) -> int | None:
-    return None if figure == NOT_COUNTED else figure
-
-
-def decode(table: torch.Tensor) -> StatsReading:
-    """Plain numbers from a `table` (rows, 12) int64 on the CPU; the last row is the total.
-
-    For rings: copy `stats.table[-1]` to a row of a pinned buffer and decode it later as `row[None]`.
-    """
-    if table.device.type != "cpu" or table.shape[-1] != COLUMNS:
-        raise ValueError(f"decode: the table must be (rows, {COLUMNS}) on the CPU, got {tuple(table.shape)} on {table.device}")
-    table = table.contiguous()
-    floats, ints = table.view(torch.float64)[:, :NAN].tolist(), table.tolist()
-    rows = tuple(Reading(*f, *map(_count, i[NAN : NUMEL + 1])) for f, i in zip(floats, ints, strict=True))
-    first = ints[-1][FIRST_NONFINITE]
-    found_inf, clip_factor = table.view(torch.float32)[-1, FOUND_INF_F32:].tolist()
-    return StatsReading(rows[:-1], rows[-1], None if first < 0 else first, bool(found_inf), clip_factor)
+}  # fmt: skip
 
 
 def reference_stats(

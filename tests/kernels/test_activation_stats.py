@@ -116,7 +116,7 @@ def test_ring_schedule_and_accumulation(device, impl):
         activation_stats([x * step], ring.at(0), impl=impl)
         if step == 9:  # a second micro-batch adds to the cell
             activation_stats([x * 100], ring.at(0), impl=impl)
-    cells = ring.read_async()()
+    cells = ring.read()
     assert [c.step for c in cells] == [5, 7, 9]  # odd steps are measured; the ring keeps three
     assert_cell(cells[0], x * 5)
     assert_cell(cells[2], x * 9, x * 100)
@@ -195,10 +195,9 @@ def test_cuda_graph_decides_on_the_device():
     try:
         ring.tick()
         activation_stats([x], ring.at(0))
-        wait = ring.read_async()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_cell(wait()[0], x)
+    assert_cell(ring.read()[0], x)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()

@@ -39,14 +39,14 @@ def test_norms_the_first_bad_tensor_and_the_clip_factor():
     reference_stats(tensors[:3], out, max_norm=1.0)
     got = out.read()
     assert ([row.norm for row in got.tensors], got.total.sumsq, got.total.norm) == ([3.0, 0.0, 4.0], 25.0, 5.0)
-    assert (got.first_nonfinite_index, got.found_inf, got.total.below_frac) == (None, False, 0.0)
+    assert (got.first_nonfinite_index, got.found_inf, got.total.below) == (None, False, 0)
     assert got.clip_factor == pytest.approx(0.2, rel=1e-6) and got.total.absmax == 4.0
     reference_stats(tensors[1:], out, max_norm=None)
     assert (out.read().clip_factor, out.read().total.norm) == (1.0, tensors[3].double().item())
     reference_stats([tensors[0], torch.tensor([math.inf]), torch.tensor([math.nan])], out, counts=False)
     got = out.read()
     assert (got.first_nonfinite_index, got.tensors[0].nonfinite, got.total.nonfinite, got.total.numel) == (1, 0, 2, 4)
-    assert {got.total.zeros, got.total.below, got.total.fp16_flush, got.total.fp16_subnormal, got.total.below_frac} == {None}
+    assert {got.total.zeros, got.total.below, got.total.fp16_flush, got.total.fp16_subnormal} == {None}
 
 
 def test_cells_add_up_over_micro_batches_and_begin_anew_with_a_step():
