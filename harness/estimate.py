@@ -34,8 +34,6 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
     """The resolved run as plain data. Memory and time are null when the device cannot run it (the reason
     stands in ``unsupported``) or when its model cannot be traced (``not_estimated``: its forward pass
     asks for values, as some models of other people do). Raises what a run would raise about its data."""
-    import torch
-
     from bench_cases.models import ModelError, WeightsUnavailable
     from harness.fake_model import data_facts, duration, shapes_of, trace
     from harness.precision import Precision, Unsupported
@@ -50,9 +48,7 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
         "time": None,
     }
     try:
-        precision = Precision(
-            settings.config, torch.device(settings.device), attention=settings.attention, threads=settings.threads
-        )
+        precision = Precision.of(settings)
     except Unsupported as error:
         return findings | {"unsupported": str(error)}
     try:

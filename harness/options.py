@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,8 @@ FIT_SETTINGS = ("preset", "device", "data", "weights", "seq_len", "documents", "
 FLOPS_SETTINGS = ("preset", "data", "weights", "batch_size", "seq_len", "attention", "text_field", "label_field")
 """The settings that change FLOPs or their dtypes."""
 CAMPAIGN_SETTINGS = (
-    "preset",
-    "device",
-    "data",
-    "weights",
-    "max_steps",
-    "batch_size",
-    "micro_batch",
-    "seq_len",
-    "documents",
-    "validation_documents",
-    "threads",
+    *("preset", "device", "data", "weights", "max_steps", "batch_size"),
+    *("micro_batch", "seq_len", "documents", "validation_documents", "threads"),
 )
 
 
@@ -47,11 +40,6 @@ def positive(text: str) -> float:
 def seconds(text: str) -> float:
     """A duration, 0 included."""
     return _within(text, "seconds from 0", lambda value: value >= 0)
-
-
-def share(text: str) -> float:
-    """A share above 0, up to 1."""
-    return _within(text, "above 0, up to 1", lambda value: 0 < value <= 1)
 
 
 def _within(text: str, allowed: str, holds) -> float:
@@ -88,7 +76,7 @@ def add_settings(
             option["type"] = at_least_one
         if not defaults:
             option["default"] = None
-        _both(command, flag_of(name, declared), **{**option, **(changes or {}).get(name, {})})
+        command.add_argument(flag_of(name, declared), **{**option, **(changes or {}).get(name, {})})
 
 
 def flag_of(name: str, declared: Setting) -> str:
@@ -143,12 +131,16 @@ exit codes: 0 ok (a divergence is a result), 2 usage, 3 some run ended oom, erro
 
 
 class Grammar(argparse.ArgumentParser):
-    """Names may follow options too (``case CASE --max-steps 3 CONFIG``), where argparse would not look for them."""
+    """Names may follow options too (``case CASE --max-steps 3 CONFIG``), where argparse would not look for them; an option may
+    be spelled with underscores, as people used to."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As `argparse.ArgumentParser.parse_args`."""
-        options, rest = self.parse_known_args(args, namespace)
-        at = rest.index("--") if "--" in rest else len(rest)  # after it a name may begin with a dash
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)  # after it a name may begin with a dash
+        words[:end] = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words[:end]]
+        options, rest = self.parse_known_args(words, namespace)
+        at = rest.index("--") if "--" in rest else len(rest)
         if rest and (not hasattr(options, "names") or any(word.startswith("-") for word in rest[:at])):
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         if rest:
@@ -158,74 +150,56 @@ class Grammar(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole grammar: `command` names the subcommand."""
-    top = Grammar(
-        prog="python -m harness",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Which floating-point configuration to train with on this GPU, and why one failed.",
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    what = "Which floating-point configuration to train with on this GPU, and why one failed."
+    top = Grammar(prog="python -m harness", epilog=EPILOG, formatter_class=raw, description=what)
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, (add_options, help_line) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=help_line))
+        how = {"description": DESCRIPTIONS[name], "formatter_class": raw} if name in DESCRIPTIONS else {}
+        add_options(commands.add_parser(name, help=help_line, **how))
     return top
 
 
 def _case(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "names", nargs="*", metavar="CASE CONFIG", help="a case id or path/to/file.py:NAME, and a dtype configuration"
-    )
-    _both(command, "--model-arch", metavar="ARCH", help="with --task: the case, the long way")
-    _both(command, "--dtype-config", metavar="CONFIG", help="the dtype configuration, the long way")
-    command.add_argument("--seed", type=int, default=0, help="default 0")
+    add = command.add_argument
+    add("names", nargs="*", metavar="CASE CONFIG", help="a case id or path/to/file.py:NAME, and a dtype configuration")
+    add("--model-arch", metavar="ARCH", help="with --task: the case, the long way")
+    add("--dtype-config", metavar="CONFIG", help="the dtype configuration, the long way")
+    add("--seed", type=int, default=0, help="default 0")
     _fresh(command)
     _hang_after(command)
-    _both(command, "--dry-run", action="store_true", help="print the resolved run and stop")
-    command.add_argument(
-        "--parallel",
-        choices=PARALLEL,
-        help="under torchrun: every GPU has the whole model (ddp, the default there) or a shard of it (fsdp)",
-    )
+    add("--dry-run", action="store_true", help="print the resolved run and stop")
+    parallel = "under torchrun: every GPU has the whole model (ddp, the default there) or a shard of it (fsdp)"
+    add("--parallel", choices=PARALLEL, help=parallel)
     _budget(command)
     _run(command)
 
 
 def _matrix(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--cases", nargs="+", metavar="CASE", help="case ids, file.py:NAME, or 'all'; default: the six")
-    command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; default: the seven")
-    command.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: the preset's")
-    command.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="runs at a time; default: cores / threads "
-        "on a CPU, 1 on a GPU; with --engine ray as many as the cluster has room for",
-    )
-    _both(command, "--no-follow-up", action="store_true", help="do not run the control configurations of a run that diverged")
-    command.add_argument(
-        "--shard",
-        default="1/1",
-        metavar="I/N",
-        help="only the I-th of N parts of the plan, one per machine; `repair --merge` merges their folders",
-    )
-    command.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="local",
-        help="where runs are executed: processes of this machine (default), or a Ray cluster's nodes, one run a GPU",
-    )
-    command.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="with --engine ray: the cluster's head, at a loopback or "
-        "private address; default: a cluster of this machine alone, bound to 127.0.0.1",
-    )
+    add = command.add_argument
+    add("--cases", nargs="+", metavar="CASE", help="case ids, file.py:NAME, or 'all'; default: the six")
+    _configs(command)
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: the preset's")
+    jobs = "default: cores / threads on a CPU, 1 on a GPU; with --engine ray as many as the cluster has room for"
+    add("--jobs", type=int, metavar="N", help=f"runs at a time; {jobs}")
+    add("--no-follow-up", action="store_true", help="do not run the control configurations of a run that diverged")
+    shard = "only the I-th of N parts of the plan, one per machine; `repair --merge` merges their folders"
+    add("--shard", default="1/1", metavar="I/N", help=shard)
+    engine = "processes of this machine (default), or a Ray cluster's nodes, one run a GPU"
+    add("--engine", choices=ENGINES, default="local", help=f"where runs are executed: {engine}")
+    address = "at a loopback or private address; default: a cluster of this machine alone, bound to 127.0.0.1"
+    add("--address", metavar="HOST:PORT", help=f"with --engine ray: the cluster's head, {address}")
     _budget(command)
-    command.add_argument("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
-    command.add_argument("--rerun", action="store_true", help="run again what is already done")
+    add("--svg", type=Path, metavar="FILE", help="draw the stability matrix into a picture, too")
+    add("--rerun", action="store_true", help="run again what is already done")
     _fresh(command)
     _hang_after(command)
-    _both(command, "--dry-run", action="store_true", help="print the plan and stop")
+    add("--dry-run", action="store_true", help="print the plan and stop")
     _run(command)
+
+
+def _configs(command: argparse._ActionsContainer, allowed: str = "configuration ids or 'all'; ") -> None:
+    command.add_argument("--configs", nargs="+", metavar="CONFIG", help=f"{allowed}default: the seven")
 
 
 def _budget(command: argparse.ArgumentParser) -> None:
@@ -234,29 +208,19 @@ def _budget(command: argparse.ArgumentParser) -> None:
         "A matrix prints a forecast, and begins no run that does not fit. What runs is stopped after a checkpoint before the "
         "budget is spent: exit 75, and the same command resumes, with as much again.",
     )
-    _both(budget, "--max-gpu-hours", type=float, metavar="H", help="hours, of all GPUs in use together")
-    _both(budget, "--budget-usd", type=float, metavar="X", help="dollars; goes with --price-per-hour")
-    _both(
-        budget,
-        "--price-per-hour",
-        type=float,
-        metavar="Y",
-        help="dollars for an hour of this machine (with --engine ray: "
-        "of one of its GPUs, or on CPUs of one node; under torchrun: of each machine)",
-    )
+    budget.add_argument("--max-gpu-hours", type=float, metavar="H", help="hours, of all GPUs in use together")
+    budget.add_argument("--budget-usd", type=float, metavar="X", help="dollars; goes with --price-per-hour")
+    of = "of this machine (with --engine ray: of one of its GPUs, or on CPUs of one node; under torchrun: of each machine)"
+    budget.add_argument("--price-per-hour", type=float, metavar="Y", help=f"dollars for an hour {of}")
 
 
 def _fresh(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--fresh",
-        action="store_true",
-        help="start over: what was stopped does not resume from its checkpoint (in a matrix: what is done runs again, too)",
-    )
+    what = "what was stopped does not resume from its checkpoint (in a matrix: what is done runs again, too)"
+    command.add_argument("--fresh", action="store_true", help=f"start over: {what}")
 
 
 def _hang_after(command: argparse.ArgumentParser) -> None:
-    _both(
-        command,
+    command.add_argument(
         "--hang-after",
         dest="hang_after_s",
         type=seconds,
@@ -271,8 +235,7 @@ def _run(command: argparse.ArgumentParser) -> None:
     """Every setting of a run, and where its results go."""
     _own_model(command)
     add_settings(command.add_argument_group(THE_RUN), [name for name, s in SETTINGS.items() if s.group == THE_RUN])
-    _out(command)
-    _json(command)
+    _out_and_json(command)
 
 
 def _own_model(command: argparse.ArgumentParser) -> None:
@@ -282,116 +245,82 @@ def _own_model(command: argparse.ArgumentParser) -> None:
     add_settings(own, [name for name, s in SETTINGS.items() if s.group == OWN_MODEL])
 
 
-FIT_DESCRIPTION = """\
-The largest batch (rows in one forward pass, no accumulation) per configuration: doubling, then bisection, each trial a few
-steps in a process of its own, optimizer states and the longest rows included, so that running out of memory costs only that
-trial. Then tokens a second there and at 32 rows, and what 10^9 real (unpadded) tokens cost. Rows are kept in fit.json of the
-results folder; the same command resumes."""
-
-
 def _fit(command: argparse.ArgumentParser) -> None:
-    command.description = FIT_DESCRIPTION
-    command.formatter_class = argparse.RawDescriptionHelpFormatter
-    command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
-    command.add_argument("--configs", nargs="+", metavar="CONFIG", help="configuration ids or 'all'; default: the seven")
-    command.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, to give costs")
-    command.add_argument("--most", type=at_least_one, default=4096, metavar="N", help="rows, more are not tried (default 4096)")
-    command.add_argument(
-        "--memory-limit",
-        type=positive,
-        metavar="GB",
-        help="act as if the GPU had no more. On a CPU everything is unsupported without it: what a trial may "
-        "allocate besides its libraries, to try the procedure",
+    add = command.add_argument
+    _case_id(command)
+    _configs(command)
+    add("--price-per-hour", type=positive, metavar="X", help="of this machine, to give costs")
+    add("--most", type=at_least_one, default=4096, metavar="N", help="rows, more are not tried (default 4096)")
+    limit = (
+        "On a CPU everything is unsupported without it: what a trial may allocate besides its libraries, to try the procedure"
     )
-    command.add_argument(
-        "--dry-run", action="store_true", help="search in the memory model of `case --dry-run`: no trial, no speed"
-    )
-    command.add_argument("--rerun", action="store_true", help="measure again what fit.json has already")
+    add("--memory-limit", type=positive, metavar="GB", help=f"act as if the GPU had no more. {limit}")
+    add("--dry-run", action="store_true", help="search in the memory model of `case --dry-run`: no trial, no speed")
+    add("--rerun", action="store_true", help="measure again what fit.json has already")
     add_settings(command, FIT_SETTINGS, strict=True)
-    _out(command)
-    _json(command)
+    _out_and_json(command)
 
 
 SKIPPABLE = ("doctor", "check", "bench", "overhead", "overflow", "fit")
 OPS = (
-    "cross_entropy",
-    "multi_tensor_stats",
-    "unscale",
-    "scale",
-    "bce_with_logits",
-    "activation_stats",
-    "logit_stats",
-    "exponent_histogram",
+    *("cross_entropy", "multi_tensor_stats", "unscale", "scale", "bce_with_logits"),
+    *("activation_stats", "logit_stats", "exponent_histogram"),
 )
 """The kernels, in the order in which their figures matter."""
 NOT_TIMED = ("exponent_histogram",)
 """Plain torch, and only after a failure: it is checked, and not benched."""
-CAMPAIGN_DESCRIPTION = """\
+DESCRIPTIONS = {
+    "fit": """\
+The largest batch (rows in one forward pass, no accumulation) per configuration: doubling, then bisection, each trial a few
+steps in a process of its own, optimizer states and the longest rows included, so that running out of memory costs only that
+trial. Then tokens a second there and at 32 rows, and what 10^9 real (unpadded) tokens cost. Rows are kept in fit.json of the
+results folder; the same command resumes.""",
+    "campaign": """\
 Doctor with measured ceilings, the kernels' speed, the matrix at real size, kernels against float64, what the instruments
 cost, what fits at most, and the dossier. Each stage is a process of its own, and its outcome is recorded.
 The same command resumes where it was cut, by a signal, SIGKILL or the end of its minutes: several calls make one campaign,
 and each leaves a dossier of what there is by then. The matrix begins with one seed of at least 80 steps for every case and
-configuration; what these took plans more seeds and steps for --total-minutes, once."""
+configuration; what these took plans more seeds and steps for --total-minutes, once.""",
+}
 
 
 def _campaign(command: argparse.ArgumentParser) -> None:
     """Those that make the campaign what it is default to None: a later call finds them in campaign.json."""
-    command.description = CAMPAIGN_DESCRIPTION
-    command.formatter_class = argparse.RawDescriptionHelpFormatter
-    time = command.add_argument_group("time")
-    time.add_argument(
-        "--minutes", type=positive, default=30.0, metavar="M", help="of this call, the dossier included (default 30)"
-    )
-    time.add_argument(
-        "--total-minutes",
-        type=positive,
-        metavar="T",
-        help="of all calls together, for which steps and seeds are planned; default: the first call's --minutes",
-    )
-    place = command.add_argument_group("folders")
-    place.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="the dossier and its data, small enough to commit; "
-        "default: dossiers/<device>. Where results are missing, a campaign resumes from here",
-    )
-    place.add_argument("--results", type=Path, metavar="DIR", help="the working results folder; default: results/<device>")
+    add = command.add_argument_group("time").add_argument
+    add("--minutes", type=positive, default=30.0, metavar="M", help="of this call, the dossier included (default 30)")
+    total = "of all calls together, for which steps and seeds are planned; default: the first call's --minutes"
+    add("--total-minutes", type=positive, metavar="T", help=total)
+    add = command.add_argument_group("folders").add_argument
+    where = "default: dossiers/<device>. Where results are missing, a campaign resumes from here"
+    add("--out", type=Path, metavar="DIR", help=f"the dossier and its data, small enough to commit; {where}")
+    add("--results", type=Path, metavar="DIR", help="the working results folder; default: results/<device>")
     what = command.add_argument_group("what is measured")
+    add = what.add_argument
     changes: dict[str, dict[str, Any]] = {
         "preset": {"choices": list(PRESETS), "help": "default: full on a GPU; on a CPU only tiny makes sense"},
         "max_steps": {"help": "instead of as many as fit"},
     }
     add_settings(what, CAMPAIGN_SETTINGS, strict=True, defaults=False, changes=changes)
-    what.add_argument(
-        "--cases",
-        nargs="+",
-        metavar="CASE",
-        help="default: the six, and gpt2_clm at 512 tokens as the matched control (also: CASE@TOKENS)",
-    )
-    what.add_argument("--configs", nargs="+", metavar="CONFIG", help="default: the seven")
-    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of as many as fit")
-    what.add_argument(
-        "--ops", nargs="+", choices=OPS, metavar="OP", help=f"kernels to check and bench; default: {', '.join(OPS)}"
-    )
-    what.add_argument("--pairs", type=at_least_one, metavar="N", help="pairs per ratio of both benchmarks; default: theirs")
-    what.add_argument("--skip", nargs="+", choices=SKIPPABLE, metavar="STAGE", help=", ".join(SKIPPABLE))
-    what.add_argument("--price-per-hour", type=positive, metavar="X", help="of this machine, for costs in dossier and fit")
-    how = command.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="print the plan, from estimates or from the runs that are there")
-    how.add_argument("--retry-failed", action="store_true", help="try stages again that failed in an earlier call")
-    how.add_argument("--json", action="store_true", help="campaign.json on standard output at the end")
+    cases = "default: the six, and gpt2_clm at 512 tokens as the matched control (also: CASE@TOKENS)"
+    add("--cases", nargs="+", metavar="CASE", help=cases)
+    _configs(what, allowed="")
+    add("--seeds", nargs="+", type=int, metavar="N", help="instead of as many as fit")
+    add("--ops", nargs="+", choices=OPS, metavar="OP", help=f"kernels to check and bench; default: {', '.join(OPS)}")
+    add("--pairs", type=at_least_one, metavar="N", help="pairs per ratio of both benchmarks; default: theirs")
+    add("--skip", nargs="+", choices=SKIPPABLE, metavar="STAGE", help=", ".join(SKIPPABLE))
+    add("--price-per-hour", type=positive, metavar="X", help="of this machine, for costs in dossier and fit")
+    add = command.add_argument_group("how").add_argument
+    add("--dry-run", action="store_true", help="print the plan, from estimates or from the runs that are there")
+    add("--retry-failed", action="store_true", help="try stages again that failed in an earlier call")
+    add("--json", action="store_true", help="campaign.json on standard output at the end")
 
 
 def _flops(command: argparse.ArgumentParser) -> None:
-    command.add_argument("names", nargs="*", metavar="CASE", help="a case id or path/to/file.py:NAME")
-    _both(command, "--model-arch", metavar="ARCH", help="with --task: the case, the long way")
-    command.add_argument(
-        "--config",
-        default="fp32_true",
-        metavar="CONFIG",
-        help="the dtype configuration that says which product runs in which dtype; default fp32_true",
-    )
+    add = command.add_argument
+    add("names", nargs="*", metavar="CASE", help="a case id or path/to/file.py:NAME")
+    add("--model-arch", metavar="ARCH", help="with --task: the case, the long way")
+    config = "the dtype configuration that says which product runs in which dtype; default fp32_true"
+    add("--config", default="fp32_true", metavar="CONFIG", help=config)
     changes = {
         "data": {"help": "where vocabulary and labels come from"},
         "weights": {"help": "whose sizes; default: the preset's"},
@@ -405,92 +334,64 @@ def _flops(command: argparse.ArgumentParser) -> None:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", metavar="RUN_ID", help="a run id, the beginning of one, or the path of a run's folder")
-    command.add_argument(
-        "--repro",
-        type=Path,
-        metavar="FILE.py",
-        help="write a script that runs the failing op with torch alone, its tensors beside it",
-    )
-    command.add_argument(
-        "--try",
-        dest="changes",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="CHANGE",
-        help="replay from the snapshot with one change: fp32_head, eps, fp32_states, scaler, fp32:MODULE "
-        "or all; says whether the run survives, what it costs, and whether the cause is confirmed",
-    )
-    command.add_argument(
-        "--steps",
-        type=int,
-        metavar="K",
-        help="with --try: up to K steps from the snapshot; default 20, or 5 beyond the failure",
-    )
-    command.add_argument(
-        "--trust-run",
-        action="store_true",
-        help="with --try or --repro: load the code, data and weights that a run names which somebody else made",
-    )
-    _out(command)
-    _json(command)
+    add = command.add_argument
+    add("run", metavar="RUN_ID", help="a run id, the beginning of one, or the path of a run's folder")
+    repro = "write a script that runs the failing op with torch alone, its tensors beside it"
+    add("--repro", type=Path, metavar="FILE.py", help=repro)
+    changes = "fp32_head, eps, fp32_states, scaler, fp32:MODULE or all"
+    does = "says whether the run survives, what it costs, and whether the cause is confirmed"
+    again = f"replay from the snapshot with one change: {changes}; {does}"
+    add("--try", dest="changes", nargs="+", action="extend", default=[], metavar="CHANGE", help=again)
+    steps = "with --try: up to K steps from the snapshot; default 20, or 5 beyond the failure"
+    add("--steps", type=int, metavar="K", help=steps)
+    trust = "with --try or --repro: load the code, data and weights that a run names which somebody else made"
+    add("--trust-run", action="store_true", help=trust)
+    _out_and_json(command)
 
 
 def _diff(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs=2, metavar="RUN_ID", help="run ids, beginnings of them, or paths of run folders")
-    _out(command)
-    _json(command)
+    _out_and_json(command)
 
 
 def _predict(command: argparse.ArgumentParser) -> None:
-    command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
-    _out(command)
-    _json(command)
+    _case_id(command)
+    _out_and_json(command)
 
 
 def _repair(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="DIR", help="a results folder, such as results/nvidia-h200")
-    command.add_argument(
-        "--merge",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR2",
-        help="copy the finished runs of these folders that DIR lacks, first",
-    )
+    merge = "copy the finished runs of these folders that DIR lacks, first"
+    command.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR2", help=merge)
     _json(command)
 
 
 def _doctor(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--measure",
-        action="store_true",
-        help="measure matmul rates and copy bandwidth, into machine.json of the results folder",
-    )
-    _json(command)
-    _out(command)
+    measure = "measure matmul rates and copy bandwidth, into machine.json of the results folder"
+    command.add_argument("--measure", action="store_true", help=measure)
+    _out_and_json(command)
 
 
 def _bench(command: argparse.ArgumentParser) -> None:
-    command.add_argument("what", nargs="*", metavar="overhead", help="what the instruments cost a training step")
-    command.add_argument("--pairs", type=at_least_one, default=48, metavar="N", help="rounds of the arms (default 48)")
-    command.add_argument("--at-most", type=float, metavar="SECONDS", help="no other round after so many seconds")
-    command.add_argument("--out", type=Path, metavar="DIR", help="write DIR/overhead.json for the dossier, too")
+    add = command.add_argument
+    add("what", nargs="*", metavar="overhead", help="what the instruments cost a training step")
+    add("--pairs", type=at_least_one, default=48, metavar="N", help="rounds of the arms (default 48)")
+    add("--at-most", type=float, metavar="SECONDS", help="no other round after so many seconds")
+    add("--out", type=Path, metavar="DIR", help="write DIR/overhead.json for the dossier, too")
     _json(command)
 
 
-def _out(command: argparse.ArgumentParser) -> None:
+def _case_id(command: argparse.ArgumentParser) -> None:
+    command.add_argument("case", metavar="CASE", help="a case id or path/to/file.py:NAME")
+
+
+def _out_and_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, metavar="DIR", help="results folder; default: results/<device>")
+    _json(command)
 
 
 def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="JSON on standard output")
-
-
-def _both(command, flag: str, **options) -> None:
-    """An option that can be spelled with dashes or, as people used to, with underscores."""
-    command.add_argument(*dict.fromkeys((flag, "--" + flag[2:].replace("-", "_"))), **options)
 
 
 COMMANDS = {

@@ -32,7 +32,7 @@ from bench_cases.models import build_model
 from harness.exit_codes import OK
 from harness.figures import Figure, half_width_95, machine, show, show_machine, summarize
 from harness.optimizer import learning_rate
-from harness.planning import plan_run
+from harness.planning import choose_device, plan_run
 from harness.precision import Precision
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.run.instruments import Instruments
@@ -52,26 +52,18 @@ WARMUP_ROUNDS = 3
 SELDOM = 4
 IN_EVERY_ROUND = ("bare", "bare_again", "light")
 ARMS = ("bare", "bare_again", "light", "full", "watch", "debug_underflow_overflow", "detect_anomaly")
-
-
-MOVED = {
-    "help": "python -m benchmarks help",
-    "run": "python -m benchmarks run",
-    "matrix": "python -m benchmarks matrix",
-    "trainer": "python -m benchmarks trainer",
-    "forensics": "python -m tests.soak.forensics",
-    "reliability": "python -m tests.soak.reliability",
-}
-"""Benchmarks that are not part of the package any more, and the command in a clone that runs each."""
+BARE = ("bare", "bare_again", "watch", "debug_underflow_overflow", "detect_anomaly")
+"""The arms whose loop is written by hand."""
+ELSEWHERE = {"forensics": "tests.soak.forensics", "reliability": "tests.soak.reliability"}
+ELSEWHERE |= {name: f"benchmarks {name}" for name in ("help", "run", "matrix", "trainer")}
+"""Benchmarks that are no part of the package, and the module of a clone that runs each."""
 
 
 def bench_command(options: argparse.Namespace) -> int:
     """Measure and print; a missed target is a result, not an error. Raises `SettingsError` for another benchmark."""
-    for name in options.what:
-        if name in MOVED:
-            raise SettingsError(f"bench {name} is `{MOVED[name]}` in a clone of the project; here: bench overhead")
-        if name != "overhead":
-            raise SettingsError(f"no benchmark {name!r}; allowed: overhead")
+    for name in sorted(set(options.what) - {"overhead"}):
+        where = f"; in a clone of the project it is `python -m {ELSEWHERE[name]}`" if name in ELSEWHERE else ""
+        raise SettingsError(f"no benchmark {name!r}; allowed: overhead{where}")
     here = machine()
     show_machine(here, options.pairs)
     figures = measure(options.pairs, options.out, options.at_most)
@@ -85,7 +77,7 @@ def bench_command(options: argparse.Namespace) -> int:
 def measure(pairs: int, out: Path | None = None, at_most_s: float | None = None) -> list[Figure]:
     """Ratios of every arm's step time to the bare loop's; ``out`` gets ``overhead.json``. No round begins after
     ``at_most_s`` seconds of rounds: there are fewer pairs then, and wider intervals."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto")
     with tempfile.TemporaryDirectory() as folder:
         arms, facts, close = make_arms(device, Path(folder))
         try:
@@ -94,14 +86,8 @@ def measure(pairs: int, out: Path | None = None, at_most_s: float | None = None)
             close()
     figures = [*_figures(wall_s, "", facts, TARGETS[device.type]), *_figures(cpu_s, "_cpu", facts, None), log_write()]
     if out is not None:
-        rows = {
-            "device": str(device),
-            "pairs": len(wall_s["bare"]),
-            **facts,
-            "rows": [figure.as_row() for figure in figures],
-            "wall_s": wall_s,
-            "cpu_s": cpu_s,
-        }
+        rows = {"device": str(device), "pairs": len(wall_s["bare"]), **facts, "rows": [figure.as_row() for figure in figures]}
+        rows |= {"wall_s": wall_s, "cpu_s": cpu_s}
         replace_file(out / "overhead.json", json.dumps(rows, allow_nan=False).encode() + b"\n")
     return figures
 
@@ -174,40 +160,32 @@ def _figures(seconds: dict[str, list[float]], suffix: str, facts: dict[str, obje
     """The bare step's time, and every other arm's ratio to it."""
     bare = seconds["bare"]
     figures = [summarize("overhead", f"bare_step_s{suffix}", bare, "s", note=str(facts["what"]))]
+    added = {}
     for name in ARMS[1:]:
-        ratios = [a / b for a, b in zip(seconds[name], bare, strict=True) if a is not None]
-        note = _note(name, ratios, facts)
-        figures.append(
-            summarize("overhead", f"{name}{suffix}", ratios, "ratio", note=note, at_most=target if name == "light" else None)
-        )
-    added = {
-        name: median(a - b for a, b in zip(seconds[name], bare, strict=True) if a is not None)
-        for name in ("light", "debug_underflow_overflow")
-    }
+        pairs = [(a, b) for a, b in zip(seconds[name], bare, strict=True) if a is not None]
+        ratios, added[name] = [a / b for a, b in pairs], median(a - b for a, b in pairs)
+        note = _width(ratios) if name == "bare_again" else str(facts["notes"].get(name, ""))
+        at_most = target if name == "light" else None
+        figures.append(summarize("overhead", f"{name}{suffix}", ratios, "ratio", note=note, at_most=at_most))
     if added["light"] > 0:
-        figures.append(
-            summarize(
-                "overhead",
-                f"added_debug_over_light{suffix}",
-                [added["debug_underflow_overflow"] / added["light"]],
-                "ratio",
-                note="time added by DebugUnderflowOverflow over time added by light",
-            )
+        over, note = (
+            added["debug_underflow_overflow"] / added["light"],
+            "time added by DebugUnderflowOverflow over that by light",
         )
+        figures.append(summarize("overhead", f"added_debug_over_light{suffix}", [over], "ratio", note=note))
     return figures
 
 
-def _note(name: str, ratios: list[float], facts: dict[str, object]) -> str:
-    if name == "bare_again":
-        half = half_width_95(ratios)
-        width = math.inf if half is None else 2 * half
-        verdict = "under" if width < A_A_INTERVAL else "not under"
-        return f"A/A: the interval is {width:.2%} wide, {verdict} the {A_A_INTERVAL:.0%} that a claim of 1 % needs"
-    return str(facts["notes"].get(name, ""))
+def _width(ratios: list[float]) -> str:
+    """Of the A/A arm's interval."""
+    half = half_width_95(ratios)
+    width = math.inf if half is None else 2 * half
+    verdict = "under" if width < A_A_INTERVAL else "not under"
+    return f"A/A: the interval is {width:.2%} wide, {verdict} the {A_A_INTERVAL:.0%} that a claim of 1 % needs"
 
 
-SIZES = {"cpu": {"n_embd": 256, "n_layer": 12, "n_head": 4}}
-"""On a CPU, GPT-2 with about 10 million parameters; on a GPU, the full preset's."""
+CPU_SIZES = {"n_embd": 256, "n_layer": 12, "n_head": 4}
+"""GPT-2 with about 10 million parameters; on a GPU the full preset's."""
 
 
 def make_arms(device: torch.device, folder: Path) -> tuple[dict[str, Iterator[None]], dict[str, object], Callable[[], None]]:
@@ -215,17 +193,14 @@ def make_arms(device: torch.device, folder: Path) -> tuple[dict[str, Iterator[No
     settings = _settings(device)
     data = load_run_data(settings)
     model = build_model(model_request(settings, data))
-    batches = make_batches(settings, data)
-    made = _Repeating(batches)
+    made = _Repeating(make_batches(settings, data))
     closing = ExitStack()
     arms: dict[str, Iterator[None]] = {}
     notes: dict[str, str] = {}
-    for name in ("bare", "bare_again", "watch", "debug_underflow_overflow", "detect_anomaly"):
-        arms[name] = _bare(name, copy.deepcopy(model).to(device), made, settings, data.valid_vocab, closing)
+    for name in BARE:
+        arms[name] = _bare(name, copy.deepcopy(model).to(device), made, settings, closing)
     for name in ("light", "full"):
-        arms[name] = _ours(
-            replace(settings, instrument=name), copy.deepcopy(model), batches, data.valid_vocab, folder, closing, notes
-        )
+        arms[name] = _ours(replace(settings, instrument=name), copy.deepcopy(model), made, folder, closing, notes)
     what = (
         f"gpt2_clm fp32_true, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {settings.batch_size} x "
         f"{settings.seq_len} tokens, micro-batch {settings.micro_batch}, {words_for(torch.get_num_threads(), 'thread')}"
@@ -234,28 +209,18 @@ def make_arms(device: torch.device, folder: Path) -> tuple[dict[str, Iterator[No
 
 
 def _settings(device: torch.device) -> RunSettings:
-    case = CASES["gpt2_clm"]
+    case, preset, config, seq_len = CASES["gpt2_clm"], "full", "amp_bf16", 1024
     if device.type == "cpu":
-        sizes = {**case.architecture.sizes, "tiny": {**case.architecture.sizes["tiny"], **SIZES["cpu"]}}
+        sizes = {**case.architecture.sizes, "tiny": {**case.architecture.sizes["tiny"], **CPU_SIZES}}
         case = replace(case, architecture=replace(case.architecture, sizes=sizes))
-    asked = Request(
-        preset="tiny" if device.type == "cpu" else "full",
-        data="embedded",
-        weights="scratch",
-        batch_size=8,
-        micro_batch=4,
-        seq_len=256 if device.type == "cpu" else 1024,
-        threads=1,
-        max_steps=10_000,
-    )
-    return plan_run(case, DTYPE_CONFIGS["fp32_true" if device.type == "cpu" else "amp_bf16"], 0, asked, device)
+        preset, config, seq_len = "tiny", "fp32_true", 256
+    made = {"data": "embedded", "weights": "scratch", "batch_size": 8, "micro_batch": 4, "threads": 1, "max_steps": 10_000}
+    return plan_run(case, DTYPE_CONFIGS[config], 0, Request(preset=preset, seq_len=seq_len, **made), device)
 
 
-def _bare(
-    name: str, model: nn.Module, batches: _Repeating, settings: RunSettings, valid_vocab: int, closing: ExitStack
-) -> Iterator[None]:
+def _bare(name: str, model: nn.Module, batches: _Repeating, settings: RunSettings, closing: ExitStack) -> Iterator[None]:
     """The loop that one would write by hand: eager loss, `clip_grad_norm_`, AdamW; nothing is measured."""
-    precision = Precision(settings.config, torch.device(settings.device), threads=settings.threads)
+    precision, schedule = Precision.of(settings), {"warmup_steps": settings.warmup_steps, "max_steps": settings.max_steps}
     closing.callback(precision.close)
     model = precision.prepare(model)
     optimizer = precision.make_optimizer(lr=settings.lr, weight_decay=settings.case.weight_decay, seed=0)
@@ -268,14 +233,14 @@ def _bare(
     def step(number: int) -> None:
         batch = batches.step(number)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                number, peak=settings.lr, warmup_steps=settings.warmup_steps, max_steps=settings.max_steps
-            )
+            group["lr"] = learning_rate(number, peak=settings.lr, **schedule)
         for micro in batch.micro_batches(settings.micro_batch):
             micro = micro.to(precision.device)
             with precision.forward():
                 logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
-                loss = F.cross_entropy(logits.flatten(0, 1)[:, :valid_vocab].float(), micro.targets.flatten(), reduction="sum")
+                loss = F.cross_entropy(
+                    logits.flatten(0, 1)[:, : batches.data.valid_vocab].float(), micro.targets.flatten(), reduction="sum"
+                )
             (loss / batch.n_targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
@@ -296,12 +261,12 @@ def _bare(
 
 
 def _ours(
-    settings: RunSettings, model: nn.Module, batches, valid_vocab: int, folder: Path, closing: ExitStack, notes: dict[str, str]
+    settings: RunSettings, model: nn.Module, batches: _Repeating, folder: Path, closing: ExitStack, notes: dict[str, str]
 ) -> Iterator[None]:
     """The harness's loop with everything that a run has on: meter, taps, snapshots, sampler, logs."""
-    precision = Precision(settings.config, torch.device(settings.device), threads=settings.threads)
+    precision = Precision.of(settings)
     closing.callback(precision.close)
-    training = Training.prepare(settings, model, _Repeating(batches), precision, valid_vocab)
+    training = Training.prepare(settings, model, batches, precision)
     run_folder = RunFolder(folder / settings.instrument, settings.run_id)
     closing.callback(run_folder.close)
     instruments = closing.enter_context(Instruments(settings, training, run_folder))

@@ -20,6 +20,7 @@ from bench_cases import DtypeConfig
 from harness import fp16_products
 from harness.loss import MeasuringGradScaler, gradients_of
 from harness.optimizer import OptimizerUnavailable, adamw_for
+from harness.settings import RunSettings
 from kernels import TensorStats, multi_tensor_stats, scale_
 from kernels.dispatch import DTYPES
 
@@ -138,6 +139,12 @@ class Precision:
                 )
             self._fp16_override = None if in_hardware else fp16_products.install()
             self.flags["fp16_products"] = "hardware" if in_hardware else "fp32, rounded once to fp16"
+
+    @classmethod
+    def of(cls, settings: RunSettings) -> Precision:
+        """As a run of these settings has it."""
+        s = settings
+        return cls(s.config, torch.device(s.device), attention=s.attention, threads=s.threads, compiled=s.compile)
 
     def close(self) -> None:
         """Take back the process-wide override, for callers that outlive the run (tests)."""

@@ -35,7 +35,6 @@ class Training:
     optimizer: torch.optim.Optimizer
     batches: Batches
     precision: Precision
-    valid_vocab: int | None
     context: DistributedContext = SINGLE_PROCESS
     strategy: ParallelStrategy = NO_PARALLELISM
     replayed: ParallelStrategy = NO_PARALLELISM
@@ -47,7 +46,6 @@ class Training:
         model: torch.nn.Module,
         batches: Batches,
         precision: Precision,
-        valid_vocab: int | None,
         context: DistributedContext = SINGLE_PROCESS,
     ) -> Training:
         """Put a freshly built model and its optimizer under the configuration."""
@@ -64,11 +62,15 @@ class Training:
             optimizer,
             batches,
             precision,
-            valid_vocab,
             context,
             strategy,
             NO_PARALLELISM if context.ranks.world == 1 else SummedGradients(context, precision.parameters),
         )
+
+    @property
+    def valid_vocab(self) -> int | None:
+        """Columns of a language model's head that mean something: the others pad the vocabulary."""
+        return None if self.settings.case.task.head == "classification" else self.batches.data.valid_vocab
 
     @property
     def options(self) -> LoopOptions:

@@ -103,20 +103,11 @@ def enter(settings: RunSettings, timed: bool, memory_limit_bytes: int | None, re
 
 def measure(settings: RunSettings, *, timed: bool) -> BatchTrial:
     """Train a few steps; with ``timed`` long enough to tell the speed. Raises what training raises."""
-    device = torch.device(settings.device)
     data = load_run_data(settings)
     batches = LongestFirst(make_batches(settings, data))
-    precision = Precision(
-        settings.config, device, attention=settings.attention, threads=settings.threads, compiled=settings.compile
-    )
+    precision = Precision.of(settings)
     try:
-        training = Training.prepare(
-            settings,
-            build_model(model_request(settings, data)),
-            batches,
-            precision,
-            data.valid_vocab if settings.case.task.head != "classification" else None,
-        )
+        training = Training.prepare(settings, build_model(model_request(settings, data)), batches, precision)
         gc.collect()
         _steps(training, 1, LONGEST_STEPS)
         warm_s, _, _ = _steps(training, LONGEST_STEPS + 1, WARM_STEPS if timed else 1)

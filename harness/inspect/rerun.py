@@ -46,22 +46,15 @@ class Rebuilt:
     settings: RunSettings
     model: torch.nn.Module
     batches: Batches
-    valid_vocab: int | None
     warnings: tuple[str, ...]
 
-    def training(self, config: DtypeConfig | None = None) -> Training:
-        """A training under the run's configuration or a changed one, all of them over the one model: whoever is
-        done with it closes its ``precision``, before the next is made."""
-        settings = self.settings if config is None else replace(self.settings, config=config)
-        precision = Precision(
-            settings.config,
-            torch.device(settings.device),
-            attention=settings.attention,
-            threads=settings.threads,
-            compiled=False,
-        )
+    def training(self, config: DtypeConfig) -> Training:
+        """A training under a configuration, all of them over the one model: whoever is done with it closes its ``precision``,
+        before the next is made."""
+        settings = replace(self.settings, config=config, compile=False)  # replays are eager
+        precision = Precision.of(settings)
         try:
-            return Training.prepare(settings, self.model, self.batches, precision, self.valid_vocab)
+            return Training.prepare(settings, self.model, self.batches, precision)
         except BaseException:
             precision.close()
             raise
@@ -126,8 +119,7 @@ def rebuild(record: RunRecord, *, trust: bool = False) -> Rebuilt:
                 f"{now[:12]} now; the run was made with torch {record.env.get('torch_version')}, this is "
                 f"{torch.__version__})"
             )
-    vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
-    return Rebuilt(settings, model, batches, vocabulary, tuple(_other_machine(record, settings)))
+    return Rebuilt(settings, model, batches, tuple(_other_machine(record, settings)))
 
 
 def _other_machine(record: RunRecord, settings: RunSettings) -> Iterator[str]:

@@ -62,7 +62,7 @@ class Trainer:
         s, outcome = self.settings, self.outcome
         error: BaseException | None = None
         outcome.flags["data"] = data.facts | {"vocabulary": data.valid_vocab}
-        precision = Precision(s.config, self.device, attention=s.attention, threads=s.threads, compiled=s.compile)
+        precision = Precision.of(s)
         try:
             outcome.flags |= precision.flags
             own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
@@ -72,9 +72,7 @@ class Trainer:
                 "autocast": precision.autocast_name,
             }
             self.stop.heartbeat.enter("build")
-            self.training = Training.prepare(
-                s, model, batches, precision, data.valid_vocab if s.case.task.head != "classification" else None, self.context
-            )
+            self.training = Training.prepare(s, model, batches, precision, self.context)
             if self.resume_state is not None:
                 self.resume_state.restore(self.training)
             resumed_after = self.resume_state.step if self.resume_state else 0

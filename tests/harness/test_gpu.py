@@ -33,7 +33,6 @@ def syncs(run_settings, steps, instrumented) -> list[str]:
         build_model(model_request(run_settings, data)),
         make_batches(run_settings, data),
         Precision(run_settings.config, device),
-        data.valid_vocab if run_settings.case.task.head != "classification" else None,
     )
 
     def loop(steps):

@@ -33,10 +33,7 @@ def fresh():
         data = load_run_data(settings)
         precision = Precision(settings.config, torch.device("cpu"), threads=1)
         made.append(precision)
-        vocabulary = data.valid_vocab if settings.case.task.head != "classification" else None
-        return Training.prepare(
-            settings, build_model(model_request(settings, data)), make_batches(settings, data), precision, vocabulary
-        )
+        return Training.prepare(settings, build_model(model_request(settings, data)), make_batches(settings, data), precision)
 
     yield make
     for precision in made:

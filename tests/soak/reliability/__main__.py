@@ -10,9 +10,16 @@ from pathlib import Path
 
 from harness.exit_codes import OK, RUN_FAILED, USAGE
 from harness.figures import machine, show_machine
-from harness.options import share
 from harness.settings import SettingsError
 from tests.soak.reliability.trials import KINDS, measure
+
+
+def share(text: str) -> float:
+    """A share above 0, up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: above 0, up to 1")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
