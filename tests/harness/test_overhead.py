@@ -119,6 +119,4 @@ def test_another_benchmark_is_refused_with_the_command_that_runs_it(name, capsys
     module, said = overhead.ELSEWHERE.get(name, "").split(" ")[:1], capsys.readouterr().err
     assert f"no benchmark {name!r}; allowed: overhead" in said
     assert name == "speed" or f"`python -m {overhead.ELSEWHERE[name]}`" in said
-        name == "speed" or f"-m {overhead.ELSEWHERE[name]}`" in said
-    )
     assert all(find_spec(f"{m}.__main__") for m in module if m)
