@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     top = Grammar(prog="python -m harness", epilog=EPILOG, formatter_class=raw, description=what)
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
     for name, (add_options, help_line) in COMMANDS.items():
-        how = {"description": DESCRIPTIONS[name], "formatter_class": raw} if name in DESCRIPTIONS else {}
+        how: dict[str, Any] = {"description": DESCRIPTIONS[name], "formatter_class": raw} if name in DESCRIPTIONS else {}
         add_options(commands.add_parser(name, help=help_line, **how))
     return top
 
