@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench_cases.lookup import check, check_id, index
+from bench_cases.lookup import check, check_choices, check_id, index
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class Task:
     def __post_init__(self) -> None:
         owner = f"task {self.id!r}"
         check_id(self.id, owner)
-        check(self.loss in LOSSES, owner, f"loss {self.loss!r} is none of {LOSSES}")
-        check(self.head in HEADS, owner, f"head {self.head!r} is none of {HEADS}")
-        check(self.metric in METRICS, owner, f"metric {self.metric!r} is none of {METRICS}")
+        check_choices(self, owner, loss=LOSSES, head=HEADS, metric=METRICS)
 
 
 CLM = Task("clm", "causal LM", "openwebtext", "clm", "causal_lm", "cross_entropy", "perplexity")

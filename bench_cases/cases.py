@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench_cases.architectures import CLM, GPT2, MLM, MULTI_CLS, ROBERTA, SINGLE_CLS, Architecture, Task
-from bench_cases.lookup import check, check_id, index
+from bench_cases.lookup import check, check_choices, check_id, index
 
 REDUCTIONS = ("mean", "label_sum")
 PRIORS = ("none", "log_odds")
+BCE = "bce_with_logits"
 
 
 @dataclass(frozen=True)
@@ -63,58 +64,30 @@ class Case:
         stem = f"{self.architecture.id}_{self.task.id}"
         check_id(self.id, owner)
         check(self.id.startswith(stem), owner, f"id must begin with {stem!r}")
-        check(self.loss_reduction in REDUCTIONS, owner, f"loss_reduction {self.loss_reduction!r} is none of {REDUCTIONS}")
-        check(
-            self.loss_reduction == "mean" or self.task.loss == "bce_with_logits",
-            owner,
-            "label_sum needs the loss bce_with_logits",
-        )
-        check(self.head_prior in PRIORS, owner, f"head_prior {self.head_prior!r} is none of {PRIORS}")
-        check(
-            self.head_prior == "none" or self.task.loss == "bce_with_logits",
-            owner,
-            "a prior of log-odds needs the loss bce_with_logits",
-        )
-        check(
-            self.task.head != "causal_lm" or self.architecture.causal,
-            owner,
-            f"a causal LM needs a causal architecture, and {self.architecture.id!r} is none",
-        )
-        check(
-            self.task.head != "masked_lm" or not self.architecture.causal,
-            owner,
-            f"a masked LM needs a bidirectional architecture, and {self.architecture.id!r} is causal",
-        )
+        check_choices(self, owner, loss_reduction=REDUCTIONS, head_prior=PRIORS)
+        bce, head, arch, causal = self.task.loss == BCE, self.task.head, self.architecture.id, self.architecture.causal
+        check(self.loss_reduction == "mean" or bce, owner, f"label_sum needs the loss {BCE}")
+        check(self.head_prior == "none" or bce, owner, f"a prior of log-odds needs the loss {BCE}")
+        check(head != "causal_lm" or causal, owner, f"a causal LM needs a causal architecture, and {arch!r} is none")
+        masked = f"a masked LM needs a bidirectional architecture, and {arch!r} is causal"
+        check(head != "masked_lm" or not causal, owner, masked)
         check(self.weight_decay >= 0, owner, f"weight_decay {self.weight_decay} is negative")
 
+
+GPT2_MULTI_CLS = Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(3e-3, 1e-4, 5e-5), head_prior="log_odds")
+ROBERTA_MULTI_CLS = Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5), head_prior="log_odds")
 
 CASES: dict[str, Case] = index(
     [
         Case("gpt2_clm", "A", GPT2, CLM, LearningRates(4e-3, 6e-4, 1e-4)),
         Case("roberta_mlm", "B", ROBERTA, MLM, LearningRates(2e-3, 4e-4, 5e-5)),
-        Case("gpt2_multi_cls", "C", GPT2, MULTI_CLS, LearningRates(3e-3, 1e-4, 5e-5), head_prior="log_odds"),
-        Case("roberta_multi_cls", "D", ROBERTA, MULTI_CLS, LearningRates(2e-3, 1e-4, 3e-5), head_prior="log_odds"),
+        GPT2_MULTI_CLS,
+        ROBERTA_MULTI_CLS,
         Case("gpt2_single_cls", "E", GPT2, SINGLE_CLS, LearningRates(1e-3, 1e-4, 5e-5)),
         Case("roberta_single_cls", "F", ROBERTA, SINGLE_CLS, LearningRates(1e-3, 1e-4, 3e-5)),
-        Case(
-            "gpt2_multi_cls_labelsum",
-            "C",
-            GPT2,
-            MULTI_CLS,
-            LearningRates(3e-3, 1e-4, 5e-5),
-            loss_reduction="label_sum",
-            head_prior="log_odds",
-            in_default_matrix=False,
-        ),
-        Case(
-            "roberta_multi_cls_labelsum",
-            "D",
-            ROBERTA,
-            MULTI_CLS,
-            LearningRates(2e-3, 1e-4, 3e-5),
-            loss_reduction="label_sum",
-            head_prior="log_odds",
-            in_default_matrix=False,
+        *(
+            replace(case, id=f"{case.id}_labelsum", loss_reduction="label_sum", in_default_matrix=False)
+            for case in (GPT2_MULTI_CLS, ROBERTA_MULTI_CLS)
         ),
     ]
 )

@@ -6,8 +6,9 @@ Torch-free. `harness.precision` is the only place that turns a declaration into 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from bench_cases.lookup import check, check_id, index
+from bench_cases.lookup import check, check_choices, check_id, index
 
 DTYPES = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("foreach", "fused", "fp32_states", "stochastic_rounding", "8bit")
@@ -50,32 +51,22 @@ class DtypeConfig:
     def __post_init__(self) -> None:
         owner = f"dtype configuration {self.id!r}"
         check_id(self.id, owner)
-        for name in ("weights", "compute", "head", "loss", "clip"):
-            value = getattr(self, name)
-            check(value in DTYPES, owner, f"{name} {value!r} is none of {DTYPES}")
-        check(self.optimizer in OPTIMIZERS, owner, f"optimizer {self.optimizer!r} is none of {OPTIMIZERS}")
+        check_choices(
+            self, owner, **dict.fromkeys(("weights", "compute", "head", "loss", "clip"), DTYPES), optimizer=OPTIMIZERS
+        )
         check(self.eps > 0, owner, f"eps {self.eps} is not positive")
-        check(
-            self.weights in ("fp32", self.compute),
-            owner,
-            f"{self.weights} weights cannot be computed in {self.compute}: autocast needs fp32 weights",
-        )
-        check(self.head in (self.compute, "fp32"), owner, f"the head runs in {self.compute} or in fp32, not in {self.head}")
-        check(self.head == self.compute or self.weights == "fp32", owner, "an fp32 head needs fp32 weights")
-        check(
-            not self.scaler or self.weights == "fp32",
-            owner,
-            "the loss scaler refuses 16-bit gradients, so it needs fp32 weights",
-        )
-        check(self.loss in ("fp32", self.compute), owner, f"a {self.loss} loss needs {self.loss} logits")
-        check(self.clip in ("fp32", self.weights), owner, f"gradients are {self.weights}, not {self.clip}")
-        check(not self.tf32 or self.compute == "fp32", owner, "tf32 concerns fp32 products only")
-        check(
-            self.optimizer != "stochastic_rounding" or self.weights == "bf16",
-            owner,
-            "stochastic rounding is defined for bf16 weights",
-        )
-        check(self.optimizer != "8bit" or self.weights == "fp32", owner, "8-bit AdamW needs fp32 weights")
+        weights, compute, full = self.weights, self.compute, self.weights == "fp32"
+        mixed = f"{weights} weights cannot be computed in {compute}: autocast needs fp32 weights"
+        check(full or weights == compute, owner, mixed)
+        check(self.head in (compute, "fp32"), owner, f"the head runs in {compute} or in fp32, not in {self.head}")
+        check(full or self.head == compute, owner, "an fp32 head needs fp32 weights")
+        check(full or not self.scaler, owner, "the loss scaler refuses 16-bit gradients, so it needs fp32 weights")
+        check(self.loss in ("fp32", compute), owner, f"a {self.loss} loss needs {self.loss} logits")
+        check(self.clip in ("fp32", weights), owner, f"gradients are {weights}, not {self.clip}")
+        check(not self.tf32 or compute == "fp32", owner, "tf32 concerns fp32 products only")
+        stochastic = self.optimizer == "stochastic_rounding"
+        check(not stochastic or weights == "bf16", owner, "stochastic rounding is defined for bf16 weights")
+        check(full or self.optimizer != "8bit", owner, "8-bit AdamW needs fp32 weights")
 
     @property
     def autocast(self) -> str | None:
@@ -93,6 +84,8 @@ def _amp(id: str, compute: str, **changes) -> DtypeConfig:
     return DtypeConfig(id, weights="fp32", compute=compute, loss="fp32", **{"head": compute, **changes})
 
 
+EXTRA: dict[str, Any] = {"in_default_matrix": False}  # run by name, or with --configs all
+
 DTYPE_CONFIGS: dict[str, DtypeConfig] = index(
     [
         DtypeConfig("fp32_true", "fp32", "fp32", "fp32", "fp32", note="the golden reference"),
@@ -102,22 +95,14 @@ DTYPE_CONFIGS: dict[str, DtypeConfig] = index(
         DtypeConfig("bf16_pure", "bf16", "bf16", "bf16", "bf16"),
         _amp("amp_bf16_8bit", "bf16", optimizer="8bit"),
         _amp("amp_bf16_fp32_head", "bf16", head="fp32"),
-        # Extras, by name or with --configs all.
-        DtypeConfig("fp32_tf32", "fp32", "fp32", "fp32", "fp32", tf32=True, in_default_matrix=False),
+        DtypeConfig("fp32_tf32", "fp32", "fp32", "fp32", "fp32", tf32=True, **EXTRA),
+        _naive_fp16("fp16_naive_eps1e4", eps=1e-4, note="removes the division by zero, not the underflow", **EXTRA),
         _naive_fp16(
-            "fp16_naive_eps1e4", eps=1e-4, in_default_matrix=False, note="removes the division by zero, not the underflow"
+            "fp16_naive_fp32_states", optimizer="fp32_states", note="the clean control for what precision itself does", **EXTRA
         ),
-        _naive_fp16(
-            "fp16_naive_fp32_states",
-            optimizer="fp32_states",
-            in_default_matrix=False,
-            note="the clean control for what precision itself does",
-        ),
-        _naive_fp16(
-            "fp16_naive_clip16", clip="fp16", in_default_matrix=False, note="the gradient norm is accumulated in fp16 too"
-        ),
-        _amp("amp_fp16_unscaled", "fp16", in_default_matrix=False),
-        DtypeConfig("bf16_pure_sr", "bf16", "bf16", "bf16", "bf16", optimizer="stochastic_rounding", in_default_matrix=False),
-        _amp("amp_bf16_fused_adamw", "bf16", optimizer="fused", in_default_matrix=False),
+        _naive_fp16("fp16_naive_clip16", clip="fp16", note="the gradient norm is accumulated in fp16 too", **EXTRA),
+        _amp("amp_fp16_unscaled", "fp16", **EXTRA),
+        DtypeConfig("bf16_pure_sr", "bf16", "bf16", "bf16", "bf16", optimizer="stochastic_rounding", **EXTRA),
+        _amp("amp_bf16_fused_adamw", "bf16", optimizer="fused", **EXTRA),
     ]
 )

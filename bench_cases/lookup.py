@@ -92,6 +92,12 @@ def check(condition: bool, owner: str, message: str) -> None:
         raise BadDeclaration(f"{owner}: {message}")
 
 
+def check_choices(entry: Any, owner: str, **allowed: tuple[str, ...]) -> None:
+    """Each named field of ``entry`` is one of the values ``allowed`` for it."""
+    for name, values in allowed.items():
+        check((value := getattr(entry, name)) in values, owner, f"{name} {value!r} is none of {values}")
+
+
 OURS = ("bench_cases", "ddbench", "harness", "instrument", "kernels", "report")
 
 

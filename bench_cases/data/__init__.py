@@ -7,11 +7,13 @@ tokenizer, arrays or batches has a module of its own here. Torch-free; libraries
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench_cases.architectures import TASKS
 from bench_cases.data import cache, folder, tokenized, tokenizer
 from bench_cases.data.documents import Corpus, DataError, DataUnavailable, limit
 from bench_cases.data.tokenizer import TokenizerSpec
@@ -19,7 +21,6 @@ from bench_cases.data.tokenizer import TokenizerSpec
 __all__ = ["DataError", "DataRequest", "DataUnavailable", "fingerprint", "load_data"]
 
 EMBEDDED_VERSION = 2  # equal to embedded.VERSION (a test says so); the generator is imported only to build
-TEXT_OF_TASK = {"clm": "openwebtext", "mlm": "openwebtext", "multi_cls": "eurlex", "single_cls": "eurlex"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class DataRequest:
 
     @property
     def kind(self) -> str:
-        return self.text or TEXT_OF_TASK.get(self.task, "")
+        return self.text or (TASKS[self.task].text if self.task in TASKS else "")
 
     @property
     def bpe_flavour(self) -> str:
@@ -73,15 +74,15 @@ def load_data(source: str, *, cache_dir: Path | None = None, **options: Any) -> 
 
     def build(work: Path) -> dict:
         corpus = recipe.corpus()
-        documents = limit(corpus.documents, request.max_documents, request.validation_documents)
-        corpus = Corpus(corpus.name, corpus.source, documents, corpus.fingerprint, corpus.facts)
+        corpus = replace(corpus, documents=limit(corpus.documents, request.max_documents, request.validation_documents))
         made = tokenizer.open_tokenizer(recipe.tokenizer, recipe.training_texts(corpus))
         arrays, meta = tokenized.tokenize(corpus, made)
         tokenized.save(work, arrays)
-        tokenizer.keep(made, work)
+        if hasattr(made.backend, "to_str"):  # a fast one stands beside the data it made
+            (work / "tokenizer.json").write_text(made.backend.to_str(), "utf-8")
         return meta
 
-    where, meta = cache.obtain("tokenized", _identity(request, recipe), build, cache_dir)
+    where, meta = cache.obtain("tokenized", recipe.key, build, cache_dir)
     data = tokenized.open_saved(where, meta["data"])
     if request.task == "mlm" and data.special.mask is None:
         raise DataError(f"tokenizer {data.tokenizer_id} has no mask token; masked LM needs one")
@@ -92,89 +93,49 @@ def fingerprint(source: str, **options: Any) -> str:
     """sha256 (hex) that names the data ``load_data`` would return, without tokenising anything.
 
     Of the file contents for folders and files, of the generator's version for ``embedded``, of
-    repository, revision and number of documents for ``hub``. Same arguments as `load_data`.
+    repository, revision and number of documents for ``hub``. Same arguments as `load_data`, but for its cache.
     """
-    options.pop("cache_dir", None)
-    request = DataRequest(source, **options)
-    return cache.key(_identity(request, _recipe(request, None)))
+    return cache.key(_recipe(DataRequest(source, **options), None).key)
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What would be built: the corpus's identity and maker, and the tokenizer."""
+    """What would be built: the corpus's maker and the tokenizer, and the ``key`` of both in the cache."""
 
-    identity: dict[str, Any]
+    key: dict[str, Any]
     corpus: Callable[[], Corpus]
     tokenizer: TokenizerSpec
     training_texts: Callable[[Corpus], list[str]]
 
 
-def _identity(request: DataRequest, recipe: _Recipe) -> dict[str, object]:
-    return {
-        "corpus": recipe.identity,
-        "tokenizer": recipe.tokenizer.identity,
-        "max_documents": request.max_documents,
-        "validation_documents": request.validation_documents,
-    }
-
-
 def _recipe(request: DataRequest, cache_dir: Path | None) -> _Recipe:
+    texts, spec = _train_texts, _asked_tokenizer(request)
     if request.source == "embedded":
-        return _embedded(request)
-    if request.source == "hub" or request.source.startswith("hub:"):
-        return _hub(request, cache_dir)
-    return _folder(request)
+        name = {"eurlex": "law", "openwebtext": "web"}[request.kind]
+        # The generator rests on numpy's bit stream; a stable one by promise, but the key costs nothing.
+        identity = {"source": "embedded", "version": EMBEDDED_VERSION, "corpus": name, "numpy": version("numpy")}
+        generator = f"embedded-{EMBEDDED_VERSION}-numpy-{version('numpy')}"
+        spec = spec or tokenizer.trained(request.bpe_flavour, [generator], tokenizer.EMBEDDED_VOCABULARY)
+        corpus, texts = partial(_embedded, name), _texts_of_both
+    elif request.source == "hub" or request.source.startswith("hub:"):
+        from bench_cases.data import hub
 
-
-def _embedded(request: DataRequest) -> _Recipe:
-    name = {"eurlex": "law", "openwebtext": "web"}[request.kind]
-    # The generator rests on numpy's bit stream; a stable one by promise, but the key costs nothing.
-    identity = {"source": "embedded", "version": EMBEDDED_VERSION, "corpus": name, "numpy": version("numpy")}
-
-    def corpus() -> Corpus:
-        from bench_cases.data import embedded
-
-        return embedded.corpus(name)
-
-    def texts(built: Corpus) -> list[str]:
-        from bench_cases.data import embedded
-
-        # One vocabulary for both corpora, from a part of each: law and web models are the same size.
-        law = built if name == "law" else embedded.corpus("law")
-        web = built if name == "web" else embedded.corpus("web")
-        return [d.text for c in (law, web) for d in c.documents[:300]]
-
-    spec = _asked_tokenizer(request) or tokenizer.trained(
-        request.bpe_flavour, [f"embedded-{EMBEDDED_VERSION}-numpy-{version('numpy')}"], tokenizer.EMBEDDED_VOCABULARY
-    )
-    return _Recipe(identity, corpus, spec, texts)
-
-
-def _folder(request: DataRequest) -> _Recipe:
-    path = folder.find(request.source, request.kind)
-    own_file = Path(request.source).expanduser().is_file()
-    fields = (request.kind, request.text_field, request.label_field)
-    identity = folder.identity(path, *fields)
-    spec = _asked_tokenizer(request)
-    if spec is None and (brought := folder.tokenizer_folder(request.source, request.arch)) is not None:
-        spec = tokenizer.in_folder(brought, request.bpe_flavour)
-    spec = spec or _trained_on(request, identity)
-
-    def corpus() -> Corpus:
-        return folder.corpus(path, *fields, own_file=own_file, file_sha256=identity["file_sha256"])
-
-    return _Recipe(identity, corpus, spec, _train_texts)
-
-
-def _hub(request: DataRequest, cache_dir: Path | None) -> _Recipe:
-    from bench_cases.data import hub
-
-    wanted = hub.Wanted.parse(request.source, request.kind, request.max_documents, request.validation_documents)
-    identity = wanted.identity()
-    spec = _asked_tokenizer(request)
-    if spec is None and request.arch in hub.TOKENIZERS:
-        spec = tokenizer.on_hub(hub.TOKENIZERS[request.arch], request.bpe_flavour)
-    return _Recipe(identity, lambda: hub.corpus(wanted, cache_dir), spec or _trained_on(request, identity), _train_texts)
+        wanted = hub.Wanted.parse(request.source, request.kind, request.max_documents, request.validation_documents)
+        identity, corpus = wanted.identity(), partial(hub.corpus, wanted, cache_dir)
+        if spec is None and request.arch in hub.TOKENIZERS:
+            spec = tokenizer.on_hub(hub.TOKENIZERS[request.arch], request.bpe_flavour)
+    else:
+        path, given = folder.find(request.source, request.kind), Path(request.source).expanduser()
+        fields = (request.kind, request.text_field, request.label_field)
+        identity = folder.identity(path, *fields)
+        corpus = partial(folder.corpus, path, *fields, own_file=given.is_file(), file_sha256=identity["file_sha256"])
+        if spec is None and (given / request.arch).is_dir():
+            spec = tokenizer.in_folder(given / request.arch, request.bpe_flavour)
+    if spec is None:
+        digest = cache.key({**identity, "max_documents": request.max_documents})
+        spec = tokenizer.trained(request.bpe_flavour, [digest], tokenizer.VOCABULARY)
+    bounds = {"max_documents": request.max_documents, "validation_documents": request.validation_documents}
+    return _Recipe({"corpus": identity, "tokenizer": spec.identity, **bounds}, corpus, spec, texts)
 
 
 def _asked_tokenizer(request: DataRequest) -> TokenizerSpec | None:
@@ -188,9 +149,16 @@ def _asked_tokenizer(request: DataRequest) -> TokenizerSpec | None:
     return tokenizer.on_hub(request.tokenizer, request.bpe_flavour)
 
 
-def _trained_on(request: DataRequest, identity: dict[str, Any]) -> TokenizerSpec:
-    digest = cache.key({**identity, "max_documents": request.max_documents})
-    return tokenizer.trained(request.bpe_flavour, [digest], tokenizer.VOCABULARY)
+def _embedded(name: str) -> Corpus:
+    from bench_cases.data import embedded
+
+    return embedded.corpus(name)
+
+
+def _texts_of_both(built: Corpus) -> list[str]:
+    """One vocabulary for both corpora of the project, from a part of each: law and web models are the same size."""
+    corpora = (built if built.name == name else _embedded(name) for name in ("law", "web"))
+    return [document.text for corpus in corpora for document in corpus.documents[:300]]
 
 
 def _train_texts(corpus: Corpus) -> list[str]:

@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from bench_cases.data.documents import DataError
@@ -26,10 +27,8 @@ def root(cache_dir: Path | None = None) -> Path:
     """``cache_dir``, else $DDB_CACHE, else the XDG cache folder's ``datatype-dynamics-bench``."""
     if cache_dir is not None:
         return Path(cache_dir)
-    if os.environ.get("DDB_CACHE"):
-        return Path(os.environ["DDB_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "datatype-dynamics-bench"
+    return Path(os.environ.get("DDB_CACHE") or Path(home) / "datatype-dynamics-bench")
 
 
 def key(identity: dict[str, object]) -> str:
@@ -78,14 +77,11 @@ def obtain(
         ) from error
     try:
         data = build(work)
-        meta = {"key": wanted, "identity": identity, "data": data, "files": {}}
-        for path in sorted(work.iterdir()):
-            meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(work.iterdir())}
+        meta = {"key": wanted, "identity": identity, "data": data, "files": files}
+        (work / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True, allow_nan=False), "utf-8")
+        for path in work.iterdir():
             _sync(path)
-        with (work / "meta.json").open("x", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1, sort_keys=True, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
         _publish(work, folder, wanted)
     except OSError as error:
         raise DataError(
@@ -101,38 +97,28 @@ def obtain(
 
 
 def _publish(work: Path, folder: Path, wanted: str) -> None:
-    for _ in range(8):
-        try:
-            os.rename(work, folder)
-            _sync(folder.parent)
-            return
-        except OSError:
-            if not folder.exists():
-                raise
-            if read(folder, wanted) is not None:  # another process was first
-                return
-            # Damaged: moved aside in one step, so that no reader sees it half removed.
-            aside = folder.with_name(f".{folder.name[:8]}-{uuid.uuid4().hex}")
-            try:
-                os.rename(folder, aside)
-            except FileNotFoundError:
-                continue
+    if folder.exists() and read(folder, wanted) is None:
+        aside = folder.with_name(f"{work.name}-damaged")  # in one step, so that no reader sees it half removed
+        with suppress(FileNotFoundError):  # another process was first
+            os.rename(folder, aside)
             shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.rename(work, folder)
+        _sync(folder.parent)
+    except OSError:
+        if not folder.exists():
+            raise  # else another process was first
 
 
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _sweep(base: Path) -> None:
     """Remove what killed builders left more than a day ago."""
     for path in base.glob(".*"):
-        try:
+        with suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_S:
                 shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            continue

@@ -198,12 +198,6 @@ def find(source: str, text: str) -> Path:
     return found[0]
 
 
-def tokenizer_folder(source: str, arch: str) -> Path | None:
-    """The folder's own tokenizer for an architecture, if it brings one."""
-    folder = Path(source).expanduser() / arch
-    return folder if folder.is_dir() else None
-
-
 def identity(path: Path, text: str, text_field: str, label_field: str) -> dict[str, Any]:
     """What the corpus is made from: the file's bytes and the names of the fields that are read."""
     try:

@@ -199,9 +199,3 @@ def _from_library(spec: TokenizerSpec):
         return AutoTokenizer.from_pretrained(spec.id, trust_remote_code=False)
     except Exception as error:
         raise hub.unavailable(spec.id, error) from error
-
-
-def keep(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put the tokenizer beside the data it made, as ``tokenizer.json``, where it is a fast one."""
-    if hasattr(tokenizer.backend, "to_str"):
-        (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), "utf-8")
