@@ -31,9 +31,8 @@ class DataRequest:
     folder in its layout), a folder with ``eurlex.jsonl[.gz]`` or ``openwebtext.jsonl[.gz]``, or one
     ``.jsonl[.gz]`` file. ``text``: ``eurlex`` (labelled) or ``openwebtext``; None takes it from the task.
     ``tokenizer``: a folder or a hub id; None takes what the source brings for ``arch``, else a
-    byte-level BPE is trained on the training split. ``flavour``: special tokens of such a BPE, ``gpt2``
-    or ``roberta``; None is ``roberta`` for ``roberta`` and for ``mlm``. ``max_documents`` bounds the
-    training split, ``validation_documents`` each other split.
+    byte-level BPE is trained on the training split. ``max_documents`` bounds the training split,
+    ``validation_documents`` each other split; None takes all.
     """
 
     source: str
@@ -41,17 +40,12 @@ class DataRequest:
     task: str
     text: str | None = None
     tokenizer: str | None = None
-    flavour: str | None = None
     max_documents: int | None = None
     validation_documents: int | None = None
     text_field: str = "text"
     label_field: str = "labels"
 
     def __post_init__(self) -> None:
-        for name in ("max_documents", "validation_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise DataError(f"{name} {value} is not a positive number")
         if self.kind not in folder.TEXTS:
             raise DataError(f"task {self.task!r} names no data: text must be one of {', '.join(folder.TEXTS)}")
 
@@ -60,8 +54,9 @@ class DataRequest:
         return self.text or (TASKS[self.task].text if self.task in TASKS else "")
 
     @property
-    def bpe_flavour(self) -> str:
-        return self.flavour or ("roberta" if self.arch == "roberta" or self.task == "mlm" else "gpt2")
+    def flavour(self) -> str:
+        """Which special tokens a trained BPE has; one of `tokenizer.FLAVOURS`."""
+        return "roberta" if self.arch == "roberta" or self.task == "mlm" else "gpt2"
 
 
 def load_data(source: str, *, cache_dir: Path | None = None, **options: Any) -> tokenized.TokenizedData:
@@ -115,7 +110,7 @@ def _recipe(request: DataRequest, cache_dir: Path | None) -> _Recipe:
         # The generator rests on numpy's bit stream; a stable one by promise, but the key costs nothing.
         identity = {"source": "embedded", "version": EMBEDDED_VERSION, "corpus": name, "numpy": version("numpy")}
         generator = f"embedded-{EMBEDDED_VERSION}-numpy-{version('numpy')}"
-        spec = spec or tokenizer.trained(request.bpe_flavour, [generator], tokenizer.EMBEDDED_VOCABULARY)
+        spec = spec or tokenizer.trained(request.flavour, generator, tokenizer.EMBEDDED_VOCABULARY)
         corpus, texts = partial(_embedded, name), _texts_of_both
     elif request.source == "hub" or request.source.startswith("hub:"):
         from bench_cases.data import hub
@@ -123,17 +118,17 @@ def _recipe(request: DataRequest, cache_dir: Path | None) -> _Recipe:
         wanted = hub.Wanted.parse(request.source, request.kind, request.max_documents, request.validation_documents)
         identity, corpus = wanted.identity(), partial(hub.corpus, wanted, cache_dir)
         if spec is None and request.arch in hub.TOKENIZERS:
-            spec = tokenizer.on_hub(hub.TOKENIZERS[request.arch], request.bpe_flavour)
+            spec = tokenizer.on_hub(hub.TOKENIZERS[request.arch])
     else:
         path, given = folder.find(request.source, request.kind), Path(request.source).expanduser()
         fields = (request.kind, request.text_field, request.label_field)
         identity = folder.identity(path, *fields)
         corpus = partial(folder.corpus, path, *fields, own_file=given.is_file(), file_sha256=identity["file_sha256"])
         if spec is None and (given / request.arch).is_dir():
-            spec = tokenizer.in_folder(given / request.arch, request.bpe_flavour)
+            spec = tokenizer.in_folder(given / request.arch)
     if spec is None:
         digest = cache.key({**identity, "max_documents": request.max_documents})
-        spec = tokenizer.trained(request.bpe_flavour, [digest], tokenizer.VOCABULARY)
+        spec = tokenizer.trained(request.flavour, digest, tokenizer.VOCABULARY)
     bounds = {"max_documents": request.max_documents, "validation_documents": request.validation_documents}
     return _Recipe({"corpus": identity, "tokenizer": spec.identity, **bounds}, corpus, spec, texts)
 
@@ -143,10 +138,10 @@ def _asked_tokenizer(request: DataRequest) -> TokenizerSpec | None:
         return None
     path = Path(request.tokenizer).expanduser()
     if path.is_dir():
-        return tokenizer.in_folder(path, request.bpe_flavour)
+        return tokenizer.in_folder(path)
     if request.tokenizer.startswith((".", "/", "~")) or request.tokenizer.count("/") > 1:
         raise DataError(f"--tokenizer {request.tokenizer}: no such folder; allowed are a folder or a hub id")
-    return tokenizer.on_hub(request.tokenizer, request.bpe_flavour)
+    return tokenizer.on_hub(request.tokenizer)
 
 
 def _embedded(name: str) -> Corpus:

@@ -11,7 +11,6 @@ from bench_cases.collate import COLLATORS, Batch, Rows
 from bench_cases.data.documents import DataError
 from bench_cases.data.tokenized import TokenizedData
 
-LOSS_REDUCTIONS = ("mean", "label_sum")
 # Streams of random numbers that must not meet: keys of the generators.
 _ORDER, _MASKS, _EVALUATION = 1, 2, 3
 _BUCKET_WINDOW = 50  # batches that are sorted by length together
@@ -41,10 +40,6 @@ class Batches:
     ) -> None:
         if task not in COLLATORS:
             raise DataError(f"no collator {task!r}; there are {', '.join(COLLATORS)}")
-        if loss_reduction not in LOSS_REDUCTIONS:
-            raise DataError(f"loss reduction {loss_reduction!r} is none of {', '.join(LOSS_REDUCTIONS)}")
-        if batch_size < 1 or seq_len < 4 or seed < 0:
-            raise DataError(f"batch size {batch_size}, sequence length {seq_len}, seed {seed}: at least 1, 4 and 0 are needed")
         self.data, self.task, self.causal, self.seed = data, task, causal, seed
         self.seq_len, self.batch_size, self.loss_reduction = seq_len, batch_size, loss_reduction
         self.collator = COLLATORS[task]
@@ -52,13 +47,6 @@ class Batches:
         self._validation = self._all_rows("validation")
         self.bucket_by_length = bucket_by_length and not self.collator.packed
         self._orders: dict[int, np.ndarray] = {}
-        sources = {"train": self._train, "validation": self._validation}
-        self.facts: dict[str, object] = {
-            "packed": self.collator.packed,
-            "bucket_by_length": self.bucket_by_length,
-            "rows": {name: len(rows) for name, rows in sources.items()},
-            "real_tokens": {name: self._real_tokens(rows) for name, rows in sources.items()},
-        }
 
     def step(self, step: int) -> Batch:
         """The batch of step ``step`` (from 1). Any order of calls gives the same batches."""
@@ -156,9 +144,6 @@ class Batches:
     def _lengths(self, documents: np.ndarray) -> np.ndarray:
         frame = 0 if self.data.special.bos is None else 2
         return np.minimum(self.data.offsets[documents + 1] - self.data.offsets[documents] + frame, self.seq_len)
-
-    def _real_tokens(self, rows: np.ndarray) -> int:
-        return len(rows) * self.seq_len if self.collator.packed else int(self._lengths(rows).sum())
 
     def _all_rows(self, split: str) -> np.ndarray:
         """(rows, width) blocks of packed text, or (rows,) document indices."""

@@ -18,8 +18,6 @@ import numpy as np
 from bench_cases.data import hub
 from bench_cases.data.documents import DataError
 
-# Special tokens of a trained BPE, in id order (RoBERTa's pad id is 1).
-FLAVOURS = {"gpt2": ("<|endoftext|>", "<|pad|>"), "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
 VOCABULARY = 8_192
 EMBEDDED_VOCABULARY = 2_048
 _TRAINING_CHARACTERS = 20_000_000
@@ -47,15 +45,19 @@ class SpecialTokens:
     ids: tuple[int, ...]
 
 
+FLAVOURS = {
+    "gpt2": (("<|endoftext|>", "<|pad|>"), SpecialTokens(pad=1, bos=None, eos=0, mask=None, ids=(0, 1))),
+    "roberta": (("<s>", "<pad>", "</s>", "<unk>", "<mask>"), SpecialTokens(pad=1, bos=0, eos=2, mask=4, ids=(0, 1, 2, 3, 4))),
+}
+"""Special tokens of a trained BPE, in id order."""
+
+
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """Which tokenizer, by ``kind`` (``trained``, ``folder``, ``hub``). ``identity`` goes into the cache key."""
+    """Which tokenizer. ``identity`` goes into the cache key; its ``kind`` is ``trained``, ``folder`` or ``hub``."""
 
-    kind: str
     id: str
-    flavour: str
-    identity: dict[str, object]
-    vocabulary: int = VOCABULARY
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,13 @@ class Tokenizer:
         return out
 
 
-def trained(flavour: str, corpora: Sequence[str], vocabulary: int) -> TokenizerSpec:
-    """``corpora``: fingerprints of the texts it is trained on."""
-    if flavour not in FLAVOURS:
-        raise DataError(f"tokenizer flavour {flavour!r} is none of {', '.join(FLAVOURS)}")
-    identity = {
-        "kind": "trained",
-        "flavour": flavour,
-        "vocabulary": vocabulary,
-        "corpora": list(corpora),
-        "tokenizers": version("tokenizers"),
-    }
-    return TokenizerSpec("trained", f"bpe-{flavour}-{vocabulary}", flavour, identity, vocabulary)
+def trained(flavour: str, corpus: str, vocabulary: int) -> TokenizerSpec:
+    """``corpus``: fingerprint of the texts it is trained on."""
+    asked = {"kind": "trained", "flavour": flavour, "vocabulary": vocabulary, "corpora": [corpus]}
+    return TokenizerSpec(f"bpe-{flavour}-{vocabulary}", asked | {"tokenizers": version("tokenizers")})
 
 
-def in_folder(folder: Path, flavour: str) -> TokenizerSpec:
+def in_folder(folder: Path) -> TokenizerSpec:
     """Checks that the files are there: `transformers` builds an empty tokenizer when one is missing."""
     complete = next((names for names in _COMPLETE if all((folder / name).is_file() for name in names)), None)
     if complete is None:
@@ -108,19 +102,16 @@ def in_folder(folder: Path, flavour: str) -> TokenizerSpec:
         path = folder / name
         raw = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(raw)}\n".encode() + raw)
-    identity: dict[str, object] = {"kind": "folder", "sha256": digest.hexdigest(), "transformers": version("transformers")}
-    return TokenizerSpec("folder", str(folder), flavour, identity)
+    return TokenizerSpec(str(folder), {"kind": "folder", "sha256": digest.hexdigest(), "transformers": version("transformers")})
 
 
-def on_hub(repository: str, flavour: str) -> TokenizerSpec:
-    return TokenizerSpec(
-        "hub", repository, flavour, {"kind": "hub", "repository": repository, "transformers": version("transformers")}
-    )
+def on_hub(repository: str) -> TokenizerSpec:
+    return TokenizerSpec(repository, {"kind": "hub", "repository": repository, "transformers": version("transformers")})
 
 
 def open_tokenizer(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
     """``texts`` are read only when a BPE must be trained."""
-    return _train(spec, texts) if spec.kind == "trained" else _pretrained(spec)
+    return _train(spec, texts) if spec.identity["kind"] == "trained" else _pretrained(spec)
 
 
 def _train(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
@@ -135,22 +126,17 @@ def _train(spec: TokenizerSpec, texts: Iterable[str]) -> Tokenizer:
             if left <= 0:
                 return
 
-    names = FLAVOURS[spec.flavour]
+    names, special = FLAVOURS[spec.identity["flavour"]]
     backend = Backend(models.BPE(unk_token=None))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=spec.vocabulary,
+        vocab_size=spec.identity["vocabulary"],
         special_tokens=list(names),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(sample(), trainer)
-    at = {name: i for i, name in enumerate(names)}
-    if spec.flavour == "gpt2":
-        special = SpecialTokens(pad=1, bos=None, eos=0, mask=None, ids=(0, 1))
-    else:
-        special = SpecialTokens(pad=at["<pad>"], bos=at["<s>"], eos=at["</s>"], mask=at["<mask>"], ids=tuple(range(len(names))))
     backend.encode_special_tokens = True
     return Tokenizer(spec.id, backend, special, backend.get_vocab_size())
 
@@ -189,8 +175,8 @@ def _from_library(spec: TokenizerSpec):
     try:
         return AutoTokenizer.from_pretrained(spec.id, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything from OSError to KeyError here
-        if spec.kind == "folder":
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if spec.identity["kind"] == "folder":
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise DataError(f"tokenizer folder {spec.id} cannot be loaded: {line}") from error
         if hub.offline():
             raise hub.unavailable(spec.id, error) from error

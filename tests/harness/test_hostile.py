@@ -308,5 +308,5 @@ def test_a_data_folder_with_a_tokenizer_s_code_runs_none_of_it(tmp_path):
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
     )
     with pytest.raises(DataError):
-        _from_library(TokenizerSpec(kind="folder", id=str(tmp_path), flavour="gpt2", identity={}))
+        _from_library(TokenizerSpec(str(tmp_path), {"kind": "folder"}))
     assert not ran.exists()

@@ -40,7 +40,7 @@ def test_anything_that_matters_gives_another_entry(law_folder, cache_dir, write_
     is_new(arch="roberta")
     is_new(max_documents=20)
     is_new(validation_documents=5)
-    is_new(flavour="roberta", max_documents=20)
+    is_new(arch="roberta", max_documents=20)
     rows = [{**row, "body": row["text"].upper()} for row in law_rows]
     write_jsonl(law_folder / "eurlex.jsonl.gz", rows)
     is_new()

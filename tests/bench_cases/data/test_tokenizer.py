@@ -39,7 +39,10 @@ def test_flavours(arch, names):
     assert law.special.pad == 1 and law.special.pad != law.special.eos
 
 
-def test_masked_lm_needs_a_mask_token():
+def test_masked_lm_needs_a_mask_token(tmp_path):
+    made = load_data("embedded", arch="gpt2", task="clm").folder / "tokenizer.json"
+    (tmp_path / "tokenizer.json").write_bytes(made.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}')
     with pytest.raises(DataError, match="no mask token"):
-        load_data("embedded", arch="gpt2", task="mlm", flavour="gpt2")
+        load_data("embedded", arch="gpt2", task="mlm", tokenizer=str(tmp_path))
     assert load_data("embedded", arch="other", task="mlm").special.mask is not None
