@@ -17,6 +17,7 @@ from bench_cases.models import VOCABULARY_MULTIPLE, ModelError, ModelRequest, pa
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def leave_out_idle_masks() -> None:
@@ -27,41 +28,18 @@ def leave_out_idle_masks() -> None:
     AttentionMaskInterface.register("sdpa", mask_if_it_hides)
 
 
-def mask_if_it_hides(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **options: Any,
-) -> torch.Tensor | None:
+def mask_if_it_hides(**asked: Any) -> torch.Tensor | None:
     """The library's own `sdpa_mask`, but None at once where it may be left out and nothing is padded or out of reach.
 
     For None a causal model's attention runs with ``is_causal``, an encoder's over everything. The arguments are the
-    library's; a prebuilt mask does not come here.
+    library's, which gives them by name; a prebuilt mask does not come here.
     """
     from transformers.masking_utils import sdpa_mask
 
-    may_be_left_out = allow_is_causal_skip or allow_is_bidirectional_skip
-    if may_be_left_out and attention_mask is None and local_size is None and q_length == kv_length:
-        return None
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        **options,
-    )
-
-
-if TYPE_CHECKING:
-    from torch import nn
+    may_be_left_out = asked.get("allow_is_causal_skip", True) or asked.get("allow_is_bidirectional_skip", False)
+    hides = asked.get("attention_mask") is not None or asked.get("local_size") is not None
+    hides |= asked["q_length"] != asked["kv_length"]
+    return None if may_be_left_out and not hides else sdpa_mask(**asked)
 
 
 def build_transformers(request: ModelRequest) -> tuple[str, nn.Module, nn.Module]:
@@ -113,39 +91,25 @@ def _configuration(request: ModelRequest) -> Any:
         config = _default_configuration(architecture)
         config.update(dict(architecture.sizes.get(request.preset, {})))
         config.vocab_size = padded_vocabulary(request.vocabulary)
-        for name, value in (
-            ("pad_token_id", request.pad_id),
-            ("bos_token_id", request.bos_id),
-            ("eos_token_id", request.eos_id),
-        ):
-            if hasattr(config, name):
-                setattr(config, name, value)
+        for name in ("pad", "bos", "eos"):
+            if hasattr(config, f"{name}_token_id"):
+                setattr(config, f"{name}_token_id", getattr(request, f"{name}_id"))
     else:
         source = architecture.hub_id if request.weights == "pretrained" else request.weights
         config = reach(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), source)
         if config.model_type != _default_configuration(architecture).model_type:
             raise ModelError(f"weights {source!r} are a {config.model_type}, and the case wants {architecture.id}")
     for name, value in config.to_dict().items():
-        if ("drop" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        is_share = "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_share or name in ("classifier_dropout", "classifier_dropout_prob"):  # which may be None
             setattr(config, name, request.dropout)
-    for name in ("classifier_dropout", "classifier_dropout_prob"):
-        if hasattr(config, name):
-            setattr(config, name, request.dropout)
-    _require_positions(config, request)
+    rows = getattr(config, architecture.position_key, None)
+    if rows is not None and (positions := rows - architecture.position_offset) < request.seq_len:
+        whose = request.weights if request.weights != "scratch" else architecture.name
+        raise ModelError(f"seq_len {request.seq_len} is longer than the {positions} positions of {whose}")
     config.use_cache = False
     config.tie_word_embeddings = getattr(config, "tie_word_embeddings", True)
     return config
-
-
-def _require_positions(config: Any, request: ModelRequest) -> None:
-    """The sequences fit the model's position table."""
-    architecture = request.architecture
-    rows = getattr(config, architecture.position_key, None)
-    if rows is not None and rows - architecture.position_offset < request.seq_len:
-        raise ModelError(
-            f"seq_len {request.seq_len} is longer than the {rows - architecture.position_offset} positions "
-            f"of {request.weights if request.weights != 'scratch' else architecture.name}"
-        )
 
 
 def _default_configuration(architecture: Architecture) -> Any:

@@ -104,7 +104,9 @@ class _Recipe:
 
 
 def _recipe(request: DataRequest, cache_dir: Path | None) -> _Recipe:
-    texts, spec = _train_texts, _asked_tokenizer(request)
+    identity: dict[str, Any]
+    texts: Callable[[Corpus], list[str]] = _train_texts
+    spec = _asked_tokenizer(request)
     if request.source == "embedded":
         name = {"eurlex": "law", "openwebtext": "web"}[request.kind]
         # The generator rests on numpy's bit stream; a stable one by promise, but the key costs nothing.

@@ -11,6 +11,8 @@ The text has nothing to do with a run's seed: every seed trains on the same corp
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from bench_cases.data import embedded_words as words
@@ -106,29 +108,8 @@ def _sentences(rng, lengths: np.ndarray, openings: list[np.ndarray], body: np.nd
 def _texts(stream: np.ndarray, owner: np.ndarray, n: int, table: _Table) -> list[str]:
     strings = np.array(table.strings, dtype=object)[stream]
     bounds = np.searchsorted(owner, np.arange(n + 1))
-    tidy = (
-        ("\n ", "\n"),
-        (" \n", "\n"),
-        (" ,", ","),
-        (" .", "."),
-        (" ;", ";"),
-        ("( ", "("),
-        (" )", ")"),
-        (" ?", "?"),
-        ("$ ", "$"),
-        (" :", ":"),
-    )
-    texts = []
-    for i in range(n):
-        text = " ".join(strings[bounds[i] : bounds[i + 1]])
-        for old, new in tidy:
-            text = text.replace(old, new)
-        texts.append(text.strip())
-    return texts
-
-
-def _splits(sizes: dict[str, int]) -> list[str]:
-    return [name for name, size in sizes.items() for _ in range(size)]
+    texts = [" ".join(strings[bounds[i] : bounds[i + 1]]) for i in range(n)]
+    return [re.sub(r" (?=[\n,.;)?:])|(?<=[\n($]) ", "", text).strip() for text in texts]
 
 
 def _law_labels(rng, n: int, sectors: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,7 +135,7 @@ def _law_labels(rng, n: int, sectors: np.ndarray, terms: int) -> tuple[np.ndarra
 
 def _law() -> list[Document]:
     rng = np.random.default_rng([SEED, 1])
-    splits = _splits(LAW_SPLITS)
+    splits = [name for name, size in LAW_SPLITS.items() for _ in range(size)]
     n, table = len(splits), _Table()
     names = [(domain, term) for domain, terms in words.DOMAINS.items() for term in terms.split()]
     terms = len(names) // len(words.DOMAINS)
@@ -195,7 +176,7 @@ def _law() -> list[Document]:
 
 def _web() -> list[Document]:
     rng = np.random.default_rng([SEED, 2])
-    splits = _splits(WEB_SPLITS)
+    splits = [name for name, size in WEB_SPLITS.items() for _ in range(size)]
     n, table = len(splits), _Table()
     themes = np.stack([table.many(nouns.split()) for nouns in words.WEB_THEMES.values()])
     slots = "TAVWPNY"
@@ -208,14 +189,8 @@ def _web() -> list[Document]:
     # One noun in six comes from another theme; within a theme some nouns are commoner than others.
     of = np.where(rng.random(len(at)) < 1 / 6, rng.integers(0, len(themes), len(at)), theme[owner[at]])
     stream[at] = themes[of, rng.choice(themes.shape[1], len(at), p=_zipf(themes.shape[1], 0.7))]
-    fills = (
-        words.WEB_ADJECTIVES.split(),
-        words.WEB_VERBS.split(),
-        words.WEB_NAMES.split(),
-        words.WEB_PLACES.split(),
-        _NUMBERS[:60],
-        _YEARS,
-    )
+    lists = (words.WEB_ADJECTIVES, words.WEB_VERBS, words.WEB_NAMES, words.WEB_PLACES)
+    fills = (*map(str.split, lists), _NUMBERS[:60], _YEARS)
     for slot, strings in zip(slots[1:], fills, strict=True):
         hole = stream == -2 - slots.index(slot)
         stream[hole] = rng.choice(table.many(strings), hole.sum(), p=_zipf(len(strings), 0.7))

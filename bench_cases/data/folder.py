@@ -9,7 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,7 @@ from bench_cases.data import cache
 from bench_cases.data.documents import SPLITS, Corpus, DataError, Document, split_by_hash
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-_SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Names of the fields of a line, and what it must have. ``labels`` None: text only."""
-
-    text: str = "text"
-    labels: str | None = None
-    id_required: bool = False
+_SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 
 def lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -67,37 +51,34 @@ def _object(raw: bytes, where: str, *, first: bool) -> dict:
     return value
 
 
-def read(path: Path, fields: Fields) -> list[Document]:
-    """All documents of a file.
+def read(path: Path, text_field: str = "text", label_field: str | None = None, id_required: bool = False) -> list[Document]:
+    """All documents of a file; without a ``label_field`` texts only.
 
     A file gives a split on every line or on none; without one, a tenth of the documents (by rank of
     the hash of their ids, or of their texts where they have none) is the validation split.
     """
     documents: list[Document] = []
-    first_split: tuple[str, bool] | None = None
+    first: tuple[str, str] | None = None  # where, and its split
     seen: dict[str, str] = {}
     for where, line in lines(path):
-        text = _text(line, fields.text, where)
-        labels = () if fields.labels is None else _labels(line, fields.labels, where)
-        identifier = _identifier(line, fields, where)
+        text = _text(line, text_field, where)
+        labels = () if label_field is None else _labels(line, label_field, where)
+        identifier = _identifier(line, id_required, where)
         if identifier in seen:
             raise DataError(f"{where}: id {identifier!r} stands in {seen[identifier]} already; ids must differ")
         if identifier:
             seen[identifier] = where
         split = _split(line, where)
-        if first_split is None:
-            first_split = (where, bool(split))
-        elif first_split[1] != bool(split):
-            raise DataError(
-                f"{where}: {'a' if split else 'no'} 'split', unlike {first_split[0]}; give it on every line or on none"
-            )
+        first = first or (where, split)
+        if bool(first[1]) != bool(split):
+            raise DataError(f"{where}: {'a' if split else 'no'} 'split', unlike {first[0]}; give it on every line or on none")
         documents.append(Document(identifier, text, labels, split))
-    if not documents:
+    if first is None:
         raise DataError(f"{path}: holds no documents; one JSON object a line is needed")
-    if not (first_split and first_split[1]):
-        names = split_by_hash([d.id or d.text for d in documents], validation=0.1)
-        documents = [Document(d.id, d.text, d.labels, name) for d, name in zip(documents, names, strict=True)]
-    return documents
+    if first[1]:
+        return documents
+    names = split_by_hash([d.id or d.text for d in documents], validation=0.1)
+    return [replace(document, split=name) for document, name in zip(documents, names, strict=True)]
 
 
 def _field(line: dict, name: str, where: str) -> object:
@@ -117,9 +98,7 @@ def _text(line: dict, name: str, where: str) -> str:
 
 def _labels(line: dict, name: str, where: str) -> tuple[str, ...]:
     value = _field(line, name, where)
-    labels = [value] if isinstance(value, str) else value
-    if isinstance(labels, (int, float)) and not isinstance(labels, bool):
-        labels = [labels]
+    labels = [value] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
     if not isinstance(labels, list):
         raise DataError(f"{where}: {name!r} is a JSON {_kind(value)}; a list of strings or one string is needed")
     for label in labels:
@@ -147,11 +126,11 @@ def _encodable(text: str, name: str, where: str) -> str:
     return text
 
 
-def _identifier(line: dict, fields: Fields, where: str) -> str:
-    value = _field(line, "id", where) if fields.id_required else line.get("id", "")
-    if isinstance(value, str) and (value or not fields.id_required):
+def _identifier(line: dict, required: bool, where: str) -> str:
+    value = _field(line, "id", where) if required else line.get("id", "")
+    if isinstance(value, str) and (value or not required):
         return _encodable(value, "id", where)
-    if isinstance(value, int) and not isinstance(value, bool) and not fields.id_required:
+    if isinstance(value, int) and not isinstance(value, bool) and not required:
         return str(value)
     raise DataError(f"{where}: 'id' is {json.dumps(value)}; a string is needed")
 
@@ -166,10 +145,8 @@ def _split(line: dict, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    if value is None:
-        return "null"
     kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return kinds[type(value)]
+    return kinds.get(type(value), "null")
 
 
 TEXTS = ("eurlex", "openwebtext")
@@ -214,8 +191,8 @@ def identity(path: Path, text: str, text_field: str, label_field: str) -> dict[s
 
 def corpus(path: Path, text: str, text_field: str, label_field: str, *, own_file: bool, file_sha256: str) -> Corpus:
     """``own_file``: a single file of the user, whose lines need no id."""
-    fields = Fields(text_field, label_field if text == "eurlex" else None, id_required=text == "eurlex" and not own_file)
-    documents = read(path, fields)
+    labelled = text == "eurlex"
+    documents = read(path, text_field, label_field if labelled else None, id_required=labelled and not own_file)
     if cache.file_sha256(path) != file_sha256:
         raise DataError(f"{path}: changed while it was read; try again when nothing writes to it")
     return Corpus(text, path.name, documents, file_sha256)

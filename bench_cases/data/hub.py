@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,26 +99,25 @@ class Wanted:
         known = {repository.name: repository for repository in KNOWN[text]}
         if source.startswith("hub:") and not name:
             raise DataError(f"--data {source}: a repository must follow 'hub:', such as hub:{KNOWN[text][0].name}")
-        repository = (
-            KNOWN[text][0]
-            if not name
-            else known.get(name, Repository(name, KNOWN[text][0].config if Path(name).is_dir() else None))
-        )
+        default = KNOWN[text][0]
+        other = Repository(name, default.config if Path(name).is_dir() else None)
+        repository = known.get(name, other) if name else default
         count = (max_documents or OPENWEBTEXT_DOCUMENTS, validation_documents or OPENWEBTEXT_VALIDATION)
         return cls(repository, revision or "main", text, count if text == "openwebtext" else None)
 
-    def identity(self) -> dict[str, object]:
-        out: dict[str, object] = {
-            "hub": self.repository.name,
-            "config": self.repository.config,
+    def identity(self) -> dict[str, Any]:
+        repository = self.repository
+        out: dict[str, Any] = {
+            "hub": repository.name,
+            "config": repository.config,
             "revision": self.revision,
             "text": self.text,
         }
         if self.documents:
             out |= {"documents": list(self.documents), "shuffle": [SHUFFLE_SEED, SHUFFLE_BUFFER]}
         if self.local:  # a local folder can change under its name
-            files = sorted(p for p in Path(self.repository.name).rglob("*") if p.is_file())
-            out["files"] = [[p.relative_to(self.repository.name).as_posix(), cache.file_sha256(p)] for p in files]
+            files = sorted(p for p in Path(repository.name).rglob("*") if p.is_file())
+            out["files"] = [[p.relative_to(repository.name).as_posix(), cache.file_sha256(p)] for p in files]
         return out
 
     @property
@@ -153,13 +152,8 @@ def _download(wanted: Wanted, work: Path) -> dict:
             counts[document.split] += 1
             row = {"id": document.id, "text": document.text, "labels": document.labels, "split": document.split}
             file.write((json.dumps(row) + "\n").encode())
-    return {
-        "repository": wanted.repository.name,
-        "revision": wanted.revision,
-        "commit": commit,
-        "downloaded": counts,
-        "empty_documents_excluded": excluded,
-    }
+    facts = {"repository": wanted.repository.name, "revision": wanted.revision, "commit": commit}
+    return facts | {"downloaded": counts, "empty_documents_excluded": excluded}
 
 
 def _guarded(wanted: Wanted, documents: Iterable[Document]) -> Iterator[Document]:
@@ -171,32 +165,33 @@ def _guarded(wanted: Wanted, documents: Iterable[Document]) -> Iterator[Document
         raise unavailable(wanted.repository.name, error) from error
 
 
-def _first_that_loads(wanted: Wanted, load: Callable[..., Any]) -> Any:
+def _first_that_loads(wanted: Wanted, **options: Any) -> Any:
     """The repository as it is, else (script-only, or a broken main branch) its parquet copy."""
     from datasets import load_dataset
 
     repository = wanted.repository
-    revision = None if wanted.local else wanted.revision
     try:
-        return load(load_dataset, repository.name, repository.config, revision=revision)
+        revision = None if wanted.local else wanted.revision
+        return load_dataset(repository.name, repository.config, revision=revision, **options)
     except (RuntimeError, ValueError, FileNotFoundError) as first:
         # Only data layout and script errors come here; a network that fails goes up at once.
         if wanted.local or isinstance(first, ConnectionError):
             raise
         try:
-            return load(load_dataset, repository.name, None, revision=PARQUET_BRANCH, data_dir=repository.config)
+            return load_dataset(repository.name, revision=PARQUET_BRANCH, data_dir=repository.config, **options)
         except Exception as second:
             raise first from second
 
 
 def _eurlex(wanted: Wanted) -> Iterator[Document]:
-    sets = _first_that_loads(wanted, lambda load_dataset, *a, **k: load_dataset(*a, **k))
-    train = _split_of(sets, "train", wanted)
-    text, label, identifier = (
-        _column(train.column_names, names, wanted, needed)
-        for names, needed in ((_TEXT_COLUMNS, True), (_LABEL_COLUMNS, True), (_ID_COLUMNS, False))
-    )
-    names = _label_names(train.features[label])
+    sets = _first_that_loads(wanted)
+    if "train" not in sets:
+        raise DataError(f"hub:{wanted.repository.name}: no train split; it has {', '.join(sets)}")
+    have, features = sets["train"].column_names, sets["train"].features
+    text, label = _column(have, _TEXT_COLUMNS, wanted), _column(have, _LABEL_COLUMNS, wanted)
+    identifier = next((name for name in _ID_COLUMNS if name in have), None)
+    # Those of a ClassLabel, alone or in a list; None where labels are strings already.
+    names = getattr(getattr(features[label], "feature", features[label]), "names", None)
     expected = wanted.repository.labels
     if expected is not None and not wanted.local and names is not None and len(names) != expected:
         raise DataError(f"hub:{wanted.repository.name}: {len(names)} labels, {expected} expected; has the data set changed?")
@@ -211,30 +206,19 @@ def _eurlex(wanted: Wanted) -> Iterator[Document]:
 
 
 def _openwebtext(wanted: Wanted) -> Iterator[Document]:
-    stream = _first_that_loads(wanted, lambda load_dataset, *a, **k: load_dataset(*a, split="train", streaming=True, **k))
+    stream = _first_that_loads(wanted, split="train", streaming=True)
     assert wanted.documents is not None
     training, validation = wanted.documents
     # The set has no validation split: the first documents of the shuffled stream are taken for it.
     rows = islice(stream.shuffle(seed=SHUFFLE_SEED, buffer_size=SHUFFLE_BUFFER), training + validation)
     for i, row in enumerate(rows):
         if i == 0:
-            text = _column(list(row), _TEXT_COLUMNS, wanted, True)
+            text = _column(list(row), _TEXT_COLUMNS, wanted)
         yield Document(f"owt-{i}", row[text], (), "validation" if i < validation else "train")
 
 
-def _split_of(sets, name: str, wanted: Wanted):
-    if name not in sets:
-        raise DataError(f"hub:{wanted.repository.name}: no {name} split; it has {', '.join(sets)}")
-    return sets[name]
-
-
-def _column(have: list[str], names: tuple[str, ...], wanted: Wanted, needed: bool) -> str | None:
+def _column(have: list[str], names: tuple[str, ...], wanted: Wanted) -> str:
     found = next((name for name in names if name in have), None)
-    if found is None and needed:
+    if found is None:
         raise DataError(f"hub:{wanted.repository.name}: no column {' or '.join(map(repr, names))}; it has {', '.join(have)}")
     return found
-
-
-def _label_names(feature) -> list[str] | None:
-    """The names of a ClassLabel, alone or in a list; None where labels are strings already."""
-    return getattr(getattr(feature, "feature", feature), "names", None)

@@ -123,6 +123,10 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray
         "split": split,
         "classes": classes,
     }
+
+    def by_split(values: np.ndarray) -> dict[str, int]:
+        return {name: int(values[split == code].sum()) for code, name in enumerate(SPLITS)}
+
     has_class = np.array([bool(row) and classes[row[0]] >= 0 for row in rows])
     p50, p90, p95 = (int(p) for p in np.percentile(lengths, (50, 90, 95)))
     facts = {
@@ -130,7 +134,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray
         "source": corpus.source,
         "corpus_sha256": corpus.fingerprint,
         "documents": {name: present[name] for name in SPLITS},
-        "tokens": {name: int(lengths[split == code].sum()) for code, name in enumerate(SPLITS)},
+        "tokens": by_split(lengths),
         "tokens_p50": p50,
         "tokens_p90": p90,
         "tokens_p95": p95,
@@ -138,12 +142,8 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray
         "labels": len(names),
         "classes": len(targets),
         "unseen_label_uses_dropped": unseen,
-        "documents_without_labels": {name: int((label_counts[split == code] == 0).sum()) for code, name in enumerate(SPLITS)}
-        if names
-        else {},
-        "single_label_excluded": {name: int((~has_class[split == code]).sum()) for code, name in enumerate(SPLITS)}
-        if names
-        else {},
+        "documents_without_labels": by_split(label_counts == 0) if names else {},
+        "single_label_excluded": by_split(~has_class) if names else {},
         **corpus.facts,
     }
     meta = {

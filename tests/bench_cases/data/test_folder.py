@@ -34,8 +34,8 @@ def test_a_split_does_not_depend_on_the_order_of_lines(tmp_path, write_jsonl, ca
     from bench_cases.data import folder as jsonl
 
     rows = [{"text": f"text number {i}"} for i in range(50)]
-    one = jsonl.read(write_jsonl(tmp_path / "a.jsonl", rows), jsonl.Fields())
-    two = jsonl.read(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), jsonl.Fields())
+    one = jsonl.read(write_jsonl(tmp_path / "a.jsonl", rows))
+    two = jsonl.read(write_jsonl(tmp_path / "b.jsonl", rows[::-1]))
     assert {d.text: d.split for d in one} == {d.text: d.split for d in two}
     assert sum(d.split == "validation" for d in one) == 5
 
