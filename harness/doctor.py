@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 from bench_cases import DTYPE_CONFIGS, DtypeConfig
-from harness.fp16_products import cpu_has_fp16_arithmetic
+from harness.failure import sentence
+from harness.fp16_products import cpu_flags, cpu_has_fp16_arithmetic
 from harness.optimizer import OptimizerUnavailable, adamw_for
 from harness.precision import ATTENTION, DTYPES, Unsupported, refuse_what_the_device_lacks
 from instrument.environment import cpu_name, version
@@ -44,9 +45,7 @@ def why_no_gpu(nvml: Nvml) -> str | None:
 
 def gpus(nvml: Nvml) -> list[dict[str, object]]:
     """Every GPU that torch sees, in CUDA's order, with NVML's facts by UUID."""
-    if not torch.cuda.is_available():
-        return []
-    return [_gpu(index, nvml) for index in range(torch.cuda.device_count())]
+    return [_gpu(index, nvml) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
 
 
 def _gpu(index: int, nvml: Nvml) -> dict[str, object]:
@@ -71,19 +70,11 @@ def _gpu(index: int, nvml: Nvml) -> dict[str, object]:
 def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
     """Whether a build for ``["sm_80", "compute_90", ...]`` runs on a card: machine code serves its own
     major capability from its minor on, and intermediate code every later card."""
-    for entry in built_for:
-        kind, _, number = entry.partition("_")
-        digits = number.rstrip("af")  # sm_90a: code for exactly that capability
-        if not digits.isdigit():
-            continue
-        major, minor = int(digits[:-1]), int(digits[-1])
-        if digits != number:
-            found = capability == (major, minor)
-        elif kind == "compute":
-            found = capability >= (major, minor)
-        else:
-            found = capability[0] == major and capability[1] >= minor
-        if found:
+    for kind, digits, exactly in re.findall(r"(\w+)_(\d+)([af]?)\b", " ".join(built_for)):
+        there = int(digits[:-1]), int(digits[-1])
+        if capability == there:
+            return True
+        if not exactly and capability > there and (kind == "compute" or capability[0] == there[0]):  # sm_90a: 9.0 alone
             return True
     return False
 
@@ -185,24 +176,13 @@ def _failure(trial: Callable[[], None]) -> str | None:
     except OptimizerUnavailable as error:
         return str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return sentence(error)
     return None
 
 
 LIBRARIES = (
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "bitsandbytes",
-    "nvidia-ml-py",
-    "numpy",
-    "scikit-learn",
-    "scipy",
-    "msgspec",
-    "psutil",
-    "rich",
+    *("torch", "triton", "transformers", "tokenizers", "datasets", "bitsandbytes", "nvidia-ml-py"),
+    *("numpy", "scikit-learn", "scipy", "msgspec", "psutil", "rich"),
 )
 PROJECT = Path(__file__).resolve().parents[1]
 _BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
@@ -215,18 +195,13 @@ def processor() -> dict[str, object]:
     return {
         "model": cpu_name(),
         "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "quota_cores": quota_cores(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "fp16_instructions": fp16,
-        "bf16_instructions": bool(_cpu_flags() & _BF16_UNITS),
+        "bf16_instructions": bool(cpu_flags() & _BF16_UNITS),
         "fp16_products": "in hardware" if fp16 else "computed in fp32 and rounded once to fp16",
     }
-
-
-def usable_cores() -> int | None:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def quota_cores(file: Path = _CGROUP / "cpu.max") -> float | None:
@@ -275,10 +250,8 @@ def library_versions(constraints: Path | None = None) -> list[dict[str, str | No
     rows = []
     for name in LIBRARIES:
         installed, wanted = version(name), tested.get(name)
-        note = None
-        if installed is None:
-            note = "not installed"
-        elif wanted is not None and _public(installed) != _public(wanted):
+        note = "not installed" if installed is None else None
+        if installed and wanted and installed.partition("+")[0] != wanted.partition("+")[0]:  # 2.13.0+cpu is 2.13.0
             note = "differs from the tested version"
         rows.append({"library": name, "installed": installed, "tested": wanted, "note": note})
     return rows
@@ -293,11 +266,6 @@ def pinned(constraints: Path) -> dict[str, str]:
     return dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", text, re.MULTILINE))
 
 
-def _public(text: str) -> str:
-    """A version without its build tag: ``2.13.0+cpu`` is ``2.13.0``."""
-    return text.partition("+")[0]
-
-
 def _first_program(*names: str | None) -> str | None:
     return next((found for name in names if name and (found := shutil.which(name.split()[0]))), None)
 
@@ -307,9 +275,3 @@ def _first_line(file: Path) -> str:
         return file.read_text().strip()
     except OSError:
         return ""
-
-
-def _cpu_flags() -> set[str]:
-    text = _first_line(Path("/proc/cpuinfo"))
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return {flag for line in lines for flag in line.split()}

@@ -8,17 +8,17 @@ are those of `harness.commands.flops`. Nothing is written into the results folde
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
-import sys
 from pathlib import Path
 
 import psutil
 
+from harness.failure import sentence
 from harness.fake_model import Trace
 from harness.options import option_words
 from harness.settings import SETTINGS, RunSettings
 from instrument.results.folder import finished_run
+from instrument.results.schemas import strict_json
 from instrument.terminal import count, facts_table, stderr_console
 
 
@@ -27,7 +27,7 @@ def print_estimate(settings: RunSettings, out: Path, as_json: bool) -> None:
     findings = estimate(settings, out)
     stderr_console().print(facts_table(lines(findings)))
     if as_json:
-        sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
+        print(strict_json(findings))
 
 
 def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
@@ -40,13 +40,8 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
     from harness.run.step_flops import meaningful_outputs, step_flops
 
     facts = data_facts(settings)
-    findings = resolved(settings, out) | {
-        "model": facts.as_row(),
-        "unsupported": None,
-        "not_estimated": None,
-        "memory": None,
-        "time": None,
-    }
+    unknown = dict.fromkeys(("unsupported", "not_estimated", "memory", "time"))
+    findings = resolved(settings, out) | {"model": facts.as_row()} | unknown
     try:
         precision = Precision.of(settings)
     except Unsupported as error:
@@ -55,23 +50,20 @@ def estimate(settings: RunSettings, out: Path) -> dict[str, object]:
         traced = trace(settings, facts, precision)
         findings["model"] |= traced.as_row()
         findings["memory"] = memory(settings, traced)
-        flops = step_flops(
-            shapes_of(facts.request),
-            settings.case,
-            settings.config,
-            attention=precision.attention,
-            outputs=meaningful_outputs(facts.request),
-            seq_len=settings.seq_len,
-            micro_batch=settings.micro_batch,
-        )
+        sizes = {"outputs": meaningful_outputs(facts.request), "seq_len": settings.seq_len, "micro_batch": settings.micro_batch}
+        model = shapes_of(facts.request)
+        flops = step_flops(model, settings.case, settings.config, attention=precision.attention, **sizes)
         findings["time"] = duration(settings, traced, flops)
     except (ModelError, WeightsUnavailable):
         raise
     except Exception as error:
-        findings["not_estimated"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        findings["not_estimated"] = sentence(error)
     finally:
         precision.close()
     return findings
+
+
+CONFIGURATION = ("weights", "compute", "head", "loss", "optimizer", "eps", "scaler", "clip", "tf32")
 
 
 def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
@@ -85,10 +77,7 @@ def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
         "loss": settings.case.task.loss,
         "loss_reduction": settings.case.loss_reduction,
         "dtype_config": settings.config.id,
-        "configuration": {
-            name: config[name] for name in ("weights", "compute", "head", "loss", "optimizer", "eps", "scaler", "clip", "tf32")
-        }
-        | {"autocast": settings.config.autocast},
+        "configuration": {name: config[name] for name in CONFIGURATION} | {"autocast": settings.config.autocast},
         "data_source": settings.data,
         "weights_source": settings.weights,
         "tokens_per_step": settings.batch_size * settings.seq_len,
@@ -101,17 +90,8 @@ def resolved(settings: RunSettings, out: Path) -> dict[str, object]:
 
 
 SHOWN = (
-    "preset",
-    "device",
-    "data",
-    "weights",
-    "lr",
-    "batch_size",
-    "micro_batch",
-    "seq_len",
-    "max_steps",
-    "threads",
-    "attention",
+    *("preset", "device", "data", "weights", "lr", "batch_size", "micro_batch"),
+    *("seq_len", "max_steps", "threads", "attention"),
 )
 """Settings that have their place in `lines`; the others are one line of options, where they are not at their defaults."""
 
@@ -130,53 +110,33 @@ def lines(found: dict) -> list[tuple[str, str]]:
         outputs = f", {model['outputs']} outputs" if model["outputs"] else ""
         size = f"{model['n_params']:,} parameters, {model['embedding_params']:,} of them embeddings; {size} "
         size += f"padded to {model['padded_vocabulary']:,}{outputs}"
+    dtypes = f"weights {config['weights']}, compute {cast}, head {config['head']}, loss {config['loss']}"
+    adamw = f"AdamW {config['optimizer']} eps {config['eps']:g}"
+    rows_a_step, threads = count(found["batch_size"], "sequence"), found["threads"] or "all"
+    where = f"{found['device']}, preset {found['preset']}, seed {found['seed']}"
     rows = [
         ("run", found["run_id"]),
         ("case", f"{found['case']}: {found['architecture']}, {found['task']}, {found['loss']} ({found['loss_reduction']})"),
-        (
-            "configuration",
-            f"{found['dtype_config']}: weights {config['weights']}, compute {cast}, head {config['head']}, "
-            f"loss {config['loss']}, AdamW {config['optimizer']} eps {config['eps']:g}, {scaling}{more}",
-        ),
+        ("configuration", f"{found['dtype_config']}: {dtypes}, {adamw}, {scaling}{more}"),
         ("data, weights", f"{found['data_source']}, {found['weights_source']}"),
         ("model", f"{size} ({model['shape_source']})"),
-        (
-            "step",
-            f"{count(found['batch_size'], 'sequence')} of at most {found['seq_len']} = "
-            f"{found['tokens_per_step']:,} tokens, {micro}",
-        ),
+        ("step", f"{rows_a_step} of at most {found['seq_len']} = {found['tokens_per_step']:,} tokens, {micro}"),
         ("schedule", f"{count(found['max_steps'], 'step')}, peak rate {found['lr']:g}, warm-up {found['warmup_steps']}"),
-        (
-            "device",
-            f"{found['device']}, preset {found['preset']}, seed {found['seed']}, "
-            f"threads {found['threads'] or 'all'}, attention {found['attention']}",
-        ),
+        ("device", f"{where}, threads {threads}, attention {found['attention']}"),
         *([("settings", shlex.join(words))] if (words := option_words(changed)) else []),
         ("results", found["results_folder"] + there),
     ]
     for reason in ("unsupported", "not_estimated"):
         if found[reason]:
             return [*rows, (reason.replace("_", " "), found[reason])]
-    return [*rows, *_memory(found["memory"]), *_time(found["time"])]
-
-
-def _memory(memory: dict) -> list[tuple[str, str]]:
+    memory, time = found["memory"], found["time"]
     parts = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:,.1f} MB" for name, count in memory["parts_bytes"].items())
-    return [("memory, estimate", f"{memory['peak_bytes'] / 1e9:.2f} GB: {parts}"), ("", memory["rule"])]
-
-
-def _time(found: dict) -> list[tuple[str, str]]:
-    if found["total_s"] is None:
-        return [("time, estimate", f"unknown: {found['rule']}")]
-    return [
-        (
-            "time, estimate",
-            f"{found['total_s']:,.1f} s: {found['step_s'] * 1e3:,.1f} ms a step of "
-            f"{found['flops_per_step'] / 1e9:,.2f} GFLOP, evaluation {found['evaluation_s']:,.1f} s; "
-            "without start-up and data",
-        ),
-        ("", found["rule"]),
-    ]
+    rows += [("memory, estimate", f"{memory['peak_bytes'] / 1e9:.2f} GB: {parts}"), ("", memory["rule"])]
+    if time["total_s"] is None:
+        return [*rows, ("time, estimate", f"unknown: {time['rule']}")]
+    step = f"{time['step_s'] * 1e3:,.1f} ms a step of {time['flops_per_step'] / 1e9:,.2f} GFLOP"
+    parts = f"{step}, evaluation {time['evaluation_s']:,.1f} s; without start-up and data"
+    return [*rows, ("time, estimate", f"{time['total_s']:,.1f} s: {parts}"), ("", time["rule"])]
 
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -206,15 +166,12 @@ def memory(settings: RunSettings, traced: Trace) -> dict[str, object]:
     }
     lasting = parts["weights"] + parts["gradients"] + parts["optimizer_states"]
     peak = lasting + max(parts["activations"] + parts["logits"], parts["optimizer_temporaries"])
+    rule = RULE + "; without the CUDA context"
     if settings.device == "cpu":
-        parts["process"] = psutil.Process().memory_info().rss
-        parts["libraries_later"] = LATER_BYTES[settings.case.task.metric]
-        return {
-            "parts_bytes": parts,
-            "peak_bytes": peak + parts["process"] + parts["libraries_later"],
-            "rule": RULE + "; plus this process as it is now and what libraries take later",
-        }
-    return {"parts_bytes": parts, "peak_bytes": peak, "rule": RULE + "; without the CUDA context"}
+        held = {"process": psutil.Process().memory_info().rss, "libraries_later": LATER_BYTES[settings.case.task.metric]}
+        parts, peak = parts | held, peak + sum(held.values())
+        rule = RULE + "; plus this process as it is now and what libraries take later"
+    return {"parts_bytes": parts, "peak_bytes": peak, "rule": rule}
 
 
 def optimizer_state_bytes(optimizer: str, weight_bytes: int, traced: Trace) -> int:

@@ -5,7 +5,6 @@ and this device's rate how long a run takes.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench_cases.models import ModelError, ModelRequest, build_model, padded_vocabulary
 from harness.loss import training_loss
+from harness.measured_rates import sample, threads_restored
 from harness.precision import DTYPES, Precision
 from harness.run.execute import load_run_data, model_request
 from harness.settings import RunSettings
@@ -71,8 +71,10 @@ def data_facts(settings: RunSettings) -> DataFacts:
     if not settings.data.startswith("hub"):
         data = load_run_data(settings)
         return DataFacts(data.valid_vocab, model_request(settings, data), "from the data")
+    from transformers import CONFIG_MAPPING
+
     architecture = settings.case.architecture
-    vocabulary = HUB_VOCABULARIES.get(architecture.id) or _library_vocabulary(architecture.id)
+    vocabulary = HUB_VOCABULARIES.get(architecture.id) or CONFIG_MAPPING[architecture.id]().vocab_size
     labelled = settings.case.task.collate in ("multi_cls", "single_cls")
     request = ModelRequest(
         architecture=architecture,
@@ -105,22 +107,20 @@ def trace(settings: RunSettings, facts: DataFacts, precision: Precision) -> Trac
             logits = model(ids, None, last)
         with loss:
             if precision.loss_dtype != torch.float32:  # the fused fp32 losses keep the gradient alone, counted below
-                training_loss(
-                    logits,
-                    _targets(settings, logits),
-                    loss=settings.case.task.loss,
-                    dtype=precision.loss_dtype,
-                    normalizer=1,
-                    valid_vocab=None if facts.request.outputs else facts.vocabulary,
-                )
+                kind, valid_vocab = settings.case.task.loss, None if facts.request.outputs else facts.vocabulary
+                if kind == "bce_with_logits":
+                    targets = torch.zeros(logits.shape, device=logits.device)
+                else:
+                    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+                training_loss(logits, targets, loss=kind, dtype=precision.loss_dtype, normalizer=1, valid_vocab=valid_vocab)
         in_head_dtype = logits.numel() * logits.element_size()
-        before = forward.storages() | {_storage(logits)}
+        loss_bytes, loss_elements = loss.without(forward.storages() | {_storage(logits)})
         return Trace(
             tuple((p.numel(), p.ndim) for p in model.parameters()),
             sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()),
-            forward.bytes(excluding={_storage(logits)}),
-            2 * in_head_dtype + 2 * loss.bytes(excluding=before),
-            forward.elements(excluding=set()) + loss.elements(excluding=before),
+            forward.without({_storage(logits)})[0],
+            2 * in_head_dtype + 2 * loss_bytes,
+            forward.without(set())[1] + loss_elements,
         )
 
 
@@ -180,31 +180,14 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
     def storages(self) -> set[int]:
         return set(self._tensors)
 
-    def bytes(self, *, excluding: set[int]) -> int:
-        return sum(tensor.untyped_storage().nbytes() for key, tensor in self._tensors.items() if key not in excluding)
-
-    def elements(self, *, excluding: set[int]) -> int:
-        return sum(
-            tensor.untyped_storage().nbytes() // tensor.element_size()
-            for key, tensor in self._tensors.items()
-            if key not in excluding
-        )
+    def without(self, storages: set[int]) -> tuple[int, int]:
+        """Bytes, and numbers in them, of what was kept in no other storage than these."""
+        kept = [(t.untyped_storage().nbytes(), t.element_size()) for key, t in self._tensors.items() if key not in storages]
+        return sum(nbytes for nbytes, _ in kept), sum(nbytes // size for nbytes, size in kept)
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _targets(settings: RunSettings, logits: torch.Tensor) -> torch.Tensor:
-    if settings.case.task.loss == "bce_with_logits":
-        return torch.zeros(logits.shape, device=logits.device)
-    return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-
-
-def _library_vocabulary(architecture: str) -> int:
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[architecture]().vocab_size
 
 
 GPU_EFFICIENCY = 0.4
@@ -231,12 +214,9 @@ def duration(settings: RunSettings, traced: Trace, step_flops: StepFlops) -> dic
     else:
         rate, tanh_s = cpu_product_rate(settings), cpu_tanh_s()
         step_s = flops / rate + TANH_PER_ELEMENT * tanh_s * traced.kept_elements * micro_batches
-        found |= {
-            "rate_flops_per_s": rate,
-            "tanh_s": tanh_s,
-            "rule": f"products, and {TANH_PER_ELEMENT:g} tanh for every number that autograd keeps, both as measured "
-            f"here on one thread, over {count(torch.get_num_threads(), 'thread')}",
-        }
+        each = f"products, and {TANH_PER_ELEMENT:g} tanh for every number that autograd keeps"
+        rule = f"{each}, both as measured here on one thread, over {count(torch.get_num_threads(), 'thread')}"
+        found |= {"rate_flops_per_s": rate, "tanh_s": tanh_s, "rule": rule}
     evaluation_s = forwards * step_s / micro_batches / 3  # the forward pass is a third of a step
     return found | {"step_s": step_s, "evaluation_s": evaluation_s, "total_s": step_s * settings.max_steps + evaluation_s}
 
@@ -270,26 +250,12 @@ def cpu_tanh_s(budget_s: float = 0.05) -> float:
 
 
 def _on_all_threads_s(work: Callable[[], object], budget_s: float) -> float:
-    """Seconds on one thread, divided by the run's threads. Threads that wait for each other on a busy
-    machine measure its scheduler: a product on two of them came out 40 times too slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _best(work, budget_s) / threads
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _best(work: Callable[[], object], budget_s: float, at_least: int = 5) -> float:
-    """The shortest of the repetitions that fit into the budget, after one that warms up: the longer
-    ones measure what else runs on the machine."""
-    work()
-    times_s, ends = [], time.perf_counter() + budget_s
-    while len(times_s) < at_least or time.perf_counter() < ends:
-        started = time.perf_counter()
-        work()
-        times_s.append(time.perf_counter() - started)
-    return min(times_s)
+    """Seconds on one thread, divided by the run's threads: threads that wait for each other on a busy machine measure its
+    scheduler, and a product on two of them came out 40 times too slow. The shortest repetition: longer ones measure what else
+    runs here."""
+    with threads_restored() as threads:
+        torch.set_num_threads(1)
+        return min(sample(work, torch.device("cpu"), budget_s)) / threads
 
 
 def shapes_of(request: ModelRequest) -> nn.Module:

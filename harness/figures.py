@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 
 from rich.console import Console
-from rich.table import Table
 
-from instrument.terminal import count
+from instrument.terminal import count, plain_table
 
 
 @dataclass(frozen=True)
@@ -66,23 +65,10 @@ def summarize(
     """A figure from its repetitions; raises ValueError when there are none."""
     if not values:
         raise ValueError(f"{bench} {name}: nothing was measured")
-    half_width = half_width_95(values)
-    mean = fmean(values)
-    return Figure(
-        bench,
-        name,
-        unit,
-        len(values),
-        median(values),
-        min(values),
-        max(values),
-        mean,
-        None if half_width is None else mean - half_width,
-        None if half_width is None else mean + half_width,
-        at_most,
-        at_least,
-        note,
-    )
+    mean, half = fmean(values), half_width_95(values)
+    interval = (None, None) if half is None else (mean - half, mean + half)
+    middle = median(values), min(values), max(values), mean
+    return Figure(bench, name, unit, len(values), *middle, *interval, at_most, at_least, note)
 
 
 def half_width_95(values: Sequence[float]) -> float | None:
@@ -124,9 +110,8 @@ def show_machine(machine: dict[str, object], repeats: int | None) -> None:
 
 def show(name: str, figures: list[Figure]) -> None:
     """One benchmark's table."""
-    table = Table(title=f"bench {name}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("figure", "median", "min", "max", "95 %", "target", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right", no_wrap=column != "")
+    numbers = ("median", "min", "max", "95 %", "target")
+    table = plain_table("figure", *numbers, "", right=numbers, fold=("",), title=f"bench {name}")
     for figure in figures:
         table.add_row(*cells(figure))
     CONSOLE.print(table)
@@ -140,21 +125,11 @@ def cells(figure: Figure) -> list[str]:
         return spelled(value, figure.unit)
 
     interval = "-" if figure.low95 is None else f"{text(figure.low95)} .. {text(figure.high95)}"
-    target = "-"
-    if figure.at_most is not None:
-        target = f"<= {text(figure.at_most)}"
-    elif figure.at_least is not None:
-        target = f">= {text(figure.at_least)}"
+    targets = {"<=": figure.at_most, ">=": figure.at_least}
+    target = next((f"{sign} {text(value)}" for sign, value in targets.items() if value is not None), "-")
     verdict = {None: "", True: "[green]met[/]  ", False: "[red]missed[/]  "}[figure.met]
-    return [
-        figure.name,
-        text(figure.median),
-        text(figure.minimum),
-        text(figure.maximum),
-        interval,
-        target,
-        verdict + figure.note.replace("[", r"\["),
-    ]
+    spread = map(text, (figure.median, figure.minimum, figure.maximum))
+    return [figure.name, *spread, interval, target, verdict + figure.note.replace("[", r"\[")]
 
 
 def spelled(value: float, unit: str) -> str:

@@ -19,14 +19,18 @@ import torch
 _FP16_UNITS = {"avx512_fp16", "amx_fp16", "asimdhp", "fphp"}
 
 
-def cpu_has_fp16_arithmetic() -> bool:
-    """Whether this CPU multiplies fp16 numbers in hardware (from /proc/cpuinfo)."""
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo lists of this CPU; nothing where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
-    return bool(flags & _FP16_UNITS)
+        return set()
+    return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+
+
+def cpu_has_fp16_arithmetic() -> bool:
+    """Whether this CPU multiplies fp16 numbers in hardware."""
+    return bool(cpu_flags() & _FP16_UNITS)
 
 
 def install() -> torch.library.Library:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ def refuse_another_machine(out: Path, machine: Mapping[str, Any]) -> None:
         raise OutputError(f"{out / 'machine.json'} {other}: choose another folder with --out")
 
 
-def rates_measured_here(
-    out: Path, machine: Mapping[str, Any], threads: int | None
-) -> tuple[dict[str, float] | None, str | None]:
-    """(FLOP/s by dtype, what to know about them or None), or (None, why not). ``threads``: torch's on a CPU, None
-    on CUDA."""
+Rates = tuple[dict[str, float] | None, str | None]
+"""FLOP/s by dtype, and what to know about them or None; or None, and why not."""
+
+
+def rates_measured_here(out: Path, machine: Mapping[str, Any], threads: int | None) -> Rates:
+    """``threads``: torch's on a CPU, None on CUDA."""
     try:
         facts = read_machine(out)
     except OutputError as error:
@@ -83,10 +85,7 @@ def too_low(measured: Mapping[str, Any]) -> str | None:
     busy = measured.get("cpu_busy_before_frac")
     if busy is None or busy <= BUSY_FRAC:
         return None
-    return (
-        f"other work took {busy:.0%} of the CPU before these rates were measured, so they are too low: "
-        "measure again when it is idle"
-    )
+    return f"other work took {busy:.0%} of the CPU before, so these rates are too low: measure again when it is idle"
 
 
 def another_machine(facts: Mapping[str, Any], machine: Mapping[str, Any]) -> str | None:
@@ -165,15 +164,8 @@ def matmul_rate(device: torch.device, dtype: str, threads: int | None) -> dict[s
                 times_s = sample(lambda left=left, right=right: left @ right, device)
             except torch.OutOfMemoryError:
                 break
-            found.append(
-                {
-                    "dtype": dtype,
-                    "threads": threads,
-                    **rates("flops_per_s", 2 * size**3, times_s),
-                    "size": size,
-                    "how": "fp32, rounded once to fp16" if replaced else "native",
-                }
-            )
+            row = {"dtype": dtype, "threads": threads, **rates("flops_per_s", 2 * size**3, times_s)}
+            found.append(row | {"size": size, "how": "fp32, rounded once to fp16" if replaced else "native"})
     set_switches(device, tf32=False, threads=0)
     return max(found, key=lambda row: row["flops_per_s"], default=None)
 
@@ -199,13 +191,13 @@ def rates(name: str, amount: float, times_s: list[float]) -> dict[str, float]:
     }
 
 
-def sample(work: Callable[[], object], device: torch.device) -> list[float]:
+def sample(work: Callable[[], object], device: torch.device, budget_s: float = BUDGET_S) -> list[float]:
     """Seconds of each repetition, after two that warm up; on CUDA by events, without waiting in between."""
     work()
     work()
     if device.type == "cuda":
-        return cuda_sample(work, device)
-    times_s, ends = [], time.perf_counter() + BUDGET_S
+        return _cuda_sample(work, device, budget_s)
+    times_s, ends = [], time.perf_counter() + budget_s
     while len(times_s) < AT_LEAST or time.perf_counter() < ends:
         began = time.perf_counter()
         work()
@@ -213,18 +205,16 @@ def sample(work: Callable[[], object], device: torch.device) -> list[float]:
     return times_s
 
 
-def cuda_sample(work: Callable[[], object], device: torch.device) -> list[float]:
+def _cuda_sample(work: Callable[[], object], device: torch.device, budget_s: float) -> list[float]:
     """One event between every two repetitions, as many of them as fill the budget."""
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    started.record()
-    work()
-    ended.record()
-    torch.cuda.synchronize(device)
-    repeats = max(AT_LEAST, min(1000, int(BUDGET_S / (started.elapsed_time(ended) / 1e3))))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        work()
-        event.record()
-    torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in zip(events[:-1], events[1:], strict=True)]
+
+    def times_s(repeats: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            work()
+            event.record()
+        torch.cuda.synchronize(device)
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
+
+    return times_s(max(AT_LEAST, min(1000, int(budget_s / times_s(1)[0]))))

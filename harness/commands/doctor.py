@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,18 +16,20 @@ from harness.measured_rates import measure, merge_measured, refuse_another_machi
 from harness.planning import choose_device, results_folder
 from instrument.environment import capture, version
 from instrument.nvml import Nvml
-from instrument.terminal import count, facts_table, print_section, stderr_console
+from instrument.results.schemas import strict_json
+from instrument.terminal import count, facts_table, plain_table, print_section, stderr_console
 
 
 def doctor_command(options: argparse.Namespace) -> int:
     """Examine and report; exit code 5 when torch cannot even multiply two matrices on the device."""
     findings = examine(options.out)
-    if options.measure and findings["products"]["fp32"] is None:
+    usable = findings["products"]["fp32"] is None
+    if options.measure and usable:
         findings["measured"] = measure_into(options.out)
     show(findings)
     if options.json:
-        sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
-    return OK if findings["products"]["fp32"] is None else ENVIRONMENT
+        print(strict_json(findings))
+    return OK if usable else ENVIRONMENT
 
 
 def examine(out: Path | None) -> dict[str, object]:
@@ -44,7 +44,7 @@ def examine(out: Path | None) -> dict[str, object]:
         }
     findings |= {
         "torch": {
-            "version": torch.__version__,
+            "version": str(torch.__version__),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
             "triton": version("triton"),
@@ -190,9 +190,8 @@ def gpu_lines(gpu: dict) -> list[tuple[str, str]]:
     if nvml["processes"] is None:
         company = f"processes unknown: {nvml['unknown'].get('processes')}"
     else:
-        company = f"{count(len(nvml['processes']), 'process', 'processes')}" + "".join(
-            f", pid {p['pid']} {_gb(p['used_bytes'])}" for p in nvml["processes"]
-        )
+        pids = "".join(f", pid {p['pid']} {_gb(p['used_bytes'])}" for p in nvml["processes"])
+        company = count(len(nvml["processes"]), "process", "processes") + pids
     return [
         (f"gpu {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']} ({able}); {standing}"),
         ("", f"{memory}; {company} (in a container these are the host's pids)"),
@@ -201,14 +200,10 @@ def gpu_lines(gpu: dict) -> list[tuple[str, str]]:
 
 def measured(found: dict) -> Table:
     """A row for each dtype and number of threads, then the copies: median, and 10th to 90th percentile."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
-    for name in ("products", "threads", "median", "p10 to p90", ""):
-        table.add_column(name, justify="right" if name in ("threads", "median", "p10 to p90") else "left")
-
-    rows = [
-        (row, "flops_per_s", *((1e12, "TFLOP/s") if row["flops_per_s"] >= 1e12 else (1e9, "GFLOP/s")))
-        for row in found["matmul"]
-    ]
+    right = ("threads", "median", "p10 to p90")
+    table = plain_table("products", *right, "", right=right)
+    units = {True: (1e12, "TFLOP/s"), False: (1e9, "GFLOP/s")}
+    rows = [(row, "flops_per_s", *units[row["flops_per_s"] >= 1e12]) for row in found["matmul"]]
     for row, name, scale, unit in [*rows, *((row, "bytes_per_s", 1e9, "GB/s") for row in found["copy"])]:
         low, median, high = (row[f"{prefix}{name}"] / scale for prefix in ("p10_", "", "p90_"))
         remark = "read and written"

@@ -1,17 +1,11 @@
-"""``python -m harness flops CASE``: what a training step costs, counted, with no GPU, for any size.
-
-The FLOPs of a step for a person, on standard error. No counting here.
-"""
+"""``python -m harness flops CASE``: what a training step costs, counted, with no GPU, for any size."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import sys
 from dataclasses import asdict
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,7 +14,9 @@ from bench_cases import Case, DtypeConfig, lookup
 from bench_cases.dtype_configs import DTYPE_CONFIGS
 from harness.options import FLOPS_SETTINGS, request
 from harness.settings import RunSettings, SettingsError, resolve
+from instrument.results.schemas import strict_json
 from instrument.terminal import count as count_in_words
+from instrument.terminal import plain_table
 
 
 def flops_command(options: argparse.Namespace) -> int:
@@ -45,7 +41,7 @@ def flops_command(options: argparse.Namespace) -> int:
 
     show(findings)
     if options.json:
-        sys.stdout.write(json.dumps(findings, allow_nan=False) + "\n")
+        print(strict_json(findings))
     return OK
 
 
@@ -74,16 +70,12 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
     total = passes * sum(product.flops for product in products)
     closed_flops = sum(flops.of(*shape).values()) if closed else None
     dtypes = dtypes_of(model, config, attention)
-    rows = [
-        {
-            "module": p.module,
-            "kind": p.kind,
-            "dtype": getattr(dtypes, p.part),
-            "forward_flops": passes * p.forward_flops,
-            "backward_flops": passes * p.backward_flops,
-        }
-        for p in products
-    ]
+
+    def row(p) -> dict[str, object]:
+        direction = {"forward_flops": passes * p.forward_flops, "backward_flops": passes * p.backward_flops}
+        return {"module": p.module, "kind": p.kind, "dtype": getattr(dtypes, p.part), **direction}
+
+    rows = [row(p) for p in products]
     return {
         "case": case.id,
         "architecture": case.architecture.name,
@@ -139,18 +131,13 @@ def show(findings: dict) -> None:
 
 def heading(found: dict) -> list[str]:
     """What was counted."""
-    outputs = (
-        f"{found['outputs']} outputs"
-        if found["outputs"]
-        else f"vocabulary {found['vocabulary']:,} padded to {found['padded_vocabulary']:,}"
-    )
-    where = "GPU" if found["device"] == "cuda" else "CPU"
-    return [
-        f"{found['case']}: {found['architecture']}, {found['task']}, {found['n_params']:,} parameters, "
-        f"{outputs} ({found['shape_source']})",
-        f"one step of {count_in_words(found['batch_size'], 'row')} of {count_in_words(found['seq_len'], 'token')} under "
-        f"{found['dtype_config']}, {where} with {found['attention']} attention",
-    ]
+    outputs = f"vocabulary {found['vocabulary']:,} padded to {found['padded_vocabulary']:,}"
+    if found["outputs"]:
+        outputs = f"{found['outputs']} outputs"
+    what = f"{found['case']}: {found['architecture']}, {found['task']}, {found['n_params']:,} parameters"
+    step = f"one step of {count_in_words(found['batch_size'], 'row')} of {count_in_words(found['seq_len'], 'token')}"
+    where = f"{'GPU' if found['device'] == 'cuda' else 'CPU'} with {found['attention']} attention"
+    return [f"{what}, {outputs} ({found['shape_source']})", f"{step} under {found['dtype_config']}, {where}"]
 
 
 def groups(products: list[dict]) -> list[dict]:
@@ -159,12 +146,8 @@ def groups(products: list[dict]) -> list[dict]:
     for row in products:
         layer = LAYER.match(row["module"])
         stack, module = layer.groups() if layer else ("", row["module"])
-        key = stack, module, row["kind"], row["dtype"]
-        group = found.setdefault(
-            key,
-            dict(zip(("stack", "module", "kind", "dtype"), key, strict=True))
-            | {"layers": 0, "forward_flops": 0, "backward_flops": 0},
-        )
+        key = {"stack": stack, "module": module, "kind": row["kind"], "dtype": row["dtype"]}
+        group = found.setdefault(tuple(key.values()), key | {"layers": 0, "forward_flops": 0, "backward_flops": 0})
         group["layers"] += 1
         group["forward_flops"] += row["forward_flops"]
         group["backward_flops"] += row["backward_flops"]
@@ -173,11 +156,9 @@ def groups(products: list[dict]) -> list[dict]:
 
 def table(found: dict) -> Table:
     """A row a module group, then one a dtype where there are several, then the sum."""
-    scale, unit = _unit(found["flops_per_step"])
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    drawn.add_column(f"{unit} by module", overflow="fold")
-    for name in ("dtype", "forward", "backward", "share"):
-        drawn.add_column(name, justify="left" if name == "dtype" else "right", no_wrap=True)
+    scale, unit = next(((scale, name) for scale, name in UNITS if found["flops_per_step"] >= scale), UNITS[-1])
+    name, numbers = f"{unit} by module", ("forward", "backward", "share")
+    drawn = plain_table(name, "dtype", *numbers, right=numbers, fold=(name,))
 
     def add(name: str, dtype: str, forward: int, backward: int, style: str | None = None) -> None:
         share = (forward + backward) / found["flops_per_step"]
@@ -192,13 +173,8 @@ def table(found: dict) -> Table:
         for dtype in found["by_dtype"]:
             rows = [row for row in found["products"] if row["dtype"] == dtype]
             add(f"all in {dtype}", dtype, sum(r["forward_flops"] for r in rows), sum(r["backward_flops"] for r in rows))
-    add(
-        "step",
-        next(iter(found["by_dtype"])) if len(found["by_dtype"]) == 1 else "",
-        found["forward_flops"],
-        found["backward_flops"],
-        style="bold",
-    )
+    dtype = "" if len(found["by_dtype"]) > 1 else next(iter(found["by_dtype"]))
+    add("step", dtype, found["forward_flops"], found["backward_flops"], style="bold")
     return drawn
 
 
@@ -219,12 +195,6 @@ def closing(found: dict) -> list[str]:
     if found["causal_attention"] and half is not None:
         lines.append(f"causal attention counts in full (the MFU numerator); half: {half:,} ({half / total:.1%})")
     if found["pad_column_flops"]:
-        lines.append(
-            f"not in it: {found['pad_column_flops']:,} ({found['pad_column_flops'] / total:.2%}) for the columns that "
-            "pad the vocabulary, which run but count for nothing"
-        )
+        share = f"{found['pad_column_flops']:,} ({found['pad_column_flops'] / total:.2%})"
+        lines.append(f"not in it: {share} for the columns that pad the vocabulary, which run but count for nothing")
     return lines
-
-
-def _unit(flops: int) -> tuple[float, str]:
-    return next(((scale, name) for scale, name in UNITS if flops >= scale), UNITS[-1])
