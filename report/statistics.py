@@ -71,18 +71,6 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     return Interval(mean, mean - half, mean + half, array.size)
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Geometric mean of paired ratios with its t-interval, computed on logarithms.
-
-    Pairs belong together (same case, same seed); all values must be above 0."""
-    over, under = (np.asarray(side, dtype=np.float64) for side in (numerators, denominators))
-    if over.shape != under.shape:
-        raise ValueError(f"{over.size} numerators and {under.size} denominators are no pairs")
-    if not ((over > 0) & (under > 0)).all():
-        raise ValueError("a ratio on a logarithmic scale needs values above 0")
-    return exponential(mean_interval(np.log(over) - np.log(under), confidence))
-
-
 def exponential(logs: Interval) -> Interval:
     """An interval of logarithms as one of ratios."""
     return Interval(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high), logs.n)

@@ -35,6 +35,19 @@ def times(interval: Interval) -> str:
     return f"{interval.value:.{digits}f}x {bounds(interval, f'.{digits}f')}"
 
 
+def span(values: Iterable[float], form: str = ",") -> str:
+    """``5``, or ``5 to 9``: the smallest and the largest as they are printed."""
+    values = [*values]
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def bracketed(low: float | None, high: float | None, form: str) -> str:
+    """`` [2.01, 2.15]`` with its blank; empty where an end is not known."""
+    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+    return f" [{low:{form}}, {high:{form}}]" if known else ""
+
+
 def enough_digits(low: float, high: float) -> int:
     """Decimals in which the ends of an interval differ, so that a value agrees with its interval as printed; at most 5."""
     width = high - low

@@ -8,16 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from report.plots.palette import STATES
-from report.plots.style import (
-    GRID,
-    INK,
-    LEGEND_IN,
-    MUTED,
-    SMALL_PT,
-    TEXT_PT,
-    legend_row,
-    table_figure,
-)
+from report.plots.style import GRID, INK, MUTED, SMALL_PT, TEXT_PT, table_figure
 from report.text import clean
 
 ROW_IN, HEADER_IN = 0.29, 0.42
@@ -30,10 +21,8 @@ def draw(table) -> Figure:
     data = table.data
     columns = data.drop_duplicates("case")[["case", "column", "arch", "loss_reduction"]].to_dict("records")
     rows = list(data["dtype_config"].unique())
-    body_in = HEADER_IN + ROW_IN * len(rows) + LEGEND_IN
-    figure = table_figure(table, body_in)
+    figure = table_figure(table, HEADER_IN + ROW_IN * len(rows), legend=_legend(data))
     whole_in, width_in = figure.get_figheight(), figure.get_figwidth()
-    _legend(figure, data)
     foot_in = figure.get_layout_engine().get()["rect"][1] * whole_in
     figure.set_layout_engine("none")
     axes = figure.add_axes(
@@ -85,10 +74,10 @@ def _headers(axes: Axes, columns: list[dict]) -> None:
             start = at
 
 
-def _legend(figure: Figure, data: pd.DataFrame) -> None:
+def _legend(data: pd.DataFrame) -> list[Patch]:
     """The states that occur, with their sign."""
     seen = data.drop_duplicates("state").set_index("state")["sign"]
-    handles = [
+    return [
         Patch(
             facecolor=look.fill,
             edgecolor=MUTED,
@@ -99,4 +88,3 @@ def _legend(figure: Figure, data: pd.DataFrame) -> None:
         for state, look in STATES.items()
         if state in seen
     ]
-    legend_row(figure, handles)

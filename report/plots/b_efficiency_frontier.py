@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from report.plots.elements import cases_in_rows, label_lowest, panels
 from report.plots.label_placement import name_markers
 from report.plots.palette import look
-from report.plots.style import INK, LEGEND_IN, MUTED, SHADE, THIN_PT, legend_row, table_figure
+from report.plots.style import INK, MUTED, SHADE, THIN_PT, table_figure
 from report.text import clean
 
 ROW_IN, FRAME_IN, MOST_IN = 1.9, 0.3, 3.9
@@ -27,8 +27,7 @@ def draw(table) -> Figure:
     """A panel a case: MFU over peak memory, and the Pareto frontier."""
     data = table.data
     rows = cases_in_rows(data)
-    figure = table_figure(table, min(ROW_IN * len(rows), MOST_IN) + FRAME_IN + LEGEND_IN)
-    _legend(figure, data)
+    figure = table_figure(table, min(ROW_IN * len(rows), MOST_IN) + FRAME_IN, legend=_legend(data))
     grid = figure.subplots(len(rows), max(map(len, rows)), squeeze=False, sharey=True)
     top = 125 * np.nanmax(data[["mfu_bf16_peak", "mfu_own", "high"]].to_numpy(float))
     pairs = panels(grid, rows)
@@ -101,9 +100,9 @@ def _names(axes: Axes, data: pd.DataFrame) -> None:
     name_markers(axes, [clean(row["dtype_config"], 24) for row in rows], points, obstacles)
 
 
-def _legend(figure: Figure, data: pd.DataFrame) -> None:
+def _legend(data: pd.DataFrame) -> list[Line2D]:
     handles = [Line2D([], [], color=MUTED, linewidth=0.8, label="Pareto frontier (dominated: shaded)")]
     if any(_has_own(row) for row in data.to_dict("records")):
         hollow = {"linestyle": "", "marker": "o", "mfc": "none", "color": INK, "markersize": 4.5}
         handles.insert(0, Line2D([], [], **hollow, label="hollow: against the peak of its own dtype"))
-    legend_row(figure, handles)
+    return handles

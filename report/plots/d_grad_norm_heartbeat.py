@@ -6,14 +6,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from instrument.terminal import count
-from report.plots.elements import as_series, decimate, label_right
+from report.plots.elements import config_legend, decimate, end_of_run, label_right, named_series, run_line
 from report.plots.palette import look
-from report.plots.style import THIN_PT, legend_in, legend_row, log_axis, table_figure, whole_steps
-from report.tables.selection import REFERENCE, series_order
-from report.text import clean
+from report.plots.style import THIN_PT, log_axis, table_figure, whole_steps
+from report.text import clean, span
 
 ROW_IN, FRAME_IN, MOST_IN = 1.12, 0.3, 4.4
 MOST_NAMED = 3
@@ -28,15 +26,17 @@ def draw(table) -> Figure:
     across = 1 if len(cases) <= MOST_NAMED else 2
     down = -(-len(cases) // across)
     row_in = min(ROW_IN, MOST_IN / down)
-    below = _legend(data, table.summary) if len(cases) > MOST_NAMED else []
+    summary = table.summary
+    below = []
+    if len(cases) > MOST_NAMED:
+        below = config_legend(data["dtype_config"], lambda config: _label(config, summary[summary["dtype_config"] == config]))
     figure = table_figure(
         table,
-        row_in * down + FRAME_IN + (legend_in(handle.get_label() for handle in below) if below else 0.0),
+        row_in * down + FRAME_IN,
         "Cross: last finite step. Triangle above the frame: step the loss scaler skipped. "
         "Ring: spike, over 5 times the rolling median.",
+        legend=below,
     )
-    if below:
-        legend_row(figure, below)
     grid = figure.subplots(down, 2 * across, squeeze=False, width_ratios=(1, 1.1) * across)
     pairs = [pair for row in grid for pair in np.split(row, across)]
     for axes in (axes for pair in pairs[len(cases) :] for axes in pair):
@@ -45,20 +45,17 @@ def draw(table) -> Figure:
         log.sharey(linear)
         log.tick_params(labelleft=False)
         rows = data[data["case"] == case]
-        summary = table.summary[table.summary["case"] == case]
         log_axis(linear, "y")
         log_axis(log, "x")
         whole_steps(linear)
         for axes, log_x in ((linear, False), (log, True)):
             for (config, seed), run in rows.groupby(["dtype_config", "seed"], sort=False):
-                before = set(axes.lines)
-                _run(axes, run, config, log_x)
-                for line in set(axes.lines) - before:
-                    as_series(line, case, config, seed)
+                with named_series(axes, case, config, seed):
+                    _run(axes, run, config, log_x)
             axes.margins(x=0.02)
         linear.set_title(clean(case), pad=8)
         if not below:
-            _names(log, rows, summary, row_in - 0.42)
+            _names(log, rows, summary[summary["case"] == case], row_in - 0.42)
         if linear is grid[down // 2][0]:
             linear.set_ylabel("gradient norm")
     for linear, log in pairs[max(0, len(cases) - across) : len(cases)]:
@@ -68,37 +65,18 @@ def draw(table) -> Figure:
 
 
 def _run(axes: Axes, run: pd.DataFrame, config: str, log_x: bool) -> None:
-    """One run: the line (decimated, spikes kept), its marks, its end. The reference is thin and on top, so that neither hides
-    the other where they agree."""
-    style = look(config)
-    x, y = run["step"].to_numpy(), run["grad_norm"].to_numpy(float)
+    """One run: the line (decimated, spikes kept), its marks, its end."""
+    colour, x, y = look(config).colour, run["step"].to_numpy(), run["grad_norm"].to_numpy(float)
     spike, skipped = run["spike"].to_numpy(bool), run["skipped"].to_numpy(bool)
     last = run["last_finite"].to_numpy(bool)
-    shown = decimate(x, y, log_x=log_x, keep=spike | last)
-    axes.plot(
-        x[shown],
-        np.where(np.isfinite(y[shown]), y[shown], np.nan),
-        color=style.colour,
-        linestyle=style.line,
-        linewidth=THIN_PT if config == REFERENCE else 1.3,
-        alpha=0.9 if config == REFERENCE else 0.75,
-        zorder=3 if config == REFERENCE else 2,
-    )
+    run_line(axes, x, y, config, log_x=log_x, keep=spike | last)
     marks = decimate(x[spike], y[spike], bins=60, log_x=log_x)
-    axes.plot(x[spike][marks], y[spike][marks], "o", mfc="none", mec=style.colour, mew=THIN_PT, markersize=3.4)
+    axes.plot(x[spike][marks], y[spike][marks], "o", mfc="none", mec=colour, mew=THIN_PT, markersize=3.4)
     if last.any():
-        axes.plot(x[last], y[last], "x", color=style.colour, markersize=6, mew=1.5, zorder=5, clip_on=False)
+        end_of_run(axes, x[last], y[last], config)
     if skipped.any():
-        axes.plot(
-            x[skipped],
-            np.full(skipped.sum(), 1.03),
-            "v",
-            color=style.colour,
-            markersize=3.2,
-            mew=0,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-        )
+        above = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(x[skipped], np.full(skipped.sum(), 1.03), "v", color=colour, markersize=3.2, mew=0, **above)
 
 
 def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: float) -> None:
@@ -111,22 +89,11 @@ def _names(axes: Axes, rows: pd.DataFrame, summary: pd.DataFrame, height_in: flo
     label_right(axes, labels, height_in=height_in)
 
 
-def _legend(data: pd.DataFrame, summary: pd.DataFrame) -> list[Line2D]:
-    """The configurations once, in the registry's order, where the frames are too low for names beside each."""
-    handles = []
-    for config in series_order(data["dtype_config"].unique()):
-        label = _label(config, summary[summary["dtype_config"] == config])
-        handles.append(Line2D([], [], color=look(config).colour, linestyle=look(config).line, linewidth=1.2, label=label))
-    return handles
-
-
 def _label(config: str, summary: pd.DataFrame) -> str:
     name = clean(config, 24)
     diverged_at = summary["died_at"].dropna()
     if len(diverged_at):
-        steps = sorted({int(step) for step in diverged_at})
-        where = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         seeds = f", {len(diverged_at)} of {len(summary)} runs" if len(summary) > 1 else ""
-        return f"{name} × @ {where}{seeds}"
+        return f"{name} × @ {span(diverged_at, '.0f')}{seeds}"
     spikes = int(summary["spikes"].sum())
     return f"{name}, {count(spikes, 'spike')}" if spikes else name

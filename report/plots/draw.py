@@ -23,8 +23,6 @@ from report.plots import (
     g_loss_scale_inversion,
     h_rank_correlation,
     hardware,
-    headroom,
-    lm_loss,
     step_time,
 )
 from report.plots.elements import name_frames
@@ -41,8 +39,8 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "F": f_padding_tax.draw,
     "G": g_loss_scale_inversion.draw,
     "H": h_rank_correlation.draw,
-    "headroom": headroom.draw,
-    "lm_loss": lm_loss.draw,
+    "headroom": e_logit_magnitude.draw_headroom,
+    "lm_loss": g_loss_scale_inversion.draw_lm_loss,
     "hardware": hardware.draw,
     "step_times": step_time.draw_step_times,
     "kernel_time": step_time.draw_kernel_time,

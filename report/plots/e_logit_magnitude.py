@@ -1,26 +1,19 @@
-"""E: how large the logits are, against what fp16 can hold."""
+"""E: how large the logits are, against what fp16 can hold; and how close every layer comes to its dtype's largest number."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.colors import to_rgba_array
+from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
+from matplotlib.colors import LinearSegmentedColormap, to_rgba_array
 from matplotlib.figure import Figure
 
 from kernels.float_formats import FP16
-from report.plots.elements import outline
+from report.plots.elements import name_frame, outline
 from report.plots.palette import look
-from report.plots.style import (
-    FULL_WIDTH_IN,
-    INK,
-    SMALL_PT,
-    THIN_PT,
-    WARNING_INK,
-    log_axis,
-    table_figure,
-)
+from report.plots.style import FULL_WIDTH_IN, INK, SMALL_PT, THIN_PT, WARNING_INK, log_axis, table_figure
+from report.tables import headroom
 from report.text import clean, short
 
 ROW_IN, FRAME_IN, MOST_IN = 0.98, 0.15, 4.3
@@ -133,17 +126,8 @@ def _largest(axes: Axes, at: float, values: np.ndarray, nonfinite_steps: int, sl
     if nonfinite_steps:
         text += f"\n{nonfinite_steps} ✗"
     y = values.max() if len(values) else 1.0
-    axes.annotate(
-        text,
-        (at, y),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        size=SMALL_PT,
-        rotation=90 if slot_in < NARROW_SLOT_IN else 0,
-        linespacing=0.95,
-    )
+    place = {"textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90 if slot_in < NARROW_SLOT_IN else 0}
+    axes.annotate(text, (at, y), (0, 2), size=SMALL_PT, linespacing=0.95, **place)
 
 
 def _limit(axes: Axes, *, named: bool) -> None:
@@ -152,13 +136,42 @@ def _limit(axes: Axes, *, named: bool) -> None:
     axes.axhspan(FP16.max, axes.get_ylim()[1], facecolor=WARNING_INK, alpha=0.06, linewidth=0)
     if not named:
         return
-    axes.text(
-        0.004,
-        FP16.max * 1.12,
-        "over 65,504: would overflow in fp16",
-        transform=axes.get_yaxis_transform(),
-        ha="left",
-        va="bottom",
-        size=SMALL_PT,
-        color=WARNING_INK,
-    )
+    place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+    axes.text(0.004, FP16.max * 1.12, "over 65,504: would overflow in fp16", size=SMALL_PT, color=WARNING_INK, **place)
+
+
+MAP_ROW_IN, MAP_FRAME_IN = 0.125, 0.48
+MOST_BITS = 16.0
+DANGER = LinearSegmentedColormap.from_list("headroom", ["#6d0f16", "#d6503c", "#f5b56a", "#f4ead2", "#dfe9f2"])
+
+
+def draw_headroom(table) -> Figure:
+    """A heat map a run: modules down in the order of the forward pass, steps across, bits as colour."""
+    data = table.data
+    runs = [run for _, run in data.groupby("run_id", sort=False)]
+    heights = [MAP_ROW_IN * run["module"].nunique() + MAP_FRAME_IN for run in runs]
+    figure = table_figure(table, sum(heights))
+    grid = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)
+    for number, ((axes,), run) in enumerate(zip(grid, runs, strict=True), start=1):
+        mesh = _map(axes, run)
+        name_frame(axes, number)
+    bar = figure.colorbar(mesh, ax=[axes for (axes,) in grid], shrink=0.6, pad=0.01, aspect=30)
+    bar.set_label("headroom (bits)")
+    return figure
+
+
+def _map(axes: Axes, run: pd.DataFrame) -> QuadMesh:
+    cells = headroom.cells(run)
+    x, y = (np.arange(size + 1) for size in cells.shape[::-1])
+    mesh = axes.pcolormesh(x, y, cells.to_numpy(), cmap=DANGER, vmin=0, vmax=MOST_BITS, rasterized=True)
+    axes.set_ylim(len(cells), 0)
+    axes.set_yticks(np.arange(len(cells)) + 0.5)
+    axes.set_yticklabels([clean(module, 44) for module in cells.index])
+    some = np.unique(np.linspace(0, cells.shape[1] - 1, 8).astype(int))
+    axes.set_xticks(some + 0.5)
+    axes.set_xticklabels([f"{cells.columns[at]:,}" for at in some])
+    axes.set_xlabel("step")
+    axes.grid(False)
+    first = run.iloc[0]
+    axes.set_title(clean(f"{first['case']} · {first['dtype_config']} · seed {first['seed']}", 90))
+    return mesh

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Affine2D, ScaledTranslation, Transform, blended_transform_factory
 
-from report.plots.palette import Look
+from report.plots.palette import Look, look
 from report.plots.style import SMALL_PT
+from report.tables.selection import REFERENCE, series_order
 from report.text import clean
 
 BINS = 90
@@ -54,10 +55,14 @@ def decimate(
     return np.flatnonzero(kept)
 
 
-def as_series(artist: Artist, case: object, config: object, seed: object) -> None:
-    """Name what an artist shows, for the page: a pointer over it says so, and its configuration can be hidden
-    (`name_frames` adds the frame, `report.plots.write.inline` makes attributes of it)."""
-    artist.set_gid("|".join((SERIES, *(clean(part, 60).replace("|", "/") for part in (case, config, seed)))))
+@contextmanager
+def named_series(axes: Axes, case: object, config: object, seed: object) -> Iterator[None]:
+    """Name the run that the lines added within show, for the page: a pointer over one says so, and its configuration can be
+    hidden (`name_frames` adds the frame, `report.plots.write.inline` makes attributes of it)."""
+    before = set(axes.lines)
+    yield
+    for line in set(axes.lines) - before:
+        line.set_gid("|".join((SERIES, *(clean(part, 60).replace("|", "/") for part in (case, config, seed)))))
 
 
 def name_frames(figure: Figure) -> None:
@@ -83,6 +88,35 @@ def thinned_line(axes: Axes, x: np.ndarray, y: np.ndarray, look: Look, **style) 
     """A configuration's line through the points that `decimate` keeps."""
     shown = decimate(x, y)
     axes.plot(x[shown], y[shown], color=look.colour, linestyle=look.line, **style)
+
+
+def run_line(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, *, marker: str | None = None, **thinning) -> None:
+    """One run's line through the points that `decimate` keeps, broken where it is not finite. The reference is thin and on top,
+    so that neither hides the other where they agree."""
+    shown, first, style = decimate(x, y, **thinning), config == REFERENCE, look(config)
+    axes.plot(
+        x[shown],
+        np.where(np.isfinite(y[shown]), y[shown], np.nan),
+        color=style.colour,
+        linestyle=style.line,
+        marker=marker,
+        linewidth=0.7 if first else 1.2,
+        alpha=0.9 if first else 0.75,
+        zorder=3 if first else 2,
+    )
+
+
+def end_of_run(axes: Axes, x: float, y: float, config: str) -> None:
+    """A cross at the last finite step of a run that diverged."""
+    axes.plot(x, y, "x", color=look(config).colour, markersize=6, mew=1.5, zorder=5, clip_on=False)
+
+
+def config_legend(configs: Iterable[str], label: Callable[[str], str] = lambda config: clean(config, 26)) -> list[Line2D]:
+    """Handles of the configurations' lines, each once, in the registry's order."""
+    return [
+        Line2D([], [], color=look(config).colour, linestyle=look(config).line, linewidth=1.2, label=label(config))
+        for config in series_order(configs)
+    ]
 
 
 def outline(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,20 +174,10 @@ def label_right(axes: Axes, labels: Sequence[tuple[float, str, Look]], *, height
     wanted = [float(np.clip(to_axes.transform((x, y))[1], 0, 1)) for y, _, _ in labels]
     place = _beside(axes)
     gap = SPACING * SMALL_PT / 72 / height_in
-    for at, start, (_, text, look) in zip(spread(wanted, gap, 0.02, 0.98), wanted, labels, strict=True):
-        for ends, heights, style, width in (((0, 6), (start, at), "-", 0.6), ((6, 18), (at, at), look.line, 1.4)):
-            axes.add_line(
-                Line2D(
-                    ends,
-                    heights,
-                    color=look.colour,
-                    linestyle=style,
-                    linewidth=width,
-                    transform=place,
-                    clip_on=False,
-                    solid_capstyle="butt",
-                )
-            )
+    for at, start, (_, text, own) in zip(spread(wanted, gap, 0.02, 0.98), wanted, labels, strict=True):
+        for ends, heights, line, width in (((0, 6), (start, at), "-", 0.6), ((6, 18), (at, at), own.line, 1.4)):
+            style = {"color": own.colour, "linestyle": line, "linewidth": width, "solid_capstyle": "butt"}
+            axes.add_line(Line2D(ends, heights, transform=place, clip_on=False, **style))
         axes.text(20.5, at, text, transform=place, va="center", ha="left", size=SMALL_PT)
 
 

@@ -1,4 +1,4 @@
-"""G: the training loss, and how far each configuration is from fp32 on the very same batch."""
+"""G: the training loss, and how far each configuration is from fp32 on the very same batch; and the loss of the LMs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from instrument.terminal import count
-from report.plots.elements import as_series, decimate
+from report.plots.elements import config_legend, end_of_run, named_series, run_line
 from report.plots.palette import look
-from report.plots.style import MUTED, SMALL_PT, legend_in, legend_row, table_figure, whole_steps
-from report.tables.selection import REFERENCE, series_order
-from report.text import clean
+from report.plots.style import MUTED, SMALL_PT, table_figure, whole_steps
+from report.tables.selection import REFERENCE
+from report.text import clean, span
 
-LOSS_IN, DIFFERENCE_IN, FRAME_IN = 0.86, 0.68, 0.2
+LOSS_IN, DIFFERENCE_IN, FRAME_IN, LM_ROW_IN = 0.86, 0.68, 0.2, 0.85
 
 
 def draw(table) -> Figure:
@@ -27,14 +26,16 @@ def draw(table) -> Figure:
         key=lambda key: (key[0] != "Single-label", key[1] != "mean", key),
     )
     heights = [LOSS_IN, DIFFERENCE_IN] * len(archs)
-    handles = _legend(data, table.summary)
+    died_at = table.summary.dropna(subset="died_at").groupby("dtype_config")["died_at"]
+    when = {config: f" × @ {span(steps, '.0f')}" for config, steps in died_at}
+    handles = config_legend(data["dtype_config"], lambda config: clean(config, 26) + when.get(config, ""))
     figure = table_figure(
         table,
-        sum(heights) + FRAME_IN + legend_in(handle.get_label() for handle in handles),
+        sum(heights) + FRAME_IN,
         "Cross: the last finite step of a run that diverged. Lower rows: training loss minus that of "
         "fp32_true on the same batch of the same seed.",
+        legend=handles,
     )
-    legend_row(figure, handles)
     grid = figure.subplots(len(heights), len(columns), squeeze=False, height_ratios=heights)
     for at, arch in enumerate(archs):
         for across, key in enumerate(columns):
@@ -64,10 +65,8 @@ def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) ->
         diverged = (case, config, seed) in divergence.index
         for axes, column, limit in ((upper, "loss", np.inf), (lower, "minus_reference", reach)):
             if axes is upper or config != REFERENCE:
-                before = set(axes.lines)
-                _run(axes, run["step"].to_numpy(), run[column].to_numpy(float), config, diverged, limit)
-                for line in set(axes.lines) - before:
-                    as_series(line, case, config, seed)
+                with named_series(axes, case, config, seed):
+                    _run(axes, run["step"].to_numpy(), run[column].to_numpy(float), config, diverged, limit)
     for axes in pair:
         axes.margins(x=0.02)
     upper.tick_params(labelbottom=False)
@@ -75,29 +74,10 @@ def _pair(pair: tuple[Axes, Axes], rows: pd.DataFrame, summary: pd.DataFrame) ->
 
 def _run(axes: Axes, x: np.ndarray, y: np.ndarray, config: str, diverged: bool, reach: float) -> None:
     """One run's line, and a cross at its last finite step (at the frame when that is beyond it)."""
-    style = look(config)
-    shown = decimate(x, y)
-    axes.plot(
-        x[shown],
-        np.where(np.isfinite(y[shown]), y[shown], np.nan),
-        color=style.colour,
-        linestyle=style.line,
-        linewidth=0.7 if config == REFERENCE else 1.2,
-        alpha=0.9 if config == REFERENCE else 0.75,
-        zorder=3 if config == REFERENCE else 2,
-    )
+    run_line(axes, x, y, config)
     finite = np.flatnonzero(np.isfinite(y))
     if diverged and len(finite):
-        axes.plot(
-            x[finite[-1]],
-            np.clip(y[finite[-1]], -reach, reach),
-            "x",
-            color=style.colour,
-            markersize=6,
-            mew=1.5,
-            zorder=5,
-            clip_on=False,
-        )
+        end_of_run(axes, x[finite[-1]], np.clip(y[finite[-1]], -reach, reach), config)
 
 
 def _reach(axes: Axes, differences: np.ndarray) -> float:
@@ -107,26 +87,33 @@ def _reach(axes: Axes, differences: np.ndarray) -> float:
     if reach == 0 or size.max() <= 1.6 * reach:
         return np.inf
     axes.set_ylim(-reach, reach)
-    axes.text(
-        1.0,
-        1.02,
-        f"{count((size > reach).sum(), 'point')} beyond the frame, up to {size.max():.2g}",
-        transform=axes.transAxes,
-        ha="right",
-        va="bottom",
-        size=SMALL_PT,
-        color=MUTED,
-    )
+    beyond = f"{count((size > reach).sum(), 'point')} beyond the frame, up to {size.max():.2g}"
+    axes.text(1.0, 1.02, beyond, transform=axes.transAxes, ha="right", va="bottom", size=SMALL_PT, color=MUTED)
     return reach
 
 
-def _legend(data: pd.DataFrame, summary: pd.DataFrame) -> list[Line2D]:
-    """Every configuration once, in the registry's order, with the steps at which it diverged."""
-    handles = []
-    for config in series_order(data["dtype_config"].unique()):
-        steps = summary.loc[summary["dtype_config"] == config, "died_at"].dropna().astype(int)
-        span = f"{steps.min()}" if steps.nunique() == 1 else f"{steps.min()} to {steps.max()}" if len(steps) else ""
-        style = look(config)
-        label = clean(config, 26) + (f" × @ {span}" if span else "")
-        handles.append(Line2D([], [], color=style.colour, linestyle=style.line, linewidth=1.2, label=label))
-    return handles
+def draw_lm_loss(table) -> Figure:
+    """A row a case: training at the left, validation at the right; the two frames of a row share their height."""
+    data = table.data
+    cases = list(data["case"].unique())
+    figure = table_figure(table, LM_ROW_IN * len(cases) + FRAME_IN, legend=config_legend(data["dtype_config"]))
+    grid = figure.subplots(len(cases), 2, squeeze=False, sharey="row")
+    for (training, validation), case in zip(grid, cases, strict=True):
+        rows = data[data["case"] == case]
+        for (config, seed), run in rows.groupby(["dtype_config", "seed"], sort=False, observed=True):
+            for axes, column, marker in ((training, "loss", None), (validation, "val_loss", look(config).marker)):
+                known = run[np.isfinite(run[column].to_numpy(float))]
+                with named_series(axes, case, config, seed):
+                    run_line(axes, known["step"].to_numpy(), known[column].to_numpy(float), config, marker=marker)
+        training.set_title(clean(case))
+        training.set_ylabel("loss (nats)")
+        if not rows["val_loss"].notna().any():
+            place = {"transform": validation.transAxes, "ha": "center"}
+            validation.text(0.5, 0.5, "no validation loss in the logs", size=SMALL_PT, color=MUTED, **place)
+            validation.set_xlim(training.get_xlim())
+        for axes in (training, validation):
+            axes.margins(x=0.02)
+            whole_steps(axes)
+    grid[-1][0].set_xlabel("step: training loss")
+    grid[-1][1].set_xlabel("step: validation loss")
+    return figure

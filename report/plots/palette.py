@@ -48,9 +48,6 @@ FAMILIES = {
 OTHER = Look("#6b4fa0", "#b79df0", "o", "-")
 SPARE_MARKERS, SPARE_LINES = "oDs^vPX*", ("-", DASH, DOT, DASHDOT, LONG, DOUBLE)
 
-ARCH_MARKERS = {"gpt2": "o", "roberta": "s"}
-SPARE_ARCH_MARKERS = "^Dv<>P*X"
-
 
 def look(config: str) -> Look:
     """The look of a configuration. One that the registry does not know keeps the colour of the
@@ -60,13 +57,6 @@ def look(config: str) -> Look:
     family = next((FAMILIES[dtype] for dtype in FAMILIES if dtype in config), OTHER)
     pick = zlib.crc32(config.encode("utf-8", "replace"))
     return Look(family.colour, family.dark, SPARE_MARKERS[pick % len(SPARE_MARKERS)], SPARE_LINES[pick // 8 % len(SPARE_LINES)])
-
-
-def arch_markers(archs: list[str]) -> dict[str, str]:
-    """A marker for each architecture in one figure; the known ones always have their own."""
-    others = [arch for arch in archs if arch not in ARCH_MARKERS]
-    spare = {arch: SPARE_ARCH_MARKERS[i % len(SPARE_ARCH_MARKERS)] for i, arch in enumerate(others)}
-    return {arch: ARCH_MARKERS.get(arch) or spare[arch] for arch in archs}
 
 
 KERNEL_CLASSES = {

@@ -10,17 +10,7 @@ from matplotlib.patches import Patch
 
 from report.plots.elements import label_right, outline, thinned_line
 from report.plots.palette import ARM_LOOKS, kernel_class_look, look
-from report.plots.style import (
-    INK,
-    LEGEND_IN,
-    MUTED,
-    PAPER,
-    SMALL_PT,
-    THIN_PT,
-    legend_row,
-    name_rows,
-    table_figure,
-)
+from report.plots.style import INK, MUTED, PAPER, SMALL_PT, THIN_PT, name_rows, table_figure
 from report.text import clean, short
 
 LEAST_ROW_IN, BAR_IN, TITLE_IN, FRAME_IN = 0.85, 0.092, 0.27, 0.2
@@ -70,8 +60,8 @@ def draw_kernel_time(table) -> Figure:
     bars = bars.merge(shown, on=["case", "dtype_config"])
     cases = list(bars["case"].unique())
     heights = [CLASS_FRAME_IN + CLASS_BAR_IN * bars.loc[bars["case"] == case, "dtype_config"].nunique() for case in cases]
-    figure = table_figure(table, sum(heights) + FOOT_IN + LEGEND_IN)
-    legend_row(figure, [Patch(label=clean(name, 16), **_look(name)) for name in bars["class"].unique()])
+    legend = [Patch(label=clean(name, 16), **_look(name)) for name in bars["class"].unique()]
+    figure = table_figure(table, sum(heights) + FOOT_IN, legend=legend)
     grid = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
     for (axes,), case in zip(grid, cases, strict=True):
         _panel(axes, bars[bars["case"] == case])

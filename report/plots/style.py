@@ -1,7 +1,7 @@
 """What all figures share: seaborn's theme at final print size, and the frame around each picture.
 
 Nothing here knows what is drawn. Text is at least 6.5 pt and lines at least 0.6 pt at the final size (7.0 in wide for a full
-column, 3.4 in for half). The colours of ink and paper are named, so that the page can swap them in its dark theme
+column). The colours of ink and paper are named, so that the page can swap them in its dark theme
 (`report.dossier.page`)."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 import seaborn
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -26,7 +27,7 @@ from matplotlib.ticker import Locator, MaxNLocator, NullLocator
 
 from report.text import clean, log_tick, shortened
 
-FULL_WIDTH_IN, HALF_WIDTH_IN = 7.0, 3.4
+FULL_WIDTH_IN = 7.0
 TEXT_PT, SMALL_PT, TITLE_PT = 7.5, 6.6, 9.0
 LINE_PT, THIN_PT = 1.1, 0.6
 INK, MUTED, GRID, PAPER, SHADE = "#1b1f24", "#575e67", "#dde1e6", "#ffffff", "#eef1f4"
@@ -93,29 +94,24 @@ def wrap(text: str, width_in: float, size_pt: float, max_lines: int) -> list[str
     return textwrap.wrap(clean(text, 2_000), characters, max_lines=max_lines, placeholder=" …", break_on_hyphens=False)
 
 
-def new_figure(
-    title: str, height_in: float, *, marks: tuple[str, ...] = (), notes: tuple[str, ...] = (), width_in: float = FULL_WIDTH_IN
-) -> Figure:
-    """An empty figure ``width_in`` wide with its finding on top, its marks beneath it and notes at
-    its foot; ``height_in`` is what the drawing itself gets between them."""
-    heading = wrap(title, width_in - 0.1, TITLE_PT, 3)
-    foot = [line for note in notes for line in wrap(note, width_in - 0.1, SMALL_PT, MAX_NOTE_LINES)]
+def new_figure(title: str, height_in: float, *, marks: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> Figure:
+    """An empty figure with its finding on top, its marks beneath it and notes at its foot; ``height_in`` is what the drawing
+    itself gets between them."""
+    heading = wrap(title, FULL_WIDTH_IN - 0.1, TITLE_PT, 3)
+    foot = [line for note in notes for line in wrap(note, FULL_WIDTH_IN - 0.1, SMALL_PT, MAX_NOTE_LINES)]
     top_in = 0.08 + TITLE_LINE_IN * len(heading) + (MARKS_IN if marks else 0.0)
     foot_in = NOTE_LINE_IN * len(foot) + (0.1 if foot else 0.0)
     whole_in = height_in + top_in + foot_in
-    figure = Figure(figsize=(width_in, whole_in), dpi=LAYOUT_DPI)
-    figure.set_layout_engine(
-        ConstrainedLayoutEngine(
-            w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02, rect=(0.0, foot_in / whole_in, 1.0, height_in / whole_in)
-        )
-    )
-    left = 0.05 / width_in
+    figure = Figure(figsize=(FULL_WIDTH_IN, whole_in), dpi=LAYOUT_DPI)
+    rect = (0.0, foot_in / whole_in, 1.0, height_in / whole_in)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02, rect=rect))
+    left = 0.05 / FULL_WIDTH_IN
     for line, text in enumerate(heading):
         y_in = whole_in - 0.05 - TITLE_LINE_IN * (line + 0.78)
         figure.text(left, y_in / whole_in, text, size=TITLE_PT, weight=600, va="baseline")
     if marks:
         figure.text(
-            left + 0.03 / width_in,
+            left + 0.03 / FULL_WIDTH_IN,
             1 - (top_in - 0.125) / whole_in,
             MARK_GAP.join(clean(mark) for mark in marks),
             size=SMALL_PT,
@@ -129,9 +125,14 @@ def new_figure(
     return figure
 
 
-def table_figure(table, height_in: float, *notes: str) -> Figure:
-    """A table's figure, still without a drawing: its finding, its marks, ``notes`` and what it leaves out."""
-    return new_figure(table.title, height_in, marks=table.marks, notes=(*notes, *exclusion_note(table.excluded)))
+def table_figure(table, height_in: float, *notes: str, legend: Sequence[Artist] = ()) -> Figure:
+    """A table's figure, still without a drawing: its finding, its marks, ``notes`` and what it leaves out; and where there are
+    handles, a legend between the drawing and the notes, beside ``height_in``."""
+    height_in += legend_in([handle.get_label() for handle in legend]) if legend else 0.0
+    figure = new_figure(table.title, height_in, marks=table.marks, notes=(*notes, *exclusion_note(table.excluded)))
+    if legend:
+        _add_legend(figure, legend)
+    return figure
 
 
 def name_rows(axes: Axes, names: Iterable[object], *, limit: int = 24, above: float = 0.6, below: float = 0.6) -> None:
@@ -143,32 +144,27 @@ def name_rows(axes: Axes, names: Iterable[object], *, limit: int = 24, above: fl
     axes.grid(False, axis="y")
 
 
-def legend_columns(labels: Iterable[str]) -> int:
+def _legend_columns(labels: Sequence[str]) -> int:
     """How many of a legend's entries stand side by side over the figure's full width."""
-    labels = list(labels)
     widest_in = max((len(label) for label in labels), default=1) * 0.52 * SMALL_PT / 72 + 0.42
     one_row_in = sum(len(label) * 0.52 * SMALL_PT / 72 + 0.42 for label in labels)
     return len(labels) if one_row_in < FULL_WIDTH_IN else max(1, int(FULL_WIDTH_IN / widest_in))
 
 
-def legend_in(labels: Iterable[str]) -> float:
-    """The height that `legend_row` takes, in inches."""
-    labels = list(labels)
-    return LEGEND_IN + LEGEND_ROW_IN * (-(-len(labels) // legend_columns(labels)) - 1)
+def legend_in(labels: Sequence[str]) -> float:
+    """The height that a figure's legend takes, in inches."""
+    return LEGEND_IN + LEGEND_ROW_IN * (-(-len(labels) // _legend_columns(labels)) - 1)
 
 
-def legend_row(figure: Figure, handles: list) -> None:
-    """A legend between the drawing and the notes, on as few rows as it needs, read row by row; takes its height from the
-    drawing."""
+def _add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """On as few rows as it needs, read row by row; takes its height from the drawing."""
     engine = figure.get_layout_engine()
     left, bottom, width, height = engine.get()["rect"]
     labels = [handle.get_label() for handle in handles]
-    row, columns = legend_in(labels) / figure.get_figheight(), legend_columns(labels)
+    row, columns = legend_in(labels) / figure.get_figheight(), _legend_columns(labels)
     engine.set(rect=(left, bottom + row, width, height - row))
     legend = figure.legend(
-        handles=[
-            handle for column in range(columns) for handle in handles[column::columns]
-        ],  # matplotlib goes column by column
+        handles=[handle for column in range(columns) for handle in handles[column::columns]],  # matplotlib's own order
         loc="lower left",
         bbox_to_anchor=(0.0, bottom),
         ncols=columns,

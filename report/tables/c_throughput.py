@@ -7,9 +7,11 @@ import math
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
+from report.tables.cells import Cell
+from report.tables.choice import all_cells
 from report.tables.judgement import divergence_text
 from report.tables.selection import REFERENCE, TASK_COLUMNS, by_cell, column_of, is_control, select, series_order
-from report.tables.speed import eligible, fair_pairs, paired_ratio, pooled_rate
+from report.tables.speed import eligible
 from report.tables.table import Table, data_text, frame, identity
 from report.text import sentence, shortened
 
@@ -19,30 +21,27 @@ COLUMNS = ("case", "column", "arch", "dtype_config", "n", "relative", "low", "hi
 def table(folder: Folder) -> Table:
     """One row a case and configuration: a bar with its paired interval, or a word."""
     selection = select(folder)
-    runs, excluded = eligible(folder, selection)
-    cells = sorted(by_cell(selection.runs).values(), key=lambda cell: TASK_COLUMNS.index(column_of(cell[0])))
-    data = frame([_row(cell, runs, dict(excluded)) for cell in cells], COLUMNS)
+    _, excluded = eligible(folder, selection)
+    cells, reasons = all_cells(folder), dict(excluded)
+    runs = sorted(by_cell(selection.runs).items(), key=lambda item: TASK_COLUMNS.index(column_of(item[1][0])))
+    data = frame([_row(of_cell, cells[key], reasons) for key, of_cell in runs], COLUMNS)
     measured = data["relative"].notna().any() or data["samples_per_s"].notna().any()
     empty = None if measured else "no completed run has enough timed steps"
     title, caption = _title(data), _caption(folder, selection.runs)
     return Table("C", "c_throughput", data, title, caption, excluded=excluded, marks=folder.marks, empty=empty)
 
 
-def _row(cell: list[RunRecord], runs: list[RunRecord], reasons: dict[str, str]) -> dict:
-    """A case and configuration; ``runs`` are all that may enter."""
-    entered = [run for run in cell if run.run_id not in reasons]
-    row = identity(cell[0]) | {"n": len(entered), "word": None, "run_ids": " ".join(run.run_id for run in entered)}
-    row |= dict.fromkeys(("relative", "low", "high", "samples_per_s"), math.nan)
+def _row(runs: list[RunRecord], cell: Cell, reasons: dict[str, str]) -> dict:
+    entered = [run for run in runs if run.run_id not in reasons]
+    row = identity(runs[0]) | {"n": len(entered), "samples_per_s": cell.samples_per_s, "word": None}
+    row |= dict.fromkeys(("relative", "low", "high"), math.nan) | {"run_ids": " ".join(run.run_id for run in entered)}
     if not entered:
-        return row | {"word": _word(cell, reasons)}
-    row["samples_per_s"] = pooled_rate([run.samples_per_s for run in entered])
-    if cell[0].dtype_config == REFERENCE:
+        return row | {"word": _word(runs, reasons)}
+    if cell.dtype_config == REFERENCE:
         return row | {"relative": 1.0}
-    pairs = fair_pairs(entered, [run for run in runs if (run.case, run.dtype_config) == (cell[0].case, REFERENCE)])
-    ratio = paired_ratio(pairs, lambda run: run.samples_per_s)
-    if ratio.n == 0:
+    if not cell.speed.n:
         return row | {"word": "no fp32_true to compare with"}
-    return row | {"n": ratio.n, "relative": ratio.value, "low": ratio.low, "high": ratio.high}
+    return row | {"n": cell.speed.n, "relative": cell.speed.value, "low": cell.speed.low, "high": cell.speed.high}
 
 
 def _word(absent: list[RunRecord], reasons: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ from report.tables.judgement import (
     judge_runs,
 )
 from report.tables.selection import REFERENCE, column_of, incomparable_reason, is_lm, series_order
-from report.tables.speed import ineligible_reason
+from report.tables.speed import ineligible_reason, pooled_rate
 
 MEMORY = {"allocated": "peak_allocated_bytes", "rss": "peak_rss_bytes"}
 COMPLETED, FAILING, STALLED, UNFINISHED = "completed", "failed", "stalled", "unfinished"
@@ -191,7 +191,7 @@ def _cell(folder: Folder, judgements: Judgements, judged: list[Judged], kind: st
         len(failed),
         exponential(mean_interval([*log_speed.values()])) if log_speed else NOTHING,
         log_speed,
-        len(rates) / sum(1 / rate for rate in rates) if rates else math.nan,
+        pooled_rate(rates) if rates else math.nan,
         peak_of(completed, kind) if kind and completed else None,
         kind if completed else None,
         bound,

@@ -10,8 +10,10 @@ import pandas as pd
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from report.statistics import FEWEST_FOR_TAU, exponential, kendall_tau, mean_interval, rank_with_ties
-from report.tables.selection import is_lm, select, series_order
-from report.tables.speed import Scores, eligible, group_scores
+from report.tables.cells import Cell
+from report.tables.choice import all_cells
+from report.tables.selection import REFERENCE, is_control, select, series_order
+from report.tables.speed import eligible
 from report.tables.table import Table, data_text, frame
 from report.text import joined, sentence, shortened
 
@@ -25,8 +27,8 @@ def table(folder: Folder) -> Table:
     """Ranks of the configurations that finished every case of both sides, with ties."""
     selection = select(folder)
     runs, excluded = eligible(folder, selection)
-    scores = group_scores(runs, lambda run: SIDES[not is_lm(run)])
-    scores = {side: scores.get(side, {}) for side in SIDES}
+    cells = all_cells(folder)
+    scores = {side: _scores(cells, side) for side in SIDES}
     both = set.intersection(*(set(scores[side]) for side in SIDES))
     rows = [row for side in SIDES for row in _rows(side, {c: v for c, v in scores[side].items() if c in both})]
     data, summary = frame(rows, COLUMNS), _summary(scores, both)
@@ -35,26 +37,32 @@ def table(folder: Folder) -> Table:
     return Table("H", "h_rank_correlation", data, title, caption, summary, excluded, folder.marks, empty)
 
 
+def _scores(cells: dict[tuple[str, str], Cell], side: str) -> dict[str, list[float]]:
+    """Configuration -> log speed relative to fp32_true, one value a seed, averaged over the side's cases. It counts with every
+    case and seed that fp32_true has there, or not at all: a mean over other cases would rank the cases. Controls are left out:
+    they explain divergence."""
+    references = [cell for cell in cells.values() if cell.dtype_config == REFERENCE and cell.log_speed]
+    references = [cell for cell in references if SIDES[not cell.column.startswith("LM-")] == side]
+    seeds = sorted({seed for cell in references for seed in cell.log_speed})
+    found = {}
+    for config in series_order({config for _, config in cells if not is_control(config)}):
+        logs = [cells[cell.case, config].log_speed if (cell.case, config) in cells else {} for cell in references]
+        if logs and all(log.keys() == cell.log_speed.keys() for log, cell in zip(logs, references, strict=True)):
+            found[config] = [float(np.mean([log[seed] for log in logs if seed in log])) for seed in seeds]
+    return found
+
+
 def _rows(side: str, scores: dict[str, list[float]]) -> list[dict]:
     rows = []
     for ranked in rank_with_ties(scores):
         speed = exponential(mean_interval(scores[ranked.name]))
-        values = (
-            ranked.name,
-            side,
-            speed.value,
-            speed.low,
-            speed.high,
-            speed.n,
-            ranked.rank,
-            ranked.tie_group,
-            ranked.with_leader,
-        )
+        of_rank = ranked.rank, ranked.tie_group, ranked.with_leader
+        values = ranked.name, side, speed.value, speed.low, speed.high, speed.n, *of_rank
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
-def _summary(scores: Scores, both: set[str]) -> pd.DataFrame:
+def _summary(scores: dict[str, dict[str, list[float]]], both: set[str]) -> pd.DataFrame:
     configs = series_order(both)
     first, second = ([float(np.mean(scores[side][config])) for config in configs] for side in SIDES)
     tau = kendall_tau(first, second)

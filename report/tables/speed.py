@@ -1,10 +1,8 @@
-"""Which runs' speed and memory count, against which peak, and speeds relative to fp32_true, seed by seed."""
+"""Which runs' speed and memory count, and against which peak."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,9 +10,8 @@ import numpy as np
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
-from report.statistics import NOTHING, Interval, ratio_interval
 from report.tables.judgement import divergence_text
-from report.tables.selection import REFERENCE, Selection, incomparable_reason, is_control, series_order
+from report.tables.selection import Selection
 from report.text import number
 
 FEWEST_STEPS = 50
@@ -27,8 +24,6 @@ NOT_MEASURED = (
     "not measured: no run of this folder has an MFU (a GPU that is not in the table of peaks, or a machine "
     "without measured ceilings; see `python -m harness doctor --measure`)"
 )
-Scores = dict[str, dict[str, list[float]]]
-"""Group -> configuration -> log speed relative to fp32_true, one value a seed, averaged over cases."""
 
 
 def eligible(folder: Folder, selection: Selection) -> tuple[list[RunRecord], tuple[tuple[str, str], ...]]:
@@ -111,50 +106,6 @@ def y_kind(runs: Iterable[RunRecord]) -> str | None:
     return next((kind for kind, field in FIELD.items() if any(getattr(run, field) is not None for run in runs)), None)
 
 
-def fair_pairs(runs: Iterable[RunRecord], others: Iterable[RunRecord]) -> list[tuple[RunRecord, RunRecord]]:
-    """Runs of two configurations of one case with equal seeds that may be compared."""
-    by_seed = {other.seed: other for other in others}
-    return [
-        (run, by_seed[run.seed])
-        for run in sorted(runs, key=lambda run: run.seed)
-        if run.seed in by_seed and incomparable_reason(run, by_seed[run.seed]) is None
-    ]
-
-
-def paired_ratio(pairs: list[tuple[RunRecord, RunRecord]], value: Callable[[RunRecord], float | None]) -> Interval:
-    """Geometric mean of the pairs' ratios with its t-interval; pairs without a value are left out."""
-    known = [
-        (a, b) for run, other in pairs if (a := value(run)) is not None and (b := value(other)) is not None and a > 0 and b > 0
-    ]
-    return ratio_interval([a for a, _ in known], [b for _, b in known]) if known else NOTHING
-
-
 def pooled_rate(rates: list[float]) -> float:
     """The rate of runs that did the same work each: total over total, the harmonic mean."""
     return len(rates) / sum(1 / rate for rate in rates)
-
-
-def group_scores(runs: Iterable[RunRecord], group_of: Callable[[RunRecord], str]) -> Scores:
-    """A configuration counts in a group with every (case, seed) that fp32_true has there, or not at all:
-    a mean over other cases would rank the cases. Controls are left out: they explain divergence."""
-    runs = list(runs)
-    by_key = {(run.case, run.dtype_config, run.seed): run for run in runs}
-    cells: dict[str, set[tuple[str, int]]] = defaultdict(set)
-    for run in runs:
-        if run.dtype_config == REFERENCE:
-            cells[group_of(run)].add((run.case, run.seed))
-    configs = [config for config in series_order({run.dtype_config for run in runs}) if not is_control(config)]
-    return {
-        group: {config: values for config in configs if (values := _by_seed(by_key, sorted(cells[group]), config)) is not None}
-        for group in cells
-    }
-
-
-def _by_seed(by_key: dict, cells: list[tuple[str, int]], config: str) -> list[float] | None:
-    logs: dict[int, list[float]] = defaultdict(list)
-    for case, seed in cells:
-        run, reference = by_key.get((case, config, seed)), by_key[case, REFERENCE, seed]
-        if run is None or incomparable_reason(run, reference) is not None:
-            return None
-        logs[seed].append(math.log(run.samples_per_s / reference.samples_per_s))
-    return [float(np.mean(logs[seed])) for seed in sorted(logs)] or None

@@ -179,11 +179,6 @@ def test_an_unknown_configuration_keeps_its_dtypes_colour_and_its_look():
     assert palette.look("\ud800 lone surrogate").marker in palette.SPARE_MARKERS
 
 
-def test_architectures_never_share_a_marker():
-    archs = ["mamba", "gpt2", "resolvent", "roberta"]
-    assert len(set(palette.arch_markers(archs).values())) == 4
-
-
 @pytest.mark.parametrize("name", palette.KERNEL_CLASSES)
 def test_every_class_of_kernel_has_a_colour_of_its_own_on_both_papers(name):
     colour, dark = palette.KERNEL_CLASSES[name]
