@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from ipaddress import ip_address
 
+from harness.failure import sentence
 from harness.settings import SettingsError
 
+RETRIES = 1  # of a task whose node or worker was lost, or killed by Ray's memory monitor
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; what does not fit goes through the disk
 
 
@@ -25,8 +27,10 @@ class EngineError(Exception):
 def connected(address: str | None) -> Iterator[None]:
     """While the block runs, `ray` is connected to the cluster at ``address``, or to one of our own that ends with the block."""
     bind_to_loopback() if address is None else require_private(address)
+    os.environ.update(RAY_task_oom_retries=str(RETRIES))  # else without end
     try:
         import ray
+        from ray.exceptions import RayError
     except ImportError as error:
         raise EngineError(f"--engine ray needs Ray, which is not installed here ({error}); pip install '.[ray]'") from error
     own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -35,8 +39,11 @@ def connected(address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise EngineError(f"cannot use Ray at {address or '127.0.0.1'}: {str(error).strip().splitlines()[0]}") from error
     # Ray prints how a node ended on standard output, where the rows go, whatever it is configured to.
-    with redirect_stdout(io.StringIO()), context:
-        yield
+    try:
+        with redirect_stdout(io.StringIO()), context:
+            yield
+    except RayError as error:
+        raise EngineError(f"Ray failed, and the same command resumes: {sentence(error)}") from error
 
 
 def bind_to_loopback() -> None:

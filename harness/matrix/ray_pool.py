@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.failure import Failure, of_exception
-from harness.matrix.ray_cluster import EngineError
+from harness.matrix.ray_cluster import RETRIES, EngineError
 from harness.planning import project_sha256, require_planned_files
 from harness.run.outcome import Outcome, summarize
 from harness.run.progress import checkpoint_steps
@@ -34,9 +35,9 @@ from instrument.results.layout import RunFiles
 from instrument.results.schemas import RunRecord, StepRecord
 from instrument.results.transfer import PackedFile, TransferError, pack, unpack
 
-RETRIES = 1  # of a task whose node or worker was lost
 WAIT_FOR_ROOM_S = 600.0  # in a cluster that has no node left for a run
 POST_EVERY_S = 0.5
+ANSWER_S = 5.0  # of the board: one that Ray's memory monitor killed starts again, and runs do without it meanwhile
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def execute_on_node(
         def post() -> None:
             nonlocal due_s
             if time.monotonic() >= due_s:
-                due_s = time.monotonic() + POST_EVERY_S
                 now = replace(progress, last_step=pool.running[0].last_step if pool.running else None)
-                if who := ray.get(board.post.remote(settings.run_id, now)):
-                    pool.stop.request(who)
+                with suppress(RayError):
+                    if who := ray.get(board.post.remote(settings.run_id, now), timeout=ANSWER_S):
+                        pool.stop.request(who)
+                due_s = time.monotonic() + POST_EVERY_S
 
         post()
         if pool.stop.requested:
@@ -100,11 +102,12 @@ def execute_on_node(
 
 @dataclass(eq=False)
 class Running:
-    """A run that was submitted: its claim, the reference of its result, and what its node posted last."""
+    """A run that was submitted: its claim, the reference of its result (or why Ray does not give one), and what its node
+    posted last."""
 
     settings: RunSettings
     claim: claims.Claim
-    result: ray.ObjectRef
+    result: ray.ObjectRef | RayError
     progress: Progress | None = None
     last_step: StepRecord | None = None
     started_s: float = field(default_factory=time.monotonic)
@@ -167,15 +170,25 @@ class RayPool(Pool):
         packed = pack(self.out, settings.run_id) if checkpoint_steps(RunFiles(self.out, settings.run_id).path) else []
         room = {"num_gpus": 1, "num_cpus": 0} if self.on_gpus else {"num_cpus": self._need()}
         task = ray.remote(execute_on_node).options(max_retries=RETRIES, **room)
-        return Running(settings, claim, task.remote(self._board, settings, *self._given, packed))
+        try:
+            return Running(settings, claim, task.remote(self._board, settings, *self._given, packed))
+        except RayError as error:
+            return self._end(Running(settings, claim, error))
 
     def _ended(self, within_s: float) -> list[Running]:
         """Also reads the progress of all runs and, when asked to stop, cancels the tasks that no living node executes."""
         if not self.running:
             time.sleep(within_s)
             return []
-        results, _ = ray.wait([run.result for run in self.running], timeout=within_s)
-        posted = ray.get(self._board.read.remote(self.stop.requested))
+        try:
+            results, _ = ray.wait([run.result for run in self.running], timeout=within_s)
+        except RayError as error:  # of no run in particular, hence of all
+            for run in self.running:
+                run.result = error
+            return list(self.running)
+        posted: dict[str, Progress] = {}
+        with suppress(RayError):
+            posted = ray.get(self._board.read.remote(self.stop.requested), timeout=ANSWER_S)
         for run in self.running:
             before, run.progress = run.progress, posted.get(run.settings.run_id, run.progress)
             run.last_step = run.progress and run.progress.last_step
@@ -189,6 +202,8 @@ class RayPool(Pool):
         """What became of a run: its files come home, or Ray's error is its row."""
         record, run_id = None, run.settings.run_id
         try:
+            if isinstance(run.result, RayError):
+                raise run.result
             if (packed := ray.get(run.result)) is not None:
                 unpack(self.out, run_id, packed)
                 folder.write_index(self.out)
@@ -203,7 +218,9 @@ class RayPool(Pool):
         return ProcessExit(run.settings, record, None, time.monotonic() - run.started_s)
 
     def _kill(self, run: Running) -> None:
-        ray.cancel(run.result, force=True)
+        with suppress(RayError):
+            if not isinstance(run.result, RayError):
+                ray.cancel(run.result, force=True)
         run.claim.release()
 
 
@@ -213,10 +230,14 @@ def failed_row(run: Running, error: RayError) -> RunRecord:
     failure, host = of_exception(cause), at.host if at else "a node that had reported nothing"
     if isinstance(cause, EngineError):
         raise cause from None
-    if isinstance(error, RayTaskError) and at is None:
+    is_ray_s = isinstance(cause, RayError) and cause is not error
+    if isinstance(error, RayTaskError) and at is None and not is_ray_s:
         raise EngineError(f"a node of the cluster cannot run this program: {failure.error}") from error
     failure = replace(failure, error=f"on {host}: {failure.error}")
     if failure.cause == "node_lost":
-        failure = Failure("node_lost", f"its node was lost {RETRIES + 1} times while it executed the run, the last time {host}")
+        failure = Failure(
+            "node_lost",
+            f"its node was lost {RETRIES + 1} times while it executed the run, the last time {host} ({type(cause).__name__})",
+        )
     draft = at.draft if at else summarize(run.settings, Outcome())
     return msgspec.structs.replace(draft, status=failure.status, error=failure.error, flags=draft.flags | failure.flags)

@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,17 +20,24 @@ import torch
 pytest.importorskip("ray", reason="Ray is not installed (pip install '.[ray]')")
 
 from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    LocalRayletDiedError,
     NodeDiedError,
+    ObjectLostError,
     ObjectReconstructionFailedError,
+    ObjectStoreFullError,
     OutOfDiskError,
     OutOfMemoryError,
+    RaySystemError,
     RayTaskError,
+    RuntimeEnvSetupError,
     TaskCancelledError,
     WorkerCrashedError,
 )
 
 from harness import cli
-from harness.exit_codes import ENVIRONMENT, USAGE
+from harness.exit_codes import ENVIRONMENT, RUN_FAILED, USAGE
 from harness.matrix import ray_cluster, ray_pool
 from harness.matrix.ray_cluster import EngineError, connected, require_private
 from harness.matrix.ray_pool import RayPool
@@ -204,7 +212,7 @@ class RayInProcess:
             raise WorkerCrashedError()
         return result
 
-    def get(self, question):
+    def get(self, question, timeout=None):
         if question in self.cancelled:
             raise TaskCancelledError()
         answer, error = question.call()
@@ -366,18 +374,82 @@ def test_a_cluster_that_cannot_run_this_program_is_a_sentence_not_a_loop(instant
         (NodeDiedError("the node is dead"), "node_lost", "its node was lost 2 times"),
         (ObjectReconstructionFailedError("00", None, ""), "node_lost", "its node was lost 2 times"),
         (OutOfMemoryError("no room"), "host_oom_kill", "OutOfMemoryError: no room"),
+        (RayTaskError("execute_on_node", "T", OutOfMemoryError("no room")), "host_oom_kill", "OutOfMemoryError: no room"),
+        (RayTaskError("execute_on_node", "T", ActorDiedError()), "exception", "ActorDiedError: "),
+        (ObjectLostError("0" * 56, None, ""), "node_lost", "its node was lost 2 times.*ObjectLostError"),
+        (LocalRayletDiedError(), "node_lost", "its node was lost 2 times"),
+        (RaySystemError("broken"), "exception", "RaySystemError: .*broken"),
+        (RuntimeEnvSetupError("no pip"), "exception", "RuntimeEnvSetupError"),
+        (ObjectStoreFullError("full"), "exception", "ObjectStoreFullError"),
         (OutOfDiskError("full"), "exception", "on a node that had reported nothing: OutOfDiskError"),
     ],
 )
+@pytest.mark.parametrize("where", ["the result", "the submission", "the wait"])
 def test_a_task_that_is_lost_before_it_posted_progress_is_a_row_and_never_the_end_of_the_matrix(
-    instant, runs, error, cause, says
+    instant, runs, monkeypatch, error, cause, says, where
 ):
-    instant(fail=error)
+    def fail(*_, **__):
+        raise error
+
+    cluster = instant(fail=error)
+    if where == "the submission":
+        monkeypatch.setattr(cluster, "_execute", lambda *_: pytest.fail("nothing was submitted"))
+        submitted = lambda what: SimpleNamespace(remote=fail if callable(what) else None)  # noqa: E731
+        board = cluster.remote(ray_pool.Board)
+        monkeypatch.setattr(
+            cluster,
+            "remote",
+            lambda what: board if what is ray_pool.Board else SimpleNamespace(options=lambda **_: submitted(what)),
+        )
+    elif where == "the wait":
+        monkeypatch.setattr(cluster, "wait", fail)
     rows = [ended.record for ended in run(runs, instant.out)]
     assert [row.flags["death"]["cause"] for row in rows] == [cause] * 3 and all(re.search(says, row.error) for row in rows)
     assert {row.status for row in rows} == {"oom" if cause == "host_oom_kill" else "error"}
     assert indexed_rows(instant.out).keys() == {run.run_id for run in runs}
     nothing_left(instant.out)
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("no room"), ActorDiedError(), GetTimeoutError("nothing")])
+def test_runs_do_without_a_board_that_ray_killed(instant, runs, monkeypatch, error):
+    cluster, get = instant(), RayInProcess.get
+
+    def lost(question, timeout=None):
+        if timeout is not None:
+            raise error
+        return get(cluster, question)
+
+    monkeypatch.setattr(cluster, "get", lost)
+    assert [one.record.status for one in run(runs, instant.out)] == [DONE] * 3
+    nothing_left(instant.out)
+
+
+def test_a_cluster_that_fails_altogether_is_a_sentence(instant, tmp_path, capsys, monkeypatch):
+    def fail():
+        raise RaySystemError("no more nodes")
+
+    @contextmanager
+    def fake(*_, **__):
+        yield
+
+    cluster = instant()
+    cluster.init, cluster.nodes = fake, fail
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    assert cli.main([*SMALL, "--engine", "ray", "--out", str(instant.out)]) == ENVIRONMENT
+    said = capsys.readouterr().err
+    assert re.search("harness: Ray failed, .*RaySystemError.*no more nodes\n", said) and "Traceback" not in said
+
+
+@pytest.mark.process
+@pytest.mark.soak
+def test_real_ray_s_memory_monitor_makes_rows_and_the_matrix_ends(tmp_path, capsys, monkeypatch):
+    """The monitor finds too little memory whatever is used, and kills the runs' workers and the board again and again."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    assert cli.main([*SMALL, "--seeds", "0", "1", "--engine", "ray", "--out", str(tmp_path / "out")]) == RUN_FAILED
+    rows = finished_runs(tmp_path / "out")
+    assert [(row.status, row.flags["death"]["cause"]) for row in rows] == [("oom", "host_oom_kill")] * 2
+    assert all("running low on memory" in row.error for row in rows)
 
 
 def test_what_is_not_what_was_sent_is_refused(instant, runs, monkeypatch):
