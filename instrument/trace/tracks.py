@@ -7,7 +7,7 @@ drops counter values that are not finite numbers: a sample loses that value and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -35,6 +35,14 @@ class CounterSample:
         """Whether what it holds is."""
         return all(value is None or math.isfinite(value) for value in (self.fwd, self.bwd))
 
+    def events(self, base_ns: int) -> list[dict[str, Any]]:
+        """A counter of what is finite, and a marker of what is not."""
+        values = {key: value for key, value in (("fwd", self.fwd), ("bwd", self.bwd)) if value is not None}
+        finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+        lost = {key: str(value) for key, value in values.items() if key not in finite}
+        events = [_event("C", 0, f"absmax {self.name}", (self.unix_ns, base_ns), args=finite)] if finite else []
+        return events + (Marker(self.unix_ns, f"absmax {self.name} is not finite", lost).events(base_ns) if lost else [])
+
 
 @dataclass(frozen=True)
 class Marker:
@@ -43,6 +51,9 @@ class Marker:
     unix_ns: int
     name: str
     detail: dict[str, Any] = field(default_factory=dict)
+
+    def events(self, base_ns: int) -> list[dict[str, Any]]:
+        return [_event("i", MARKER_TID, self.name, (self.unix_ns, base_ns), s="p", cat="ddb", args=dict(self.detail))]
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,13 @@ class PhaseSlice:
     start_unix_ns: int
     end_unix_ns: int
     step: int | None = None
+
+    def events(self, base_ns: int) -> list[dict[str, Any]]:
+        if self.end_unix_ns < self.start_unix_ns:
+            raise ValueError(f"phase {self.name} of step {self.step} ends before it starts")
+        dur_us = (self.end_unix_ns - self.start_unix_ns) / 1e3
+        args = {} if self.step is None else {"step": self.step}
+        return [_event("X", PHASE_TID, self.name, (self.start_unix_ns, base_ns), cat="ddb.phase", dur=dur_us, args=args)]
 
 
 @dataclass(frozen=True)
@@ -65,24 +83,11 @@ class Flow:
     to_unix_ns: int
 
 
-@dataclass(frozen=True)
-class Tracks:
-    """Everything of ours that goes into a trace."""
-
-    counters: Sequence[CounterSample] = ()
-    markers: Sequence[Marker] = ()
-    phases: Sequence[PhaseSlice] = ()
-    flows: Sequence[Flow] = ()
-
-
-def events_of(tracks: Tracks, base_ns: int) -> list[dict[str, Any]]:
+def events_of(ours: Iterable[CounterSample | Marker | PhaseSlice | Flow], base_ns: int) -> list[dict[str, Any]]:
     """Trace events in the order of their times, metadata first."""
-    events = [
-        *_counters(tracks.counters, base_ns),
-        *(_marker(marker, base_ns) for marker in tracks.markers),
-        *(_phase(phase, base_ns) for phase in tracks.phases),
-        *_flows(tracks.flows, base_ns),
-    ]
+    ours = list(ours)
+    events = [event for one in ours if not isinstance(one, Flow) for event in one.events(base_ns)]
+    events += _flows([one for one in ours if isinstance(one, Flow)], base_ns)
     return [*_names(), *sorted(events, key=lambda event: event["ts"])] if events else []
 
 
@@ -96,32 +101,6 @@ def _names() -> list[dict[str, Any]]:
     named = [("process_name", 0, {"name": PROCESS_NAME}), ("process_sort_index", 0, {"sort_index": -1})]
     named += [("thread_name", tid, {"name": name}) for tid, name in THREAD_NAMES.items()]
     return [{"ph": "M", "name": name, "pid": PID, "tid": tid, "args": args} for name, tid, args in named]
-
-
-def _counters(samples: Sequence[CounterSample], base_ns: int) -> list[dict[str, Any]]:
-    events = []
-    for sample in samples:
-        values = {"fwd": sample.fwd, "bwd": sample.bwd}
-        finite = {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
-        if finite:
-            events.append(_event("C", 0, f"absmax {sample.name}", (sample.unix_ns, base_ns), args=finite))
-        lost = {key: str(value) for key, value in values.items() if value is not None and key not in finite}
-        if lost:
-            events.append(_marker(Marker(sample.unix_ns, f"absmax {sample.name} is not finite", lost), base_ns))
-    return events
-
-
-def _marker(marker: Marker, base_ns: int) -> dict[str, Any]:
-    at = marker.unix_ns, base_ns
-    return _event("i", MARKER_TID, marker.name, at, s="p", cat="ddb", args=dict(marker.detail))
-
-
-def _phase(phase: PhaseSlice, base_ns: int) -> dict[str, Any]:
-    if phase.end_unix_ns < phase.start_unix_ns:
-        raise ValueError(f"phase {phase.name} of step {phase.step} ends before it starts")
-    duration_us = (phase.end_unix_ns - phase.start_unix_ns) / 1e3
-    args = {} if phase.step is None else {"step": phase.step}
-    return _event("X", PHASE_TID, phase.name, (phase.start_unix_ns, base_ns), cat="ddb.phase", dur=duration_us, args=args)
 
 
 def _flows(flows: Sequence[Flow], base_ns: int) -> list[dict[str, Any]]:

@@ -32,11 +32,11 @@ from instrument.hooks import blocks, leaves, tensors_in
 from instrument.results.files import replace
 from instrument.results.schemas import PHASES
 from instrument.trace.time_table import PHASE_PREFIX, WINDOW, time_table
-from instrument.trace.tracks import CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of
+from instrument.trace.tracks import CounterSample, Flow, Marker, PhaseSlice, events_of
 
 
 class TraceWindow:
-    """Profiles from `start` to `stop`, then writes ``path`` (``.json.gz``).
+    """A context that profiles what runs inside, then writes ``path`` (``.json.gz``).
 
     An exception inside still leaves a trace and is raised again; a trace that cannot be written leaves its
     reason in ``failure``. Phase slices are the host's times: on CUDA the kernels run later.
@@ -47,8 +47,9 @@ class TraceWindow:
         self.device = device
         self.failure: str | None = None
         self._running = False
-        self._ours: dict[type, list] = {CounterSample: [], Marker: [], PhaseSlice: [], Flow: []}
-        self._events: list[dict[str, Any]] | None = None
+        self.events: list[dict[str, Any]] | None = None
+        """torch's events, once the window has been stopped and written."""
+        self._ours: list[CounterSample | Marker | PhaseSlice | Flow] = []
         self._now: tuple[record_function, str, int | None, int] | None = None
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints every start and stop
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
@@ -56,7 +57,7 @@ class TraceWindow:
         self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
         self._window = record_function(WINDOW)
 
-    def start(self) -> TraceWindow:
+    def __enter__(self) -> TraceWindow:
         """Begin to profile. A profiler that cannot start (another one runs, CUPTI is missing) is a ``failure``."""
         self._synchronize()
         try:
@@ -68,7 +69,7 @@ class TraceWindow:
             self._window.__enter__()
         return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_) -> None:
         """End the window, wait for the device, and write the file. Never raises: an error that ended the window
         must be raised on, and neither a broken device nor a full disk may hide it."""
         if not self._running:
@@ -82,12 +83,6 @@ class TraceWindow:
             self._write()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
-
-    def __enter__(self) -> TraceWindow:
-        return self.start()
-
-    def __exit__(self, *_) -> None:
-        self.stop()
 
     def enter(self, phase: str | None, step: int | None = None) -> None:
         """The phase before ends and ``phase`` (one of `PHASES`; None: no phase) begins: an annotation in
@@ -113,25 +108,19 @@ class TraceWindow:
             self.enter(None)
 
     def add(self, *ours: CounterSample | Marker | PhaseSlice | Flow) -> None:
-        """Put these on our tracks; before `stop`; later with `add_tracks`."""
-        for one in ours:
-            self._ours[type(one)].append(one)
-
-    @property
-    def events(self) -> list[dict[str, Any]] | None:
-        """torch's events, once the window has been stopped and written."""
-        return self._events
+        """Put these on our tracks; inside the window."""
+        self._ours += ours
 
     @property
     def phases(self) -> tuple[PhaseSlice, ...]:
         """The phases that have ended so far."""
-        return tuple(self._ours[PhaseSlice])
+        return tuple(one for one in self._ours if isinstance(one, PhaseSlice))
 
     def table(self, *, top: int = 20) -> dict[str, Any]:
         """Seconds by kernel class and phase (`time_table`); raises RuntimeError when there is no trace."""
-        if self._events is None:
+        if self.events is None:
             raise RuntimeError(f"there is no trace: {self.failure or 'the window has not been stopped'}")
-        return time_table(self._events, top=top)
+        return time_table(self.events, top=top)
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,24 +128,13 @@ class TraceWindow:
             raw = Path(folder) / "torch.json"
             self._profile.export_chrome_trace(str(raw))
             trace = json.loads(raw.read_bytes())
-        self._events = trace["traceEvents"]
-        write_with_tracks(self.path, trace, Tracks(*(self._ours[kind] for kind in (CounterSample, Marker, PhaseSlice, Flow))))
+        self.events = trace["traceEvents"]
+        trace["traceEvents"] = [*self.events, *events_of(self._ours, int(trace["baseTimeNanoseconds"]))]
+        replace(self.path, gzip.compress(msgspec.json.encode(trace), compresslevel=6, mtime=0))
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def write_with_tracks(path: Path, trace: dict[str, Any], tracks: Tracks) -> None:
-    """Write a decoded torch trace with ``tracks`` merged in, gzipped, in one step."""
-    ours = events_of(tracks, int(trace["baseTimeNanoseconds"]))
-    merged = {**trace, "traceEvents": [*trace["traceEvents"], *ours]}
-    replace(path, gzip.compress(msgspec.json.encode(merged), compresslevel=6, mtime=0))
-
-
-def add_tracks(path: Path, tracks: Tracks) -> None:
-    """Merge more ``tracks`` into a trace file that exists."""
-    write_with_tracks(path, json.loads(gzip.decompress(path.read_bytes())), tracks)
 
 
 OURS = "ddb.ours.magnitudes"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instrument.trace.tracks import PID, CounterSample, Flow, Marker, PhaseSlice, Tracks, events_of
+from instrument.trace.tracks import PID, CounterSample, Flow, Marker, PhaseSlice, events_of
 from tests.instrument.chrome_format import violations
 
 
@@ -89,7 +89,7 @@ def flows(draw):
     st.lists(flows(), max_size=8),
 )
 def test_any_tracks_make_a_sound_trace(counters, markers, arrows):
-    events = events_of(Tracks(counters=counters, markers=markers, flows=arrows), BASE_NS)
+    events = events_of([*counters, *markers, *arrows], BASE_NS)
     assert violations({"traceEvents": events}) == []
     json.dumps(events, allow_nan=False)
     kept = sum(len(event["args"]) for event in events if event["ph"] == "C")
@@ -101,20 +101,20 @@ def test_any_tracks_make_a_sound_trace(counters, markers, arrows):
 def test_times_are_microseconds_since_the_base():
     (event,) = [
         e
-        for e in events_of(Tracks(phases=[PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)]), BASE_NS)
+        for e in events_of([PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)], BASE_NS)
         if e["ph"] == "X"
     ]
     assert (event["ts"], event["dur"], event["name"], event["args"], event["pid"]) == (1.5, 2.5, "forward", {"step": 7}, PID)
 
 
 def test_a_value_that_is_not_finite_becomes_a_marker():
-    events = events_of(Tracks(counters=[CounterSample(BASE_NS, "h.3", fwd=2.0, bwd=math.inf)]), BASE_NS)
+    events = events_of([CounterSample(BASE_NS, "h.3", fwd=2.0, bwd=math.inf)], BASE_NS)
     assert [e["args"] for e in events if e["ph"] == "C"] == [{"fwd": 2.0}]
     assert [(e["name"], e["args"]) for e in events if e["ph"] == "i"] == [("absmax h.3 is not finite", {"bwd": "inf"})]
 
 
 def test_arrows_from_one_producer_share_its_slice():
-    tracks = Tracks(flows=[Flow("p", BASE_NS, "q", BASE_NS + 300), Flow("p", BASE_NS, "r", BASE_NS + 900)])
+    tracks = [Flow("p", BASE_NS, "q", BASE_NS + 300), Flow("p", BASE_NS, "r", BASE_NS + 900)]
     events = events_of(tracks, BASE_NS)
     assert [e["name"] for e in events if e["ph"] == "X"] == ["p", "q", "r"]
     assert len({e["id"] for e in events if e["ph"] == "s"}) == 2
@@ -126,17 +126,17 @@ def test_the_ends_of_arrows_never_touch_however_far_the_base_is(since_base_ns):
     """Torch's base may lie three months back: there a double of microseconds is exact to a nanosecond, and Perfetto drops a
     slice that begins a nanosecond before the last one's end."""
     start = BASE_NS + since_base_ns
-    slices = [e for e in events_of(Tracks(flows=[Flow("p", start, "q", start + 300)]), BASE_NS) if e["ph"] == "X"]
+    slices = [e for e in events_of([Flow("p", start, "q", start + 300)], BASE_NS) if e["ph"] == "X"]
     (first, second), ulp_us = slices, math.ulp(since_base_ns / 1e3)
     assert first["name"] == "p" and 0 < first["dur"] < second["ts"] - first["ts"] - 4 * ulp_us
 
 
 def test_what_runs_backwards_is_refused():
     with pytest.raises(ValueError, match="ends before it starts"):
-        events_of(Tracks(phases=[PhaseSlice("loss", 2, 1)]), 0)
+        events_of([PhaseSlice("loss", 2, 1)], 0)
     with pytest.raises(ValueError, match="from a to b ends before"):
-        events_of(Tracks(flows=[Flow("a", 2, "b", 1)]), 0)
+        events_of([Flow("a", 2, "b", 1)], 0)
 
 
 def test_nothing_gives_no_tracks():
-    assert events_of(Tracks(), BASE_NS) == []
+    assert events_of([], BASE_NS) == []

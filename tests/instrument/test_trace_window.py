@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from instrument.trace.tracks import CounterSample, Flow, Marker, Tracks
-from instrument.trace.window import ModuleMagnitudes, TraceWindow, add_tracks, flows_from
+from instrument.trace.tracks import CounterSample, Flow, Marker
+from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 from tests.instrument.chrome_format import violations
 
 CPU = torch.device("cpu")
@@ -159,15 +159,6 @@ def test_a_phase_that_does_not_exist_is_refused(tmp_path):
         trace.phase("warmup"),
     ):
         pass
-
-
-def test_tracks_can_be_added_later(traced):
-    trace, before, _ = traced
-    copy = trace.path.with_name("later.json.gz")
-    shutil.copy(trace.path, copy)
-    add_tracks(copy, Tracks(markers=[Marker(before["baseTimeNanoseconds"] + 10**15, "found by the replay")]))
-    after = json.loads(gzip.decompress(copy.read_bytes()))
-    assert violations(after) == [] and any(e["name"] == "found by the replay" for e in after["traceEvents"])
 
 
 @pytest.mark.process
