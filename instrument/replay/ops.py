@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -22,6 +25,7 @@ UNRECORDED_WRITE = "ddb.unrecorded_write"
 BORN = "aten.lift_fresh"
 """What ``torch.tensor(...)`` and ``torch.from_numpy(...)`` call on numbers that Python or NumPy made."""
 TRITON_PREFIX = "triton."
+TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
 
 
 def runs_again(op: str) -> bool:
@@ -42,6 +46,15 @@ def kinds_of(tensor: torch.Tensor) -> int:
     if math.isnan(low) or math.isnan(high):  # a NaN hides the infinities
         return NAN | POS_INF * bool((tensor == math.inf).any()) | NEG_INF * bool((tensor == -math.inf).any())
     return POS_INF * (high == math.inf) | NEG_INF * (low == -math.inf)
+
+
+def written_down_kinds(leaf: object, literals: set[int]) -> int:
+    """The kind of an argument that is a non-finite number, or a tensor that was made of one."""
+    if id(leaf) in literals:
+        return kinds_of(leaf)
+    return (
+        0 if not isinstance(leaf, float) or math.isfinite(leaf) else NAN if leaf != leaf else POS_INF if leaf > 0 else NEG_INF
+    )
 
 
 def is_dense(leaf: object) -> bool:
@@ -116,3 +129,17 @@ def list_positions(func, args: tuple) -> dict[int, int]:
 def repeatable(func) -> bool:
     """Whether torch's own op can be run a second time without a trace: another's may write elsewhere, a random one draws."""
     return func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in func.tags
+
+
+@contextmanager
+def triton_launches(through: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, Triton kernels are launched by ``through(run)`` in place of ``run``: they go past the dispatcher."""
+    launchers = [getattr(sys.modules[name], kind) for name, kind in TRITON_LAUNCHERS.items() if name in sys.modules]
+    plain = [launcher.run for launcher in launchers]
+    for launcher, run in zip(launchers, plain, strict=True):
+        launcher.run = through(run)
+    try:
+        yield
+    finally:
+        for launcher, run in zip(launchers, plain, strict=True):
+            launcher.run = run

@@ -6,8 +6,6 @@ Every output is read back, so this is for replays, never for training itself.
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from instrument.hooks import call_with_hooks, tensors_in, wrap_unscale
 from instrument.replay.captures import Captures
 from instrument.replay.diagnosis import fails_without
-from instrument.replay.graph import AFTER, NAN, NEG_INF, POS_INF, Edge, Node, StepGraph
+from instrument.replay.graph import Edge, Node, StepGraph
 from instrument.replay.ops import (
     BORN,
     SUM_OVER_RANKS,
@@ -35,17 +33,19 @@ from instrument.replay.ops import (
     list_positions,
     mutated,
     repeatable,
+    triton_launches,
     values_of,
+    written_down_kinds,
 )
+from instrument.replay.position import StepPosition
 from instrument.replay.storages import Storages, is_part
 
 READ_OUT = "_local_scalar_dense"
 """What ``tensor.item()`` calls."""
-TRITON_LAUNCHERS = {"triton.runtime.jit": "JITFunction", "triton.runtime.interpreter": "InterpretedFunction"}
 
 
 class OpRecorder(TorchDispatchMode):
-    """Records the ops between ``begin()`` and ``end()`` into ``graph``.
+    """Records the ops inside of `recording` into ``graph``.
 
     ``capture`` names op indices whose inputs are kept (cloned before the op runs) in ``captured``:
     replaying a step twice gives the same indices, so a second pass can keep just what matters. Zeros that rounding made are
@@ -74,13 +74,8 @@ class OpRecorder(TorchDispatchMode):
         self.captured, self.unflushed = self._captures.captured, self._captures.unflushed
         self._literals: set[int] = set()
         self._read_out: list[Edge] = []  # non-finite values that became numbers of Python's
-        self._modules: list[str] = []
-        self._module_of_sequence: dict[int, str | None] = {}
-        self._microbatch = -1
-        self._stage = "forward"  # of code outside of autograd
-        self._phase_asked: str | None = None
-        self._updating = False
         self._last_scalar: Edge | None = None
+        self._position = StepPosition(self._storages, self.names, self._turn)
         for name, parameter in self._parameters.items():
             self.names[self._storages.key(parameter)] = (name, "param")
             if parameter.requires_grad:
@@ -105,7 +100,7 @@ class OpRecorder(TorchDispatchMode):
         for state in self._optimizer.state.values() if self._optimizer is not None else ():
             self._storages.before(state.values(), trained=True)
         try:
-            with self._launches_recorded(), self:
+            with triton_launches(self._recorded_launch), self:
                 yield self
             self._note_gradients()
             self._name_states()
@@ -118,11 +113,11 @@ class OpRecorder(TorchDispatchMode):
     def phase(self, name: str) -> Iterator[None]:
         """Name the phase of what runs inside (``unscale``, ``clip``), where nothing can be hooked."""
         self._note_gradients()
-        self._phase_asked = name
+        self._position.phase_asked = name
         try:
             yield
         finally:
-            self._phase_asked = None
+            self._position.phase_asked = None
 
     def loss(self, loss: torch.Tensor) -> None:
         """A loss of the step; without this call, the last number computed before backward is taken for one."""
@@ -131,28 +126,26 @@ class OpRecorder(TorchDispatchMode):
 
     def _enter(self, name: str, arguments: object) -> None:
         self._look(arguments, unwritten=False)  # what is wrong with them is the caller's
-        if not name and torch._C._current_autograd_node() is None:
-            self._stage = "forward"
-            self._microbatch += torch.is_grad_enabled()
-        if self._modules:  # a checkpoint's node is made before the modules inside it run: it is the caller's
-            self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._modules[-1])
-        self._modules.append(name)
+        self._position.enter(name)
 
     def _leave(self, name: str, output: object) -> None:
         self._look(output)
-        while self._modules and self._modules.pop() != name:
-            pass
-        if not self._modules and torch._C._current_autograd_node() is None:
-            self._stage = "loss"
+        self._position.leave(name)
 
     def _enter_optimizer(self) -> None:
         self._note_gradients(before_update=True)
         self._name_states()
-        self._stage, self._updating = "optimizer", True
+        self._position.update(begins=True)
 
     def _leave_optimizer(self) -> None:
         self._name_states()
-        self._stage, self._updating = AFTER, False
+        self._position.update(begins=False)
+
+    def _turn(self, stage: str) -> None:
+        if stage != "backward":
+            self._note_gradients()
+        elif not self.failed["loss"] and self._last_scalar is not None:
+            self.failed["loss"].append(self._last_scalar)
 
     # -- naming -------------------------------------------------------------------------------
 
@@ -168,37 +161,34 @@ class OpRecorder(TorchDispatchMode):
         if before_update or (any(e.kinds for e in edges) and not any(e.kinds for e in self.failed["grad"])):
             self.failed["grad"] = edges
 
-    def _name_states(self) -> None:
-        if self._optimizer is None:
-            return
-        for name, parameter in self._parameters.items():
+    def _states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Parameter name, state name and tensor of what the optimizer keeps, but for its step counters."""
+        for name, parameter in self._parameters.items() if self._optimizer is not None else ():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if torch.is_tensor(value) and key != "step":
-                    self.names[self._storages.key(value)] = (name, key)
+                    yield name, key, value
+
+    def _name_states(self) -> None:
+        self.names |= {self._storages.key(value): (name, key) for name, key, value in self._states()}
 
     def _note_parameters(self) -> None:
-        edges = [self._edge(parameter) for parameter in self._parameters.values()]
-        for parameter in self._parameters.values() if self._optimizer is not None else ():
-            edges += [
-                self._edge(value)
-                for key, value in self._optimizer.state.get(parameter, {}).items()
-                if torch.is_tensor(value) and value.is_floating_point() and key != "step"
-            ]
-        self.failed["param"] = edges
+        states = (value for *_, value in self._states() if value.is_floating_point())
+        self.failed["param"] = [self._edge(tensor) for tensor in (*self._parameters.values(), *states)]
 
     def _edge(self, tensor: torch.Tensor, *, overwritten: bool = False) -> Edge:
         """Who wrote a tensor, and whether what it holds now is finite; what nobody is known to have written gets a node."""
-        edge, unknown = self._storages.read(tensor, overwritten=overwritten, made_here=self._in_module)
+        edge, unknown = self._storages.read(tensor, overwritten=overwritten, made_here=self._position.in_module)
         if not unknown:
             return edge
         if edge.writer is not None and self._storages.as_allocated(tensor):
             self.graph.nodes[edge.writer].kinds |= unknown  # memory that is read before it is written
             return edge
-        known, writer, where = self._storages.kinds[edge.storage], edge.writer, self._where()
+        known, writer, where = self._storages.kinds[edge.storage], edge.writer, self._position.now()
         if writer is not None and torch._C._current_autograd_node() is not None and self._storages.is_unwritten(tensor):
             where = self.graph.nodes[writer].phase, self.graph.nodes[writer].module  # who allocates memory there fills it
         before = [Edge(writer, edge.storage, known, edge.given)] if known else []
-        self._add(UNRECORDED_WRITE, where, before + self._storages.faults(edge.storage), [(tensor, None)])
+        reads = [(one, None) for one in before + self._storages.faults(edge.storage)]
+        self._add(UNRECORDED_WRITE, where, reads, [(tensor, None)], start_ns=time.time_ns())
         return self._storages.read(tensor)[0]
 
     def _look(self, tree: object, *, unwritten: bool = True) -> None:
@@ -216,10 +206,10 @@ class OpRecorder(TorchDispatchMode):
         name = func._schema.name.replace("::", ".")
         if name == BORN and args[0].ndim == 0:  # a number of Python's
             self._literals.add(self._storages.key(args[0]))
-        born = name == BORN and args[0].ndim > 0 and self._in_module
+        born = name == BORN and args[0].ndim > 0 and self._position.in_module
         if is_view(func) and not born:
             return func(*args, **kwargs)
-        where = self._where()
+        where = self._position.now()
         positions = list_positions(func, args)
         changed = mutated(func, args, kwargs)
         overwritten, unread = {id(t) for t in changed}, {id(t) for t in mutated(func, args, kwargs, unread=True)}
@@ -235,31 +225,31 @@ class OpRecorder(TorchDispatchMode):
         bad = [edge for _, edge, _ in reads if edge.kinds]
         if func._opname == READ_OUT:
             self._read_out += bad
-        written_down = 0 if born else reduce(or_, (_written_down(leaf, literals) for leaf in leaves), 0)
+        written_down = 0 if born else reduce(or_, (written_down_kinds(leaf, literals) for leaf in leaves), 0)
         passed_on = [edge for edge in self._read_out if edge.kinds & written_down]
         alone = fails_without(func, args, kwargs) if bad and all(map(self.graph.meant, bad)) and repeatable(func) else []
         self._captures.hold(len(self.graph.nodes), func, args, kwargs, positions)
         start_ns = time.time_ns()
         out = func(*args, **kwargs)
-        written = [
-            (values, positions.get(id(t), i if positions else None))
-            for i, t in enumerate(tree_leaves(out))
-            if is_dense(values := values_of(t))
-        ]
-        written = [(values, positions.get(id(t))) for t in changed if is_dense(values := values_of(t))] + written
+        placed = [(t, positions.get(id(t))) for t in changed]
+        placed += [(t, positions.get(id(t), i if positions else None)) for i, t in enumerate(tree_leaves(out))]
+        written = [(values, position) for t, position in placed if is_dense(values := values_of(t))]
         if written:
+            others = self._storages.faults(0) if born else passed_on
+            of_constants = (
+                repeatable(func)
+                and func._opname not in UNINITIALISED
+                and all(self._storages.is_constant(edge, tensor) for tensor, edge, _ in reads)
+                and (not born or self._storages.is_constant(Edge(None, self._storages.key(out), 0), out))
+            )
             nodes = self._add(
                 name,
                 where,
-                self._storages.faults(0) if born else [*(edge for _, edge, _ in reads), *passed_on],
+                [(edge, position) for _, edge, position in reads] + [(edge, None) for edge in others],
                 written,
-                positions=[*(position for *_, position in reads), *(None for _ in passed_on)] or None,
-                alone=alone,
+                alone,
                 constant=kinds_of(out) if born else written_down,
-                of_constants=repeatable(func)
-                and func._opname not in UNINITIALISED
-                and all(self._is_constant(edge, tensor) for tensor, edge, _ in reads)
-                and (not born or self._is_constant(Edge(None, self._storages.key(out), 0), out)),
+                of_constants=of_constants,
                 start_ns=start_ns,
             )
             for place, node in nodes:
@@ -275,14 +265,10 @@ class OpRecorder(TorchDispatchMode):
         self,
         name: str,
         where: tuple[str, str | None],
-        reads: Sequence[Edge],
+        reads: Sequence[tuple[Edge, int | None]],
         written: Sequence[tuple[torch.Tensor, int | None]],
-        *,
-        positions: Sequence[int | None] | None = None,
         alone: Sequence[bool] = (),
-        constant: int = 0,
-        of_constants: bool = False,
-        start_ns: int = 0,
+        **facts: int,
     ) -> list[tuple[int, Node]]:
         """Add the nodes of one op, one or one for every position of its lists, each with its place in ``written``."""
         phase, module = where
@@ -295,11 +281,7 @@ class OpRecorder(TorchDispatchMode):
                 continue
             seen.add(key)
             kinds = 0 if name.rpartition(".")[2] in UNINITIALISED else kinds_of(tensor)
-            edges = [
-                e
-                for e, p in zip(reads, positions or [None] * len(reads), strict=True)
-                if element is None or p in (None, element)
-            ]
+            edges = [edge for edge, position in reads if element is None or position in (None, element)]
             before = storages.kinds.get(key, 0)
             if before and is_part(tensor):
                 edges.append(Edge(storages.writers.get(key), key, before))  # the rest is as it was
@@ -308,18 +290,16 @@ class OpRecorder(TorchDispatchMode):
                 len(self.graph.nodes),
                 name,
                 phase,
-                self._owner(edges, key) if module is None else module,
-                self._microbatch_of(phase),
+                self._position.owner(edges, key) if module is None else module,
+                self._position.microbatch_of(phase),
                 tuple(edges),
                 key,
                 kinds,
                 str(tensor.dtype).removeprefix("torch."),
                 tuple(tensor.shape),
-                start_ns or time.time_ns(),
-                element,
-                constant,
-                of_constants,
-                bool(alone) and alone[place],
+                element=element,
+                fails_alone=bool(alone) and alone[place],
+                **facts,
             )
             self.graph.add(node)
             storages.written(tensor, node.index, kinds)
@@ -330,33 +310,14 @@ class OpRecorder(TorchDispatchMode):
                 self._last_scalar = Edge(node.index, key, kinds)
         return nodes
 
-    def _is_constant(self, edge: Edge, tensor: torch.Tensor) -> bool:
-        """Whether what an op read goes back to constants, booleans and integers alone, or was handed in like a mask."""
-        if edge.writer is not None:
-            return self.graph.nodes[edge.writer].of_constants
-        return self._storages.like_a_mask(edge, tensor)
-
-    @contextmanager
-    def _launches_recorded(self) -> Iterator[None]:
-        """Record the Triton kernels that are launched past the dispatcher."""
-        launchers = [getattr(sys.modules[name], kind) for name, kind in TRITON_LAUNCHERS.items() if name in sys.modules]
-        plain = [launcher.run for launcher in launchers]
-        for launcher, run in zip(launchers, plain, strict=True):
-            launcher.run = self._recorded_launch(run)
-        try:
-            yield
-        finally:
-            for launcher, run in zip(launchers, plain, strict=True):
-                launcher.run = run
-
     def _recorded_launch(self, run):
         def launch(kernel, *args, **kwargs):
             if kwargs.get("warmup") or not torch._C._len_torch_dispatch_stack():  # inside of an op that is recorded
                 return run(kernel, *args, **kwargs)
             with _disable_current_modes():
-                where = self._where()
+                where = self._position.now()
                 tensors = [leaf for leaf in tree_leaves((args, kwargs)) if can_be_nonfinite(leaf)]
-                reads = [self._edge(tensor, overwritten=True) for tensor in tensors]
+                reads = [(self._edge(tensor, overwritten=True), None) for tensor in tensors]
                 start_ns, out = time.time_ns(), run(kernel, *args, **kwargs)
                 known = self._storages.kinds
                 changed = [
@@ -366,59 +327,3 @@ class OpRecorder(TorchDispatchMode):
             return out
 
         return launch
-
-    @property
-    def _in_module(self) -> bool:
-        return bool(self._modules) or torch._C._current_autograd_node() is not None
-
-    def _where(self) -> tuple[str, str | None]:
-        """Phase and module of the op that runs now."""
-        node = torch._C._current_autograd_node()
-        if node is not None and self._phase_asked is None and self._stage != "optimizer":
-            if self._stage in ("forward", "loss"):
-                self._stage = "backward"
-                if not self.failed["loss"] and self._last_scalar is not None:
-                    self.failed["loss"].append(self._last_scalar)
-            variable = getattr(node, "variable", None)
-            if self._modules:  # a checkpointed module runs again
-                module = self._modules[-1]
-            elif variable is not None:
-                module = self._owner_of_parameter(variable)
-            else:
-                module = self._module_of_sequence.get(node._sequence_nr())
-            if torch.is_grad_enabled():  # what runs again, or create_graph, has a backward pass of its own
-                self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
-            return "backward", module
-        if self._stage == "backward":
-            self._stage = "optimizer" if self._updating else "clip"  # an optimizer resumes after its closure
-            self._note_gradients()
-        module = self._modules[-1] if self._modules else None
-        if self._stage in ("forward", "loss"):
-            self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
-        return self._phase_asked or self._stage, module
-
-    def _microbatch_of(self, phase: str) -> int | None:
-        return self._microbatch if phase in ("forward", "loss", "backward") and self._microbatch >= 0 else None
-
-    def _owner_of_parameter(self, parameter: torch.Tensor) -> str | None:
-        named = self.names.get(self._storages.key(parameter))
-        return named[0].rpartition(".")[0] if named else None
-
-    def _owner(self, edges: list[Edge], key: int) -> str | None:
-        """Outside of modules: the module whose parameter (or gradient, or state) an op works on."""
-        for storage in (key, *(edge.storage for edge in edges)):
-            if storage in self.names:
-                return self.names[storage][0].rpartition(".")[0]
-        if self._stage != "optimizer":
-            return None
-        writers = (self.graph.nodes[edge.writer] for edge in edges if edge.writer is not None)
-        return next((n.module for n in writers if n.phase == "optimizer" and n.module is not None), None)
-
-
-def _written_down(leaf: object, literals: set[int]) -> int:
-    """The kind of an argument that is a non-finite number, or a tensor that was made of one."""
-    if id(leaf) in literals:
-        return kinds_of(leaf)
-    return (
-        0 if not isinstance(leaf, float) or math.isfinite(leaf) else NAN if leaf != leaf else POS_INF if leaf > 0 else NEG_INF
-    )

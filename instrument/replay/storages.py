@@ -94,9 +94,12 @@ class Storages:
         )
         return torch.equal(was, now)
 
-    def like_a_mask(self, edge: Edge, tensor: torch.Tensor) -> bool:
-        """Whether a tensor from before the step is an input or buffer of at most two values."""
-        if edge.writer is not None or not edge.given or tensor.is_complex() or not tensor.numel():
+    def is_constant(self, edge: Edge, tensor: torch.Tensor) -> bool:
+        """Whether what an op read goes back to constants, booleans and integers alone, or was handed in like a mask: an
+        input or buffer from before the step of at most two values."""
+        if edge.writer is not None:
+            return self.graph.nodes[edge.writer].of_constants
+        if not edge.given or tensor.is_complex() or not tensor.numel():
             return False
         if edge.storage not in self._two_values:
             tensor = tensor.float() if tensor.element_size() == 1 else tensor
