@@ -105,46 +105,35 @@ def _row(sizes: Sizes, per_token_and_layer: int, head: LengthPolynomial) -> RowF
     )
 
 
-def _gpt2_layer(sizes: Sizes) -> int:
+def _gpt2(sizes: Sizes, head: LengthPolynomial) -> RowFlops:
     width, inner = sizes.width, sizes.inner
-    return 2 * width * 3 * width + 2 * width * width + 2 * (2 * width * inner)
+    return _row(sizes, 2 * width * 3 * width + 2 * width * width + 2 * (2 * width * inner), head)
 
 
-def _roberta_layer(sizes: Sizes) -> int:
+def _roberta(sizes: Sizes, head: LengthPolynomial) -> RowFlops:
     width, inner = sizes.width, sizes.inner
-    return 3 * (2 * width * width) + 2 * width * width + 2 * (2 * width * inner)
+    return _row(sizes, 3 * (2 * width * width) + 2 * width * width + 2 * (2 * width * inner), head)
 
 
-def gpt2_clm(sizes: Sizes) -> RowFlops:
-    """One projection to the vocabulary, at every position."""
-    return _row(sizes, _gpt2_layer(sizes), LengthPolynomial(linear=2 * sizes.width * sizes.outputs))
+def _projection(sizes: Sizes) -> int:
+    """Forward FLOPs of the head of a GPT-2 at one position: one projection to the vocabulary or the labels."""
+    return 2 * sizes.width * sizes.outputs
 
 
-def gpt2_classification(sizes: Sizes) -> RowFlops:
-    """One projection to the labels, once a document."""
-    return _row(sizes, _gpt2_layer(sizes), LengthPolynomial(2 * sizes.width * sizes.outputs))
+def _dense_and_projection(sizes: Sizes) -> int:
+    """Of a RoBERTa's."""
+    return 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.outputs
 
 
-def roberta_mlm(sizes: Sizes) -> RowFlops:
-    """Dense and the projection to the vocabulary, at every position, masked or not."""
-    head = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.outputs
-    return _row(sizes, _roberta_layer(sizes), LengthPolynomial(linear=head))
-
-
-def roberta_classification(sizes: Sizes) -> RowFlops:
-    """Dense and the projection to the labels, once a document."""
-    head = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.outputs
-    return _row(sizes, _roberta_layer(sizes), LengthPolynomial(head))
-
-
-# By (architecture id, task id). An architecture without an entry is counted.
+# By (architecture id, task id): a language model's head runs at every position, masked or not, a classifier's once a document.
+# An architecture without an entry is counted.
 CLOSED_FORMS: dict[tuple[str, str], Callable[[Sizes], RowFlops]] = {
-    ("gpt2", "clm"): gpt2_clm,
-    ("gpt2", "multi_cls"): gpt2_classification,
-    ("gpt2", "single_cls"): gpt2_classification,
-    ("roberta", "mlm"): roberta_mlm,
-    ("roberta", "multi_cls"): roberta_classification,
-    ("roberta", "single_cls"): roberta_classification,
+    ("gpt2", "clm"): lambda sizes: _gpt2(sizes, LengthPolynomial(linear=_projection(sizes))),
+    ("gpt2", "multi_cls"): lambda sizes: _gpt2(sizes, LengthPolynomial(_projection(sizes))),
+    ("gpt2", "single_cls"): lambda sizes: _gpt2(sizes, LengthPolynomial(_projection(sizes))),
+    ("roberta", "mlm"): lambda sizes: _roberta(sizes, LengthPolynomial(linear=_dense_and_projection(sizes))),
+    ("roberta", "multi_cls"): lambda sizes: _roberta(sizes, LengthPolynomial(_dense_and_projection(sizes))),
+    ("roberta", "single_cls"): lambda sizes: _roberta(sizes, LengthPolynomial(_dense_and_projection(sizes))),
 }
 
 
@@ -201,34 +190,26 @@ class StepFlops:
         """What the passes over ``samples`` rows cost once each."""
         if self.once is None or not samples:
             return []
-        if seq_len not in self._known_once:
-            self._known_once[seq_len] = self.once(seq_len)
-        return [self._known_once[seq_len]] * -(-samples // self.rows_a_pass)
+        if (once := ("once", seq_len)) not in self._known:
+            self._known[once] = self.once(seq_len)
+        return [self._known[once]] * -(-samples // self.rows_a_pass)
 
     def causal_half(self, samples: int, seq_len: int) -> int | None:
         """FLOPs with attention counted half, since a causal model needs half of its scores. None where
         attention is not causal, and where it is no multiple of L^2, so that half of it means nothing."""
-        if (
-            not self.causal
-            or self.once is not None
-            or not isinstance(self.row, RowFlops)
-            or self.row.attention.linear
-            or self.row.attention.constant
-        ):
+        if not self.causal or self.once is not None or not isinstance(self.row, RowFlops):
+            return None
+        if self.row.attention.linear or self.row.attention.constant:
             return None
         return sum(self.of(samples, seq_len).values()) - samples * self.row.attention(seq_len) // 2
 
     def _parts(self, length: int) -> tuple[int, int, int]:
-        if length not in self._known:
-            self._known[length] = self.row(length)
-        return self._known[length]
+        if (row := ("row", length)) not in self._known:
+            self._known[row] = self.row(length)
+        return self._known[row]
 
     @cached_property
-    def _known_once(self) -> dict[int, tuple[int, int, int]]:
-        return {}
-
-    @cached_property
-    def _known(self) -> dict[int, tuple[int, int, int]]:
+    def _known(self) -> dict[tuple[str, int], tuple[int, int, int]]:
         return {}
 
     def _by_dtype(self, rows: Iterable[tuple[int, int, int]]) -> dict[str, int]:

@@ -42,19 +42,15 @@ class Examination:
     module: str | None
     tensor: str
     parameter: str | None
-    source_tensor: str | None
     cause: str | None
     kind: str
-    diagnosis: Diagnosis | None
-    captured: tuple | None
+    source_tensor: str | None = None
+    diagnosis: Diagnosis | None = None
+    captured: tuple | None = None
 
     @property
     def op(self) -> str | None:
         return None if self.culprit.node is None else self.culprit.node.op
-
-    @property
-    def microbatch(self) -> int | None:
-        return None if self.culprit.node is None else self.culprit.node.microbatch
 
 
 def examine(
@@ -76,7 +72,7 @@ def examine(
         run_step(earlier, None)
     before = snapshot if snapshot.step == step - 1 else Snapshot(step - 1, model, optimizer, scaler)
     first = _record(step, run_step, OpRecorder(model, optimizer, scaler=scaler))
-    culprit = find(first)
+    culprit = first.graph.culprit([edge for edges in first.failed.values() for edge in edges])
     node = culprit and culprit.node
     wanted = [node] if node and runs_again(node.op) else []
     followed = first.graph.ancestors(node, MOST_FOLLOWED) if wanted and node.reads_zero else []
@@ -88,12 +84,6 @@ def examine(
     if node is None:
         return culprit and _from_before(culprit, first)
     return _conclude(culprit, first, second)
-
-
-def find(recorder: OpRecorder) -> Culprit | None:
-    """The culprit of a recorded step: the first, in order of execution, that its losses, gradients, parameters or states
-    lead back to."""
-    return recorder.graph.culprit([edge for edges in recorder.failed.values() for edge in edges])
 
 
 def _record(step: int, run_step: StepFunction, recorder: OpRecorder) -> OpRecorder:
@@ -116,20 +106,8 @@ def _conclude(culprit: Culprit, first: OpRecorder, second: OpRecorder) -> Examin
     source = _state_in_denominator(first, node) if cause == "underflow_then_divide" else None
     phase = "optimizer" if node.phase == "clip" and named and named[1] != "grad" else node.phase  # who writes to states
     kind = diagnosis.kind if diagnosis else kind_name(node.kinds)
-    return Examination(
-        culprit,
-        first.graph,
-        names,
-        phase,
-        node.module,
-        tensor,
-        named[0] if named else None,
-        source,
-        cause,
-        kind,
-        diagnosis,
-        captured,
-    )
+    known = culprit, first.graph, names, phase, node.module, tensor, named[0] if named else None, cause, kind
+    return Examination(*known, source, diagnosis, captured)
 
 
 def _state_in_denominator(recorder: OpRecorder, node: Node) -> str | None:
@@ -151,46 +129,12 @@ def _from_before(culprit: Culprit, recorder: OpRecorder) -> Examination:
     phase = "optimizer" if reader is None or (reader.phase == "clip" and what != "grad") else reader.phase
     kinds = next((e.kinds for e in (reader.inputs if reader else ()) if e.storage == culprit.storage), 1)
     seen = culprit if name else replace(culprit, node=reader)
-    return Examination(
-        seen, recorder.graph, recorder.names, phase, module, what, name, None, "from_input", kind_name(kinds), None, None
-    )
+    return Examination(seen, recorder.graph, recorder.names, phase, module, what, name, "from_input", kind_name(kinds))
 
 
 def kind_name(kinds: int) -> str:
     """``nan``, ``inf`` or ``-inf`` from bits."""
     return "nan" if kinds & 1 else "inf" if kinds & 2 else "-inf"
-
-
-def completed(seen: FirstNonfinite, examination: Examination | None, *, from_step: int, matched: bool = True) -> FirstNonfinite:
-    """The record of a failure with what its replay found; ``replay.matched`` is false when the replayed step
-    stayed finite (then the rest is as it surfaced) or failed in another way."""
-    if examination is None:
-        return msgspec.structs.replace(seen, replay={"matched": False, "from_step": from_step})
-    e, diagnosis = examination, examination.diagnosis
-    return msgspec.structs.replace(
-        seen,
-        phase=e.phase,
-        module=e.module,
-        op=e.op,
-        microbatch=e.microbatch,
-        tensor=e.tensor,
-        source_tensor=e.source_tensor,
-        kind=e.kind,
-        cause=e.cause,
-        dtype=e.culprit.node.dtype if e.culprit.node else seen.dtype,
-        input_absmax=diagnosis and diagnosis.input_absmax,
-        headroom_bits=diagnosis and diagnosis.headroom_bits,
-        absorbed=[f"{n.phase}:{n.module or ''}:{n.op}" for n in e.culprit.absorbed][:MOST_ABSORBED],
-        replay={
-            "matched": matched,
-            "from_step": from_step,
-            "ops": len(e.graph.nodes),
-            "spread_modules": e.culprit.spread,
-            "alike": e.culprit.alike,
-            "parameter": e.parameter,
-            "element": e.culprit.node and e.culprit.node.element,
-        },
-    )
 
 
 CUDA_TOLERANCE = 1e-3
@@ -211,8 +155,30 @@ class Replayed:
     error: str | None = None
 
     def completed(self, seen: FirstNonfinite) -> FirstNonfinite:
-        """The record of the failure with what the replay found."""
-        return completed(seen, self.found, from_step=self.from_step, matched=self.matched)
+        """The record of the failure with what the replay found; ``replay.matched`` is false when the replayed step stayed
+        finite (then the rest is as it surfaced) or failed in another way."""
+        if (e := self.found) is None:
+            return msgspec.structs.replace(seen, replay={"matched": False, "from_step": self.from_step})
+        node, diagnosis = e.culprit.node, e.diagnosis
+        known = {name: getattr(e, name) for name in ("phase", "module", "op", "tensor", "source_tensor", "kind", "cause")}
+        return msgspec.structs.replace(
+            seen,
+            **known,
+            microbatch=node and node.microbatch,
+            dtype=node.dtype if node else seen.dtype,
+            input_absmax=diagnosis and diagnosis.input_absmax,
+            headroom_bits=diagnosis and diagnosis.headroom_bits,
+            absorbed=[f"{n.phase}:{n.module or ''}:{n.op}" for n in e.culprit.absorbed][:MOST_ABSORBED],
+            replay={
+                "matched": self.matched,
+                "from_step": self.from_step,
+                "ops": len(e.graph.nodes),
+                "spread_modules": e.culprit.spread,
+                "alike": e.culprit.alike,
+                "parameter": e.parameter,
+                "element": node and node.element,
+            },
+        )
 
     def unexplained(self) -> dict[str, object]:
         """``replay`` of a record that the replay cannot complete."""

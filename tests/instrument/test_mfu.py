@@ -46,9 +46,8 @@ def test_a_card_is_known_by_its_whole_name_only(name, card):
 
 def test_reference_cards_and_peaks():
     assert [card.name for card in CARDS if card.reference] == ["RTX A6000", "A40"]
-    a6000, v100 = known_card("NVIDIA RTX A6000"), known_card("Tesla V100-SXM2-16GB")
-    assert a6000.peak("bf16") == 154.8e12 and a6000.peak("fp32", tf32=True) == 77.4e12 and a6000.peak("fp32") == 38.7e12
-    assert v100.peak("bf16") is None and v100.peak("fp16") == 125e12
+    assert known_card("NVIDIA RTX A6000").peaks() == {"fp32": 38.7e12, "tf32": 77.4e12, "fp16": 154.8e12, "bf16": 154.8e12}
+    assert known_card("Tesla V100-SXM2-16GB").peaks() == {"fp32": 15.7e12, "fp16": 125e12}
 
 
 @pytest.mark.parametrize(
@@ -69,14 +68,10 @@ def test_what_a_capability_supports(capability, able):
 def test_the_dtypes_peaks_stand_in_the_proportions_of_tensor_cores(card):
     """A sparse figure is twice the dense one, so one that slipped in breaks a proportion."""
     assert card.source and "sparse" not in card.source.replace("sparse figures halved", "")
-    if card.bf16_flops_per_s is not None:
-        assert card.fp16_flops_per_s == card.bf16_flops_per_s
-    if card.tf32_flops_per_s is not None:
-        assert card.fp16_flops_per_s / card.tf32_flops_per_s == pytest.approx(2, rel=0.02)
-    if card.fp8_flops_per_s is not None:
-        assert card.fp8_flops_per_s / card.fp16_flops_per_s == pytest.approx(2, rel=0.03)
-    if card.fp32_flops_per_s is not None:
-        assert card.fp32_flops_per_s < card.fp16_flops_per_s  # the one on CUDA cores
+    peaks = card.peaks()
+    assert peaks.get("bf16", peaks["fp16"]) == peaks["fp16"]
+    assert peaks["fp16"] / peaks.get("tf32", peaks["fp16"] / 2) == pytest.approx(2, rel=0.02)
+    assert peaks.get("fp32", 0.0) < peaks["fp16"]  # the one on CUDA cores
 
 
 def test_what_a_card_has_not_is_not_in_its_peaks():

@@ -99,11 +99,7 @@ def test_any_tracks_make_a_sound_trace(counters, markers, arrows):
 
 
 def test_times_are_microseconds_since_the_base():
-    (event,) = [
-        e
-        for e in events_of([PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)], BASE_NS)
-        if e["ph"] == "X"
-    ]
+    (event,) = [e for e in events_of([PhaseSlice("forward", BASE_NS + 1_500, BASE_NS + 4_000, 7)], BASE_NS) if e["ph"] == "X"]
     assert (event["ts"], event["dur"], event["name"], event["args"], event["pid"]) == (1.5, 2.5, "forward", {"step": 7}, PID)
 
 

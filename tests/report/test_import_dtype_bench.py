@@ -100,7 +100,7 @@ def test_mfu_is_recomputed_and_never_above_the_card(folder):
     products = 12 * 12 * 768**2 + 768 * 50_257
     per_token = 6 * products + 12 * 12 * 768 * 1024
     assert record.flops_per_step == per_token * 24 * 1024
-    peak = known_card("RTX A6000").bf16_flops_per_s
+    peak = known_card("RTX A6000").peaks()["bf16"]
     assert record.mfu == pytest.approx(record.tokens_per_s * per_token / peak)
     highest = max(r.mfu for r in folder.runs if r.mfu is not None)
     assert 0.36 < highest < 0.44
