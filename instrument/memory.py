@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from instrument.results.files import replacing
 from instrument.sampler.gpu import GpuSensors
@@ -39,25 +41,26 @@ def memory_split(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     now, none after ``zero_grad``; ``gradients_complete_bytes`` is one for every trainable weight.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    tensors = {
+        "weights": model.parameters(),
+        "buffers": model.buffers(),
+        "gradients": (p.grad for p in model.parameters() if p.grad is not None),
+        "optimizer": tree_leaves(list(optimizer.state.values())) if optimizer is not None else (),
+    }
     seen: set[int] = set()
-    by_dtype: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+    by_dtype: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     elsewhere_bytes = 0
-    for kind, tensors in _tensors_by_kind(model, optimizer):
-        for part in (part for tensor in tensors for part in _strided_parts(tensor)):
-            storage = part.untyped_storage()
-            if storage._cdata in seen:
-                continue
-            seen.add(storage._cdata)
-            if part.device != device:
-                elsewhere_bytes += storage.nbytes()
-                continue
-            dtype = str(part.dtype).removeprefix("torch.")
-            by_dtype[kind][dtype] = by_dtype[kind].get(dtype, 0) + storage.nbytes()
+    for kind in KINDS:
+        for on, dtype, n_bytes in _new_storages(tensors[kind], seen):
+            if on == device:
+                by_dtype[kind][dtype] += n_bytes
+            else:
+                elsewhere_bytes += n_bytes
     return {
         "device": str(device),
         **{f"{kind}_bytes": sum(by_dtype[kind].values()) for kind in KINDS},
         "gradients_complete_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-        "by_dtype": by_dtype,
+        "by_dtype": {kind: dict(found) for kind, found in by_dtype.items()},
         "elsewhere_bytes": elsewhere_bytes,
     }
 
@@ -85,37 +88,36 @@ def with_activations(split: dict[str, Any], peak_allocated_bytes: int | None, *,
     }
 
 
-@dataclass
-class Saved:
-    """``bytes``: storages that autograd keeps for backward; ``by_dtype`` the same."""
-
-    bytes: int = 0
-    by_dtype: dict[str, int] = field(default_factory=dict)
-
-
 @contextmanager
-def saved_for_backward(model: nn.Module) -> Iterator[Saved]:
-    """Counts what a forward pass inside it keeps for backward, weights left out: on any device the exact
-    part of the activations that must live until backward, which a peak also has temporaries in.
+def saved_for_backward(model: nn.Module) -> Iterator[Counter[str]]:
+    """Counts the bytes, by dtype, of the storages that a forward pass inside it keeps for backward, weights left out: on any
+    device the exact part of the activations that must live until backward, which a peak also has temporaries in.
 
     Costs host time at every saved tensor: for one pass outside all timing. The graph must be alive
     at the end of the block (hold on to the loss), or a storage freed and used again counts once.
     """
-    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    saved, seen = Saved(), set()
+    seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: Counter[str] = Counter()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        for part in _strided_parts(tensor):
-            storage = part.untyped_storage()
-            if storage._cdata not in seen and storage._cdata not in weights:
-                seen.add(storage._cdata)
-                saved.bytes += storage.nbytes()
-                dtype = str(part.dtype).removeprefix("torch.")
-                saved.by_dtype[dtype] = saved.by_dtype.get(dtype, 0) + storage.nbytes()
+        for _, dtype, n_bytes in _new_storages([tensor], seen):
+            saved[dtype] += n_bytes
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def _new_storages(tensors: Iterable[object], seen: set[int]) -> Iterator[tuple[torch.device, str, int]]:
+    """Device, dtype and bytes of every storage that is not in ``seen`` yet, and now is. A sparse gradient has two."""
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        for part in (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,):
+            storage = part.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                yield part.device, str(part.dtype).removeprefix("torch."), storage.nbytes()
 
 
 @dataclass
@@ -133,11 +135,22 @@ def snapshot_on_oom(path: Path, device: torch.device, *, history: bool = False, 
     of memory, or with ``always`` at its end too; an error is raised again. ``history`` also records the stack of
     every allocation, which costs time.
     """
-    outcome = Snapshot(why="memory did not run out", history=history and device.type == "cuda" and _record_history(True))
+    outcome = Snapshot(why="memory did not run out")
+    if history and device.type == "cuda":
+        with suppress(Exception):  # a torch that cannot
+            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+            outcome.history = True
 
     def write() -> None:
-        written = write_snapshot(path, device)
-        outcome.path, outcome.why = written.path, written.why
+        if device.type != "cuda":
+            outcome.why = "torch's allocator keeps no snapshot on a CPU"
+            return
+        try:
+            with replacing(path) as temporary:
+                torch.cuda.memory._dump_snapshot(str(temporary))
+            outcome.path, outcome.why = path, None
+        except Exception as error:  # a full disk, a driver that gave up
+            outcome.why = f"{type(error).__name__}: {error}"
 
     try:
         yield outcome
@@ -148,56 +161,8 @@ def snapshot_on_oom(path: Path, device: torch.device, *, history: bool = False, 
         raise
     finally:
         if outcome.history:
-            _record_history(False)
-
-
-def write_snapshot(path: Path, device: torch.device) -> Snapshot:
-    """The allocator's snapshot now. Never raises: what went wrong is in ``why``."""
-    if device.type != "cuda":
-        return Snapshot(why="torch's allocator keeps no snapshot on a CPU")
-    try:
-        with replacing(path) as temporary:
-            torch.cuda.memory._dump_snapshot(str(temporary))
-    except Exception as error:  # a full disk, a driver that gave up
-        return Snapshot(why=f"{type(error).__name__}: {error}")
-    return Snapshot(path=path)
-
-
-def _record_history(on: bool) -> bool:
-    """Start or stop recording; False where this torch cannot."""
-    try:
-        if on:
-            torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
-        else:
-            torch.cuda.memory._record_memory_history(enabled=None)
-    except Exception:
-        return False
-    return True
-
-
-def _tensors_by_kind(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-    yield "weights", iter(model.parameters())
-    yield "buffers", iter(model.buffers())
-    yield "gradients", (p.grad for p in model.parameters() if p.grad is not None)
-    if optimizer is not None:
-        yield "optimizer", (tensor for state in optimizer.state.values() for tensor in _leaves(state))
-
-
-def _leaves(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-
-
-def _strided_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A sparse gradient is two ordinary tensors."""
-    return (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
+            with suppress(Exception):
+                torch.cuda.memory._record_memory_history(enabled=None)
 
 
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -218,8 +183,11 @@ def memory_when_it_ran_out(message: str, device: torch.device, cause: str) -> di
     the memory that ran out, the host's for ``cause`` `HOST`. What cannot be read is null, with the reason in ``unknown``.
     Never raises."""
     figures: dict[str, Any] = {"requested_bytes": requested_bytes(message), "unknown": {}}
-    for read in (_process, _limits, _machine) if cause == HOST else (_allocator, _device, _company):
-        _ask(read, device, figures)
+    for read in (_host,) if cause == HOST else (_allocator, _device, _company):
+        try:
+            figures |= read(device)
+        except Exception as error:  # memory is short, and a driver may be gone
+            figures["unknown"][read.__name__.strip("_")] = f"{type(error).__name__}: {error}"
     return figures
 
 
@@ -227,13 +195,6 @@ def requested_bytes(message: str) -> int | None:
     """What torch says it tried to allocate, of which it prints two decimals."""
     found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", message)
     return round(float(found[1]) * UNITS[found[2]]) if found else None
-
-
-def _ask(read: Callable[[torch.device], dict[str, Any]], device: torch.device, figures: dict[str, Any]) -> None:
-    try:
-        figures |= read(device)
-    except Exception as error:  # memory is short, and a driver may be gone
-        figures["unknown"][read.__name__.strip("_")] = f"{type(error).__name__}: {error}"
 
 
 def _allocator(device: torch.device) -> dict[str, Any]:
@@ -262,16 +223,12 @@ def _company(device: torch.device) -> dict[str, Any]:
         sensors.close()
 
 
-def _process(device: torch.device) -> dict[str, Any]:
-    memory = psutil.Process().memory_info()
-    return {"rss_bytes": memory.rss, "virtual_bytes": memory.vms}
-
-
-def _limits(device: torch.device) -> dict[str, Any]:
-    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return {"address_space_limit_bytes": None if soft == resource.RLIM_INFINITY else soft}
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    memory = psutil.virtual_memory()
-    return {"available_bytes": memory.available, "total_bytes": memory.total}
+def _host(device: torch.device) -> dict[str, Any]:
+    process, machine, soft = psutil.Process().memory_info(), psutil.virtual_memory(), resource.getrlimit(resource.RLIMIT_AS)[0]
+    return {
+        "rss_bytes": process.rss,
+        "virtual_bytes": process.vms,
+        "address_space_limit_bytes": None if soft == resource.RLIM_INFINITY else soft,
+        "available_bytes": machine.available,
+        "total_bytes": machine.total,
+    }

@@ -150,7 +150,7 @@ def footprint_bytes(training: Training, step: int) -> int:
         )
     del logits, loss  # not before: the graph must live through the block, or freed storages count again
     stored = ("weights_bytes", "buffers_bytes", "optimizer_bytes", "gradients_complete_bytes")
-    return sum(split[name] for name in stored) + saved.bytes
+    return sum(split[name] for name in stored) + saved.total()
 
 
 NARROW = (torch.float16, torch.bfloat16)

@@ -16,7 +16,6 @@ from instrument.memory import (
     saved_for_backward,
     snapshot_on_oom,
     with_activations,
-    write_snapshot,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,13 +120,13 @@ def test_what_is_saved_for_backward_is_counted_by_the_closed_form():
     inputs = torch.randn(8, 16)
     with saved_for_backward(model) as saved:
         output = model(inputs)
-    assert saved.bytes == (8 * 16 + 8 * 32) * 4 and saved.by_dtype == {"float32": saved.bytes}
+    assert saved == {"float32": (8 * 16 + 8 * 32) * 4}
     with saved_for_backward(model) as bf16, torch.autocast("cpu", dtype=torch.bfloat16):
         half = model(inputs)
-    assert bf16.by_dtype["bfloat16"] > 0 and half.dtype == torch.bfloat16 and output.requires_grad
+    assert bf16["bfloat16"] > 0 and half.dtype == torch.bfloat16 and output.requires_grad
     with torch.no_grad(), saved_for_backward(model) as nothing:
         model(inputs)
-    assert nothing.bytes == 0
+    assert not nothing
 
 
 def test_a_cpu_has_no_snapshot_and_the_error_is_raised_again(tmp_path):
@@ -162,7 +161,9 @@ def test_a_snapshot_that_fails_says_why(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", fail)
-    assert write_snapshot(tmp_path / "s.pickle", CUDA).why == "OSError: No space left on device"
+    with snapshot_on_oom(tmp_path / "s.pickle", CUDA, always=True) as outcome:
+        pass
+    assert outcome.why == "OSError: No space left on device" and outcome.path is None
 
 
 @pytest.mark.parametrize(
