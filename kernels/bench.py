@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
+from typing import Any
 
 SCHEMA = 1
 PAIRS = 32
@@ -81,6 +82,16 @@ class BenchRow:
     share_of_copy_high: float | None = None
     pairs: int | None = None
     note: str = ""
+
+
+def timed(make: Callable[[], Any], call: Callable[[Any], object]) -> Callable[[], Callable[[], object]]:
+    """The setup of an arm that makes its inputs once, and is timed at ``call(inputs)``."""
+
+    def setup():
+        inputs = make()
+        return lambda: call(inputs)
+
+    return setup
 
 
 def own_name(device: str) -> str:

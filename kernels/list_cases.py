@@ -5,13 +5,14 @@ within float64's last digits, products bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from kernels.activation_stats import ActivationRing, activation_stats
 from kernels.activation_stats import bytes_moved as activation_bytes
-from kernels.bench import BenchArm, own_name
+from kernels.bench import BenchArm, own_name, timed
 from kernels.check import Judged, counted, differing, of_bound, with_special
 from kernels.dispatch import DTYPES
 from kernels.exponent_histogram import HIGHEST, LOWEST, exponent_histogram
@@ -75,26 +76,17 @@ def _over_models(op: str, device: str, dtype: str, arms: Callable[[list[tuple[in
 def multi_tensor_stats_arms(device: str, dtype: str) -> Iterator[BenchArm]:
     def arms(shapes):
         def ours(counts):
-            def setup():
-                x, out = _gradients(device, dtype, shapes), TensorStats.allocate(len(shapes), device)
-                return lambda: multi_tensor_stats(x, out=out, counts=counts)
+            out = partial(TensorStats.allocate, len(shapes), device)
+            return timed(lambda: (gradients(), out()), lambda x: multi_tensor_stats(x[0], out=x[1], counts=counts))
 
-            return setup
-
-        def other(f):
-            def setup():
-                x = _gradients(device, dtype, shapes)
-                return lambda: f(x)
-
-            return setup
-
+        gradients = partial(_gradients, device, dtype, shapes)
         name, size = own_name(device), stats_bytes(*_sizes(dtype, shapes))
         return [
             (name, ours("all"), size),
             (f"{name}_underflow", ours("underflow"), size),
             (f"{name}_no_counts", ours("none"), size),
-            ("foreach_norm", other(torch._foreach_norm), size),
-            ("eager", other(eager_statistics), 0),
+            ("foreach_norm", timed(gradients, torch._foreach_norm), size),
+            ("eager", timed(gradients, eager_statistics), 0),
         ]
 
     return _over_models("multi_tensor_stats", device, dtype, arms)
@@ -136,33 +128,30 @@ def unscale_arms(device: str, dtype: str) -> Iterator[BenchArm]:
 
     def arms(shapes):
         def ours(clip):
-            def setup():
-                grads, out = _gradients(device, dtype, shapes), TensorStats.allocate(len(shapes), device)
-                inv_scale = torch.ones((), device=device)
-                return lambda: unscale_and_stats_(grads, inv_scale, max_norm=MAX_NORM, clip=clip, out=out)
+            def inputs():
+                out = TensorStats.allocate(len(shapes), device)
+                return _gradients(device, dtype, shapes), torch.ones((), device=device), out
 
-            return setup
+            return timed(inputs, lambda x: unscale_and_stats_(*x[:2], max_norm=MAX_NORM, clip=clip, out=x[2]))
+
+        def parameters():
+            made = [torch.nn.Parameter(x) for x in _gradients(device, dtype, shapes)]
+            for p in made:
+                p.grad = p.detach()
+            return made, [p.grad for p in made], torch.zeros((), device=device), torch.ones((), device=device)
 
         def by_torch(statistics):
             """The kernels of GradScaler.unscale_ and clip_grad_norm_(foreach=True), without their bookkeeping. They
             measure nothing; `statistics` adds what our op reports, in eager torch."""
 
-            def setup():
-                parameters = [torch.nn.Parameter(x) for x in _gradients(device, dtype, shapes)]
-                for p in parameters:
-                    p.grad = p.detach()
-                grads = [p.grad for p in parameters]
-                found_inf, inv_scale = torch.zeros((), device=device), torch.ones((), device=device)
+            def call(x):
+                made, grads, found_inf, inv_scale = x
+                torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+                if statistics:
+                    eager_statistics(grads)
+                return torch.nn.utils.clip_grad_norm_(made, MAX_NORM, foreach=True)
 
-                def call():
-                    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
-                    if statistics:
-                        eager_statistics(grads)
-                    return torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM, foreach=True)
-
-                return call
-
-            return setup
+            return timed(parameters, call)
 
         name, sizes = own_name(device), _sizes(dtype, shapes)
         return [
@@ -205,15 +194,11 @@ def scale_arms(device: str, dtype: str) -> Iterator[BenchArm]:
     """The factor is next to 1, so that values stay. In 16 bits on CUDA foreach_mul is no equal: it rounds the factor first."""
 
     def arms(shapes):
-        def arm(multiply):
-            def setup():
-                x, factor = _gradients(device, dtype, shapes), torch.tensor(1 - 2.0**-24, device=device)
-                return lambda: multiply(x, factor)
+        def inputs():
+            return _gradients(device, dtype, shapes), torch.tensor(1 - 2.0**-24, device=device)
 
-            return setup
-
-        size = unscale_bytes(*_sizes(dtype, shapes))
-        return [(own_name(device), arm(scale_), size), ("foreach_mul", arm(torch._foreach_mul_), size)]
+        size, ways = unscale_bytes(*_sizes(dtype, shapes)), {own_name(device): scale_, "foreach_mul": torch._foreach_mul_}
+        return [(name, timed(inputs, lambda x, f=f: f(*x)), size) for name, f in ways.items()]
 
     return _over_models("scale", device, dtype, arms)
 
@@ -261,10 +246,7 @@ def activation_stats_arms(device: str, dtype: str) -> Iterator[BenchArm]:
 
         return setup
 
-    def eager():
-        x = values()
-        return lambda: [eager_output_statistics(t) for t in x]
-
+    eager = timed(values, lambda x: [eager_output_statistics(t) for t in x])
     size = activation_bytes([rows * width] * outputs, [DTYPES[dtype].itemsize] * outputs)
     name = own_name(device)
     arms = [(name, ours(1), size), (f"{name}_range", ours(1, "range"), size), (f"{name}_off", ours(0), 0), ("eager", eager, 0)]

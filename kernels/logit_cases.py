@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels.bce_with_logits import bce_with_logits
 from kernels.bce_with_logits import bytes_moved as bce_bytes
 from kernels.bce_with_logits.reference import dense_targets
-from kernels.bench import BenchArm, own_name
+from kernels.bench import BenchArm, own_name, timed
 from kernels.check import Judged, counted, differing, of_bound, with_special
 from kernels.cross_entropy import bytes_moved as cross_entropy_bytes
 from kernels.cross_entropy import cross_entropy
@@ -65,30 +65,25 @@ def _loss_arms(
     on_gpu   further arms of a GPU: functions that import and return (logits, targets) -> loss
     """
 
-    def our_arm(with_stats):
-        def setup():
-            logits, targets, _ = inputs()
-            stats = LogitStats(device) if with_stats else None
-            scale = torch.full((), 1.0 / divisor, device=device)
-            return lambda: torch.autograd.grad(ours(logits, targets, scale, stats), logits)
+    def our_loss(with_stats):
+        stats, scale = LogitStats(device) if with_stats else None, torch.full((), 1.0 / divisor, device=device)
+        return lambda logits, targets, _: ours(logits, targets, scale, stats)
 
-        return setup
-
-    def other_arm(make):
-        def setup():
-            logits, _, dense = inputs()
-            loss_of = make()
-            return lambda: torch.autograd.grad(loss_of(logits, dense), logits)
-
-        return setup
+    def other_loss(loss_of):
+        return lambda logits, _, dense: loss_of(logits, dense)
 
     name = own_name(device)
-    arms = {name: our_arm(True), f"{name}_no_stats": our_arm(False), "eager": other_arm(lambda: eager)}
-    arms["eager_normalizer"] = other_arm(lambda: lambda logits, targets: eager(logits, targets, "sum") / divisor)
+    arms = {name: lambda: our_loss(True), f"{name}_no_stats": lambda: our_loss(False), "eager": lambda: other_loss(eager)}
+    arms["eager_normalizer"] = lambda: other_loss(lambda logits, targets: eager(logits, targets, "sum") / divisor)
     if device == "cuda":
         on_gpu = {"compile": lambda: torch.compile(eager, dynamic=False)} | on_gpu
-        arms |= {arm: other_arm(make) for arm, make in on_gpu.items()}
-    return [BenchArm(op, case, arm, setup, size if arm.startswith(name) else 0) for arm, setup in arms.items()]
+        arms |= {arm: lambda make=make: other_loss(make()) for arm, make in on_gpu.items()}
+
+    def arm_of(arm, make):
+        setup = timed(lambda: (make(), inputs()), lambda x: torch.autograd.grad(x[0](*x[1]), x[1][0]))
+        return BenchArm(op, case, arm, setup, size if arm.startswith(name) else 0)
+
+    return [arm_of(arm, make) for arm, make in arms.items()]
 
 
 def _judge_loss(
@@ -224,17 +219,10 @@ def logit_stats_arms(device: str, dtype: str) -> Iterator[BenchArm]:
         def logits(rows=rows, width=width):
             return torch.randn(rows, width, device=device).to(DTYPES[dtype])
 
-        def ours(logits=logits):
-            x, stats = logits(), LogitStats(device)
-            return lambda: (stats.reset(), logit_stats(x, stats))
-
-        def eager(logits=logits):
-            x = logits()
-            return lambda: eager_logit_stats(x)
-
         case, size = f"{dtype} {rows}x{width}", logit_stats_bytes(rows, width, DTYPES[dtype].itemsize)
+        ours = timed(lambda make=logits: (make(), LogitStats(device)), lambda x: (x[1].reset(), logit_stats(*x)))
         yield BenchArm("logit_stats", case, own_name(device), ours, size)
-        yield BenchArm("logit_stats", case, "eager", eager, 0)
+        yield BenchArm("logit_stats", case, "eager", timed(logits, eager_logit_stats), 0)
 
 
 def eager_logit_stats(x):
