@@ -42,7 +42,7 @@ from report.tables.cells import (
 )
 from report.tables.judgement import MARGIN_SPEED, Judgements, judge_runs
 from report.tables.selection import REFERENCE, case_order, is_control, series_order
-from report.text import bounds, gigabytes, joined, shortened, times
+from report.text import bounds, gigabytes, shortened, times
 
 MEMORY_TOLERANCE = 1.01
 TOY = "; a tiny preset or a processor says nothing about a GPU"
@@ -296,4 +296,4 @@ def _beside(cell: Cell, best: Cell) -> str:
         parts = [f"not separated from {name} in speed by {count(len(ratio), 'seed')}"]
     if cell.peak_bytes is not None and best.peak_bytes is not None:
         parts.append(f"{gigabytes(cell.peak_bytes)} against {gigabytes(best.peak_bytes)}")
-    return joined(parts)
+    return ", ".join(parts)
