@@ -14,8 +14,8 @@ import pytest
 
 EVENTS = ("os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec")
 """Audit events, beside `subprocess.Popen`. `multiprocessing` raises none when it spawns: its two functions are replaced."""
-ASKED_BY_LIBRARIES = ("lscpu", "uname", "ldconfig", "nvidia-smi")
-"""Programs that a library asks about the machine."""
+ASKED_BY_LIBRARIES = ("lscpu", "uname", "ldconfig", "nvidia-smi", "gcc", "cc", "ld", "objdump")
+"""Programs that a library asks about the machine, a compiler's for `ctypes.util.find_library` (WeasyPrint does, imported)."""
 STARTED: list[str] = []
 """What started a process so far."""
 

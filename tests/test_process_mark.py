@@ -70,6 +70,7 @@ def test_starts_none(tmp_path):
 
 
 def test_every_way_of_starting_a_process_needs_the_mark(pytester):
+    pytester.makeini("[pytest]")  # or one in a folder above would be taken
     pytester.makeconftest("from tests.process_mark import pytest_fixture_setup, pytest_runtest_call")
     pytester.makepyfile(PLANTED)
     found = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-W", "ignore", "-rpf")

@@ -135,6 +135,7 @@ def context(
         "executive": [letter for letter in EXECUTIVE if letter in drawn],
         "cases": case_sections(verdict, folder, numbers),
         "case_heads": CASE_HEADS,
+        "left_out": [clean(text, 300) for text in verdict.left_out],
         "open_claims": [finding.id for finding in findings if finding.verdict == NOT_DECIDED],
         "next_command": clean(verdict.next_command or "", 600),
         "checks": [_check(check, numbers) for check in checks],

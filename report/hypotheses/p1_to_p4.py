@@ -34,6 +34,8 @@ from report.tables.selection import REFERENCE, column_of, is_bucketed, is_contro
 from report.tables.speed import y_kind
 from report.text import bounds
 
+ByConfig = dict[str, Cell]
+
 P1 = "Classification heads overflow fp16: some logit passes 65,504."
 
 
@@ -109,11 +111,13 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     shown = exponential(mean_interval(leads[best]))
     least = min(rivals, key=lambda cell: cell.peak_bytes or math.inf)
     leaner, heavier = _memory(base, ours, rivals)
-    supports = all_of([*(above(values, -MARGIN_SPEED) for values in leads.values()), leaner])
+    side = {config: cell for (of, config), cell in base.cells.items() if of == case and config != CONFIG}
+    supports = all_of([*(above(values, -MARGIN_SPEED) for values in leads.values()), leaner, *_out_of_the_race(side)])
     refutes = any_of([*(below(values, -MARGIN_SPEED) for values in leads.values()), heavier])
     sentence = (
         f"{CONFIG} runs {shown.value:.2f}x {bounds(shown, '.2f')} as fast as {best}, its best rival; it needs "
-        f"{memory_text(ours)}, the leanest rival ({least.dtype_config}) {memory_text(least)}{_not_compared(ours, rivals)}."
+        f"{memory_text(ours)}, the leanest rival ({least.dtype_config}) {memory_text(least)}{_not_compared(ours, rivals)}"
+        f"{_unresolved(side)}."
     )
     return Evidence(case, supports, refutes, shown, sentence, tuple(i for cell in (ours, *rivals) for i in cell.run_ids))
 
@@ -121,6 +125,22 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
 def _competes(cell: Cell) -> bool:
     """A configuration that failed, or is avoided, has lost."""
     return cell.state == COMPLETED and cell.verdict != AVOID and bool(cell.log_speed)
+
+
+def _failing(side: ByConfig) -> list[Cell]:
+    """Those of which some seed failed, and how often is not resolved: one of them may yet be the best."""
+    return [c for c in side.values() if c.state in (FAILING, STALLED) and c.verdict != AVOID and not is_control(c.dtype_config)]
+
+
+def _out_of_the_race(side: ByConfig) -> list[Test]:
+    """That each of those fails more often than rarely."""
+    return [rate_above(cell.n_failed, cell.n) for cell in _failing(side)]
+
+
+def _unresolved(side: ByConfig) -> str:
+    """Those by name, as the end of a sentence."""
+    parts = [f"{cell.dtype_config} in {cell.n_failed} of {count(cell.n, 'seed')}" for cell in _failing(side)]
+    return f"; failed, and how often is not resolved: {', '.join(parts)}" if parts else ""
 
 
 def _not_compared(ours: Cell, rivals: list[Cell]) -> str:
@@ -240,9 +260,6 @@ def judge_p4(base: EvidenceBase) -> Finding:
     return finding(base, "P4", P4, "H", unit, evidence, somewhere, missing, notes)
 
 
-ByConfig = dict[str, Cell]
-
-
 def _p4_evidence(first: str, second: str, one: ByConfig, two: ByConfig) -> Evidence | None:
     """One pair of tasks."""
     sides = {first: one, second: two}
@@ -265,6 +282,8 @@ def _p4_evidence(first: str, second: str, one: ByConfig, two: ByConfig) -> Evide
         sentence += "both."
     else:
         sentence += f"{first}, {theirs.dtype_config} on {second}, where {ours.dtype_config} {how}."
+    for case, side in sides.items():
+        sentence = sentence[:-1] + _unresolved(side).replace("; failed", f"; on {case} failed") + "."
     n = min(ours.n, theirs.n)
     ids = tuple(run_id for side in sides.values() for cell in side.values() for run_id in cell.run_ids)
     return Evidence(f"{first} / {second}", supports, refutes, Interval(loss.value, loss.low, loss.high, n), sentence, ids)
@@ -290,9 +309,11 @@ def _loses(side: ByConfig, config: str) -> Test:
 
 
 def _serves(side: ByConfig, config: str) -> Test:
-    """The configuration holds its quality on this task, and no other that competes is faster by 2 %."""
+    """The configuration holds its quality on this task, no other that competes is faster by 2 %, and those that failed in
+    some seed fail more often than rarely."""
     cell = side.get(config)
     if cell is None or not _competes(cell):
         return UNTESTED
     rivals = [other for other in side.values() if other is not cell and _competes(other)]
-    return all_of([_holds(cell), *(below(lead(rival, cell), MARGIN_SPEED) for rival in rivals)])
+    slower = [below(lead(rival, cell), MARGIN_SPEED) for rival in rivals]
+    return all_of([_holds(cell), *slower, *_out_of_the_race(side)])

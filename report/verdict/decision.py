@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from instrument.terminal import count
 from report.hypotheses import judge
 from report.hypotheses.evidence import NOT_DECIDED, EvidenceBase
 from report.tables.cell_text import difference_text
 from report.tables.cells import AVOID, LOST
 from report.tables.choice import CaseTable, case_tables
-from report.tables.selection import REFERENCE
+from report.tables.selection import REFERENCE, series_order
 from report.tables.speed import pooled_rate
 from report.verdict.advice import next_command
 
@@ -77,7 +79,8 @@ class CaseVerdict:
 @dataclass(frozen=True)
 class Verdict:
     """The decision for one device. ``cases`` and ``tables`` in the registry's order of cases, those that were run. ``claims``:
-    id, verdict, and how many seeds would decide it where that is known."""
+    id, verdict, and how many seeds would decide it where that is known. ``left_out``: the runs that no table compares, by
+    reason, and defects of the files."""
 
     device: str
     marks: tuple[str, ...]
@@ -89,6 +92,7 @@ class Verdict:
     claims: tuple[tuple[str, str, int | None], ...]
     open_questions: tuple[str, ...]
     next_command: str
+    left_out: tuple[str, ...] = ()
     price_per_hour: float | None = None
     currency: str = ""
 
@@ -108,9 +112,27 @@ def verdict(folder: Folder, price: Price | None = None) -> Verdict:
         tuple((f.id, f.verdict, f.seeds) for f in findings),
         tuple(f"{f.id}: {f.claim} Not decided; it needs {f.would_decide}." for f in findings if f.verdict == NOT_DECIDED),
         next_command(folder, base),
+        (*_not_compared(base), *(f"{counted} in the files: {what}" for what, counted in _defects(folder))),
         price.per_hour if price else None,
         price.currency if price else "",
     )
+
+
+def _not_compared(base: EvidenceBase) -> list[str]:
+    """``3 runs of gpt2_clm (bf16_pure): other settings than ...``, one line a case and reason."""
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
+    for run_id, reason in base.selection.excluded:
+        run = base.folder.by_id[run_id]
+        groups.setdefault((run.case, reason), []).append(run)
+    return [
+        f"{count(len(runs), 'run')} of {case} ({', '.join(series_order(run.dtype_config for run in runs))}): {reason}"
+        for (case, reason), runs in groups.items()
+    ]
+
+
+def _defects(folder: Folder) -> list[tuple[str, str]]:
+    """What is wrong with the files and how often."""
+    return [(what, count(n, "defect")) for what, n in Counter(defect.what for defect in folder.defects).items()]
 
 
 def _case(table: CaseTable, runs: dict[str, RunRecord], price: Price | None) -> CaseVerdict:

@@ -18,14 +18,19 @@ from report.verdict.decision import CaseVerdict, Price, Verdict, verdict
 
 WIDTH, HEIGHT = 80, 24
 INDENT = 12
+MOST_LEFT_OUT = 6
 MEMORY_KINDS = {"allocated": "", "rss": " resident", None: ""}
 
 
 def verdict_text(folder: Folder, price: Price | None = None) -> str:
-    """A table a case, the same that stands on the page; then the decision in 24 lines: what to use, what is open, what next."""
+    """A table a case, the same that stands on the page; what they leave out; then the decision in 24 lines: what to use, what
+    is open, what next."""
     decision = verdict(folder, price)
     tables = [line for table in decision.tables for line in (*table_lines(table), "")]
-    return "\n".join([*map(printable, tables), *lines(decision, price)])
+    more = decision.left_out[MOST_LEFT_OUT:]
+    shown = [*decision.left_out[:MOST_LEFT_OUT], *([f"and {len(more)} more kinds, in the dossier"] if more else [])]
+    left_out = [line for text in shown for line in _fitted(text, "left out    ", 4)] + [""] * bool(shown)
+    return "\n".join([*map(printable, tables + left_out), *lines(decision, price)])
 
 
 def lines(decision: Verdict, price: Price | None = None) -> list[str]:

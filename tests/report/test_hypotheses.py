@@ -528,3 +528,19 @@ def test_a_finding_asks_for_the_fewest_seeds_that_would_decide_it():
 def test_other_lengths_of_the_two_tasks_are_noted():
     short, long = ({0: SimpleNamespace(seq_len=n)} for n in (128, 512))
     assert _lengths(short, long) == " (sequence length 128 against 512)" and _lengths(long, long) == ""
+
+
+@pytest.mark.parametrize("dead", [1, 3])
+@pytest.mark.parametrize("name", ["P2", "P4"])
+def test_a_faster_rival_is_out_of_the_race_once_its_failures_are_shown_and_not_by_one_of_three(plant, name, dead):
+    """amp_fp16 is the fastest and dies in 1 of 3 seeds: nine in ten of its runs may well complete."""
+
+    def change(case, config, seed):
+        dies = {"diverges_at": 4} if config == "amp_fp16" and seed < dead else {}
+        return {"speed": {"amp_fp16": 4.0, "bf16_pure": 3.0, "amp_bf16": 2.0}.get(config, 1.0)} | dies
+
+    folder = plant((LM, MULTI), ("fp32_true", "amp_fp16", "amp_bf16", "bf16_pure"), change=change)
+    finding = of(folder, name)
+    decided = SUPPORTED if name == "P2" else REFUTED
+    assert finding.verdict == (decided if dead == 3 else NOT_DECIDED)
+    assert ("how often is not resolved: amp_fp16 in 1 of 3 seeds" in finding.sentence) == (dead == 1)

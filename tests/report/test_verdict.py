@@ -358,3 +358,18 @@ def test_open_claims_say_how_many_seeds_would_decide(plant):
     assert "H1 (about 36 seeds)" in " ".join(verdict_text(folder).split())
     (question,) = [q for q in verdict(folder).open_questions if q.startswith("H1")]
     assert question.endswith("were all as measured, about 36 seeds would decide.")
+
+
+def test_what_the_tables_leave_out_is_named_with_its_reason(plant):
+    """Runs of another batch size or GPU beside those that are compared: silence would read as if they had not been run."""
+
+    def change(case, config, seed):
+        return (
+            {"batch_size": 16} if config == "amp_bf16" else {"device": "another"} if (config, seed) == ("bf16_pure", 2) else {}
+        )
+
+    folder = plant((LM,), ("fp32_true", "bf16_pure", "amp_bf16"), change=change)
+    found = [text.partition(":")[0] for text in verdict(folder).left_out]
+    assert found == [f"3 runs of {LM} (amp_bf16)", "1 defect in the files"]
+    said = " ".join(verdict_text(folder).split())
+    assert "batch_size 16 instead of 8" in said and "device is 'another'" in said
