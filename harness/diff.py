@@ -26,15 +26,8 @@ EPSILONS_APART = 8
 MEASURED = ("loss", "grad_norm", "logit_absmax")
 COUNTED = ("grad_nonfinite", "logit_nonfinite", "step_skipped")
 OUTCOME = (
-    "status",
-    "steps_done",
-    "divergence_step",
-    "scaler_skips",
-    "val_loss",
-    "perplexity",
-    "f1_micro",
-    "f1_macro",
-    "final_weights_sha256",
+    *("status", "steps_done", "divergence_step", "scaler_skips"),
+    *("val_loss", "perplexity", "f1_micro", "f1_macro", "final_weights_sha256"),
 )
 SPLIT = ("weights_bytes", "buffers_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
 PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "peak_rss_bytes")
@@ -43,8 +36,9 @@ PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "pe
 def compare(runs: tuple[Run, Run]) -> dict[str, Any]:
     """All differences. ``no_difference``: same settings, machine, steps, modules and outcome; times aside."""
     a, b = runs
-    limit = tolerance(a, b)
-    not_paired = why_not_paired(a, b)
+    epsilon = max(a.epsilon, b.epsilon)
+    limit = EPSILONS_APART * epsilon
+    not_paired, windows = why_not_paired(a, b), comparable_windows(a, b)
     found = {
         "a": _who(a),
         "b": _who(b),
@@ -53,18 +47,18 @@ def compare(runs: tuple[Run, Run]) -> dict[str, Any]:
         "not_paired_because": not_paired,
         "settings": settings(a, b),
         "environment": differences(a.environment, b.environment),
-        "rounding": {"relative": limit, "epsilons": EPSILONS_APART, "epsilon": max(a.epsilon, b.epsilon)},
+        "rounding": {"relative": limit, "epsilons": EPSILONS_APART, "epsilon": epsilon},
         "common_steps": len(a.steps.keys() & b.steps.keys()),
-        "comparable_windows": comparable_windows(a, b),
+        "comparable_windows": len(windows),
         "first_difference": first_step(a, b, 0.0),
         "first_beyond_rounding": first_step(a, b, limit),
-        "first_module_difference": first_module(a, b, 0.0),
-        "first_module_beyond_rounding": first_module(a, b, limit),
+        "first_module_difference": first_module(windows, 0.0),
+        "first_module_beyond_rounding": first_module(windows, limit),
         "loss": loss_difference(a, b),
         "speed": speed(a, b),
         "time_by_kernel": kernel_times(a, b),
         "memory": memory(a, b),
-        "outcome": outcome(a, b),
+        "outcome": _pairs(OUTCOME, asdict(a.record), asdict(b.record)),
     }
     same = not (
         found["settings"]
@@ -86,11 +80,6 @@ def settings(a: Run, b: Run) -> list[dict[str, Any]]:
     """What was decided differently; of two different cases their names are enough."""
     rows = differences(a.settings, b.settings)
     return [row for row in rows if a.record.case == b.record.case or not row["name"].startswith("case.")]
-
-
-def outcome(a: Run, b: Run) -> list[dict[str, Any]]:
-    """How each ended; a row for every figure that one of them has."""
-    return _pairs(OUTCOME, asdict(a.record), asdict(b.record))
 
 
 def _pairs(names: Sequence[str], a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
@@ -115,33 +104,14 @@ def kernel_times(a: Run, b: Run) -> dict[str, Any]:
     if not all(tables):
         return {"missing_in": [side for side, table in zip("ab", tables, strict=True) if not table], "rows": []}
     steps = [(run.record.flags.get("trace") or {}).get("steps") for run in (a, b)]
-    sides = [_classes(table, n) for table, n in zip(tables, steps, strict=True)]
-    rows = [
-        {
-            "class": kind,
-            **{
-                f"{what}_{side}": found.get(kind, {}).get(what, 0.0 if what == "share" or n else None)
-                for side, found, n in zip("ab", sides, steps, strict=True)
-                for what in ("share", "s_per_step")
-            },
-        }
-        for kind in dict.fromkeys([*sides[0], *sides[1]])
-    ]
+    seconds = [{kind: sum(phases.values()) for kind, phases in table["seconds"].items()} for table in tables]
+    rows = [{"class": kind} for kind in dict.fromkeys([*seconds[0], *seconds[1]])]
+    for side, spent_s, n in zip("ab", seconds, steps, strict=True):
+        total = sum(spent_s.values())
+        for row in rows:
+            class_s = spent_s.get(row["class"], 0.0)
+            row |= {f"share_{side}": class_s / total if total else 0.0, f"s_per_step_{side}": class_s / n if n else None}
     return {"missing_in": [], "sources": [table["source"] for table in tables], "steps": steps, "rows": rows}
-
-
-def _classes(table: dict[str, Any], steps: int | None) -> dict[str, dict[str, float | None]]:
-    seconds = {kind: sum(phases.values()) for kind, phases in table["seconds"].items()}
-    total = sum(seconds.values())
-    return {
-        kind: {"share": spent_s / total if total else 0.0, "s_per_step": spent_s / steps if steps else None}
-        for kind, spent_s in seconds.items()
-    }
-
-
-def tolerance(a: Run, b: Run) -> float:
-    """The largest relative difference that still counts as rounding."""
-    return EPSILONS_APART * max(a.epsilon, b.epsilon)
 
 
 def first_step(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
@@ -156,25 +126,27 @@ def first_step(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
     return None
 
 
-def first_module(a: Run, b: Run, limit: float) -> dict[str, Any] | None:
-    """The first module and direction, by window and then in the model's order, whose largest |x| differs by more
-    than ``limit``. None when none does, or nothing can be compared: then `comparable_windows` is 0. Of two windows
-    the common steps are named; of the longer one, ``a`` or ``b`` is over all of it, so that they differ by at least
-    ``relative``."""
-    left, right = _cells(a), _cells(b)
-    places = _model_order(a)
-    for key in sorted(left.keys() & right.keys(), key=lambda key: _when(key, places)):
-        x, y = left[key], right[key]
-        if _comparable(x, y) and relative(x.absmax, y.absmax) > limit:
-            found = dict(zip(("first_step", "direction", "module"), key, strict=True)) | {"step": min(x.last, y.last)}
-            return found | {"a": x.absmax, "b": y.absmax, "relative": relative(x.absmax, y.absmax)}
-    return None
+def comparable_windows(a: Run, b: Run) -> list[dict[str, Any]]:
+    """The readings of a module and direction that can be compared: by their window's first step, then forward through the
+    model, then backward through it. Of two windows the common steps are named; of the longer one, ``a`` or ``b`` is over all of
+    it, so that they differ by at least ``relative``."""
+    left, right, places = _cells(a), _cells(b), _model_order(a)
+
+    def when(key: tuple) -> tuple:
+        first, direction, module = key
+        return first, direction == "bwd", -places[module] if direction == "bwd" else places[module]
+
+    return [
+        dict(zip(("first_step", "direction", "module"), key, strict=True))
+        | {"step": min(x.last, y.last), "a": x.absmax, "b": y.absmax, "relative": relative(x.absmax, y.absmax)}
+        for key in sorted(left.keys() & right.keys(), key=when)
+        if _comparable(x := left[key], y := right[key])
+    ]
 
 
-def comparable_windows(a: Run, b: Run) -> int:
-    """How many readings (module, direction, window) of the two runs can be compared."""
-    left, right = _cells(a), _cells(b)
-    return sum(_comparable(left[key], right[key]) for key in left.keys() & right.keys())
+def first_module(windows: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
+    """The first of `comparable_windows` whose largest |x| differs by more than ``limit``; None when none does."""
+    return next((window for window in windows if window["relative"] > limit), None)
 
 
 def relative(x: float | None, y: float | None) -> float:
@@ -228,12 +200,6 @@ def _model_order(run: Run) -> dict[str, int]:
     return {module: place for place, (_, module) in enumerate(sorted(listed, key=ready))}
 
 
-def _when(key: tuple, places: dict[str, int]) -> tuple:
-    """By the window's first step, then forward through the model, then backward through it."""
-    first, direction, module = key
-    return first, direction == "bwd", -places[module] if direction == "bwd" else places[module]
-
-
 def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     """``mean``, ``low95``, ``high95`` (null for too few values), over ``n`` values in ``blocks`` blocks."""
     n = len(values)
@@ -267,11 +233,8 @@ def speed(a: Run, b: Run) -> dict[str, Any]:
     common = [(x, y) for x, y in common if (x.step_time_s or 0) > 0 < (y.step_time_s or 0)]
     timed = [(x, y, math.log(y.step_time_s / x.step_time_s)) for x, y in common]
     tokens = [math.log(y.real_tokens / x.real_tokens) - t for x, y, t in timed if x.real_tokens > 0 < y.real_tokens]
-    rates = {
-        f"{name}_{side}": getattr(run.record, name)
-        for side, run in (("a", a), ("b", b))
-        for name in ("step_time_p50_s", "real_tokens_per_s")
-    }
+    names = ("step_time_p50_s", "real_tokens_per_s")
+    rates = {f"{name}_{side}": getattr(run.record, name) for side, run in (("a", a), ("b", b)) for name in names}
     return {"step_time_ratio": _ratio([t for *_, t in timed]), "real_tokens_per_s_ratio": _ratio(tokens)} | rates
 
 

@@ -42,13 +42,10 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         console.print(Text(line, style=style))
     if found["same_run"]:
         return
-    for title, table in (
-        ("Outcome", _rows(found["outcome"])),
-        ("Settings that differ", _rows(found["settings"])),
-        ("Environment that differs", _rows(found["environment"])),
-    ):
-        if table.rows and not (title == "Outcome" and found["no_difference"]):
-            print_section(console, title, table)
+    titles = {"outcome": "Outcome", "settings": "Settings that differ", "environment": "Environment that differs"}
+    for key, title in titles.items():
+        if found[key] and not (key == "outcome" and found["no_difference"]):
+            print_section(console, title, _rows(found[key]))
     if not found["no_difference"]:
         print_section(console, "Where they part", *map(Text, parting_lines(found)))
         print_section(console, "Loss", *map(Text, loss_lines(found)))
@@ -94,11 +91,8 @@ def parting_lines(found: dict[str, Any]) -> list[str]:
             f"    {f['name']:<14} {value(f['name'], f['a'])} / {value(f['name'], f['b'])}  {_apart(f['relative'])}"
             for f in (step["fields"] if step else ())
         ]
-    modules = (
-        ("first module at all", "first_module_difference"),
-        ("first module beyond rounding", "first_module_beyond_rounding"),
-    )
-    for title, key in _once(found, *modules):
+    at_all, beyond = "first_module_difference", "first_module_beyond_rounding"
+    for title, key in _once(found, ("first module at all", at_all), ("first module beyond rounding", beyond)):
         module = found[key]
         if module is None:
             n = found["comparable_windows"]
@@ -155,11 +149,8 @@ def speed_lines(found: dict[str, Any]) -> list[str]:
         return ["no timed step in common"]
     if speed["step_time_p50_s_a"] and speed["step_time_p50_s_b"]:
         lines.append(f"step p50: {speed['step_time_p50_s_a'] * 1e3:,.1f} / {speed['step_time_p50_s_b'] * 1e3:,.1f} ms")
-    return [
-        *lines,
-        "Geometric means; 95 % t-intervals over block means. The two ran one after the other: a drift of the "
-        "machine is part of the ratio.",
-    ]
+    drift = "The two ran one after the other: a drift of the machine is part of the ratio."
+    return [*lines, f"Geometric means; 95 % t-intervals over block means. {drift}"]
 
 
 def _kernels(console: Console, found: dict[str, Any]) -> None:
