@@ -19,20 +19,8 @@ from pathlib import Path
 from typing import Any
 
 CAUSES = (
-    "cuda_oom",
-    "host_oom",
-    "host_oom_kill",
-    "killed",
-    "illegal_access",
-    "poisoned_context",
-    "device_error",
-    "segfault",
-    "exit",
-    "import_failure",
-    "bad_data",
-    "exception",
-    "hung",
-    "node_lost",
+    *("cuda_oom", "host_oom", "host_oom_kill", "killed", "illegal_access", "poisoned_context", "device_error"),
+    *("segfault", "exit", "import_failure", "bad_data", "exception", "hung", "node_lost"),
 )
 OUT_OF_MEMORY = ("cuda_oom", "host_oom", "host_oom_kill")
 RESUMABLE = ("killed", "host_oom_kill", "hung", "node_lost")
@@ -49,9 +37,7 @@ TYPES = {
     "bench_cases.data.documents.DataUnavailable": "bad_data",
     "builtins.SystemExit": "exit",
     "ray.exceptions.OutOfMemoryError": "host_oom_kill",
-    **dict.fromkeys(
-        (f"ray.exceptions.{name}Error" for name in ("WorkerCrashed", "NodeDied", "LocalRayletDied", "ObjectLost")), "node_lost"
-    ),
+    **{f"ray.exceptions.{name}Error": "node_lost" for name in ("WorkerCrashed", "NodeDied", "LocalRayletDied", "ObjectLost")},
 }
 MESSAGES = (
     ("cuda_oom", r"(CUDA|HIP) out of memory|CUDA (driver )?error: out of memory|CU(BLAS|DNN|SPARSE)_STATUS_ALLOC_FAILED"),
@@ -195,11 +181,8 @@ def failure_of(error: BaseException, device: str | None = None, phase: str | Non
 def of_exception(error: BaseException, **detail: Any) -> Failure:
     """The cause of the first exception in the chain that has one of its own: a library that wraps an out-of-memory error, or
     fails while handling it, does not hide it."""
-    for link in chain(error):
-        cause = _cause(link)
-        if cause != "exception":
-            return Failure(cause, sentence(link), {"type": type(link).__name__, **detail})
-    return Failure("exception", sentence(error), {"type": type(error).__name__, **detail})
+    cause, link = next(((cause, link) for link in chain(error) if (cause := _cause(link)) != "exception"), ("exception", error))
+    return Failure(cause, sentence(link), {"type": type(link).__name__, **detail})
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -240,9 +223,7 @@ def _cause(error: BaseException) -> str:
             return cause
     if not isinstance(error, (RuntimeError, OSError)):  # others only quote such messages
         return "exception"
-    if (cause := _cause_in(str(error))) is not None:
-        return cause
-    return "device_error" if type(error).__name__ == "AcceleratorError" else "exception"
+    return _cause_in(str(error)) or ("device_error" if type(error).__name__ == "AcceleratorError" else "exception")
 
 
 def _cause_in(message: str) -> str | None:
@@ -283,15 +264,12 @@ def of_exit(exit_code: int | None, evidence: Evidence) -> Failure:
     None where nobody could learn it, since the fork server ended too."""
     detail = evidence.detail
     if exit_code is None:
-        error = (
-            f"the run's process is gone{evidence.place}; how it ended is not known: the fork server that would have been "
-            f"notified ended as well"
-        )
-        return Failure("killed", error, detail, evidence.stack)
+        why = "how it ended is not known: the fork server that would have been notified ended as well"
+        return Failure("killed", f"the run's process is gone{evidence.place}; {why}", detail, evidence.stack)
     if exit_code >= 0:
         error = f"the run's process exited with code {exit_code} without a result{evidence.place}"
         return Failure("exit", error, detail | {"exit_code": exit_code}, evidence.stack)
-    name = _signal_name(-exit_code)
+    name = next((known.name for known in signal.Signals if known == -exit_code), f"signal {-exit_code}")
     error, detail = f"the run's process was killed by {name}{evidence.place}", detail | {"signal": name}
     if name in CRASHES:
         thrown = _cpp_exception(evidence.output) if name == "SIGABRT" else ""
@@ -317,21 +295,10 @@ def _of_sigkill(evidence: Evidence, detail: dict[str, Any]) -> Failure:
     seen = "" if evidence.rss_bytes is None else f"; {evidence.rss_bytes / 1e9:.2f} GB resident when last seen"
     detail = detail | {"oom_kills": evidence.oom_kills, "oom_counter": evidence.oom_counter}
     if evidence.oom_kills:
-        error = (
-            f"the kernel killed the run's process for want of memory{evidence.place} (its count of such kills rose by "
-            f"{evidence.oom_kills}, {evidence.oom_counter}){seen}"
-        )
+        rose = f"its count of such kills rose by {evidence.oom_kills}, {evidence.oom_counter}"
+        error = f"the kernel killed the run's process for want of memory{evidence.place} ({rose}){seen}"
         return Failure("host_oom_kill", error, detail)
-    why = (
-        "this machine lets nobody read the kernel's count of out-of-memory kills, so whether it was one is not known"
-        if evidence.oom_kills is None
-        else "from outside: the kernel counted no out-of-memory kill since the run began"
-    )
+    why = "from outside: the kernel counted no out-of-memory kill since the run began"
+    if evidence.oom_kills is None:
+        why = "this machine lets nobody read the kernel's count of out-of-memory kills, so whether it was one is not known"
     return Failure("killed", f"the run's process was killed by SIGKILL{evidence.place}, {why}{seen}", detail)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

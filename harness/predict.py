@@ -23,27 +23,14 @@ from harness.optimizer import BETAS
 from harness.planning import choose_device, results_folder
 from harness.precision import FIRST_LOSS_SCALE
 from harness.settings import MAX_NORM
-from instrument.prediction import (
-    FALSE_ALARM,
-    HIT,
-    MISSED,
-    NOT_REACHED,
-    VERDICTS,
-    Arithmetic,
-    Happened,
-    Hazard,
-    Outcome,
-    Reference,
-    compare,
-    end,
-    hazards,
-)
+from instrument import prediction
+from instrument.prediction import FALSE_ALARM, HIT, MISSED, NOT_REACHED, VERDICTS, Hazard, Outcome
 from instrument.results.files import replace
 from instrument.results.folder import finished_runs
 from instrument.results.layout import RunFiles, RunNotFound
 from instrument.results.measurements import ModuleRecord
 from instrument.results.read import RunUnreadable, records
-from instrument.results.schemas import RunRecord, StepRecord
+from instrument.results.schemas import RunRecord
 from instrument.terminal import count, plain_table
 from instrument.watch.taps import HeadroomTable
 from kernels.float_formats import BF16, FP16
@@ -109,10 +96,8 @@ def predictions(case: str, spelled: str, out: Path) -> Predictions:
     runs = [run for run in finished_runs(out) if run.case == case]
     references = [run for run in runs if run.dtype_config == REFERENCE and run.steps_done]
     if not references:
-        raise RunNotFound(
-            f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case "
-            + shlex.join([spelled, REFERENCE, "--out", str(out)])
-        )
+        make = shlex.join([spelled, REFERENCE, "--out", str(out)])
+        raise RunNotFound(f"no {REFERENCE} run of {case} in {out}; make one: python -m harness case {make}")
     narrow = [run for run in runs if run.config["config"]["compute"] != "fp32"]
     found = [_of(reference, [run for run in narrow if _are_twins(run, reference)], out) for reference in references]
     compared = {config.run_id for reference in found for config in reference.configs}
@@ -120,10 +105,10 @@ def predictions(case: str, spelled: str, out: Path) -> Predictions:
     return Predictions(case, str(out), found, sorted(run.run_id for run in narrow if run.run_id not in compared), dict(counts))
 
 
-def arithmetic_of(config: DtypeConfig) -> Arithmetic:
+def arithmetic_of(config: DtypeConfig) -> prediction.Arithmetic:
     """What decides, of a configuration."""
     states = {"fp32_states": "fp32", "stochastic_rounding": "bf16", "8bit": "8bit"}
-    return Arithmetic(
+    return prediction.Arithmetic(
         compute=config.compute,
         head=config.head,
         states=states.get(config.optimizer, config.weights),
@@ -144,35 +129,35 @@ def _are_twins(run: RunRecord, reference: RunRecord) -> bool:
 
 
 def _of(reference: RunRecord, runs: Sequence[RunRecord], out: Path) -> ReferencePrediction:
+    """Raises `RunNotFound` where no module was measured."""
     run = RunFiles(out, reference.run_id)
-    modules = _modules(reference, run)
-    facts = Reference(modules, _steps(run), reference.n_params, reference.batch_size // reference.micro_batch)
+    modules, steps = records(run, "activations"), records(run, "steps")
+    if not modules:
+        missing = f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was measured"
+        raise RunNotFound(f"{missing}; run it again with --instrument light or full")
+    if not steps:
+        raise RunUnreadable(f"{run.log('steps')} is missing")
+    facts = prediction.Reference(modules, steps, reference.n_params, reference.batch_size // reference.micro_batch)
     by_config = {run.dtype_config: run for run in runs}
-    configs = {name: config for name, config in DTYPE_CONFIGS.items() if config.compute != "fp32"}
-    rows = [_config(config, hazards(facts, arithmetic_of(config)), by_config.get(name)) for name, config in configs.items()]
-    return ReferencePrediction(
-        run_id=reference.run_id,
-        seed=reference.seed,
-        lr=reference.config["lr"],
-        preset=reference.preset,
-        status=reference.status,
-        steps=reference.steps_done,
-        first_loss_scale=FIRST_LOSS_SCALE,
-        modules=_headroom(modules),
-        configs=rows,
-    )
+    narrow = [config for config in DTYPE_CONFIGS.values() if config.compute != "fp32"]
+    rows = [_config(config, facts, by_config.get(config.id)) for config in narrow]
+    r = reference
+    who = r.run_id, r.seed, r.config["lr"], r.preset, r.status, r.steps_done
+    return ReferencePrediction(*who, FIRST_LOSS_SCALE, _headroom(modules), rows)
 
 
-def _config(config: DtypeConfig, found: list[Hazard], run: RunRecord | None) -> ConfigPrediction:
+def _config(config: DtypeConfig, facts: prediction.Reference, run: RunRecord | None) -> ConfigPrediction:
     """One configuration; compared where a run of it came to a result."""
+    found = prediction.hazards(facts, arithmetic_of(config))
+    predicted = config.id, found, prediction.end(found)
     if run is None or run.status not in ("completed", "diverged"):
-        return ConfigPrediction(config.id, found, end(found), run and run.run_id, run and run.status, None, None, None, [])
+        return ConfigPrediction(*predicted, run and run.run_id, run and run.status, None, None, None, [])
     first = run.first_nonfinite
     clean_states = run.status == "completed" or (first is not None and first.phase == "optimizer")
     zero_share = run.flags.get("exp_avg_sq_zero_frac") if clean_states else None  # a failed backward writes NaN into them
-    happened = Happened(run.divergence_step, first, run.scaler_skips, zero_share)
+    happened = prediction.Happened(run.divergence_step, first, run.scaler_skips, zero_share)
     outcome = run.run_id, run.status, run.divergence_step, happened.kind, first and first.module
-    return ConfigPrediction(config.id, found, end(found), *outcome, compare(found, happened))
+    return ConfigPrediction(*predicted, *outcome, prediction.compare(found, happened))
 
 
 def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
@@ -184,21 +169,6 @@ def _headroom(modules: Sequence[ModuleRecord]) -> list[ModuleHeadroom]:
         bits = FP16.headroom_bits(r.absmax), scaled, BF16.headroom_bits(r.absmax)
         found.append(ModuleHeadroom(r.module, r.direction, r.absmax, r.step, *bits, r.flush_frac))
     return found
-
-
-def _modules(reference: RunRecord, run: RunFiles) -> list[ModuleRecord]:
-    if rows := records(run, "activations"):
-        return rows
-    raise RunNotFound(
-        f"{reference.run_id} has no activations.jsonl (--instrument {reference.instrument}): no module was "
-        "measured; run it again with --instrument light or full"
-    )
-
-
-def _steps(run: RunFiles) -> list[StepRecord]:
-    if rows := records(run, "steps"):
-        return rows
-    raise RunUnreadable(f"{run.log('steps')} is missing")
 
 
 def store(found: Predictions, out: Path) -> None:
@@ -263,8 +233,7 @@ def show(found: Predictions) -> None:
 
 def ranges(reference: ReferencePrediction) -> Iterator[str]:
     """How much of fp16's and bf16's range the fp32 values take, and the modules beyond it or close to it."""
-    outputs = [m for m in reference.modules if m.direction == "fwd"]
-    gradients = [m for m in reference.modules if m.direction == "bwd"]
+    outputs, gradients = ([m for m in reference.modules if m.direction == direction] for direction in ("fwd", "bwd"))
     scale = f"{reference.first_loss_scale:,.0f}"
     yield _range("outputs in fp16", outputs, "bits_fp16")
     yield _range("gradients in fp16", gradients, "bits_fp16")
@@ -357,25 +326,17 @@ def _reasons(found: list[Hazard]) -> Iterator[str]:
     for kind, group in by_kind.items():
         first = group[0]
         if kind == "division_by_zero":
-            yield (
-                f"clipped gradients have a root mean square of {first.value:.2g}; below {first.limit:.2g} the second moment "
-                "rounds to 0, as epsilon does, and AdamW divides by it"
-            )
+            rounds = f"below {first.limit:.2g} the second moment rounds to 0, as epsilon does, and AdamW divides by it"
+            yield f"clipped gradients have a root mean square of {first.value:.2g}; {rounds}"
         elif kind == "states_flush":
             yield f"at least {first.share:.1%} of the second moments round to 0 at step {first.step}"
         elif kind == "gradient_flush":
-            worst = max(group, key=lambda h: h.share)
-            yield (
-                f"over half of the gradients of {count(len(group), 'module')} flush to 0 "
-                f"(most: {worst.share:.1%} in {worst.module})"
-            )
+            worst, modules = max(group, key=lambda h: h.share), count(len(group), "module")
+            yield f"over half of the gradients of {modules} flush to 0 (most: {worst.share:.1%} in {worst.module})"
         else:
             worst = max(group, key=lambda h: h.value)
-            what = {
-                "scaler_skip": "steps skipped for gradients",
-                "norm_overflow": "gradient norm",
-                "overflow_forward": f"outputs of {count(len(group), 'module')}",
-            }.get(kind, "gradients")
+            names = {"scaler_skip": "steps skipped for gradients", "norm_overflow": "gradient norm"}
+            what = f"outputs of {count(len(group), 'module')}" if kind == "overflow_forward" else names.get(kind, "gradients")
             yield f"{what} beyond {first.limit:,.0f}, the largest {worst.value:.3g} in {worst.module or 'the norm'}"
 
 
@@ -383,11 +344,8 @@ def closing(found: Predictions) -> Iterator[str]:
     """Counts over all compared runs, and what could not be compared."""
     counts = ", ".join(f"{found.counts[v]} {v}" for v in VERDICTS if found.counts.get(v))
     compared = sum(bool(row.outcomes) for reference in found.references for row in reference.configs)
-    yield (
-        f"[bold]hazards in {count(compared, 'run')}[/]: {counts}"
-        if counts
-        else "no run of a narrower configuration to compare with yet"
-    )
+    hazards = f"[bold]hazards in {count(compared, 'run')}[/]: {counts}"
+    yield hazards if counts else "no run of a narrower configuration to compare with yet"
     if found.counts.get(MISSED):
         yield "[dim]not predictable: what an op makes between a module's input and output (x^3 in gelu) is in no record[/]"
     if found.without_reference:
