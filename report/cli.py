@@ -181,9 +181,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from instrument.results.contents import load
-    from report.export import exporter
+    from report.export import EXPORTERS
 
-    paths = exporter(options.to)(load(options.folder), options.out or options.folder / "export" / options.to)
+    paths = EXPORTERS[options.to](load(options.folder), options.out or options.folder / "export" / options.to)
     if options.json:
         _print({"paths": [str(path) for path in paths]})
     else:

@@ -16,10 +16,13 @@ What its source (ParkerWilliams/dtype-bench, ``src/benchmark.py``) does, and wha
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import math
 import statistics
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,6 @@ from instrument.results.layout import INDEX, RunFiles, runs_of
 from instrument.results.lines import Defect, defect
 from instrument.results.schemas import RunRecord, StepRecord, encode
 from instrument.terminal import count
-from report.dtype_bench_logs import read_source
 from report.errors import ImportRefused
 
 SOURCE = "dtype-bench"
@@ -53,6 +55,12 @@ CONFIGS = {
 SIZES = {"gpt2": (12, 768, 3072, 50_257), "roberta": (12, 768, 3072, 50_265)}
 """Layers, width, inner width, vocabulary without pad columns."""
 INITIAL_SCALE = 65_536.0
+
+
+ROW_FIELDS = tuple(
+    "run_id model_arch task dtype_config seed completed nan_step peak_memory_gb samples_per_sec tokens_per_sec".split()
+)
+STEP_FIELDS = ("step", "loss", "grad_norm_l2", "grad_norm_max", "loss_scale", "max_logit", "memory_gb", "step_time_ms")
 
 
 @dataclass(frozen=True)
@@ -177,18 +185,63 @@ def import_dtype_bench(path: Path, out: Path, gpu: str = DEFAULT_GPU) -> tuple[l
     if out.resolve().is_relative_to(path.resolve()):
         raise ImportRefused(f"{out} lies inside {path}, which is only read; choose another folder with --out")
     peaks = Peaks(**datasheet_peaks(gpu))
-    source = read_source(path)
+    defects: list[Defect] = []
     imported: list[tuple[RunRecord, list[StepRecord]]] = []
-    for row, steps in source.runs:
+    for row, steps in _read_source(path, defects):
         try:
             imported.append(_convert(row, steps, peaks, gpu))
         except (ValueError, TypeError, KeyError) as error:
-            source.defects.append(defect(INDEX, None, f"run {row['run_id']!r} left out: {error}"))
+            defects.append(defect(INDEX, None, f"run {row['run_id']!r} left out: {error}"))
     if not imported:
-        first = f"; the first of {count(len(source.defects), 'defect')}: {source.defects[0]}" if source.defects else ""
+        first = f"; the first of {count(len(defects), 'defect')}: {defects[0]}" if defects else ""
         raise ImportRefused(f"{path} holds no run of dtype-bench that can be imported{first}")
     _write(out, imported)
-    return [record for record, _ in imported], source.defects
+    return [record for record, _ in imported], defects
+
+
+def _read_source(path: Path, defects: list[Defect]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """All runs of every ``results.jsonl`` under ``path``, each once, with its steps."""
+    seen: set[str] = set()
+    for index in sorted(path.rglob("results.jsonl")):
+        name = str(index.relative_to(path))
+        for line, row in _objects(index, name, ROW_FIELDS, defects):
+            if row["run_id"] in seen:
+                defects.append(defect(name, line, f"run {row['run_id']!r} stands there more than once; counted once"))
+                continue
+            seen.add(row["run_id"])
+            log = _log_of(index.parent, str(row["run_id"]))
+            if log is None:
+                defects.append(defect(name, line, f"run {row['run_id']!r} has no log in training_logs/: left out"))
+                continue
+            yield row, [step for _, step in _objects(log, str(log.relative_to(path)), STEP_FIELDS, defects)]
+
+
+def _log_of(folder: Path, run_id: str) -> Path | None:
+    if "/" in run_id or "\0" in run_id:
+        return None
+    files = (folder / "training_logs" / f"{run_id}.jsonl{suffix}" for suffix in ("", ".gz"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _objects(path: Path, name: str, fields: tuple[str, ...], defects: list[Defect]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The file's objects that have all ``fields``, with their line numbers."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    row = json.loads(line)  # the standard library reads bare NaN and Infinity
+                    missing = [field for field in fields if field not in row]
+                except (ValueError, TypeError, RecursionError) as error:
+                    defects.append(defect(name, number, f"not JSON: {error}"))
+                    continue
+                if missing:
+                    defects.append(defect(name, number, f"has no {', '.join(missing)}"))
+                else:
+                    yield number, row
+    except (OSError, EOFError, zlib.error) as error:
+        defects.append(defect(name, number + 1, f"cannot be read on: {error}"))
 
 
 def _convert(row: dict[str, Any], steps: list[dict[str, Any]], peaks: Peaks, gpu: str) -> tuple[RunRecord, list[StepRecord]]:

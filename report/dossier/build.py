@@ -15,21 +15,12 @@ from report.dossier.context import context
 from report.dossier.page import page, require_pdf, write_pdf
 from report.hypotheses import judge
 from report.plots.draw import draw_all
-from report.tables import all_tables, hardware, headroom, kernel_time, lm_loss, overhead, step_times
+from report.tables import SECTION_TABLES, all_tables
 from report.tables.failures import failure_groups
 from report.tables.predicted import predicted
 from report.tables.trust import trust
 from report.text import plain_json
 from report.verdict import Price, verdict
-
-SECTION_TABLES = {
-    "kernel_time": kernel_time,
-    "overhead": overhead,
-    "step_times": step_times,
-    "hardware": hardware,
-    "headroom": headroom,
-    "lm_loss": lm_loss,
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def build(
     clock = _Clock()
     with _bar(progress) as bar:
         task = bar.add_task("tables", total=None)
-        tables = all_tables(folder, heartbeat) | {key: module.table(folder) for key, module in SECTION_TABLES.items()}
+        tables = all_tables(folder, heartbeat) | {key: table(folder) for key, table in SECTION_TABLES.items()}
         findings, decision, checks, cards = judge(folder), verdict(folder, price), trust(folder), failure_groups(folder)
         forecast = predicted(folder)
         clock.lap("tables")

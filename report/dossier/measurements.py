@@ -11,8 +11,8 @@ import pandas as pd
 
 from instrument.results.schemas import RunRecord
 from report.dossier.rows import ABSENT
-from report.tables.kernel_time import IDLE
 from report.tables.selection import by_cell, series_order
+from report.tables.step_time import IDLE
 from report.text import clean, number, objects, short
 
 DENOMINATORS = {
@@ -79,7 +79,7 @@ def _share(name: str, seconds: pd.Series, total: float) -> str:
 
 
 def top_kernels(top: pd.DataFrame) -> list[list[str]]:
-    """The kernels that took longest of each profile (`report.tables.kernel_time.TOP`)."""
+    """The kernels that took longest of each profile (`report.tables.step_time.TOP`)."""
     return [
         [
             clean(row["case"], 40),
@@ -100,7 +100,7 @@ def _shapes(shapes: object) -> str:
 
 
 def overhead_rows(ratios: pd.DataFrame) -> list[list[str]]:
-    """The ratios to the bare loop (`report.tables.overhead.SUMMARY`) as text."""
+    """The ratios to the bare loop (`report.tables.step_time.RATIO_COLUMNS`) as text."""
     rows = []
     for row in ratios.head(MAX_ROWS).to_dict("records"):
         known = not math.isnan(row["at_most"]) and not math.isnan(row["ratio"])

@@ -20,10 +20,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from instrument.results.files import replace
+from report import TEMPLATES
 from report.plots import palette, style
 from report.plots.write import font_faces
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "templates"
 DARK_FURNITURE = {
     style.INK: "#e7eaee",
     style.MUTED: "#a3abb5",

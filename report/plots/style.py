@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import Locator, MaxNLocator, NullLocator
 
+from report import TEMPLATES
 from report.text import clean, log_tick, shortened
 
 FULL_WIDTH_IN = 7.0
@@ -33,7 +33,7 @@ LINE_PT, THIN_PT = 1.1, 0.6
 INK, MUTED, GRID, PAPER, SHADE = "#1b1f24", "#575e67", "#dde1e6", "#ffffff", "#eef1f4"
 WARNING_INK, WARNING_PAPER = "#7a4a00", "#fff1d6"
 FAMILY = "Dossier Sans"
-FONTS = Path(__file__).resolve().parents[2] / "templates" / "fonts"
+FONTS = TEMPLATES / "fonts"
 
 MARK_GAP = "\u00a0 · \u00a0"  # browsers join plain spaces
 LEGEND_IN, LEGEND_ROW_IN, LAYOUT_DPI = 0.26, 0.14, 288

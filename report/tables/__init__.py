@@ -10,6 +10,9 @@ from report.tables import (
     f_padding,
     g_loss,
     h_rank,
+    hardware,
+    headroom,
+    step_time,
 )
 from report.tables.selection import TASK_COLUMNS, series_order
 from report.tables.table import Table
@@ -26,6 +29,15 @@ TABLES = {
     "G": g_loss,
     "H": h_rank,
 }
+SECTION_TABLES = {
+    "kernel_time": step_time.kernel_time,
+    "overhead": step_time.overhead,
+    "step_times": step_time.step_times,
+    "hardware": hardware.table,
+    "headroom": headroom.table,
+    "lm_loss": g_loss.lm_loss,
+}
+"""The further figures of the dossier."""
 
 
 def all_tables(folder: Folder, heartbeat: tuple[str, ...] = ()) -> dict[str, Table]:

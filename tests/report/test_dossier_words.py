@@ -20,8 +20,8 @@ from report.dossier.reproduce import command, commands, matrix_commands
 from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
 from report.dossier.system import system_block
 from report.harness_commands import setting_arguments
-from report.tables import kernel_time
 from report.tables.failures import Failure, FailureGroup, failure_groups
+from report.tables.step_time import kernel_time
 from tests.report.conftest import ADAMW
 
 
@@ -292,7 +292,7 @@ PROFILE = {
 
 def test_kernel_classes_are_milliseconds_a_step_and_shares_of_kernel_time(runs):
     run = msgspec.structs.replace(runs[0], flags={"time_by_kernel": PROFILE, "trace": {"steps": 2}})
-    table = kernel_time.table(SimpleNamespace(runs=[run, runs[4]], device="x", marks=()))
+    table = kernel_time(SimpleNamespace(runs=[run, runs[4]], device="x", marks=()))
     heads, rows = measurements.kernel_classes(table.data)
     assert heads == ["matmul", "optimizer", "idle"]  # in the order of the classes, whatever that of the file
     assert rows == [["gpt2_clm", "fp32_true", "1,500 (75 %)", "500 (25 %)", "500"]]
@@ -315,7 +315,7 @@ def test_kernel_classes_are_milliseconds_a_step_and_shares_of_kernel_time(runs):
 )
 def test_a_profile_without_steps_or_seconds_is_not_measured(runs, flags):
     run = msgspec.structs.replace(runs[0], flags=flags)
-    table = kernel_time.table(SimpleNamespace(runs=[run], device="x", marks=()))
+    table = kernel_time(SimpleNamespace(runs=[run], device="x", marks=()))
     assert "not measured" in table.empty and measurements.kernel_classes(table.data) == ([], [])
 
 

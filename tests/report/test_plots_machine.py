@@ -10,7 +10,8 @@ from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite
 from report.plots.draw import draw
 from report.plots.style import theme
-from report.tables import hardware, headroom, kernel_time, step_times
+from report.tables import hardware, headroom
+from report.tables.step_time import kernel_time, step_times
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def words(figure) -> str:
 
 def test_step_times_leave_warm_up_out_and_agree_with_numpy(place):
     folder = load(place)
-    table = step_times.table(folder)
+    table = step_times(folder)
     run = next(run for run in folder.runs if run.dtype_config == "amp_bf16" and run.case == "gpt2_clm")
     times = folder.steps(run.run_id)["step_time_s"][3:]
     row = table.summary.query("case == 'gpt2_clm' and dtype_config == 'amp_bf16'").iloc[0]
@@ -189,7 +190,7 @@ def test_a_step_s_time_is_stacked_by_class_and_idle_is_hollow(plant):
         (0,),
         lambda *_: {"flags": {"simulated": True, "time_by_kernel": profile, "trace": {"steps": 2}}},
     )
-    table = kernel_time.table(folder)
+    table = kernel_time(folder)
     figure = drawn(table)
     widths = [round(patch.get_width(), 6) for patch in figure.axes[0].patches]
     assert widths == [1500.0, 250.0, 100.0] * 2

@@ -12,9 +12,10 @@ from instrument.results.contents import load
 from report.dossier.measurements import overhead_rows
 from report.plots.draw import draw
 from report.plots.style import theme
-from report.tables import b_efficiency, c_throughput, d_grad_norm, f_padding, h_rank, overhead
+from report.tables import b_efficiency, c_throughput, d_grad_norm, f_padding, h_rank
 from report.tables.selection import select
 from report.tables.speed import eligible, pooled_rate
+from report.tables.step_time import overhead
 
 CONFIGS = ("fp32_true", "amp_bf16", "bf16_pure")
 SPEEDS = {"amp_bf16": 2.0, "bf16_pure": 3.0, "amp_fp16": 1.8, "amp_bf16_8bit": 1.5}
@@ -232,7 +233,7 @@ def place(plant):
 
 def table_of(place, content):
     (place / "overhead.json").write_text(json.dumps(content))
-    return overhead.table(load(place))
+    return overhead(load(place))
 
 
 def test_ratios_are_to_the_bare_step_of_the_same_round(place):
@@ -269,7 +270,7 @@ def test_the_picture_shows_three_arms_and_their_medians(place):
 
 
 def test_without_the_file_it_is_not_measured(place):
-    table = overhead.table(load(place))
+    table = overhead(load(place))
     assert "not measured: overhead.json" in table.empty and overhead_rows(table.summary) == []
 
 
