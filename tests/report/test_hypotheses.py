@@ -544,3 +544,38 @@ def test_a_faster_rival_is_out_of_the_race_once_its_failures_are_shown_and_not_b
     decided = SUPPORTED if name == "P2" else REFUTED
     assert finding.verdict == (decided if dead == 3 else NOT_DECIDED)
     assert ("how often is not resolved: amp_fp16 in 1 of 3 seeds" in finding.sentence) == (dead == 1)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_h3_counts_the_seeds_that_both_architectures_have(plant, dead):
+    def change(case, config, seed):
+        if "roberta" in case:
+            return None if seed == 4 else {}
+        return {"diverges_at": 9} if dead and config == "bf16_pure" else {}
+
+    assert of(plant((SINGLE, "roberta_single_cls"), ("fp32_true", "bf16_pure"), FIVE, change), "H3").n == 4
+
+
+def test_p2_is_not_refuted_by_memory_that_runs_of_one_process_shared(plant):
+    """The smallest peak of a shared process may still hold what another run left there."""
+
+    def change(case, config, seed):
+        peak = {"amp_bf16": 5 * 10**9, "bf16_pure": 10**10}.get(config, 2 * 10**10)
+        shared = {"flags": {"simulated": True, "imported": {"memory_shares_process": True}}} if config == "bf16_pure" else {}
+        return {"speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0), "peak_allocated_bytes": peak} | shared
+
+    finding = of(plant((LM,), ("fp32_true", "amp_bf16", "bf16_pure"), change=change), "P2")
+    assert finding.verdict == NOT_DECIDED and "not compared: runs shared a process" in finding.sentence
+
+
+@pytest.mark.parametrize("missing", [None, {"samples_per_s": None}])
+def test_p4_is_not_refuted_by_a_configuration_that_was_timed_on_one_task_alone(plant, missing):
+    """bf16_pure keeps its quality wherever it ran, but how fast it is on the other task nobody knows."""
+
+    def change(case, config, seed):
+        if (case, config) == (MULTI, "bf16_pure"):
+            return missing and dict(missing)
+        return {"speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0)}
+
+    finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=change), "P4")
+    assert finding.verdict == NOT_DECIDED, finding.sentence
