@@ -77,13 +77,8 @@ class Reference:
 
 def hazards(reference: Reference, arithmetic: Arithmetic) -> list[Hazard]:
     """What would go wrong under a configuration, by kind and then in the model's order."""
-    found = [
-        *_forward(reference, arithmetic),
-        *_backward(reference, arithmetic),
-        *_norm(reference, arithmetic),
-        *_optimizer(reference, arithmetic),
-        *_gradient_flush(reference, arithmetic),
-    ]
+    parts = (_forward, _backward, _norm, _optimizer, _gradient_flush)
+    found = (hazard for part in parts for hazard in part(reference, arithmetic))
     return sorted(found, key=lambda hazard: KINDS.index(hazard.kind))
 
 
@@ -97,29 +92,25 @@ def smallest_gradient(arithmetic: Arithmetic) -> float:
     return math.sqrt(FLOAT_FORMATS[arithmetic.states].smallest_subnormal / 2 / (1 - arithmetic.beta2))
 
 
-def _format_of(module: str, arithmetic: Arithmetic) -> FloatFormat:
-    return FLOAT_FORMATS[arithmetic.head if module == HEAD or module.startswith(f"{HEAD}.") else arithmetic.compute]
-
-
-def _beyond(
-    reference: Reference, arithmetic: Arithmetic, direction: str, scale: float
-) -> dict[str, tuple[float, int, FloatFormat]]:
-    """Modules whose values times ``scale`` leave their format: value, step at which that was first seen, format."""
-    found: dict[str, tuple[float, int, FloatFormat]] = {}
+def _modules(kind: str, reference: Reference, arithmetic: Arithmetic, direction: str, scale: float = 1.0) -> Iterable[Hazard]:
+    """Modules whose values times ``scale`` leave their format: the largest value, the step at which that was first seen."""
+    found: dict[str, Hazard] = {}
     holders = {row.module.rpartition(".")[0] for row in reference.modules}
     for row in reference.modules:
         if row.direction != direction or (arithmetic.mixed and row.module in holders):
             continue  # what a block hands on under autocast is an fp32 sum
-        form, value = _format_of(row.module, arithmetic), (math.inf if row.inf or row.nan else row.absmax) * scale
+        in_head = row.module == HEAD or row.module.startswith(f"{HEAD}.")
+        form = FLOAT_FORMATS[arithmetic.head if in_head else arithmetic.compute]
+        value = (math.inf if row.inf or row.nan else row.absmax) * scale
         if value > form.max and form.name != "fp32":
-            worst, step, _ = found.get(row.module, (0.0, row.absmax_step, form))
-            found[row.module] = (max(worst, value), min(step, row.absmax_step), form)
-    return found
+            worst, step = (found[row.module].value, found[row.module].step) if row.module in found else (0.0, row.absmax_step)
+            worst, step = max(worst, value), min(step, row.absmax_step)
+            found[row.module] = Hazard(kind, row.module, step, worst, form.max, form.headroom_bits(worst))
+    return found.values()
 
 
 def _forward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
-    for module, (value, step, form) in _beyond(reference, arithmetic, "fwd", 1.0).items():
-        yield Hazard("overflow_forward", module, step, value, form.max, form.headroom_bits(value))
+    yield from _modules("overflow_forward", reference, arithmetic, "fwd")
     yield from _over("overflow_forward", LOGITS, reference, "logit_absmax", FLOAT_FORMATS[arithmetic.head])
 
 
@@ -127,12 +118,10 @@ def _backward(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
     """Beyond the range at the scale at which backward runs; a scaler makes a skipped step of it."""
     scale = arithmetic.loss_scale or 1.0
     kind = "overflow_backward" if arithmetic.loss_scale is None else "scaler_skip"
-    for module, (value, step, form) in _beyond(reference, arithmetic, "bwd", scale).items():
-        yield Hazard(kind, module, step, value, form.max, form.headroom_bits(value))
-    form = FLOAT_FORMATS[arithmetic.compute]
+    yield from _modules(kind, reference, arithmetic, "bwd", scale)
     if arithmetic.mixed:  # each micro-batch's share is 16-bit, their sum fp32; one share is at least the m-th part
         scale /= reference.micro_batches
-    yield from _over(kind, GRADIENTS, reference, "grad_absmax", form, scale)
+    yield from _over(kind, GRADIENTS, reference, "grad_absmax", FLOAT_FORMATS[arithmetic.compute], scale)
 
 
 def _norm(reference: Reference, arithmetic: Arithmetic) -> Iterable[Hazard]:
@@ -178,16 +167,10 @@ def _gradient_flush(reference: Reference, arithmetic: Arithmetic) -> Iterable[Ha
     if arithmetic.compute != "fp16" or arithmetic.loss_scale is not None:
         return
     worst: dict[str, Hazard] = {}
-    for row in reference.modules:
-        if (
-            row.direction == "bwd"
-            and row.flush_frac is not None
-            and row.flush_frac >= FLUSHED
-            and row.flush_frac > (worst[row.module].share if row.module in worst else 0)
-        ):
-            worst[row.module] = Hazard(
-                "gradient_flush", row.module, row.absmax_step, None, FP16.smallest_subnormal, share=row.flush_frac
-            )
+    for row in (row for row in reference.modules if row.direction == "bwd" and (row.flush_frac or 0) >= FLUSHED):
+        if row.module not in worst or row.flush_frac > worst[row.module].share:
+            step, limit, share = row.absmax_step, FP16.smallest_subnormal, row.flush_frac
+            worst[row.module] = Hazard("gradient_flush", row.module, step, None, limit, share=share)
     yield from worst.values()
 
 
@@ -230,9 +213,7 @@ class Happened:
         phase, cause = self.first.phase, self.first.cause
         if phase == "optimizer":
             return "division_by_zero" if cause == "underflow_then_divide" else "other"
-        if cause != "overflow":
-            return "other"
-        return OVERFLOWS[phase]
+        return OVERFLOWS[phase] if cause == "overflow" else "other"
 
 
 @dataclass(frozen=True)

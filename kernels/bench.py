@@ -15,15 +15,17 @@ Each op has a function (device, dtype) that yields `BenchArm`s, in `ARMS` of its
 
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
+from timeit import timeit
 from typing import Any
 
 SCHEMA = 1
 PAIRS = 32
+Sampling = Callable[[list[Callable]], list[float]]
+"""Seconds of each call, one after the other."""
 WARM_UP = 3
 DTYPES = ("fp32", "bf16", "fp16")
 HEADLINE = ("cross_entropy", "bf16 8192x50304")
@@ -132,9 +134,9 @@ def shape_of(case: str) -> str:
 
 def run(cases: list[list[BenchArm]], device: str, pairs: int = PAIRS) -> Iterator[BenchRow]:
     """Bench these cases on `device` ("cuda" or "cpu"), one row per arm, as they are measured."""
-    timer = CudaTimer() if device == "cuda" else CpuTimer()
+    samples = cuda_samples() if device == "cuda" else cpu_samples
     for arms in cases:
-        yield from _run_case(arms, timer, device, pairs)
+        yield from _run_case(arms, samples, device, pairs)
 
 
 def unmeasured(device: str, **asked: list[str] | None) -> Iterator[BenchRow]:
@@ -180,7 +182,7 @@ def _driver() -> str | None:
         return None
 
 
-def _run_case(arms: list[BenchArm], timer, device: str, pairs: int) -> Iterator[BenchRow]:
+def _run_case(arms: list[BenchArm], samples: Sampling, device: str, pairs: int) -> Iterator[BenchRow]:
     ours = arms[0]
     calls, failures = {}, {}
     for arm in arms:
@@ -195,7 +197,7 @@ def _run_case(arms: list[BenchArm], timer, device: str, pairs: int) -> Iterator[
         calls["again"] = calls[ours.name]
         if ours.bytes_moved:
             calls["copy"] = _copy(ours.bytes_moved, device)
-    times = _interleave(calls, ours.name, timer, pairs) if ours.name in calls else {}
+    times = _interleave(calls, ours.name, samples, pairs) if ours.name in calls else {}
     sizes = {arm.name: arm.bytes_moved for arm in arms} | {"again": ours.bytes_moved, "copy": ours.bytes_moved}
     for name in [*(arm.name for arm in arms), "again", "copy"]:
         if name in failures or (name not in times and name not in ("again", "copy")):
@@ -203,7 +205,10 @@ def _run_case(arms: list[BenchArm], timer, device: str, pairs: int) -> Iterator[
             yield BenchRow(ours.op, ours.case, name, device, "failed", note=note)
         elif name in times:
             yield _row(ours, name, sizes[name], times, device)
-    timer.release()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # the next case may need it all
 
 
 def _row(ours: BenchArm, name: str, bytes_moved: int, times: dict, device: str) -> BenchRow:
@@ -223,12 +228,12 @@ def _row(ours: BenchArm, name: str, bytes_moved: int, times: dict, device: str) 
     return BenchRow(ours.op, ours.case, name, device, "measured", **values)
 
 
-def _interleave(calls: dict, ours: str, timer, pairs: int) -> dict[str, list[tuple[float, float]]]:
+def _interleave(calls: dict, ours: str, samples: Sampling, pairs: int) -> dict[str, list[tuple[float, float]]]:
     """Pairs of times (ours, other) per other arm, taken A B B A, going round the arms so that drift is shared."""
     times: dict[str, list] = {name: [] for name in calls if name != ours}
     for _ in range(math.ceil(pairs / 2)):
         for name in times:
-            a1, b1, b2, a2 = timer.samples([calls[ours], calls[name], calls[name], calls[ours]])
+            a1, b1, b2, a2 = samples([calls[ours], calls[name], calls[name], calls[ours]])
             times[name] += [(a1, b1), (a2, b2)]
     times[ours] = [(a, a) for name in times for a, _ in times[name]]
     return times
@@ -257,45 +262,33 @@ def _copy(bytes_moved: int, device: str) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-class CudaTimer:
+BUSY_CYCLES = 1_000_000
+"""About half a millisecond of a GPU: longer than the host needs to queue a sample."""
+
+
+def cuda_samples() -> Sampling:
     """Times callables with events, each after an L2 flush, with the host running ahead of the device."""
+    import torch
 
-    BUSY_CYCLES = 1_000_000  # about half a millisecond: longer than the host needs to queue a sample
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    flush = torch.empty(max(4 * l2, 2**26), dtype=torch.int8, device="cuda")
 
-    def __init__(self):
-        import torch
-
-        self.torch = torch
-        l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(max(4 * l2, 2**26), dtype=torch.int8, device="cuda")
-
-    def samples(self, calls: list[Callable]) -> list[float]:
+    def samples(calls):
         events = []
         for call in calls:
-            self.flush.fill_(1)
-            self.torch.cuda._sleep(self.BUSY_CYCLES)
-            start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.fill_(1)
+            torch.cuda._sleep(BUSY_CYCLES)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             end.record()
             events.append((start, end))
-        self.torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return [start.elapsed_time(end) * 1e-3 for start, end in events]
 
-    def release(self):
-        self.torch.cuda.empty_cache()
+    return samples
 
 
-class CpuTimer:
+def cpu_samples(calls: list[Callable]) -> list[float]:
     """Times callables with the host's clock."""
-
-    def samples(self, calls: list[Callable]) -> list[float]:
-        times = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times
-
-    def release(self):
-        pass
+    return [timeit(call, number=1) for call in calls]

@@ -83,38 +83,23 @@ def run_apart(
     the others have ended, since a GPU that is full, or allows one process, is no fault of an op."""
 
     def check(op: str) -> tuple[str, list[CheckRow] | None, str]:
-        options = [
-            "--op",
-            op,
-            "--device",
-            device,
-            "--impl",
-            impl,
-            "--jobs",
-            "1",
-            "--json",
-            *(["--dtype", *dtypes] if dtypes else []),
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", __package__, "check", *options], capture_output=True, text=True, check=False
-        )
+        options = f"check --op {op} --device {device} --impl {impl} --jobs 1 --json".split()
+        options += ["--dtype", *dtypes] if dtypes else []
+        done = subprocess.run([sys.executable, "-m", __package__, *options], capture_output=True, text=True, check=False)
         try:
             return op, [CheckRow(**row) for row in json.loads(done.stdout)["rows"]], ""
         except ValueError:
             said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
             return op, None, f"its process ended with {done.returncode}: {said}"[:300]
 
-    def failed(rows: list[CheckRow] | None) -> bool:
-        return rows is None or any(row.status == "failed" for row in rows)
-
     with ThreadPoolExecutor(jobs) as threads:
         ended = [threads.submit(check, op) for op in bench.known(ops, MODULES)]
         again = []
         for op, rows, _ in (future.result() for future in as_completed(ended)):
-            if failed(rows):
+            if rows is None or any(row.status == "failed" for row in rows):
                 again.append(op)
             else:
-                yield from rows or ()
+                yield from rows
     for op in again:
         _, rows, why = check(op)
         yield from rows if rows is not None else [CheckRow(op, "", device, impl, "", "", "failed", note=why)]

@@ -168,22 +168,12 @@ def compile_one(spec: CompileSpec, arch: str) -> Compiled:
         dump = _cuobjdump(file.name)
     loads, stores, local = read_sass(dump)
     registers, stack = (int(re.search(rf"{name}:(\d+)", dump).group(1)) for name in ("REG", "STACK"))
+    widest = (max(widths, default=0) for widths in (loads, stores))
+    counted = ({str(bits): n for bits, n in sorted(widths.items())} for widths in (loads, stores))
     return Compiled(
-        kernel=spec.kernel,
-        arch=arch,
-        dtype=spec.dtype,
-        shape=spec.shape,
-        registers=registers,
-        spills=local,
-        shared_bytes=shared_bytes,
-        stack_bytes=stack,
-        load_bits=max(loads, default=0),
-        store_bits=max(stores, default=0),
-        loads={str(bits): n for bits, n in sorted(loads.items())},
-        stores={str(bits): n for bits, n in sorted(stores.items())},
-        num_warps=spec.options["num_warps"],
-        streaming=spec.streaming,
-    )
+        spec.kernel, arch, spec.dtype, spec.shape, registers, local, shared_bytes, stack, *widest, *counted,
+        spec.options["num_warps"], spec.streaming,
+    )  # fmt: skip
 
 
 def read_sass(sass: str) -> tuple[Counter[int], Counter[int], int]:

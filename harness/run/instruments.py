@@ -27,7 +27,8 @@ from instrument.memory import memory_split, with_activations
 from instrument.replay.replays import Replays, skip_surfaced
 from instrument.results.files import replace
 from instrument.results.folder import RunFolder
-from instrument.results.measurements import ForensicsRecord, ModuleLog
+from instrument.results.log import JsonlLog
+from instrument.results.measurements import ForensicsRecord, TapReading, module_records
 from instrument.results.schemas import EventRecord, StepRecord, encode
 from instrument.sampler.sampler import Sampler
 from instrument.sampler.summary import energy_per
@@ -92,7 +93,7 @@ class Instruments:
             )
             if earlier is not None:
                 self.taps.load_state_dict(earlier)
-        self._modules = ModuleLog(folder.files.log("activations"), fresh=resume_state is None)
+        self._modules = JsonlLog(folder.files.log("activations"), fresh=resume_state is None)
         self.sampler = Sampler(folder.files.log("hardware"), gpu_uuid=_gpu_uuid(training.precision.device))
         if training.strategy.keeps_state:
             self.replays = Replays(
@@ -121,7 +122,7 @@ class Instruments:
                 if kind not in (None, Stopped):  # the other ranks of the run are somewhere else
                     self.taps.stop_gathering()
                 if kind is not Stopped:  # then what waits goes into the checkpoint, and is summed up with what follows
-                    self._modules.add(self.taps.read())
+                    self._log_modules(self.taps.read())
                 self._taps_state = self.taps.state_dict()
         with cleanup(error, self.failed, "closing the instruments"):
             if self.taps is not None:
@@ -129,11 +130,15 @@ class Instruments:
             if self.level is not None:
                 self._modules.close()
 
+    def _log_modules(self, readings: list[TapReading]) -> None:
+        for record in module_records(readings):
+            self._modules.write(record)
+
     def after(self, reading: Reading) -> Reading:
         """Take in a log window: keep the modules' values, explain skips, take the next snapshot."""
         if self.level is None:
             return reading
-        self._modules.add(reading.modules)
+        self._log_modules(reading.modules)
         step = reading.steps[-1].step
         if self._timed is None and step >= self.settings.untimed_steps:
             self._clock(True)

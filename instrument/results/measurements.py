@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from instrument.results.log import JsonlLog
 from instrument.results.schemas import FirstNonfinite, Record
 
 
@@ -216,38 +215,23 @@ class ModuleRecord(Record, frozen=True, kw_only=True):
     flush_frac: float | None
 
 
-class ModuleLog:
-    """Writes a line for every module and direction in each batch of readings it is given."""
-
-    def __init__(self, path: Path, *, fresh: bool = True) -> None:
-        self._log = JsonlLog(path, fresh=fresh)
-
-    def add(self, readings: Iterable[TapReading]) -> None:
-        """Sum up and append."""
-        groups: dict[tuple[int, str], list[TapReading]] = {}
-        for reading in readings:
-            groups.setdefault((reading.order, reading.direction), []).append(reading)
-        for key in sorted(groups, key=lambda k: (k[0], k[1] == "bwd")):
-            self._log.write(_summary(groups[key]))
-
-    def close(self) -> None:
-        """Sync and close."""
-        self._log.close()
+def module_records(readings: Iterable[TapReading]) -> Iterator[ModuleRecord]:
+    """A record for every module and direction in a batch of readings, in the model's order."""
+    groups: dict[tuple[int, str], list[TapReading]] = {}
+    for reading in readings:
+        groups.setdefault((reading.order, reading.direction), []).append(reading)
+    for key in sorted(groups, key=lambda k: (k[0], k[1] == "bwd")):
+        group = groups[key]
+        top = max(group, key=lambda r: r.absmax)
+        of_module = {name: getattr(top, name) for name in ("module", "order", "direction", "dtype", "absmax")}
+        yield ModuleRecord(**of_module, step=group[-1].step, first_step=group[0].step, absmax_step=top.step, **totals(group))
 
 
-def _summary(group: list[TapReading]) -> ModuleRecord:
-    top = max(group, key=lambda r: r.absmax)
-    shares = [r.flush_frac for r in group if r.flush_frac is not None]
-    return ModuleRecord(
-        step=group[-1].step,
-        first_step=group[0].step,
-        module=top.module,
-        order=top.order,
-        direction=top.direction,
-        dtype=top.dtype,
-        absmax=top.absmax,
-        absmax_step=top.step,
-        nan=sum(r.nan for r in group),
-        inf=sum(r.inf for r in group),
-        flush_frac=max(shares, default=None),
-    )
+def totals(readings: Sequence[TapReading]) -> dict[str, Any]:
+    """``nan`` and ``inf`` summed, and the largest ``flush_frac`` of those that have one."""
+    shares = [r.flush_frac for r in readings if r.flush_frac is not None]
+    return {
+        "nan": sum(r.nan for r in readings),
+        "inf": sum(r.inf for r in readings),
+        "flush_frac": max(shares, default=None),
+    }

@@ -35,24 +35,33 @@ TORN = ".torn"
 
 
 @dataclass
-class SortedLines:
-    """``kept``: the lines that stay, in order. ``intact`` of them are records of the file's kind, ``foreign`` are JSON objects
-    and no such records (another version's, or a flipped bit in a name: left where they are). ``cut``: what is no JSON, of it
-    ``torn`` pieces that end in mid-line, as a dead writer leaves them, and ``damaged`` others. ``rejoined``: records won back
-    from lines that ran together. ``repeated``: rows of a step that stood there before, byte for byte."""
+class FileState:
+    """One file: how many lines are intact, what was wrong, what was done. ``foreign``: JSON objects that are no records of the
+    file's kind (another version's, or a flipped bit in a name: left where they are). ``torn``: pieces that end in mid-line, as
+    a dead writer leaves them, which are no loss: no `append` of them returned. ``lost`` counts other pieces, or the file where
+    it is one record, that nothing here brings back. ``rejoined``: records won back from lines that ran together. ``repeated``:
+    rows of a step that stood there before, byte for byte."""
 
-    kept: list[bytes] = field(default_factory=list)
-    cut: list[bytes] = field(default_factory=list)
+    file: str
     intact: int = 0
-    foreign: int = 0
     torn: int = 0
-    damaged: int = 0
+    lost: int = 0
     rejoined: int = 0
     repeated: int = 0
-    steps: int = 0
-    """Different steps among the records."""
+    foreign: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SortedLines:
+    """``kept``: the lines that stay, in order; ``cut``: what is no JSON; ``state`` counts them. ``seen``: steps and their rows.
+    ``in_order``: the file is as it should be."""
+
+    state: FileState
+    kept: list[bytes] = field(default_factory=list)
+    cut: list[bytes] = field(default_factory=list)
+    seen: set[tuple[int, bytes]] = field(default_factory=set)
     in_order: bool = True
-    """Whether the file is as it should be."""
 
     @property
     def content(self) -> bytes:
@@ -60,29 +69,28 @@ class SortedLines:
         return b"".join(line + b"\n" for line in self.kept)
 
 
-def sort_lines(content: bytes, kind: type[Record] | None) -> SortedLines:
-    """Sort a log of ``kind`` (None: any JSON objects)."""
-    found, seen = SortedLines(), set[tuple[int, bytes]]()
+def sort_lines(content: bytes, kind: type[Record] | None, file: str = "") -> SortedLines:
+    """Sort the log ``file`` of ``kind`` (None: any JSON objects)."""
+    found = SortedLines(state := FileState(file))
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
     for line in lines:
-        if _keep(line, kind, found, seen):
+        if _keep(line, kind, found):
             continue
         pieces = [piece for piece in SEAM.split(line) if piece]
-        won_back = sum(_keep(piece, kind, found, seen) for piece in pieces) if pieces != [line] else 0
-        found.rejoined += won_back
+        won_back = sum(_keep(piece, kind, found) for piece in pieces) if pieces != [line] else 0
+        state.rejoined += won_back
         for piece in pieces:
             if not won_back or not _is_object(piece):
                 found.cut.append(piece)
                 torn = _is_cut_short(piece)
-                found.torn, found.damaged = found.torn + torn, found.damaged + (not torn)
-    found.steps = len({line[0] for line in seen})
+                state.torn, state.lost = state.torn + torn, state.lost + (not torn)
     found.in_order = found.content == content
     return found
 
 
-def _keep(line: bytes, kind: type[Record] | None, found: SortedLines, seen: set[tuple[int, bytes]]) -> bool:
+def _keep(line: bytes, kind: type[Record] | None, found: SortedLines) -> bool:
     """Put a line among the kept; False when it is no JSON object."""
     try:
         record = decode(line, kind) if kind is not None else msgspec.json.decode(line, type=dict)
@@ -90,15 +98,15 @@ def _keep(line: bytes, kind: type[Record] | None, found: SortedLines, seen: set[
         if not _is_object(line):
             return False
         found.kept.append(line)
-        found.foreign += 1
+        found.state.foreign += 1
         return True
     if isinstance(record, StepRecord):
-        if (record.step, line) in seen:
-            found.repeated += 1
+        if (record.step, line) in found.seen:
+            found.state.repeated += 1
             return True
-        seen.add((record.step, line))
+        found.seen.add((record.step, line))
     found.kept.append(line)
-    found.intact += 1
+    found.state.intact += 1
     return True
 
 
@@ -122,22 +130,6 @@ def _is_cut_short(line: bytes) -> bool:
     return False
 
 
-@dataclass
-class FileState:
-    """One file: how many lines are intact, what was wrong, what was done. ``lost`` counts lines, or the
-    file where it is one record, that nothing here brings back; pieces of lines that were never whole
-    (``torn``) are no loss: no `append` of them returned."""
-
-    file: str
-    intact: int = 0
-    torn: int = 0
-    lost: int = 0
-    rejoined: int = 0
-    repeated: int = 0
-    foreign: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
 def states(run: RunFiles) -> Iterator[tuple[FileState, SortedLines | None]]:
     """Every file of a run that holds records, with its lines sorted where it is a log."""
     row = finished_run(run.out, run.run_id)
@@ -147,14 +139,13 @@ def states(run: RunFiles) -> Iterator[tuple[FileState, SortedLines | None]]:
             yield FileState(name, foreign=1, notes=["is a link or no plain file: not read"]), None
         elif path.exists():
             kind = "steps" if is_steps else path.name.partition(".")[0]  # hardware.until-50.jsonl is hardware's, too
-            found = sort_lines(path.read_bytes(), LOGS.get(kind))
-            counts = {field: getattr(found, field) for field in ("intact", "torn", "rejoined", "repeated", "foreign")}
-            state = FileState(name, lost=found.damaged, **counts)
-            if is_steps and row is not None and found.steps < row.steps_done:
-                state.lost = max(state.lost, row.steps_done - found.steps)
-                here = f"{found.steps} {'is' if found.steps == 1 else 'are'} here"
-                state.notes.append(f"run.json says {count(row.steps_done, 'step')}, and {here}")
-            yield state, found
+            found = sort_lines(path.read_bytes(), LOGS.get(kind), name)
+            steps = len({step for step, _ in found.seen})
+            if is_steps and row is not None and steps < row.steps_done:
+                found.state.lost = max(found.state.lost, row.steps_done - steps)
+                here = f"{steps} {'is' if steps == 1 else 'are'} here"
+                found.state.notes.append(f"run.json says {count(row.steps_done, 'step')}, and {here}")
+            yield found.state, found
         elif is_steps and row is not None and row.steps_done:
             notes = [f"is missing, and run.json says {count(row.steps_done, 'step')}"]
             yield FileState(name, lost=row.steps_done, notes=notes), None

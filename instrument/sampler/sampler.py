@@ -37,8 +37,7 @@ class HostSensors:
     def __init__(self, folder: Path, *, powercap: Path = POWERCAP) -> None:
         self.folder = folder
         self._process = psutil.Process()
-        self._process_before: tuple[float, float] | None = None
-        self._system_before: tuple[float, float] | None = None
+        self._before: dict[str, tuple[float, float]] = {}
         self._questions: dict[tuple[str, ...], Callable[[], dict[str, Any]]] = {
             ("cpu_energy_counter_j",): Rapl(powercap).read,
             ("process_cpu_percent",): self._process_cpu,
@@ -61,22 +60,25 @@ class HostSensors:
 
     def _process_cpu(self) -> dict[str, float]:
         """Of one core, since the look before."""
-        now = (time.process_time(), time.monotonic())
-        before = self._process_before
-        if before is None or now[1] - before[1] >= SHORTEST_SHARE_S:
-            self._process_before = now
-        return {"process_cpu_percent": 100 * _share(before, now)}
+        return {"process_cpu_percent": self._percent("process", time.process_time(), time.monotonic())}
 
     def _system_cpu(self) -> dict[str, float]:
         """Of all cores, since the look before; time waited for a disk is idle."""
         times = psutil.cpu_times()
         idle_s = times.idle + getattr(times, "iowait", 0.0)
         total_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # counted in user
-        now = (total_s - idle_s, total_s)
-        before = self._system_before
-        if before is None or now[1] - before[1] >= SHORTEST_SHARE_S:
-            self._system_before = now
-        return {"system_cpu_percent": min(100.0, max(0.0, 100 * _share(before, now)))}  # iowait may run backwards
+        percent = self._percent("system", total_s - idle_s, total_s)
+        return {"system_cpu_percent": min(100.0, max(0.0, percent))}  # iowait may run backwards
+
+    def _percent(self, of: str, busy_s: float, total_s: float) -> float:
+        """Growth of the first number over growth of the second, since the look before."""
+        before_busy_s, before_s = self._before.setdefault(of, (busy_s, total_s))
+        if before_s == total_s and before_busy_s == busy_s:
+            raise ValueError("a share of time needs an earlier look")
+        if total_s - before_s < SHORTEST_SHARE_S:
+            raise ValueError(f"less than {SHORTEST_SHARE_S:g} s since the look before")
+        self._before[of] = busy_s, total_s
+        return 100 * (busy_s - before_busy_s) / (total_s - before_s)
 
     def _memory(self) -> dict[str, int]:
         memory = psutil.virtual_memory()
@@ -95,15 +97,6 @@ class HostSensors:
         return {"process_read_bytes": counters.read_bytes, "process_written_bytes": counters.write_bytes}
 
 
-def _share(before: tuple[float, float] | None, now: tuple[float, float]) -> float:
-    """Growth of the first number over growth of the second, which is in seconds."""
-    if before is None:
-        raise ValueError("a share of time needs an earlier look")
-    if now[1] - before[1] < SHORTEST_SHARE_S:
-        raise ValueError(f"less than {SHORTEST_SHARE_S:g} s since the look before")
-    return (now[0] - before[0]) / (now[1] - before[1])
-
-
 class Rapl:
     """Joules that the processor packages have used, from Linux' powercap; its counters wrap, this one does not.
 
@@ -112,15 +105,8 @@ class Rapl:
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self._packages = (
-            [
-                zone
-                for zone in sorted(powercap.glob("intel-rapl:*"))
-                if zone.name.count(":") == 1 and _text(zone / "name").startswith("package")
-            ]
-            if os.access(powercap, os.R_OK)
-            else []
-        )
+        zones = sorted(powercap.glob("intel-rapl:*")) if os.access(powercap, os.R_OK) else []
+        self._packages = [z for z in zones if z.name.count(":") == 1 and _text(z / "name").startswith("package")]
         self._before_uj: dict[Path, int] = {}
         self._total_uj = 0
 

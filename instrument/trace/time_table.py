@@ -196,17 +196,9 @@ def _device_time(kernels: list[dict[str, Any]], events: list[dict[str, Any]], op
         kind = kernel_class(kernel["name"])
         if op is not None and (op.kind in _PREVAIL or kind == "other"):
             kind = op.kind
-        spent.append(
-            _Spent(
-                kernel["name"],
-                kind,
-                OUTSIDE if launch_us is None else phases.at(launch_us),
-                kernel["ts"],
-                kernel["ts"] + kernel["dur"],
-                kernel["dur"],
-                op.event.get("args", {}) if op else {},
-            )
-        )
+        phase, end_us = OUTSIDE if launch_us is None else phases.at(launch_us), kernel["ts"] + kernel["dur"]
+        args = op.event.get("args", {}) if op else {}
+        spent.append(_Spent(kernel["name"], kind, phase, kernel["ts"], end_us, kernel["dur"], args))
     return spent
 
 
@@ -224,18 +216,9 @@ def _largest(spent: list[_Spent], top: int) -> list[dict[str, Any]]:
     rows: dict[tuple, dict[str, Any]] = {}
     for part in spent:
         shapes, dtypes = _inputs(part.args)
-        row = rows.setdefault(
-            (part.name, part.phase, part.kind, str(shapes), str(dtypes)),
-            {
-                "name": part.name,
-                "class": part.kind,
-                "phase": part.phase,
-                "count": 0,
-                "total_s": 0.0,
-                "input_shapes": shapes,
-                "input_dtypes": dtypes,
-            },
-        )
+        row = {"name": part.name, "class": part.kind, "phase": part.phase, "count": 0, "total_s": 0.0}
+        row |= {"input_shapes": shapes, "input_dtypes": dtypes}
+        row = rows.setdefault((part.name, part.phase, part.kind, str(shapes), str(dtypes)), row)
         row["count"] += 1
         row["total_s"] += part.spent_us / 1e6
     return sorted(rows.values(), key=lambda row: -row["total_s"])[:top]

@@ -14,13 +14,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 
 from instrument.hooks import Hook, blocks, leaves, tensors_in
 from instrument.replay.ops import is_dense
-from instrument.results.measurements import TapReading
+from instrument.results.measurements import TapReading, totals
 from kernels import ActivationRing, activation_stats
 from kernels.float_formats import FP16
 
@@ -30,22 +31,10 @@ def merge_readings(ranks: Sequence[list[TapReading]]) -> list[TapReading]:
     the sums of ``nan`` and ``inf``, by step, module and direction in the first rank's order."""
     if len(ranks) == 1:
         return ranks[0]
-    merged: dict[tuple[int, str, str], TapReading] = {}
-    for reading in (reading for readings in ranks for reading in readings):
-        key = reading.step, reading.module, reading.direction
-        earlier = merged.get(key)
-        merged[key] = (
-            reading
-            if earlier is None
-            else replace(
-                earlier,
-                absmax=max(earlier.absmax, reading.absmax),
-                nan=earlier.nan + reading.nan,
-                inf=earlier.inf + reading.inf,
-                flush_frac=max((r.flush_frac for r in (earlier, reading) if r.flush_frac is not None), default=None),
-            )
-        )
-    return list(merged.values())
+    alike: dict[tuple[int, str, str], list[TapReading]] = {}
+    for reading in chain(*ranks):
+        alike.setdefault((reading.step, reading.module, reading.direction), []).append(reading)
+    return [replace(group[0], absmax=max(r.absmax for r in group), **totals(group)) for group in alike.values()]
 
 
 @dataclass(frozen=True)

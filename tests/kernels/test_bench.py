@@ -16,14 +16,9 @@ from kernels.bench import BenchArm, median_interval
 pytestmark = pytest.mark.slow
 
 
-class FakeTimer:
+def samples(calls):
     """Time as a function of the arm, so that ratios are known: an arm is its own duration."""
-
-    def samples(self, calls):
-        return [getattr(call, "seconds", 0.5) for call in calls]
-
-    def release(self):
-        pass
+    return [getattr(call, "seconds", 0.5) for call in calls]
 
 
 def arm(name, seconds=1.0, bytes_moved=0):
@@ -42,7 +37,7 @@ def broken():
 
 
 def rows_of(arms, pairs=10):
-    return {row.arm: row for row in bench._run_case(arms, FakeTimer(), "cpu", pairs)}
+    return {row.arm: row for row in bench._run_case(arms, samples, "cpu", pairs)}
 
 
 def test_median_interval_covers_the_median_95_times_in_100():
@@ -179,10 +174,9 @@ def test_the_op_wins_over_the_package_of_the_same_name():
 def test_pairs_are_taken_a_b_b_a():
     order = []
 
-    class Recorder(FakeTimer):
-        def samples(self, calls):
-            order.append([call.seconds for call in calls])
-            return super().samples(calls)
+    def recorded(calls):
+        order.append([call.seconds for call in calls])
+        return samples(calls)
 
-    list(bench._run_case([arm("ours", 1.0), arm("other", 2.0)], Recorder(), "cpu", 4))
+    list(bench._run_case([arm("ours", 1.0), arm("other", 2.0)], recorded, "cpu", 4))
     assert order == [[1.0, 2.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]] * 2

@@ -38,8 +38,8 @@ def truncations(share: float, folder: Path) -> Iterator[Trial]:
         *whole, rest = content[:length].split(b"\n")
         whole += [rest] * (rest in lines)  # that lacks only its newline
         found, losses = sort_lines(content[:length], None), []
-        if found.kept != whole or found.damaged or found.cut != [rest] * (bool(rest) and rest not in lines):
-            losses.append(f"kept {found.intact} of {len(whole)} whole lines, cut {len(found.cut)}")
+        if found.kept != whole or found.state.lost or found.cut != [rest] * (bool(rest) and rest not in lines):
+            losses.append(f"kept {found.state.intact} of {len(whole)} whole lines, cut {len(found.cut)}")
         if sort_lines(found.content, None).content != found.content:
             losses.append("sorting is not idempotent")
         yield Trial(f"cut at byte {length}", losses + _appended_to(content[:length], whole, folder / "log.jsonl"))
