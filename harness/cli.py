@@ -47,8 +47,22 @@ def main(argv: Sequence[str] | None = None, *, supervised: bool = False) -> int:
         from harness.supervisor.case_parent import is_wanted, run_supervised
 
         if is_wanted(options, os.environ.get):
-            return run_supervised(options, run_command)
+            try:
+                return run_supervised(options, run_command)
+            except Exception as error:  # the row of a run that was killed could not be written
+                with reader_may_leave():
+                    return reported(error)
     return run_command(options)
+
+
+def reported(error: Exception) -> int:
+    """Print an error's one line; returns its exit code. Raises it where it is a defect of ours."""
+    code = exit_code_of(error)
+    if code is None:
+        raise error
+    if code != USAGE or is_main_process():  # under torchrun every process would say the same
+        print(f"harness: {message_of(error)}", file=sys.stderr)
+    return code
 
 
 def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None = None) -> int:
@@ -67,12 +81,7 @@ def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None =
         except Exception as error:
             if heartbeat is not None:
                 heartbeat.failed(error)
-            code = exit_code_of(error)
-            if code is None:
-                raise
-            if code != USAGE or is_main_process():  # under torchrun every process would say the same
-                print(f"harness: {message_of(error)}", file=sys.stderr)
-            return code
+            return reported(error)
 
 
 def _writes_files(options: argparse.Namespace) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from harness.failure import Failure, after_divergence
 from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps, progress_summary
 from harness.supervisor.process_monitor import ProcessMonitor
 from instrument.results.claims import RunClaimed, claim
+from instrument.results.files import require_there
 from instrument.results.folder import OutputError, finished_run, output_error, write_terminal
 from instrument.results.layout import RunFiles
 from instrument.results.log import Appender
@@ -26,16 +28,25 @@ def write_crash_record(
     write the run's files, stands. Raises `OutputError`, and `RunClaimed` when another living process has the run by now."""
     steps = logged_steps(out, draft.run_id, monitor.opened)
     failure = reported or monitor.failure(exit_code, len(steps), RunFiles(out, draft.run_id).output)
-    try:
+    with _writing(out, draft.run_id if monitor.opened else None):
         with _claim(out, draft.run_id, monitor.pid):
             if monitor.opened and (written := finished_run(out, draft.run_id)) is not None:
                 return written
             row = with_failure(draft, failure, steps, _last_checkpoint(out, draft.run_id))
             _append_stack(out, row, failure)
             write_terminal(out, row)
+    return row
+
+
+@contextmanager
+def _writing(out: Path, run_id: str | None) -> Iterator[None]:
+    """Errors are `OutputError`; the folder of a run that had one (``run_id``) is not made again where somebody deleted it."""
+    try:
+        if run_id is not None:
+            require_there(RunFiles(out, run_id).path)
+        yield
     except OSError as error:
         raise output_error(error, out) or OutputError.of(error, out) from error
-    return row
 
 
 def _claim(out: Path, run_id: str, pid: int | None) -> AbstractContextManager:
@@ -68,12 +79,14 @@ def with_failure(draft: RunRecord, failure: Failure, steps: list[StepRecord], ch
 
 
 def amend(row: RunRecord, out: Path, failure: Failure) -> RunRecord:
-    """Put ``failure`` into a row that the process still wrote as it ended (a hung one, after its checkpoint)."""
+    """Put ``failure`` into a row that the process still wrote as it ended (a hung one, after its checkpoint). Raises
+    `OutputError`."""
     amended = msgspec.structs.replace(
         row, status=failure.status, error=f"{failure.error}; {row.error}", flags=row.flags | failure.flags
     )
-    _append_stack(out, amended, failure)
-    write_terminal(out, amended)
+    with _writing(out, row.run_id):
+        _append_stack(out, amended, failure)
+        write_terminal(out, amended)
     return amended
 
 

@@ -65,6 +65,24 @@ def test_who_kills_the_parent_kills_the_run_and_who_kills_the_run_gets_a_row(cas
         assert process.returncode == (3 if row_expected else -signal.SIGKILL), errors
 
 
+def test_a_killed_run_whose_row_cannot_be_written_is_a_sentence_and_exit_code_5(case, tmp_path):
+    """On a full disk (of the parent, which writes the row), and where somebody deleted the folder: it is not made again."""
+    for what in ("full", "deleted"):
+        out, process = tmp_path / what, case('Plant("none", "forward", 1)', what, "--max-steps", "100000")
+        wait_until(lambda out=out: any(logged(out)), process, timeout_s=200)
+        (run,) = psutil.Process(process.pid).children()
+        run.suspend()
+        if what == "full":
+            psutil.Process(process.pid).rlimit(psutil.RLIMIT_FSIZE, (2000, 2000))
+        else:
+            out.rename(tmp_path / "away")
+        run.kill()
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 5 and "Traceback" not in errors and errors.count("harness: ") == 1, errors
+        assert ("has disappeared" in errors and not out.exists()) if what == "deleted" else "File too large" in errors
+        assert finished_runs(out) == []
+
+
 def is_alive(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 

@@ -1,5 +1,7 @@
 """The row of a run whose process wrote none."""
 
+import errno
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +11,11 @@ from harness.failure import Failure
 from harness.run.execute import execute
 from harness.run.heartbeat import Heartbeat
 from harness.run.outcome import Outcome, summarize
+from harness.supervisor import crash_record
 from harness.supervisor.crash_record import amend, logged_steps, write_crash_record
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
 from instrument.results.claims import RunClaimed
-from instrument.results.folder import finished_run, finished_runs
+from instrument.results.folder import OutputError, finished_run, finished_runs
 from instrument.results.schemas import FirstNonfinite
 from instrument.watch.meter import Divergence
 
@@ -96,6 +99,35 @@ def test_a_run_that_another_process_has_by_now_is_left_to_it(dead, tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize("what", ["claim", "row", "amended row"])
+def test_a_row_that_a_full_disk_refuses_is_an_output_error(dead, tmp_path, monkeypatch, what):
+    settings, draft, monitor = dead
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs"))
+
+    monkeypatch.setattr(crash_record, "claim" if what == "claim" else "write_terminal", full)
+    with pytest.raises(OutputError, match="cannot write .*No space left on device"):
+        if what == "amended row":
+            amend(draft, tmp_path, Failure("hung", "no sign of life"))
+        else:
+            write_crash_record(draft, tmp_path, monitor, -9)
+
+
+@pytest.mark.parametrize("gone", ["the run's folder", "the results folder"])
+def test_a_deleted_folder_is_not_made_again_by_the_death_of_a_run(dead, tmp_path, gone):
+    settings, draft, monitor = dead
+    folder = tmp_path / "runs" if gone == "the run's folder" else tmp_path
+    shutil.rmtree(folder)
+    for write in (
+        lambda: write_crash_record(draft, tmp_path, monitor, -9),
+        lambda: amend(draft, tmp_path, Failure("hung", "x")),
+    ):
+        with pytest.raises(OutputError, match="has disappeared" if folder == tmp_path else "cannot write"):
+            write()
+        assert not folder.exists()
 
 
 def test_a_hung_run_that_still_wrote_a_checkpoint_is_hung_and_says_so(dead, tmp_path):
