@@ -16,6 +16,7 @@ from typing import Any
 from bench_cases.data import cache
 from bench_cases.data.documents import SPLITS, Corpus, DataError, Document, split_by_hash
 
+LONGEST_LINE_BYTES = 64 << 20
 SUFFIXES = (".jsonl", ".jsonl.gz")
 _SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
@@ -25,8 +26,10 @@ def lines(path: Path) -> Iterator[tuple[str, dict]]:
     where = str(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE_BYTES + 1), b""), 1):
                 where = f"{path}:{number}"
+                if len(raw) > LONGEST_LINE_BYTES:
+                    raise DataError(f"{where}: is longer than {LONGEST_LINE_BYTES >> 20} MiB, the most that a line may have")
                 if raw.strip():
                     yield where, _object(raw, where, first=number == 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

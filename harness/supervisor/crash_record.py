@@ -28,13 +28,12 @@ def write_crash_record(
     write the run's files, stands. Raises `OutputError`, and `RunClaimed` when another living process has the run by now."""
     steps = logged_steps(out, draft.run_id, monitor.opened)
     failure = reported or monitor.failure(exit_code, len(steps), RunFiles(out, draft.run_id).output)
-    with _writing(out, draft.run_id if monitor.opened else None):
-        with _claim(out, draft.run_id, monitor.pid):
-            if monitor.opened and (written := finished_run(out, draft.run_id)) is not None:
-                return written
-            row = with_failure(draft, failure, steps, _last_checkpoint(out, draft.run_id))
-            _append_stack(out, row, failure)
-            write_terminal(out, row)
+    with _writing(out, draft.run_id if monitor.opened else None), _claim(out, draft.run_id, monitor.pid):
+        if monitor.opened and (written := finished_run(out, draft.run_id)) is not None:
+            return written
+        row = with_failure(draft, failure, steps, _last_checkpoint(out, draft.run_id))
+        _append_stack(out, row, failure)
+        write_terminal(out, row)
     return row
 
 

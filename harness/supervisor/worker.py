@@ -23,6 +23,7 @@ from harness.run.progress import checkpoint_steps
 from harness.run.signals import Stop
 from harness.settings import RunSettings
 from instrument.results.claims import RunClaimed, owner_of
+from instrument.results.files import make_folder
 from instrument.results.folder import OutputError
 from instrument.results.layout import RunFiles
 from instrument.results.schemas import RunRecord, StepRecord
@@ -70,7 +71,7 @@ def _redirect_output(out: Path, run_id: str) -> None:
     path = RunFiles(out, run_id).output
     mode = os.O_APPEND if checkpoint_steps(path.parent) else os.O_TRUNC
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o644)
     except OSError as error:
         raise OutputError.of(error, path) from error

@@ -22,7 +22,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 import time
 import uuid
 import warnings
@@ -34,7 +33,17 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from instrument.results import log
-from instrument.results.files import TEMPORARY, is_abandoned, locked_temporary, make_folder, open_plain, try_lock
+from instrument.results.files import (
+    TEMPORARY,
+    age_s,
+    is_abandoned,
+    locked_temporary,
+    make_folder,
+    open_plain,
+    remove,
+    try_lock,
+    uninterrupted,
+)
 from instrument.results.layout import RunFiles
 from instrument.results.schemas import require_safe
 
@@ -78,11 +87,11 @@ class Claim:
         log.cancel_job(self.heartbeat)
         try:
             if self.is_held:  # or its folder vanished, or it is another's by now
-                self.path.unlink(missing_ok=True)
+                remove(self.path)
         finally:
             self.lock.release()
             if self.mark is not None:
-                self.mark.unlink(missing_ok=True)
+                remove(self.mark)
 
     def _renew(self) -> None:
         with suppress(OSError):  # a disk that is away for a moment
@@ -124,7 +133,7 @@ def owner_of(out: Path, run_id: str) -> dict[str, Any] | None:
     owner = _read(path)
     if not owner:
         return None
-    is_alive = not is_abandoned(path) and path.exists() if owner["boot"] == this_boot() else _age_s(path) <= STALE_S
+    is_alive = not is_abandoned(path) and path.exists() if owner["boot"] == this_boot() else age_s(path) <= STALE_S
     return owner if is_alive else None
 
 
@@ -136,12 +145,12 @@ def _make(path: Path, owner: dict[str, Any]) -> bool:
         if not try_lock(fd):
             return False
         os.write(fd, json.dumps(owner).encode())
-        os.link(prepared, path)
+        uninterrupted(os.link, prepared, path)
     except OSError as error:
         if error.errno not in {errno.EEXIST, *NO_HARD_LINKS}:
             raise
     finally:
-        prepared.unlink(missing_ok=True)
+        remove(prepared)
         os.close(fd)
     return True
 
@@ -154,7 +163,7 @@ def _claim(path: Path, owner: dict[str, Any]) -> Claim | None:
     there = _read(path)
     elsewhere = there and there["boot"] != owner["boot"]
     takeover = path.with_name(f"{FILE}.after-{there['token']}{TEMPORARY}") if there and elsewhere else None
-    if there and takeover and (_age_s(path) <= STALE_S or not _is_first(takeover, path, there)):
+    if there and takeover and (age_s(path) <= STALE_S or not _is_first(takeover, path, there)):
         lock.release()
         return None
     if there != owner:
@@ -162,31 +171,31 @@ def _claim(path: Path, owner: dict[str, Any]) -> Claim | None:
             file.write(json.dumps(owner).encode())
             file.truncate()
     if takeover is not None:
-        takeover.unlink(missing_ok=True)
+        remove(takeover)
     return Claim(path, lock, owner)
 
 
 def _is_first(takeover: Path, path: Path, dead: dict[str, Any]) -> bool:
     """Make the file ``takeover``; False where another host has it, or had it and wrote its own claim over the ``dead`` one.
     Where its maker died before that, the run waits for `STALE_S`."""
-    if _age_s(takeover) > STALE_S:
-        takeover.unlink(missing_ok=True)
+    if age_s(takeover) > STALE_S:
+        remove(takeover)
     try:
         takeover.touch(exist_ok=False)
     except FileExistsError:
         return False
     if _read(path) == dead:
         return True
-    takeover.unlink(missing_ok=True)
+    remove(takeover)
     return False
 
 
 def _claim_softly(path: Path) -> Claim | None:
     """By the existence of the file; None where its owner's process id is another kernel's or another container's, and its
     heartbeat fresh. ``.claim.<pid>-<namespace>-...``, made before the claim and gone after it, says whose the id is."""
-    here, there = uuid.uuid5(uuid.NAMESPACE_OID, pid_namespace()).hex, _read(path)
+    here, there, age = uuid.uuid5(uuid.NAMESPACE_OID, pid_namespace()).hex, _read(path), age_s(path)
     marks = path.parent.glob(f"{FILE}.{there['pid']}-*{TEMPORARY}") if there and there["boot"] is None else ()
-    if any(f"-{here}-" not in mark.name for mark in marks) and _age_s(path) <= STALE_S:
+    if any(f"-{here}-" not in mark.name for mark in marks) and age <= STALE_S:
         return None
     mark = path.with_name(f"{FILE}.{os.getpid()}-{here}-{uuid.uuid4().hex}{TEMPORARY}")
     mark.touch()
@@ -196,10 +205,10 @@ def _claim_softly(path: Path) -> Claim | None:
     try:
         lock.acquire()
     except BaseException:
-        mark.unlink(missing_ok=True)
+        remove(mark)
         raise
     for old in set(path.parent.glob(f"{FILE}.[0-9]*-*-*{TEMPORARY}")) - {mark}:  # of owners that died
-        old.unlink(missing_ok=True)
+        remove(old)
     return Claim(path, lock, _read(path) or {}, mark=mark)
 
 
@@ -220,15 +229,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         pass
     return {}
-
-
-def _age_s(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of the file system it is on."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{FILE}.now.", suffix=TEMPORARY) as now:
-            return os.stat(now.name).st_mtime - os.stat(path).st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def this_boot() -> str:

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -41,9 +41,9 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
         yield temporary
         sync_file(temporary)
         os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        uninterrupted(os.replace, temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
     finally:
         os.close(fd)
@@ -132,7 +132,29 @@ def remove_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file if it is there."""
-    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        uninterrupted(os.unlink, path)
+
+
+def uninterrupted(call: Callable[..., None], *paths: Path) -> None:
+    """``call(*paths)``, again after an EINTR: a network file system may give it to link, unlink and rename, too."""
+    while True:
+        with suppress(InterruptedError):
+            return call(*paths)
+
+
+def age_s(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of the file system it is on; 0 where there is none. One that was touched
+    in the future (a clock was set back) is touched now: its age counts from here unless its owner renews it."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.now.", suffix=TEMPORARY) as now:
+            age = os.stat(now.name).st_mtime - os.lstat(path).st_mtime
+        if age < 0:
+            with suppress(PermissionError):
+                os.utime(path, follow_symlinks=False)
+        return max(age, 0.0)
+    except FileNotFoundError:
+        return 0.0
 
 
 def sweep(folder: Path) -> list[Path]:
@@ -185,9 +207,11 @@ def locked_temporary(parent: Path, prefix: str, *, folder: bool = False) -> tupl
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and the ones above it."""
+    """Make a folder and the ones above it; their names are on the disk then."""
     if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def require_there(folder: Path) -> None:
@@ -210,9 +234,8 @@ def locked(path: Path) -> Iterator[None]:
                 raise
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the lock may expire is what we ask for
-                soft = SoftFileLock(
-                    path.with_name(f"{path.name}.soft"), poll_interval=0.01, thread_local=False, lifetime=SOFT_LOCK_S
-                )
+                age_s(there := path.with_name(f"{path.name}.soft"))
+                soft = SoftFileLock(there, poll_interval=0.01, thread_local=False, lifetime=SOFT_LOCK_S)
             held.enter_context(soft)
         yield
 

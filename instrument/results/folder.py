@@ -9,7 +9,17 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from instrument.results.files import locked, remove, remove_folder, replace, require_there, truncate
+from instrument.results.files import (
+    locked,
+    locked_temporary,
+    make_folder,
+    remove,
+    remove_folder,
+    replace,
+    require_there,
+    sweep,
+    truncate,
+)
 from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, PINNED_LOGS, RUNS, STEP_LOGS, TRACES, RunFiles, runs_of
 from instrument.results.lines import Defect, defect, read_one, read_records, record
 from instrument.results.log import JsonlLog
@@ -54,6 +64,8 @@ class RunFolder:
         self.out, self.files = out, RunFiles(out, run_id)
         self.path = self.files.path
         try:
+            for place in (out, out / STEP_LOGS, out / TRACES, self.path):
+                sweep(place)  # what dead writers left
             for file in (self.files.row, self.files.forensics, self.files.culprit, self.files.log("hardware")):
                 remove(file)  # the old row and what explains it must not outlive its logs
             remove_folder(self.files.snapshot)
@@ -118,10 +130,10 @@ def require_no_links(out: Path, run_id: str) -> None:
 def require_writable(out: Path) -> None:
     """Make the folder; raises `OutputError` with the reason when it cannot be written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        make_folder(out)
+        probe, fd = locked_temporary(out, ".writable.")
+        os.close(fd)
+        remove(probe)
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
 

@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ from ray.exceptions import (
 from harness import cli
 from harness.exit_codes import ENVIRONMENT, RUN_FAILED, USAGE
 from harness.matrix import ray_cluster, ray_pool
-from harness.matrix.ray_cluster import EngineError, connected, require_private
+from harness.matrix.ray_cluster import EngineError, connected, private_address
 from harness.matrix.ray_pool import RayPool
 from harness.run.outcome import Outcome, summarize
 from harness.run.signals import Stop
@@ -66,11 +66,15 @@ SMALL = ["matrix", *TWO_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true"]
         "224.0.0.1:6379",
         "[::]:6379",
         "[::ffff:8.8.8.8]:6379",
+        "100.64.0.1:6379",
+        "169.254.169.254:80",
+        "192.0.2.1:6379",
+        "[fe80::1]:6379",
     ],
 )
 def test_a_public_address_is_refused(address):
     with pytest.raises(SettingsError, match="not a private address.*allowed: loopback"):
-        require_private(address)
+        private_address(address)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +82,25 @@ def test_a_public_address_is_refused(address):
 )
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(SettingsError, match="allowed: HOST:PORT"):
-        require_private(address)
+        private_address(address)
 
 
 def test_a_name_counts_by_all_it_stands_for(monkeypatch):
     both = [(0, 0, 0, "", ("10.0.0.1", 1)), (0, 0, 0, "", ("8.8.8.8", 1))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
     with pytest.raises(SettingsError, match="8.8.8.8 is not a private address"):
-        require_private("head:6379")
+        private_address("head:6379")
+
+
+def test_a_name_is_looked_up_once_and_ray_gets_the_number(monkeypatch):
+    """A name server that answers a public address the second time leads nowhere."""
+    answers, asked = iter(["10.0.0.1", "8.8.8.8"]), []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (next(answers), 6379))])
+    monkeypatch.setattr(socket, "create_connection", lambda at, **_: asked.append(at) or socket.socket())
+    fake = SimpleNamespace(init=lambda address, **_: asked.append(address) or nullcontext())
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with connected("head:6379"):
+        assert asked == [("10.0.0.1", 6379), "10.0.0.1:6379"]
 
 
 @pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "localhost")])
@@ -93,10 +108,10 @@ def test_loopback_is_allowed_where_something_answers(family, host):
     with socket.socket(family) as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        require_private(f"{host}:{server.getsockname()[1]}")
+        private_address(f"{host}:{server.getsockname()[1]}")
         port = server.getsockname()[1]
     with pytest.raises(EngineError, match="no Ray cluster answers"):
-        require_private(f"127.0.0.1:{port}")
+        private_address(f"127.0.0.1:{port}")
 
 
 def test_usage_errors_are_one_sentence_and_touch_nothing(tmp_path, capsys):

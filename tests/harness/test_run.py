@@ -230,6 +230,14 @@ def test_an_unwritable_folder_is_named(tmp_path):
         RunFolder(tmp_path / "file" / "out", "x")
 
 
+@pytest.mark.parametrize("place", ["", "training_logs", "runs/x", "traces"])
+def test_a_temporary_file_that_a_dead_writer_left_goes_with_the_next_run(tmp_path, place):
+    (left := tmp_path / place / ".results.jsonl.abc.ddb-tmp").parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
+    RunFolder(tmp_path, "x").close()
+    assert not left.exists() and not list(tmp_path.glob(".writable*"))
+
+
 def test_the_index_is_rebuilt_from_the_runs(plan, tmp_path):
     rows = {execute(plan("gpt2_clm", "fp32_true", seed=s, max_steps=1), tmp_path).run_id for s in (0, 1)}
     (tmp_path / "results.jsonl").write_text("garbage")

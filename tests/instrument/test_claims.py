@@ -96,6 +96,40 @@ def test_on_another_host_the_heartbeat_tells(tmp_path):
     claim(tmp_path, "a").release()
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_claim_from_the_future_becomes_stale(tmp_path, request, locks):
+    """Of an owner elsewhere that died before the file server's clock was set back."""
+    if locks:
+        path = leave_dead_claim(tmp_path, "a", boot="another kernel", host="elsewhere", pid=1)
+    else:
+        request.getfixturevalue("no_locks")
+        (path := tmp_path / "runs" / "a" / FILE).parent.mkdir(parents=True)
+        path.write_text("1\nelsewhere\n")
+    os.utime(path, (time.time() + 1e6,) * 2)
+    with pytest.raises(RunClaimed):
+        claim(tmp_path, "a")
+    assert path.stat().st_mtime <= time.time(), "its time runs from now"
+    os.utime(path, (time.time() - claims.STALE_S - 5,) * 2)
+    claim(tmp_path, "a").release()
+
+
+@pytest.mark.parametrize("call", ["link", "unlink", "replace"])
+def test_an_interrupted_call_is_made_again(tmp_path, monkeypatch, call):
+    real, interruptions = getattr(os, call), [1, 2]
+
+    def interrupted(*paths, **given):
+        if interruptions:
+            interruptions.pop()
+            raise InterruptedError(errno.EINTR, "Interrupted system call", str(paths[0]))
+        return real(*paths, **given)
+
+    monkeypatch.setattr(os, call, interrupted)
+    with claim(tmp_path, "a") as own:
+        files.replace(tmp_path / "file", b"x")
+        assert own.is_held
+    assert not interruptions and os.listdir(tmp_path / "runs" / "a") == [] and (tmp_path / "file").read_bytes() == b"x"
+
+
 def test_the_heartbeat_renews_the_file_s_time(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
     own = claim(tmp_path, "a")
@@ -225,7 +259,7 @@ def test_without_locks_a_host_of_the_same_name_with_other_process_ids_is_judged_
 def two_hosts(tmp_path, monkeypatch) -> list:
     """The claims of two hosts, none of which sees the other's locks, that find the same stale claim at the same instant."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    age_s, together, held = claims._age_s, threading.Barrier(2), []
+    age_s, together, held = claims.age_s, threading.Barrier(2), []
 
     def age_at_once(path):
         age = age_s(path)
@@ -237,7 +271,7 @@ def two_hosts(tmp_path, monkeypatch) -> list:
         with contextlib.suppress(RunClaimed):
             held.append(claim(tmp_path, "a"))
 
-    monkeypatch.setattr(claims, "_age_s", age_at_once)
+    monkeypatch.setattr(claims, "age_s", age_at_once)
     threads = [threading.Thread(target=take_over) for _ in range(2)]
     for thread in threads:
         thread.start()

@@ -54,6 +54,21 @@ def test_the_order_is_write_sync_rename_sync_of_the_folder(tmp_path, monkeypatch
     assert did == ["write", "fsync", "replace", "sync of the folder"]
 
 
+def test_the_names_of_new_folders_are_on_the_disk(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    files.make_folder(tmp_path / "out" / "runs" / "a")
+    assert synced == [str(tmp_path), str(tmp_path / "out"), str(tmp_path / "out" / "runs")]
+
+
+def test_an_index_lock_from_the_future_becomes_stale(tmp_path, no_locks, monkeypatch):
+    (soft := tmp_path / ".index.lock.soft").write_text("4194000\nanother-host\n")
+    os.utime(soft, (time.time() + 1e6,) * 2)
+    monkeypatch.setattr(files, "SOFT_LOCK_S", 0.1)
+    with files.locked(tmp_path / ".index.lock"):
+        pass
+
+
 def test_a_temporary_file_is_abandoned_only_when_its_writer_is_gone(tmp_path):
     with files.replacing(tmp_path / "run.json") as temporary:
         assert not files.is_abandoned(temporary)

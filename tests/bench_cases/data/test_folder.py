@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from bench_cases.data import DataError, load_data
+from bench_cases.data import DataError, folder, load_data
 
 GOOD = {"id": "a", "text": "some words", "labels": ["x"], "split": "train"}
 
@@ -181,3 +181,20 @@ def test_real_data_as_they_are(shared_data, cache_dir, arch, task, vocab, specia
     assert data.facts["documents"]["train"] == 60 and data.facts["documents"]["validation"] == 10
     assert int(data.tokens.max()) < vocab and data.tokens.dtype == np.uint16
     assert not data.is_special[data.tokens].any()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_has_a_longest_length(tmp_path, monkeypatch, suffix):
+    """Nothing of that length is read into memory, from a zipped file neither; one byte less is a line."""
+    (path := tmp_path / f"a{suffix}").touch()
+    write = gzip.open if suffix.endswith("gz") else open
+    monkeypatch.setattr(folder, "LONGEST_LINE_BYTES", 100)
+    for size_bytes in (100, 101):
+        start, end = b'{"text": "a"}\n{"text": "', b'"}\n'
+        with write(path, "wb") as file:
+            file.write(start + b"x" * (size_bytes - len(start) - len(end) + len(b'{"text": "a"}\n')) + end)
+        if size_bytes == 100:
+            assert len(list(folder.lines(path))) == 2
+        else:
+            with pytest.raises(DataError, match=r"a.jsonl(.gz)?:2: is longer than"):
+                list(folder.lines(path))
