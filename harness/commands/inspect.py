@@ -14,23 +14,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from harness.exit_codes import OK
+from harness.inspect import tables
 from harness.inspect.findings import UNFINISHED, gather
 from harness.inspect.repro_script import write_repro
-from harness.inspect.tables import (
-    BACKWARD,
-    FORWARD,
-    LIMIT,
-    MOST_LINKS,
-    chain_table,
-    dtype,
-    event_lines,
-    histogram_lines,
-    history_chart,
-    kernel_table,
-    number,
-    operands_table,
-    remedy_table,
-)
 from harness.settings import SettingsError
 from instrument.results.layout import locate
 from instrument.results.read import failure_of, run_record
@@ -50,10 +36,8 @@ def inspect_command(options: argparse.Namespace) -> int:
     if options.repro is not None:
         record = run_record(run)
         script, tensors = write_repro(run, record, failure_of(run, record), options.repro, trust=options.trust_run)
-        if options.json:
-            print(strict_json({"run_id": run.run_id, "script": str(script), "tensors": str(tensors)}))
-        else:
-            print(f"{script} and {tensors}: python {script}")
+        row = strict_json({"run_id": run.run_id, "script": str(script), "tensors": str(tensors)})
+        print(row if options.json else f"{script} and {tensors}: python {script}")
     elif options.json:
         print(strict_json(gather(run)))
     else:
@@ -76,7 +60,7 @@ class InspectScreen:
         if found.get("stack") is not None:
             self._stack(found["stack"])
         if found["events"]:
-            self._section("Along the way", *map(Text, event_lines(found["events"])))
+            self._section("Along the way", *map(Text, tables.event_lines(found["events"])))
         self._next(found)
 
     def _head(self, found: dict[str, Any]) -> None:
@@ -106,33 +90,33 @@ class InspectScreen:
     def _failure(self, found: dict[str, Any]) -> None:
         width = self.console.width
         if found["chain"]:
-            table = chain_table(found["chain"], width, found["first_nonfinite"]["kind"])
+            table = tables.chain_table(found["chain"], width, found["first_nonfinite"]["kind"])
             self._section("The road of the value", table, note="first op of every module it reached")
-            more = len(found["chain"]) - MOST_LINKS
+            more = len(found["chain"]) - tables.MOST_LINKS
             if more > 0:
                 self._line(f"and {more} more (--json has {'all' if len(found['chain']) < 64 else 'the first 64'})", style="dim")
         if found["absorbed"]:
-            self._section("Absorbed", chain_table(found["absorbed"], width), note="not finite, but it died out: not to blame")
+            table = tables.chain_table(found["absorbed"], width)
+            self._section("Absorbed", table, note="not finite, but it died out: not to blame")
         if found["operands"]:
-            self._section(f"What {found['first_nonfinite']['op']} read", operands_table(found))
-            self._exact(found["output"])
+            self._section(f"What {found['first_nonfinite']['op']} read", tables.operands_table(found))
+            if found["output"] is not None:
+                self._exact(found["output"])
         self._history(found)
         if found["histograms"]:
-            lines = histogram_lines(found["histograms"], width - 2)
+            lines = tables.histogram_lines(found["histograms"], width - 2)
             self._section("Exponents of what it read", *lines, note="how many values per power of two, heights logarithmic")
         if found["kernels"]:
             what = "Kernels" if found["device_type"] == "cuda" else "Ops"
             unseen = "; – where it saw no such op" if any(row["duration_s"] is None for row in found["kernels"]) else ""
-            table = kernel_table(found["kernels"], width)
+            table = tables.kernel_table(found["kernels"], width)
             self._section(f"{what} around the failure", table, note="times from the profiled replay" + unseen)
 
-    def _exact(self, output: dict[str, Any] | None) -> None:
-        if output is None:
-            return
+    def _exact(self, output: dict[str, Any]) -> None:
         if output["exact_absmax"] is not None:
             limits = float_format(output["dtype"])
-            ends = f"; {dtype(output['dtype'])} ends at {number(limits.max)}" if limits else ""
-            self._line(f"float64 gives up to {number(output['exact_absmax'])} where it failed{ends}")
+            ends = f"; {limits.name} ends at {tables.number(limits.max)}" if limits else ""
+            self._line(f"float64 gives up to {tables.number(output['exact_absmax'])} where it failed{ends}")
         elif output["zero_denominators"]:
             elements = count(output["zero_denominators"], "element")
             self._line(f"divided by exactly 0 in {elements}; float64 cannot save that either")
@@ -144,14 +128,13 @@ class InspectScreen:
         limit = (float_format(found["first_nonfinite"]["dtype"]) or FP16).max
         largest = max((row[key] or 0 for row in history for key in ("absmax_fwd", "absmax_bwd")), default=0)
         near = limit if largest and limit / largest < 2**8 else FP16.max
-        lines = history_chart(history, self.console.width - 2, near)
+        lines = tables.history_chart(history, self.console.width - 2, near)
         if not lines:
             return
-        name = "fp16" if near == FP16.max else dtype(found["first_nonfinite"]["dtype"])
+        name = "fp16" if near == FP16.max else tables.dtype(found["first_nonfinite"]["dtype"])
         self._section(f"Largest |x| of {history[0]['module'] or 'the model'}", *lines)
-        self._line(
-            f"{FORWARD} output   {BACKWARD} its gradient, at the loss scale   {LIMIT} end of {name}   log scale", style="dim"
-        )
+        marks = f"{tables.FORWARD} output   {tables.BACKWARD} its gradient, at the loss scale   {tables.LIMIT} end of {name}"
+        self._line(f"{marks}   log scale", style="dim")
         if found.get("earlier_history"):
             self._line(f"before step {found['history'][0]['step']}: the largest of a log window, at its step", style="dim")
         since = found.get("headroom_since_step")
@@ -174,7 +157,7 @@ class InspectScreen:
         if found.get("chain") is None:
             return
         command = f"python -m harness inspect {shlex.join([found['run_id'], '--out', found['results_folder']])}"
-        self._section("Remedies", *([remedy_table(found["remedies"])] if found["remedies"] else []))
+        self._section("Remedies", *([tables.remedy_table(found["remedies"])] if found["remedies"] else []))
         if not found["remedies"]:
             self._line("none tried yet; from the snapshot before the failure, each with one change:")
             self._to_copy(f"{command} --try all")
@@ -202,14 +185,12 @@ def _sentence(text: str) -> str:
 
 
 def _headroom(row: dict[str, Any], against: str) -> str:
-    where = "output" if row["direction"] == "fwd" else "gradient"
-    name = row["module"] or "the model"
-    if row["headroom_bits"] < 0:
-        return f"{-row['headroom_bits']:.1f} bits beyond: {where} of {name}, {number(row['absmax'])} at step {row['step']}"
-    return (
-        f"{row['headroom_bits']:.1f} bits ({where} of {name}, {number(row['absmax'])} in {dtype(row['dtype'])} at step "
-        f"{row['step']}; {dtype(against)} ends at {number(float_format(against).max)})"
-    )
+    bits, largest, limits = row["headroom_bits"], tables.number(row["absmax"]), float_format(against)
+    where = f"{'output' if row['direction'] == 'fwd' else 'gradient'} of {row['module'] or 'the model'}, {largest}"
+    if bits < 0:
+        return f"{-bits:.1f} bits beyond: {where} at step {row['step']}"
+    in_dtype = f"in {tables.dtype(row['dtype'])} at step {row['step']}"
+    return f"{bits:.1f} bits ({where} {in_dtype}; {limits.name} ends at {tables.number(limits.max)})"
 
 
 CAUSES = {
@@ -233,11 +214,13 @@ def try_command(options: argparse.Namespace) -> int:
     refuse_unknown(options.changes)
     console = Console(stderr=True, highlight=False)
     with console.status("") as status:
-
-        def show(what: str) -> None:
-            status.update(f"replaying: {what}")
-
-        tried = try_changes(run.path, options.changes, options.steps, show, trust=options.trust_run)
+        tried = try_changes(
+            run.path,
+            options.changes,
+            options.steps,
+            lambda what: status.update(f"replaying: {what}"),
+            trust=options.trust_run,
+        )
     row = msgspec.to_builtins(tried) | {"confirmed_by": tried.confirmed_by}
     if options.json:
         print(msgspec.json.encode(row).decode())
@@ -248,31 +231,25 @@ def try_command(options: argparse.Namespace) -> int:
 
 def _show_tried(console: Console, tried: Counterfactual, remedies: list[dict[str, Any]]) -> None:
     """What failed, whether the unchanged replay failed again, a row for each change, and whether the cause is confirmed."""
-    if tried.reproduced:
-        again = f"[green]fails again at step {tried.control_failed_at}[/]"
-    elif tried.control_failed_at is None:
-        again = "[yellow]does not fail again[/]"
-    else:
-        again = f"[yellow]fails in another way, at step {tried.control_failed_at}[/]"
+    again = "[yellow]does not fail again[/]"
+    if tried.control_failed_at is not None:
+        how = "[green]fails again at" if tried.reproduced else "[yellow]fails in another way, at"
+        again = f"{how} step {tried.control_failed_at}[/]"
     console.print(f"[bold]{escape(tried.run_id)}[/]\n{escape(tried.sentence)}")
     console.print(f"from the snapshot after step {tried.snapshot_step} up to step {tried.last_step}; unchanged, it {again}")
     for warning in tried.warnings:
         console.print(f"[yellow]another machine: {escape(warning)}[/]")
-    console.print(remedy_table(remedies))
+    console.print(tables.remedy_table(remedies))
     notes = [f"{escape(r.change)}: [dim]{escape(r.why)}[/]" for r in tried.remedies if r.why and r.survives is not None]
     if tried.time_noise is not None:
-        notes.append(
-            "[dim]step time and memory: to the unchanged run, timed before and after each change; its own timings "
-            f"differ by up to {tried.time_noise:.0%}[/]"
-        )
+        noise = f"timed before and after each change; its own timings differ by up to {tried.time_noise:.0%}"
+        notes.append(f"[dim]step time and memory: to the unchanged run, {noise}[/]")
     for note in notes:
         console.print(Padding(note, (0, 0, 0, 2)))
     cause = CAUSES.get(tried.first_nonfinite.cause, "an unknown cause")
+    answer = f"[bold yellow]not confirmed[/]: no change that was tried removes {cause} and survives"
     if tried.confirmed_by:
-        names = escape(", ".join(tried.confirmed_by))
-        console.print(f"[bold green]confirmed[/]: {cause}. Without it the run survives: {names}")
+        answer = f"[bold green]confirmed[/]: {cause}. Without it the run survives: {escape(', '.join(tried.confirmed_by))}"
     elif not tried.reproduced:
-        why = "the unchanged run did not fail as it had, so survival proves nothing"
-        console.print(f"[bold yellow]nothing is confirmed[/]: {why}")
-    else:
-        console.print(f"[bold yellow]not confirmed[/]: no change that was tried removes {cause} and survives")
+        answer = "[bold yellow]nothing is confirmed[/]: the unchanged run did not fail as it had, so survival proves nothing"
+    console.print(answer)

@@ -32,7 +32,7 @@ from instrument.replay.replays import Examination, Replayed, Replays
 from instrument.replay.snapshot import Seen
 from instrument.results.files import replace
 from instrument.results.measurements import ForensicsRecord, TapReading
-from instrument.results.schemas import FirstNonfinite, StepRecord
+from instrument.results.schemas import KIND_NAMES, FirstNonfinite, StepRecord
 from instrument.trace.tracks import CounterSample, Marker, PhaseSlice
 from instrument.trace.window import ModuleMagnitudes, TraceWindow, flows_from
 from instrument.watch.meter import Divergence
@@ -109,9 +109,6 @@ class PhaseTrace:
             return out
 
         return wrapped
-
-
-KIND_NAMES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 
 
 def sentence(first: FirstNonfinite, found: Examination | None, headroom_since: int | None, spread_modules: int) -> str:

@@ -44,9 +44,11 @@ def changes_of(names: list[str], config: DtypeConfig, model: torch.nn.Module, fi
     """The changes that were asked for, ``all`` spelled out; raises `SettingsError` for one that does not exist
     and `UnknownId` for a module that does not."""
     refuse_unknown(names)
+    known = first.module and first.module in dict(model.named_modules()) and first.phase in ("forward", "backward")
+    culprit = [f"fp32:{first.module}"] if known else []
     wanted: list[str] = []
     for name in names:
-        wanted += [*NAMED, *_culprits_module(model, first)] if name == "all" else [name]
+        wanted += [*NAMED, *culprit] if name == "all" else [name]
     return [change_of(name, config, model) for name in dict.fromkeys(wanted)]
 
 
@@ -109,11 +111,6 @@ def _require_module(name: str, model: torch.nn.Module) -> None:
         raise UnknownId(f"--try 'fp32:{name}': the model has no such module; near: {', '.join(near)}")
 
 
-def _culprits_module(model: torch.nn.Module, first: FirstNonfinite) -> list[str]:
-    known = first.module and first.module in dict(model.named_modules())
-    return [f"fp32:{first.module}"] if known and first.phase in ("forward", "backward") else []
-
-
 def _fp32_head(config: DtypeConfig) -> Change:
     if config.head == "fp32":
         return Change("fp32_head", config, why_not="the head runs in fp32 already")
@@ -154,13 +151,8 @@ def _scaler(config: DtypeConfig) -> Change:
 
 def _module_in_fp32(name: str, module: str, config: DtypeConfig) -> Change:
     already = config.compute == "fp32" or (config.head == "fp32" and is_inside(module, HEAD))
-    return Change(
-        name,
-        config,
-        module=module,
-        stays_fp32=config.weights == "fp32",
-        why_not=f"{module} runs in fp32 already" if already else None,
-    )
+    why_not = f"{module} runs in fp32 already" if already else None
+    return Change(name, config, module=module, stays_fp32=config.weights == "fp32", why_not=why_not)
 
 
 MOMENTS = {"state1": "exp_avg", "state2": "exp_avg_sq"}
@@ -197,12 +189,8 @@ def _decoded(state: NamedState, name: str) -> torch.Tensor:
     value = state.tensors[name]
     if value.dtype != torch.uint8:
         return value
-    number = name[-1]
-    owner = name.rpartition("/")[0]
-
-    def other(key: str) -> torch.Tensor:
-        full = f"{owner}/{key}{number}"
-        return state.tensors[state.aliases.get(full, full)]
-
-    scales = other("absmax").repeat_interleave(BLOCK)[: value.numel()]
-    return (other("qmap")[value.flatten().long()] * scales).view(value.shape)
+    owner, number = name.rpartition("/")[0], name[-1]
+    names = (f"{owner}/{key}{number}" for key in ("absmax", "qmap"))
+    absmax, qmap = (state.tensors[state.aliases.get(full, full)] for full in names)
+    scales = absmax.repeat_interleave(BLOCK)[: value.numel()]
+    return (qmap[value.flatten().long()] * scales).view(value.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ import torch
 
 from harness.forensics.stored import NothingToReplay, RebuildError, SnapshotError, read_state
 from harness.inspect.changes import Change, change_of, changes_of, confirms, enclosing_modules
-from harness.inspect.rerun import ChangedRun, Rebuilt, rebuild, run_changed, run_unchanged
+from harness.inspect.rerun import ChangedRun, Rebuilt, rebuild, run_changed
 from harness.precision import DTYPES, Unsupported
 from harness.settings import SettingsError
 from instrument.replay.snapshot import NamedState
@@ -77,7 +78,7 @@ def try_changes(
     timed = list(range(state.step + 1, min(first.step, state.step + MOST_TIMED_STEPS) + 1))
     progress("unchanged")
     try:
-        control = run_unchanged(rebuilt, state, first.step, timed)
+        control = run_changed(rebuilt, None, state, first.step, timed)
     except Unsupported as error:
         raise RebuildError(f"{record.run_id} cannot be run again here: {error}") from error
     reproduced = control.failed_at == first.step and control.first is not None and control.first.phase == first.phase_surfaced
@@ -86,18 +87,8 @@ def try_changes(
     if "all" in names:
         remedies += tried.enclosing(first.module, remedies)
     _keep(run_folder, remedies)
-    return Counterfactual(
-        record.run_id,
-        forensics.sentence,
-        first,
-        state.step,
-        last,
-        reproduced,
-        control.failed_at,
-        tried.time_noise(),
-        tuple(remedies),
-        rebuilt.warnings,
-    )
+    replay = state.step, last, reproduced, control.failed_at, tried.time_noise()
+    return Counterfactual(record.run_id, forensics.sentence, first, *replay, tuple(remedies), rebuilt.warnings)
 
 
 def last_step(snapshot: int, failed: int, max_steps: int, steps: int | None) -> int:
@@ -105,10 +96,8 @@ def last_step(snapshot: int, failed: int, max_steps: int, steps: int | None) -> 
     if steps is None:
         steps = max(STEPS, failed - snapshot + STEPS_BEYOND)
     if snapshot + steps < failed:
-        raise SettingsError(
-            f"--steps {steps} ends before the failure: the snapshot is of step {snapshot} and the run failed "
-            f"at step {failed}; give at least {failed - snapshot}"
-        )
+        where = f"the snapshot is of step {snapshot} and the run failed at step {failed}"
+        raise SettingsError(f"--steps {steps} ends before the failure: {where}; give at least {failed - snapshot}")
     return min(snapshot + steps, max_steps)
 
 
@@ -134,25 +123,17 @@ class _Changes:
 
     def remedy(self, change: Change) -> Remedy:
         """One change, tried, or why it was not."""
-        untried = Remedy(
-            change=change.name,
-            survives=None,
-            steps=0,
-            failed_at=None,
-            step_time_ratio=None,
-            bytes_ratio=None,
-            confirms=None,
-            why=change.why_not,
-        )
+        unknown = dict.fromkeys(("survives", "failed_at", "step_time_ratio", "bytes_ratio", "confirms"))
+        untried = partial(Remedy, change=change.name, steps=0, **unknown)
         if change.why_not is not None:
-            return untried
+            return untried(why=change.why_not)
         self.progress(change.name)
         try:
             run = run_changed(self.rebuilt, change, self.state, self.last, self.timed)
         except (Unsupported, RuntimeError) as error:  # a module whose neighbours do not take fp32 says so here
-            return msgspec.structs.replace(untried, why=f"could not be run: {str(error).splitlines()[0]}")
+            return untried(why=f"could not be run: {str(error).splitlines()[0]}")
         if run.in_fp32 is not None and not run.in_fp32.calls:
-            return msgspec.structs.replace(untried, why=f"{change.module} only holds other modules: it is never called itself")
+            return untried(why=f"{change.module} only holds other modules: it is never called itself")
         survives = run.failed_at is None and run.applied > 0
         cause = confirms(change.name, self.first) if survives and self.reproduced else None
         time_ratio, too_noisy = self._time_ratio(run)
@@ -172,7 +153,7 @@ class _Changes:
         """To the mean of the unchanged run's times just before and just after; or none, and why."""
         if run.step_time_s is None:
             return None, None
-        self.control_times_s.append(run_unchanged(self.rebuilt, self.state, self.timed[-1], self.timed).step_time_s)
+        self.control_times_s.append(run_changed(self.rebuilt, None, self.state, self.timed[-1], self.timed).step_time_s)
         before_s, after_s = self.control_times_s[-2:]
         if not 1 / (1 + MOST_TIME_NOISE) <= after_s / before_s <= 1 + MOST_TIME_NOISE:
             return None, f"no step time: the unchanged steps took {after_s / before_s:.2f}x as long after as before"

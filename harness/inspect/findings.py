@@ -17,7 +17,7 @@ from instrument.results.files import plain_inside
 from instrument.results.layout import TRACES, RunFiles
 from instrument.results.measurements import ForensicsRecord, Magnitude
 from instrument.results.read import failure_of, records, run_record
-from instrument.results.schemas import FirstNonfinite, RunRecord
+from instrument.results.schemas import KIND_NAMES, FirstNonfinite, RunRecord
 from instrument.terminal import count
 from kernels.float_formats import FP16, float_format
 
@@ -33,20 +33,9 @@ BETWEEN = re.compile(r"\n\n(?:During handling of the above|The above exception w
 ROOT = Path(__file__).resolve().parents[2]
 UNFINISHED = "unfinished"
 RUN_FIELDS = (
-    "case",
-    "dtype_config",
-    "seed",
-    "preset",
-    "device",
-    "max_steps",
-    "divergence_step",
-    "scaler_skips",
-    "instrument",
-    "attention_backend",
-    "first_nonfinite",
-    "error",
+    *("case", "dtype_config", "seed", "preset", "device", "max_steps", "divergence_step"),
+    *("scaler_skips", "instrument", "attention_backend", "first_nonfinite", "error"),
 )
-KIND_NAMES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
 
 
 def gather(run: RunFiles) -> dict[str, Any]:

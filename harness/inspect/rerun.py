@@ -109,16 +109,12 @@ def rebuild(record: RunRecord, *, trust: bool = False) -> Rebuilt:
     data = load_run_data(settings)
     model = build_model(model_request(settings, data))
     batches = make_batches(settings, data)
-    for what, recorded, now in (
-        ("initial weights", record.init_sha256, weights_sha256(model)),
-        ("batches", record.data_sha256, batches.sha256(settings.max_steps)),
-    ):
+    weights = ("initial weights", record.init_sha256, weights_sha256(model))
+    for what, recorded, now in (weights, ("batches", record.data_sha256, batches.sha256(settings.max_steps))):
         if recorded is not None and recorded != now:
-            raise RebuildError(
-                f"{record.run_id} cannot be made again: its {what} differ (sha256 {recorded[:12]} then, "
-                f"{now[:12]} now; the run was made with torch {record.env.get('torch_version')}, this is "
-                f"{torch.__version__})"
-            )
+            hashes = f"sha256 {recorded[:12]} then, {now[:12]} now"
+            torches = f"the run was made with torch {record.env.get('torch_version')}, this is {torch.__version__}"
+            raise RebuildError(f"{record.run_id} cannot be made again: its {what} differ ({hashes}; {torches})")
     return Rebuilt(settings, model, batches, tuple(_other_machine(record, settings)))
 
 
@@ -181,7 +177,8 @@ def in_fp32(model: torch.nn.Module, name: str, cast_back: torch.dtype | None) ->
     def forward(*args, **kwargs):
         seen.calls += 1
         wide = {f"inner.{n}": t.float() for n, t in (*module.named_parameters(), *module.named_buffers()) if t.dtype in NARROW}
-        with torch.autocast(_device_type(module, args), enabled=False):
+        tensors = (*module.parameters(), *(a for a in args if isinstance(a, torch.Tensor)))
+        with torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
             out = functional_call(shell, wide, _cast(args, NARROW, torch.float32), _cast(kwargs, NARROW, torch.float32))
         if cast_back is None:
             return out
@@ -218,11 +215,6 @@ def _note_largest(out: Any, seen: InFp32) -> None:
             seen.largest = largest if seen.largest is None else torch.maximum(seen.largest, largest)
 
 
-def _device_type(module: torch.nn.Module, args: tuple) -> str:
-    tensors = (*module.parameters(), *(a for a in args if isinstance(a, torch.Tensor)))
-    return tensors[0].device.type if tensors else "cpu"
-
-
 TIMED_SAMPLES = 10
 """Timings of a step are at least this many, over all rounds and steps."""
 
@@ -242,29 +234,19 @@ class ChangedRun:
     in_fp32: InFp32 | None = None
 
 
-def run_changed(rebuilt: Rebuilt, change: Change, state: NamedState, last: int, timed: list[int]) -> ChangedRun:
+def run_changed(rebuilt: Rebuilt, change: Change | None, state: NamedState, last: int, timed: list[int]) -> ChangedRun:
     """Run from the stored state up to ``last`` or to a failure, whose producer is then looked for; where the steps
-    are survived, time the ``timed`` ones and weigh the memory."""
-    with _training(rebuilt, change) as (training, module):
-        snapshot = _snapshot(state, change, rebuilt, training)
+    are survived, time the ``timed`` ones and weigh the memory. Without a ``change``, the control: its cost is measured whether
+    it fails or not."""
+    with _training(rebuilt, change or Change("unchanged", rebuilt.settings.config)) as (training, module):
+        snapshot = _snapshot(state, rebuilt, training)
         result = _run(training, snapshot, last)
         result.in_fp32 = module
-        if result.failed_at is None:
+        if change is None or result.failed_at is None:
             result.step_time_s, result.bytes = _cost(training, snapshot, timed)
         elif result.first is not None:
-            result.found = examine(
-                result.failed_at, training.again, snapshot, training.model, training.optimizer, training.precision.scaler
-            )
-    return result
-
-
-def run_unchanged(rebuilt: Rebuilt, state: NamedState, last: int, timed: list[int]) -> ChangedRun:
-    """The control: the same without a change, its cost measured whether it fails or not."""
-    change = Change("unchanged", rebuilt.settings.config)
-    with _training(rebuilt, change) as (training, _):
-        snapshot = _snapshot(state, change, rebuilt, training)
-        result = _run(training, snapshot, last)
-        result.step_time_s, result.bytes = _cost(training, snapshot, timed)
+            parts = training.model, training.optimizer, training.precision.scaler
+            result.found = examine(result.failed_at, training.again, snapshot, *parts)
     return result
 
 
@@ -285,10 +267,10 @@ def _training(rebuilt: Rebuilt, change: Change) -> Iterator[tuple[Training, InFp
         precision.close()
 
 
-def _snapshot(state: NamedState, change: Change, rebuilt: Rebuilt, training: Training) -> Snapshot:
+def _snapshot(state: NamedState, rebuilt: Rebuilt, training: Training) -> Snapshot:
     """The stored state as this training keeps it; options stay the training's own, for they may be the change."""
     state = without_options(state)
-    if change.config.optimizer != rebuilt.settings.config.optimizer:
+    if training.settings.config.optimizer != rebuilt.settings.config.optimizer:
         state = with_fp32_moments(state)
     return Snapshot.from_named(state, training.model, training.optimizer, training.precision.scaler)
 

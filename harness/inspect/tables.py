@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from harness.inspect.findings import KIND_NAMES
+from instrument.results.schemas import KIND_NAMES
 from instrument.terminal import count, plain_table
-from kernels.float_formats import FP16
+from kernels.float_formats import FP16, float_format
 
 FP16_SMALLEST_EXPONENT = FP16.min_exponent - FP16.mantissa_bits
 ROWS = 9
@@ -118,7 +118,6 @@ def number(value: float | None) -> str:
 
 
 MOST_LINKS, MOST_EVENTS = 12, 8
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 WIDE = 100
 """Columns from which there is room for an op's whole name."""
 OP_SHARE = 4
@@ -224,7 +223,8 @@ def tail(name: str, room: int) -> str:
 
 def dtype(name: str) -> str:
     """``fp16`` for ``float16``, as configurations say."""
-    return DTYPES.get(name, name)
+    limits = float_format(name)
+    return limits.name if limits else name
 
 
 def shape(sizes: Sequence[int]) -> str:

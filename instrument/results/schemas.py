@@ -71,6 +71,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     schema: int = SCHEMA
 
 
+KIND_NAMES = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+"""The kinds of non-finite values, for people."""
+
+
 class FirstNonfinite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the first non-finite value was produced.
 
