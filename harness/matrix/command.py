@@ -24,8 +24,8 @@ from harness.matrix.spending import BudgetSpent, Spending, estimated, run_second
 from harness.parallel.ranks import refuse_ranks
 from harness.planning import choose_device, data_options, results_folder
 from harness.predict import store_all
+from harness.run.checkpoints import discard
 from harness.run.execute import load_run_data, make_batches, model_request
-from harness.run.resume import discard
 from harness.run.signals import Stop
 from harness.settings import RunSettings, SettingsError, choose_preset
 from harness.supervisor.pool import Pool

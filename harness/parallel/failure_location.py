@@ -4,12 +4,13 @@ modules' counters where no rank has the whole state that a replay needs.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import msgspec
 
 from harness.parallel.context import DistributedContext
 from harness.parallel.strategy import ParallelStrategy
 from instrument.replay.ops import SUM_OVER_RANKS
-from instrument.results.measurements import TapReading
 from instrument.results.schemas import FirstNonfinite
 from instrument.watch.meter import Divergence
 from instrument.watch.surface import innermost, prevailing
@@ -43,7 +44,8 @@ def first_of_all(strategy: ParallelStrategy, mine: FirstNonfinite | None) -> tup
     _, rank = min(candidates)
     first = findings[rank]
     if len(findings) > 1:
-        alike = [r for r, other in enumerate(findings) if other is not None and _what(other) == _what(first)]
+        same = attrgetter("phase", "module", "op", "tensor", "kind")
+        alike = [r for r, other in enumerate(findings) if other is not None and same(other) == same(first)]
         first = msgspec.structs.replace(first, replay=(first.replay or {}) | {"ranks": alike})
     return rank, first
 
@@ -54,36 +56,22 @@ def _order(first: FirstNonfinite) -> tuple[int, int, int]:
     return stage, first.microbatch or 0, MICROBATCH_PHASES.index(first.phase) if in_microbatch else 0
 
 
-def _what(first: FirstNonfinite) -> tuple:
-    return first.phase, first.module, first.op, first.tensor, first.kind
-
-
 DIRECTIONS = {"forward": "fwd", "loss": "fwd", "backward": "bwd"}
 
 
 def located(divergence: Divergence, context: DistributedContext, taps: ModuleTaps | None) -> Divergence:
     """The divergence with the rank and the module that first showed it: the innermost that was measured in that
     step, blocks at every step, leaf modules at those of the level's cadence. All ranks call it."""
-    first = divergence.first_nonfinite
-    mine = _of(first, taps.mine if taps is not None else [])
+    first, readings = divergence.first_nonfinite, taps.mine if taps is not None else []
+    direction = DIRECTIONS.get(first.phase)
+    bad = [r for r in readings if r.step == first.step and r.direction == direction and (r.nan or r.inf)]
+    mine = innermost(bad) if bad else None
     findings = context.gather(mine and (mine.module, prevailing(mine.nan - mine.inf), mine.dtype))
     rank = first.rank if first.rank is not None else next((r for r, found in enumerate(findings) if found is not None), None)
     found = findings[rank] if rank is not None else None
     if found is not None:
         module, kind, dtype = found
         first = msgspec.structs.replace(first, rank=rank, module=module, kind=kind, dtype=dtype or None)
-    where = ", ".join(
-        str(part)
-        for part in (f"step {first.step}", f"rank {rank}" if rank is not None else None, first.phase, first.module)
-        if part
-    )
-    return Divergence(
-        divergence.step,
-        first,
-        f"{where}: {first.tensor} is {first.kind}; a sharded run is not replayed, so the op is not known",
-    )
-
-
-def _of(first: FirstNonfinite, readings: list[TapReading]) -> TapReading | None:
-    bad = [r for r in readings if r.step == first.step and r.direction == DIRECTIONS.get(first.phase) and (r.nan or r.inf)]
-    return innermost(bad) if bad else None
+    places = (f"step {first.step}", f"rank {rank}" if rank is not None else None, first.phase, first.module)
+    what = f"{first.tensor} is {first.kind}; a sharded run is not replayed, so the op is not known"
+    return Divergence(divergence.step, first, f"{', '.join(filter(None, places))}: {what}")

@@ -99,27 +99,19 @@ def shard_state(state: NamedState, sharded: Mapping[str, DTensor], rank: int) ->
     for name, value in state.tensors.items():
         if not name.startswith(RANDOM):
             like = _parameter_of(name, sharded)
-            cut = like is not None and _is_slice(name, value, like.shape)
-            tensors[name] = _slice(value, like) if cut else value
-    own = {
-        name.removeprefix(_random_of(rank)): value
-        for name, value in state.tensors.items()
-        if name.startswith(_random_of(rank)) and (rank or not name.startswith(f"{RANDOM}rank"))
-    }
+            if like is not None and _is_slice(name, value, like.shape):  # cut without talking to another rank
+                value = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local().cpu()
+            tensors[name] = value
+    prefix, others = _random_of(rank), f"{RANDOM}rank" if rank == 0 else None
+    own = [name for name in state.tensors if name.startswith(prefix) and not (others and name.startswith(others))]
     if not own:
         raise ValueError(f"the stored state has no random states of rank {rank}")
-    return replace(state, tensors=tensors | {RANDOM + name: value for name, value in own.items()})
+    return replace(state, tensors=tensors | {RANDOM + name.removeprefix(prefix): state.tensors[name] for name in own})
 
 
 def _whole(part: torch.Tensor, like: DTensor) -> torch.Tensor:
-    return DTensor.from_local(
-        part.to(like.device), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
-    ).full_tensor()
-
-
-def _slice(value: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """Without talking to another rank."""
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local().cpu()
+    part, mesh = part.to(like.device), like.device_mesh
+    return DTensor.from_local(part, mesh, like.placements, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 def _parameter_of(name: str, sharded: Mapping[str, DTensor]) -> DTensor | None:
@@ -194,16 +186,17 @@ class FsdpStrategy(ParallelStrategy):
 def fsdp_strategy(context: DistributedContext, model: nn.Module, precision: Precision) -> FsdpStrategy:
     """Shard a prepared model in place, its layers one by one, and give ``precision`` the slices to measure, clip and
     update. Raises `Unsupported` for a configuration that needs whole tensors."""
+
+    def refuse(why: str) -> None:
+        raise Unsupported(f"under --parallel fsdp: {why}; use --parallel ddp")
+
     config = precision.config
     if config.optimizer in NEEDS_WHOLE:
-        raise Unsupported(f"under --parallel fsdp: {NEEDS_WHOLE[config.optimizer]}; use --parallel ddp")
+        refuse(NEEDS_WHOLE[config.optimizer])
     if config.clip == "fp16":
-        raise Unsupported(
-            "under --parallel fsdp: the norm of all gradients is computed in fp16, and no rank has all of "
-            "them; use --parallel ddp"
-        )
+        refuse("the norm of all gradients is computed in fp16, and no rank has all of them")
     if not all(parameter.requires_grad for parameter in model.parameters()):
-        raise Unsupported("under --parallel fsdp: some parameters are frozen, which is not supported; use --parallel ddp")
+        refuse("some parameters are frozen, which is not supported")
     mesh = init_device_mesh(precision.device.type, (context.ranks.world,))
     for module in (*_layers(model), model):
         fully_shard(module, mesh=mesh)

@@ -24,6 +24,7 @@ GROUPS = itertools.count()
 FOREVER_S = 30 * 86400.0
 """What stands for it where a library wants a number."""
 CONNECTION_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+"""In the message of a broken or silent connection to another rank."""
 
 
 class ProcessGroupContext(DistributedContext):
@@ -66,17 +67,12 @@ class ProcessGroupContext(DistributedContext):
     def _raise_for_all(self, error: BaseException, describe=failure_of):
         """Report this rank's error to the others, or raise the `RankFailed` of the rank that broke the connection."""
         self.broken = True
-        if is_about_another_rank(error):
+        message = str(error).lower()
+        if isinstance(error, (dist.DistError, RuntimeError)) and any(words in message for words in CONNECTION_ERRORS):
             raise self.monitor.failed_rank(error) from error
         if not isinstance(error, RankFailed):
             self.monitor.report(error, None if isinstance(error, KeyboardInterrupt) else describe(error))
         raise error
-
-
-def is_about_another_rank(error: BaseException) -> bool:
-    """Whether an error is a broken or silent connection to another rank."""
-    message = str(error).lower()
-    return isinstance(error, (dist.DistError, RuntimeError)) and any(words in message for words in CONNECTION_ERRORS)
 
 
 @contextmanager
@@ -86,11 +82,9 @@ def joined(ranks: Ranks, device: torch.device, hang_after_s: float) -> Iterator[
     Raises `SettingsError` where there are fewer GPUs, or the others cannot be reached."""
     cuda = device.type == "cuda"
     if cuda:
-        if ranks.local_world > torch.cuda.device_count():
-            raise SettingsError(
-                f"torchrun started {ranks.local_world} processes on this machine, and torch sees "
-                f"{torch.cuda.device_count()} GPUs; give --nproc-per-node {torch.cuda.device_count()}"
-            )
+        if ranks.local_world > (gpus := torch.cuda.device_count()):
+            started = f"torchrun started {ranks.local_world} processes on this machine"
+            raise SettingsError(f"{started}, and torch sees {gpus} GPUs; give --nproc-per-node {gpus}")
         torch.cuda.set_device(ranks.local_rank)
     timeout_s = hang_after_s or FOREVER_S
     longest = timedelta(seconds=2 * timeout_s)  # the monitor comes first, and says more
@@ -103,10 +97,9 @@ def joined(ranks: Ranks, device: torch.device, hang_after_s: float) -> Iterator[
         objects = dist.new_group(backend="gloo", timeout=longest) if cuda else None
         monitor = RankMonitor(ranks, connected(ranks, f"{number}/monitor", is_open=True), timeout_s)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise SettingsError(
-            f"rank {ranks.rank} cannot meet the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
-        ) from error
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        why = f"rank {ranks.rank} cannot meet the others at {place}: {str(error).splitlines()[0]}"
+        raise SettingsError(why) from error
     context = ProcessGroupContext(ranks, objects, monitor)
     try:
         yield context

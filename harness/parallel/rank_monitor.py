@@ -148,10 +148,8 @@ class RankMonitor:
         for rank in others:
             heartbeat = self._get(f"heartbeat/{rank}")
             if heartbeat is not None and self._is_gone(rank, heartbeat):
-                who = f"rank {rank} (process {heartbeat['pid']})"
-                return RankFailed.of(
-                    Failure("killed", f"{who} ended without reporting an error, last seen at {heartbeat['place']}"), rank
-                )
+                end = f"ended without reporting an error, last seen at {heartbeat['place']}"
+                return RankFailed.of(Failure("killed", f"rank {rank} (process {heartbeat['pid']}) {end}"), rank)
         return None
 
     def _is_gone(self, rank: int, heartbeat: dict[str, Any]) -> bool:
@@ -185,12 +183,10 @@ class RankMonitor:
 
 def place_of(thread: int | None) -> str:
     """``file:line in function`` where a thread is, the innermost that is no library's."""
-    frame = sys._current_frames().get(thread)
-    innermost = frame
+    innermost = frame = sys._current_frames().get(thread)
     while frame is not None and _is_library(frame.f_code.co_filename):
         frame = frame.f_back
-    frame = frame or innermost
-    if frame is None:
+    if (frame := frame or innermost) is None:
         return "its end"
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 

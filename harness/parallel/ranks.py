@@ -81,31 +81,20 @@ def on_ranks(settings: RunSettings, ranks: Ranks, asked: str | None) -> RunSetti
     """The settings of a run on ``ranks``; raises `SettingsError`. ``asked`` is ``--parallel``."""
     if ranks.world == 1:
         if asked is not None:
-            raise SettingsError(
-                f"--parallel {asked} is for a run on several GPUs, and this is one process: start it with `{LAUNCH}`"
-            )
+            several = f"--parallel {asked} is for a run on several GPUs, and this is one process"
+            raise SettingsError(f"{several}: start it with `{LAUNCH}`")
         return settings
     if settings.mtbf_s is not None:
-        raise SettingsError(
-            "--mtbf is chosen by each process' own clock, and a run on several GPUs writes its checkpoints "
-            "together: give --checkpoint-every N"
-        )
+        why = "--mtbf is chosen by each process' own clock, and a run on several GPUs writes its checkpoints together"
+        raise SettingsError(f"{why}: give --checkpoint-every N")
     if asked == "fsdp":
         for flag, given in (("--compile", settings.compile), ("--trace", settings.trace_steps)):
             if given:
-                raise SettingsError(
-                    f"{flag} does not go with --parallel fsdp, where no rank has the whole state; use --parallel ddp"
-                )
-    micro_batches = settings.batch_size // settings.micro_batch
-    if micro_batches % ranks.world:
-        largest = settings.batch_size // ranks.world
-        how = (
-            f"give a --micro-batch that divides {largest}"
-            if settings.batch_size % ranks.world == 0
-            else f"give a --batch-size that {ranks.world} divides"
-        )
-        raise SettingsError(
-            f"{settings.batch_size} rows in micro-batches of {settings.micro_batch} make {micro_batches}, "
-            f"which cannot be dealt equally to {ranks.world} ranks; {how}"
-        )
+                whole = "does not go with --parallel fsdp, where no rank has the whole state"
+                raise SettingsError(f"{flag} {whole}; use --parallel ddp")
+    rows, size, world = settings.batch_size, settings.micro_batch, ranks.world
+    if rows // size % world:
+        how = f"batch-size that {world} divides" if rows % world else f"micro-batch that divides {rows // world}"
+        dealt = f"{rows} rows in micro-batches of {size} make {rows // size}, which cannot be dealt equally to {world} ranks"
+        raise SettingsError(f"{dealt}; give a --{how}")
     return replace(settings, world=ranks.world, parallel=asked or "ddp")

@@ -140,42 +140,20 @@ def _sum_over_ranks(gradients: list[torch.Tensor]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-NO_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
-"""The argument by which rank 0's buffers are sent to all before every forward pass, by torch's version."""
-
-
 def ddp_strategy(
     context: DistributedContext, forward: torch.nn.Module, device: torch.device, *, some_unused: bool
 ) -> DdpStrategy:
     """``forward`` under DDP. ``some_unused``: not every parameter takes part in the loss, which DDP has to look
     for in each step. Buffers stay every rank's own: they are made alike and no model here changes them."""
-    return DdpStrategy(
-        context,
-        DistributedDataParallel(
-            forward,
-            device_ids=[device.index or torch.cuda.current_device()] if device.type == "cuda" else None,
-            find_unused_parameters=some_unused,
-            **{NO_BUFFERS: False},
-        ),
-    )
+    ids = [device.index or torch.cuda.current_device()] if device.type == "cuda" else None
+    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # by torch's version
+    own_buffers = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(forward, device_ids=ids, find_unused_parameters=some_unused, **own_buffers)
+    return DdpStrategy(context, wrapped)
 
 
 def takes_part(model: torch.nn.Module, logits: torch.Tensor) -> set[str]:
-    """Names of the parameters that ``logits`` were made of, by autograd's graph."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: set[str] = set()
-    seen, pending = set(), [logits.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
-        pending += [following for following, _ in node.next_functions]
-    return found
+    """Names of the trained parameters that ``logits`` were made of."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    return {name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}

@@ -25,7 +25,8 @@ from harness.settings import RunSettings
 from instrument.environment import capture
 from instrument.replay.snapshot import NamedState
 from instrument.results.files import placing_folder, remove_folder, require_there, sweep, sync_file
-from instrument.results.folder import RunFolder, log_paths
+from instrument.results.folder import OutputError, RunFolder, log_paths
+from instrument.results.layout import RunFiles
 from instrument.terminal import count
 
 if TYPE_CHECKING:
@@ -88,12 +89,16 @@ def read_checkpoint(run_folder: Path, run_id: str, step: int) -> tuple[NamedStat
         raise CheckpointError(str(error)) from error
 
 
-def discard_checkpoints(run_folder: Path, keep: int | None = None) -> None:
-    """Remove a run's checkpoints, or those of later steps than ``keep``."""
-    sweep(run_folder)
-    for step in checkpoint_steps(run_folder):
-        if keep is None or step > keep:
-            remove_folder(run_folder / f"{CHECKPOINT_PREFIX}{step}")
+def discard(out: Path, run_id: str, keep: int | None = None) -> None:
+    """Remove what a run could resume from, or what is later than step ``keep``; raises `OutputError`."""
+    run_folder = RunFiles(out, run_id).path
+    try:
+        sweep(run_folder)
+        for step in checkpoint_steps(run_folder):
+            if keep is None or step > keep:
+                remove_folder(run_folder / f"{CHECKPOINT_PREFIX}{step}")
+    except OSError as error:
+        raise OutputError.of(error, out) from error
 
 
 def machine_facts(settings: RunSettings) -> dict[str, Any]:
@@ -177,28 +182,25 @@ class Checkpointing:
         Raises OSError."""
         step, began_s = len(self.outcome.steps), time.perf_counter()
         if step > self.last_step and instruments is not None:
-            state, progress = self.training.state(step), self._progress(instruments)
+            state, s, outcome = self.training.state(step), self.settings, self.outcome
+            progress = Progress(
+                init_sha256=outcome.facts["init_sha256"],
+                data_sha256=outcome.facts["data_sha256"],
+                environment=machine_facts(s),
+                instrument=s.instrument,
+                log_bytes=self._log_bytes(),
+                timings_s=outcome.timings_now_s(),
+                resumed_after=outcome.resumed_after,
+                taps=instruments.state_dict(),  # which all ranks call
+            )
             if state is not None:
-                write_checkpoint(self.folder.path, self.settings.run_id, state, progress)
+                write_checkpoint(self.folder.path, s.run_id, state, progress)
                 self._nbytes = state.nbytes
             self.last_step = step
             cost_s = time.perf_counter() - began_s
             self.interval.wrote(cost_s)
-            self.outcome.add_time("checkpoints", cost_s)
+            outcome.add_time("checkpoints", cost_s)
         return f"{CHECKPOINT_PREFIX}{self.last_step}" if self.last_step else None
-
-    def _progress(self, instruments: Instruments) -> Progress:
-        outcome, s = self.outcome, self.settings
-        return Progress(
-            init_sha256=outcome.facts["init_sha256"],
-            data_sha256=outcome.facts["data_sha256"],
-            environment=machine_facts(s),
-            instrument=s.instrument,
-            log_bytes=self._log_bytes(),
-            timings_s=outcome.timings_now_s(),
-            resumed_after=outcome.resumed_after,
-            taps=instruments.state_dict(),
-        )
 
     def _log_bytes(self) -> dict[str, int]:
         """How long the logs are now, down to the disk."""
@@ -211,15 +213,8 @@ class Checkpointing:
 
     def flags(self) -> dict[str, object]:
         """For the record's ``flags``: nothing when none was written."""
-        costs_s = self.interval.costs_s
+        costs_s, interval = self.interval.costs_s, self.interval
         if not costs_s:
             return {}
-        return {
-            "checkpoints": {
-                "written": len(costs_s),
-                "bytes": self._nbytes,
-                "rule": self.interval.rule,
-                "cost_s": round(sum(costs_s) / len(costs_s), 4),
-                "interval_s": self.interval.interval_s,
-            }
-        }
+        size = {"written": len(costs_s), "bytes": self._nbytes, "rule": interval.rule}
+        return {"checkpoints": size | {"cost_s": round(statistics.fmean(costs_s), 4), "interval_s": interval.interval_s}}

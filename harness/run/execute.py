@@ -12,11 +12,12 @@ from bench_cases.data import load_data
 from bench_cases.data.batches import Batches
 from bench_cases.data.tokenized import TokenizedData
 from bench_cases.models import ModelRequest, build_model, weights_sha256
-from harness.failure import Failure, chain, failure_of
+from harness.failure import chain, failure_of
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext, RankFailed
 from harness.planning import data_options
 from harness.precision import Unsupported
 from harness.run import resume
+from harness.run.checkpoints import discard
 from harness.run.heartbeat import OPENING
 from harness.run.outcome import Outcome, machine_of, summarize
 from harness.run.resume import ResumeState
@@ -71,7 +72,7 @@ def execute(
         raise output_error(error, out) or error from error
     with own:
         if fresh:
-            resume.discard(out, settings.run_id)
+            discard(out, settings.run_id)
         return _execute_claimed(settings, out, outcome, progress, stop, data, model, batches, context)
 
 
@@ -88,9 +89,7 @@ def _execute_claimed(
 ) -> RunRecord:
     """The part of `execute` that writes: nobody else runs this run meanwhile."""
     resume_state, skipped = resume.find_on_rank_0(context, settings, out, outcome.facts)
-    folder = (
-        resume.resumed_folder(out, settings.run_id, resume_state) if resume_state else resume.fresh_folder(out, settings.run_id)
-    )
+    folder = resume.folder_of(out, settings.run_id, resume_state)
     _take_over(outcome, resume_state, skipped, progress)
     stop.heartbeat.draft(lambda: summarize(settings, outcome), out)
     stop.heartbeat.enter(OPENING, len(outcome.steps))
@@ -116,20 +115,14 @@ def _execute_claimed(
         folder.finish(summarize(settings, outcome))
         raise
     except (Exception, SystemExit) as error:  # a crash is a row with its cause, not a lost run
-        if isinstance(error, OSError) and (failure := output_error(error, out)):
-            raise failure from error
-        _note_failure(error, outcome, failure_of(error, settings.device, stop.heartbeat.phase))
+        if isinstance(error, OSError) and (unwritable := output_error(error, out)):
+            raise unwritable from error
+        failure = failure_of(error, settings.device, stop.heartbeat.phase)
+        outcome.fail(failure.status, failure.error, failure.flags | {"traceback": "".join(traceback.format_exception(error))})
+        for link in chain(error):  # the failed frames hold tensors
+            traceback.clear_frames(link.__traceback__)
     outcome.timings_s = outcome.timings_now_s()
-    record = summarize(settings, outcome)
-    _finish(folder, record)
-    return record
-
-
-def _note_failure(error: BaseException, outcome: Outcome, failure: Failure) -> None:
-    """Keep what ended the run for its row, and free the tensors that the failed frames hold."""
-    outcome.fail(failure.status, failure.error, failure.flags | {"traceback": "".join(traceback.format_exception(error))})
-    for link in chain(error):
-        traceback.clear_frames(link.__traceback__)
+    return _finish(folder, summarize(settings, outcome))
 
 
 def _take_over(outcome: Outcome, resume_state: ResumeState | None, skipped: list[str], progress: Progress) -> None:
@@ -150,14 +143,15 @@ def _take_over(outcome: Outcome, resume_state: ResumeState | None, skipped: list
             outcome.add_time(name, seconds)
 
 
-def _finish(folder: RunFolder, record: RunRecord) -> None:
+def _finish(folder: RunFolder, record: RunRecord) -> RunRecord:
     """Write the terminal row; a run with nothing left to do needs no checkpoint any more."""
     try:
         folder.finish(record)
         if record.status in ("completed", "diverged", "unsupported"):
-            resume.discard(folder.out, record.run_id)
+            discard(folder.out, record.run_id)
     except OSError as error:
         raise output_error(error, folder.out) or error from error
+    return record
 
 
 def load_run_data(settings: RunSettings) -> TokenizedData:
@@ -167,21 +161,21 @@ def load_run_data(settings: RunSettings) -> TokenizedData:
 
 def model_request(settings: RunSettings, data: TokenizedData) -> ModelRequest:
     """What to build for a run on these data."""
-    outputs = {"multi_cls": data.n_labels, "single_cls": data.n_classes}.get(settings.case.task.collate)
+    case = settings.case
     return ModelRequest(
-        architecture=settings.case.architecture,
-        task=settings.case.task,
+        architecture=case.architecture,
+        task=case.task,
         preset=settings.preset,
         vocabulary=data.valid_vocab,
         pad_id=data.special.pad,
         bos_id=data.special.bos,
         eos_id=data.special.eos,
-        outputs=outputs,
+        outputs={"multi_cls": data.n_labels, "single_cls": data.n_classes}.get(case.task.collate),
         weights=settings.weights,
         dropout=settings.dropout,
         seed=settings.seed,
         seq_len=settings.seq_len,
-        prior=tuple(data.label_log_odds().tolist()) if settings.case.head_prior == "log_odds" else None,
+        prior=tuple(data.label_log_odds().tolist()) if case.head_prior == "log_odds" else None,
     )
 
 

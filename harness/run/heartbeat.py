@@ -21,18 +21,7 @@ from instrument.results.schemas import RunRecord, encode
 PERIOD_S = 1.0
 OPENING = "opening"
 """From this phase on the run's files are this process' own."""
-RUN_PHASES = (
-    "starting",
-    "data",
-    "build",
-    OPENING,
-    "evaluation",
-    "counting",
-    "training",
-    "checkpoint",
-    "forensics",
-    "closing",
-)
+RUN_PHASES = ("starting", "data", "build", OPENING, "evaluation", "counting", "training", "checkpoint", "forensics", "closing")
 
 
 @dataclass(frozen=True)

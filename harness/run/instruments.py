@@ -81,20 +81,20 @@ class Instruments:
         """Steps and real tokens since the sampler's window began."""
         if self.level is None:
             return
-        earlier = resume_state.progress.taps if resume_state else None
+        device, context = training.precision.device, training.context
         if not settings.compile:  # hooks would break the compiled graph
             self.taps = ModuleTaps(
                 training.model,
-                training.precision.device,
+                device,
                 every=self.level.leaf_every,
                 skip_output=True,
                 kept_steps=max(KEPT_STEPS, 2 * settings.log_every),
-                gather=training.context.gather,
+                gather=context.gather,
             )
-            if earlier is not None:
-                self.taps.load_state_dict(earlier)
+            if resume_state and resume_state.progress.taps is not None:
+                self.taps.load_state_dict(resume_state.progress.taps)
         self._modules = JsonlLog(folder.files.log("activations"), fresh=resume_state is None)
-        self.sampler = Sampler(folder.files.log("hardware"), gpu_uuid=_gpu_uuid(training.precision.device))
+        self.sampler = Sampler(folder.files.log("hardware"), gpu_uuid=_gpu_uuid(device))
         if training.strategy.keeps_state:
             self.replays = Replays(
                 training.again,
@@ -103,8 +103,8 @@ class Instruments:
                 training.precision.scaler,
                 every=self.level.snapshot_every,
                 explained_skips=self.level.explained_skips - (resume_state.scaler_skips if resume_state else 0),
-                any_rank=training.context.any,
-                exact=training.precision.device.type == "cpu" and training.context.ranks.world <= 2,  # more have an order
+                any_rank=context.any,
+                exact=device.type == "cpu" and context.ranks.world <= 2,  # more have an order
             )
             self.replays.keep(1 + (resume_state.step if resume_state else 0))
 
@@ -201,26 +201,19 @@ class Instruments:
         """What goes into the row's ``flags``."""
         if self.sampler is None:
             return {}
-        device = self.training.precision.device
-        peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        split = (
-            with_activations(
-                memory_split(self.training.model, self.training.optimizer),
-                peak_bytes,
-                instrument_bytes=self.own_bytes()["device"],
-            )
-            if self.training.strategy.keeps_state
-            else None
-        )
-        return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": self.own_bytes()}
+        training, device, own_bytes, split = self.training, self.training.precision.device, self.own_bytes(), None
+        if training.strategy.keeps_state:
+            peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            split = memory_split(training.model, training.optimizer)
+            split = with_activations(split, peak_bytes, instrument_bytes=own_bytes["device"])
+        return {**self.hardware_flags(), "memory_split": split, "instrument_bytes": own_bytes}
 
     def hardware_flags(self) -> dict[str, object]:
         """What the sampler saw, once it has ended."""
         if self.hardware is None:
             return {}
         steps, real_tokens = self._timed or (0, 0)
-        energy = energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
-        hardware = self.hardware | energy
+        hardware = self.hardware | energy_per(self.hardware.get("energy_j"), steps=steps, real_tokens=real_tokens)
         if self._resume_state:
             step = self._resume_state.step
             hardware |= {"part": f"after step {step}; what was before is in hardware.until-{step}.jsonl"}
@@ -248,10 +241,8 @@ class Instruments:
         n = self.settings.trace_steps
         if not n:
             return
-        last = self.settings.max_steps
-        steps = range(max(1, last - n + 1), last + 1)
-        path = self.folder.files.trace()
-        now = self.training.snapshot(last)
+        last, path = self.settings.max_steps, self.folder.files.trace()
+        steps, now = range(max(1, last - n + 1), last + 1), self.training.snapshot(last)
         with TraceWindow(path, self.training.precision.device) as trace, ModuleMagnitudes(self.training.model) as magnitudes:
             for step in steps:
                 with PhaseTrace(trace, step).of(self.training):

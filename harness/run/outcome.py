@@ -20,6 +20,10 @@ from instrument.results.schemas import EvaluationRecord, RunRecord, StepRecord
 from instrument.results.signature import signature_of
 from instrument.watch.meter import Divergence
 
+SCORES = ("val_loss", "perplexity", "f1_micro", "f1_macro", "f1_micro_tuned")
+MAJORITY_SCORES = ("f1_micro_majority", "f1_macro_majority")
+"""Of the constant answer: the same in every evaluation, and known of a failed run too."""
+
 
 @dataclass
 class Outcome:
@@ -74,6 +78,7 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
     """The run's row from what happened."""
     slug, environment = outcome.machine or machine_of(settings)
     last = outcome.evaluations[-1] if outcome.status == "completed" else None
+    first = outcome.evaluations[0] if outcome.evaluations else None
     divergence = outcome.divergence
     record = RunRecord(
         run_id=settings.run_id,
@@ -96,18 +101,14 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         batch_size=settings.batch_size,
         micro_batch=settings.micro_batch,
         seq_len=settings.seq_len,
-        val_loss=last and last.val_loss,
-        perplexity=last and last.perplexity,
-        f1_micro=last and last.f1_micro,
-        f1_macro=last and last.f1_macro,
-        f1_micro_tuned=last and last.f1_micro_tuned,
-        **majority_scores(outcome.evaluations),
+        **{name: last and getattr(last, name) for name in SCORES},
+        **{name: first and getattr(first, name) for name in MAJORITY_SCORES},
         **progress_summary(outcome.steps, settings.untimed_steps, outcome.resumed_after),
         instrument=settings.instrument,
         env=environment,
         config=settings.as_config(),
         flags={
-            **_spelled(settings),
+            **({"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {}),
             "unhashed": settings.unhashed(),
             **outcome.flags,
             "timings_s": {k: round(v, 4) for k, v in outcome.timings_s.items()},
@@ -116,21 +117,6 @@ def summarize(settings: RunSettings, outcome: Outcome) -> RunRecord:
         **({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | outcome.facts),
     )
     return msgspec.structs.replace(record, flags=record.flags | {"signature": signature_of(record)})
-
-
-def majority_scores(evaluations: Sequence[EvaluationRecord]) -> dict[str, float | None]:
-    """What the constant answer scores on the held-out rows: the same in every evaluation, known of a failed run, too."""
-    first = evaluations[0] if evaluations else None
-    return {name: first and getattr(first, name) for name in ("f1_micro_majority", "f1_macro_majority")}
-
-
-STALL_SHARE = 10
-"""A completed run that stood still for its last tenth of steps, which its final training loss is of, is stalled."""
-
-
-def stall_window(max_steps: int) -> int:
-    """Steps that a run must stand still for, at least 1."""
-    return max(1, max_steps // STALL_SHARE)
 
 
 def idle_since(steps: Sequence[StepRecord], emptied: Container[int]) -> int | None:
@@ -142,11 +128,6 @@ def idle_since(steps: Sequence[StepRecord], emptied: Container[int]) -> int | No
             break
         idle += 1
     return steps[-1].step - idle if idle else None
-
-
-def _spelled(settings: RunSettings) -> dict[str, list[str]]:
-    """How the command line named a case from outside the project, whose id alone would say nothing to it."""
-    return {"case_spelled": list(settings.case.spelled)} if settings.case.spelled else {}
 
 
 def machine_of(settings: RunSettings) -> tuple[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.parallel.context import DistributedContext
-from harness.run.checkpoints import CheckpointError, Progress, discard_checkpoints, machine_facts, read_checkpoint
+from harness.run.checkpoints import CheckpointError, Progress, discard, machine_facts, read_checkpoint
 from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps
 from harness.settings import RunSettings
 from harness.training import Training
@@ -21,7 +21,7 @@ from instrument.replay.snapshot import NamedState
 from instrument.results.files import open_plain, remove
 from instrument.results.folder import OutputError, RunFolder, finished_run, log_paths, require_no_links
 from instrument.results.layout import LOGS, RunFiles
-from instrument.results.schemas import AnyRecord, EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
+from instrument.results.schemas import EvaluationRecord, EventRecord, RecordError, RunRecord, StepRecord, decode
 
 
 @dataclass(frozen=True)
@@ -110,30 +110,30 @@ def _require_same_run(settings: RunSettings, progress: Progress, facts: dict[str
 
 def _logged(run_id: str, out: Path, step: int, progress: Progress) -> tuple[list, list, list]:
     """Steps, evaluations and events up to the checkpoint; raises `CheckpointError` when a line is missing."""
-    paths = log_paths(run_id)
-    found = {}
+    paths, found = log_paths(run_id), {}
     for name, path in paths.items():
-        size = progress.log_bytes.get(path, 0)
-        try:
-            found[name] = _records(out / path, LOGS[name], size) if size else []
-        except (OSError, RecordError) as error:
-            raise CheckpointError(f"{path} is not what it was: {error}") from error
+        found[name] = []
+        if size_bytes := progress.log_bytes.get(path, 0):
+            try:
+                with open_plain(out / path) as file:
+                    data = file.read(size_bytes)
+                if len(data) < size_bytes:
+                    raise RecordError(f"{size_bytes - len(data)} bytes are missing")
+                found[name] = [decode(line, LOGS[name]) for line in data.splitlines()]
+            except (OSError, RecordError) as error:
+                raise CheckpointError(f"{path} is not what it was: {error}") from error
     if [record.step for record in found["steps"]] != list(range(1, step + 1)):
         raise CheckpointError(f"{paths['steps']} does not have steps 1 to {step}")
     return found["steps"], found["evaluations"], found["events"]
 
 
-def _records(path: Path, kind: type[AnyRecord], size_bytes: int) -> list[AnyRecord]:
-    """The records in the first ``size_bytes`` of a log; raises `OSError` or `RecordError`."""
-    with open_plain(path) as file:
-        data = file.read(size_bytes)
-    if len(data) < size_bytes:
-        raise RecordError(f"{size_bytes - len(data)} bytes are missing")
-    return [decode(line, kind) for line in data.splitlines()]
-
-
-def resumed_folder(out: Path, run_id: str, resume_state: ResumeState) -> RunFolder:
-    """The folder of a run that resumes: its logs up to the checkpoint, everything later removed."""
+def folder_of(out: Path, run_id: str, resume_state: ResumeState | None) -> RunFolder:
+    """The folder of a run that begins at step 1, or resumes: with its logs up to the checkpoint, everything later removed."""
+    if resume_state is None:
+        discard(out, run_id)
+        for earlier in RunFiles(out, run_id).path.glob("hardware.until-*.jsonl"):
+            remove(earlier)
+        return RunFolder(out, run_id)
     require_no_links(out, run_id)
     discard(out, run_id, keep=resume_state.step)
     try:
@@ -142,19 +142,3 @@ def resumed_folder(out: Path, run_id: str, resume_state: ResumeState) -> RunFold
     except OSError as error:
         raise OutputError.of(error, out) from error
     return RunFolder(out, run_id, kept_bytes=resume_state.progress.log_bytes)
-
-
-def fresh_folder(out: Path, run_id: str) -> RunFolder:
-    """The folder of a run that begins at step 1."""
-    discard(out, run_id)
-    for earlier in RunFiles(out, run_id).path.glob("hardware.until-*.jsonl"):
-        remove(earlier)
-    return RunFolder(out, run_id)
-
-
-def discard(out: Path, run_id: str, keep: int | None = None) -> None:
-    """Remove what a run could resume from, or what is later than step ``keep``; raises `OutputError`."""
-    try:
-        discard_checkpoints(RunFiles(out, run_id).path, keep)
-    except OSError as error:
-        raise OutputError.of(error, out) from error

@@ -12,7 +12,7 @@ from rich.table import Column
 
 from harness.run.progress import disturbance
 from harness.settings import RunSettings
-from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord
+from instrument.results.schemas import EvaluationRecord, EventRecord, FirstNonfinite, RunRecord, StepRecord
 from instrument.terminal import STATUS_STYLES, count
 
 PLAIN_LINES = 10
@@ -23,8 +23,7 @@ class CaseScreen:
     """Shows a run as it goes; use as a context manager around it."""
 
     def __init__(self, settings: RunSettings, out: Path) -> None:
-        self.settings = settings
-        self.out = out
+        self.settings, self.out = settings, out
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._announced = False
         self._emptied: set[int] = set()
@@ -64,12 +63,8 @@ class CaseScreen:
         elif isinstance(record, EventRecord) and record.kind == "resumed":
             for why in record.detail["skipped"]:
                 self.console.print(f"  skipped {why}", style="yellow", markup=False)
-            self.console.print(
-                f"  resumes after step {record.step}, from checkpoint-{record.step}"
-                if record.step
-                else "  no checkpoint can be used: starts over",
-                markup=False,
-            )
+            how = f"resumes after step {record.step}, from checkpoint-{record.step}"
+            self.console.print(f"  {how if record.step else 'no checkpoint can be used: starts over'}", markup=False)
         elif isinstance(record, EventRecord) and record.kind == "clip_norm" and record.step - 1 in self._emptied:
             self._emptied.add(record.step)  # one line for steps in a row
         elif isinstance(record, EventRecord):
@@ -119,11 +114,13 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
         f"[{style}]{record.status}[/] after {count(record.steps_done, 'step')}"
         + (f" in {record.flags['timings_s']['total']:.1f} s" if "total" in record.flags.get("timings_s", {}) else "")
     )
-    if record.first_nonfinite is not None:
-        say("  " + describe_first_nonfinite(record), style="red", markup=False)
+    first = record.first_nonfinite
+    replayed = first is not None and first.replay is not None
+    if first is not None:
+        what = record.error if replayed and record.error else describe_first_nonfinite(first)
+        say(f"  first non-finite value: {what}", style="red", markup=False)
     elif record.error:
         say(f"  {record.error}", style=style, markup=False)
-    replayed = record.first_nonfinite is not None and record.first_nonfinite.replay is not None
     if replayed or "traceback" in record.flags or "stack" in record.flags.get("death", {}):
         say(f"  more: python -m harness inspect {record.run_id} --out {shlex.quote(str(out))}", style="dim", markup=False)
     if record.timed_steps:
@@ -136,7 +133,12 @@ def show_summary(console: Console, record: RunRecord, out: Path) -> None:
         say(f"  stalled: {record.stalled}", style="yellow", markup=False)
     if (disturbed := disturbance(record)) is not None:
         say(f"  {disturbed}", style="yellow", markup=False)
-    say(f"  memory: {describe_memory(record)}")
+    peaks = {
+        "allocated on the GPU": record.peak_allocated_bytes,
+        "reserved on the GPU": record.peak_reserved_bytes,
+        "resident": record.peak_rss_bytes,
+    }
+    say("  memory: " + ", ".join(f"{peak / 1e9:.2f} GB {name}" for name, peak in peaks.items() if peak is not None))
     say(f"  {out / 'runs' / record.run_id}", style="dim", markup=False)
 
 
@@ -164,23 +166,10 @@ def describe_evaluation(record: EvaluationRecord) -> str:
     return ", ".join(parts)
 
 
-def describe_first_nonfinite(record: RunRecord) -> str:
-    """Step, phase, place and kind of the first non-finite value; the whole sentence where it was replayed."""
-    first = record.first_nonfinite
-    if first.replay is not None and record.error:
-        return f"first non-finite value: {record.error}"
+def describe_first_nonfinite(first: FirstNonfinite) -> str:
+    """Step, phase, place and kind."""
     place = f"{first.module}.{first.tensor}" if first.module else first.tensor
-    micro = f", rank {first.rank}" if first.rank is not None else ""
-    micro += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
+    where = f", rank {first.rank}" if first.rank is not None else ""
+    where += f", micro-batch {first.microbatch}" if first.microbatch is not None else ""
     dtype = f" ({first.dtype})" if first.dtype else ""
-    return f"first non-finite value: step {first.step}{micro}, {first.phase}: {place} is {first.kind}{dtype}"
-
-
-def describe_memory(record: RunRecord) -> str:
-    """Peak memory by the measures there are."""
-    parts = [
-        ("allocated on the GPU", record.peak_allocated_bytes),
-        ("reserved on the GPU", record.peak_reserved_bytes),
-        ("resident", record.peak_rss_bytes),
-    ]
-    return ", ".join(f"{value / 1e9:.2f} GB {name}" for name, value in parts if value is not None)
+    return f"step {first.step}{where}, {first.phase}: {place} is {first.kind}{dtype}"

@@ -16,7 +16,7 @@ from harness.parallel.context import SINGLE_PROCESS, DistributedContext, facts_o
 from harness.precision import Precision
 from harness.run.checkpoints import Checkpointing
 from harness.run.instruments import Instruments
-from harness.run.outcome import Outcome, idle_since, stall_window, summarize
+from harness.run.outcome import Outcome, idle_since, summarize
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.step_flops import dtypes_of, utilisation
@@ -31,6 +31,8 @@ from instrument.results.schemas import EvaluationRecord, EventRecord, StepRecord
 from instrument.watch.meter import Reading
 
 Progress = Callable[[StepRecord | EvaluationRecord | EventRecord], None]
+STALL_SHARE = 10
+"""A completed run that stood still for its last tenth of steps, which its final training loss is of, is stalled."""
 
 
 class Trainer:
@@ -177,7 +179,7 @@ class Trainer:
     @property
     def _last_stretch(self) -> int:
         """The step after which a run must move to be no stalled one."""
-        return self.settings.max_steps - stall_window(self.settings.max_steps)
+        return self.settings.max_steps - max(1, self.settings.max_steps // STALL_SHARE)
 
     def _keep(self, reading: Reading) -> None:
         """Write a log window, then show it."""

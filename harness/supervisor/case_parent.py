@@ -11,7 +11,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness.exit_codes import ENVIRONMENT, INTERRUPTED, OK, RUN_FAILED
@@ -27,13 +26,6 @@ SUPERVISED_ELSEWHERE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID
 """torchrun supervises its ranks."""
 SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 SECONDS_BETWEEN_LOOKS = 0.25
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The command came to its own end, with this exit code."""
-
-    code: int
 
 
 def is_wanted(options: argparse.Namespace, variable: Callable[[str], str | None]) -> bool:
@@ -55,7 +47,7 @@ def run_supervised(options: argparse.Namespace, run: Callable[[argparse.Namespac
             code = run(options, HeartbeatSender(send))
         except KeyboardInterrupt:  # before the command handles signals, or after its end
             code = INTERRUPTED
-        send(Finished(code))
+        send(code)  # it came to its own end
         return code
 
     child = ForkedProcess(enter, monitor)
@@ -80,13 +72,13 @@ def wait(child: ChildProcess) -> int | None:
 
 def conclude(child: ChildProcess, exit_code: int | None, options: argparse.Namespace) -> int:
     """The command's exit code; a run that wrote no row of its own gets it here, and is shown."""
-    finished = next((result for result in child.results if isinstance(result, Finished)), None)
+    finished = next((result for result in child.results if isinstance(result, int)), None)
     failure = next((result for result in reversed(child.results) if isinstance(result, Failure)), None)
     try:
-        hung = child.monitor.hung and (finished is None or finished.code == INTERRUPTED)
+        hung = child.monitor.hung and finished in (None, INTERRUPTED)
         failed = failure is not None and failure.cause not in ("exception", "bad_data")  # those are for people to mend
         if finished is not None and not hung and not failed:
-            return finished.code
+            return finished
         if child.draft is None:
             return _without_a_row(child, exit_code)
         row = _row(child, exit_code, failure)

@@ -59,11 +59,8 @@ class Pool:
     def __init__(
         self, queue: list[RunSettings], out: Path, jobs: int, stop: Stop | None = None, rules: Rules | None = None
     ) -> None:
-        self.queue = queue
-        self.out = out
-        self.jobs = jobs
-        self.stop = stop or Stop()
-        self.rules = rules or Rules()
+        self.queue, self.out, self.jobs = queue, out, jobs
+        self.stop, self.rules = stop or Stop(), rules or Rules()
         self.running: list[Running] = []
         self._stopping = False
         self._preload = ["harness.supervisor.worker"]
@@ -93,13 +90,6 @@ class Pool:
         """How many runs there may be now."""
         return self.jobs
 
-    def _pass_on_the_stop(self) -> None:
-        """Once: the processes have groups and terminals in common with us by chance only."""
-        if self.stop.requested and not self._stopping:
-            self._stopping = True
-            for run in self.running:
-                run.child.monitor.send(signal.SIGTERM)
-
     def _start(self, settings: RunSettings) -> Running | ProcessExit:
         """The run, or its end where there is nothing to start."""
         monitor = ProcessMonitor(self.rules)
@@ -108,17 +98,19 @@ class Pool:
 
     def _ended(self, within_s: float) -> list[Running]:
         """The runs that are over, after the next message or ``within_s``."""
-        self._pass_on_the_stop()
-        ready = wait([run.child.reports for run in self.running], timeout=within_s)
-        return [run for run in self.running if self._is_over(run, run.child.reports in ready)]
-
-    def _is_over(self, run: Running, sent: bool) -> bool:
-        """Take a run's messages, or look at one that sent nothing."""
-        if sent:
-            run.child.receive()
-        else:
-            run.child.monitor.look()
-        return bool(run.child.results) or not run.child.connected or run.child.monitor.given_up
+        if self.stop.requested and not self._stopping:
+            self._stopping = True
+            for run in self.running:  # the processes have groups and terminals in common with us by chance only
+                run.child.monitor.send(signal.SIGTERM)
+        children = [run.child for run in self.running]
+        ready = wait([child.reports for child in children], timeout=within_s)
+        for child in children:
+            if child.reports in ready:
+                child.receive()
+            else:
+                child.monitor.look()
+        over = {child for child in children if child.results or not child.connected or child.monitor.given_up}
+        return [run for run in self.running if run.child in over]
 
     def _end(self, run: Running) -> ProcessExit:
         """What became of a run, from its last message, or from how its process ended."""

@@ -145,18 +145,25 @@ class ProcessMonitor:
 
     def send(self, number: int) -> None:
         """Send a signal to the process, SIGKILL to its whole group, if it is still there."""
-        if self.pid is None:
-            return
-        if self.leads_group and number == signal.SIGKILL:
-            kill_group(self.pid)
-            return
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if self.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                (os.killpg if self.leads_group and number == signal.SIGKILL else os.kill)(self.pid, number)
 
     def failure(self, exit_code: int | None, steps_done: int, output: Path | None = None) -> Failure:
         """Why the process ended, which reported nothing. ``steps_done`` as its log has it, ``output`` is where it wrote."""
+        if self.hung:
+            return self.hang(steps_done)
+        return of_exit(exit_code, self._evidence(steps_done, tail(output) if output else ""))
+
+    def hang(self, steps_done: int | None = None) -> Failure:
+        """Why a hung run was ended, whatever it still wrote. ``steps_done``: None for those of its last heartbeat."""
+        evidence = self._evidence(self.last.steps_done if steps_done is None else steps_done)
+        ended_by = next((name for name in reversed(self._sent) if name != STACKS_SIGNAL.name), "itself")
+        return of_hang(evidence, self._limit_s, ended_by + (" (the process was stopped)" if self._was_stopped else ""))
+
+    def _evidence(self, steps_done: int, output: str = "") -> Evidence:
         kills, counter = self._oom_kills.risen()
-        evidence = Evidence(
+        return Evidence(
             phase=self.last.phase if self.rules.heartbeats else None,
             steps_done=steps_done,
             heartbeat_age_s=self._silent_s or self._clock() - self._alive_s,
@@ -166,33 +173,13 @@ class ProcessMonitor:
             oom_kills=kills,
             oom_counter=counter,
             stack=self.stacks.text(),
-            output=tail(output) if output else "",
+            output=output,
         )
-        return self.hang(evidence) if self.hung else of_exit(exit_code, evidence)
-
-    def hang(self, evidence: Evidence | None = None) -> Failure:
-        """Why a hung run was ended, whatever it still wrote."""
-        evidence = evidence or Evidence(
-            phase=self.last.phase,
-            steps_done=self.last.steps_done,
-            heartbeat_age_s=self._silent_s,
-            rss_bytes=self._rss_bytes,
-            peak_rss_bytes=self._peak_rss_bytes,
-            stack=self.stacks.text(),
-        )
-        ended_by = next((name for name in reversed(self._sent) if name != STACKS_SIGNAL.name), "itself")
-        return of_hang(evidence, self._limit_s, ended_by + (" (the process was stopped)" if self._was_stopped else ""))
 
     def close(self) -> None:
         """The process is gone."""
         if "stacks" in self.__dict__:
             self.stacks.close()
-
-
-def kill_group(pid: int) -> None:
-    """Kill what is left of the process group that ``pid`` leads or led."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 # -- what can be seen of a process from outside; None where it cannot be read -----------------
@@ -207,11 +194,8 @@ class OomKills:
     counts one is named; the whole machine's count comes last."""
 
     def __init__(self, counters: Sequence[Path] | None = None) -> None:
-        self._before = {
-            path: count
-            for path in (oom_counters() if counters is None else counters)
-            if (count := read_count(path)) is not None
-        }
+        counts = {path: read_count(path) for path in (oom_counters() if counters is None else counters)}
+        self._before = {path: count for path, count in counts.items() if count is not None}
 
     def risen(self) -> tuple[int | None, str | None]:
         """(how many, the file that says so); (0, None), and (None, None) where nothing can be read."""

@@ -44,7 +44,7 @@ def run_in_process(settings: RunSettings, out: Path, stacks: Path, reports: Conn
         if (owner := owner_of(out, settings.run_id)) is not None:  # before its output is written to
             raise RunClaimed(settings.run_id, owner)
         _redirect_output(out, settings.run_id)
-        result = execute(settings, out, lambda row: _send_step(reports, row, stop), stop=stop)
+        result = execute(settings, out, lambda row: isinstance(row, StepRecord) and _send(reports, row, stop), stop=stop)
     except (OutputError, RunClaimed) as error:  # every other run's, too; and nobody's row
         result = error
     except (Exception, SystemExit) as error:
@@ -52,11 +52,6 @@ def run_in_process(settings: RunSettings, out: Path, stacks: Path, reports: Conn
     with suppress(BrokenPipeError):
         reports.send(result)
     reports.close()
-
-
-def _send_step(reports: Connection, row: object, stop: Stop) -> None:
-    if isinstance(row, StepRecord):
-        _send(reports, row, stop)
 
 
 def _send(reports: Connection, message: object, stop: Stop) -> None:
