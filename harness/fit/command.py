@@ -15,7 +15,7 @@ from rich.console import Console
 from bench_cases import Case, DtypeConfig
 from bench_cases.own import find_case
 from harness.exit_codes import OK, RUN_FAILED
-from harness.fit.search import Found, Tried, search
+from harness.fit.search import BatchTrial, Found, search
 from harness.options import FIT_SETTINGS
 from harness.settings import Request, RunSettings
 from instrument.results.files import locked, read_plain, replace
@@ -91,43 +91,38 @@ def identity(settings: RunSettings) -> dict[str, Any]:
 
 
 def measured(processes, settings, most: int, limit_bytes: int | None) -> dict[str, Any]:
-    """Search by trials, then time the largest batch and the one of `START` rows."""
-    trials: dict[int, Any] = {}
+    """Search by trials, then time the largest batch and the one of `START` rows. One that fitted and does not fit twice, or
+    over more steps, is none: the next smaller that was tried and fitted takes its place."""
+
+    def shown(batch: int, *, timed: bool) -> BatchTrial:
+        trial = processes.trial(settings(batch), timed=timed)
+        show_trial(trial)
+        return trial
 
     @cache
-    def try_batch(batch: int) -> Tried:
-        trials[batch] = trial = processes.trial(settings(batch), timed=batch == START)
-        show_trial(trial)
-        return Tried(batch, trial.status == "fits", trial.peak_bytes)
+    def try_batch(batch: int) -> BatchTrial:
+        return shown(batch, timed=batch == START)
 
     first = try_batch(min(START, most))
-    if (status := trials[first.batch].status) in ("unsupported", "error"):
-        return verdict(Found(None, first.batch, (first,)), trials, most) | {"status": status}
+    if first.status in ("unsupported", "error"):
+        return verdict(Found(None, first.batch, (first,)), most) | {"status": first.status}
     found = search(try_batch, start=first.batch, most=most, limit_bytes=limit_bytes)
-    if found.largest is not None and trials[found.largest].tokens_per_s is None:
-        found = confirmed(found, lambda batch: processes.trial(settings(batch), timed=True), trials)
-    return verdict(found, trials, most)
-
-
-def confirmed(found: Found, timed, trials: dict[int, Any]) -> Found:
-    """Time the largest batch. One that fitted and does not fit twice, or over more steps, is none: the next smaller that was
-    tried and fitted takes its place."""
-    fitting = sorted((t.batch for t in found.trials if t.fits), reverse=True)
-    fails = found.fails
-    for batch in fitting:
+    trials, largest, fails = {t.batch: t for t in found.trials}, None, found.fails
+    for batch in sorted((t.batch for t in found.trials if t.fits), reverse=True):
         if trials[batch].tokens_per_s is None:
-            trials[batch] = timed(batch)
-            show_trial(trials[batch])
-        if trials[batch].status == "fits":
-            return Found(batch, fails, found.trials)
+            trials[batch] = shown(batch, timed=True)
+        if trials[batch].fits:
+            largest = batch
+            break
         fails = batch
-    return Found(None, fails, found.trials)
+    return verdict(Found(largest, fails, tuple(trials.values())), most)
 
 
-def verdict(found: Found, trials: dict[int, Any], most: int) -> dict[str, Any]:
+def verdict(found: Found, most: int) -> dict[str, Any]:
     """The row's findings."""
+    trials = {trial.batch: trial for trial in found.trials}
     best, small, beyond = trials.get(found.largest), trials.get(START), trials.get(found.fails)
-    small = small if small is not None and small.status == "fits" else None
+    small = small if small is not None and small.fits else None
     rates = ("step_s", "tokens_per_s", "peak_bytes", "real_tokens_per_s")
     return {
         **found_rows(found, most),
@@ -154,18 +149,17 @@ def in_the_model(settings, most: int, limit_bytes: int, out: Path) -> dict[str, 
     """The same search in the memory model of ``case --dry-run``. No speed: none was measured."""
     from harness.estimate import estimate
 
-    why: dict[str, str] = {}
-
     @cache
-    def try_batch(batch: int) -> Tried:
+    def try_batch(batch: int) -> BatchTrial:
         found = estimate(settings(batch), out)
-        why["unsupported"] = found["unsupported"] or found["not_estimated"] or ""
-        peak = (found["memory"] or {}).get("peak_bytes")
-        return Tried(batch, peak is not None and peak <= limit_bytes, peak)
+        if found["memory"] is None:
+            return BatchTrial(batch, "unsupported", found["unsupported"] or found["not_estimated"])
+        peak = found["memory"]["peak_bytes"]
+        return BatchTrial(batch, "fits" if peak <= limit_bytes else "oom", peak_bytes=peak)
 
     first = try_batch(min(START, most))
-    if first.peak_bytes is None:
-        return {"status": "unsupported", "largest_batch": None, "limited_by": why["unsupported"], "dry_run": True}
+    if first.status == "unsupported":
+        return {"status": "unsupported", "largest_batch": None, "limited_by": first.why, "dry_run": True}
     found = search(try_batch, start=first.batch, most=most, limit_bytes=limit_bytes)
     peaks, fails = {t.batch: t.peak_bytes for t in found.trials}, found.fails
     over = None if fails is None else f"the memory model: {peaks[fails] / 1e9:.1f} GB of {limit_bytes / 1e9:.1f}"
@@ -213,7 +207,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
         return []
 
 
-def show_trial(found: Any) -> None:
+def show_trial(found: BatchTrial) -> None:
     """A trial is over."""
     line = f"  {count(found.batch, 'row'):>11}: {found.status}"
     if found.peak_bytes is not None:

@@ -15,12 +15,22 @@ FINENESS = 16
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One batch size. ``peak_bytes`` of one that fits, where it is known."""
+class BatchTrial:
+    """One batch size. ``status``: fits, oom, unsupported, error (``why`` says what), crashed. Rates over the timed steps, null
+    in a trial that only asks whether the batch fits. ``peak_bytes``: reserved by the allocator on CUDA; null on a CPU."""
 
     batch: int
-    fits: bool
+    status: str
+    why: str | None = None
     peak_bytes: int | None = None
+    step_s: float | None = None
+    timed_steps: int = 0
+    tokens_per_s: float | None = None
+    real_tokens_per_s: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.status == "fits"
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Found:
 
     largest: int | None
     fails: int | None
-    trials: tuple[Tried, ...]
+    trials: tuple[BatchTrial, ...]
 
 
 def granularity(batch: int) -> int:
@@ -38,9 +48,9 @@ def granularity(batch: int) -> int:
     return 1 << max(0, (batch // FINENESS).bit_length() - 1)
 
 
-def search(try_batch: Callable[[int], Tried], *, start: int, most: int, limit_bytes: int | None = None) -> Found:
+def search(try_batch: Callable[[int], BatchTrial], *, start: int, most: int, limit_bytes: int | None = None) -> Found:
     """Find the largest batch from 1 to ``most``. ``limit_bytes``: the memory there is, for guesses."""
-    trials: list[Tried] = []
+    trials: list[BatchTrial] = []
 
     def fits(batch: int) -> bool:
         trials.append(try_batch(batch))
@@ -49,11 +59,9 @@ def search(try_batch: Callable[[int], Tried], *, start: int, most: int, limit_by
     low, high = _bracket(fits, min(start, most), most)
     if low is None or high is None:
         return Found(low, high, tuple(trials))
-    guessed = False
+    guess = _guess(trials, limit_bytes, low, high)
     while high - low > granularity(low):
-        guess = None if guessed else _guess(trials, limit_bytes, low, high)
-        guessed = True
-        batch = guess or _middle(low, high)
+        batch, guess = guess or _middle(low, high), None
         low, high = (batch, high) if fits(batch) else (low, batch)
     return Found(low, high, tuple(trials))
 
@@ -83,7 +91,7 @@ def _middle(low: int, high: int) -> int:
     return middle if low < middle < high else (low + high) // 2
 
 
-def _guess(trials: Sequence[Tried], limit_bytes: int | None, low: int, high: int) -> int | None:
+def _guess(trials: Sequence[BatchTrial], limit_bytes: int | None, low: int, high: int) -> int | None:
     """Where the line through the two largest peaks reaches the limit, rounded down; None where it says nothing."""
     known = sorted((t.batch, t.peak_bytes) for t in trials if t.fits and t.peak_bytes is not None)[-2:]
     if limit_bytes is None or len(known) < 2 or known[1][1] <= known[0][1]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,6 +16,7 @@ import transformers.models.roberta.modeling_roberta  # noqa: F401  (paid here, o
 from bench_cases.data.batches import Batches
 from bench_cases.models import build_model
 from harness.failure import of_exception, sentence
+from harness.fit.search import BatchTrial
 from harness.precision import Precision, Unsupported
 from harness.run.execute import load_run_data, make_batches, model_request
 from harness.settings import RunSettings
@@ -29,21 +29,6 @@ LEAST_TIMED, MOST_TIMED, ENOUGH_S = 3, 20, 5.0
 """Timed steps: as many as take `ENOUGH_S`."""
 TRIAL_S = 180.0
 """A trial that takes longer is ended: it counts as one that does not run."""
-
-
-@dataclass(frozen=True)
-class BatchTrial:
-    """``status``: fits, oom, unsupported, error (``why`` says what), crashed. Rates over the timed steps, null in a trial that
-    only asks whether the batch fits. ``peak_bytes``: reserved by the allocator on CUDA; null on a CPU."""
-
-    batch: int
-    status: str
-    why: str | None = None
-    peak_bytes: int | None = None
-    step_s: float | None = None
-    timed_steps: int = 0
-    tokens_per_s: float | None = None
-    real_tokens_per_s: float | None = None
 
 
 class LongestFirst:

@@ -297,19 +297,15 @@ def script_text(run_id: str, record: RunRecord | None, found: ForensicsRecord, c
         device=repr(culprit.device),
         switches="\n".join(_switches(flags, culprit.device)),
         layout="".join(LAYOUT.format(name=name, stride=stride) for name, stride in culprit.strides.items()),
-        args=_sequence([_literal(value) for value in culprit.args], "(", ")"),
+        args=f"({''.join(f'{_literal(value)}, ' for value in culprit.args)})",
         kwargs="{" + ", ".join(f"{key!r}: {_literal(value)}" for key, value in culprit.kwargs.items()) + "}",
         failed=f"{failed.shape!r}, torch.{failed.dtype}, {failed.counts!r}",
         call=_run_call(plain, culprit, flags),
         wide_call=wide,
-        written=", ".join([*map(_place, culprit.overwritten), "returned"]),
+        written=", ".join([*(f"{'kwargs' if isinstance(p, str) else 'args'}[{p!r}]" for p in culprit.overwritten), "returned"]),
         names=repr(_argument_names(culprit)),
         version=repr(str(record.env.get("torch_version", "unknown") if record else "unknown")),
     )
-
-
-def _place(place: int | str) -> str:
-    return f"kwargs[{place!r}]" if isinstance(place, str) else f"args[{place}]"
 
 
 def _safe(text: str) -> str:
@@ -321,24 +317,17 @@ def _needs(namespace: str) -> tuple[str, str]:
     """What a script needs beside torch: a sentence, and its import."""
     if namespace in PLAIN_NAMESPACES:
         return "Needs torch and safetensors alone.", ""
+    module, sentence = namespace, f"The op comes with {namespace}, which must be installed."
     if namespace in OUR_NAMESPACES:
         module = f"{kernels.__name__}.{OURS[namespace.removeprefix('dtype_dynamics_')]}"
-        return (
-            "The op is this project's own: run the script where the project can be imported.",
-            f"\nimport {module}  # noqa: F401 (registers the op)",
-        )
-    return f"The op comes with {namespace}, which must be installed.", f"\nimport {namespace}  # noqa: F401 (registers the op)"
+        sentence = "The op is this project's own: run the script where the project can be imported."
+    return sentence, f"\nimport {module}  # noqa: F401 (registers the op)"
 
 
 def _run_call(plain: str, culprit: Culprit, flags: dict[str, Any]) -> str:
     """The body of ``op``: the op as it ran."""
-    in_fp32 = (
-        culprit.device == "cpu"
-        and culprit.op in FP16_PRODUCTS
-        and culprit.failed.dtype == "float16"
-        and flags.get("fp16_products") != "hardware"
-    )
-    if not in_fp32:
+    on_cpu = culprit.device == "cpu" and flags.get("fp16_products") != "hardware"
+    if not (on_cpu and culprit.op in FP16_PRODUCTS and culprit.failed.dtype == "float16"):
         return f"    return {plain}"
     return (
         "    # The run's CPU has no fp16 arithmetic: its products ran in fp32 and were rounded once, as tensor cores do.\n"
@@ -353,12 +342,8 @@ def _switches(flags: dict[str, Any], device: str) -> list[str]:
     if device == "cpu":
         threads = switches.get("threads")
         return [f"torch.set_num_threads({threads:d})"] if isinstance(threads, int) and threads > 0 else []
-    names = {
-        "fp32_precision": "fp32_precision",
-        "allow_fp16_reduced_precision_reduction": "fp16_reduced_precision_reduction",
-        "allow_bf16_reduced_precision_reduction": "bf16_reduced_precision_reduction",
-        "allow_fp16_accumulation": "fp16_accumulation",
-    }
+    allowed = ("fp16_reduced_precision_reduction", "bf16_reduced_precision_reduction", "fp16_accumulation")
+    names = {"fp32_precision": "fp32_precision"} | {f"allow_{key}": key for key in allowed}
     return [
         f"torch.backends.cuda.matmul.{name} = {value!r}"
         for name, key in names.items()
@@ -369,7 +354,7 @@ def _switches(flags: dict[str, Any], device: str) -> list[str]:
 def _literal(value: Any) -> str:
     """A kept argument as Python."""
     if isinstance(value, list):
-        return _sequence([_literal(item) for item in value], "[", "]")
+        return f"[{', '.join(map(_literal, value))}]"
     if not isinstance(value, dict):
         return repr(value)
     ((kind, name),) = value.items()
@@ -378,10 +363,6 @@ def _literal(value: Any) -> str:
     if kind == "float":
         return f"float({name!r})"
     return "device" if kind == "device" else f"torch.{name}"
-
-
-def _sequence(items: list[str], opening: str, closing: str) -> str:
-    return opening + ", ".join(items) + ("," if opening == "(" and len(items) == 1 else "") + closing
 
 
 def _argument_names(culprit: Culprit) -> list[str]:

@@ -14,15 +14,20 @@ from hypothesis import strategies as st
 from harness.cli import main
 from harness.fit import command
 from harness.fit.command import table
-from harness.fit.search import Tried, granularity, search
-from harness.fit.trial import BatchTrial, TrialProcesses, measure
+from harness.fit.search import BatchTrial, granularity, search
+from harness.fit.trial import TrialProcesses, measure
 
 GB = 10**9
 
 
 def planted(limit, *, per_row=1, base=0):
     """A memory in which ``limit`` rows fit and no more."""
-    return lambda batch: Tried(batch, batch <= limit, base + per_row * batch if batch <= limit else None)
+
+    def trial(batch):
+        fits = batch <= limit
+        return BatchTrial(batch, "fits" if fits else "oom", peak_bytes=base + per_row * batch if fits else None)
+
+    return trial
 
 
 @given(limit=st.integers(0, 6000), start=st.integers(1, 64), most=st.integers(1, 4096), known=st.booleans())
@@ -55,7 +60,7 @@ def test_a_straight_line_saves_trials_and_a_wrong_one_costs_one(limit, base):
 @given(st.integers(0, 2**63), st.integers(1, 64))
 def test_it_never_names_a_batch_that_failed_even_where_fitting_is_a_matter_of_luck(seed, start):
     luck = random.Random(seed).choices([True, False], k=4097)
-    found = search(lambda batch: Tried(batch, luck[batch]), start=start, most=4096)
+    found = search(lambda batch: BatchTrial(batch, "fits" if luck[batch] else "oom"), start=start, most=4096)
     assert found.largest is None or luck[found.largest]
     assert found.fails is None or not luck[found.fails]
 
