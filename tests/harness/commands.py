@@ -5,6 +5,7 @@ import contextlib
 import gc
 import math
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -56,14 +57,13 @@ def harness(words):
 
 class Forked:
     """The same, forked, with the interface of `subprocess.Popen`. ``files``: where its output goes, without a suffix;
-    ``environment``: all of it, or None for the fork server's; ``call(words)``: what is done and returns the exit code;
-    ``own_server``: a matrix starts a fork server of its own, as it does outside of the tests, which takes seconds."""
+    ``environment``: all of it, or None for the fork server's; ``call(words)``: what is done and returns the exit code."""
 
-    def __init__(self, words, files, environment=None, call=harness, own_server=True):
+    def __init__(self, words, files, environment=None, call=harness):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._files = [files.with_name(f"{files.name}.{name}") for name in ("stdout", "stderr")]
-        self._process = context.Process(target=_enter, args=(call, list(words), self._files, environment, own_server))
+        self._process = context.Process(target=_enter, args=(call, list(words), self._files, environment))
         self._process.start()
         self.pid = self._process.pid
 
@@ -99,7 +99,7 @@ class ForkedCommand:
                     if file:
                         os.dup2(file.fileno(), number)
                 if close_fds:
-                    os.closerange(3, 4096)
+                    close_all_but(0, 1, 2)
                 if preexec_fn:
                     preexec_fn()
                 self._execute(command[2:], env)
@@ -108,8 +108,7 @@ class ForkedCommand:
 
     def _execute(self, words, env):
         gc.freeze()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        forget_handlers()
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
@@ -139,10 +138,42 @@ class ForkedCommand:
         return self.returncode
 
 
-def _enter(call, words, files, environment, own_server):
+def fork_the_fork_servers():
+    """From here on a fork server of this process is forked from it, with everything imported, instead of executed."""
+    executed_anew = multiprocessing.util.spawnv_passfds
+
+    def spawn(path, arguments, passed):
+        if "multiprocessing.forkserver" not in arguments[-1]:  # but for the resource tracker
+            return executed_anew(path, arguments, passed)
+        if pid := os.fork():
+            return pid
+        try:
+            close_all_but(0, 1, 2, *passed)
+            forget_handlers()
+            multiprocessing.forkserver._forkserver.__init__()  # its lock is held
+            exec(arguments[-1], {})
+        finally:
+            os._exit(0)
+
+    multiprocessing.util.spawnv_passfds = spawn
+
+
+def close_all_but(*kept):
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number not in kept:
+            with contextlib.suppress(OSError):  # the folder's own
+                os.close(number)
+
+
+def forget_handlers():
+    """Of signals, as a new interpreter has none."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _enter(call, words, files, environment):
     os.setsid()
-    if not own_server:
-        multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    fork_the_fork_servers()
     for stream, path in zip((1, 2), files, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644), stream)
     if environment is not None:

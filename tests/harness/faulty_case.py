@@ -13,6 +13,7 @@ import torch
 from bench_cases import CASES
 from bench_cases.transformers_models import build_transformers
 from harness.parallel import fsdp
+from tests.soak.reliability.plants import planted_architecture
 
 
 def build(request):
@@ -59,7 +60,7 @@ def of(case):
     return replace(
         CASES[case],
         id=f"{case}_faulty",
-        architecture=replace(CASES[case].architecture, build=f"{os.path.abspath(__file__)}:build"),
+        architecture=planted_architecture(CASES[case].architecture.id, f"{os.path.abspath(__file__)}:build"),
     )
 
 

@@ -30,7 +30,7 @@ def start(folder, *more, fork=False):
     words = ["campaign", *SMALL, "--results", str(folder / "results"), "--out", str(folder / "out"), *more]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     if fork:
-        return Forked(words, folder / "campaign", environment, forking_campaign, own_server=False)
+        return Forked(words, folder / "campaign", environment, forking_campaign)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", "harness", *words], env=environment, **pipes)
 
@@ -40,7 +40,7 @@ def forking_campaign(words):
     from harness.supervisor import child_process
 
     plan.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
-    popen = functools.partial(ForkedCommand, close_fds=False)  # the fork server's is needed
+    popen = functools.partial(ForkedCommand, close_fds=False)  # a stage that runs runs needs the fork server's
     child_process.subprocess = SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
     return harness(words)
 

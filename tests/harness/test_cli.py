@@ -232,7 +232,7 @@ def without_a_reader(words):
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, command):
     """`| head` ends neither a run nor a matrix: the row is that of a run to its end, and so is the exit status."""
     words = [*command, *TWO_STEPS, "--device", "cpu", "--json", "--out", str(tmp_path / "out")]
-    done = Forked(words, tmp_path / "command", call=without_a_reader, own_server=False)
+    done = Forked(words, tmp_path / "command", call=without_a_reader)
     done.communicate(timeout=300)
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert (done.returncode, row["status"], row["steps_done"]) == (0, "completed", 2)

@@ -34,7 +34,7 @@ def harness(tmp_path):
     """``harness(*words)``: exit code, standard output and standard error of a command, which is a process."""
 
     def run(*words):
-        process = Forked(words, tmp_path / "command", own_server=False)
+        process = Forked(words, tmp_path / "command")
         printed, errors = process.communicate(timeout=300)
         return process.returncode, printed, errors
 

@@ -62,7 +62,7 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_the
     words += ["--max-steps", "150", "--jobs", "2", "--out", str(out)]
     stopped_after = {}
     for send in ("SIGKILL to the matrix", "SIGHUP to every process", "SIGTERM to every process"):
-        process, before = Forked(words, tmp_path / "stopped", own_server=True), logged(out) or [0, 0]
+        process, before = Forked(words, tmp_path / "stopped"), logged(out) or [0, 0]
         wait_until(lambda old=before: len(logged(out)) == 2 and min(map(operator.sub, logged(out), old)) > 2, process)
         (os.killpg if "every" in send else os.kill)(process.pid, getattr(signal, send.split()[0]))
         errors = process.communicate(timeout=60)[1]

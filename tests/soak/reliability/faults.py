@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from bench_cases import ARCHITECTURES, CASES, DTYPE_CONFIGS, Case
+from bench_cases import CASES, DTYPE_CONFIGS, Case
 from harness.planning import plan_run
 from harness.settings import Request, RunSettings
 from harness.supervisor.pool import Pool, ProcessExit
 from harness.supervisor.process_monitor import Rules
 from instrument.results.schemas import RunRecord
-from tests.soak.reliability.plants import PHASES, Plant
+from tests.soak.reliability.plants import PHASES, Plant, planted_architecture
 from tests.soak.reliability.trials import Trial, share_of
 
 EXPECTED = {
@@ -115,7 +115,7 @@ def planned(kind: str, number: int, out: Path) -> tuple[Plant, RunSettings]:
 
 def case_with(plant: Plant, builder: str = "build") -> Case:
     """``gpt2_clm``, and a fault in it; ``builder`` is a function of `plants`."""
-    architecture = replace(ARCHITECTURES["gpt2"], name=plant.name, build=f"tests.soak.reliability.plants:{builder}")
+    architecture = planted_architecture("gpt2", f"tests.soak.reliability.plants:{builder}", name=plant.name)
     return replace(CASES["gpt2_clm"], id=f"gpt2_clm_{plant.what}", architecture=architecture, in_default_matrix=False)
 
 
