@@ -23,7 +23,7 @@ def modules_after(statement: str, *watched: str) -> list[str]:
         "[importlib.import_module(f'instrument.results.{m.name}') for m in pkgutil.iter_modules(room.__path__)]",
         "import harness.cli, harness.settings",
         "import bench_cases.own, bench_cases.models, bench_cases.collate",
-        "import harness.matrix.stability, harness.commands.list",
+        "import harness.commands.list",
         "import kernels, kernels.float_formats",
         "import bench_cases.data",
     ],

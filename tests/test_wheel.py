@@ -176,7 +176,7 @@ print(run.run_id, run.as_config())
 
 
 def test_stages_of_a_campaign_are_started_as_parts_of_the_package(built, tmp_path):
-    code = "from ddbench.harness.campaign.stages import PACKAGE; print(PACKAGE)"
+    code = "from ddbench.harness.campaign.plan import PACKAGE; print(PACKAGE)"
     assert ddb(built, tmp_path, code=code) == "ddbench.\n"
 
 

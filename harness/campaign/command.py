@@ -17,9 +17,8 @@ import msgspec
 import psutil
 from filelock import FileLock, Timeout
 
-from harness.campaign.pack import CAMPAIGN, PackTooLarge, pack, require_ours, unpack
-from harness.campaign.plan import ASKED, costs_of, find_machine, make_plan, pilot_of
-from harness.campaign.stages import FIT_FROM_S, FOLDER, GROUPS, PACKAGE, Stage, outcome, stages_of
+from harness.campaign.pack import CAMPAIGN, FOLDER, PackTooLarge, pack, require_ours, unpack
+from harness.campaign.plan import ASKED, FIT_FROM_S, GROUPS, Stage, costs_of, find_machine, make_plan, outcome, stages_of
 from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.run.signals import Stop
 from harness.settings import SettingsError
@@ -212,8 +211,7 @@ class Call:
             entry.state, entry.pid = "running", pid
             self.save()
 
-        command = [sys.executable, "-u", "-m", PACKAGE + stage.command[0], *stage.command[1:]]
-        entry.exit_code, cut = run_command(command, self.files(stage.name), limits_s, grace_s, self.stop, started)
+        entry.exit_code, cut = run_command(stage.argv, self.files(stage.name), limits_s, grace_s, self.stop, started)
         entry.state, entry.note = outcome(entry.exit_code, cut, resumes=resumes)
         entry.cuts += entry.state == "cut" or (cut == "the call's end" and not resumes)
         if not resumes and entry.state in ("cut", "pending") and entry.cuts >= MOST_CUTS:
@@ -231,7 +229,7 @@ class Call:
         took, or (a dry run before it) from estimates; nothing is written."""
         machine, groups = self.machine, GROUPS.keys() - {*(self.asked["skip"] or ()), "run"}
         costs = {(label, config): (fixed_s, step_s) for label, config, fixed_s, step_s in machine["estimates"]}
-        costs |= costs_of(finished_runs(self.results), machine, pilot_of(machine, self.asked))
+        costs |= costs_of(finished_runs(self.results), machine, self.asked)
         groups -= {"fit"} if self.total_s < FIT_FROM_S else set()
         kept_s = 2 * self.dossier_s() + self.total_s * sum(GROUPS[name][0] for name in groups)
         self.content.plan = self.content.plan or make_plan(costs, machine, self.asked, max(0.0, self.total_s - kept_s))

@@ -10,13 +10,13 @@ import gzip
 import shutil
 from pathlib import Path
 
-from harness.campaign.stages import FOLDER
 from instrument.results.files import copy, make_folder, placing_folder, plain_inside, replacing
 from instrument.results.folder import OutputError
 from instrument.results.layout import INDEX, SIDE_FILES
 from instrument.terminal import count
 
 CAMPAIGN = "campaign.json"
+FOLDER = "campaign"  # in the results folder: what stages print, and a results folder for the overflow
 LIMIT_BYTES = 15_000_000
 PLAIN = (
     *(INDEX, *SIDE_FILES, "kernel_check.json", "fit.json", CAMPAIGN, "summary.json", "predictions/*.json"),

@@ -21,8 +21,20 @@ from harness import cli
 from harness.campaign import command
 from harness.campaign.command import SCHEMA, begun
 from harness.campaign.pack import PackTooLarge, pack, require_ours, unpack
-from harness.campaign.plan import ASKED, CASE_ORDER, LADDER, PILOT_STEPS, costs_of, length_of, make_plan, pilot_of, probe
-from harness.campaign.stages import GROUPS, outcome, stages_of
+from harness.campaign.plan import (
+    ASKED,
+    CASE_ORDER,
+    GROUPS,
+    LADDER,
+    PILOT_STEPS,
+    costs_of,
+    length_of,
+    make_plan,
+    outcome,
+    pilot_of,
+    probe,
+    stages_of,
+)
 from harness.exit_codes import exit_code_of
 from harness.matrix.spending import START_UP_S
 from harness.options import NOT_TIMED, OPS
@@ -113,14 +125,14 @@ def test_a_rows_total_without_its_steps_is_what_every_run_costs_and_a_diverged_o
     machine = {**MACHINE, "labels": ["gpt2_clm", "gpt2_clm@512"], "configs": ["fp32_true", "amp_bf16", "fp16_naive"]}
 
     def cost(row):
-        return costs_of([row], machine, {"max_steps": 80, "seeds": [0]})
+        return costs_of([row], machine, NOTHING)
 
     assert cost(row("fp32_true")) == {("gpt2_clm@512", "fp32_true"): (START_UP_S + 10 - 8 * 0.5, 0.5)}
     assert cost(row("amp_bf16", seq_len=64)).keys() == {("gpt2_clm", "amp_bf16")}
     fixed_s, step_s = cost(row("fp16_naive", "diverged", step_s=None, steps=4))["gpt2_clm@512", "fp16_naive"]
     assert step_s == 3 * 6.0 / 4 and fixed_s == 3 * (START_UP_S + 4)
     assert cost(row("fp32_true", "oom")) == cost(row("bf16_pure")) == {}, "failed, and not of this campaign"
-    assert costs_of([row("fp32_true")], machine, {"max_steps": 81, "seeds": [0]}) == {}, "another plan's"
+    assert costs_of([row("fp32_true")], machine, {**NOTHING, "max_steps": 81}) == {}, "another plan's"
 
 
 @pytest.mark.parametrize(
@@ -472,7 +484,7 @@ def test_a_lent_gpu_gives_the_headline_in_the_first_call_runs_in_each_and_the_wh
     monkeypatch.setattr(command.time, "monotonic", lambda: gpu.now_s)
     monkeypatch.setattr(command, "run_command", gpu.run)
     monkeypatch.setattr(command, "finished_runs", lambda out: gpu.rows)
-    monkeypatch.setattr(command, "costs_of", lambda rows, machine, pilot: {})
+    monkeypatch.setattr(command, "costs_of", lambda rows, machine, asked: {})
     packed = []
     monkeypatch.setattr(command, "pack", lambda results, out: packed.append(len(gpu.rows)) or "")
     calls = []

@@ -13,7 +13,7 @@ from bench_cases import CASES
 from harness import options as arguments
 from harness.matrix.command import checked_jobs, local_jobs
 from harness.matrix.plan import controls_of, plan_matrix
-from harness.matrix.stability import cell_text, stability_cells, stability_table
+from harness.matrix.screen import cell_text, stability_cells, stability_table
 from harness.settings import SettingsError
 from harness.supervisor.pool import Pool
 from instrument.results.folder import finished_runs

@@ -14,7 +14,7 @@ from bench_cases import DTYPE_CONFIGS
 from bench_cases.data.documents import DataError
 from harness import training
 from harness.inspect.findings import verdict
-from harness.matrix.stability import cell_text
+from harness.matrix.screen import cell_text
 from harness.precision import Precision
 from harness.run import execute as run_module
 from harness.run.execute import execute, load_run_data, make_batches
