@@ -107,7 +107,6 @@ def version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system reports it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -156,7 +156,6 @@ class Tally(TorchDispatchMode):
 
     @contextmanager
     def backward(self):
-        """Around the backward pass."""
         self._in_backward = True
         try:
             yield

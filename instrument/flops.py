@@ -39,14 +39,12 @@ class LengthPolynomial:
     quadratic: Fraction | int = 0
 
     def __call__(self, length: int) -> int:
-        """FLOPs of one row of ``length`` tokens."""
         value = self.constant + self.linear * length + self.quadratic * length * length
         if value != int(value):
             raise ValueError(f"{value} FLOPs at length {length}: not a whole number, so not a count")
         return int(value)
 
     def times(self, factor: int) -> LengthPolynomial:
-        """The same for ``factor`` as many FLOPs."""
         return LengthPolynomial(self.constant * factor, self.linear * factor, self.quadratic * factor)
 
 

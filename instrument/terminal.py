@@ -113,7 +113,6 @@ class ClosableStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As a stream's."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -121,7 +120,6 @@ class ClosableStream:
             return len(text)
 
     def flush(self) -> None:
-        """As a stream's."""
         try:
             self._stream.flush()
         except OSError as error:

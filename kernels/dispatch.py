@@ -22,7 +22,6 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_triton() -> bool:
-    """Whether the `triton` package is installed (it is Linux only)."""
     return _HAS_TRITON
 
 

@@ -26,7 +26,6 @@ class StepPosition:
         self._module_of_sequence: dict[int, str | None] = {}
 
     def enter(self, name: str) -> None:
-        """A module's forward begins."""
         if not name and torch._C._current_autograd_node() is None:
             self._stage = "forward"
             self._microbatch += torch.is_grad_enabled()
@@ -35,14 +34,12 @@ class StepPosition:
         self._modules.append(name)
 
     def leave(self, name: str) -> None:
-        """A module's forward is over."""
         while self._modules and self._modules.pop() != name:
             pass
         if not self._modules and torch._C._current_autograd_node() is None:
             self._stage = "loss"
 
     def update(self, *, begins: bool) -> None:
-        """The optimizer's step begins or is over."""
         self._stage, self._updating = ("optimizer", True) if begins else (AFTER, False)
 
     @property
@@ -93,5 +90,4 @@ class StepPosition:
         return self._names[storage][0].rpartition(".")[0] if storage in self._names else None
 
     def _made_by(self, module: str | None) -> None:
-        """Autograd's newest node is of this module."""
         self._module_of_sequence.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)

@@ -226,7 +226,6 @@ class Replays:
         self._snapshot, self._since, self._gap = Snapshot(step - 1, *self._parts), [], False
 
     def completed(self, step: int) -> None:
-        """``step`` is over."""
         self._since.append(step)
 
     def interrupted(self) -> None:

@@ -32,7 +32,6 @@ class Storages:
         return reference.cdata
 
     def before(self, tensors: Iterable[object], *, trained: bool = False) -> None:
-        """Note what is there before the step."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.layout == torch.strided:
                 self.see(tensor)
@@ -68,7 +67,6 @@ class Storages:
         return [edge for edge in edges if not self.graph.meant(edge)]
 
     def written(self, tensor: torch.Tensor, node: int, kinds: int) -> None:
-        """A recorded op wrote it."""
         key = self.key(tensor)
         self.writers[key], self.kinds[key] = node, kinds
         if not is_part(tensor):

@@ -90,7 +90,6 @@ class Folder:
 
     @property
     def device(self) -> str:
-        """The device slug of the rows."""
         return self.runs[0].device
 
     @cached_property
@@ -100,7 +99,6 @@ class Folder:
 
     @cached_property
     def by_id(self) -> dict[str, RunRecord]:
-        """Rows by run id."""
         return {run.run_id: run for run in self.runs}
 
     @property
@@ -117,11 +115,9 @@ class Folder:
         return self._once("steps", run_id, self._read_steps)
 
     def evaluations(self, run_id: str) -> list[EvaluationRecord]:
-        """The run's evaluations in order."""
         return self._once("evaluations", run_id, lambda run: self._log(run, "evaluations", read_records, EvaluationRecord))
 
     def events(self, run_id: str) -> list[EventRecord]:
-        """The run's events in order."""
         return self._once("events", run_id, lambda run: self._log(run, "events", read_records, EventRecord))
 
     def hardware(self, run_id: str) -> dict[str, np.ndarray] | None:

@@ -95,7 +95,6 @@ class RunFolder:
         write_terminal(self.out, record)
 
     def close(self) -> None:
-        """Sync and close the logs."""
         for log in (self.steps, self.evaluations, self.events):
             log.close()
 

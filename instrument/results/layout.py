@@ -53,7 +53,6 @@ class RunFiles:
 
     @property
     def path(self) -> Path:
-        """The run's own folder."""
         return self.out / RUNS / self.run_id
 
     @property
@@ -78,7 +77,6 @@ class RunFiles:
 
     @property
     def output(self) -> Path:
-        """What the run's process printed."""
         return self.path / "output.log"
 
     def log(self, name: str) -> Path:

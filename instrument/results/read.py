@@ -87,7 +87,6 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The machine and the versions, flat."""
         return {"device": self.record.device} | dict(flat(self.record.env))
 
 

@@ -65,7 +65,6 @@ class SortedLines:
 
     @property
     def content(self) -> bytes:
-        """The file as it should be."""
         return b"".join(line + b"\n" for line in self.kept)
 
 
@@ -191,7 +190,6 @@ class Repair:
         return any(state.lost or state.foreign for state in self.files)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
         return {"schema": 1, **asdict(self), "damaged": self.is_damaged}
 
 

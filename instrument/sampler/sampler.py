@@ -143,7 +143,7 @@ class Sampler:
     """Writes a `HardwareRecord` to ``path`` every ``period_s`` seconds between `start` and `stop`.
 
     ``gpu_uuid``: of the run's device (``torch.cuda.get_device_properties(device).uuid``), or None on a
-    CPU. A context: leaving it stops.
+    CPU.
     """
 
     def __init__(self, path: Path, *, gpu_uuid: str | None = None, period_s: float = PERIOD_S) -> None:
@@ -188,12 +188,6 @@ class Sampler:
         if self._thread.is_alive():
             self.failure = self.failure or f"the sampler did not end within {timeout_s:g} s"
         return self._summary(window)
-
-    def __enter__(self) -> Sampler:
-        return self.start()
-
-    def __exit__(self, *_) -> None:
-        self.stop()
 
     def _summary(self, window: str | None) -> dict[str, Any]:
         records = []

@@ -32,11 +32,9 @@ class CounterSample:
 
     @property
     def is_finite(self) -> bool:
-        """Whether what it holds is."""
         return all(value is None or math.isfinite(value) for value in (self.fwd, self.bwd))
 
     def events(self, base_ns: int) -> list[dict[str, Any]]:
-        """A counter of what is finite, and a marker of what is not."""
         values = {key: value for key, value in (("fwd", self.fwd), ("bwd", self.bwd)) if value is not None}
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
         lost = {key: str(value) for key, value in values.items() if key not in finite}

@@ -1,8 +1,8 @@
 """A window of steps under torch.profiler: one gzipped Chrome/Perfetto JSON with our own tracks in it.
 
     with TraceWindow(path, device) as trace:
-        with trace.phase("forward", step):
-            ...
+        trace.enter("forward", step)
+        ...
     trace.table()                                # seconds by kernel class and phase
 
 Open the file at https://ui.perfetto.dev. Profiling slows the window down: never inside a timed one.
@@ -18,8 +18,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +96,6 @@ class TraceWindow:
         if phase is not None:
             self._now = (record_function(PHASE_PREFIX + phase), phase, step, time.time_ns())
             self._now[0].__enter__()
-
-    @contextmanager
-    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-        """`enter` for the length of a block; phases do not nest."""
-        self.enter(name, step)
-        try:
-            yield
-        finally:
-            self.enter(None)
 
     def add(self, *ours: CounterSample | Marker | PhaseSlice | Flow) -> None:
         """Put these on our tracks; inside the window."""

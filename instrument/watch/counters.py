@@ -82,12 +82,10 @@ class StepCounters:
 
     @property
     def open(self) -> bool:
-        """Whether a step is under way."""
         return bool(self._row)
 
     @property
     def full(self) -> bool:
-        """Whether a window of rows waits to be read."""
         return self._used == self.window
 
     def begin(self, loss_scale: torch.Tensor | None = None) -> None:
@@ -164,12 +162,10 @@ class StepCounters:
         self._row["updated"] = self._row["updated"] + happens
 
     def note_scale(self) -> None:
-        """The scaler's scale now."""
         if self._row and self._scaler is not None:
             self._row["loss_scale"] = self._scaler.scale(torch.ones((), device=self.device))
 
     def is_updated_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer owns one of the parameters."""
         return optimizer is self._optimizer or any(id(p) in self._ids for g in optimizer.param_groups for p in g["params"])
 
     # -- parameters ---------------------------------------------------------------------------

@@ -72,7 +72,6 @@ class ExplosionDetector:
         return self._above >= EXPLOSION_STEPS
 
     def describe(self) -> str:
-        """The condition as a sentence."""
         return (
             f"rolling median loss {self._median:.4g} above {EXPLOSION_FACTOR} times the "
             f"{'loss of an uninformed model' if self._first == self._uninformed_loss else 'first loss'} "
@@ -239,7 +238,6 @@ class StepMeter:
         self.counters.measure_update()
 
     def end_step(self) -> None:
-        """Close the step."""
         if self.taps is not None:
             self.taps.end_step()
         self._facts.clock.stop()
@@ -250,7 +248,6 @@ class StepMeter:
 
     @property
     def due(self) -> bool:
-        """Whether the window is full."""
         return self.counters.full
 
     def read(self) -> Reading:

@@ -47,7 +47,6 @@ class Surface:
 
     @property
     def skipped(self) -> bool:
-        """Non-finite gradients that no update followed."""
         return not self.updated and self.bad_gradients is not None
 
     @property

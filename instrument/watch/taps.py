@@ -59,7 +59,6 @@ class HeadroomTable:
         self._rows: dict[tuple[int, str, str], Headroom] = {}
 
     def add(self, readings: Iterable[TapReading]) -> None:
-        """Take in readings."""
         for r in readings:
             key = (r.order, r.module, r.direction)
             old = self._rows.get(key)
@@ -174,7 +173,6 @@ class ModuleTaps:
         self._step_handles = []
 
     def close(self) -> None:
-        """Take every hook off."""
         self.end_step()
         for handle in self._block_handles:
             handle.remove()

@@ -268,20 +268,12 @@ class Watch:
 
     def _repair(self, surface: Surface) -> EventRecord:
         """Gradients that were not finite and were made so before the update."""
-        found = surface.where_skipped()
-        detail = {name: getattr(found, name) for name in ("phase", "module", "tensor", "kind")}
-        return EventRecord(step=surface.step, kind="gradient_repaired", detail=detail)
+        return EventRecord(step=surface.step, kind="gradient_repaired", detail=_place(surface.where_skipped()))
 
     def _skip(self, surface: Surface, steps_ago: int) -> EventRecord:
         """A scaler's skip; the first few with their producer, by replay."""
         found, scale = surface.where_skipped(), surface.row["loss_scale"]
-        detail: dict[str, Any] = {
-            "loss_scale": scale if scale >= 0 else None,
-            "phase": found.phase,
-            "module": found.module,
-            "tensor": found.tensor,
-            "kind": found.kind,
-        }
+        detail: dict[str, Any] = {"loss_scale": scale if scale >= 0 else None} | _place(found)
         if self._replays is not None and self._replays.explains_skip():
             replayed = self._replay(surface, steps_ago)
             if replayed.matched:
@@ -333,3 +325,7 @@ class Watch:
     def _recorded(self, step: int, recorder: OpRecorder | None) -> None:
         self._recorder = recorder
         self._run_step(step)
+
+
+def _place(found: FirstNonfinite) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in ("phase", "module", "tensor", "kind")}

@@ -87,7 +87,7 @@ class ActivationRing:
 
     slots   cells per step, one for each tensor that is watched
     steps   how many measured steps are kept; older ones are overwritten
-    every   measure steps 1, 1 + every, 1 + 2 every, ... (0: never, until `set_every`)
+    every   measure steps 1, 1 + every, 1 + 2 every, ... (0: never)
 
     `tick()` starts a step; it is device work only and may be captured. Nothing is measured before the first tick.
     """
@@ -118,10 +118,6 @@ class ActivationRing:
         now.add_(1)
         enabled.copy_(((now - 1) % every.clamp(min=1) == 0) & (every > 0))
         record.add_(enabled)
-
-    def set_every(self, every: int) -> None:
-        """Measure every so many steps from now on (0: none). A device write, no sync; do not capture it."""
-        self.state[EVERY : EVERY + 1].fill_(every)
 
     def read(self) -> list[ActivationReading]:
         """All cells that were written, by step and slot. Waits for the device."""

@@ -138,7 +138,6 @@ class Tiling:
 
     @property
     def constants(self) -> dict[str, int]:
-        """What a row kernel is launched with."""
         return {"BLOCK": self.block, "THREADS": 32 * self.num_warps, "num_warps": self.num_warps, "maxnreg": self.registers}
 
 

@@ -250,10 +250,9 @@ def test_marks_at_every_step_do_not_make_the_sampler_busy(tmp_path):
 
 def test_a_reason_is_written_once(tmp_path, nvml):
     nvml(fail={"nvmlDeviceGetPowerUsage": pynvml.NVMLError(3)})
-    with Sampler(tmp_path / "hardware.jsonl", gpu_uuid="a", period_s=0.01):
-        wait_until(
-            lambda: (tmp_path / "hardware.jsonl").exists() and (tmp_path / "hardware.jsonl").read_bytes().count(b"\n") > 2
-        )
+    sampler = Sampler(tmp_path / "hardware.jsonl", gpu_uuid="a", period_s=0.01).start()
+    wait_until(lambda: sampler.path.exists() and sampler.path.read_bytes().count(b"\n") > 2)
+    sampler.stop()
     reasons = [
         record.unknown["gpu_power_w"]
         for record in read(tmp_path / "hardware.jsonl", HardwareRecord)
@@ -273,8 +272,9 @@ def test_a_file_that_cannot_be_written_does_not_stop_the_run(tmp_path):
 
 def test_an_earlier_runs_looks_are_not_summed_up(tmp_path):
     path = tmp_path / "hardware.jsonl"
-    with Sampler(path, period_s=0.01):
-        time.sleep(0.05)
+    sampler = Sampler(path, period_s=0.01).start()
+    time.sleep(0.05)
+    sampler.stop()
     assert Sampler(path).start().stop()["samples"] <= 3
 
 

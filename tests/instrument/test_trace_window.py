@@ -120,7 +120,8 @@ def test_matmuls_inside_and_outside_attention_are_distinguished_in_both_directio
 
 def test_an_exception_is_raised_again_and_leaves_a_trace(tmp_path):
     path = tmp_path / "window.json.gz"
-    with pytest.raises(KeyError), TraceWindow(path, CPU) as trace, trace.phase("loss"):
+    with pytest.raises(KeyError), TraceWindow(path, CPU) as trace:
+        trace.enter("loss")
         torch.ones(3).sum()
         raise KeyError("planted")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -145,7 +146,8 @@ def test_a_profiler_that_fails_does_not_hide_the_error_of_the_run(tmp_path, monk
 
     profiler, stop = trace._profile, trace._profile.stop
     monkeypatch.setattr(profiler, method, fail)
-    with pytest.raises(KeyError), trace, trace.phase("forward", 1):
+    with pytest.raises(KeyError), trace:
+        trace.enter("forward", 1)
         raise KeyError("the run's own")
     assert trace.failure == "RuntimeError: planted" and not trace.path.exists()
     if method == "stop":
@@ -153,12 +155,8 @@ def test_a_profiler_that_fails_does_not_hide_the_error_of_the_run(tmp_path, monk
 
 
 def test_a_phase_that_does_not_exist_is_refused(tmp_path):
-    with (
-        pytest.raises(ValueError, match="'warmup'; allowed: forward"),
-        TraceWindow(tmp_path / "w.json.gz", CPU) as trace,
-        trace.phase("warmup"),
-    ):
-        pass
+    with pytest.raises(ValueError, match="'warmup'; allowed: forward"), TraceWindow(tmp_path / "w.json.gz", CPU) as trace:
+        trace.enter("warmup")
 
 
 @pytest.mark.process
@@ -310,7 +308,8 @@ def test_a_trace_shows_an_overflow_and_its_way(tmp_path):
     net.blocks[1][1] = nn.Identity()
     path = tmp_path / "overflow.json.gz"
     with TraceWindow(path, CPU) as trace:
-        with ModuleMagnitudes(net) as magnitudes, trace.phase("forward", 1):
+        with ModuleMagnitudes(net) as magnitudes:
+            trace.enter("forward", 1)
             net(torch.ones(3, 4).half())
         samples = magnitudes.samples()
         flows = flows_from("blocks.1.0", samples)
