@@ -12,7 +12,7 @@ CLASSES = ("matmul", "attention", "elementwise", "reduction", "optimizer", "copy
 """``reduction`` includes normalisations and softmax."""
 
 OUR_KERNELS = (
-    "cross_entropy_rows cross_entropy_gradient bce_rows sum_rows inverse_count scale_rows logit_stats_rows activation_kernel "
+    "cross_entropy_rows bce_rows sum_rows inverse_count scale_rows logit_stats_rows activation_kernel "
     "stats_kernel scale_kernel".split()
 )
 """Every Triton kernel that this project launches."""

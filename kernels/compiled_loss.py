@@ -2,7 +2,7 @@
 
 Autograd functions that keep state between forward and backward, and operators that mutate and have a gradient,
 are what the compiler cannot take (a mutating operator refuses `register_autograd`). So there a loss is an operator
-that returns all it makes: (loss, gradient, row state, factor of the gradient, counters of the statistics), and the
+that returns all it makes: (loss, gradient, factor of the gradient, counters of the statistics), and the
 counters are copied into the accumulator afterwards.
 
 Other than in eager code, grad_output costs a pass over the gradient (the compiler may fuse it), and backward may run
@@ -20,18 +20,17 @@ _ARGUMENTS = (
     "Tensor logits, Tensor targets, Tensor? normalizer_at, float? normalizer, Tensor? grad_scale_at, float? grad_scale, "
     "Tensor? counters, str reduction, bool make_grad"
 )
-_RETURNS = "(Tensor loss, Tensor grad, Tensor state, Tensor factor, Tensor counters)"
+_RETURNS = "(Tensor loss, Tensor grad, Tensor factor, Tensor counters)"
 _COMMON = 9  # arguments before the loss's own options
 
 
 def register_compiled(
-    library: torch.library.Library, options: dict[str, str], call_of: Callable[..., LossCall], state_columns: int
+    library: torch.library.Library, options: dict[str, str], call_of: Callable[..., LossCall]
 ) -> Callable[[LossCall, torch.Tensor], torch.Tensor]:
     """Register `compiled` and `compiled_gradient` of a loss; return the function that takes a call through them.
 
-    options        name -> type in the operators' schema, of the loss's own options; the last argument is `impl`
-    call_of        makes the LossCall again inside the operators
-    state_columns  of the row state that a deferred Triton forward keeps, 0: none
+    options  name -> type in the operators' schema, of the loss's own options; the last argument is `impl`
+    call_of  makes the LossCall again inside the operators
     """
     schema = ", ".join(f"{kind} {name}" for name, kind in options.items()) + ", str impl"
 
@@ -48,51 +47,47 @@ def register_compiled(
         loss = call.forward(logits, grad if make_grad else None)
         factor = call.grad_factor
         factor = factor.clone() if isinstance(factor, torch.Tensor) else torch.full((), factor, device=logits.device)
-        state = logits.new_empty(0, dtype=torch.float32) if call.state is None else call.state
-        return loss, grad, state, factor, logits.new_empty(0, dtype=torch.int64) if counters is None else call.counters
+        return loss, grad, factor, logits.new_empty(0, dtype=torch.int64) if counters is None else call.counters
 
     def fake(logits, targets, normalizer_at, normalizer, grad_scale_at, grad_scale, counters, reduction, make_grad, *values):
         """What `run` returns, by shape alone."""
-        keeps_state = state_columns and values[-1] == "triton" and not make_grad
         return (
             logits.new_empty((), dtype=torch.float32),
             empty_gradient(logits) if make_grad else logits.new_empty(0),
-            logits.new_empty((logits.shape[0], state_columns) if keeps_state else 0, dtype=torch.float32),
             logits.new_empty((), dtype=torch.float32),
             logits.new_empty(0, dtype=torch.int64) if counters is None else torch.empty_like(counters),
         )
 
-    def run_gradient(logits, targets, state, factor, *values):
-        call, grad = again(targets, "sum", None, None, values), empty_gradient(logits)
-        call.state = state if state.numel() else None
-        call.write_gradient(logits, grad, factor)
+    def run_gradient(logits, targets, factor, *values):
+        grad = empty_gradient(logits)
+        again(targets, "sum", None, None, values).write_rows(logits, grad, None, factor, None)
         return grad
 
     def keep(ctx, inputs, output):
         """What backward needs. Tensors among the options go through `save_for_backward` as well."""
-        _, grad, state, factor, _ = output
+        _, grad, factor, _ = output
         ctx.make_grad, values = inputs[_COMMON - 1], inputs[_COMMON:]
         ctx.tensors_at = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
         ctx.values = [None if i in ctx.tensors_at else value for i, value in enumerate(values)]
         tensors = [values[i] for i in ctx.tensors_at]
-        ctx.save_for_backward(*([grad] if ctx.make_grad else [inputs[0], inputs[1], state, factor, *tensors]))
+        ctx.save_for_backward(*([grad] if ctx.make_grad else [inputs[0], inputs[1], factor, *tensors]))
 
     def backward(ctx, grad_output, *unused):
         nothing = [None] * (_COMMON + len(options))  # for every argument but the logits
         if ctx.make_grad:
             (grad,) = ctx.saved_tensors
             return (grad.float() * grad_output).to(grad.dtype), *nothing
-        logits, targets, state, factor, *tensors = ctx.saved_tensors
+        logits, targets, factor, *tensors = ctx.saved_tensors
         values = list(ctx.values)
         for i, tensor in zip(ctx.tensors_at, tensors, strict=True):
             values[i] = tensor
-        return compiled_gradient(logits, targets, state, grad_output.float() * factor, *values), *nothing
+        return compiled_gradient(logits, targets, grad_output.float() * factor, *values), *nothing
 
     compiled = register(library, f"compiled({_ARGUMENTS}, {schema}) -> {_RETURNS}", run, fake)
     torch.library.register_autograd(f"{library.ns}::compiled", backward, setup_context=keep, lib=library)
     compiled_gradient = register(
         library,
-        f"compiled_gradient(Tensor logits, Tensor targets, Tensor state, Tensor factor, {schema}) -> Tensor",
+        f"compiled_gradient(Tensor logits, Tensor targets, Tensor factor, {schema}) -> Tensor",
         run_gradient,
         lambda logits, *rest: empty_gradient(logits),
     )
@@ -101,7 +96,7 @@ def register_compiled(
         """The loss, by one operator that the compiler sees whole. As in eager code, fp16 without grad_scale is deferred."""
         wants_grad = torch.is_grad_enabled() and logits.requires_grad
         make_grad = wants_grad and (call.grad_scale is not None or logits.dtype != torch.float16)
-        loss, _, _, _, counters = compiled(
+        loss, _, _, counters = compiled(
             logits, call.targets, *number_or_tensor(call.normalizer), *number_or_tensor(call.grad_scale), call.counters,
             call.reduction, make_grad, *call.options.values(), call.impl,
         )  # fmt: skip

@@ -4,7 +4,7 @@ A loss subclasses `LossCall`; `fused_loss` decides *when* the gradient is made:
 
     fused     forward writes factor * dloss/dlogits, rounded once. backward hands it out, multiplied
               on the device by grad_output (the kernel leaves at once when that is 1; the host never looks).
-    deferred  forward keeps per-row state only; backward reads the logits again and multiplies by
+    deferred  forward makes the loss only; backward goes over the rows once more and multiplies by
               grad_output *before* rounding. For fp16 without `grad_scale`: there 1/N alone would push
               almost every gradient below 2^-24, and a loss scale that arrives with grad_output is too late.
 
@@ -26,7 +26,6 @@ class LossCall:
     normalizer, grad_scale  numbers, one-element tensors or None, as the public op takes them
     counters                of the current slot of a LogitStats, or None
     options                 keyword arguments of the loss's own operators
-    state                   what a deferred forward keeps of its rows for the backward pass, or None
     """
 
     impl: str
@@ -36,7 +35,6 @@ class LossCall:
     grad_scale: int | float | torch.Tensor | None
     counters: torch.Tensor | None
     options: dict
-    state: torch.Tensor | None = None
 
     name = "loss"
 
@@ -45,7 +43,7 @@ class LossCall:
         factor = self._loss_factor(logits)
         self.grad_factor = factor if self.grad_scale is None else scalar(self.grad_scale)
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        self.write_rows(logits, grad, losses)
+        self.write_rows(logits, grad, losses, self.grad_factor, self.counters)
         return sum_rows(losses, factor, self.impl)
 
     def _loss_factor(self, logits: torch.Tensor) -> float | torch.Tensor:
@@ -57,12 +55,8 @@ class LossCall:
         """One over the divisor of a mean without `normalizer`."""
         raise NotImplementedError
 
-    def write_rows(self, logits: torch.Tensor, grad: torch.Tensor | None, losses: torch.Tensor) -> None:
-        """Write the row losses, fp32 (rows,), and the gradient times `grad_factor` where `grad` is given."""
-        raise NotImplementedError
-
-    def write_gradient(self, logits: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> None:
-        """Write the gradient times `factor`, an fp32 device scalar, from the state that `forward` kept."""
+    def write_rows(self, logits, grad, losses, factor: float | torch.Tensor, counters: torch.Tensor | None) -> None:
+        """Write the row losses, fp32 (rows,), and the gradient times `factor`; either may be None."""
         raise NotImplementedError
 
 
@@ -111,7 +105,7 @@ class _FusedLoss(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         data = logits.detach()
         grad = data if ctx.inplace_grad else empty_gradient(data)
-        ctx.call.write_gradient(data, grad, grad_output.float() * ctx.call.grad_factor)
+        ctx.call.write_rows(data, grad, None, grad_output.float() * ctx.call.grad_factor, None)
         if ctx.inplace_grad:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None

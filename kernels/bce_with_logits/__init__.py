@@ -123,12 +123,9 @@ class BceCall(LossCall):
         divisor = logits.numel() if self.reduction == "mean" else logits.shape[0]
         return 1.0 / divisor if divisor else float("inf")  # the mean of nothing is 0 * Inf = NaN, as in torch
 
-    def write_rows(self, logits, grad, losses):
-        factor_at, factor = number_or_tensor(self.grad_factor)
-        _rows_of(logits, self.targets, grad, losses, factor_at, factor, self.counters, *self.options.values(), self.impl)
-
-    def write_gradient(self, logits, grad, factor):
-        _rows_of(logits, self.targets, grad, None, factor, 1.0, None, *self.options.values(), self.impl)
+    def write_rows(self, logits, grad, losses, factor, counters):
+        factor_at, factor = number_or_tensor(factor)
+        _rows_of(logits, self.targets, grad, losses, factor_at, factor, counters, *self.options.values(), self.impl)
 
 
 def _rows(logits, targets, grad, losses, factor_at, factor, counters, sparse, pos_weight, impl) -> None:
@@ -149,4 +146,4 @@ _rows_of = register(
     _rows,
     fake=None,
 )
-_compiled = register_compiled(_library, {"sparse": "bool", "pos_weight": "Tensor?"}, BceCall, state_columns=0)
+_compiled = register_compiled(_library, {"sparse": "bool", "pos_weight": "Tensor?"}, BceCall)

@@ -12,8 +12,8 @@ Rows whose target is `ignore_index` have loss and gradient 0, whatever they hold
 
 Memory traffic, counted by hand for T rows of V columns of b bytes: logits read once and
 gradient written once from HBM, 2 T V b; the second reading of a row, for the gradient,
-finds it in L1 or L2. Forward alone reads T V b; a deferred backward adds 2 T V b.
-Extra memory: 20 bytes a row.
+finds it in L1 or L2. Forward alone reads T V b; a deferred backward goes over the rows again, 2 T V b.
+Extra memory: 4 bytes a row.
 """
 
 import torch
@@ -40,10 +40,9 @@ def bytes_moved(rows: int, width: int, element_bytes: int, mode: str = "fused") 
 def flops(rows: int, width: int, mode: str = "fused") -> int:
     """Elementwise floating-point operations (an exponential counts as one). Not model FLOPs, which are matmuls only.
 
-    forward: max, subtract, exp, add. backward: subtract, exp, multiply by 1/S.
+    forward: max, subtract, exp, add. Gradient: subtract, exp, multiply by 1/S.
     """
-    per_element = {"fused": 7, "forward": 4, "backward": 3}[mode]
-    return per_element * rows * width
+    return {"fused": 7, "forward": 4, "backward": 7}[mode] * rows * width
 
 
 def cross_entropy(
@@ -136,19 +135,13 @@ class CrossEntropyCall(LossCall):
         fused_loss_kernel.launch_inverse_count(self.targets, out, ignore_index)
         return out
 
-    def write_rows(self, logits, grad, losses):
-        if self.impl == "triton" and grad is None:
-            self.state = torch.empty(logits.shape[0], 2, dtype=torch.float32, device=logits.device)
-        factor_at, factor = number_or_tensor(self.grad_factor)
-        _rows_of(
-            logits, self.targets, grad, losses, self.state, factor_at, factor, self.counters, *self.options.values(), self.impl
-        )
-
-    def write_gradient(self, logits, grad, factor):
-        _gradient_of(logits, self.targets, self.state, grad, factor, *self.options.values(), self.impl)
+    def write_rows(self, logits, grad, losses, factor, counters):
+        factor_at, factor = number_or_tensor(factor)
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32) if losses is None else losses
+        _rows_of(logits, self.targets, grad, losses, factor_at, factor, counters, *self.options.values(), self.impl)
 
 
-def _rows(logits, targets, grad, losses, state, factor_at, factor, counters, *values) -> None:
+def _rows(logits, targets, grad, losses, factor_at, factor, counters, *values) -> None:
     *numbers, impl = values
     options, factor = dict(zip(_OPTIONS, numbers, strict=True)), factor if factor_at is None else factor_at
     if impl == "torch":
@@ -156,32 +149,14 @@ def _rows(logits, targets, grad, losses, state, factor_at, factor, counters, *va
     elif logits.shape[0]:
         from kernels.cross_entropy import triton_kernel
 
-        triton_kernel.launch_rows(logits, targets, grad, losses, state, factor, counters, **options)
+        triton_kernel.launch(logits, targets, grad, losses, factor, counters, **options)
 
 
-def _gradient(logits, targets, state, grad, factor, *values) -> None:
-    *numbers, impl = values
-    options = dict(zip(_OPTIONS, numbers, strict=True))
-    if impl == "torch":
-        reference.backward(logits, targets, grad, factor, **options)
-    elif logits.shape[0]:
-        from kernels.cross_entropy import triton_kernel
-
-        triton_kernel.launch_gradient(logits, targets, state, grad, factor, **options)
-
-
-_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items()) + ", str impl"
 _rows_of = register(
     _library,
-    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor(c!)? state, Tensor? factor_at, "
-    f"float factor, Tensor(d!)? counters, {_SCHEMA}) -> ()",
+    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor? factor_at, float factor, "
+    f"Tensor(c!)? counters, {', '.join(f'{kind} {name}' for name, kind in _OPTIONS.items())}, str impl) -> ()",
     _rows,
     fake=None,
 )
-_gradient_of = register(
-    _library,
-    f"gradient(Tensor logits, Tensor targets, Tensor? state, Tensor(a!) grad, Tensor factor, {_SCHEMA}) -> ()",
-    _gradient,
-    fake=None,
-)
-_compiled = register_compiled(_library, _OPTIONS, CrossEntropyCall, state_columns=2)
+_compiled = register_compiled(_library, _OPTIONS, CrossEntropyCall)

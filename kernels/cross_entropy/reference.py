@@ -1,6 +1,6 @@
 """The definition of the cross-entropy ops, in plain torch, and what runs on a CPU.
 
-`forward` and `backward` work through the rows in chunks that stay in a cache, so that neither an fp32 copy of the
+`forward` works through the rows in chunks that stay in a cache, so that neither an fp32 copy of the
 logits nor their log-softmax is ever whole. Loss and gradient of a chunk are the two fused kernels that eager torch
 runs too: log_softmax and its backward. `small_cross_entropy` serves small logits (see small_loss.py) by
 F.cross_entropy, with the factor of the gradient as class weights.
@@ -39,15 +39,6 @@ def forward(logits, targets, grad, factor, *, ignore_index, smoothing, z_loss, v
     if grad is not None:
         _zero_rest(grad, keep, valid)
     return losses
-
-
-def backward(logits, targets, grad, factor, *, ignore_index, smoothing, z_loss, valid):
-    """The gradient times `factor`, alone."""
-    keep, in_range = _classify(targets, ignore_index, valid)
-    for pick in _chunks(logits.shape[0], valid, keep):
-        z, logp, target = _chunk(logits, targets, pick, valid, in_range)
-        _write_gradient(grad, pick, z, logp, target, factor, keep, in_range, smoothing, z_loss, valid)
-    _zero_rest(grad, keep, valid)
 
 
 def _classify(targets, ignore_index, valid):

@@ -81,12 +81,12 @@ def zero_row(grad_ptr, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, counters,
+def cross_entropy_rows(logits, grad, row_loss, targets, factor_ptr, counters,
                        stride, grad_stride, width, valid, ignore_index, factor, smoothing, z_loss,
-                       GRAD: tl.constexpr, STATE: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
+                       GRAD: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr,
                        HAS_FACTOR: tl.constexpr, ONE_TILE: tl.constexpr,
                        GROUP: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """Loss of one row (GRAD: and its gradient; STATE: and (m, S) for a later one)."""
+    """Loss of one row (GRAD: and its gradient)."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     row_ptr = logits + row * stride
@@ -122,9 +122,6 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, c
             loss += smoothing * (m - anchor - tl.sum(d_g, 0) / valid)
         loss += z_loss * (m + log_s) * (m + log_s) if z_loss != 0.0 else 0.0
         tl.store(row_loss + row, tl.where(in_range, loss, float("nan")))
-        if STATE:
-            tl.store(row_state + 2 * row, m)
-            tl.store(row_state + 2 * row + 1, s)
         if STATS:
             if not in_range:
                 tl.atomic_add(counters + 5, 1, sem="relaxed")
@@ -147,28 +144,7 @@ def cross_entropy_rows(logits, grad, row_loss, row_state, targets, factor_ptr, c
                 zero_row(grad_ptr + whole + BLOCK, width - whole - BLOCK, BLOCK)  # pad columns beyond the tail
 
 
-@triton.jit
-def cross_entropy_gradient(logits, grad, row_state, targets, factor_ptr,
-                           stride, grad_stride, width, valid, ignore_index, smoothing, z_loss,
-                           BLOCK: tl.constexpr):  # fmt: skip
-    """The deferred gradient: one tile a program, from the row state of the forward pass."""
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK
-    target = tl.load(targets + row)
-    grad_ptr = grad + row * grad_stride
-    if target == ignore_index:
-        cols = start + tl.arange(0, BLOCK)
-        tl.store(grad_ptr + cols, tl.zeros([BLOCK], grad.dtype.element_ty), mask=cols < width)
-    else:
-        m = tl.load(row_state + 2 * row)
-        s = tl.load(row_state + 2 * row + 1)
-        weight = tl.load(factor_ptr).to(tl.float32)
-        shift, slope, flat, hit = gradient_terms(target, m, s, valid, smoothing, z_loss, weight)
-        z, cols = load_tile(logits + row * stride, start, width, valid, True, "evict_first", BLOCK)
-        store_gradient(grad_ptr, z, cols, target, shift, slope, flat, hit, width, valid, True, "evict_first")
-
-
-def rows_tiling(width: int, element_bytes: int) -> Tiling:
+def tiling_of(width: int, element_bytes: int) -> Tiling:
     """Two 128-bit loads a thread and tile. With 80 registers a thread, three blocks of 8 warps share an SM.
 
     `one_tile`: the row is kept in registers, otherwise it is read twice, once from HBM.
@@ -179,26 +155,19 @@ def rows_tiling(width: int, element_bytes: int) -> Tiling:
     return Tiling(block, num_warps, registers=80 if num_warps == _WARPS else 128, one_tile=width <= block)
 
 
-def gradient_tiling(width: int) -> Tiling:
-    block = min(4096, max(64, triton.next_power_of_2(width)))
-    return Tiling(block, max(1, min(8, block // 512)), registers=80, one_tile=width <= block)
-
-
-def launch_rows(
-    logits, targets, grad, row_loss, row_state, factor, counters, *, ignore_index, smoothing, z_loss, valid
-) -> Tiling:
-    """Row losses, and the gradient (`grad`) or the row state, whichever is not None; returns the tiling.
+def launch(logits, targets, grad, row_loss, factor, counters, *, ignore_index, smoothing, z_loss, valid) -> Tiling:
+    """Row losses, and the gradient where `grad` is not None; returns the tiling.
 
     factor: a Python float, or an fp32 device scalar.
     """
     rows, width = logits.shape
-    tiling = rows_tiling(width, logits.element_size())
+    tiling = tiling_of(width, logits.element_size())
     factor_at, number = number_or_tensor(factor)
     cross_entropy_rows[(rows,)](
-        logits, grad, row_loss, row_state, targets, factor_at, counters,
+        logits, grad, row_loss, targets, factor_at, counters,
         logits.stride(0), 0 if grad is None else grad.stride(0), width, valid, ignore_index,
         number, smoothing, z_loss,
-        GRAD=grad is not None, STATE=row_state is not None, SMOOTH=smoothing != 0, STATS=counters is not None,
+        GRAD=grad is not None, SMOOTH=smoothing != 0, STATS=counters is not None,
         HAS_FACTOR=factor_at is not None, ONE_TILE=tiling.one_tile,
         GROUP=16 // logits.element_size(),  # the columns of one 128-bit load
         **tiling.constants,
@@ -206,36 +175,21 @@ def launch_rows(
     return tiling
 
 
-def launch_gradient(logits, targets, row_state, grad, factor, *, ignore_index, smoothing, z_loss, valid) -> None:
-    """The deferred gradient times `factor`, an fp32 device scalar."""
-    rows, width = logits.shape
-    tiling = gradient_tiling(width)
-    cross_entropy_gradient[(rows, triton.cdiv(width, tiling.block))](
-        logits, grad, row_state, targets, factor,
-        logits.stride(0), grad.stride(0), width, valid, ignore_index, smoothing, z_loss,
-        BLOCK=tiling.block, num_warps=tiling.num_warps, maxnreg=tiling.registers,
-    )  # fmt: skip
-
-
 def compile_specs() -> list[CompileSpec]:
-    """8,192 rows, as many valid columns as GPT-2 has tokens; in the deferred way, with smoothing, where rows are long."""
+    """8,192 rows, as many valid columns as GPT-2 has tokens; the loss alone, with smoothing, where rows are long."""
     rows, specs = 8192, []
     targets = torch.empty(rows, dtype=torch.int64, device="meta")
-    losses, state, factor = (torch.empty(shape, device="meta") for shape in (rows, (rows, 2), ()))
+    losses, factor = torch.empty(rows, device="meta"), torch.empty((), device="meta")
     for name, dtype in DTYPES.items():
         for width in (50304, 8192, 1024):
             logits, label = on_meta(rows, width, dtype), (name, f"{rows}x{width}")
             options = {"ignore_index": -100, "smoothing": 0.0, "z_loss": 0.0, "valid": width - 47}
             specs += as_launched(
-                [("cross_entropy_rows", *label)],
-                launch_rows, logits, targets, logits, losses, None, factor, counters_on_meta(), **options,
-            )  # fmt: skip
+                [("cross_entropy_rows", *label)], launch, logits, targets, logits, losses, factor, counters_on_meta(), **options
+            )
             if width == 50304:
                 options["smoothing"] = 0.1
                 specs += as_launched(
-                    [("cross_entropy_loss", *label)], launch_rows, logits, targets, None, losses, state, factor, None, **options
-                )
-                specs += as_launched(
-                    [("cross_entropy_gradient", *label)], launch_gradient, logits, targets, state, logits, factor, **options
+                    [("cross_entropy_loss", *label)], launch, logits, targets, None, losses, factor, None, **options
                 )
     return specs

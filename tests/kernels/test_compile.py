@@ -19,7 +19,6 @@ FIELDS = {"kernel", "arch", "dtype", "registers", "spills", "shared_bytes", "loa
 WRITES_A_STREAM = {
     "scale_rows",
     "cross_entropy_rows",
-    "cross_entropy_gradient",
     "bce_rows_dense",
     "bce_rows_sparse",
     "bce_rows_weighted",

@@ -149,7 +149,7 @@ def test_logit_stats():
 @pytest.mark.parametrize("op, labels", [("cross_entropy", None), ("bce_with_logits", None), ("bce_with_logits", 8)])
 def test_losses(op, labels, deferred):
     """A row of this width is read once. Labels of a row are read once a tile, from a cache but the first time. The rest of
-    the slack, 32 bytes a row: its loss, read again to be added up, its target's logit and its state."""
+    the slack, 32 bytes a row: its loss, read again to be added up, and its target's logit."""
     logits = torch.randn(ROWS, WIDTH).half().requires_grad_()
     if op == "cross_entropy":
         loss_of, cost, targets, of_targets = cross_entropy, cross_entropy_cost, torch.randint(0, WIDTH, (ROWS,)), {}

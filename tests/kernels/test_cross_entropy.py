@@ -318,8 +318,8 @@ def test_the_tiling_says_which_branch_ran(device):
     for width, one_tile in ((64, True), (20_000, False)):
         logits, targets = make(2, width, torch.bfloat16, device)
         losses = torch.empty(2, device=device)
-        tiling = triton_kernel.launch_rows(
-            logits, targets, torch.empty_like(logits), losses, None, 1.0, None,
+        tiling = triton_kernel.launch(
+            logits, targets, torch.empty_like(logits), losses, 1.0, None,
             ignore_index=-100, smoothing=0.0, z_loss=0.0, valid=width,
         )  # fmt: skip
         assert tiling.one_tile == one_tile and losses.isfinite().all()
