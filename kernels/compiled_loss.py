@@ -1,4 +1,5 @@
-"""The losses inside `torch.compile`: one functional operator each, without a graph break.
+"""The losses as torch's operators: in eager code one that writes rows, inside `torch.compile` a functional one, without a
+graph break.
 
 Autograd functions that keep state between forward and backward, and operators that mutate and have a gradient,
 are what the compiler cannot take (a mutating operator refuses `register_autograd`). So there a loss is an operator
@@ -20,19 +21,30 @@ _ARGUMENTS = (
     "Tensor logits, Tensor targets, Tensor? normalizer_at, float? normalizer, Tensor? grad_scale_at, float? grad_scale, "
     "Tensor? counters, str reduction, bool make_grad"
 )
+_ROWS = (
+    "Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!)? losses, Tensor? factor_at, float? factor, "
+    "Tensor(c!)? counters"
+)
 _RETURNS = "(Tensor loss, Tensor grad, Tensor factor, Tensor counters)"
 _COMMON = 9  # arguments before the loss's own options
 
 
-def register_compiled(
-    library: torch.library.Library, options: dict[str, str], call_of: Callable[..., LossCall]
+def register_loss(
+    library: torch.library.Library, call_of: type[LossCall], options: dict[str, str], write_rows: Callable[..., None]
 ) -> Callable[[LossCall, torch.Tensor], torch.Tensor]:
-    """Register `compiled` and `compiled_gradient` of a loss; return the function that takes a call through them.
+    """Register `rows` of a loss, its operator in eager code, and `compiled` and `compiled_gradient`; return the function that
+    takes a call through these two.
 
-    options  name -> type in the operators' schema, of the loss's own options; the last argument is `impl`
-    call_of  makes the LossCall again inside the operators
+    options     name -> type in the operators' schema, of the loss's own options; the last argument is `impl`
+    write_rows  (logits, targets, grad or None, losses or None, factor, counters or None, impl, **options)
     """
     schema = ", ".join(f"{kind} {name}" for name, kind in options.items()) + ", str impl"
+
+    def rows(logits, targets, grad, losses, factor_at, factor, counters, *values) -> None:
+        *values, impl = values
+        if impl == "torch" or logits.shape[0]:
+            factor, own = factor if factor_at is None else factor_at, dict(zip(options, values, strict=True))
+            write_rows(logits, targets, grad, losses, factor, counters, impl, **own)
 
     def again(targets, reduction, normalizer, grad_scale, values) -> LossCall:
         *values, impl = values
@@ -83,6 +95,7 @@ def register_compiled(
             values[i] = tensor
         return compiled_gradient(logits, targets, grad_output.float() * factor, *values), *nothing
 
+    call_of.operator = register(library, f"rows({_ROWS}, {schema}) -> ()", rows, fake=None)
     compiled = register(library, f"compiled({_ARGUMENTS}, {schema}) -> {_RETURNS}", run, fake)
     torch.library.register_autograd(f"{library.ns}::compiled", backward, setup_context=keep, lib=library)
     compiled_gradient = register(

@@ -13,10 +13,11 @@ Either way the gradient exists once: a fused or in-place loss can go backward on
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from kernels.dispatch import check_device_scalar
+from kernels.dispatch import check_device_scalar, number_or_tensor
 
 
 @dataclass
@@ -37,6 +38,8 @@ class LossCall:
     options: dict
 
     name = "loss"
+    operator: ClassVar[Callable]
+    """Its registered operator (compiled_loss.py), under which a call of it is known to torch."""
 
     def forward(self, logits: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """Return the loss, fp32 (); when `grad` is given, write the gradient there (it may be `logits` itself)."""
@@ -57,7 +60,9 @@ class LossCall:
 
     def write_rows(self, logits, grad, losses, factor: float | torch.Tensor, counters: torch.Tensor | None) -> None:
         """Write the row losses, fp32 (rows,), and the gradient times `factor`; either may be None."""
-        raise NotImplementedError
+        self.operator(
+            logits, self.targets, grad, losses, *number_or_tensor(factor), counters, *self.options.values(), self.impl
+        )
 
 
 def check_factors(op: str, reduction: str, reductions: tuple[str, ...], normalizer, grad_scale, device: torch.device) -> None:

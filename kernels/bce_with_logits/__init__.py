@@ -18,8 +18,8 @@ T L 2 b + 8 T K; at L = 4,271, K = 8 and bf16 that is 0.67 of the dense traffic.
 import torch
 
 from kernels.bce_with_logits import reference
-from kernels.compiled_loss import register_compiled
-from kernels.dispatch import FLOAT_DTYPES, check_float, check_same_device, number_or_tensor, register, resolve_impl
+from kernels.compiled_loss import register_loss
+from kernels.dispatch import FLOAT_DTYPES, check_float, check_same_device, resolve_impl
 from kernels.fused_loss import LossCall, check_factors, fused_loss
 from kernels.logit_stats import LogitStats
 from kernels.small_loss import is_small
@@ -123,27 +123,14 @@ class BceCall(LossCall):
         divisor = logits.numel() if self.reduction == "mean" else logits.shape[0]
         return 1.0 / divisor if divisor else float("inf")  # the mean of nothing is 0 * Inf = NaN, as in torch
 
-    def write_rows(self, logits, grad, losses, factor, counters):
-        factor_at, factor = number_or_tensor(factor)
-        _rows_of(logits, self.targets, grad, losses, factor_at, factor, counters, *self.options.values(), self.impl)
 
-
-def _rows(logits, targets, grad, losses, factor_at, factor, counters, sparse, pos_weight, impl) -> None:
-    factor = factor if factor_at is None else factor_at
-    options = {"sparse": sparse, "pos_weight": pos_weight}
+def _write_rows(logits, targets, grad, losses, factor, counters, impl, **options) -> None:
     if impl == "torch":
         reference.rows(logits, targets, grad, losses, factor, counters=counters, **options)
-    elif logits.shape[0]:
+    else:
         from kernels.bce_with_logits import triton_kernel
 
         triton_kernel.launch(logits, targets, grad, losses, factor, counters, **options)
 
 
-_rows_of = register(
-    _library,
-    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!)? losses, Tensor? factor_at, float factor, "
-    "Tensor(c!)? counters, bool sparse, Tensor? pos_weight, str impl) -> ()",
-    _rows,
-    fake=None,
-)
-_compiled = register_compiled(_library, {"sparse": "bool", "pos_weight": "Tensor?"}, BceCall)
+_compiled = register_loss(_library, BceCall, {"sparse": "bool", "pos_weight": "Tensor?"}, _write_rows)

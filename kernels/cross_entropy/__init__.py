@@ -18,16 +18,15 @@ Extra memory: 4 bytes a row.
 
 import torch
 
-from kernels.compiled_loss import register_compiled
+from kernels.compiled_loss import register_loss
 from kernels.cross_entropy import reference
-from kernels.dispatch import check_float, check_same_device, number_or_tensor, register, resolve_impl
+from kernels.dispatch import check_float, check_same_device, resolve_impl
 from kernels.fused_loss import LossCall, check_factors, fused_loss
 from kernels.logit_stats import LogitStats
 from kernels.small_loss import is_small
 
 MAX_WIDTH = 262_144
 ROW_BYTES = 8 + 4  # target read, row loss written
-_OPTIONS = {"ignore_index": "int", "smoothing": "float", "z_loss": "float", "valid": "int"}
 _library = torch.library.Library("dtype_dynamics_cross_entropy", "DEF")
 
 
@@ -135,28 +134,16 @@ class CrossEntropyCall(LossCall):
         fused_loss_kernel.launch_inverse_count(self.targets, out, ignore_index)
         return out
 
-    def write_rows(self, logits, grad, losses, factor, counters):
-        factor_at, factor = number_or_tensor(factor)
-        losses = logits.new_empty(logits.shape[0], dtype=torch.float32) if losses is None else losses
-        _rows_of(logits, self.targets, grad, losses, factor_at, factor, counters, *self.options.values(), self.impl)
 
-
-def _rows(logits, targets, grad, losses, factor_at, factor, counters, *values) -> None:
-    *numbers, impl = values
-    options, factor = dict(zip(_OPTIONS, numbers, strict=True)), factor if factor_at is None else factor_at
+def _write_rows(logits, targets, grad, losses, factor, counters, impl, **options) -> None:
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32) if losses is None else losses
     if impl == "torch":
         losses.copy_(reference.forward(logits, targets, grad, factor, counters=counters, **options))
-    elif logits.shape[0]:
+    else:
         from kernels.cross_entropy import triton_kernel
 
         triton_kernel.launch(logits, targets, grad, losses, factor, counters, **options)
 
 
-_rows_of = register(
-    _library,
-    "rows(Tensor logits, Tensor targets, Tensor(a!)? grad, Tensor(b!) losses, Tensor? factor_at, float factor, "
-    f"Tensor(c!)? counters, {', '.join(f'{kind} {name}' for name, kind in _OPTIONS.items())}, str impl) -> ()",
-    _rows,
-    fake=None,
-)
-_compiled = register_compiled(_library, _OPTIONS, CrossEntropyCall)
+_OPTIONS = {"ignore_index": "int", "smoothing": "float", "z_loss": "float", "valid": "int"}
+_compiled = register_loss(_library, CrossEntropyCall, _OPTIONS, _write_rows)
