@@ -41,9 +41,9 @@ def register_loss(
     schema = ", ".join(f"{kind} {name}" for name, kind in options.items()) + ", str impl"
 
     def rows(logits, targets, grad, losses, factor_at, factor, counters, *values) -> None:
-        *values, impl = values
+        *own_values, impl = values
         if impl == "torch" or logits.shape[0]:
-            factor, own = factor if factor_at is None else factor_at, dict(zip(options, values, strict=True))
+            factor, own = factor if factor_at is None else factor_at, dict(zip(options, own_values, strict=True))
             write_rows(logits, targets, grad, losses, factor, counters, impl, **own)
 
     def again(targets, reduction, normalizer, grad_scale, values) -> LossCall:
