@@ -1,10 +1,12 @@
-"""Command lines of the harness: how they name a run's case, and the settings that they would not choose themselves."""
+"""Command lines of the harness: how they name a run's case, the settings that they would not choose themselves, and the
+commands that make rows again."""
 
 from __future__ import annotations
 
 import math
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +36,12 @@ OF_RANKS = ("world", "parallel")
 """Spelled for a run alone: a matrix gives every run one process."""
 FLAGS = {"attention": "--sdpa", "trace_steps": "--trace", "mtbf_s": "--mtbf"}
 """Options that are not called as their setting. `tests.harness.test_settings` compares all of this with the declaration."""
+RARE = (
+    *("text_field", "label_field", "eval_every", "documents", "validation_documents", "threads"),
+    *("trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"),
+)
+"""Settings that are spelled out only where the command line would choose others."""
+
 SETTING = re.compile("[a-z][a-z0-9_]*")
 
 
@@ -110,3 +118,68 @@ def usual(run: RunRecord) -> dict[str, Any]:
         "micro_batch": math.gcd(run.batch_size, preset.micro_batch),
         "log_every": min(run.max_steps, 1 if config.get("device") == "cpu" else 10),
     }
+
+
+def matrix_commands(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
+    """As few command lines as make the runs: a ``harness matrix`` for every set of cases that share settings, configurations
+    and seeds, with every setting spelled out that it would not choose; runs on several ranks have their own."""
+    alone = [run for run in runs if run.config.get("world") in (None, 1)]
+    by_case: dict[tuple, list[RunRecord]] = defaultdict(list)
+    for run in alone:
+        by_case[tuple(case_arguments(run) or ()), _options(run)].append(run)
+    plans: dict[tuple, list[list[RunRecord]]] = defaultdict(list)
+    for (case, options), made in by_case.items():
+        for configs, seeds, part in _products(made):
+            one_model = case if len(case) > 1 else ()  # a matrix takes one --model, and any number of --cases
+            plans[one_model, options, configs, seeds].append(part)
+    lines = []
+    for (model, options, configs, seeds), parts in plans.items():
+        cases = model or ("--cases", *(argument for part in parts for argument in case_arguments(part[0]) or ()))
+        words = [*cases, "--configs", *configs, "--seeds", *map(str, seeds), *options, "--no-follow-up"]
+        lines.append((f"python -m harness matrix {shlex.join(words)}", [run for part in parts for run in part]))
+    return lines + [(line, [run]) for run in runs if run not in alone and (line := command(run))]
+
+
+def _options(run: RunRecord) -> tuple[str, ...]:
+    """A run's settings as arguments, where the command line would choose others; the preset always."""
+    usually = usual(run) | {"preset": None}
+    unusual = {name: value for name, value in settings_of(run).items() if usually.get(name) != value}
+    return tuple(argument for name, value in unusual.items() for argument in setting_arguments(name, value))
+
+
+def _products(runs: Sequence[RunRecord]) -> list[tuple[tuple[str, ...], tuple[int, ...], list[RunRecord]]]:
+    """One case's runs as products of configurations and seeds: configurations with the same seeds together."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for run in runs:
+        seeds[run.dtype_config].add(run.seed)
+    by_seeds: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for config, own in seeds.items():
+        by_seeds[tuple(sorted(own))].append(config)
+    return [
+        (tuple(clean(config, 80) for config in configs), own, [run for run in runs if run.dtype_config in configs])
+        for own, configs in by_seeds.items()
+    ]
+
+
+def command(run: RunRecord) -> str | None:
+    """The command line that makes this row, every setting spelled out; None for a row that another program made, or
+    whose case the command line has no name for."""
+    case = case_arguments(run)
+    if is_foreign(run) or case is None:
+        return None
+    world = run.config.get("world")
+    many = isinstance(world, int) and world > 1
+    program = f"torchrun --nproc-per-node {world} -m harness" if many else "python -m harness"
+    arguments = ["case", *case, clean(run.dtype_config, 80), "--seed", str(run.seed)]
+    usually = usual(run)
+    for name, value in settings_of(run).items():
+        if name not in RARE or value != usually.get(name):
+            arguments += setting_arguments(name, value)
+    if run.config.get("parallel") is not None:
+        arguments += setting_arguments("parallel", run.config["parallel"])
+    return f"{program} {shlex.join(arguments)}"
+
+
+def is_foreign(run: RunRecord) -> bool:
+    """Whether another program made the row."""
+    return bool(run.flags.get("imported") or run.flags.get("simulated")) or "preset" not in run.config

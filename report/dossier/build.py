@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from instrument.results.files import replace
 from report.dossier.context import context
 from report.dossier.page import page, require_pdf, write_pdf
+from report.dossier.prediction import predicted
 from report.hypotheses import judge
 from report.plots.draw import draw_all
 from report.tables import SECTION_TABLES, all_tables
 from report.tables.failures import failure_groups
-from report.tables.predicted import predicted
 from report.tables.trust import trust
 from report.text import plain_json
 from report.verdict import Price, verdict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,8 +18,7 @@ from report.dossier.decision import HEADS as CASE_HEADS
 from report.dossier.decision import case_sections
 from report.dossier.failure_cards import failure_cards
 from report.dossier.prediction import prediction_text
-from report.dossier.reproduce import commands
-from report.dossier.rows import HEADS, RowNumbers, run_rows
+from report.dossier.rows import HEADS, RowNumbers, commands, run_rows
 from report.dossier.system import system_block
 from report.hypotheses.evidence import NOT_DECIDED
 from report.plots.draw import Drawn
@@ -28,7 +26,7 @@ from report.tables import headroom
 from report.tables.selection import select
 from report.tables.speed import eligible
 from report.tables.table import Table
-from report.text import clean, joined
+from report.text import clean, joined, plain_json
 
 MARK_MEANINGS = {
     "TINY PRESET": "Two-layer models and some dozen steps: mechanisms show, speeds and scores do not carry over.",
@@ -93,7 +91,7 @@ def _attention(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
         and run.attention_dtype not in (compute, "tf32")
     }
     said = [f"{dtype} under {joined(c for c in wide if wide[c] == dtype)}" for dtype in dict.fromkeys(wide.values())]
-    return [("Attention's products", clean("; ".join(said), 400))] if said else []
+    return [("Attention's products", "; ".join(said))] if said else []
 
 
 def _left_out(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
@@ -107,7 +105,7 @@ def _left_out(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
         and all(isinstance(n, int) for n in left_out.values())
     }
     said = [f"{case}: {text or 'none'}" for case, text in found.items()]
-    return [("Documents without a class, left out", clean("; ".join(said), 400))] if said else []
+    return [("Documents without a class, left out", "; ".join(said))] if said else []
 
 
 def _values(values: Iterable[object]) -> list[str]:
@@ -137,10 +135,11 @@ def context(
         "case_heads": CASE_HEADS,
         "left_out": [clean(text, 300) for text in verdict.left_out],
         "open_claims": [finding.id for finding in findings if finding.verdict == NOT_DECIDED],
-        "next_command": clean(verdict.next_command or "", 600),
-        "checks": [_check(check, numbers) for check in checks],
-        "findings": [_finding(finding, numbers) for finding in findings],
-        "failures": failure_cards(failures, folder, numbers),
+        "next_command": verdict.next_command,
+        "numbers": numbers,
+        "checks": checks,
+        "findings": findings,
+        "failures": failure_cards(failures, numbers),
         "predicted": prediction_text(forecast, folder),
         "class_heads": class_heads,
         "class_rows": class_rows,
@@ -157,7 +156,7 @@ def context(
         "run_heads": HEADS,
         "run_rows": run_rows(folder.runs, numbers),
         "commands": commands(folder.runs, numbers),
-        "defects": [clean(defect, 400) for defect in folder.defects[:MOST_DEFECTS]],
+        "defects": folder.defects[:MOST_DEFECTS],
         "n_defects": len(folder.defects),
     }
 
@@ -167,32 +166,27 @@ def _figure(figure: Drawn, table: Table, numbers: RowNumbers) -> dict[str, Any]:
         "letter": table.letter,
         "label": f"Figure {table.letter}" if len(table.letter) == 1 else LABELS.get(table.name, table.name.capitalize()),
         "name": table.name,
-        "title": clean(table.title, 400),
-        "caption": clean(table.caption, 3_000),
+        "caption": table.caption,
         "svg": Markup(figure.svg),
         "cells": headroom_cells(table.data) if table.name == headroom.NAME and not table.empty else None,
         "files": figure.files,
-        "empty": table.empty and clean(table.empty, 600),
+        "empty": table.empty,
         "n_excluded": len(table.excluded),
         "excluded": _excluded(table.excluded, numbers),
     }
 
 
-def headroom_cells(data: pd.DataFrame) -> str:
-    """What stands under a pointer over the heat maps, as JSON: a map's modules, steps and bits."""
-    maps = [headroom.cells(run) for _, run in data.groupby("run_id", sort=False)]
-    return json.dumps(
-        [
-            {
-                "modules": [clean(module, 80) for module in cells.index],
-                "steps": [int(step) for step in cells.columns],
-                "bits": [
-                    [round(bits, 1) if math.isfinite(bits) else None for bits in row] for row in cells.to_numpy().tolist()
-                ],
-            }
-            for cells in maps
-        ]
-    )
+def headroom_cells(data: pd.DataFrame) -> Markup:
+    """What stands under a pointer over the heat maps, as JSON for an attribute: a map's modules, steps and bits."""
+    maps = [
+        {
+            "modules": [clean(module, 80) for module in cells.index],
+            "steps": [int(step) for step in cells.columns],
+            "bits": cells.round(1).to_numpy().tolist(),
+        }
+        for cells in (headroom.cells(run) for _, run in data.groupby("run_id", sort=False))
+    ]
+    return Markup.escape(json.dumps(plain_json(maps)))
 
 
 def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[dict[str, Any]]:
@@ -212,38 +206,6 @@ def _excluded(excluded: Sequence[tuple[str, str]], numbers: RowNumbers) -> list[
         }
         for reason, run_ids in shown
     ]
-
-
-def _check(check, numbers: RowNumbers) -> dict[str, Any]:
-    return {
-        "name": clean(check.name, 80),
-        "sign": {True: "✓", False: "✗"}.get(check.ok, "?"),
-        "state": {True: "yes", False: "no"}.get(check.ok, "open"),
-        "sentence": clean(check.sentence, 900),
-        "rows": numbers.cite(check.run_ids),
-    }
-
-
-def _finding(finding, numbers: RowNumbers) -> dict[str, Any]:
-    effect = None
-    if finding.effect is not None:
-        unit = f" {clean(finding.unit, 40)}" if finding.unit else ""
-        effect = f"{finding.effect:.3g}{unit}"
-        if finding.low is not None and finding.high is not None:
-            effect += f" [{finding.low:.3g}, {finding.high:.3g}]"
-    return {
-        "id": finding.id,
-        "claim": clean(finding.claim, 400),
-        "verdict": finding.verdict,
-        "kind": {"supported": "yes", "refuted": "no"}.get(finding.verdict, "open"),
-        "sentence": clean(finding.sentence, 1_500),
-        "effect": effect,
-        "n": finding.n,
-        "would_decide": clean(finding.would_decide or "", 600),
-        "plot": finding.plot,
-        "details": [clean(line, 600) for line in finding.details],
-        "rows": numbers.cite(finding.run_ids),
-    }
 
 
 def _peaks(runs: Sequence) -> list[tuple[str, str, str]]:

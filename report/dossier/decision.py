@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from markupsafe import Markup
+
 from instrument.results.contents import Folder
 from report.dossier.rows import RowNumbers
 from report.tables.cell_text import (
@@ -63,9 +65,9 @@ def answer(table: CaseTable) -> str:
     return "; ".join([f"Use {clean(table.use, 60)}: {reason}", *others]) + "."
 
 
-def _kept(text: str) -> str:
+def _kept(text: str) -> Markup:
     """The text with its intervals on one line each."""
-    return re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), text)
+    return Markup(re.sub(r"\[[^\]]*\]", lambda interval: interval[0].replace(" ", "\u00a0"), Markup.escape(text)))
 
 
 def _speed(cell: Cell, folder: Folder) -> str:

@@ -16,7 +16,7 @@ from instrument.terminal import count
 from report.dossier.rows import ABSENT, RowNumbers
 from report.tables.failures import Control, FailureGroup
 from report.tables.selection import in_order
-from report.text import clean, number, objects, short
+from report.text import clean, number, short, span
 
 MOST_CARDS, MOST_PLACES, MOST_LINKS, MOST_REMEDIES = 16, 12, 8, 12
 """Cards, and places of one; what is further is in the table of all runs."""
@@ -32,10 +32,10 @@ DIRECTIONS = (("absmax_fwd", "output"), ("absmax_bwd", "gradient"))
 WIDTH_PX, HEIGHT_PX, EDGE_PX = 110, 22, 3
 
 
-def failure_cards(groups: Sequence[FailureGroup], folder, numbers: RowNumbers) -> dict[str, Any]:
+def failure_cards(groups: Sequence[FailureGroup], numbers: RowNumbers) -> dict[str, Any]:
     """Cards in the order given, how many failures got none, and the heads of the cards' tables."""
     return {
-        "cards": [_card(group, folder, numbers) for group in groups[:MOST_CARDS]],
+        "cards": [_card(group, numbers) for group in groups[:MOST_CARDS]],
         "further": sum(len(group.members) for group in groups[MOST_CARDS:]),
         "place_heads": PLACE_HEADS,
         "remedy_heads": REMEDY_HEADS,
@@ -44,18 +44,15 @@ def failure_cards(groups: Sequence[FailureGroup], folder, numbers: RowNumbers) -
     }
 
 
-def _card(group: FailureGroup, folder, numbers: RowNumbers) -> dict[str, Any]:
-    failure = group.example
-    run = folder.by_id[failure.run_id]
-    chain = objects(failure.chain)
+def _card(group: FailureGroup, numbers: RowNumbers) -> dict[str, Any]:
+    failure, runs = group.example, [member.run for member in group.members]
+    run, chain = failure.run, [*failure.chain]
     if chain and run.first_nonfinite:  # a link names NaN before Inf; of the culprit it is known what prevails
         chain[0] = {**chain[0], "kind": run.first_nonfinite.kind}
-    places = _places([folder.by_id[member.run_id] for member in group.members])
-    cases = {folder.by_id[member.run_id].case for member in group.members}
-    one = len(group.members) == 1
-    where = f"{clean(run.case, 40)} · seed {run.seed}" if one else f"{len(group.members)} runs in {count(len(cases), 'case')}"
+    places, cases, one = _places(runs), {run.case for run in runs}, len(runs) == 1
+    where = f"{clean(run.case, 40)} · seed {run.seed}" if one else f"{len(runs)} runs in {count(len(cases), 'case')}"
     return {
-        "config": clean(group.config),
+        "config": clean(run.dtype_config),
         "where": where,
         "status": run.status,
         "sentence": clean(failure.sentence, 900),
@@ -64,13 +61,13 @@ def _card(group: FailureGroup, folder, numbers: RowNumbers) -> dict[str, Any]:
         "places_further": max(0, len(places) - MOST_PLACES),
         "controls": [_control(control, numbers) for control in group.controls],
         "example": None if one else f"{clean(run.case, 40)}, seed {run.seed}",
-        "remedies": [_remedy(remedy) for remedy in objects(failure.remedies)[:MOST_REMEDIES]],
+        "remedies": [_remedy(remedy) for remedy in failure.remedies[:MOST_REMEDIES]],
         "chain": [[str(at), *_link(link)] for at, link in enumerate(chain[:MOST_LINKS], start=1)],
         "chain_further": max(0, len(chain) - MOST_LINKS),
-        "kernels": _kernels(objects(failure.kernels)),
-        "history": _history(objects(failure.history)),
+        "kernels": _kernels(failure.kernels),
+        "history": _history(failure.history),
         "trace": clean(failure.trace_file, 200) if failure.trace_file else None,
-        "rows": numbers.cite(member.run_id for member in group.members),
+        "rows": numbers.cite(run.run_id for run in runs),
     }
 
 
@@ -86,16 +83,12 @@ def _places(runs: Sequence[RunRecord]) -> list[list[str]]:
         [
             clean(case, 40),
             ", ".join(str(run.seed) for run in group),
-            _steps([run.divergence_step if run.divergence_step is not None else run.steps_done for run in group]),
+            span(run.divergence_step if run.divergence_step is not None else run.steps_done for run in group),
             _word(place, 90),
             clean(what, 20),
         ]
         for (case, place, what), group in found.items()
     ]
-
-
-def _steps(steps: Sequence[int]) -> str:
-    return f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
 
 
 def _control(control: Control, numbers: RowNumbers) -> dict[str, Any]:
@@ -142,7 +135,7 @@ def _link(link: dict) -> list[str]:
     return [_word(link.get("phase"), 20), place, *(_word(link.get(key), 60) for key in ("op", "kind", "dtype"))]
 
 
-def _kernels(kernels: list[dict]) -> list[dict[str, Any]]:
+def _kernels(kernels: Sequence[dict]) -> list[dict[str, Any]]:
     """The culprit marked, and its neighbours; without a culprit the last ones that were seen."""
     here = next((at for at, kernel in enumerate(kernels) if kernel.get("here") is True), None)
     first = max(0, len(kernels) - 2 * BESIDE - 1 if here is None else here - BESIDE)
@@ -172,7 +165,7 @@ def _shapes(shapes: object) -> str:
     return ", ".join(parts) + (f" and {len(shapes) - 2} more" if len(shapes) > 2 else "")
 
 
-def _history(rows: list[dict]) -> list[dict[str, Any]]:
+def _history(rows: Sequence[dict]) -> list[dict[str, Any]]:
     """The culprit's largest |x| before it failed, a line for its output and one for its gradient."""
     found = []
     for key, name in DIRECTIONS:

@@ -23,7 +23,9 @@ from instrument.results.files import replace
 from report import TEMPLATES
 from report.plots import palette, style
 from report.plots.write import font_faces
+from report.text import bracketed, clean
 
+LONGEST_TEXT = 3_000
 DARK_FURNITURE = {
     style.INK: "#e7eaee",
     style.MUTED: "#a3abb5",
@@ -56,11 +58,18 @@ def dark_rules() -> str:
 
 @cache
 def environment() -> Environment:
-    """Jinja with autoescape always on (`select_autoescape` is off for ``*.html.j2``), and an error
-    for a name that the context lacks."""
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    """Jinja with autoescape always on (`select_autoescape` is off for ``*.html.j2``), and an error for a name that the context
+    lacks. Whatever a template prints is `clean`, so that no text of a file acts on the page or fills it."""
+    jinja = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(value, LONGEST_TEXT),
     )
+    jinja.filters["bracketed"] = bracketed
+    return jinja
 
 
 def page(context: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""The run table: its rows and cells as text, and the row numbers that claims cite as a paper cites its sources."""
+"""The run table: its rows and cells as text, the row numbers that claims cite as a paper cites its sources, and the commands
+that make the rows again."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from instrument.results.schemas import RunRecord
+from report.harness_commands import command, is_foreign, matrix_commands
 from report.tables.selection import in_order
 from report.text import clean, short
 
@@ -107,3 +109,19 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> Cell:
     if not math.isfinite(value):
         return Cell(short(value), "")
     return Cell(form.format(value * scale), repr(float(value)))
+
+
+def commands(runs: Sequence[RunRecord], numbers: RowNumbers) -> dict:
+    """``matrix``: lines that make all of them again, each with the rows that it makes; ``rows``: number and command of every
+    row that this program's harness can make again; ``foreign``: the citations of those that it did not make; ``unnamed``: of
+    those whose case has no name on its command line."""
+    found = [(run, command(run)) for run in in_order(runs)]
+    return {
+        "matrix": [
+            {"command": line, "rows": numbers.cite(run.run_id for run in made)}
+            for line, made in matrix_commands([run for run, line in found if line])
+        ],
+        "rows": [{"number": numbers[run.run_id], "command": line} for run, line in found if line],
+        "foreign": numbers.cite(run.run_id for run, line in found if not line and is_foreign(run)),
+        "unnamed": numbers.cite(run.run_id for run, line in found if not line and not is_foreign(run)),
+    }

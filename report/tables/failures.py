@@ -44,7 +44,7 @@ ENDS = {"oom": "ran out of memory", "hung": "hung", "error": "failed"}
 class Failure:
     """``cause`` as text or None; lists are plain data from ``runs/<run_id>/forensics.json``, empty when there is none."""
 
-    run_id: str
+    run: RunRecord
     sentence: str
     cause: str | None
     remedies: tuple[dict[str, Any], ...] = ()
@@ -52,7 +52,6 @@ class Failure:
     kernels: tuple[dict[str, Any], ...] = ()
     trace_file: str | None = None
     history: tuple[dict[str, Any], ...] = ()
-    status: str = "diverged"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,6 @@ class Control:
 class FailureGroup:
     """Failures of one configuration with one cause at one kind of producer. ``example``: the member of which most is known."""
 
-    config: str
     members: tuple[Failure, ...]
     example: Failure
     controls: tuple[Control, ...]
@@ -79,14 +77,11 @@ def failure_groups(folder: Folder) -> tuple[FailureGroup, ...]:
     """Every failure in its group; groups by how many they are."""
     found: dict[tuple, list[Failure]] = {}
     for failure in failures(folder):
-        found.setdefault(_producer(folder.by_id[failure.run_id]), []).append(failure)
+        found.setdefault(_producer(failure.run), []).append(failure)
     groups = []
     for members in found.values():
-        runs = [folder.by_id[member.run_id] for member in members]
-        example = max(
-            members, key=lambda member: sum(map(bool, (member.kernels, member.chain, member.remedies, member.history)))
-        )
-        groups.append(FailureGroup(runs[0].dtype_config, tuple(members), example, _controls(folder, runs)))
+        example = max(members, key=lambda known: sum(map(bool, (known.kernels, known.chain, known.remedies, known.history))))
+        groups.append(FailureGroup(tuple(members), example, _controls(folder, [member.run for member in members])))
     return tuple(sorted(groups, key=lambda group: -len(group.members)))
 
 
@@ -119,12 +114,11 @@ def _card(folder: Folder, run: RunRecord) -> Failure:
     forensics = folder.forensics(run.run_id)
     text = {key: value for key in ("sentence", "trace_file") if isinstance(value := forensics.get(key), str)}
     return Failure(
-        run.run_id,
+        run,
         text.get("sentence") or failure_sentence(run),
         _cause(run),
         **{key: tuple(objects(forensics.get(key))) for key in ("remedies", "chain", "kernels", "history")},
         trace_file=text.get("trace_file"),
-        status=run.status,
     )
 
 

@@ -19,7 +19,6 @@ from harness.planning import choose_device, plan_run, sources_fingerprint
 from harness.settings import SETTINGS, Request, RunSettings, SettingsError, resolve
 from instrument.results.schemas import RunRecord
 from report import harness_commands
-from report.dossier import reproduce
 
 CASE, CONFIG = CASES["gpt2_multi_cls"], DTYPE_CONFIGS["amp_fp16"]
 
@@ -287,7 +286,7 @@ def test_a_setting_declared_in_one_place_is_everywhere(tmp_path):
     assert all("--warm-start" in text and "what a test adds" in text for text in helps)
     assert (default["warm_start"], changed["warm_start"]) == (0.5, 0.25)
     assert "--warm-start 0.25" in done.stderr and "warm_start is -1.0; it must be at least 0" in done.stderr
-    assert "--warm-start 0.25" in reproduce.command(msgspec.convert(row, RunRecord))
+    assert "--warm-start 0.25" in harness_commands.command(msgspec.convert(row, RunRecord))
     assert row["config"]["warm_start"] == 0.25 and row["run_id"] == changed["run_id"] != default["run_id"]
     options = parser().parse_args(["case", "gpt2_clm", "fp32_true", *words])
     case, config = (CASES["gpt2_clm"], DTYPE_CONFIGS["fp32_true"])

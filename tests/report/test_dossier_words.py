@@ -16,10 +16,9 @@ from report.dossier import build, measurements
 from report.dossier.context import header
 from report.dossier.failure_cards import MOST_CARDS, MOST_LINKS, failure_cards, sparkline
 from report.dossier.measurements import ABSENT, FIT_HEADS, fit_rows
-from report.dossier.reproduce import command, commands, matrix_commands
-from report.dossier.rows import RowNumbers, in_order, run_href, run_rows
+from report.dossier.rows import RowNumbers, commands, in_order, run_href, run_rows
 from report.dossier.system import system_block
-from report.harness_commands import setting_arguments
+from report.harness_commands import command, matrix_commands, setting_arguments
 from report.tables.failures import Failure, FailureGroup, failure_groups
 from report.tables.step_time import kernel_time
 from tests.report.conftest import ADAMW
@@ -332,10 +331,8 @@ def test_a_benchmark_is_printed_in_its_units():
 
 
 def card_of(runs, **fields):
-    failure = Failure(runs[0].run_id, "died", None, **fields)
-    folder = SimpleNamespace(by_id={run.run_id: run for run in runs})
-    group = FailureGroup(runs[0].dtype_config, (failure,), failure, ())
-    return failure_cards([group], folder, RowNumbers(runs))["cards"][0]
+    failure = Failure(runs[0], "died", None, **fields)
+    return failure_cards([FailureGroup((failure,), failure, ())], RowNumbers(runs))["cards"][0]
 
 
 def test_failures_of_one_producer_and_cause_are_one_card_that_cites_its_controls(plant):
@@ -351,12 +348,12 @@ def test_failures_of_one_producer_and_cause_are_one_card_that_cites_its_controls
 
     folder = plant(cases, ("fp32_true", "fp16_naive", *controls), range(6), change)
     groups = failure_groups(folder)
-    assert sorted((group.config, len(group.members)) for group in groups) == [
+    assert sorted((group.example.run.dtype_config, len(group.members)) for group in groups) == [
         ("fp16_naive", 1),
         ("fp16_naive", 17),
         (controls[0], 1),
     ]
-    card = failure_cards(groups, folder, RowNumbers(folder.runs))["cards"][0]
+    card = failure_cards(groups, RowNumbers(folder.runs))["cards"][0]
     assert card["where"] == "17 runs in 3 cases" and len(card["places"]) == 3
     assert card["places"][0] == ["gpt2_clm", "0, 1, 2, 3, 4, 5", "1 to 6", "gpt2_clm.wte.param", "nan"]
     assert [control["text"] for control in card["controls"]] == [
@@ -371,7 +368,7 @@ def test_a_control_that_was_not_run_is_not_said_to_have_survived(plant):
         ("gpt2_clm",), ("fp32_true", "fp16_naive"), (0,), lambda _, config, __: {"diverges_at": 1} if "naive" in config else {}
     )
     (group,) = failure_groups(folder)
-    (card,) = failure_cards((group,), folder, RowNumbers(folder.runs))["cards"]
+    (card,) = failure_cards((group,), RowNumbers(folder.runs))["cards"]
     assert {control["text"].split(" ", 1)[1] for control in card["controls"]} == {"was not run beside them"}
 
 
@@ -449,11 +446,8 @@ def test_a_sparkline_rises_with_the_logarithm_and_puts_zero_on_the_ground():
 
 
 def test_many_groups_are_counted_and_not_all_printed(runs):
-    many = [
-        FailureGroup(run.dtype_config, (found := Failure(run.run_id, "died", None),), found, ())
-        for run in runs[: MOST_CARDS + 3]
-    ]
-    cards = failure_cards(many, SimpleNamespace(by_id={run.run_id: run for run in runs}), RowNumbers(runs))
+    many = [FailureGroup((found := Failure(run, "died", None),), found, ()) for run in runs[: MOST_CARDS + 3]]
+    cards = failure_cards(many, RowNumbers(runs))
     assert len(cards["cards"]) == MOST_CARDS and cards["further"] == 3
 
 

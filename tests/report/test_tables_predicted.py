@@ -8,8 +8,7 @@ from harness.predict import Predictions
 from instrument.prediction import KINDS as HAZARD_KINDS
 from instrument.prediction import VERDICTS as OUTCOME_VERDICTS
 from instrument.results.contents import load
-from report.dossier.prediction import prediction_text
-from report.tables.predicted import HIT, KINDS, MISSED, NEITHER, VERDICTS, predicted
+from report.dossier.prediction import HIT, KINDS, MISSED, NEITHER, VERDICTS, predicted, prediction_text
 
 CASE, CONFIGS = "gpt2_clm", ("fp32_true", "amp_fp16", "fp16_naive", "amp_bf16")
 

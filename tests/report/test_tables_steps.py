@@ -186,7 +186,7 @@ def test_every_table_stands_on_hostile_names(plant):
         (0,),
         lambda *_: {"error": hostile, "status": "error", "data_source": hostile, "weights_source": "javascript:1" * 1_000},
     )
-    assert all(table.title for table in all_tables(folder).values()) and failures(folder)[0].status == "error"
+    assert all(table.title for table in all_tables(folder).values()) and failures(folder)[0].run.status == "error"
     assert [check.name for check in trust(folder)][:5] == ["fairness", "reference", "seeds", "exclusions", "overhead"]
 
 
@@ -200,7 +200,7 @@ def test_a_failure_is_described_from_its_row_and_from_its_forensics(plant):
     (card,) = failures(folder)
     assert card.sentence == "NaN @ 3: h.0.param became nan (float16) in the optimizer, from exp_avg_sq."
     assert "division" in card.cause and card.chain == () and card.trace_file is None
-    file = folder.path / "runs" / card.run_id / "forensics.json"
+    file = folder.path / "runs" / card.run.run_id / "forensics.json"
     file.write_text(json.dumps({"sentence": "Found.", "chain": [{"module": "h.0"}, 7], "remedies": "none", "trace_file": 5}))
     (card,) = failures(load(folder.path))
     assert card.sentence == "Found." and card.chain == ({"module": "h.0"},) and card.remedies == () and card.trace_file is None
