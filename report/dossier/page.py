@@ -68,7 +68,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else clean(value, LONGEST_TEXT),
     )
-    jinja.filters["bracketed"] = bracketed
+    jinja.filters["bracketed"] = lambda low, high, form: Markup(bracketed(low, high, form))
     return jinja
 
 
