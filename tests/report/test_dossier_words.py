@@ -386,7 +386,6 @@ def test_a_card_shows_remedies_in_columns(runs):
             },
             {"change": "clip", "survives": None, "why": "no GPU"},
             {"change": "scaler", "survives": False, "failed_at": 6, "why": "2 of 5 skipped", "step_time_ratio": True},
-            "text",
         ),
     )
     assert card["remedies"] == [

@@ -201,9 +201,18 @@ def test_a_failure_is_described_from_its_row_and_from_its_forensics(plant):
     assert card.sentence == "NaN @ 3: h.0.param became nan (float16) in the optimizer, from exp_avg_sq."
     assert "division" in card.cause and card.chain == () and card.trace_file is None
     file = folder.path / "runs" / card.run.run_id / "forensics.json"
-    file.write_text(json.dumps({"sentence": "Found.", "chain": [{"module": "h.0"}, 7], "remedies": "none", "trace_file": 5}))
+    file.write_text(
+        json.dumps(
+            {"sentence": "Found.", "chain": [{"module": "h.0"}, 7], "remedies": "none", "kernels": [3, "text"], "trace_file": 5}
+        )
+    )
     (card,) = failures(load(folder.path))
-    assert card.sentence == "Found." and card.chain == ({"module": "h.0"},) and card.remedies == () and card.trace_file is None
+    assert (
+        card.sentence == "Found."
+        and card.chain == ({"module": "h.0"},)
+        and card.remedies == card.kernels == ()
+        and card.trace_file is None
+    )
     file.write_text("{torn")
     folder = load(folder.path)
     assert failures(folder)[0].sentence.startswith("NaN @ 3") and "forensics.json" in folder.defects[0].file
