@@ -62,10 +62,8 @@ def asked_budget(options: argparse.Namespace, *, device: str, preset: str, ranks
         alone = "--budget-usd" if price_per_hour is None else "--price-per-hour"
         raise SettingsError(f"--budget-usd and --price-per-hour go together; given: {alone} alone")
     if max_gpu_hours is not None and device != "cuda":
-        raise SettingsError(
-            "--max-gpu-hours counts GPUs, and this runs on a CPU; allowed here: --budget-usd X "
-            "--price-per-hour Y, of the machine"
-        )
+        allowed = "--budget-usd X --price-per-hour Y, of the machine"
+        raise SettingsError(f"--max-gpu-hours counts GPUs, and this runs on a CPU; allowed here: {allowed}")
     usd_per_hour = price_per_hour and price_per_hour * math.ceil(ranks.world / ranks.local_world)
     limits_h = ([max_gpu_hours / ranks.world] if max_gpu_hours else []) + ([budget_usd / usd_per_hour] if budget_usd else [])
     if not limits_h:
@@ -102,10 +100,8 @@ def refuse_too_little(budget: Budget) -> None:
     """Raise `SettingsError` where nothing is left to run in."""
     limit, margin_s, age_s = budget.text(budget.limit_unit_s), budget.margin_s, process_age_s()
     if budget.limit_unit_s - age_s <= margin_s + LOOK_EVERY_S:
-        raise SettingsError(
-            f"a budget of {limit} leaves no time for a run: {margin_s:.0f} s are kept for its checkpoint; "
-            f"allowed: more than {margin_s + LOOK_EVERY_S + age_s:.0f} s"
-        )
+        why = f"{margin_s:.0f} s are kept for its checkpoint; allowed: more than {margin_s + LOOK_EVERY_S + age_s:.0f} s"
+        raise SettingsError(f"a budget of {limit} leaves no time for a run: {why}")
 
 
 def process_age_s() -> float:

@@ -74,7 +74,9 @@ def run_command(options: argparse.Namespace, heartbeat: HeartbeatSender | None =
                 from harness.run.signals import interrupt_on_signals
 
                 interrupt_on_signals()
-            return _function_of(options)(options)
+            name = "inspect --try" if getattr(options, "changes", None) else options.command
+            module, _, function = COMMANDS[name].partition(":")
+            return getattr(import_module(module), function)(options)
         except KeyboardInterrupt:
             print("interrupted: give the same command again", file=sys.stderr)
             return INTERRUPTED
@@ -88,9 +90,3 @@ def _writes_files(options: argparse.Namespace) -> bool:
     if getattr(options, "dry_run", False):
         return False
     return options.command in WRITES_FILES or getattr(options, "measure", False)
-
-
-def _function_of(options: argparse.Namespace):
-    name = "inspect --try" if getattr(options, "changes", None) else options.command
-    module, _, function = COMMANDS[name].partition(":")
-    return getattr(import_module(module), function)

@@ -50,16 +50,8 @@ def evaluate(
         on_device = batch.to(precision.device)
         with precision.forward():
             logits = model(on_device.input_ids, on_device.attention_mask, on_device.last_token)
-        losses.append(
-            training_loss(
-                logits.float(),
-                on_device.targets,
-                loss=case.task.loss,
-                dtype=torch.float32,
-                normalizer=1,
-                valid_vocab=valid_vocab,
-            )
-        )
+        options = {"loss": case.task.loss, "dtype": torch.float32, "normalizer": 1, "valid_vocab": valid_vocab}
+        losses.append(training_loss(logits.float(), on_device.targets, **options))
         if case.task.metric == "f1":
             scores.append(logits.float().cpu())
     model.train()

@@ -14,6 +14,8 @@ The learning-rate schedule: linear warm-up, then a cosine to a tenth of the peak
 from __future__ import annotations
 
 import math
+from collections import Counter
+from itertools import product
 
 import torch
 from torch.optim.adamw import adamw
@@ -38,10 +40,8 @@ def adamw_for(
     ]
     groups = [group for group in groups if group["params"]]
     options = {"lr": lr, "betas": BETAS, "eps": eps}
-    if implementation == "foreach":
-        return torch.optim.AdamW(groups, **options, foreach=True)
-    if implementation == "fused":
-        return torch.optim.AdamW(groups, **options, fused=True)
+    if implementation in ("foreach", "fused"):
+        return torch.optim.AdamW(groups, **options, **{implementation: True})
     if implementation == "fp32_states":
         return Fp32StatesAdamW(groups, **options)
     if implementation == "stochastic_rounding":
@@ -51,14 +51,11 @@ def adamw_for(
 
 def state_dtypes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """How many state elements are stored in each dtype (``{"float32": n, "uint8": m}``)."""
-    counts: dict[str, int] = {}
-    for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq", "state1", "state2"):
-            tensor = state.get(name)
-            if tensor is not None:
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                counts[dtype] = counts.get(dtype, 0) + tensor.numel()
-    return counts
+    counts: Counter[str] = Counter()
+    for state, name in product(optimizer.state.values(), ("exp_avg", "exp_avg_sq", "state1", "state2")):
+        if (tensor := state.get(name)) is not None:
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return dict(counts)
 
 
 def zeros_and_total(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -117,22 +114,10 @@ class _WideAdamW(torch.optim.Optimizer):
             wide = [p.float() for p in parameters]
             means, squares = ([s[name].float() for s in states] for name in ("exp_avg", "exp_avg_sq"))
             beta1, beta2 = group["betas"]
-            adamw(
-                wide,
-                [p.grad.float() for p in parameters],
-                means,
-                squares,
-                [],
-                [s["step"] for s in states],
-                foreach=True,
-                amsgrad=False,
-                maximize=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+            gradients, steps = [p.grad.float() for p in parameters], [s["step"] for s in states]
+            options = {name: group[name] for name in ("lr", "eps", "weight_decay")} | {"beta1": beta1, "beta2": beta2}
+            fixed = {"foreach": True, "amsgrad": False, "maximize": False}
+            adamw(wide, gradients, means, squares, [], steps, **fixed, **options)
             self._store(parameters, wide)
             for name, values in (("exp_avg", means), ("exp_avg_sq", squares)):
                 self._store([s[name] for s in states], values)

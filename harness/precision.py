@@ -133,10 +133,8 @@ class Precision:
         if "fp16" in (config.weights, config.compute) and device.type == "cpu":
             in_hardware = fp16_products.cpu_has_fp16_arithmetic()
             if compiled and not in_hardware:
-                raise Unsupported(
-                    "this CPU has no fp16 arithmetic, and compiled code does not call the products "
-                    "that stand in for it; run without --compile"
-                )
+                why = "compiled code does not call the products that stand in for it"
+                raise Unsupported(f"this CPU has no fp16 arithmetic, and {why}; run without --compile")
             self._fp16_override = None if in_hardware else fp16_products.install()
             self.flags["fp16_products"] = "hardware" if in_hardware else "fp32, rounded once to fp16"
 
@@ -169,28 +167,24 @@ class Precision:
     def make_optimizer(self, *, lr: float, weight_decay: float, seed: int) -> torch.optim.Optimizer:
         """AdamW in the configuration's implementation over the prepared model's trainable parameters."""
         try:
-            return adamw_for(
-                self.config.optimizer, self.parameters, lr=lr, eps=self.config.eps, weight_decay=weight_decay, seed=seed
-            )
+            options = {"lr": lr, "eps": self.config.eps, "weight_decay": weight_decay, "seed": seed}
+            return adamw_for(self.config.optimizer, self.parameters, **options)
         except OptimizerUnavailable as error:
             raise Unsupported(str(error)) from error
 
     @contextmanager
     def forward(self):
         """Around every forward pass: autocast (or none) and the pinned attention backend."""
-        autocast = (
-            torch.autocast(self.device.type, dtype=DTYPES[self.config.autocast]) if self.config.autocast else nullcontext()
-        )
+        name = self.config.autocast
+        autocast = torch.autocast(self.device.type, dtype=DTYPES[name]) if name else nullcontext()
         try:
             with autocast, sdpa_kernel([ATTENTION[self.attention]]):
                 yield
         except RuntimeError as error:  # with one backend allowed, torch says so when it cannot serve
             if "No available kernel" not in str(error):
                 raise
-            raise Unsupported(
-                f"the {self.attention} attention backend cannot run {self.config.compute} on this device; "
-                "choose another with --sdpa"
-            ) from error
+            what = f"the {self.attention} attention backend cannot run {self.config.compute} on this device"
+            raise Unsupported(f"{what}; choose another with --sdpa") from error
 
     def check_logits(self, logits: torch.Tensor) -> None:
         """The head ran in the dtype the configuration declares; raises `SwitchError`."""
@@ -242,11 +236,10 @@ def refuse_what_the_device_lacks(config: DtypeConfig, device: torch.device) -> N
         if config.tf32:
             raise Unsupported("TF32 is a mode of NVIDIA tensor cores; this run is on a CPU")
         return
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    if "bf16" in dtypes and major < 8:
-        raise Unsupported(f"{name} (capability {major}.{minor}) has no bf16 arithmetic; it begins with 8.0")
-    if config.tf32 and major < 8:
-        raise Unsupported(f"{name} (capability {major}.{minor}) has no TF32; it begins with 8.0")
-    if "fp16" in dtypes and (major, minor) < (5, 3):
-        raise Unsupported(f"{name} (capability {major}.{minor}) has no fp16 arithmetic; it begins with 5.3")
+    capability = torch.cuda.get_device_capability(device)
+    card = f"{torch.cuda.get_device_name(device)} (capability {capability[0]}.{capability[1]})"
+    asked = {"bf16 arithmetic": "bf16" in dtypes, "TF32": config.tf32, "fp16 arithmetic": "fp16" in dtypes}
+    for what, wanted in asked.items():
+        first = (5, 3) if what == "fp16 arithmetic" else (8, 0)
+        if wanted and capability < first:
+            raise Unsupported(f"{card} has no {what}; it begins with {first[0]}.{first[1]}")

@@ -221,17 +221,9 @@ def resolve(
     lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
     if not (math.isfinite(lr) and lr > 0):
         raise SettingsError(f"lr is {lr}; it must be a positive number")
-    values |= {
-        "preset": preset.id,
-        "device": device,
-        "data": data,
-        "weights": weights,
-        "lr": lr,
-        "micro_batch": micro_batch,
-        "seq_len": seq_len,
-        "eval_every": asked.eval_every or 0,
-        "log_every": min(max_steps, asked.log_every or (1 if device == "cpu" else 10)),
-    }
+    values |= {"preset": preset.id, "device": device, "data": data, "weights": weights, "lr": lr, "seq_len": seq_len}
+    values |= {"micro_batch": micro_batch, "eval_every": asked.eval_every or 0}
+    values["log_every"] = min(max_steps, asked.log_every or (1 if device == "cpu" else 10))
     return RunSettings(
         case=case,
         config=config,
@@ -267,13 +259,12 @@ def _check(values: Mapping[str, Any], seed: int, device: str) -> None:
 
 def _check_length(seq_len: int, case: Case, preset: str, weights: str) -> None:
     positions = case.architecture.positions(preset if weights == "scratch" else "full")
+    allowed = f"allowed: {SHORTEST_SEQUENCE} to {positions}"
     if seq_len < SHORTEST_SEQUENCE:
-        raise SettingsError(f"seq_len is {seq_len}; allowed: {SHORTEST_SEQUENCE} to {positions}")
+        raise SettingsError(f"seq_len is {seq_len}; {allowed}")
     if seq_len > positions:
-        raise SettingsError(
-            f"seq_len {seq_len} is longer than the {positions} positions of "
-            f"{case.architecture.name} ({preset}); allowed: {SHORTEST_SEQUENCE} to {positions}"
-        )
+        who = f"the {positions} positions of {case.architecture.name} ({preset})"
+        raise SettingsError(f"seq_len {seq_len} is longer than {who}; {allowed}")
 
 
 def choose_preset(asked: str, device: str) -> str:

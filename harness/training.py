@@ -55,17 +55,9 @@ class Training:
         optimizer = precision.make_optimizer(
             lr=settings.lr, weight_decay=settings.case.weight_decay, seed=strategy.seed(settings.seed)
         )
-        return cls(
-            settings,
-            model,
-            forward,
-            optimizer,
-            batches,
-            precision,
-            context,
-            strategy,
-            NO_PARALLELISM if context.ranks.world == 1 else SummedGradients(context, precision.parameters),
-        )
+        alone = context.ranks.world == 1
+        replayed = NO_PARALLELISM if alone else SummedGradients(context, precision.parameters)
+        return cls(settings, model, forward, optimizer, batches, precision, context, strategy, replayed)
 
     @property
     def valid_vocab(self) -> int | None:
@@ -107,18 +99,16 @@ class Training:
         self, meter: StepMeter, steps: Iterable[int] | None = None, cut: Callable[[int], bool] = lambda step: False
     ) -> Iterator[Reading]:
         """Train, all steps or the given ones; ``cut`` asks for a reading after a step."""
-        forward, case = self.strategy.trained(self.forward), self.settings.case
-        return train(
-            case, forward, self.optimizer, self.batches, self.precision, meter, self.options, steps, cut, self.strategy
-        )
+        return self._steps(self.strategy.trained(self.forward), meter, steps, cut, self.strategy)
 
     def again(self, step: int, recorder: OpRecorder | None = None, taps: ModuleTaps | None = None) -> Reading:
         """Run one step from the present state, eagerly; a recorder gets the losses. All ranks do."""
-        meter, case = self.meter(1, taps, recorder), self.settings.case
-        (reading,) = train(
-            case, self.model, self.optimizer, self.batches, self.precision, meter, self.options, [step], strategy=self.replayed
-        )
+        (reading,) = self._steps(self.model, self.meter(1, taps, recorder), [step], lambda step: False, self.replayed)
         return reading
+
+    def _steps(self, model, meter, steps, cut, strategy) -> Iterator[Reading]:
+        made = self.optimizer, self.batches, self.precision, meter, self.options
+        return train(self.settings.case, model, *made, steps, cut, strategy)
 
     def snapshot(self, step: int) -> Snapshot:
         """The state after ``step`` steps, in host memory, to go back to."""

@@ -39,7 +39,11 @@ def case_command(options: argparse.Namespace) -> int:
     out = results_folder(options.out, device)
     budget = asked_budget(options, device=settings.device, preset=settings.preset, ranks=ranks)
     if options.dry_run:
-        return _dry_run(settings, out, options.json) if ranks.is_first else 0
+        from harness.estimate import print_estimate
+
+        if ranks.is_first:
+            print_estimate(settings, out, options.json)
+        return OK
     if ranks.world > 1:
         return _run_rank(settings, out, ranks, options, started_s, budget)
     from harness.budget import ending_in_time
@@ -122,41 +126,28 @@ def _exit_code(record: RunRecord) -> int:
 
 def asked_case(options: argparse.Namespace) -> Case:
     """The case from ``CASE``, from ``--model --task`` or from ``--model_arch --task``."""
-    positional = list(options.names)
     if options.model and options.model_arch:
         raise SettingsError("--model and --model_arch both name the model; give one of them")
     if options.task and not (options.model or options.model_arch):
         raise SettingsError("--task goes with --model or --model_arch; a case id has its task in it")
+    if (options.model or options.model_arch) and not options.task:
+        given = "--model" if options.model else "--model_arch"
+        raise SettingsError(f"{given} needs --task (clm, mlm, multi_cls or single_cls)")
     if options.model:
-        if not options.task:
-            raise SettingsError("--model needs --task (clm, mlm, multi_cls or single_cls)")
         return case_for_model(options.model, options.task)
     if options.model_arch:
-        if not options.task:
-            raise SettingsError("--model_arch needs --task (clm, mlm, multi_cls or single_cls)")
         return find_case(f"{options.model_arch}_{options.task}")
-    if not positional:
-        raise SettingsError(
-            "no case: give CASE CONFIG (`python -m harness list` shows them), or --model DIR --task TASK CONFIG"
-        )
-    return find_case(positional[0])
+    if not options.names:
+        how = "give CASE CONFIG (`python -m harness list` shows them), or --model DIR --task TASK CONFIG"
+        raise SettingsError(f"no case: {how}")
+    return find_case(options.names[0])
 
 
 def asked_config(options: argparse.Namespace) -> DtypeConfig:
     """The configuration named after the case, or from ``--dtype_config``."""
-    positional = list(options.names)
-    if not (options.model or options.model_arch):
-        positional = positional[1:]
-    if options.dtype_config:
-        positional.append(options.dtype_config)
-    if len(positional) != 1:
-        given = ", ".join(positional) if positional else "none"
+    named = options.names if options.model or options.model_arch else options.names[1:]
+    named = [*named, *([options.dtype_config] if options.dtype_config else [])]
+    if len(named) != 1:
+        given = ", ".join(named) or "none"
         raise SettingsError(f"one dtype configuration is needed; given: {given}; allowed: {', '.join(DTYPE_CONFIGS)}")
-    return lookup("dtype configuration", positional[0], DTYPE_CONFIGS)
-
-
-def _dry_run(settings: RunSettings, out: Path, as_json: bool) -> int:
-    from harness.estimate import print_estimate
-
-    print_estimate(settings, out, as_json)
-    return 0
+    return lookup("dtype configuration", named[0], DTYPE_CONFIGS)

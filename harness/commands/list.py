@@ -11,6 +11,11 @@ from dataclasses import asdict
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
 from instrument.terminal import plain_table
 
+NOTES = """\
+Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. Learning rates: tiny, scratch, pretrained.
+Attention's products (scores, and their use) run in the compute dtype on a GPU; on a CPU, whose backend is math, in fp32 under \
+every configuration. A row's attention_dtype says which.
+* not in the default matrix; run by name, or with --cases all / --configs all"""
 LOSS_WORDS = {"cross_entropy": "CE", "bce_with_logits": "BCE"}
 
 
@@ -38,17 +43,8 @@ def print_tables() -> None:
 
     console = Console()
     for table in (_cases(), _configs(), _presets()):
-        console.print(table)
-        console.print()
-    console.print(
-        "Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. "
-        "Learning rates: tiny, scratch, pretrained."
-    )
-    console.print(
-        "Attention's products (scores, and their use) run in the compute dtype on a GPU; on a CPU, whose backend is math, in "
-        "fp32 under every configuration. A row's attention_dtype says which."
-    )
-    console.print("* not in the default matrix; run by name, or with --cases all / --configs all")
+        console.print(table, "")
+    console.print(NOTES)
 
 
 def _short(rate: float) -> str:

@@ -40,9 +40,8 @@ def repair_command(options: argparse.Namespace) -> int:
             raise SettingsError(f"{out} holds neither {names}; give a results folder, such as results/nvidia-h200")
         done = repair_folder(out)
     except OSError as error:
-        raise OutputError(
-            f"cannot repair {out}: {error.filename}: {error.strerror}; lines that were intact still are"
-        ) from error
+        why = f"{error.filename}: {error.strerror}; lines that were intact still are"
+        raise OutputError(f"cannot repair {out}: {why}") from error
     done.merged, done.in_use = merged.merged, sorted({*merged.in_use, *done.in_use})
     done.files = merged.files + done.files
     if options.json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +79,12 @@ def histograms(found: Examination) -> list[HistogramRecord]:
     named = zip((a.name for a in func._schema.arguments), args, strict=False)
     rows = []
     for name, value in (*named, *kwargs.items()):
-        for tensor in torch.utils._pytree.tree_leaves(value):
+        for tensor in tree_leaves(value):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 r = exponent_histogram(tensor)
-                rows.append(
-                    HistogramRecord(
-                        tensor=name,
-                        lowest=LOWEST_EXPONENT,
-                        counts=list(r.bins),
-                        zeros=r.zeros,
-                        below=r.below_range,
-                        above=r.above_range,
-                        nonfinite=r.nan + r.pos_inf + r.neg_inf,
-                    )
-                )
+                outside = {"zeros": r.zeros, "below": r.below_range, "above": r.above_range}
+                outside["nonfinite"] = r.nan + r.pos_inf + r.neg_inf
+                rows.append(HistogramRecord(tensor=name, lowest=LOWEST_EXPONENT, counts=list(r.bins), **outside))
     return rows
 
 
@@ -100,24 +93,12 @@ def kernel_rows(found: Examination, events: list[dict] | None) -> list[KernelRow
     culprit = found.culprit.node
     if culprit is None:
         return []
-    ops = _ops(found.graph.nodes)
+    # an op over lists has many nodes
+    ops = [list(nodes) for _, nodes in groupby(found.graph.nodes, key=lambda node: (node.start_ns, node.op))]
     here = next(i for i, op in enumerate(ops) if any(n.index == culprit.index for n in op))
     durations = _durations(ops, events or [])
-    return [
-        _row(ops[i], culprit, durations.get(i))
-        for i in range(max(0, here - KERNELS_AROUND), min(len(ops), here + KERNELS_AROUND + 1))
-    ]
-
-
-def _ops(nodes: Sequence[Node]) -> list[list[Node]]:
-    """Nodes by the op that ran: an op over lists has many."""
-    ops: list[list[Node]] = []
-    for node in nodes:
-        if ops and ops[-1][0].start_ns == node.start_ns and ops[-1][0].op == node.op:
-            ops[-1].append(node)
-        else:
-            ops.append([node])
-    return ops
+    around = range(max(0, here - KERNELS_AROUND), min(len(ops), here + KERNELS_AROUND + 1))
+    return [_row(ops[i], culprit, durations.get(i)) for i in around]
 
 
 def _durations(ops: Sequence[list[Node]], events: Sequence[dict]) -> dict[int, float]:
@@ -193,22 +174,13 @@ def _operands(found: Examination, most_bytes: int) -> tuple[str | None, dict[str
     except CannotKeep as error:
         return str(error), {}, facts
     output = found.diagnosis.output
+    written = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    failed = {"shape": output.shape, "dtype": output.dtype, "numel": output.numel, "counts": found.diagnosis.counts}
     facts |= {
         "device": next((t.device.type for t in tensors.values()), "cpu"),
         "strides": {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous()},
-        "overwritten": [
-            place if place < len(args) else argument.name
-            for place, argument in enumerate(func._schema.arguments)
-            if argument.alias_info is not None
-            and argument.alias_info.is_write
-            and (place < len(args) or argument.name in kwargs)
-        ],
-        "failed": {
-            "shape": output.shape,
-            "dtype": output.dtype,
-            "numel": output.numel,
-            "counts": found.diagnosis.counts,
-        },
+        "overwritten": [i if i < len(args) else name for i, name in written if i < len(args) or name in kwargs],
+        "failed": failed,
     }
     return None, {name: t.contiguous().cpu() for name, t in tensors.items()}, facts
 

@@ -17,14 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from harness.failure import sentence as failure_sentence
-from harness.forensics.evidence import (
-    chain_links,
-    headroom_since,
-    histograms,
-    history_of,
-    kernel_rows,
-    save_operands,
-)
+from harness.forensics.evidence import chain_links, headroom_since, histograms, history_of, kernel_rows, save_operands
 from harness.parallel.failure_location import first_of_all, of_this_rank
 from harness.training import Training
 from instrument.replay.ops import SUM_OVER_RANKS
@@ -249,7 +242,7 @@ def _record(
     since = attempt("headroom", lambda: headroom_since(history, first.dtype, first.phase), None)
     events = None
     if trace_path is not None:
-        events = attempt("trace", lambda: _traced(training, replayed, first.step, trace_path), None, together=True)
+        events = attempt("trace", lambda: trace_step(training, first.step, trace_path, replayed), None, together=True)
     chain, absorbed = (
         attempt("chain", lambda nodes=nodes: tuple(chain_links(nodes, found)), ())
         for nodes in (found.culprit.chain, found.culprit.absorbed)
@@ -278,14 +271,11 @@ def _record(
     )
 
 
-def _traced(training: Training, replayed: Replayed, step: int, path: Path) -> list[dict] | None:
-    replayed.before.restore()
-    return trace_step(training, step, path, replayed.found)
-
-
-def trace_step(training: Training, step: int, path: Path, found: Examination) -> list[dict] | None:
+def trace_step(training: Training, step: int, path: Path, replayed: Replayed) -> list[dict] | None:
     """Profile the failed step into ``path``, with the modules' magnitudes, a marker at the culprit and arrows to
     what its value reached; torch's events, or None when there is no trace."""
+    replayed.before.restore()
+    found = replayed.found
     with TraceWindow(path, training.precision.device) as trace, ModuleMagnitudes(training.model) as magnitudes:
         with PhaseTrace(trace, step).of(training):
             training.again(step)

@@ -55,11 +55,8 @@ def store(snapshot: Snapshot, run_folder: Path, run_id: str, *, most_bytes: int 
     folder = run_folder / FOLDER
     remove_folder(folder)
     if snapshot.nbytes > most_bytes:
-        return Stored(
-            None,
-            snapshot.nbytes,
-            f"the snapshot of {snapshot.nbytes / 1e9:.1f} GB is larger than the {most_bytes / 1e9:.1f} GB that are kept",
-        )
+        sizes = f"{snapshot.nbytes / 1e9:.1f} GB is larger than the {most_bytes / 1e9:.1f} GB that are kept"
+        return Stored(None, snapshot.nbytes, f"the snapshot of {sizes}")
     try:
         with placing_folder(folder) as writing:
             write_state(snapshot.named(), writing, run_id)
@@ -73,11 +70,9 @@ def read_state(run_folder: Path, run_id: str) -> NamedState:
     try:
         return read_folder(run_folder / FOLDER, run_id)[0]
     except FileNotFoundError as error:
-        raise NothingToReplay(
-            f"{run_id} has no stored snapshot ({error.filename} is missing): one of up to "
-            f"{MOST_BYTES / 1e9:.0f} GB is kept when a run under --instrument light or full ends in a "
-            "non-finite value"
-        ) from error
+        when = "when a run under --instrument light or full ends in a non-finite value"
+        kept = f"one of up to {MOST_BYTES / 1e9:.0f} GB is kept {when}"
+        raise NothingToReplay(f"{run_id} has no stored snapshot ({error.filename} is missing): {kept}") from error
 
 
 def read_folder(folder: Path, run_id: str) -> tuple[NamedState, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from rich.table import Table
@@ -46,19 +47,14 @@ def history_chart(history: Sequence[dict[str, Any]], width: int, limit: float = 
         here[column] = mark if here[column] in (" ", LIMIT, mark) else BOTH
     labels = {0: 10**high, ROWS // 2: 10 ** (high - (high - low) * (ROWS // 2) / (ROWS - 1)), ROWS - 1: 10**low}
     labels[row_of(limit)] = limit
-    lines = [_styled(f"{number(labels[i]) if i in labels else '':>{LABEL_WIDTH}} ┤{''.join(grid[i])}") for i in range(ROWS)]
+    lines = [Text(f"{number(labels[i]) if i in labels else '':>{LABEL_WIDTH}} ┤{''.join(grid[i])}") for i in range(ROWS)]
+    for line, (mark, style) in product(lines, ((FORWARD, "cyan"), (BACKWARD, "magenta"), (BOTH, "bold"), (LIMIT, "red"))):
+        line.highlight_words([mark], style=style)
     axis = f"step {first}"
     if last > first:
         axis += f"{f'step {last}':>{max(columns - len(axis), len(f'  step {last}'))}}"
     indent = " " * (LABEL_WIDTH + 1)
     return [*lines, Text(f"{indent}└{'─' * columns}", style="dim"), Text(f"{indent} {axis}", style="dim")]
-
-
-def _styled(line: str) -> Text:
-    text = Text(line)
-    for mark, style in ((FORWARD, "cyan"), (BACKWARD, "magenta"), (BOTH, "bold"), (LIMIT, "red")):
-        text.highlight_words([mark], style=style)
-    return text
 
 
 def histogram_lines(histograms: Sequence[dict[str, Any]], width: int) -> list[Text]:
@@ -173,9 +169,8 @@ def kernel_table(rows: Sequence[dict[str, Any]], width: int) -> Table:
 
 def remedy_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Changes that were tried from the snapshot, and what each did."""
-    table = plain_table(
-        "change", "outcome", "step time", "memory", "confirms", right=("step time", "memory"), fold=("outcome", "confirms")
-    )
+    columns, numbers = ("change", "outcome", "step time", "memory", "confirms"), ("step time", "memory")
+    table = plain_table(*columns, right=numbers, fold=("outcome", "confirms"))
     for row in rows:
         if row["survives"] is None:
             outcome, style = f"not tried: {row['why'] or 'no reason given'}", "dim"
