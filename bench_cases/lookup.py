@@ -98,6 +98,12 @@ def check_choices(entry: Any, owner: str, **allowed: tuple[str, ...]) -> None:
         check((value := getattr(entry, name)) in values, owner, f"{name} {value!r} is none of {values}")
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of a library's message, for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:240]}" if lines else type(error).__name__
+
+
 OURS = ("bench_cases", "ddbench", "harness", "instrument", "kernels", "report")
 
 

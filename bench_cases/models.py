@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench_cases.architectures import Architecture, Task
-from bench_cases.lookup import load_object
+from bench_cases.lookup import first_line, load_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,11 +75,14 @@ def build_model(request: ModelRequest) -> nn.Module:
     from bench_cases.split_model import SplitModel
 
     build = _builder(request.architecture.build)
+    pooling = None  # or which position a classification head reads: the last real token, or the first
+    if request.task.head == "classification":
+        pooling = "last" if request.architecture.causal else "first"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
         try:
             name, encoder, head = build(request)
-            model = SplitModel(name, encoder, head, pooling=_pooling(request)).float().train()
+            model = SplitModel(name, encoder, head, pooling=pooling).float().train()
             prove(model, request)
         except (ModelError, WeightsUnavailable):
             raise
@@ -136,20 +139,12 @@ def _builder(name: str):
     return getattr(import_module(module), function)
 
 
-def _pooling(request: ModelRequest) -> str | None:
-    """Which position a classification head reads: the last real token, or the first."""
-    if request.task.head != "classification":
-        return None
-    return "last" if request.architecture.causal else "first"
-
-
 def reach(load: Callable[[], Any], source: str, ways_out: str = WAYS_OUT) -> Any:
     """``load()``, whose source is a folder or a hub id; raises `WeightsUnavailable`.
 
     The hub is asked one quick question first: the library itself would retry for minutes.
     """
-    from bench_cases.data import hub
-    from bench_cases.data.documents import DataError, DataUnavailable
+    from bench_cases.data import DataError, DataUnavailable, hub
 
     if not Path(source).is_dir():
         if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
@@ -165,9 +160,3 @@ def reach(load: Callable[[], Any], source: str, ways_out: str = WAYS_OUT) -> Any
         return load()
     except Exception as error:  # OS, value, JSON and safetensors errors alike mean: not to be had
         raise WeightsUnavailable(f"model {source!r} cannot be loaded ({first_line(error)}); {ways_out}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of a library's message, for messages of one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:240]}" if lines else type(error).__name__

@@ -61,12 +61,12 @@ class Batches:
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, _MASKS, 0))))
         return self._make(self._train, np.resize(rows, self.batch_size), random)
 
-    def evaluation(self, documents: int | None, batch_size: int, split: str = "validation") -> Iterator[Batch]:
-        """The first ``documents`` rows (all when None) of a split in stored order, the last batch maybe short.
+    def evaluation(self, documents: int | None, batch_size: int) -> Iterator[Batch]:
+        """The first ``documents`` validation rows (all when None) in stored order, the last batch maybe short.
 
         Rows and MLM masks depend on neither the seed nor ``batch_size``.
         """
-        source = self._validation if split == "validation" else self._all_rows(split)
+        source = self._validation
         count = len(source) if documents is None else min(documents, len(source))
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence((_EVALUATION,))))
         for start in range(0, count, batch_size):

@@ -42,29 +42,22 @@ def content_sha256(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def split_by_hash(keys: Sequence[str], *, validation: float, test: float = 0.0) -> list[str]:
+def split_by_hash(keys: Sequence[str], *, validation: float) -> list[str]:
     """A split for each key, a pure function of the set of keys (its order does not matter).
 
-    The keys are ranked by their sha256; the first share is validation, the next is test. Ranking
-    (not a threshold on the hash) gives exact shares, and at least one validation document as soon
-    as there are two documents, so that a handful of documents can be tried.
+    The keys are ranked by their sha256; the first share is validation. Ranking (not a threshold on the hash) gives exact
+    shares, and at least one validation document as soon as there are two documents, so that a handful can be tried.
     """
     ranked = sorted(range(len(keys)), key=lambda i: (hashlib.sha256(keys[i].encode("utf-8", "surrogatepass")).digest(), i))
-    n_validation = max(1, round(len(keys) * validation)) if len(keys) > 1 else 0
-    n_test = round(len(keys) * test)
-    split = ["train"] * len(keys)
-    for place, index in enumerate(ranked[: n_validation + n_test]):
-        split[index] = "validation" if place < n_validation else "test"
-    return split
+    chosen = set(ranked[: max(1, round(len(keys) * validation))] if len(keys) > 1 else ())
+    return ["validation" if place in chosen else "train" for place in range(len(keys))]
 
 
 def limit(documents: Sequence[Document], max_documents: int | None, validation_documents: int | None) -> list[Document]:
     """The first ``max_documents`` training documents and the first ``validation_documents`` of each other split."""
-    allowed = {"train": max_documents, "validation": validation_documents, "test": validation_documents}
-    taken = dict.fromkeys(SPLITS, 0)
-    kept = []
+    taken, kept = dict.fromkeys(SPLITS, 0), []
     for document in documents:
-        bound = allowed[document.split]
+        bound = max_documents if document.split == "train" else validation_documents
         if bound is None or taken[document.split] < bound:
             taken[document.split] += 1
             kept.append(document)

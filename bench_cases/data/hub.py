@@ -20,6 +20,7 @@ from typing import Any
 
 from bench_cases.data import cache
 from bench_cases.data.documents import SPLITS, Corpus, DataError, DataUnavailable, Document
+from bench_cases.lookup import first_line
 
 WAYS_OUT = "--data embedded needs no network, --data DIR takes a folder with eurlex.jsonl[.gz] and openwebtext.jsonl[.gz]"
 _TIMEOUT_S = 10.0
@@ -52,9 +53,7 @@ def commit_of(kind: str, name: str, revision: str) -> str | None:
 
 def unavailable(name: str, error: Exception) -> DataUnavailable:
     """The error for ``name``, with the first line of what went wrong and the ways out."""
-    lines = str(error).strip().splitlines()
-    why = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-    return DataUnavailable(f"{name!r} cannot be loaded from the hub ({why}); {WAYS_OUT}")
+    return DataUnavailable(f"{name!r} cannot be loaded from the hub ({first_line(error)}); {WAYS_OUT}")
 
 
 PARQUET_BRANCH = "refs/convert/parquet"

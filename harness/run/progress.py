@@ -23,39 +23,28 @@ def checkpoint_steps(run_folder: Path) -> list[int]:
 
 
 def progress_summary(steps: Sequence[StepRecord], untimed_steps: int, resumed_after: Sequence[int]) -> dict[str, Any]:
-    """Fields of a run's row."""
+    """Fields of a run's row. Rates are over the timed steps, total over total, never a mean of ratios."""
     finite = [s.loss for s in steps if s.loss is not None and math.isfinite(s.loss)]
-    return {
+    timed = [s for s in warm_steps(steps, untimed_steps, resumed_after)[untimed_steps:] if s.step_time_s is not None]
+    facts: dict[str, Any] = {
         "steps_done": len(steps),
         "loss_initial": steps[0].loss if steps else None,
         "train_loss_final": statistics.fmean(finite[-max(1, len(steps) // 10) :]) if finite else None,
         "scaler_skips": sum(s.step_skipped for s in steps),
-        **throughput(warm_steps(steps, untimed_steps, resumed_after)[untimed_steps:]),
+        "timed_steps": len(timed),
     }
+    if timed:
+        times = [s.step_time_s for s in timed]
+        for name in ("samples", "tokens", "real_tokens"):
+            facts[f"{name}_per_s"] = sum(getattr(s, name) for s in timed) / sum(times)
+        facts["step_time_p50_s"], facts["step_time_p95_s"] = (float(p) for p in np.percentile(times, (50, 95)))
+    return facts
 
 
 def warm_steps(steps: Sequence[StepRecord], untimed_steps: int, resumed_after: Sequence[int]) -> list[StepRecord]:
     """Drops the timings of the ``untimed_steps`` warm-up steps after every resume: a process' first steps are slow."""
     cold = {step for after in resumed_after for step in range(after + 1, after + 1 + untimed_steps)}
     return [msgspec.structs.replace(s, step_time_s=None) if s.step in cold else s for s in steps]
-
-
-def throughput(steps: Sequence[StepRecord]) -> dict[str, float | int | None]:
-    """Rates over the timed steps: total over total, never a mean of ratios."""
-    steps = [s for s in steps if s.step_time_s is not None]
-    times = [s.step_time_s for s in steps]
-    if not times:
-        return {"timed_steps": 0}
-    total_s = sum(times)
-    p50, p95 = np.percentile(times, (50, 95))
-    return {
-        "timed_steps": len(times),
-        "samples_per_s": sum(s.samples for s in steps) / total_s,
-        "tokens_per_s": sum(s.tokens for s in steps) / total_s,
-        "real_tokens_per_s": sum(s.real_tokens for s in steps) / total_s,
-        "step_time_p50_s": float(p50),
-        "step_time_p95_s": float(p95),
-    }
 
 
 def disturbance(record: RunRecord) -> str | None:
