@@ -7,6 +7,8 @@ RUN ?= --cases gpt2_multi_cls --configs fp32_true amp_fp16 fp16_naive --preset t
 OUT ?= results/tiny
 SHARD ?= 1/1
 CONSTRAINTS ?= constraints.txt
+# Where it is set, each of a hundred processes would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help run test quick soak lint matrix bench gpu gpu-dossier freeze clean
 help:

@@ -1,5 +1,5 @@
-"""Commands of the harness as processes for the tests: of their own interpreter, or forked from a server that has imported what
-they need, which takes a third of a second instead of several."""
+"""Commands of the harness as processes for the tests, forked from a server that has imported what they need: a third of a
+second instead of several."""
 
 import contextlib
 import gc
@@ -34,18 +34,6 @@ PRELOADED = [
     __name__,
 ]
 """Imported by the fork server, so that a process costs a third of a second."""
-
-
-def executed(words, environment):
-    """``python -m harness`` in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "harness", *words],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def harness(words):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.claims import owner_of
-from tests.harness.launched import FAULTY, HERE, LONGEST_S, SMALL, ended, ids_of, launched, one_run, several, torchrun
+from tests.harness.launched import FAULTY, HERE, LONGEST_S, SMALL, ended, ids_of, one_run, several, torchrun
 from tests.soak.reliability import same_run
 
 pytestmark = pytest.mark.process
@@ -36,10 +36,7 @@ def sharded(tmp_path_factory):
     kept = one_run(folder / "died"), sorted(checkpoints(folder / "died")), err
     damaged = checkpoints(folder / "died")["checkpoint-2"] / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
-    faults, words = plan(folder / "died", "fp32_true", "none", *SHARDED, "--checkpoint-every", "1")
-    code, _, err = launched(words, os.environ, **faults)
-    assert code == 0, err
-    runs = []
+    runs = [plan(folder / "died", "fp32_true", "none", *SHARDED, "--checkpoint-every", "1")]
     for config in CONFIGS:
         runs += [
             plan(folder / f"whole-{config}", config, "none", *SHARDED),

@@ -12,7 +12,7 @@ from harness.cli import main
 from harness.run.progress import checkpoint_steps
 from harness.run.signals import Stop, Stopped, interrupt_on_signals
 from instrument.results.folder import finished_runs
-from tests.harness.commands import SMALL, Forked, executed, group_is_gone, logged, wait_until
+from tests.harness.commands import SMALL, Forked, group_is_gone, logged, wait_until
 
 SLOW_STEPS = [*SMALL, "--batch-size", "512", "--micro-batch", "2", "--seq-len", "64", "--max-steps", "50"]
 """Steps of some seconds."""
@@ -85,17 +85,17 @@ def test_a_signal_reaches_every_run_of_a_matrix_and_the_same_command_resumes_the
 
 
 @pytest.mark.process
-def test_a_second_signal_kills_the_runs_of_a_matrix(tmp_path, command_environment):
-    words = ["matrix", *SLOW_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true", "--out", str(tmp_path)]
-    process = executed(words, command_environment)
-    wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("runs/*/evaluations.jsonl")), process)
+def test_a_second_signal_kills_the_runs_of_a_matrix(tmp_path):
+    words = ["matrix", *SLOW_STEPS, "--cases", "gpt2_clm", "--configs", "fp32_true", "--out", str(tmp_path / "out")]
+    process = Forked(words, tmp_path / "matrix")
+    wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("out/runs/*/evaluations.jsonl")), process)
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 75 and "Traceback" not in errors, errors
-    assert not list(tmp_path.glob("runs/*/checkpoint-*")), "the step was waited for"
+    assert not list(tmp_path.glob("out/runs/*/checkpoint-*")), "the step was waited for"
     assert group_is_gone(process.pid)
 
 
