@@ -118,8 +118,10 @@ def two_nodes() -> Iterator[tuple[str, Callable[[], int]]]:
     """A cluster of two nodes of one processor each; yields its address and what kills the second node with all of its
     processes (their number)."""
     bind_to_loopback()
+    from ray._private import ray_constants
     from ray.cluster_utils import Cluster as LocalNodes
 
+    ray_constants.ENABLE_RAY_CLUSTER = False  # as `bind_to_loopback` asks, where Ray was imported before
     sizes = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     nodes = LocalNodes(initialize_head=True, connect=False, head_node_args=sizes | {"_system_config": QUICK_TO_NOTICE})
