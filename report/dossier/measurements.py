@@ -11,9 +11,9 @@ import pandas as pd
 
 from instrument.results.schemas import RunRecord
 from report.dossier.rows import ABSENT
+from report.tables.machine import IDLE
 from report.tables.selection import by_cell, series_order
-from report.tables.step_time import IDLE
-from report.text import clean, number, objects, short
+from report.text import bracketed, clean, number, objects, short
 
 DENOMINATORS = {
     "mfu": "the peak of the dtype of each FLOP",
@@ -79,7 +79,7 @@ def _share(name: str, seconds: pd.Series, total: float) -> str:
 
 
 def top_kernels(top: pd.DataFrame) -> list[list[str]]:
-    """The kernels that took longest of each profile (`report.tables.step_time.TOP`)."""
+    """The kernels that took longest of each profile (`report.tables.machine.TOP`)."""
     return [
         [
             clean(row["case"], 40),
@@ -100,29 +100,25 @@ def _shapes(shapes: object) -> str:
 
 
 def overhead_rows(ratios: pd.DataFrame) -> list[list[str]]:
-    """The ratios to the bare loop (`report.tables.step_time.RATIO_COLUMNS`) as text."""
-    rows = []
-    for row in ratios.head(MAX_ROWS).to_dict("records"):
-        known = not math.isnan(row["at_most"]) and not math.isnan(row["ratio"])
-        rows.append(
-            [
-                clean(row["arm"], 60),
-                _interval(row, ""),
-                _interval(row, "cpu_"),
-                f"at most {row['at_most']:g}" if known else "none",
-                ("met" if row["ratio"] <= row["at_most"] else "missed") if known else ABSENT,
-                ABSENT if math.isnan(row["n"]) else f"{row['n']:.0f}",
-                clean(row["note"] or "", 200),
-            ]
-        )
-    return rows
+    """The ratios to the bare loop (`report.tables.machine.RATIO_COLUMNS`) as text."""
+    return [
+        [
+            clean(row["arm"], 60),
+            _interval(row, ""),
+            _interval(row, "cpu_"),
+            f"at most {row['at_most']:g}" if known else "none",
+            ("met" if row["ratio"] <= row["at_most"] else "missed") if known else ABSENT,
+            ABSENT if math.isnan(row["n"]) else f"{row['n']:.0f}",
+            clean(row["note"] or "", 200),
+        ]
+        for row in ratios.head(MAX_ROWS).to_dict("records")
+        for known in [math.isfinite(row["at_most"] - row["ratio"])]
+    ]
 
 
 def _interval(row: dict, kind: str) -> str:
     value, low, high = (row[f"{kind}{name}"] for name in ("ratio", "low", "high"))
-    if math.isnan(value):
-        return ABSENT
-    return f"{value:.3f}" + ("" if math.isnan(low) or math.isnan(high) else f" [{low:.3f}, {high:.3f}]")
+    return ABSENT if math.isnan(value) else f"{value:.3f}{bracketed(low, high, '.3f')}"
 
 
 def kernel_rows(document: dict | None) -> list[list[str]]:

@@ -61,17 +61,9 @@ def _panel(axes: Axes, data: pd.DataFrame) -> None:
         style = look(row["dtype_config"])
         if pd.notna(row["word"]) or not np.isfinite(row["relative"]):
             text = row["word"] if pd.notna(row["word"]) else "no speed"
+            place = {"textcoords": "offset points", "va": "center"}
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
-            axes.annotate(
-                clean(text, 40),
-                (1.0, at),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                size=SMALL_PT,
-                color=MUTED,
-                bbox=box,
-            )
+            axes.annotate(clean(text, 40), (1.0, at), (5, 0), size=SMALL_PT, color=MUTED, bbox=box, **place)
             continue
         if np.isfinite(row["low"]) and np.isfinite(row["high"]):
             _interval(axes, at, row["low"], row["high"], style.colour)

@@ -22,8 +22,7 @@ from report.plots import (
     f_padding_tax,
     g_loss_scale_inversion,
     h_rank_correlation,
-    hardware,
-    step_time,
+    machine,
 )
 from report.plots.elements import name_frames
 from report.plots.style import empty_figure, theme
@@ -41,10 +40,10 @@ DRAW: dict[str, Callable[..., Figure]] = {
     "H": h_rank_correlation.draw,
     "headroom": e_logit_magnitude.draw_headroom,
     "lm_loss": g_loss_scale_inversion.draw_lm_loss,
-    "hardware": hardware.draw,
-    "step_times": step_time.draw_step_times,
-    "kernel_time": step_time.draw_kernel_time,
-    "overhead": step_time.draw_overhead,
+    "hardware": machine.draw_hardware,
+    "step_times": machine.draw_step_times,
+    "kernel_time": machine.draw_kernel_time,
+    "overhead": machine.draw_overhead,
 }
 WORKERS = 2
 SLOWEST_FIRST = ("G", "D", "step_times", "E", "B", "F", "C", "hardware")

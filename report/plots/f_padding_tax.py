@@ -14,7 +14,7 @@ from matplotlib.path import Path
 from report.plots.elements import cases_in_rows, decimate, label_lowest, panels
 from report.plots.palette import DASH, look
 from report.plots.style import INK, MUTED, SMALL_PT, table_figure
-from report.text import clean
+from report.text import clean, span
 
 ROW_IN, FRAME_IN, MOST_IN = 1.5, 0.2, 2.9
 MOST_POINTS = 400
@@ -109,10 +109,5 @@ def centred_median(values: np.ndarray, window: int) -> np.ndarray:
 
 def _tax_text(config: str, facts: pd.DataFrame) -> str:
     """``amp_bf16: tax 37 to 38 %, CV real 16 %, all 2 %``: the smallest to the largest over seeds."""
-    tax, real, every = (_range(facts[column]) for column in ("tax", "cv_real", "cv_all"))
+    tax, real, every = (f"{span(100 * facts[column], '.0f')} %" for column in ("tax", "cv_real", "cv_all"))
     return f"{clean(config, 22)}: tax {tax}, CV real {real}, all {every}"
-
-
-def _range(values: pd.Series) -> str:
-    low, high = f"{100 * values.min():.0f}", f"{100 * values.max():.0f}"
-    return f"{low} %" if low == high else f"{low} to {high} %"

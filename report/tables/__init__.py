@@ -10,9 +10,8 @@ from report.tables import (
     f_padding,
     g_loss,
     h_rank,
-    hardware,
     headroom,
-    step_time,
+    machine,
 )
 from report.tables.selection import TASK_COLUMNS, series_order
 from report.tables.table import Table
@@ -30,10 +29,10 @@ TABLES = {
     "H": h_rank,
 }
 SECTION_TABLES = {
-    "kernel_time": step_time.kernel_time,
-    "overhead": step_time.overhead,
-    "step_times": step_time.step_times,
-    "hardware": hardware.table,
+    "kernel_time": machine.kernel_time,
+    "overhead": machine.overhead,
+    "step_times": machine.step_times,
+    "hardware": machine.hardware,
     "headroom": headroom.table,
     "lm_loss": g_loss.lm_loss,
 }

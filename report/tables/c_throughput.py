@@ -13,7 +13,7 @@ from report.tables.judgement import divergence_text
 from report.tables.selection import REFERENCE, TASK_COLUMNS, by_cell, column_of, is_control, select, series_order
 from report.tables.speed import eligible
 from report.tables.table import Table, data_text, frame, identity
-from report.text import sentence, shortened
+from report.text import sentence, shortened, span
 
 COLUMNS = ("case", "column", "arch", "dtype_config", "n", "relative", "low", "high", "samples_per_s", "word", "run_ids")
 
@@ -73,8 +73,7 @@ def _title(data) -> str:
 
 
 def _span(best) -> str:
-    low, high = best["relative"].min(), best["relative"].max()
-    return f"{low:.2f}x" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}x"
+    return span(best["relative"], ".2f") + "x"
 
 
 def _caption(folder: Folder, runs) -> str:

@@ -15,7 +15,7 @@ from report.errors import UsageError
 from report.statistics import FEWEST_STEPS, SPIKE_FACTOR, WINDOW_STEPS, spikes
 from report.tables.selection import REFERENCE, Selection, in_order, select, series_order
 from report.tables.table import Table, data_text, frame, identity, long_frame
-from report.text import joined, sentence, shortened
+from report.text import joined, sentence, shortened, span
 
 COLUMNS = ("case", "dtype_config", "seed", "step", "grad_norm", "skipped", "spike", "last_finite")
 SUMMARY = tuple("case dtype_config seed n_steps spikes spikes_per_1000 relative_to_fp32 skips died_at run_id".split())
@@ -83,8 +83,7 @@ def _title(summary: pd.DataFrame) -> str:
         rows = summary[summary["dtype_config"] == config]
         diverged = rows[rows["died_at"].notna()]
         if len(diverged):
-            steps = sorted({int(step) for step in diverged["died_at"]})
-            when = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+            when = ("step " if diverged["died_at"].nunique() == 1 else "steps ") + span(diverged["died_at"], ".0f")
             parts.append(f"{config} diverges at {when} in {len(diverged)} of {count(len(rows), 'run')}")
     judged = summary[summary["n_steps"] > FEWEST_STEPS]
     counts = [

@@ -15,7 +15,7 @@ from report.tables.choice import all_cells
 from report.tables.selection import REFERENCE, is_control, select, series_order
 from report.tables.speed import eligible
 from report.tables.table import Table, data_text, frame
-from report.text import joined, sentence, shortened
+from report.text import bracketed, joined, sentence, shortened
 
 COLUMNS = ("dtype_config", "side", "relative", "low", "high", "n", "rank", "tie_group", "with_leader")
 SUMMARY = ("tau", "tau_low", "tau_high", "n_configs", "note")
@@ -80,9 +80,8 @@ def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
         return "Not decided: too few configurations finished both sides."
     first = {side: data[(data["side"] == side) & data["with_leader"]]["dtype_config"].tolist() for side in SIDES}
     tau = summary.iloc[0]
-    correlation = (
-        "" if math.isnan(tau["tau"]) else f" (Kendall's tau {tau['tau']:.2f} [{tau['tau_low']:.2f}, {tau['tau_high']:.2f}])"
-    )
+    interval = bracketed(tau["tau_low"], tau["tau_high"], ".2f")
+    correlation = "" if math.isnan(tau["tau"]) else f" (Kendall's tau {tau['tau']:.2f}{interval})"
     if data["n"].max() < 2:
         return f"Not decided: one seed separates no ranks{correlation}."
     if set(first["LM"]) & set(first["classification"]):

@@ -11,7 +11,7 @@ from report.significance import FEWEST_SEEDS
 from report.tables.judgement import is_unfinished, judge_runs
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, select
 from report.tables.speed import disturbances, eligible
-from report.text import number, objects, shortened
+from report.text import bracketed, number, objects, shortened
 
 DISTURBED = ("throttled", "contended")
 
@@ -115,10 +115,9 @@ def _overhead(folder: Folder) -> Check:
     if not rows:
         return Check("overhead", None, "The instruments' own cost on this machine was not measured (no overhead.json).")
     worst = max(rows, key=lambda row: row["median"] / row["at_most"])
-    low, high = number(worst.get("low95")), number(worst.get("high95"))
-    span = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+    interval = bracketed(number(worst.get("low95")), number(worst.get("high95")), ".3f")
     aim = f"({worst.get('name')}; aim: at most {worst['at_most']:g})"
-    text = f"The instruments cost {worst['median']:.3f}{span} times a step without them {aim}."
+    text = f"The instruments cost {worst['median']:.3f}{interval} times a step without them {aim}."
     return Check("overhead", all(row["median"] <= row["at_most"] for row in rows), text)
 
 

@@ -9,7 +9,7 @@ import textwrap
 from instrument.results.contents import Folder
 from instrument.terminal import count
 from report.statistics import Interval
-from report.tables.cell_text import UNKNOWN, cell_texts
+from report.tables.cell_text import MEMORY_KINDS, UNKNOWN, cell_texts
 from report.tables.cells import RECOMMENDED, RUNNER_UP
 from report.tables.choice import CaseTable
 from report.tables.selection import REFERENCE
@@ -19,7 +19,6 @@ from report.verdict.decision import CaseVerdict, Price, Verdict, verdict
 WIDTH, HEIGHT = 80, 24
 INDENT = 12
 MOST_LEFT_OUT = 6
-MEMORY_KINDS = {"allocated": "", "rss": " resident", None: ""}
 
 
 def verdict_text(folder: Folder, price: Price | None = None) -> str:

@@ -20,7 +20,7 @@ from report.dossier.rows import RowNumbers, commands, in_order, run_href, run_ro
 from report.dossier.system import system_block
 from report.harness_commands import command, matrix_commands, setting_arguments
 from report.tables.failures import Failure, FailureGroup, failure_groups
-from report.tables.step_time import kernel_time
+from report.tables.machine import kernel_time
 from tests.report.conftest import ADAMW
 
 

@@ -10,8 +10,8 @@ from instrument.results.contents import load
 from instrument.results.schemas import FirstNonfinite
 from report.plots.draw import draw
 from report.plots.style import theme
-from report.tables import hardware, headroom
-from report.tables.step_time import kernel_time, step_times
+from report.tables import headroom
+from report.tables.machine import hardware, kernel_time, step_times
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_step_times_leave_warm_up_out_and_agree_with_numpy(place):
 
 
 def test_nothing_sampled_says_so(place):
-    for module, why in ((hardware, "hardware.jsonl"), (headroom, "activations.jsonl")):
-        table = module.table(load(place))
+    for made, why in ((hardware, "hardware.jsonl"), (headroom.table, "activations.jsonl")):
+        table = made(load(place))
         assert why in table.empty and "not measured" in words(drawn(table))
 
 
@@ -62,7 +62,7 @@ def test_hardware_growth_starts_at_zero_and_absent_readings_say_not_measured(pla
         for i in range(40)
     ]
     (place / "runs" / run_id / "hardware.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = hardware.table(load(place))
+    table = hardware(load(place))
     assert table.data["disk_growth_bytes"].iloc[[0, -1]].tolist() == [0, 39 * 10**6]
     assert "resident memory" in table.title
     figure = drawn(table)

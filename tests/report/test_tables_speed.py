@@ -13,9 +13,9 @@ from report.dossier.measurements import overhead_rows
 from report.plots.draw import draw
 from report.plots.style import theme
 from report.tables import b_efficiency, c_throughput, d_grad_norm, f_padding, h_rank
+from report.tables.machine import overhead
 from report.tables.selection import select
 from report.tables.speed import eligible, pooled_rate
-from report.tables.step_time import overhead
 
 CONFIGS = ("fp32_true", "amp_bf16", "bf16_pure")
 SPEEDS = {"amp_bf16": 2.0, "bf16_pure": 3.0, "amp_fp16": 1.8, "amp_bf16_8bit": 1.5}

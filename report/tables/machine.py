@@ -1,5 +1,5 @@
-"""The time of a step: over the run, by class of kernel (from the profiled steps in a row's ``flags``), and what measuring costs
-(``overhead.json``, by ``python -m harness bench overhead``).
+"""What the machine did: the time of a step over the run, and by class of kernel (from the profiled steps in a row's ``flags``);
+what measuring costs (``overhead.json``, by ``python -m harness bench overhead``); memory, utilisation and disk.
 
 ``flags["time_by_kernel"]`` is the table of `instrument.trace.time_table`, summed over ``flags["trace"]["steps"]`` profiled
 steps; here everything is per step."""
@@ -19,7 +19,7 @@ from instrument.terminal import count
 from report.statistics import rolling_median
 from report.tables.selection import one_a_cell
 from report.tables.table import Table, data_text, frame, identity, long_frame
-from report.text import bracketed, number, objects, printable, sentence, span
+from report.text import bracketed, gigabytes, number, objects, printable, sentence, span
 
 STEP_COLUMNS = ("case", "dtype_config", "seed", "step", "step_time_s", "rolling_median_s")
 WINDOW_STEPS = 25
@@ -244,3 +244,45 @@ def _number(value: object) -> float:
     """A plain finite number, else nan."""
     known = number(value)
     return math.nan if known is None else known
+
+
+READINGS = {
+    "gpu_memory_bytes": "gpu_memory_used_bytes",
+    "rss_bytes": "process_rss_bytes",
+    "gpu_percent": "gpu_utilization_percent",
+    "cpu_percent": "system_cpu_percent",
+}
+HARDWARE_COLUMNS = ("case", "dtype_config", "seed", "time_s", *READINGS, "disk_growth_bytes")
+
+
+def hardware(folder: Folder) -> Table:
+    """Readings of ``hardware.jsonl`` of the lowest seed of every case and configuration that has one."""
+    runs = one_a_cell(folder.runs, lambda run: folder.hardware(run.run_id) is not None)
+    if not runs:
+        why = "not measured: no run holds a hardware.jsonl."
+        return Table.without_data("hardware", HARDWARE_COLUMNS, "Memory, utilisation and disk", why, folder.marks)
+    data = long_frame(runs, HARDWARE_COLUMNS, lambda run: _readings(folder.hardware(run.run_id)))
+    measure = "gpu_memory_bytes" if data["gpu_memory_bytes"].notna().any() else "rss_bytes"
+    peaks = data.groupby("dtype_config", observed=True)[measure].max()
+    what = "GPU memory" if measure == "gpu_memory_bytes" else "resident memory"
+    title = (
+        f"Highest {what}: {gigabytes(peaks.max())} ({peaks.idxmax()}); lowest peak of a configuration: "
+        f"{gigabytes(peaks.min())} ({peaks.idxmin()})."
+    )
+    caption = (
+        f"{data_text(folder, runs)} One seed a case and configuration. GPU memory is that of all processes and the "
+        "driver; utilisation of the processor is that of all cores. Dashed: median. Disk: growth since the start."
+    )
+    return Table("hardware", "hardware", data, title, caption, marks=folder.marks)
+
+
+def _readings(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    time_s = columns["time_s"]
+    absent = np.full(len(time_s), np.nan)
+    disk = columns.get("disk_used_bytes", absent)
+    known = disk[np.isfinite(disk)]
+    return {
+        "time_s": time_s,
+        **{name: columns.get(field, absent) for name, field in READINGS.items()},
+        "disk_growth_bytes": disk - (known[0] if len(known) else np.nan),
+    }
