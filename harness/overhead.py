@@ -94,28 +94,11 @@ def measure(pairs: int, out: Path | None = None, at_most_s: float | None = None)
 
 def log_write(records: int = 2000) -> Figure:
     """What writing one step's record costs the training thread: encoded, one line, one system call."""
-    record = StepRecord(
-        step=812,
-        loss=2.8173,
-        lr=3e-4,
-        grad_norm=1.2345,
-        grad_absmax=0.25,
-        grad_nonfinite=0,
-        grad_underflow_frac=0.0123,
-        logit_absmax=17.25,
-        logit_nonfinite=0,
-        logit_over_fp16=0,
-        loss_scale=65_536,
-        step_skipped=False,
-        step_time_s=0.0971,
-        samples=32,
-        tokens=32768,
-        real_tokens=31000,
-        seq_len=1024,
-        flops=27_998_388_486_144,
-        mfu=0.41,
-        allocated_bytes=41_000_000_000,
-    )
+    loss = {"step": 812, "loss": 2.8173, "lr": 3e-4, "logit_absmax": 17.25, "logit_nonfinite": 0, "logit_over_fp16": 0}
+    gradients = {"grad_norm": 1.2345, "grad_absmax": 0.25, "grad_nonfinite": 0, "grad_underflow_frac": 0.0123}
+    sizes = {"samples": 32, "tokens": 32_768, "real_tokens": 31_000, "seq_len": 1024, "flops": 27_998_388_486_144}
+    step = {"loss_scale": 65_536, "step_skipped": False, "step_time_s": 0.0971, "mfu": 0.41, "allocated_bytes": 41_000_000_000}
+    record = StepRecord(**loss, **gradients, **sizes, **step)
     spent_us = []
     with tempfile.TemporaryDirectory() as folder, JsonlLog(Path(folder) / "log.jsonl") as log:
         for _ in range(records):

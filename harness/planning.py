@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -40,15 +41,12 @@ def asked_configs(names: list[str] | None) -> list[DtypeConfig]:
 
 def plan_run(case: Case, config: DtypeConfig, seed: int, asked: Request, device: torch.device) -> RunSettings:
     """A resolved run; raises `SettingsError`, `DataError` or `DataUnavailable`."""
-    draft = resolve(case, config, seed, asked, device=device.type, data_fingerprint="")
-    return resolve(
-        case,
-        config,
-        seed,
-        asked,
-        device=device.type,
-        data_fingerprint=fingerprint(draft.data, **data_options(case, draft)),
-        sources_fingerprint=sources_fingerprint(draft.weights, case.architecture.hub_id, case.architecture.build),
+    draft, model = resolve(case, config, seed, asked, device=device.type, data_fingerprint=""), case.architecture
+    data = fingerprint(draft.data, **data_options(case, draft))
+    return replace(
+        draft,
+        data_fingerprint=data,
+        sources_fingerprint=sources_fingerprint(draft.weights, model.hub_id, model.build),
     )
 
 

@@ -20,9 +20,10 @@ from harness.exit_codes import INTERRUPTED, OK, RUN_FAILED
 from harness.parallel.ranks import Ranks, end_process, on_ranks
 from harness.settings import RunSettings, SettingsError
 from instrument.results import files
+from instrument.results.schemas import RunRecord, encode
 
 if TYPE_CHECKING:
-    from instrument.results.schemas import RunRecord
+    from harness.run.terminal import CaseScreen
 
 
 def case_command(options: argparse.Namespace) -> int:
@@ -50,7 +51,6 @@ def case_command(options: argparse.Namespace) -> int:
     from harness.run.execute import execute
     from harness.run.signals import Stop
     from harness.run.terminal import CaseScreen
-    from instrument.results.schemas import encode
 
     with (
         CaseScreen(settings, out) as screen,
@@ -58,10 +58,7 @@ def case_command(options: argparse.Namespace) -> int:
         ending_in_time(budget, stop),
     ):
         record = execute(settings, out, screen.show, started_s, stop, fresh=options.fresh)
-    screen.summary(record)
-    if options.json:
-        sys.stdout.write(encode(record).decode() + "\n")
-    return _exit_code(record)
+    return _concluded(screen, record, options.json)
 
 
 def _run_rank(
@@ -77,7 +74,6 @@ def _run_rank(
     from harness.run.execute import execute
     from harness.run.signals import StopTogether
     from harness.run.terminal import CaseScreen
-    from instrument.results.schemas import encode
 
     if budget is not None:
         refuse_too_little(budget)  # before the ranks wait for each other
@@ -97,13 +93,10 @@ def _run_rank(
     except RankFailed as error:  # before there was a run to write a row of; that rank says why
         print(f"harness: {error}", file=sys.stderr)
         end_process(RUN_FAILED)
-    if screen:
-        screen.summary(record)
-        if options.json:
-            sys.stdout.write(encode(record).decode() + "\n")
+    code = _concluded(screen, record, options.json)
     if context.broken:
-        end_process(_exit_code(record))
-    return _exit_code(record)
+        end_process(code)
+    return code
 
 
 @contextmanager
@@ -118,7 +111,12 @@ def _folder_of(ranks: Ranks, out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def _exit_code(record: RunRecord) -> int:
+def _concluded(screen: CaseScreen | None, record: RunRecord, as_json: bool) -> int:
+    """The exit code of a run that is over, after its summary, which only the first rank has a ``screen`` for."""
+    if screen is not None:
+        screen.summary(record)
+        if as_json:
+            sys.stdout.write(encode(record).decode() + "\n")
     if record.status == "preempted":
         return INTERRUPTED
     return RUN_FAILED if record.status in ("oom", "error", "hung") else OK

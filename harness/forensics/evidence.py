@@ -32,18 +32,12 @@ OURS_PREFIX = "ddb.ours."
 
 def chain_links(nodes: Sequence[Node], found: Examination) -> list[Link]:
     """The first links of a chain, or absorbed ops."""
-    return [
-        Link(
-            phase=n.phase,
-            module=n.module,
-            op=n.op,
-            tensor=found.names.get(n.storage, (None,))[0],
-            kind=kind_name(n.kinds),
-            dtype=n.dtype,
-            shape=list(n.shape),
-        )
-        for n in nodes[:MOST_LINKS]
-    ]
+
+    def link(n: Node) -> Link:
+        place = {"phase": n.phase, "module": n.module, "op": n.op, "tensor": found.names.get(n.storage, (None,))[0]}
+        return Link(kind=kind_name(n.kinds), dtype=n.dtype, shape=list(n.shape), **place)
+
+    return [link(n) for n in nodes[:MOST_LINKS]]
 
 
 def history_of(module: str | None, readings: Sequence[TapReading]) -> list[Magnitude]:
@@ -126,16 +120,8 @@ def _durations(ops: Sequence[list[Node]], events: Sequence[dict]) -> dict[int, f
 def _row(op: list[Node], culprit: Node, duration_s: float | None) -> KernelRow:
     here = next((n for n in op if n.index == culprit.index), None)
     node = here or op[0]
-    return KernelRow(
-        name=node.op,
-        phase=node.phase,
-        module=node.module,
-        duration_s=duration_s,
-        shapes=[list(node.shape)],
-        dtype=node.dtype,
-        nonfinite=any(n.kinds for n in op),
-        here=here is not None,
-    )
+    what = {"name": node.op, "phase": node.phase, "module": node.module, "shapes": [list(node.shape)], "dtype": node.dtype}
+    return KernelRow(duration_s=duration_s, nonfinite=any(n.kinds for n in op), here=here is not None, **what)
 
 
 SCHEMA = 1

@@ -111,14 +111,8 @@ def smallest_headroom(modules: Sequence) -> dict[str, dict[str, Any]] | None:
 
     def nearest(format_of) -> dict[str, Any]:
         row = min(measured, key=lambda r: format_of(r).max / r.absmax)
-        return {
-            "module": row.module,
-            "direction": row.direction,
-            "dtype": row.dtype,
-            "absmax": row.absmax,
-            "step": row.absmax_step,
-            "headroom_bits": format_of(row).headroom_bits(row.absmax),
-        }
+        what = {name: getattr(row, name) for name in ("module", "direction", "dtype", "absmax")}
+        return what | {"step": row.absmax_step, "headroom_bits": format_of(row).headroom_bits(row.absmax)}
 
     return {"own_dtype": nearest(lambda row: float_format(row.dtype)), "float16": nearest(lambda row: FP16)}
 
@@ -129,13 +123,9 @@ def earlier_history(modules: Sequence, history: Sequence[Magnitude]) -> list[dic
     if not history:
         return []
     mine = [row for row in modules if row.module == history[0].module and row.absmax_step < history[0].step]
+    unknown = {"absmax_fwd": None, "absmax_bwd": None}
     return [
-        {
-            "step": row.absmax_step,
-            "module": row.module,
-            "absmax_fwd": row.absmax if row.direction == "fwd" else None,
-            "absmax_bwd": row.absmax if row.direction == "bwd" else None,
-        }
+        {"step": row.absmax_step, "module": row.module} | unknown | {f"absmax_{row.direction}": row.absmax}
         for row in sorted(mine, key=lambda r: r.absmax_step)
     ]
 
