@@ -22,6 +22,8 @@ POWER = 0.8
 FEWEST_SEEDS = 3
 """Below this many paired seeds a t-test shows nothing: with two, its level rests on two normal numbers."""
 MOST_SEEDS = 1_000
+LARGEST = 1e150
+"""Values beyond it, whose squares no float holds, show nothing."""
 RARE = 0.10
 """What happens with fewer than 1 seed in 10 is no property of a configuration."""
 
@@ -91,7 +93,7 @@ def above(values: Iterable[float], bound: float, resolution: float = 0.0) -> Tes
     gives, below which equal values are no evidence of precision (0: none)."""
     found = [float(value) for value in values]
     n = len(found)
-    if n < 2:
+    if n < 2 or not all(abs(value) < LARGEST for value in found):  # also of what is no number
         return UNTESTED
     mean = math.fsum(found) / n
     spread = max(math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1)), resolution)
@@ -105,6 +107,20 @@ def above(values: Iterable[float], bound: float, resolution: float = 0.0) -> Tes
     if spread == 0.0:
         return Test(0.0 if effect > 0 else 1.0, seeds)
     return Test(float(special.stdtr(n - 1, -effect * math.sqrt(n) / spread)), seeds)
+
+
+def above_unpaired(values: Iterable[float], others: Iterable[float], bound: float) -> Test:
+    """The mean of ``values`` exceeds that of ``others``, of other seeds, by more than ``bound`` (Welch's t)."""
+    groups = [[float(value) for value in group] for group in (values, others)]
+    if min(len(group) for group in groups) < FEWEST_SEEDS:
+        return UNTESTED
+    means = [math.fsum(group) / len(group) for group in groups]
+    errors = [float(np.var(group, ddof=1)) / len(group) for group in groups]
+    effect, error = means[0] - means[1] - bound, math.sqrt(sum(errors))
+    if error == 0.0:
+        return Test(0.0 if effect > 0 else 1.0)
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(group) - 1) for e, group in zip(errors, groups, strict=True))
+    return Test(float(special.stdtr(freedom, -effect / error)))
 
 
 def below(values: Iterable[float], bound: float, resolution: float = 0.0) -> Test:

@@ -73,7 +73,8 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 
 def exponential(logs: Interval) -> Interval:
     """An interval of logarithms as one of ratios."""
-    return Interval(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high), logs.n)
+    with np.errstate(over="ignore"):
+        return Interval(*(float(np.exp(value)) for value in (logs.value, logs.low, logs.high)), logs.n)
 
 
 def share_interval(hits: int, n: int, confidence: float = CONFIDENCE) -> Interval:

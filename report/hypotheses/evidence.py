@@ -114,7 +114,9 @@ def finding(
         default=Evidence("", UNTESTED, UNTESTED, NOTHING, f"Not tested: {missing}"),
     )
     value = chosen.interval
-    seeds = min((n for test in tests if (n := test.seeds_needed) is not None), default=None)
+    needed = [n for test in tests if (n := test.seeds_needed) is not None]
+    contradicted = len(needed) == 2 and (needed[0] == needed[1] or all(test.shown for test in tests))
+    seeds = max(min(needed), value.n + 1) if needed and not contradicted else None
     asked = f"a GPU with the full preset: {missing}" if toys else missing + _how_many(seeds, value.n)
     scope = "Measured with a tiny preset or on a processor, which decides nothing about GPUs. " if toys else ""
     return Finding(
@@ -137,10 +139,10 @@ def finding(
 
 def _how_many(seeds: int | None, n: int) -> str:
     """How many seeds would decide, as the end of a sentence; nothing where there are none yet."""
+    if seeds is not None:
+        return f"; were all as measured, about {count(seeds, 'seed')} would decide"
     if not n:
         return ""
-    if seeds is not None:
-        return f"; were all as measured, about {count(max(seeds, n + 1), 'seed')} would decide"
     return (
         f"; at least {FEWEST_SEEDS} seeds" if n < FEWEST_SEEDS else "; were all as measured, more seeds alone would not decide"
     )

@@ -21,7 +21,7 @@ from report.hypotheses.evidence import (
 )
 from report.significance import Test, above, all_of, any_of, below, more_often, rate_above, rate_below
 from report.statistics import Interval, exponential, mean_interval, share_interval
-from report.tables.cells import COMPLETED, FAILING, STALLED, Cell
+from report.tables.cells import COMPLETED, FAILING, STALLED, Cell, Quality
 from report.tables.judgement import MARGIN_SPEED, divergence_text
 from report.tables.selection import REFERENCE, column_of, is_control, is_lm, series_order
 from report.text import bounds, joined
@@ -266,10 +266,12 @@ def _outcome(cell: Cell) -> str:
     if cell.n_failed:
         return f"{cell.what} in {cell.n_failed} of {cell.n}"
     gap = next((q for q in cell.judged_qualities if q.difference.n), None)
-    return f"no failure seen in {cell.n}" + (f" ({_gap(gap.worse)} worse)" if gap else "")
+    return f"no failure seen in {cell.n}" + (f" ({_gap(gap)})" if gap else "")
 
 
-def _gap(worse: dict[int, float]) -> str:
-    found = mean_interval([*worse.values()])
+def _gap(quality: Quality) -> str:
+    """``+1.2 [+0.9, +1.5] points of micro-F1 lost``, ``+3.1 [+2.0, +4.2] % more loss``."""
+    found = mean_interval([*quality.worse.values()])
     scaled = Interval(100 * found.value, 100 * found.low, 100 * found.high, found.n)
-    return f"{scaled.value:+.1f} {bounds(scaled, '+.1f')} points"
+    what = f"points of {quality.name} lost" if quality.unit == "F1" else f"% more {quality.name}"
+    return f"{scaled.value:+.1f} {bounds(scaled, '+.1f')} {what}"

@@ -32,7 +32,7 @@ from report.tables.f_padding import favourite, real_rates, real_tokens_known
 from report.tables.judgement import MARGIN_SPEED
 from report.tables.selection import REFERENCE, column_of, is_bucketed, is_control, is_lm, series_order, unlike_reason
 from report.tables.speed import y_kind
-from report.text import bounds
+from report.text import bounds, joined
 
 ByConfig = dict[str, Cell]
 
@@ -86,6 +86,8 @@ def judge_p2(base: EvidenceBase) -> Finding:
             notes.append(f"{case} is not judged: its reference is unhealthy.")
         elif (found := _p2_evidence(base, case)) is not None:
             evidence.append(found)
+        else:
+            notes.append(f"{case} is not judged: {CONFIG} was not timed there beside another configuration.")
     missing = "a GPU (peak memory of the allocator), a healthy fp32_true, seeds 0 1 2"
     return finding(base, "P2", P2, "B", "speed over its best rival", evidence, everywhere, missing, notes)
 
@@ -95,7 +97,7 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     rivals = [
         cell
         for (of, config), cell in base.cells.items()
-        if of == case and config != CONFIG and not is_control(config) and _competes(cell)
+        if of == case and config != CONFIG and not is_control(config) and _in_race(cell)
     ]
     if ours is None or not rivals:
         return None
@@ -104,7 +106,8 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
         return Evidence(case, UNTESTED, lost, NOTHING, f"{CONFIG} failed: {ours.what}.", ours.run_ids)
     if ours.verdict == AVOID:
         return Evidence(case, UNTESTED, ours.bad(), NOTHING, f"{CONFIG} is avoided: {ours.why}.", ours.run_ids)
-    leads = {cell.dtype_config: lead(ours, cell) for cell in rivals if lead(ours, cell)}
+    every = {cell.dtype_config: lead(ours, cell) for cell in rivals}
+    leads = {config: values for config, values in every.items() if values}
     if not leads:
         return None
     best = min(leads, key=lambda config: float(np.mean(leads[config])))
@@ -112,19 +115,30 @@ def _p2_evidence(base: EvidenceBase, case: str) -> Evidence | None:
     least = min(rivals, key=lambda cell: cell.peak_bytes or math.inf)
     leaner, heavier = _memory(base, ours, rivals)
     side = {config: cell for (of, config), cell in base.cells.items() if of == case and config != CONFIG}
-    supports = all_of([*(above(values, -MARGIN_SPEED) for values in leads.values()), leaner, *_out_of_the_race(side)])
+    supports = all_of([*(above(values, -MARGIN_SPEED) for values in every.values()), leaner, *_out_of_the_race(side)])
     refutes = any_of([*(below(values, -MARGIN_SPEED) for values in leads.values()), heavier])
     sentence = (
         f"{CONFIG} runs {shown.value:.2f}x {bounds(shown, '.2f')} as fast as {best}, its best rival; it needs "
         f"{memory_text(ours)}, the leanest rival ({least.dtype_config}) {memory_text(least)}{_not_compared(ours, rivals)}"
-        f"{_unresolved(side)}."
+        f"{_untimed(every)}{_unresolved(side)}."
     )
     return Evidence(case, supports, refutes, shown, sentence, tuple(i for cell in (ours, *rivals) for i in cell.run_ids))
 
 
-def _competes(cell: Cell) -> bool:
+def _in_race(cell: Cell) -> bool:
     """A configuration that failed, or is avoided, has lost."""
-    return cell.state == COMPLETED and cell.verdict != AVOID and bool(cell.log_speed)
+    return cell.state == COMPLETED and cell.verdict != AVOID
+
+
+def _competes(cell: Cell) -> bool:
+    """It is in the race, and its speed was measured."""
+    return _in_race(cell) and bool(cell.log_speed)
+
+
+def _untimed(leads: dict[str, list[float]]) -> str:
+    """Rivals whose speed is not known, as the end of a sentence."""
+    names = [config for config, values in leads.items() if not values]
+    return f"; the speed of {joined(names)} is not known" if names else ""
 
 
 def _failing(side: ByConfig) -> list[Cell]:
@@ -139,7 +153,8 @@ def _out_of_the_race(side: ByConfig) -> list[Test]:
 
 def _unresolved(side: ByConfig) -> str:
     """Those by name, as the end of a sentence."""
-    parts = [f"{cell.dtype_config} in {cell.n_failed} of {count(cell.n, 'seed')}" for cell in _failing(side)]
+    open_ones = [cell for cell in _failing(side) if not rate_above(cell.n_failed, cell.n).shown]
+    parts = [f"{cell.dtype_config} in {cell.n_failed} of {count(cell.n, 'seed')}" for cell in open_ones]
     return f"; failed, and how often is not resolved: {', '.join(parts)}" if parts else ""
 
 
@@ -276,7 +291,8 @@ def _p4_evidence(first: str, second: str, one: ByConfig, two: ByConfig) -> Evide
         loss = exponential(mean_interval(lead(there, theirs)))
         how = f"reaches {loss.value:.2f} {bounds(loss, '.2f')} of its speed"
     elif there is not None:
-        how = f"failed: {there.what}" if there.n_failed else f"is avoided: {there.why}"
+        how = f"is avoided: {there.why}" if there.verdict == AVOID else "was not timed"
+        how = f"failed: {there.what}" if there.n_failed else how
     sentence = f"of what completed and is not avoided, {ours.dtype_config} has the highest mean speed on "
     if ours.dtype_config == theirs.dtype_config:
         sentence += "both."
@@ -314,6 +330,6 @@ def _serves(side: ByConfig, config: str) -> Test:
     cell = side.get(config)
     if cell is None or not _competes(cell):
         return UNTESTED
-    rivals = [other for other in side.values() if other is not cell and _competes(other)]
+    rivals = [other for other in side.values() if other is not cell and _in_race(other)]
     slower = [below(lead(rival, cell), MARGIN_SPEED) for rival in rivals]
     return all_of([_holds(cell), *slower, *_out_of_the_race(side)])

@@ -86,7 +86,9 @@ def _title(data: pd.DataFrame, cells: dict[tuple[str, str], Cell], empty: str | 
     alone = frontier.groupby("case").filter(lambda rows: len(rows) == 1)["dtype_config"].value_counts()
     cases = frontier["case"].nunique()
     alone_in = [f"{config} alone is the frontier in {n} of {count(cases, 'case')}" for config, n in alone.items()]
-    trades = f"every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"
+    if alone_in:
+        alone_in[0] = f"by mean values {alone_in[0]}"  # P2 says what the seeds resolve
+    trades = f"by mean values every frontier trades speed for memory ({shortened(series_order(frontier['dtype_config']))})"
     drawn = set(frontier["case"])
     lost = sum(cell.n_failed > 0 and case in drawn and not is_control(config) for (case, config), cell in cells.items())
     among = [f"of what finished: {count(lost, 'cell')} with a failure {'is' if lost == 1 else 'are'} not drawn"] if lost else []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas as pd
+
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from instrument.terminal import count
@@ -27,7 +30,7 @@ def table(folder: Folder) -> Table:
     data = frame([_row(of_cell, cells[key], reasons) for key, of_cell in runs], COLUMNS)
     measured = data["relative"].notna().any() or data["samples_per_s"].notna().any()
     empty = None if measured else "no completed run has enough timed steps"
-    title, caption = _title(data), _caption(folder, selection.runs)
+    title, caption = _title(data, cells), _caption(folder, selection.runs)
     return Table("C", "c_throughput", data, title, caption, excluded=excluded, marks=folder.marks, empty=empty)
 
 
@@ -50,16 +53,24 @@ def _word(absent: list[RunRecord], reasons: dict[str, str]) -> str:
     return divergence_text(min(diverged, key=lambda run: run.divergence_step)) if diverged else reasons[absent[0].run_id]
 
 
-def _title(data) -> str:
-    """Who is shown to be faster than fp32_true, in how many cases; who only looks so is not called fast."""
+def _title(data: pd.DataFrame, cells: dict[tuple[str, str], Cell]) -> str:
+    """Who is shown to be faster than fp32_true, in how many cases; who only looks so, fails or trains worse leads nobody."""
     known = data[data["relative"].notna() & (data["dtype_config"] != REFERENCE) & ~data["dtype_config"].map(is_control)]
     if known.empty:
-        return "Not decided: no configuration has a comparable fp32_true run."
+        return "Not decided: no configuration to choose was timed beside a comparable fp32_true run."
+    lost = [(cell := cells[key]).n_failed > 0 or cell.poor for key in zip(known["case"], known["dtype_config"], strict=True)]
+    among = "of those " + ("that neither failed nor train worse and are " if any(lost) else "")
+    known = known[~np.array(lost)]
+    if known.empty:
+        return "Not decided: every configuration that was timed beside fp32_true failed in some seed or trains worse."
     cases = count(known["case"].nunique(), "case")
     if not known["low"].notna().any():
         best = known.loc[known.groupby("case")["relative"].idxmax()]
         return sentence(f"not resolved: one seed has no interval; the largest ratios to fp32_true are {_span(best)} in {cases}")
     shown = known[known["low"] > 1]
+    if shown.empty and (known["high"] < 1).all():
+        best = known.loc[known.groupby("case")["relative"].idxmax()]
+        return sentence(f"every configuration is slower than fp32_true in {cases} ({_span(best)} at best)")
     if shown.empty:
         best = known.loc[known.groupby("case")["relative"].idxmax()]
         return sentence(
@@ -69,7 +80,7 @@ def _title(data) -> str:
     names = series_order(best["dtype_config"].unique())
     verb = "leads" if len(names) == 1 else "lead"
     resolved = f"resolved in {len(best)} of {cases}"
-    return sentence(f"of those shown to be faster than fp32_true, {shortened(names)} {verb} at {_span(best)} ({resolved})")
+    return sentence(f"{among}shown to be faster than fp32_true, {shortened(names)} {verb} at {_span(best)} ({resolved})")
 
 
 def _span(best) -> str:

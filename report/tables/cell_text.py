@@ -71,6 +71,7 @@ def headroom_text(cell: Cell) -> str:
 def value_text(quality: Quality, *, baseline: bool = True) -> str:
     """``perplexity 24.1``; ``micro-F1 0.31 (most frequent answer 0.20)``, without it where another row says it."""
     number = f"{quality.value:.2f}" if quality.unit == "F1" else f"{quality.value:.4g}"
+    number = "not measured" if math.isnan(quality.value) else number
     known = baseline and quality.baseline is not None
     return f"{quality.name} {number}" + (f" (most frequent answer {quality.baseline:.2f})" if known else "")
 

@@ -11,7 +11,7 @@ import numpy as np
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
 from kernels.float_formats import FP16
-from report.significance import UNTESTED, Test, above, all_of, any_of, below, rate_above
+from report.significance import LARGEST, UNTESTED, Test, above, all_of, any_of, below, rate_above
 from report.statistics import NOTHING, Interval, exponential, mean_interval, share_interval
 from report.tables.judgement import (
     MARGIN_F1,
@@ -21,6 +21,7 @@ from report.tables.judgement import (
     Judged,
     Judgements,
     divergence_text,
+    finite,
     judge_runs,
 )
 from report.tables.selection import REFERENCE, column_of, incomparable_reason, is_lm, series_order
@@ -165,7 +166,8 @@ def measure_cells(folder: Folder, judgements: Judgements | None = None) -> dict[
 
 def _cell(folder: Folder, judgements: Judgements, judged: list[Judged], kind: str | None, eligible: set[str]) -> Cell:
     first = judged[0].run
-    ended = [j for j in judged if j.state not in ("unfinished", "unsupported")]
+    every = [j for j in judged if j.state not in ("unfinished", "unsupported")]
+    ended = [j for j in every if not _is_an_accident(judgements, j)] or every
     failed = [j for j in ended if j.state in ("diverged", "failed", "stalled") and not _is_an_accident(judgements, j)]
     state, what = _state(judgements, judged, ended, failed)
     completed = [j.run for j in ended if j.run.status == "completed"]
@@ -229,8 +231,10 @@ def failure_text(failed: list[Judged]) -> str:
 
 
 def _is_an_accident(judgements: Judgements, failed: Judged) -> bool:
-    """Nothing that the configuration did: the reference of its case ended alike."""
+    """Nothing that the configuration did: the reference of its seed ended alike, or, where none completed, any of its case."""
     others = judgements.of(failed.run.case, REFERENCE)
+    if any(j.run.status == "completed" for j in others):
+        others = [j for j in others if j.run.seed == failed.run.seed]
     return (
         failed.state == "failed"
         and failed.run.dtype_config != REFERENCE
@@ -250,17 +254,23 @@ def qualities(folder: Folder, runs: list[RunRecord], pairs: list[tuple[RunRecord
 
 
 def _loss(runs: list[RunRecord], pairs: list[tuple[RunRecord, RunRecord]]) -> Quality | None:
-    """The validation loss where every run has one, else the last tenth of the training loss."""
-    every = [*runs, *(run for pair in pairs for run in pair)]
-    fields = {"val_loss": "", "train_loss_final": "training "}
-    field = next((name for name in fields if _all_have(every, name)), None)
-    if field is None:
-        return None
-    lm, before = is_lm(runs[0]), fields[field]
-    mean = float(np.mean([getattr(run, field) for run in runs]))
+    """The validation loss where some pair has one (else some run), else the last tenth of the training loss. A seed without
+    it is not replaced by its training loss: that would hide what the others show."""
+    for name in ("val_loss", "train_loss_final"):
+        values = {run.run_id: value for run in runs if finite(value := getattr(run, name))}
+        both = [(a, b) for a, b in pairs if a.run_id in values and finite(getattr(b, name))]
+        if both or (values and not pairs):
+            break
+    else:
+        if not any(finite(b.val_loss) or finite(b.train_loss_final) for _, b in pairs):
+            return None
+        name, values, both = "val_loss", {}, []
+    before = "training " if name == "train_loss_final" else ""
+    lm, mean = is_lm(runs[0]), float(np.mean([*values.values()])) if values else math.nan
     worse = {
-        run.seed: getattr(run, field) - getattr(reference, field) if lm else getattr(run, field) / getattr(reference, field) - 1
-        for run, reference in pairs
+        run.seed: values[run.run_id] - base if lm else values[run.run_id] / base - 1
+        for run, reference in both
+        if (base := getattr(reference, name)) or lm
     }
     difference = _interval(worse.values())
     if lm:
@@ -268,26 +278,22 @@ def _loss(runs: list[RunRecord], pairs: list[tuple[RunRecord, RunRecord]]) -> Qu
     return Quality(before + "loss", "share", mean, None, difference, worse, MARGIN_LOSS)
 
 
-def _all_have(runs: Iterable[RunRecord], field: str) -> bool:
-    values = [getattr(run, field) for run in runs]
-    return all(value is not None and math.isfinite(value) for value in values)
-
-
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def _f1(folder: Folder, runs: list[RunRecord], pairs: list, field: str, name: str) -> Quality | None:
-    known = [run for run in runs if getattr(run, field) is not None]
-    if not known:
+    known = [run for run in runs if _is_number(getattr(run, field))]
+    measured = [(a, b) for a, b in pairs if _is_number(getattr(b, field))]
+    if not known and not measured:
         return None
-    both = [(a, b) for a, b in pairs if getattr(a, field) is not None and getattr(b, field) is not None]
+    both = [(a, b) for a, b in measured if _is_number(getattr(a, field))]
     worse = {run.seed: getattr(reference, field) - getattr(run, field) for run, reference in both}
     baseline = next((f1 for run in known if (f1 := getattr(run, f"{field}_majority")) is not None), None)
-    value = float(np.mean([getattr(run, field) for run in known]))
-    reference = float(np.mean([getattr(reference, field) for _, reference in both])) if both else math.nan
+    value = float(np.mean([getattr(run, field) for run in known])) if known else math.nan
+    reference = float(np.mean([getattr(reference, field) for _, reference in measured])) if measured else math.nan
     learnt = reference > (baseline or 0.0) + 2 * MARGIN_F1
-    note = "" if learnt or not both else f"fp32_true scores {reference:.2f}, no more than the most frequent answer"
+    note = "" if learnt or not measured else f"fp32_true scores {reference:.2f}, no more than the most frequent answer"
     return Quality(
         name,
         "F1",
@@ -302,6 +308,10 @@ def _f1(folder: Folder, runs: list[RunRecord], pairs: list, field: str, name: st
     )
 
 
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def _rounding(folder: Folder, runs: list[RunRecord]) -> float:
     """The standard deviation that F1 has from counting whole documents."""
     samples = [evaluation.samples for run in runs for evaluation in folder.evaluations(run.run_id)[-1:] if evaluation.step]
@@ -309,8 +319,8 @@ def _rounding(folder: Folder, runs: list[RunRecord]) -> float:
 
 
 def _interval(values: Iterable[float]) -> Interval:
-    finite = [value for value in values if math.isfinite(value)]
-    return mean_interval(finite) if finite else NOTHING
+    known = [value for value in values if abs(value) < LARGEST]
+    return mean_interval(known) if known else NOTHING
 
 
 def _largest_logit(folder: Folder, runs: list[RunRecord]) -> float:

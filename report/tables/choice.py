@@ -17,8 +17,18 @@ import numpy as np
 from bench_cases import DTYPE_CONFIGS
 from instrument.results.contents import Folder, is_cpu
 from instrument.terminal import count
-from report.significance import FAMILY_LEVEL, FEWEST_SEEDS, LEVEL, above, below, rate_above, shown_of_family
-from report.tables.cell_text import difference_text, margin_text
+from report.significance import (
+    FAMILY_LEVEL,
+    FEWEST_SEEDS,
+    LEVEL,
+    UNTESTED,
+    Test,
+    above,
+    above_unpaired,
+    rate_above,
+    shown_of_family,
+)
+from report.tables.cell_text import difference_text, margin_text, memory_text
 from report.tables.cells import (
     AVOID,
     COMPLETED,
@@ -42,7 +52,7 @@ from report.tables.cells import (
 )
 from report.tables.judgement import MARGIN_SPEED, Judgements, judge_runs
 from report.tables.selection import REFERENCE, case_order, is_control, series_order
-from report.text import bounds, gigabytes, shortened, times
+from report.text import bounds, shortened, times
 
 MEMORY_TOLERANCE = 1.01
 TOY = "; a tiny preset or a processor says nothing about a GPU"
@@ -94,13 +104,17 @@ def _table(judgements: Judgements, case: str, every: dict[tuple[str, str], Cell]
     cells = {config: cell for (of, config), cell in every.items() if of == case}
     reference = cells.get(REFERENCE)
     rivals = {config: cell for config, cell in cells.items() if config != REFERENCE and not is_control(config)}
-    ended = {config: cell for config, cell in rivals.items() if cell.state in (COMPLETED, FAILING, STALLED)}
-    avoided = shown_of_family({config: cell.bad() for config, cell in ended.items()})
+    ended = (COMPLETED, FAILING, STALLED)
+    bad = {config: cell.bad() if cell.state in ended else UNTESTED for config, cell in rivals.items() if cell.n}
+    # Where fp32_true fails too, or was not run, nothing says that the configuration is the cause.
+    avoided = shown_of_family(bad) if reference is not None and not reference.n_failed else set()
     holding = shown_of_family({config: cell.holds() for config, cell in rivals.items() if cell.state == COMPLETED})
     why_not = _why_nothing(reference)
     candidates = [cell for config, cell in rivals.items() if config in holding - avoided and _is_timed(cell)]
     candidates = [reference, *candidates] if reference is not None and why_not is None else []
     best, reason = _best(candidates) if candidates else (None, why_not or "")
+    if best:
+        reason = _others(reason if len(candidates) > 1 else "", cells, holding, avoided)
     after = _best([cell for cell in candidates if cell is not best])[0] if len(candidates) > 1 else None
     lossless = _lossless(best, candidates) if best else None
     judged = tuple(
@@ -129,7 +143,8 @@ def _why_nothing(reference: Cell | None) -> str | None:
     if reference.state == UNHEALTHY:
         return f"the fp32_true reference is unhealthy: {reference.what}"
     if reference.state != COMPLETED:
-        return f"fp32_true: {reference.state}, {reference.what}"
+        how_often = f" in {reference.n_failed} of {count(reference.n, 'seed')}" if reference.n_failed else ""
+        return f"fp32_true: {reference.state}, {reference.what}{how_often}"
     if reference.n < FEWEST_SEEDS:
         return f"{count(reference.n, 'seed')}: no difference is resolved below {FEWEST_SEEDS}"
     if not _is_timed(reference):
@@ -142,27 +157,54 @@ def _is_timed(cell: Cell) -> bool:
     return len(cell.log_speed) >= FEWEST_SEEDS
 
 
+def _others(decided: str, cells: dict[str, Cell], holding: set[str], avoided: set[str]) -> str:
+    """What decided, or why nothing competes with fp32_true; and whose speed is not known."""
+    slower, rest = series_order(holding & avoided), series_order(holding - avoided)
+    untimed = [config for config in rest if not _is_timed(cells[config])]
+    if not decided and slower:
+        decided = f"what trains as well is slower: {shortened(slower)}"
+    if not decided and not untimed:
+        decided = "no other configuration is shown to train as well"
+    unknown = [f"not timed in {FEWEST_SEEDS} seeds: {shortened(untimed)}"] if untimed else []
+    return "; ".join([*filter(None, [decided]), *unknown])
+
+
 def _best(candidates: Sequence[Cell]) -> tuple[Cell, str]:
-    """The one to use, and what decided."""
+    """The one to use, and what decided. In the race are those than which no other is shown to be faster by 2 %: being tied
+    with the fastest mean alone would let a noisy leader carry what another one beats."""
     leader = max(candidates, key=lambda cell: cell.speed.value)
     level = min(LEVEL, FAMILY_LEVEL / max(1, len(candidates) - 1))
-    tied = [cell for cell in candidates if cell is leader or above(lead(leader, cell), MARGIN_SPEED).p > level]
-    if len(candidates) == 1:
-        return leader, "no other configuration is shown to train as well"
+    tied = [cell for cell in candidates if not any(_faster(other, cell, level) for other in candidates)] or [leader]
     if len(tied) == 1:
-        return leader, "the fastest that is shown to train as well"
-    left, decided = tied, "tied in speed"
-    for keep, what in ((_best_quality, "better quality"), (_least_memory, "less memory")):
+        return tied[0], "the fastest that is shown to train as well"
+    left, decided = tied, []
+    for keep, by in (
+        (_best_quality, "quality"),
+        (_least_memory, "memory"),
+        (_most_conservative, "the more conservative dtype"),
+    ):
         kept = keep(left)
-        if len(kept) < len(left):
-            left, decided = kept, f"{what} than what ties with it in speed"
-        if len(left) == 1:
-            break
-    best = min(left, key=lambda cell: conservatism(cell.dtype_config))
-    if len(left) > 1:
-        decided = "the most conservative of those that tie"
-    others = series_order(cell.dtype_config for cell in tied if cell is not best)
-    return best, f"{decided} ({shortened(others)})"
+        if lost := series_order(cell.dtype_config for cell in left if cell not in kept):
+            decided.append(f"by {by} over {shortened(lost)}")
+        left = kept
+    return left[0], f"tied in speed; chosen {', '.join(decided)}"
+
+
+def _faster(cell: Cell, other: Cell, level: float) -> bool:
+    return cell is not other and speed_lead(cell, other, MARGIN_SPEED).p <= level
+
+
+def speed_lead(cell: Cell, other: Cell, bound: float) -> Test:
+    """``cell`` is faster than ``other`` by more than ``bound`` (a log ratio): over the seeds that both have, or over the seeds
+    of each where too few are common."""
+    ratios = lead(cell, other)
+    if len(ratios) >= FEWEST_SEEDS:
+        return above(ratios, bound)
+    return above_unpaired(cell.log_speed.values(), other.log_speed.values(), bound)
+
+
+def _most_conservative(cells: Sequence[Cell]) -> list[Cell]:
+    return [min(cells, key=lambda cell: conservatism(cell.dtype_config))]
 
 
 def lead(leader: Cell, other: Cell) -> list[float]:
@@ -229,7 +271,10 @@ def _verdict(
     if is_control(cell.dtype_config):
         return CONTROL, _control(cell)
     if cell.state in (FAILING, STALLED):
-        return (AVOID if cell.dtype_config in avoided else LOST), failure_sentence(cell)
+        if cell.dtype_config not in avoided:
+            return LOST, failure_sentence(cell)
+        worse = "" if rate_above(cell.n_failed, cell.n).shown else f"{bad_sentence(cell)}; "
+        return AVOID, worse + failure_sentence(cell)
     if cell.state in (UNHEALTHY, INCOMPARABLE):
         reference = cell.state == UNHEALTHY and cell.dtype_config != REFERENCE
         return UNJUDGED, f"measured, not judged: {'its reference is unhealthy' if reference else cell.what}"
@@ -275,25 +320,29 @@ def unresolved_sentence(cell: Cell) -> str:
     widest = max(cell.judged_qualities, key=lambda quality: quality.within_margin().p)
     if widest.within_margin().shown:
         return f"{difference_text(widest)}, within the margin of {margin_text(widest)} {correction}"
+    paired = len(widest.worse)
     needed = min((n for test in (cell.holds(), cell.bad()) if (n := test.seeds_needed) is not None), default=None)
-    more = f"; about {count(needed, 'seed')} would decide" if needed is not None and needed > cell.n else ""
+    more = f"; about {count(needed, 'seed')} would decide" if needed is not None and needed > paired else ""
     name = widest.name.replace("perplexity", "loss")
-    return f"{name} not resolved by {count(len(widest.worse), 'seed')} against a margin of {margin_text(widest)}{more}"
+    return f"{name} not resolved by {count(paired, 'seed')} against a margin of {margin_text(widest)}{more}"
 
 
 def _beside(cell: Cell, best: Cell) -> str:
     """How a configuration whose quality holds stands beside the recommended one."""
-    ratio, name = lead(best, cell), best.dtype_config
-    if len(ratio) < FEWEST_SEEDS:
-        parts = [f"its speed beside {name} is known from {count(len(ratio), 'seed')}"]
-    elif below(ratio, MARGIN_SPEED).shown and above(ratio, -MARGIN_SPEED).shown:
+    ratios, name = lead(best, cell), best.dtype_config
+    common = len(ratios) >= FEWEST_SEEDS
+    ratio = math.exp(np.mean(ratios)) if common else best.speed.value / cell.speed.value
+    if not common and not (_is_timed(cell) and _is_timed(best)):
+        parts = [f"its speed beside {name} is known from {count(len(ratios), 'seed')}"]
+    elif speed_lead(cell, best, -MARGIN_SPEED).shown and speed_lead(best, cell, -MARGIN_SPEED).shown:
         parts = [f"as fast as {name}, within 2 %"]
-    elif above(ratio, 0.0).shown:
-        parts = [f"{name} is {math.exp(np.mean(ratio)):.2f}x as fast"]
-    elif below(ratio, 0.0).shown:
-        parts = [f"{math.exp(-np.mean(ratio)):.2f}x as fast as {name}"]
+    elif speed_lead(best, cell, 0.0).shown:
+        parts = [f"{name} is {ratio:.2f}x as fast"]
+    elif speed_lead(cell, best, 0.0).shown:
+        alone = speed_lead(cell, best, MARGIN_SPEED).shown
+        parts = [f"{1 / ratio:.2f}x as fast as {name}{' by itself, but not corrected for the case' if alone else ''}"]
     else:
-        parts = [f"not separated from {name} in speed by {count(len(ratio), 'seed')}"]
+        parts = [f"not separated from {name} in speed by {count(len(ratios) if common else cell.speed.n, 'seed')}"]
     if cell.peak_bytes is not None and best.peak_bytes is not None:
-        parts.append(f"{gigabytes(cell.peak_bytes)} against {gigabytes(best.peak_bytes)}")
+        parts.append(f"{memory_text(cell)} against {memory_text(best)}")
     return ", ".join(parts)

@@ -39,14 +39,17 @@ def table(folder: Folder) -> Table:
 
 def _scores(cells: dict[tuple[str, str], Cell], side: str) -> dict[str, list[float]]:
     """Configuration -> log speed relative to fp32_true, one value a seed, averaged over the side's cases. It counts with every
-    case and seed that fp32_true has there, or not at all: a mean over other cases would rank the cases. Controls are left out:
-    they explain divergence."""
+    case and seed that fp32_true has there, or not at all: a mean over other cases would rank cases. Left out: controls (they
+    explain divergence) and what is shown to train worse in a case: it has lost, however fast."""
     references = [cell for cell in cells.values() if cell.dtype_config == REFERENCE and cell.log_speed]
     references = [cell for cell in references if SIDES[not cell.column.startswith("LM-")] == side]
     seeds = sorted({seed for cell in references for seed in cell.log_speed})
     found = {}
     for config in series_order({config for _, config in cells if not is_control(config)}):
-        logs = [cells[cell.case, config].log_speed if (cell.case, config) in cells else {} for cell in references]
+        of_side = [cells.get((cell.case, config)) for cell in references]
+        logs = [cell.log_speed if cell else {} for cell in of_side]
+        if any(cell and cell.poor for cell in of_side):
+            continue
         if logs and all(log.keys() == cell.log_speed.keys() for log, cell in zip(logs, references, strict=True)):
             found[config] = [float(np.mean([log[seed] for log in logs if seed in log])) for seed in seeds]
     return found
@@ -84,12 +87,13 @@ def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
     correlation = "" if math.isnan(tau["tau"]) else f" (Kendall's tau {tau['tau']:.2f}{interval})"
     if data["n"].max() < 2:
         return f"Not decided: one seed separates no ranks{correlation}."
+    among = f"of the {data['dtype_config'].nunique()} that finished both sides, "
     if set(first["LM"]) & set(first["classification"]):
         shared = series_order(set(first["LM"]) & set(first["classification"]))
         verb = "is" if len(shared) == 1 else "are"
-        return sentence(f"{shortened(shared)} {verb} first, or tied for it, on both sides{correlation}")
+        return sentence(f"{among}{shortened(shared)} {verb} first, or tied for it, on both sides{correlation}")
     return sentence(
-        f"the fastest changes with the task: {joined(first['LM'])} for language models, "
+        f"{among}the fastest changes with the task: {joined(first['LM'])} for language models, "
         f"{joined(first['classification'])} for classification{correlation}"
     )
 
@@ -97,7 +101,8 @@ def _title(data: pd.DataFrame, summary: pd.DataFrame, empty: str | None) -> str:
 def _caption(folder: Folder, runs: list[RunRecord]) -> str:
     return (
         f"{data_text(folder, runs)} Rank by samples/s relative to fp32_true of the same case and seed, geometric mean "
-        "over the side's cases; only configurations that finished every case and seed of both sides, controls left out. "
+        "over the side's cases; only configurations that finished every case and seed of both sides, without controls and what "
+        "is shown to train worse. "
         "Brackets: those that the seeds do not separate from the first of them (t-intervals, 95 % together). Second panel: "
         "relative speed with its interval. Kendall's tau-b with Fieller's interval from five configurations up."
     )

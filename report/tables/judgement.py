@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
+from kernels.float_formats import FP32
 from report.tables.selection import REFERENCE, Selection, incomparable_reason, is_lm, select
 
 MARGIN_NATS = 0.02
@@ -71,15 +72,22 @@ def start_and_end(folder: Folder, run: RunRecord) -> tuple[float, float, str] | 
     return None
 
 
+def finite(loss: float | None) -> bool:
+    """Whether a loss is known and a number that fp32 holds."""
+    return loss is not None and abs(loss) <= FP32.max
+
+
 def unhealthy_reason(folder: Folder, reference: RunRecord) -> str | None:
     """Why a reference is unhealthy, or None. One that failed for another reason is no reference."""
     if reference.status == "diverged":
-        return f"it diverged at step {reference.divergence_step}"
+        return f"it diverged at step {reference.divergence_step} (seed {reference.seed})"
     if (why := reference.stalled) is not None:
         return f"it stalled: {why} (seed {reference.seed})"
-    losses = start_and_end(folder, reference) if reference.status == "completed" else None
-    if losses is None:
+    if reference.status != "completed":
         return None
+    losses = start_and_end(folder, reference)
+    if losses is None:
+        return f"no loss says whether it learnt (seed {reference.seed})"
     start, end, what = losses
     if end >= start:
         return f"its {what} ends above its start: {end:.3g} against {start:.3g} (seed {reference.seed})"
@@ -103,7 +111,7 @@ def _judge(folder: Folder, run: RunRecord, selection: Selection, unhealthy: dict
         return Judged(run, "unfinished", run.error or run.status)
     if run.status in FAILED:
         return Judged(run, "failed", f"{run.status}: {run.error}" if run.error else run.status)
-    if run.val_loss is not None and not math.isfinite(run.val_loss):
+    if run.val_loss is not None and not finite(run.val_loss):
         return Judged(run, "failed", f"validation loss {run.val_loss}")
     if (why := run.stalled) is not None and run.dtype_config != REFERENCE:
         return Judged(run, "stalled", f"stalled: {why}")

@@ -39,7 +39,7 @@ def ineligible_reason(folder: Folder, run: RunRecord) -> str | None:
         return divergence_text(run)
     if run.status != "completed":
         return run.status
-    if run.samples_per_s is None:
+    if not run.samples_per_s or run.samples_per_s <= 0:
         return "no step was timed"
     needed = FEWEST_STEPS_TINY if run.preset == "tiny" else FEWEST_STEPS
     found = int(timed(folder, run).sum())

@@ -86,7 +86,7 @@ def _seeds(selection: Selection) -> Check:
     if low >= FEWEST_SEEDS:
         return Check("seeds", True, f"{span} a cell; intervals are 95 % t-intervals over paired seeds.")
     why = "one seed has no interval" if low == 1 else "intervals are wide"
-    return Check("seeds", False, f"{span} a cell: {why}, and no hypothesis is decided below {FEWEST_SEEDS}.")
+    return Check("seeds", False, f"{span} a cell: {why}, and no difference of speed or quality is shown below {FEWEST_SEEDS}.")
 
 
 def _exclusions(folder: Folder, selection: Selection) -> Check:

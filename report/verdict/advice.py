@@ -51,7 +51,7 @@ def next_command(folder: Folder, base: EvidenceBase) -> str:
     if options := _matrix_options(base, untimed, _seeds(base, untimed)):
         return f"{MATRIX} {options} --rerun{out}"
     for table in tables:
-        n, configs = _seeds_that_decide(table)
+        n, configs = _seeds_that_decide(base, table)
         if configs and (options := _matrix_options(base, [table.case], _range(n), configs=(REFERENCE, *configs))):
             return f"{MATRIX} {options}{out}"
     default = [case.id for case in CASES.values() if case.in_default_matrix]
@@ -93,14 +93,18 @@ def _untimed(folder: Folder, base: EvidenceBase, table: CaseTable) -> bool:
     return bool(reasons) and all(reason and reason.startswith(("throttled", "contended")) for reason in reasons)
 
 
-def _seeds_that_decide(table: CaseTable) -> tuple[int, tuple[str, ...]]:
-    """The fewest seeds that would decide an open cell of the case, and the configurations that they would decide."""
+def _seeds_that_decide(base: EvidenceBase, table: CaseTable) -> tuple[int, tuple[str, ...]]:
+    """The fewest seeds that would decide an open cell of the case, and the configurations that they would decide: with as many
+    new ones as are missing where those that were run have no measure of quality to compare."""
     needed: dict[str, int] = {}
     for cell in table.cells:
         if cell.verdict == UNRESOLVED and cell.state == COMPLETED and cell.dtype_config in DTYPE_CONFIGS:
-            found = [n for test in (cell.holds(), cell.bad()) if (n := test.seeds_needed) is not None and n > cell.n]
-            if found and min(found) <= MOST_SEEDS:
-                needed[cell.dtype_config] = min(found)
+            paired = min((len(quality.worse) for quality in cell.judged_qualities), default=cell.n)
+            found = [n for test in (cell.holds(), cell.bad()) if (n := test.seeds_needed) is not None and n > paired]
+            if not found or (n := min(found)) > MOST_SEEDS:
+                continue
+            seeds = base.runs(table.case, cell.dtype_config).keys() & base.runs(table.case, REFERENCE).keys()
+            needed[cell.dtype_config] = max(seeds) + 1 + n - paired if seeds >= {*range(n)} else n
     n = min(needed.values(), default=0)
     return n, tuple(config for config, of_config in needed.items() if of_config == n)
 

@@ -14,7 +14,7 @@ from report.tables.cell_text import difference_text
 from report.tables.cells import AVOID, LOST
 from report.tables.choice import CaseTable, case_tables
 from report.tables.selection import REFERENCE, series_order
-from report.tables.speed import pooled_rate
+from report.tables.speed import ineligible_reason, pooled_rate
 from report.verdict.advice import next_command
 
 
@@ -68,6 +68,7 @@ class CaseVerdict:
     high: float | None = None
     peak_bytes: int | None = None
     peak_kind: str | None = None
+    peak_is_bound: bool = False
     quality: str | None = None
     relative_cost: float | None = None
     hours_per_million_samples: float | None = None
@@ -107,7 +108,7 @@ def verdict(folder: Folder, price: Price | None = None) -> Verdict:
         len(folder.runs),
         len({run.seed for run in folder.runs}),
         len(folder.defects),
-        tuple(_case(table, folder.by_id, price) for table in tables),
+        tuple(_case(table, folder, price) for table in tables),
         tables,
         tuple((f.id, f.verdict, f.seeds) for f in findings),
         tuple(f"{f.id}: {f.claim} Not decided; it needs {f.would_decide}." for f in findings if f.verdict == NOT_DECIDED),
@@ -135,7 +136,7 @@ def _defects(folder: Folder) -> list[tuple[str, str]]:
     return [(what, count(n, "defect")) for what, n in Counter(defect.what for defect in folder.defects).items()]
 
 
-def _case(table: CaseTable, runs: dict[str, RunRecord], price: Price | None) -> CaseVerdict:
+def _case(table: CaseTable, folder: Folder, price: Price | None) -> CaseVerdict:
     avoid, failed = (
         tuple(
             f"{cell.dtype_config}: {cell.why}"
@@ -150,7 +151,8 @@ def _case(table: CaseTable, runs: dict[str, RunRecord], price: Price | None) -> 
         return CaseVerdict(*found)
     known = cell.speed.known
     hours = 1e6 / cell.samples_per_s / 3600
-    token_hours = _token_hours([runs[run_id] for run_id in cell.run_ids])
+    runs = [folder.by_id[run_id] for run_id in cell.run_ids]
+    token_hours = _token_hours([run for run in runs if ineligible_reason(folder, run) is None])
     differences = [difference_text(quality) for quality in cell.judged_qualities]
     return CaseVerdict(
         *found,
@@ -159,6 +161,7 @@ def _case(table: CaseTable, runs: dict[str, RunRecord], price: Price | None) -> 
         cell.speed.high if known else None,
         cell.peak_bytes,
         cell.peak_kind,
+        cell.peak_is_bound,
         "the reference" if table.use == REFERENCE else ", ".join(differences) or None,
         1 / cell.speed.value,
         hours,

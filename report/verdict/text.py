@@ -47,7 +47,7 @@ def lines(decision: Verdict, price: Price | None = None) -> list[str]:
         "",
         2,
     )
-    tail = [*_fitted(_claims(decision), "", 2), *command_lines(decision.next_command)]
+    tail = [*_fitted(_claims(decision), "", 3), *command_lines(decision.next_command)]
     room = max(1, (HEIGHT - len(head) - len(tail)) // max(1, len(decision.cases)))
     body = [line for task in decision.cases for line in _task(task, room, price)]
     return [printable(line) for line in (*head, *body, *tail)]
@@ -74,13 +74,13 @@ def use_text(task: CaseVerdict, price: Price | None = None) -> str:
             f", {price.of(tokens)} per 10^9 real tokens" if tokens else ""
         )
     against = (
-        "nothing is shown to be faster and as good"
+        "nothing as good is shown to be faster by 2 %"
         if task.use == REFERENCE
         else f"{speed.value:.2f}x fp32_true {bounds(speed, '.2f')}"
     )
     parts = [
         f"use {task.use}: {against}",
-        f"{gigabytes(task.peak_bytes)}{MEMORY_KINDS[task.peak_kind]}",
+        f"{'at most ' if task.peak_is_bound else ''}{gigabytes(task.peak_bytes)}{MEMORY_KINDS[task.peak_kind]}",
         *([task.quality] if task.quality and task.use != REFERENCE else []),
         cost,
         *([f"runner-up {task.runner_up}"] if task.runner_up else []),

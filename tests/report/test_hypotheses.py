@@ -579,3 +579,69 @@ def test_p4_is_not_refuted_by_a_configuration_that_was_timed_on_one_task_alone(p
 
     finding = of(plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=change), "P4")
     assert finding.verdict == NOT_DECIDED, finding.sentence
+
+
+def test_a_claim_that_the_data_support_and_refute_needs_no_number_of_seeds(plant):
+    """amp_fp16 dies on GPT-2 alone and bf16_pure on RoBERTa alone, with 8 seeds of 8."""
+    dead = {(SINGLE, "amp_fp16"), ("roberta_single_cls", "bf16_pure")}
+    change = lambda case, config, seed: {"diverges_at": 9} if (case, config) in dead else {}  # noqa: E731
+    found = of(plant((SINGLE, "roberta_single_cls"), ("fp32_true", "amp_fp16", "bf16_pure"), range(8), change), "H3")
+    assert (found.verdict, found.seeds) == (NOT_DECIDED, None) and "more seeds alone would not decide" in found.would_decide
+
+
+def test_a_claim_names_the_same_number_of_seeds_in_its_sentence_and_in_its_field():
+    few = Test(0.5, lambda level: 3)
+    evidence = Evidence("somewhere", few, UNTESTED, Interval(1.0, 0.5, 2.0, 8), "so it was")
+    base = SimpleNamespace(about_toys=lambda run_ids: False)
+    found = finding_of(base, "P9", "a claim", "A", "unit", [evidence], unanimous, "runs")
+    assert found.seeds == 9 and found.would_decide.endswith("about 9 seeds would decide")
+
+
+def test_h3_gives_a_loss_in_percent_and_f1_in_points(plant):
+    def change(case, config, seed):
+        worse = config == "amp_fp16" and case == SINGLE
+        return {"gap": 0.6 * worse + 0.001 * seed}
+
+    cases, configs = (SINGLE, "roberta_single_cls"), ("fp32_true", "amp_fp16")
+    assert "(+20.0 [+20.0, +20.0] % more loss) on GPT-2" in of(plant(cases, configs, change=change), "H3").sentence
+    scored = plant(cases, configs, change=lambda case, config, seed: {"f1": 0.5 if "amp" in config else 0.6}, name="scored")
+    assert "(+10.0 [+10.0, +10.0] points of micro-F1 lost) on GPT-2" in of(scored, "H3").sentence
+
+
+def test_p2_counts_a_rival_whose_speed_nobody_knows(plant):
+    def folder(peak, name):
+        def change(case, config, seed):
+            hidden = {"flags": {"hardware": {"contended": True}}, "peak_allocated_bytes": peak} if config == "amp_fp16" else {}
+            return {"speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0)} | hidden
+
+        return plant((LM,), ("fp32_true", "amp_fp16", "amp_bf16", "bf16_pure"), change=change, name=name)
+
+    lean, heavy = of(folder(5 * 10**9, "lean"), "P2"), of(folder(15 * 10**9, "heavy"), "P2")
+    assert (lean.verdict, heavy.verdict) == (REFUTED, NOT_DECIDED)
+    assert "the speed of amp_fp16 is not known" in heavy.sentence
+
+
+def test_p2_names_a_case_where_bf16_pure_was_not_run(plant):
+    folder = plant(
+        (LM, SINGLE),
+        ("fp32_true", "bf16_pure"),
+        change=lambda case, config, seed: None if (case, config) == (SINGLE, "bf16_pure") else {},
+    )
+    assert any(line.startswith(f"{SINGLE} is not judged: bf16_pure was not timed") for line in of(folder, "P2").details)
+
+
+def test_p4_calls_no_failure_unresolved_that_it_takes_for_shown(plant):
+    def change(case, config, seed):
+        return {"diverges_at": 9} if (case, config) == (MULTI, "fp16_naive") and seed < 6 else {}
+
+    found = of(plant((SINGLE, MULTI), ("fp32_true", "fp16_naive"), range(20), change), "P4")
+    assert found.verdict == REFUTED and "not resolved" not in found.sentence
+
+
+def test_p4_does_not_call_avoided_what_was_not_timed(plant):
+    def change(case, config, seed):
+        busy = {"flags": {"hardware": {"contended": True}}} if (case, config) == (MULTI, "bf16_pure") else {}
+        return {"speed": {"amp_bf16": 2.0, "bf16_pure": 3.0}.get(config, 1.0)} | busy
+
+    found = of(plant((LM, MULTI), ("fp32_true", "amp_bf16", "bf16_pure"), change=change), "P4")
+    assert found.verdict == NOT_DECIDED and found.sentence.endswith("where bf16_pure was not timed.")

@@ -11,6 +11,7 @@ from report.significance import (
     UNTESTED,
     Test,
     above,
+    above_unpaired,
     all_of,
     any_of,
     below,
@@ -33,6 +34,19 @@ def test_two_seeds_show_no_difference_and_equal_values_are_as_sure_as_their_roun
     assert above([5.0, 5.1], 0.0).p == above([5.0], 0.0).p == above([], 0.0).p == 1.0
     assert above([5.0, 5.0, 5.0], 0.0).p == 0.0 and above([0.0, 0.0, 0.0], 0.0).p == 1.0
     assert above([0.01, 0.01, 0.01], 0.0, resolution=0.006).p == pytest.approx(stats.t.sf(0.01 * math.sqrt(3) / 0.006, 2))
+
+
+def test_other_seeds_are_compared_by_welchs_test():
+    first, second = (0.7, 0.71, 0.69, 0.72), (0.5, 0.65, 0.4)
+    expected = stats.ttest_ind(np.array(first) - 0.1, second, equal_var=False, alternative="greater").pvalue
+    assert above_unpaired(first, second, 0.1).p == pytest.approx(expected)
+    assert above_unpaired(first, second[:2], 0.1) is UNTESTED
+    assert [above_unpaired((bound,) * 3, (0.0,) * 3, 0.125).p for bound in (0.25, 0.0625)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])
+def test_what_is_no_number_or_too_large_to_square_shows_nothing(value):
+    assert not above([1.0, 1.0, value], 0.0).shown and not below([-1.0, -1.0, -value], 0.0).shown
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 3), (1, 3), (3, 3), (2, 10)])
