@@ -1,6 +1,5 @@
 """What a case is composed of: architectures (which model), tasks (what is predicted, from which data, under which loss) and
-presets (how large a run is). Declarations, torch-free; `bench_cases.models` builds.
-"""
+presets (how large a run is). Declarations, torch-free; `bench_cases.models` builds."""
 
 from __future__ import annotations
 
@@ -15,10 +14,9 @@ from bench_cases.lookup import check, check_choices, check_id, index
 class Architecture:
     """One model family.
 
-    ``sizes`` maps a preset id to overrides of the library's default configuration; a preset
-    that is absent takes the default (``hub_id``'s own size). ``max_positions`` is the number
-    of tokens a sequence may hold at the default size; ``position_offset`` the rows of the
-    position table that no token uses (RoBERTa's positions start after its pad id).
+    ``sizes`` maps a preset id to overrides of the library's default configuration; a preset that is absent takes the default
+    (``hub_id``'s own size). ``max_positions`` is the number of tokens a sequence may hold at the default size;
+    ``position_offset`` the rows of the position table that no token uses (RoBERTa's positions start after its pad id).
     ``build`` names the builder as ``module:function``, so that a declaration imports no torch.
     """
 

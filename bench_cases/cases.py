@@ -40,12 +40,11 @@ class LearningRates:
 class Case:
     """One case of the matrix; ``id`` is ``{arch}_{task}``, with a suffix for a variant.
 
-    ``loss_reduction``: ``mean`` over all targets, or ``label_sum``: sum over a document's
-    labels, mean over documents (multi-label only). ``head_prior``: what the bias of a classification head's last layer
-    begins with; ``log_odds``: the labels' log-odds in the training split, so that the first gradients are about the
-    documents and not about how rare labels are (Lin et al. 2017, arXiv:1708.02002, section 4.1). ``spelled``: the
-    arguments by which a command line names a case from outside the project, whose id says nothing to it; empty for
-    those in `CASES`.
+    ``loss_reduction``: ``mean`` over all targets, or ``label_sum``: sum over a document's labels, mean over documents
+    (multi-label only). ``head_prior``: what the bias of a classification head's last layer begins with; ``log_odds``: the
+    labels' log-odds in the training split, so that the first gradients are about the documents and not about how rare labels
+    are (Lin et al. 2017, arXiv:1708.02002, section 4.1). ``spelled``: the arguments by which a command line names a case from
+    outside the project, whose id says nothing to it; empty for those in `CASES`.
     """
 
     id: str

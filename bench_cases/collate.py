@@ -25,16 +25,15 @@ MASKED_SHARE, MASK_TOKEN_SHARE, RANDOM_TOKEN_SHARE = 0.15, 0.8, 0.1
 class Batch:
     """One (micro-)batch of B rows and L positions.
 
-    ``input_ids`` (B, L) int64. ``targets``: clm and mlm (B, L) int64, -100 ignored, already shifted for
-    clm; multi_cls (B, C) float32 multi-hot; single_cls (B,) int64. ``label_lists``: multi_cls also as
-    (flat label indices int64, offsets (B + 1,) int64), else None. ``attention_mask``: None when nothing
-    is padded and always for causal models (right padding is never seen by a real token), else bool
-    (B, 1, 1, L), True where a key may be attended to. ``last_token`` (B,) int64: index of the last real
-    token. ``lengths`` (B,) int64: real tokens of each row.
+    ``input_ids`` (B, L) int64. ``targets``: clm and mlm (B, L) int64, -100 ignored, already shifted for clm; multi_cls (B, C)
+    float32 multi-hot; single_cls (B,) int64. ``label_lists``: multi_cls also as (flat label indices int64, offsets (B + 1,)
+    int64), else None. ``attention_mask``: None when nothing is padded and always for causal models (right padding is never seen
+    by a real token), else bool (B, 1, 1, L), True where a key may be attended to. ``last_token`` (B,) int64: index of the last
+    real token. ``lengths`` (B,) int64: real tokens of each row.
 
-    ``tokens`` counts all positions, ``real_tokens`` the unpadded ones; ``n_targets`` is what the loss of
-    the step is divided by: targets that count (clm, mlm), documents (single_cls, or multi_cls under
-    ``label_sum``), documents times labels (multi_cls under ``mean``).
+    ``tokens`` counts all positions, ``real_tokens`` the unpadded ones; ``n_targets`` is what the loss of the step is divided
+    by: targets that count (clm, mlm), documents (single_cls, or multi_cls under ``label_sum``), documents times labels
+    (multi_cls under ``mean``).
     """
 
     input_ids: torch.Tensor

@@ -10,11 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 class SplitModel(nn.Module):
     """``logits = head(pool(encoder(tokens)))``.
 
-    The encoder is registered under the library's own name (``transformer``, ``roberta``), so
-    parameter and module names read as people know them. ``attention`` is the library's implementation. ``head_dtype`` is set by
-    `harness.precision`: None runs the head as the encoder runs (under the caller's autocast, if
-    any); a dtype switches autocast off around the head and casts its input, which is what makes
-    an fp32 head genuine.
+    The encoder is registered under the library's own name (``transformer``, ``roberta``), so parameter and module names read as
+    people know them. ``attention`` is the library's implementation. ``head_dtype`` is set by `harness.precision`: None runs the
+    head as the encoder runs (under the caller's autocast, if any); a dtype switches autocast off around the head and casts its
+    input, which is what makes an fp32 head genuine.
     """
 
     def __init__(self, name: str, encoder: nn.Module, head: nn.Module, *, pooling: str | None) -> None:

@@ -1,11 +1,10 @@
 """The builder for `transformers` architectures: encoder, head, the library's configuration, and no idle attention masks.
 
-torch and transformers are imported inside the functions. A row of ours is one sequence, and a batch without a mask is
-a batch without padding (`collate.Batch`). The library cannot know that. Its causal models look at the positions for
-several sequences packed into a row, and in every eager forward pass read the answer back: a wait for the device in
-every micro-batch. Under `torch.compile`, where nothing can be read, they attend through a mask of (1, 1, L, L)
-instead of ``is_causal`` (transformers 5.23 for those positions, 5.17 always, and its encoders as well): that costs
-twice the attention and another kernel.
+torch and transformers are imported inside the functions. A row of ours is one sequence, and a batch without a mask is a batch
+without padding (`collate.Batch`). The library cannot know that. Its causal models look at the positions for several sequences
+packed into a row, and in every eager forward pass read the answer back: a wait for the device in every micro-batch. Under
+`torch.compile`, where nothing can be read, they attend through a mask of (1, 1, L, L) instead of ``is_causal`` (transformers
+5.23 for those positions, 5.17 always, and its encoders as well): that costs twice the attention and another kernel.
 """
 
 from __future__ import annotations

@@ -27,11 +27,10 @@ EMBEDDED_VERSION = 2  # equal to embedded.VERSION (a test says so); the generato
 class DataRequest:
     """Which documents, for which architecture and task; raises `DataError` for what contradicts itself.
 
-    ``source``: ``embedded``, ``hub``, ``hub:REPO[@REVISION]`` (a data set of the hub or a local
-    folder in its layout), a folder with ``eurlex.jsonl[.gz]`` or ``openwebtext.jsonl[.gz]``, or one
-    ``.jsonl[.gz]`` file. ``text``: ``eurlex`` (labelled) or ``openwebtext``; None takes it from the task.
-    ``tokenizer``: a folder or a hub id; None takes what the source brings for ``arch``, else a
-    byte-level BPE is trained on the training split. ``max_documents`` bounds the training split,
+    ``source``: ``embedded``, ``hub``, ``hub:REPO[@REVISION]`` (a data set of the hub or a local folder in its layout), a folder
+    with ``eurlex.jsonl[.gz]`` or ``openwebtext.jsonl[.gz]``, or one ``.jsonl[.gz]`` file. ``text``: ``eurlex`` (labelled) or
+    ``openwebtext``; None takes it from the task. ``tokenizer``: a folder or a hub id; None takes what the source brings for
+    ``arch``, else a byte-level BPE is trained on the training split. ``max_documents`` bounds the training split,
     ``validation_documents`` each other split; None takes all.
     """
 

@@ -1,10 +1,9 @@
 """The corpus inside the project: law-like and web-like text from a fixed seed, with no network.
 
-Law documents take after EUR-Lex: lengths (words p50 about 392, p95 about 1,517), labels per document
-(mean 5, 1 to 16) and a long tail of labels, some seen once. A document draws a domain, which may lie in
-a sector (a label of its own), then labels mostly of that domain with Zipf weights, and names its labels'
-terms from the title on, so that a model that sees 128 tokens can learn them. Web pages draw a theme and
-fill sentence templates with its words.
+Law documents take after EUR-Lex: lengths (words p50 about 392, p95 about 1,517), labels per document (mean 5, 1 to 16) and a
+long tail of labels, some seen once. A document draws a domain, which may lie in a sector (a label of its own), then labels
+mostly of that domain with Zipf weights, and names its labels' terms from the title on, so that a model that sees 128 tokens can
+learn them. Web pages draw a theme and fill sentence templates with its words.
 
 The text has nothing to do with a run's seed: every seed trains on the same corpus.
 """

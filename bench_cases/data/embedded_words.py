@@ -1,9 +1,8 @@
 """Word lists and sentence templates of the embedded corpus. Data only, in a fixed order.
 
-Slots in templates: ``T`` a term of one of the document's labels, ``D`` the name of its domain or
-sector, ``N`` a number, ``Y`` a year, ``M`` a month; in web sentences ``T`` a noun of the page's theme,
-``A`` an adjective, ``V`` a verb, ``W`` a name, ``P`` a place. Every other word stands for itself.
-Any edit here changes the generated corpus: raise ``embedded.VERSION`` with it.
+Slots in templates: ``T`` a term of one of the document's labels, ``D`` the name of its domain or sector, ``N`` a number, ``Y``
+a year, ``M`` a month; in web sentences ``T`` a noun of the page's theme, ``A`` an adjective, ``V`` a verb, ``W`` a name, ``P``
+a place. Every other word stands for itself. Any edit here changes the generated corpus: raise ``embedded.VERSION`` with it.
 """
 
 # One domain a line; the terms are its labels, the most used one first.

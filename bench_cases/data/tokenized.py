@@ -20,13 +20,12 @@ ARRAYS = ("tokens", "offsets", "labels", "label_offsets", "split", "classes")
 class TokenizedData:
     """Documents of one corpus under one tokenizer.
 
-    ``tokens``: flat ids without special tokens, uint16 where the vocabulary allows, else int32;
-    document i is ``tokens[offsets[i]:offsets[i + 1]]``. ``labels`` (int32) likewise by
-    ``label_offsets``: indices into ``label_names``, ascending. Label 0 is the most frequent of the
-    training split, so a document's single-label target is its smallest label, and nothing is stored
-    twice; ``classes[label]`` is the class of that target, -1 for labels that are no training target.
-    ``splits``: document indices by split. ``valid_vocab``: number of ids the tokenizer can give.
-    ``fingerprint``: sha256 (hex) over the arrays, names and special tokens.
+    ``tokens``: flat ids without special tokens, uint16 where the vocabulary allows, else int32; document i is
+    ``tokens[offsets[i]:offsets[i + 1]]``. ``labels`` (int32) likewise by ``label_offsets``: indices into ``label_names``,
+    ascending. Label 0 is the most frequent of the training split, so a document's single-label target is its smallest label,
+    and nothing is stored twice; ``classes[label]`` is the class of that target, -1 for labels that are no training target.
+    ``splits``: document indices by split. ``valid_vocab``: number of ids the tokenizer can give. ``fingerprint``: sha256 (hex)
+    over the arrays, names and special tokens.
     """
 
     tokens: np.ndarray

@@ -202,7 +202,7 @@ def run_all(
                 if follow_up and record.status == "diverged":
                     controls = [c for c in controls_of(ended.settings) if c.run_id not in known]
                     known |= {c.run_id for c in controls}
-                    spending.insert([c for c in controls if settled_run(out, c.run_id) is None])
+                    spending.waiting[:0] = [c for c in controls if settled_run(out, c.run_id) is None]
                     screen.expect(controls)
                 spending.learn(ended.settings, record, ended.duration_s)
                 screen.ended(record, ended.duration_s)

@@ -1,6 +1,5 @@
 """What a person sees of the matrix: a live table on a terminal, a line per run elsewhere; at the end what became of every
-configuration in every case.
-"""
+configuration in every case."""
 
 from __future__ import annotations
 

@@ -90,10 +90,6 @@ class Spending:
         pool.queue.clear()
         self.feed()
 
-    def insert(self, runs: list[RunSettings]) -> None:
-        """Runs that come next."""
-        self.waiting[:0] = runs
-
     def feed(self) -> None:
         """Let runs into the pool: all of them, or one for every free place that the budget has room for."""
         pool, places = self.pool, len(self.waiting)
@@ -151,8 +147,9 @@ class Spending:
     def announcement(self, todo: list[RunSettings], jobs: int | None, before_s: float) -> list[str]:
         """The lines to print first. ``before_s``: what the folder's rows say that their runs took."""
         budget, (fit, needed_unit_s) = self.budget, self.fitting(todo, jobs or 1)
-        fits = ("it fits" if fit else "it does not fit") if len(todo) == 1 else None
-        fits = fits or f"{'all' if fit == len(todo) else fit} of them {'fits' if fit == 1 else 'fit'}"
+        fits = f"{'all' if fit == len(todo) else fit} of them {'fits' if fit == 1 else 'fit'}"
+        if len(todo) == 1:
+            fits = "it fits" if fit else "it does not fit"
         needed = "not known: no run has been measured here, and this GPU's peak is not known"
         if needed_unit_s is not None:
             needed = f"{budget.text(needed_unit_s)}, so {fits}"
@@ -160,12 +157,12 @@ class Spending:
         source = (
             f"{count(measured, 'run')} measured here" if measured else "estimates (`case --dry-run` shows how they are made)"
         )
+        limit, before = budget.text(budget.limit_unit_s), budget.text(before_s)
+        margin = f"{budget.margin_s:.0f} s before the budget is spent"
         return [
-            f"budget of this call: {budget.text(budget.limit_unit_s)}; the runs in the folder took "
-            f"{budget.text(before_s)} before",
+            f"budget of this call: {limit}; the runs in the folder took {before} before",
             f"forecast for {count(len(todo), 'run')}: {needed}; from {source}, corrected as runs end",
-            f"no run begins that would not end in time; {budget.margin_s:.0f} s before the budget is spent, what runs is "
-            f"stopped after a checkpoint",
+            f"no run begins that would not end in time; {margin}, what runs is stopped after a checkpoint",
         ]
 
     def conclusion(self, left: int) -> str:

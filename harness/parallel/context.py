@@ -1,6 +1,5 @@
 """What the ranks of a run exchange outside of training, as small objects in host memory: here for a single process, which has
-nobody to exchange them with (`harness.parallel.process_group` has several), and the row's facts that every rank measured.
-"""
+nobody to exchange them with (`harness.parallel.process_group` has several), and the row's facts that every rank measured."""
 
 from __future__ import annotations
 

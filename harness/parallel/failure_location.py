@@ -1,6 +1,5 @@
 """Which rank, micro-batch and module of a step that failed on several ranks came first: from the ranks' own replays, or by the
-modules' counters where no rank has the whole state that a replay needs.
-"""
+modules' counters where no rank has the whole state that a replay needs."""
 
 from __future__ import annotations
 

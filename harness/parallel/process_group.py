@@ -1,6 +1,5 @@
 """The ranks of a run that `torchrun` started: the process group that they train and exchange objects in, and how an error of
-one of them reaches the others.
-"""
+one of them reaches the others."""
 
 from __future__ import annotations
 

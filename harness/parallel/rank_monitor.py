@@ -118,7 +118,9 @@ class RankMonitor:
                 if self._progress != progress:
                     progress, self._progressed_s = self._progress, now_s
                 if failed is None and self._write_row and now_s - self._progressed_s > self._patience_s:
-                    failed, failed_since_s = self._hung(), float("-inf")
+                    error = f"no rank has made progress for {self.timeout_s:g} s: {self._places()}"
+                    failed = RankFailed.of(Failure("hung", error, {"hang_after_s": self.timeout_s}))
+                    failed_since_s = float("-inf")
                 failed_since_s = None if failed is None else now_s if failed_since_s is None else failed_since_s
                 if failed is not None and now_s - failed_since_s > GRACE_S and (write_row := self._write_row) is not None:
                     self._end(failed, write_row)
@@ -165,10 +167,6 @@ class RankMonitor:
             self._heartbeats[rank] = heartbeat["number"], time.monotonic()
             return False
         return time.monotonic() - since_s > STALE_S
-
-    def _hung(self) -> RankFailed:
-        error = f"no rank has made progress for {self.timeout_s:g} s: {self._places()}"
-        return RankFailed.of(Failure("hung", error, {"hang_after_s": self.timeout_s}))
 
     def _places(self) -> str:
         heartbeats = {rank: self._get(f"heartbeat/{rank}") for rank in range(self.ranks.world)}

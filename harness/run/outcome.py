@@ -40,8 +40,7 @@ class Outcome:
     resumed_after: list[int] = field(default_factory=list)
     began_s: float = field(default_factory=time.perf_counter)
     machine: tuple[str, dict[str, Any]] | None = None
-    """The device's slug and the environment, captured before anything can go wrong: a poisoned CUDA context names
-    neither."""
+    """The device's slug and the environment, captured before anything can go wrong: a poisoned CUDA context names neither."""
 
     def add_time(self, name: str, seconds: float) -> None:
         """Count ``seconds`` more for a part of the run."""

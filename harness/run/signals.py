@@ -1,7 +1,6 @@
 """SIGTERM, SIGINT and SIGHUP request a stop after the current step: spot machines and batch systems send them half a minute or
 more before they take the machine away, and a terminal that closes sends the last. A second signal ends the process at once.
-Torch-free.
-"""
+Torch-free."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """A run's FLOPs and MFU: by closed form where the architecture is in the registry, else counted and fitted, once before the
-run's first step and outside of all timing.
-"""
+run's first step and outside of all timing."""
 
 from __future__ import annotations
 
@@ -21,13 +20,12 @@ from instrument.mfu import Peaks, Utilisation, datasheet_peaks
 def step_flops(
     model: nn.Module, case: Case, config: DtypeConfig, *, attention: str, outputs: int, seq_len: int, micro_batch: int
 ) -> StepFlops:
-    """FLOPs of this model's steps under a configuration. ``attention``: the SDPA backend that runs (``math``,
-    ``efficient``, ...); ``outputs``: columns of its head that mean something (`meaningful_outputs`); ``seq_len``:
-    the longest rows; ``micro_batch``: rows a forward pass.
+    """FLOPs of this model's steps under a configuration. ``attention``: the SDPA backend that runs (``math``, ``efficient``,
+    ...); ``outputs``: columns of its head that mean something (`meaningful_outputs`); ``seq_len``: the longest rows;
+    ``micro_batch``: rows a forward pass.
 
-    An architecture of the registry has a closed form, which costs nothing and which the tests hold equal to
-    the count; any other is counted once at a few lengths and with one, two and three rows. Raises
-    `instrument.flop_counter.Uncountable`.
+    An architecture of the registry has a closed form, which costs nothing and which the tests hold equal to the count; any
+    other is counted once at a few lengths and with one, two and three rows. Raises `instrument.flop_counter.Uncountable`.
     """
     dtypes, causal = dtypes_of(model, config, attention), case.architecture.causal
     row = closed_row_flops(model, case, outputs)
@@ -101,13 +99,8 @@ def utilisation(
     `instrument.environment.capture`'s; ``attention`` the SDPA backend and ``threads`` what torch uses on a CPU;
     ``out`` the results folder, whose ``machine.json`` may hold measured rates."""
     rates, remark = rates_measured_here(out, machine, None if settings.device == "cuda" else threads)
-    peaks = Peaks(
-        **datasheet_peaks(machine.get("gpu")),
-        measured=rates,
-        measured_remark=remark if rates else None,
-        measured_unknown=None if rates else remark,
-    )
-    peaks = peaks.of_many(settings.world)
+    known = {"measured": rates, "measured_remark" if rates else "measured_unknown": remark}
+    peaks = Peaks(**datasheet_peaks(machine.get("gpu")), **known).of_many(settings.world)
     try:
         flops = step_flops(
             model,

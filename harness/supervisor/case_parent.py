@@ -79,8 +79,12 @@ def conclude(child: ChildProcess, exit_code: int | None, options: argparse.Names
         failed = failure is not None and failure.cause not in ("exception", "bad_data")  # those are for people to mend
         if finished is not None and not hung and not failed:
             return finished
+        if child.draft is None and exit_code is not None and exit_code >= 0:
+            return exit_code
         if child.draft is None:
-            return _without_a_row(child, exit_code)
+            why = child.monitor.failure(exit_code, 0).error
+            print(f"harness: {why}; the run had not begun, so there is no row", file=sys.stderr)
+            return ENVIRONMENT
         row = _row(child, exit_code, failure)
     finally:
         child.close()
@@ -98,13 +102,6 @@ def _row(child: ChildProcess, exit_code: int | None, failure: Failure | None) ->
     if child.monitor.hung and written is not None and written.status == "preempted":
         return amend(written, out, child.monitor.hang())
     return write_crash_record(draft, out, child.monitor, exit_code, failure)
-
-
-def _without_a_row(child: ChildProcess, exit_code: int | None) -> int:
-    if exit_code is not None and exit_code >= 0:
-        return exit_code
-    print(f"harness: {child.monitor.failure(exit_code, 0).error}; the run had not begun, so there is no row", file=sys.stderr)
-    return ENVIRONMENT
 
 
 def show(row: RunRecord, out: Path, as_json: bool) -> None:

@@ -69,12 +69,7 @@ def with_failure(draft: RunRecord, failure: Failure, steps: list[StepRecord], ch
         ended: dict[str, Any] = {"flags": after_divergence(draft.flags, failure.error, failure.flags)}
     else:
         ended = {"status": failure.status, "error": error, "flags": draft.flags | failure.flags}
-    return msgspec.structs.replace(
-        draft,
-        **ended,
-        peak_rss_bytes=failure.detail.get("peak_rss_last_seen_bytes"),
-        **facts,
-    )
+    return msgspec.structs.replace(draft, **ended, peak_rss_bytes=failure.detail.get("peak_rss_last_seen_bytes"), **facts)
 
 
 def amend(row: RunRecord, out: Path, failure: Failure) -> RunRecord:
