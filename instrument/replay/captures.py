@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from instrument.replay.diagnosis import exactly, in_float64
+from instrument.replay.diagnosis import as_real, exactly, in_float64, widened
 from instrument.replay.graph import Node
-from instrument.replay.ops import is_dense, mutated, pick_element, repeatable
+from instrument.replay.ops import can_be_nonfinite, is_dense, mutated, pick_element, repeatable
 from instrument.replay.storages import Storages
 
 
@@ -45,11 +45,12 @@ class Captures:
 
     def note(self, node: Node, place: int, tensor: torch.Tensor) -> None:
         """A node wrote ``tensor``, the op's output at ``place``: which of its zeros are none in float64."""
-        if not self._followed or not tensor.is_floating_point():
+        if not self._followed or not can_be_nonfinite(tensor):
             return
         written = exactly(*self._held.pop(node.index)) if node.index in self._held else []
         alike = [t for t in written if tuple(t.shape) == node.shape] if node.element is not None else written[place : place + 1]
-        flushed, key = None, self._key(tensor)
+        flushed, key, tensor = None, self._key(tensor), as_real(tensor)
+        alike = [as_real(t) for t in alike]
         if alike and alike[0].shape == tensor.shape:
             flushed = torch.where((tensor == 0) & alike[0].isfinite(), alike[0], 0.0)
             if bool(flushed.any()) and key not in self._exact:
@@ -64,7 +65,13 @@ class Captures:
 
     def _wide(self, tensor: torch.Tensor) -> torch.Tensor:
         exact = self._exact.get(self._key(tensor))
-        return tensor.double() if exact is None else torch.where(tensor == 0, _like(exact, tensor), tensor)
+        if exact is None:
+            return widened(tensor)
+        if tensor.is_conj():
+            return self._wide(tensor.conj()).conj()
+        parts = as_real(tensor)
+        parts = torch.where(parts == 0, _like(exact, parts), parts)
+        return torch.view_as_complex(parts) if tensor.is_complex() else parts
 
 
 def _like(flat: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -37,12 +37,12 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict], unflushed: tuple[tup
     func, args, kwargs = captured
     written = _run(func, args, kwargs)
     place = _place(written, node)
-    out = _real(written[place])
+    out = as_real(written[place])
     bad = ~out.isfinite()
     own, operands = bad, tuple(_operands(func, args, kwargs))
     if node.fails_alone:  # what it does by itself is asked for, not what the meant infinities do
         args, kwargs, unflushed = _without_infinities(args, kwargs, unflushed)
-        own = bad & ~_real(_run(func, args, kwargs)[place]).isfinite()
+        own = bad & ~as_real(_run(func, args, kwargs)[place]).isfinite()
     largest = max((o.absmax for o in operands if o.absmax is not None), default=None)
     finite = out[~bad]
     wrote = float(finite.abs().max()) if finite.numel() else 0.0
@@ -54,7 +54,7 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict], unflushed: tuple[tup
     def at_failure(args: tuple, kwargs: dict) -> torch.Tensor | None:
         """The failed elements in float64, from these arguments."""
         exact = exactly(func, args, kwargs)
-        values = _real(exact[place]) if exact else None
+        values = as_real(exact[place]) if exact else None
         return values[own] if values is not None and values.shape == out.shape else None
 
     def nudged(sign: int) -> torch.Tensor:
@@ -156,14 +156,19 @@ def _place(written: list[torch.Tensor], node: Node) -> int:
     return next((place for place in like if not bool(written[place].isfinite().all())), like[0])
 
 
-def _real(tensor: torch.Tensor) -> torch.Tensor:
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
     """Complex numbers as pairs of real ones."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def map_numbers(change, tree):
-    """``tree`` with its tensors of real numbers changed."""
-    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tree)
+    """``tree`` with its tensors of real and complex numbers changed."""
+
+    def changed(leaf):
+        numbers = isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        return change(leaf) if numbers else leaf
+
+    return tree_map(changed, tree)
 
 
 def _with_float_scalars(func, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -185,15 +190,19 @@ def _widen_integers(leaf):
     return leaf.double() if integers else leaf
 
 
-def in_float64(tree, real=lambda tensor: tensor.double()):
-    """Arguments in float64; ``real`` widens a tensor of real numbers."""
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Real or complex numbers in float64."""
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
 
-    def wide(leaf):
-        if isinstance(leaf, torch.Tensor) and leaf.is_complex():
-            return leaf.to(torch.complex128)
-        return torch.float64 if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
 
-    return tree_map(wide, map_numbers(real, tree))
+def in_float64(tree, wide=widened):
+    """Arguments in float64; ``wide`` widens a tensor."""
+
+    def dtype(leaf):
+        known = isinstance(leaf, torch.dtype)
+        return torch.complex128 if known and leaf.is_complex else torch.float64 if known and leaf.is_floating_point else leaf
+
+    return tree_map(dtype, map_numbers(wide, tree))
 
 
 def exactly(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:

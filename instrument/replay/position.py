@@ -77,14 +77,16 @@ class StepPosition:
         return self._microbatch if phase in ("forward", "loss", "backward") and self._microbatch >= 0 else None
 
     def owner(self, edges: Iterable[Edge], key: int) -> str | None:
-        """Outside of modules: the module whose parameter (or gradient, or state) an op works on that writes to ``key``."""
+        """Outside of modules: the module whose parameter (or gradient, or state) an op works on that writes to ``key``, or all
+        that it reads was computed from."""
         for storage in (key, *(edge.storage for edge in edges)):
             if storage in self._names:
                 return self._owner(storage)
-        if self._stage != "optimizer":
+        if self._stage not in ("optimizer", AFTER):
             return None
         writers = (self._storages.graph.nodes[edge.writer] for edge in edges if edge.writer is not None)
-        return next((n.module for n in writers if n.phase == "optimizer" and n.module is not None), None)
+        modules = {node.module for node in writers if node.phase == self._stage}
+        return modules.pop() if len(modules) == 1 else None
 
     def _owner(self, storage: int) -> str | None:
         return self._names[storage][0].rpartition(".")[0] if storage in self._names else None

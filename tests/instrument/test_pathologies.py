@@ -38,7 +38,7 @@ def test_the_producer_is_named(pathology):
     net, optimizer, step = pathology.made()
     found = examine(1, step, Snapshot(0, net, optimizer), net, optimizer)
     assert (None if found is None else (found.op, found.phase, found.module, found.cause)) == pathology.expected
-    assert pathology.microbatch is None or found.microbatch == pathology.microbatch
+    assert pathology.microbatch is None or found.culprit.node.microbatch == pathology.microbatch
 
 
 @pytest.mark.parametrize("pathology", [p for p in PATHOLOGIES if p.values[0].in_float64 is not None])

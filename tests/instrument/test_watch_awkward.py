@@ -418,6 +418,24 @@ def normalise(model, number):
     model.b.weight.data.copy_(model.b.weight.data / model.b.weight.data.norm(dim=-1, keepdim=True))
 
 
+@pytest.mark.parametrize(("shared", "module"), [(False, "b"), (True, None)])
+def test_what_is_computed_from_weights_after_the_update_is_of_the_module_that_has_them(shared, module):
+    model = Net()
+    optimizer = sgd(model)
+
+    def step(number, watch):
+        model(batch(number)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 3:
+            with torch.no_grad():
+                others = (model.a.weight - model.a.weight).norm() if shared else 0.0
+                model.b.weight.mul_(1 / ((model.b.weight - model.b.weight).norm() + others))
+
+    found = watched(step, model, optimizer).first_nonfinite
+    assert (found.phase, found.op, found.cause, found.module) == ("after", "aten.reciprocal", "invalid", module)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("replay", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])

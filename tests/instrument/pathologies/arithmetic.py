@@ -150,6 +150,35 @@ def backward_overflow(net, x):
     return net.c(lambda four: (four - 4) * net.huge(), four)
 
 
+def paired(x):
+    """The numbers of (2, 4) as (2, 2) complex ones."""
+    return torch.view_as_complex(x.view(2, 2, 2))
+
+
+def apart(z):
+    return torch.view_as_real(z).view(2, 4)
+
+
+def complex_square(net, x):
+    z = paired(tiny(net, x))
+    return z * z.conj()
+
+
+COMPLEX_UNDERFLOWS = (
+    ("a complex square", in_b(lambda net, x: apart(paired(x) / complex_square(net, x))), "aten.div"),
+    ("the conjugate of one", in_b(lambda net, x: apart(paired(x) / complex_square(net, x).conj())), "aten.div"),
+    ("its logarithm", in_b(lambda net, x: apart(complex_square(net, x).log())), "aten.log"),
+)
+COMPLEX_ZEROS = (
+    ("complex 1 / 0", in_b(lambda net, x: apart(paired(x) / paired(x * 0))), "aten.div"),
+    ("logarithm of a complex zero", in_b(lambda net, x: apart(paired(x * 0).log())), "aten.log"),
+)
+
+
+def complex_root(net, x):
+    return net.b(lambda x: apart(paired(x - x.detach()).sqrt()), x)
+
+
 def rows(table, cause):
     return [(f"{cause}: {name}", run, op, cause) for name, run, op in table]
 
@@ -171,6 +200,9 @@ PATHOLOGIES = [
         OVERFLOW,
         in_float64=True,
     ),
+    *each_dtype((SINGLE,), *rows(COMPLEX_UNDERFLOWS, UNDERFLOW), in_float64=True),
+    *each_dtype((SINGLE,), *rows(COMPLEX_ZEROS, INVALID), in_float64=False),
+    Pathology("invalid: complex root at zero", SINGLE, complex_root, "aten.div", INVALID, phase="backward", in_float64=False),
     Pathology("overflow: complex", SINGLE, in_b(lambda net, x: torch.fft.fft(x * net.huge()).abs()), "aten._fft_r2c", OVERFLOW),
     Pathology(
         "underflow: inside of one op",
