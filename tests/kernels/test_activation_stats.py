@@ -39,7 +39,7 @@ def one(x: torch.Tensor, impl: str, counts: str = "all") -> ActivationReading:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("numel", [0, 1, 1009, 4096, 4099, 17003])
+@pytest.mark.parametrize("numel", [0, 1, 1009, 4096, 4099, 9001])
 def test_every_size_with_special_values(device, impl, dtype, numel):
     x = (torch.randn(numel) * 1e-3).to(dtype).to(device)
     special = torch.tensor(SPECIAL[: numel // 2], dtype=torch.float64).to(dtype).to(device)
@@ -52,7 +52,7 @@ def test_every_size_with_special_values(device, impl, dtype, numel):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("numel", [0, 1, 1009, 17003])
+@pytest.mark.parametrize("numel", [0, 1, 1009, 9001])
 def test_range_of_every_size_with_special_values(device, impl, dtype, numel):
     x = (torch.randn(numel) * 1e-3).to(dtype).to(device)
     for values in (x, -x.abs(), x.abs(), torch.full_like(x, -0.0), torch.full_like(x, math.nan)):

@@ -42,10 +42,13 @@ def by_torch(grads, inv_scale, max_norm=None, norm=None):
     return grads, unclipped, found_inf
 
 
+SAMPLE = [(None, POWER), (None, ODD), (None, 1.0), (math.inf, ODD), (math.nan, POWER)]
+REST = [(bad, inv_scale) for bad in (math.inf, math.nan) for inv_scale in (POWER, ODD, 1.0) if (bad, inv_scale) not in SAMPLE]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("inv_scale", [POWER, ODD, 1.0])
-@pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+@pytest.mark.parametrize(("bad", "inv_scale"), [*SAMPLE, *(pytest.param(*values, marks=pytest.mark.soak) for values in REST)])
 def test_agrees_with_torch(device, impl, clip, inv_scale, bad):
     grads = gradients(device)
     if bad is not None:
