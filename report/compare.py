@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -141,14 +141,9 @@ def _differences(data: pd.DataFrame) -> tuple[str, ...]:
 def _ordered(data: pd.DataFrame) -> pd.DataFrame:
     """Tasks, then cases, configurations and devices, in the registries' orders."""
     cases, configs = case_order(data["case"].unique()), series_order(data["dtype_config"].unique())
-    key = pd.DataFrame(
-        {
-            "column": data["column"].map(TASK_COLUMNS.index),
-            "case": data["case"].map(cases.index),
-            "config": data["dtype_config"].map(configs.index),
-        }
-    )
-    return data.loc[key.sort_values(["column", "case", "config"], kind="stable").index, list(COLUMNS)].reset_index(drop=True)
+    places = {"column": TASK_COLUMNS.index, "case": cases.index, "dtype_config": configs.index}
+    ordered = data.sort_values(list(places), key=lambda column: column.map(places[column.name]), kind="stable")
+    return ordered[list(COLUMNS)].reset_index(drop=True)
 
 
 STYLES = {"diverged": "red", "poor": "dark_orange", "failed": "red", "unjudged": "dim", "completed": "green"}
@@ -185,20 +180,14 @@ def show(comparison: Comparison, console: Console) -> None:
 def _cells(cell: dict, priced: bool) -> list[str]:
     state = cell["line1"] if cell["state"] == "diverged" else WORDS.get(cell["state"], cell["state"])
     numbers = [
-        _known(cell["relative"], "{:.2f}x"),
-        _known(cell["over_first"], "{:.2f}x"),
-        _known(100 * cell["mfu"], "{:.0f} %"),
-        NOTHING if math.isnan(cell["peak_bytes"]) else gigabytes(cell["peak_bytes"]),
+        _known(cell["relative"], "{:.2f}x".format),
+        _known(cell["over_first"], "{:.2f}x".format),
+        _known(100 * cell["mfu"], "{:.0f} %".format),
+        _known(cell["peak_bytes"], gigabytes),
+        *([_known(cell["cost_per_million_samples"], plain_number)] if priced else []),
     ]
-    if priced:
-        numbers.append(
-            NOTHING if math.isnan(cell["cost_per_million_samples"]) else plain_number(cell["cost_per_million_samples"])
-        )
     return [f"[{STYLES.get(cell['state'], 'default')}]{escape(state)}[/]", *numbers]
 
 
-def _known(value: float, form: str) -> str:
-    return NOTHING if math.isnan(value) else form.format(value)
-
-
-__all__ = ["Comparison", "compare", "show"]
+def _known(value: float, text: Callable[[float], str]) -> str:
+    return NOTHING if math.isnan(value) else text(value)

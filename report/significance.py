@@ -149,7 +149,7 @@ def rate_above(hits: int, n: int, bound: float = RARE) -> Test:
 
 def rate_below(hits: int, n: int, bound: float = RARE) -> Test:
     """An outcome happens at a rate below ``bound``: exact, binomial."""
-    return Test(_at_least(n - hits, n, 1 - bound), lambda level: _rate_seeds(1 - hits / n, 1 - bound, level) if n else None)
+    return rate_above(n - hits, n, 1 - bound)
 
 
 @lru_cache(4096)

@@ -84,7 +84,7 @@ def top_kernels(top: pd.DataFrame) -> list[list[str]]:
         [
             clean(row["case"], 40),
             clean(row["dtype_config"], 40),
-            *(clean(row[key] or ABSENT, 90) for key in ("name", "class", "phase")),
+            *(clean(row[key] if isinstance(row[key], str) else "", 90) or ABSENT for key in ("name", "class", "phase")),
             ABSENT if pd.isna(row["calls_per_step"]) else short(row["calls_per_step"]),
             short(1e3 * row["seconds_per_step"]),
             _shapes(row["input_shapes"]),

@@ -299,6 +299,10 @@ def test_kernel_classes_are_milliseconds_a_step_and_shares_of_kernel_time(runs):
         ["gpt2_clm", "fp32_true", "aten::mm", "matmul", "backward", "3", "250", "[4, 8], [8, 2]"]
     ]
     assert "matmul in 1 of 1 profile" in table.title and "75 %" in table.title
+    bare = PROFILE | {"top": [{"name": "k", "total_s": 1.0}, {"class": "matmul", "total_s": 1.0}]}
+    run = msgspec.structs.replace(runs[0], flags={"time_by_kernel": bare, "trace": {"steps": 2}})
+    top = measurements.top_kernels(kernel_time(SimpleNamespace(runs=[run], device="x", marks=())).summary)
+    assert [row[2:5] for row in top] == [["k", "–", "–"], ["–", "matmul", "–"]]  # what is not recorded is a dash, and no "nan"
 
 
 @pytest.mark.parametrize(
