@@ -24,9 +24,9 @@ from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, PINNED_LOGS, R
 from instrument.results.lines import Defect, defect, read_one, read_records, record
 from instrument.results.log import JsonlLog
 from instrument.results.schemas import RunRecord, encode, is_safe, require_safe
+from instrument.terminal import FIXABLE
 
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG}
-OF_THE_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}
 
 
 class OutputError(Exception):
@@ -45,9 +45,9 @@ def output_error(error: OSError, out: Path) -> OutputError | None:
     ours = where is None or where.is_relative_to(out) or where.resolve().is_relative_to(out.resolve())
     if not out.is_dir():
         return OutputError(f"{out} has disappeared while the run was writing to it; put it back, or choose another with --out")
-    if ours and (error.errno in OF_THE_DISK or (error.errno in OF_THE_FOLDER and where is not None)):
+    if ours and (error.errno in OF_THE_DISK or (error.errno in {errno.ENOENT, *FIXABLE} and where is not None)):
         return OutputError(
-            f"cannot write {where or out}: {os.strerror(error.errno)}; what was written before is intact, and "
+            f"cannot write {where or out}: {os.strerror(error.errno or 0)}; what was written before is intact, and "
             f"the same command resumes the run when that is mended (or choose another folder with --out)"
         )
     return None

@@ -20,6 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from instrument.results.files import NO_LOCKS, make_folder, sync_folder
@@ -120,8 +121,9 @@ class Appender:
                 self.locks = False
 
     def _unlock(self) -> None:
-        if self.locks:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        with suppress(OSError):  # the line is written; closing the file unlocks it
+            if self.locks:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
 
 
 class JsonlLog(Appender):

@@ -5,6 +5,8 @@ there to notice.
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from io import StringIO
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from harness.exit_codes import OK, RUN_FAILED, USAGE
 from instrument.results.folder import log_paths
-from tests.soak.reliability import processes, ranks, same_run, trials
+from tests.soak.reliability import failing_calls, processes, ranks, same_run, trials
 from tests.soak.reliability.__main__ import main
 from tests.soak.reliability.trials import FILE, KINDS, Kind, Tally, Trial, chosen_kinds, tally
 
@@ -38,7 +40,7 @@ SAMPLES = {
     "claims": 0.05,
     "writers": 0.05,
 }
-ELSEWHERE = {"secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
+ELSEWHERE = {"calls", "secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
 """A sample of them is made in `test_hostile`, `test_pool`, `engines/test_ray_pool` and `test_parallel`."""
 
 
@@ -46,6 +48,55 @@ ELSEWHERE = {"secrets", "death", "nodes", "lost-node", "ranks", "lost-rank"}
 def test_a_sample_loses_nothing(name, tmp_path):
     found = tally(name, "", KINDS[name].load()(SAMPLES[name], tmp_path))
     assert found.losses == [] and found.trials > 0
+
+
+WRITER = """import sys; from pathlib import Path
+from instrument.results.claims import claim; from instrument.results.files import replace
+from instrument.results.log import Appender
+with claim(Path(sys.argv[1]), "a"):
+    log = Appender(Path(sys.argv[1], "log"))
+    for line in (b"first\\n", b"second\\n"):
+        log.append(line); print(line.decode().strip(), flush=True)
+    log.close()
+    replace(Path(sys.argv[1], "whole"), b"new")
+"""
+"""Claims a run, appends two lines, says so, and replaces a file."""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [name if name in ("EIO", "cut short") else pytest.param(name, marks=pytest.mark.soak) for name in failing_calls.FAULTS],
+)
+def test_a_call_that_fails_is_cut_or_kills_loses_no_acknowledged_line(tmp_path, fault):
+    """The library does what it says, at some calls of what writes all results."""
+    if (library := failing_calls.compiled(tmp_path)) is None:
+        pytest.skip("no C compiler")
+    (page := tmp_path / "orders").write_bytes(bytes(failing_calls.HEAD.size + 2048))
+    orders = failing_calls.Orders(page)
+    environment = os.environ | {failing_calls.LIBRARY: str(library), failing_calls.ORDERS: str(page)}
+    count = 1
+    for nth in (0, *range(1 + len(fault) % 3, 99, 9)):
+        if nth > count:
+            break
+        (out := tmp_path / f"out-{nth}").mkdir()
+        (out / "whole").write_bytes(b"old")
+        orders.give(out, fault, nth)
+        ended = subprocess.run([sys.executable, "-c", WRITER, out], env=environment, capture_output=True, text=True)
+        calls, hit = orders.count()
+        count = count if nth else calls
+        assert bool(hit) == bool(nth), (fault, nth, count)
+        said = ended.stdout.split()
+        assert (out / "log").exists() or not said
+        lines = (out / "log").read_text().split("\n") if said else []
+        assert lines[: len(said)] == said and all(line in ("first", "second", "") for line in lines[:-1])
+        assert (out / "whole").read_bytes() == (b"new" if ended.returncode == 0 else b"old") or hit in (
+            "fsync",
+            "flock",
+            "unlink",
+        )
+        assert (ended.returncode == -9) == (fault == "SIGKILL" and nth > 0)
+        if fault in ("EINTR", "ENOLCK", "cut short"):
+            assert ended.returncode == 0, ended.stderr
 
 
 def test_ranks_that_go_another_way_are_a_loss():

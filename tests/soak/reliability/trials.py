@@ -55,6 +55,12 @@ KINDS = {
         Kind("full-disk", "a disk that fills up, at a random byte", "bad_disks", "full"),
         Kind("read-only", "a results folder that cannot be written", "bad_disks", "read_only"),
         Kind("gone", "a results folder or a log that disappears after a random step", "bad_disks", "disappearing"),
+        Kind(
+            "calls",
+            "a failing, cut or fatal call of open, write, fsync, flock, rename, link, unlink",
+            "failing_calls",
+            "trials",
+        ),
         Kind("cut", "a log cut at every byte", "logs_and_claims", "truncations"),
         Kind("bit", "random bits flipped in a log", "logs_and_claims", "flipped_bits"),
         Kind("claims", "16 processes want the same 500 runs, free and of dead owners", "logs_and_claims", "claims"),
