@@ -22,9 +22,8 @@ from instrument.results.lines import (
     chunks,
     defect,
     json_object,
-    read_objects,
+    read_lines,
     read_one,
-    read_records,
     record,
     stored,
     too_large,
@@ -115,10 +114,10 @@ class Folder:
         return self._once("steps", run_id, self._read_steps)
 
     def evaluations(self, run_id: str) -> list[EvaluationRecord]:
-        return self._once("evaluations", run_id, lambda run: self._log(run, "evaluations", read_records, EvaluationRecord))
+        return self._lines("evaluations", run_id, lambda line: record(line, EvaluationRecord))
 
     def events(self, run_id: str) -> list[EventRecord]:
-        return self._once("events", run_id, lambda run: self._log(run, "events", read_records, EventRecord))
+        return self._lines("events", run_id, lambda line: record(line, EventRecord))
 
     def hardware(self, run_id: str) -> dict[str, np.ndarray] | None:
         """Columns of the run's `HardwareRecord` rows (text and lists as objects); None when nothing was sampled."""
@@ -127,7 +126,7 @@ class Folder:
 
     def activations(self, run_id: str) -> list[dict[str, Any]]:
         """The rows of ``activations.jsonl`` as plain data, empty when activations were not recorded."""
-        return self._once("activations", run_id, lambda run: self._log(run, "activations", read_objects))
+        return self._lines("activations", run_id, json_object)
 
     def forensics(self, run_id: str) -> dict[str, Any]:
         """What a failed run's own investigation found, as plain data; empty when there is none."""
@@ -144,9 +143,12 @@ class Folder:
             self._read[what, of] = read(RunFiles(self.path, of))
         return self._read[what, of]
 
-    def _log(self, run: RunFiles, log: str, read: Callable[..., tuple[Any, list[Defect]]], *kind: type) -> Any:
+    def _lines(self, log: str, run_id: str, parse: Callable[[bytes], Any]) -> list[Any]:
+        return self._once(log, run_id, lambda run: self._log(run, log, read_lines, parse))
+
+    def _log(self, run: RunFiles, log: str, read: Callable[..., tuple[Any, list[Defect]]], how: Any) -> Any:
         path = run.log(log)
-        rows, defects = read(path, *kind, run.name(path))
+        rows, defects = read(path, how, run.name(path))
         self._defects += defects
         return rows
 

@@ -21,7 +21,7 @@ from instrument.results.files import (
     truncate,
 )
 from instrument.results.layout import INDEX, INDEX_LOCK, MACHINE, PINNED_LOGS, RUNS, STEP_LOGS, TRACES, RunFiles, runs_of
-from instrument.results.lines import Defect, defect, read_one, read_records, record
+from instrument.results.lines import Defect, defect, read_lines, read_one, record
 from instrument.results.log import JsonlLog
 from instrument.results.schemas import RunRecord, encode, is_safe, require_safe
 from instrument.terminal import FIXABLE
@@ -205,7 +205,7 @@ def _own_row(run: RunFiles) -> tuple[RunRecord | None, list[Defect]]:
 
 def _indexed(out: Path) -> tuple[dict[str, RunRecord], list[Defect]]:
     """The index's rows; a run id that comes twice counts once."""
-    records, defects = read_records(out / INDEX, RunRecord, INDEX)
+    records, defects = read_lines(out / INDEX, lambda line: record(line, RunRecord), INDEX)
     rows: dict[str, RunRecord] = {}
     if (out / INDEX).is_file() and (out / INDEX).stat().st_size == 0:
         defects.append(defect(INDEX, None, "is empty"))

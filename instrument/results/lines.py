@@ -59,18 +59,9 @@ def read(path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
         raise RecordError(str(replace(defects[0], file=str(path))))
 
 
-def read_records(path: Path, kind: type[AnyRecord], name: str) -> tuple[list[AnyRecord], list[Defect]]:
-    """The valid records of a log in order, and what was wrong with the others. ``name`` is ``path`` seen from the results
-    folder, for the defects. A file that is not there has no rows."""
-    return _read(path, lambda line: record(line, kind), name)
-
-
-def read_objects(path: Path, name: str) -> tuple[list[dict[str, Any]], list[Defect]]:
-    """The JSON objects in a log's lines; a line that is none is a defect."""
-    return _read(path, json_object, name)
-
-
-def _read(path: Path, parse: Callable[[bytes], Row], name: str) -> tuple[list[Row], list[Defect]]:
+def read_lines(path: Path, parse: Callable[[bytes], Row], name: str) -> tuple[list[Row], list[Defect]]:
+    """What ``parse`` (`json_object`, or `record` of a kind) gives for the lines of a log in order, and what was wrong with the
+    others. ``name`` is ``path`` seen from the results folder, for the defects. A file that is not there has no rows."""
     defects: list[Defect] = []
     return [row for chunk in chunks(path, name, defects) for row in chunk.rows(parse, defects)], defects
 
