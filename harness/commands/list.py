@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -22,8 +21,7 @@ LOSS_WORDS = {"cross_entropy": "CE", "bce_with_logits": "BCE"}
 def list_command(options: argparse.Namespace) -> int:
     """Print the registries; ``--json`` prints every field of every declaration."""
     if options.json:
-        json.dump(listing(), sys.stdout, indent=1)
-        sys.stdout.write("\n")
+        print(json.dumps(listing(), indent=1))
     else:
         print_tables()
     return 0
@@ -31,10 +29,8 @@ def list_command(options: argparse.Namespace) -> int:
 
 def listing() -> dict[str, list[dict]]:
     """All declarations as plain data."""
-    return {
-        name: [asdict(entry) for entry in registry.values()]
-        for name, registry in (("cases", CASES), ("dtype_configs", DTYPE_CONFIGS), ("presets", PRESETS))
-    }
+    registries = {"cases": CASES, "dtype_configs": DTYPE_CONFIGS, "presets": PRESETS}
+    return {name: [asdict(entry) for entry in registry.values()] for name, registry in registries.items()}
 
 
 def print_tables() -> None:

@@ -11,7 +11,7 @@ from harness.exit_codes import BAD_DATA, OK
 from harness.settings import SettingsError
 from instrument.results.folder import OutputError
 from instrument.results.layout import INDEX, RUNS, STEP_LOGS
-from instrument.results.repair import FileState, Repair, repair_folder
+from instrument.results.repair import Repair, repair_folder
 from instrument.results.transfer import merge
 from instrument.terminal import count
 
@@ -54,8 +54,10 @@ def repair_command(options: argparse.Namespace) -> int:
 def print_repair(done: Repair) -> None:
     """What was found and done, on standard error: a line for every file that has something, and the sum."""
     for state in done.files:
-        if words := _words(state):
-            _say(f"  {state.file}: {words}")
+        counts = [f"{getattr(state, name):,} {word}" for name, word in COUNTS.items() if getattr(state, name)]
+        found = [*([f"{count(state.intact, 'line')} intact"] if counts else []), *counts, *state.notes]
+        if found:
+            _say(f"  {state.file}: {'; '.join(found)}")
     if done.merged:
         _say(f"merged {count(len(done.merged), 'run')}: {_some(done.merged)}")
     if done.in_use:
@@ -66,11 +68,6 @@ def print_repair(done: Repair) -> None:
         _say(f"{left} without a result, which `case` or `matrix` runs again: {_some(done.unfinished)}")
     changed = f"{count(len(done.changed), 'file')} changed" if done.changed else "nothing to mend"
     _say(f"{done.folder}: {count(done.runs, 'finished run')}, {count(intact, 'line')} intact, {lost:,} lost; {changed}")
-
-
-def _words(state: FileState) -> str:
-    counts = [f"{getattr(state, name):,} {word}" for name, word in COUNTS.items() if getattr(state, name)]
-    return "; ".join([*([f"{count(state.intact, 'line')} intact"] if counts else []), *counts, *state.notes])
 
 
 def _some(names: list[str]) -> str:

@@ -301,3 +301,27 @@ def test_matmul_rates_writes_the_file_and_says_so(findings, monkeypatch, tmp_pat
     assert "150.0 GFLOP/s" in printed.err and "30.0 GB/s" in printed.err and "rounded once" in printed.err
     assert "too low" in printed.err
     assert json.loads((tmp_path / "machine.json").read_text())["measured"]["matmul"] == [row]
+
+
+def test_repetitions_on_a_gpu_are_timed_between_events_and_fill_the_budget(monkeypatch):
+    """A clock that only work advances, by 10 ms; no GPU is needed for the arithmetic."""
+    clock = {"ms": 0.0, "waits": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.ms = clock["ms"]
+
+        def elapsed_time(self, after):
+            return after.ms - self.ms
+
+    def work():
+        clock["ms"] += 10
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.update(waits=clock["waits"] + 1))
+    times_s = measured_rates.sample(work, torch.device("cuda"), 0.3)
+    assert times_s == pytest.approx([0.01] * 30) and clock["waits"] == 2, "one wait for the first repetition, one for the rest"
+    assert len(measured_rates.sample(work, torch.device("cuda"), 0.01)) == measured_rates.AT_LEAST
