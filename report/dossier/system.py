@@ -17,76 +17,66 @@ MOST_VALUES = 3
 Facts = dict[str, Any]
 
 
-def _bytes(facts: Facts, name: str) -> str | None:
-    size = number(facts.get(name))
-    return None if size is None else gigabytes(size)
+def _listed(*parts: str | None) -> str | None:
+    return ", ".join(filter(None, parts)) or None
 
 
-def _plain(name: str) -> Callable[[Facts], str | None]:
-    return lambda facts: None if facts.get(name) is None else clean(facts[name], 80)
+def _known(facts: Facts, name: str, text: Callable[[float], str]) -> str | None:
+    """A plain number of the facts as text, or None."""
+    value = number(facts.get(name))
+    return None if value is None else text(value)
+
+
+def _plain(name: str, limit: int = 80, form: str = "{}") -> Callable[[Facts], str | None]:
+    return lambda facts: None if facts.get(name) is None else form.format(clean(facts[name], limit))
 
 
 def _cores(facts: Facts) -> str | None:
     """``2 sockets, 64 cores, 128 threads``, of what is known."""
     words = {"cpu_sockets": "socket", "cpu_cores": "core", "cpu_count": "thread"}
-    known = [count(int(found), word) for name, word in words.items() if (found := number(facts.get(name))) is not None]
-    return ", ".join(known) or None
-
-
-def _clock(facts: Facts) -> str | None:
-    hertz = number(facts.get("cpu_max_hz"))
-    return None if hertz is None else f"{hertz / 1e9:.2f} GHz"
+    return _listed(*(_known(facts, name, lambda n, word=word: count(int(n), word)) for name, word in words.items()))
 
 
 def _kernel(facts: Facts) -> str | None:
-    kind = {True: "virtual machine", False: "no hypervisor"}.get(facts.get("virtual"))
-    return ", ".join(filter(None, (_plain("system")(facts), kind))) or None
+    return _listed(_plain("system")(facts), {True: "virtual machine", False: "no hypervisor"}.get(facts.get("virtual")))
 
 
 def _link(facts: Facts) -> str | None:
-    generation, lanes, links = (number(facts.get(f"gpu_{name}")) for name in ("pcie_generation", "pcie_lanes", "nvlinks"))
-    pcie = None if generation is None else f"PCIe {generation:.0f}" + ("" if lanes is None else f" x{lanes:.0f}")
-    return ", ".join(filter(None, (pcie, None if links is None else count(int(links), "NVLink")))) or None
+    lanes = _known(facts, "gpu_pcie_lanes", " x{:.0f}".format) or ""
+    pcie = _known(facts, "gpu_pcie_generation", "PCIe {:.0f}".format)
+    return _listed(pcie and pcie + lanes, _known(facts, "gpu_nvlinks", lambda n: count(int(n), "NVLink")))
 
 
 def _gpu_state(facts: Facts) -> str | None:
-    power = number(facts.get("gpu_power_limit_w"))
-    parts = (
-        None if power is None else f"{power:.0f} W limit",
-        {True: "MIG on", False: "MIG off"}.get(facts.get("gpu_mig")),
-        None if facts.get("gpu_compute_mode") is None else f"compute mode {clean(facts['gpu_compute_mode'], 24)}",
-    )
-    return ", ".join(filter(None, parts)) or None
+    power = _known(facts, "gpu_power_limit_w", "{:.0f} W limit".format)
+    mig = {True: "MIG on", False: "MIG off"}.get(facts.get("gpu_mig"))
+    return _listed(power, mig, _plain("gpu_compute_mode", 24, "compute mode {}")(facts))
 
 
 def _units(facts: Facts) -> str | None:
-    units, capability = facts.get("gpu_multiprocessors"), facts.get("gpu_capability")
-    parts = (
-        None if units is None else f"{clean(units, 8)} multiprocessors",
-        None if capability is None else f"capability {clean(capability, 8)}",
-        None if _bytes(facts, "gpu_l2_bytes") is None else f"L2 {number(facts['gpu_l2_bytes']) / 1e6:.0f} MB",
-    )
-    return ", ".join(filter(None, parts)) or None
+    units, capability = _plain("gpu_multiprocessors", 8, "{} multiprocessors"), _plain("gpu_capability", 8, "capability {}")
+    return _listed(units(facts), capability(facts), _known(facts, "gpu_l2_bytes", lambda size: f"L2 {size / 1e6:.0f} MB"))
 
 
 def _packages(facts: Facts) -> str | None:
     """Every version that has no line of its own."""
     own = ("torch_version", "cuda_version", "cudnn_version", "gpu_driver_version")
-    found = [
-        f"{clean(name.removesuffix('_version').replace('_', ' '), 40)} {clean(version, 40)}"
-        for name, version in facts.items()
-        if name.endswith("_version") and name not in own and version is not None
-    ]
-    return ", ".join(found) or None
+    return _listed(
+        *(
+            f"{clean(name.removesuffix('_version').replace('_', ' '), 40)} {clean(version, 40)}"
+            for name, version in facts.items()
+            if name.endswith("_version") and name not in own and version is not None
+        )
+    )
 
 
 HOST: dict[str, Callable[[Facts], str | None]] = {
     "Processor": _plain("cpu"),
     "Sockets, cores": _cores,
-    "Highest clock": _clock,
+    "Highest clock": lambda facts: _known(facts, "cpu_max_hz", lambda hertz: f"{hertz / 1e9:.2f} GHz"),
     "Caches": _plain("cpu_caches"),
     "Vector unit": _plain("cpu_capability"),
-    "Memory": lambda facts: _bytes(facts, "memory_bytes"),
+    "Memory": lambda facts: _known(facts, "memory_bytes", gigabytes),
     "Storage": _plain("storage"),
     "Operating system": _plain("operating_system"),
     "Kernel": _kernel,
@@ -94,14 +84,12 @@ HOST: dict[str, Callable[[Facts], str | None]] = {
 GPU: dict[str, Callable[[Facts], str | None]] = {
     "Accelerator": _plain("gpu"),
     "Accelerators": _plain("gpu_count"),
-    "Its memory": lambda facts: _bytes(facts, "gpu_memory_bytes"),
+    "Its memory": lambda facts: _known(facts, "gpu_memory_bytes", gigabytes),
     "Its units": _units,
     "Its links": _link,
     "Its state": _gpu_state,
     "Driver": _plain("gpu_driver_version"),
-    "CUDA, cuDNN": lambda facts: (
-        ", ".join(clean(facts[n], 24) for n in ("cuda_version", "cudnn_version") if facts.get(n)) or None
-    ),
+    "CUDA, cuDNN": lambda facts: _listed(*(_plain(name, 24)(facts) for name in ("cuda_version", "cudnn_version"))),
 }
 SOFTWARE: dict[str, Callable[[Facts], str | None]] = {
     "Python": _plain("python"),
