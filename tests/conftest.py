@@ -29,10 +29,12 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 LONGEST = """
-    harness/test_signals harness/test_ray harness/test_campaign harness/test_parallel harness/test_pool soak/test_reliability
-    harness/test_sharded_checkpoints kernels/test_activation_stats harness/test_resume harness/test_checkpoint
-    harness/test_counterfactual harness/test_forensics harness/test_matrix harness/test_cli harness/test_flops
-    report/test_pdf report/test_plots_figures report/test_dossier_build harness/test_hostile harness/test_missing_libraries
+    harness/test_ray harness/test_signals harness/test_forensics harness/test_parallel harness/test_campaign
+    soak/test_reliability harness/test_pool harness/test_flops harness/test_resume harness/test_checkpoint harness/test_cli
+    harness/test_counterfactual kernels/test_activation_stats harness/test_sharded_checkpoints test_wheel
+    kernels/test_multi_tensor_stats report/test_dossier_build report/test_plots_elements report/test_pdf
+    report/test_plots_figures harness/test_matrix kernels/test_compile kernels/test_check kernels/test_compiled_loss
+    kernels/test_unscale test_layering kernels/test_cross_entropy harness/test_hostile harness/test_missing_libraries
     harness/test_case_parent harness/test_fit soak/test_forensics report/test_plots_write harness/test_loop
 """.split()
 """Test files, those that take longest first: begun last, one would keep a single worker busy while the others are done."""
