@@ -123,7 +123,9 @@ def table_lines(table: CaseTable) -> list[str]:
 def command_lines(command: str) -> list[str]:
     """The next command, continued with backslashes so that it can be copied as it is. Lines break before
     an option, and within one only where it is longer than a line."""
-    found = [f"{'next':<{INDENT - 1}}"] if command else []
+    if not command:
+        return []
+    found = [f"{'next':<{INDENT - 1}}"]
     for option in _options(shlex.split(command)):
         fits = INDENT + 2 + len(shlex.join(option)) <= WIDTH - 2
         for word in [shlex.join(option)] if fits else map(shlex.quote, option):

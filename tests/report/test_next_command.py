@@ -8,7 +8,7 @@ import pytest
 
 from harness import options as arguments
 from instrument.results.contents import load
-from report.verdict import verdict
+from report.verdict import verdict, verdict_text
 from tests.report.conftest import noise
 
 LM, MULTI = "gpt2_clm", "gpt2_multi_cls"
@@ -47,6 +47,7 @@ def test_every_next_command_changes_the_verdict_until_none_is_left(plant):
         folder = plant(cases, configs, seeds, own)
         assert said(folder) != before, command
     assert not verdict(folder).next_command and len(seen) >= 2
+    assert "\nnext " not in verdict_text(folder)  # and nothing breaks where nothing is left to run
 
 
 def test_a_reference_that_is_missing_is_asked_for_alone_with_the_seeds_that_need_it(plant):
