@@ -79,11 +79,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class Cell:
-    """A case and a configuration. ``state`` is one of `STATES`, and ``what`` says what failed, why it cannot be compared or why
-    nothing was measured. ``n``: seeds that ended, copies left out; ``n_failed`` of them failed. ``speed``: samples/s over
-    fp32_true's, geometric mean over paired seeds with its 95 % t-interval; ``log_speed`` by seed. ``peak_bytes``: the largest
-    of the seeds by ``peak_kind`` (``allocated`` on the GPU, ``rss``); where ``peak_is_bound``, the smallest of them, which
-    other runs of the process may have raised. ``largest_logit``: finite, over steps and seeds; nan when not logged."""
+    """A case and a configuration. ``state`` is one of `STATES`, and ``what`` says what failed, why it cannot be compared or
+    why nothing was measured. ``n``: seeds that ended, without copies and without those in which fp32_true failed alike;
+    ``n_failed`` of them failed. ``speed``: samples/s over fp32_true's, geometric mean over paired seeds with its 95 %
+    t-interval; ``log_speed`` by seed. ``peak_bytes``: the largest of the seeds by ``peak_kind`` (``allocated`` on the GPU,
+    ``rss``); where ``peak_is_bound``, the smallest of them, which other runs of the process may have raised.
+    ``largest_logit``: finite, over steps and seeds; nan when not logged."""
 
     case: str
     column: str

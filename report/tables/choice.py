@@ -1,9 +1,9 @@
 """What to use for a case: each cell's verdict with its reason, the recommended configuration and the one after it.
 
 Recommended: of the configurations of which no seed failed and whose quality is shown to lie within the margin, the fastest;
-among those that the seeds do not separate from it by 2 %, the one with the best quality, then the least memory, then the most
-conservative dtype. With fewer than 3 seeds nothing is recommended. Avoided: shown to fail, to train worse than the margin
-allows, or to be slower than fp32_true. Both with Holm's rule over the case's configurations."""
+among those than which no other is shown to be faster by 2 %, the one with the best quality, then the least memory, then the
+most conservative dtype. With fewer than 3 seeds nothing is recommended. Avoided: shown to fail where fp32_true does not, to
+train worse than the margin allows, or to be slower than fp32_true. Both with Holm's rule over the case's configurations."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class CaseVerdict:
     """One case. ``use`` None: nothing can be recommended, and ``reason`` says why. ``runner_up`` is next; ``lossless`` is named
     where ``use`` has a loss that the seeds resolve. ``relative_speed`` with ``low`` and ``high`` is against fp32_true,
     ``relative_cost`` its inverse (the same machine by the hour); ``cost`` is the same as text, in money where the price of an
-    hour is known. ``quality`` is text. ``avoid`` and ``failed`` (in some seed; how often is not resolved):
+    hour is known. ``quality`` is text. ``avoid`` and ``failed`` (in some seed; how often, or why, is open):
     ``configuration: reason``."""
 
     case: str
