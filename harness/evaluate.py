@@ -100,7 +100,7 @@ def _f1(scores: np.ndarray, truths: np.ndarray) -> tuple[float, float]:
         predicted, present = scores.argmax(axis=1), np.unique(truths)
     else:
         if scores.shape[1] == 1:  # scikit-learn takes one column for a binary problem; an empty second one says what it is
-            scores, truths = (np.pad(x, ((0, 0), (0, 1)), constant_values=v) for x, v in ((scores, -np.inf), (truths, 0)))
+            scores, truths = (np.pad(x, ((0, 0), (0, 1))) for x in (scores, truths))
         predicted, truths = scores > 0, truths.astype(bool)
         present = np.flatnonzero(truths.any(axis=0))
     macro = float(f1_score(truths, predicted, average="macro", labels=present, zero_division=0)) if len(present) else 0.0

@@ -23,7 +23,7 @@ def accumulate(counters: torch.Tensor, x: torch.Tensor, keep: torch.Tensor | Non
     """
     rows, columns = x.shape
     width = width or columns
-    if rows == 0 or columns == 0:
+    if rows == 0:
         return
     if x.device.type == "cpu" and _fold_ordinary(counters, x, keep, width):
         return

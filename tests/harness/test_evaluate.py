@@ -189,3 +189,16 @@ def test_nothing_is_dropped_in_an_evaluation_and_training_continues_with_dropout
     assert record.val_loss == pytest.approx(exact[[0, 0, 1, 2, 0, 1]].mean().item(), rel=1e-6)
     assert (record.step, record.samples, record.targets, record.f1_micro, record.perplexity) == (7, 6, 6, 0.5, None)
     assert model.training and model.drop.training
+
+
+def test_pad_columns_of_the_vocabulary_are_left_out_of_the_evaluation():
+    """The last 3 of 8 columns are there for alignment: no token has them, however large their logits are."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 3, 8), torch.randint(0, 5, (2, 3))
+    logits[..., 5:] = 50.0
+    rows = torch.zeros(2, 3, dtype=torch.int64)
+    batch = Batch(rows, targets, None, None, torch.zeros(2), torch.zeros(2), 2, 6, 6, 3, 6)
+    precision = Precision(DTYPE_CONFIGS["fp32_true"], torch.device("cpu"), threads=1)
+    record = evaluate(Says(logits), [batch], CASES["gpt2_clm"], precision, valid_vocab=5, step=0)
+    exact = -torch.log_softmax(logits[..., :5].double(), -1).gather(-1, targets.unsqueeze(-1)).mean().item()
+    assert record.val_loss == pytest.approx(exact, rel=1e-6) and record.perplexity == pytest.approx(math.exp(exact), rel=1e-6)

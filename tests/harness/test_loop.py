@@ -140,6 +140,14 @@ def test_the_loop_follows_a_plain_torch_loop(plan, one_thread):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_the_loss_is_scaled_and_its_gradients_are_unscaled(plan, one_thread):
+    """amp_fp16 without a scaled loss would train on gradients 65,536 times too small."""
+    scaled, plain = (run_steps(plan("gpt2_single_cls", config), 1)[0][0].steps[0] for config in ("amp_fp16", "fp32_true"))
+    assert scaled.loss_scale > 1 and not scaled.step_skipped
+    assert scaled.grad_norm == pytest.approx(plain.grad_norm, rel=0.02)
+    assert scaled.loss == pytest.approx(plain.loss, rel=0.01)
+
+
 def test_a_window_of_several_steps_reads_the_same(plan):
     settings = plan("gpt2_single_cls", "fp32_true")
     one = [step for reading in run_steps(settings, 4)[0] for step in reading.steps]

@@ -72,6 +72,13 @@ def test_ties_go_to_the_first_row_and_column(device, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("last", [-math.inf, math.inf, math.nan, 70_000.0])
+def test_the_place_beside_a_row_that_is_out_of_range(device, impl, last):
+    x = torch.tensor([[1.0, 2.0], [5.0, 3.0], [last, 1.0]], device=device)
+    assert measure(x, impl) == by_definition(x.cpu())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_leading_dimensions(device, impl):
     base = torch.randn(4, 3, 50, device=device)
     for x in (base[:, :, :33], base[:, 1], base.transpose(0, 2), base[0, 0]):
