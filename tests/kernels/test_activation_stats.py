@@ -114,12 +114,13 @@ def test_ring_schedule_and_accumulation(device, impl):
     for step in range(1, 10):
         ring.tick()
         activation_stats([x * step], ring.at(0), impl=impl)
-        if step == 9:  # a second micro-batch adds to the cell
+        if step == 9:  # more micro-batches add to the cell, the largest of them not the last
             activation_stats([x * 100], ring.at(0), impl=impl)
+            activation_stats([x * 50], ring.at(0), impl=impl)
     cells = ring.read()
     assert [c.step for c in cells] == [5, 7, 9]  # odd steps are measured; the ring keeps three
     assert_cell(cells[0], x * 5)
-    assert_cell(cells[2], x * 9, x * 100)
+    assert_cell(cells[2], x * 9, x * 100, x * 50)
     never = ActivationRing(1, 1, device, every=0)
     never.tick()
     activation_stats([x], never.at(0), impl=impl)

@@ -1,6 +1,7 @@
 """Each cell's verdict, from folders built to mislead it."""
 
 import math
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -9,8 +10,9 @@ from instrument.results.contents import load
 from report.statistics import Interval
 from report.tables import a_stability, b_efficiency, c_throughput, h_rank
 from report.tables.cell_text import HEADS, cell_texts, difference_text
-from report.tables.cells import Quality
-from report.tables.choice import all_cells, case_tables, conservatism
+from report.tables.cells import COMPLETED, Cell, Quality, _rounding
+from report.tables.choice import _best, _best_quality, all_cells, case_tables, conservatism
+from report.tables.judgement import MARGIN_SPEED
 from report.tables.trust import trust
 from report.verdict import verdict, verdict_text
 from tests.report.conftest import write_index, write_run
@@ -527,3 +529,44 @@ def test_titles_of_b_c_and_h_do_not_crown_what_is_avoided_or_not_resolved(plant)
     assert c_throughput.table(slow).title == "Every configuration is slower than fp32_true in 1 case (0.50x at best)."
     dead = plant((LM,), THREE[::2], change=lambda c, f, s: {"diverges_at": 60} if f != "fp32_true" and s else {}, name="dead")
     assert "every configuration that was timed beside fp32_true failed" in c_throughput.table(dead).title
+
+
+# Levels, and numbers at their edge.
+
+
+def made(config, *worse, speeds=(1.0, 1.0, 1.0), **given):
+    """A cell that completed, from its log speeds and how much worse it trains, by seed."""
+    quality = Quality("perplexity", "nats", 1.0, None, Interval(0, 0, 0, 3), dict(enumerate(worse)), 0.02)
+    known = {"speed": Interval(math.exp(sum(speeds) / 3), 0, 9, 3), "log_speed": dict(enumerate(speeds))}
+    return Cell(LM, "LM-Decoder", "gpt2", config, COMPLETED, "", 3, qualities=(quality,) if worse else (), **known | given)
+
+
+def scattered(mean, t):
+    """Three values around ``mean`` whose t statistic against 0 is ``t``."""
+    return mean - mean * math.sqrt(3) / t, mean, mean + mean * math.sqrt(3) / t
+
+
+@pytest.mark.parametrize(("t", "reason"), [(5.45, "the fastest that is shown"), (4.7, "tied in speed")])
+def test_a_leader_is_compared_with_each_other_candidate_at_a_part_of_the_family_level(t, reason):
+    """Two comparisons, 2 % each: t = 5.45 is p = 0.016 with three seeds, t = 4.7 is 0.021."""
+    slower = tuple(1.0 - MARGIN_SPEED - lead for lead in scattered(0.1, t))
+    cells = made("bf16_pure"), made("amp_bf16", speeds=slower), made("fp32_true", speeds=(-2.0, -2.01, -2.02))
+    assert _best(cells)[1].startswith(reason)
+
+
+@pytest.mark.parametrize(("t", "left"), [(5.13, 3), (6.5, 2)])
+def test_the_best_quality_is_compared_over_all_pairs(t, left):
+    """Three pairs, 1.3 % each: t = 5.13 is p = 0.018, t = 6.5 is 0.011."""
+    cells = made("bf16_pure", 0.0, 0.0, 0.0), made("amp_bf16", *scattered(0.1, t)), made("amp_fp16", 0.0, 0.001, -0.001)
+    assert len(_best_quality(cells)) == left
+
+
+def test_logits_that_are_all_zero_have_no_headroom():
+    assert math.isnan(made("amp_bf16", largest_logit=0.0).headroom_bits)
+
+
+def test_the_rounding_of_f1_is_that_of_the_last_evaluation():
+    evaluations = [SimpleNamespace(step=step, samples=samples) for step, samples in ((0, 8), (5, 10), (9, 100))]
+    assert _rounding(SimpleNamespace(evaluations=lambda _: evaluations), [SimpleNamespace(run_id="")]) == pytest.approx(
+        1 / (math.sqrt(12) * 100)
+    )

@@ -178,7 +178,7 @@ def test_ranks_compare_both_sides_and_leave_controls_out(plant):
     ranks = table.data.set_index(["side", "dtype_config"])["rank"]
     assert ranks["LM", "amp_bf16"] == 1 and ranks["classification", "bf16_pure"] == 1
     assert "fp16_naive_eps1e4" not in set(table.data["dtype_config"]) and "changes with the task" in table.title
-    assert table.summary["tau"].isna().all() and "needs 5" in table.summary["note"].iloc[0]
+    assert table.summary["tau"].isna().all() and "needs 5" in table.summary["note"].iloc[0] and "tau" not in table.title
 
 
 def test_a_configuration_that_died_anywhere_is_not_ranked(plant):
@@ -188,7 +188,9 @@ def test_a_configuration_that_died_anywhere_is_not_ranked(plant):
 
 
 def test_tau_comes_with_five_configurations(plant):
-    summary = h_rank.table(plant(BOTH, ("fp32_true", *SPEEDS), change=fast)).summary.iloc[0]
+    table = h_rank.table(plant(BOTH, ("fp32_true", *SPEEDS), change=fast))
+    summary = table.summary.iloc[0]
+    assert "(Kendall's tau 1.00 [" in table.title
     assert summary["tau"] == pytest.approx(1.0) and summary["tau_low"] < 0.7
 
 

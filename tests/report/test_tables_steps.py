@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -14,7 +15,9 @@ from report.plots.style import TITLE_PT, wrap
 from report.tables import TABLES, all_tables, d_grad_norm, e_logits, g_loss
 from report.tables.failures import FAILURE_CAUSES, failures
 from report.tables.headroom import headroom
+from report.tables.machine import kernel_time
 from report.tables.trust import trust
+from tests.report.conftest import planted_run
 
 CONFIGS = ("fp32_true", "amp_bf16", "fp16_naive")
 
@@ -248,7 +251,30 @@ def test_trust_tells_health_seeds_and_exclusions(plant):
     )
     ill = {check.name: check for check in trust(folder)}
     assert [ill[name].ok for name in ("reference", "seeds", "exclusions")] == [False] * 3
-    assert "throttled" in ill["exclusions"].sentence and len(ill["exclusions"].run_ids) == 2
+    assert "; 2 of them throttled or contended" in ill["exclusions"].sentence and len(ill["exclusions"].run_ids) == 2
+    assert "none was" not in good["exclusions"].sentence and "of them" not in good["exclusions"].sentence
+
+
+def test_trust_says_of_how_many_runs_it_speaks_and_that_none_was_disturbed(plant):
+    quiet = {"flags": {"simulated": True, "hardware": {"throttled": False, "contended": False}}}
+    for seeds, who in (((0,), "The one run shares"), ((0, 1), "All 2 runs share")):
+        folder = plant(("gpt2_clm",), ("fp32_true", "amp_bf16"), seeds, lambda *_: dict(quiet), name=f"of {len(seeds)}")
+        checks = {check.name: check for check in trust(folder)}
+        assert checks["fairness"].sentence.startswith(who) and checks["exclusions"].ok is True
+        assert checks["exclusions"].sentence.endswith("; none was throttled or contended.")
+
+
+def test_one_step_with_one_logit_that_is_not_finite_counts():
+    steps = {"logit_nonfinite": np.array([0, 1, 2, np.nan]), "logit_absmax": np.array([1.0, 1.0, 1.0, np.inf])}
+    found = e_logits.nonfinite_logits(SimpleNamespace(steps=lambda _: steps), SimpleNamespace(run_id=""))
+    assert found.tolist() == [False, True, True, True]
+
+
+def test_five_kernels_of_a_profile_are_listed():
+    top = [{"name": str(k), "total_s": 9.0 - k, "count": 2} for k in range(7)]
+    flags = {"time_by_kernel": {"seconds": {"matmul": {"forward": 9.0}}, "top": top}, "trace": {"steps": 2}}
+    record = planted_run("gpt2_clm", "fp32_true", 0, flags=flags)[0]
+    assert kernel_time(SimpleNamespace(runs=[record], device="x", marks=())).summary["name"].tolist() == list("01234")
 
 
 @pytest.mark.parametrize(("median", "ok"), [(1.005, True), (1.2, False)])

@@ -38,7 +38,15 @@ ROOMS = {
             *WATCH,
         ),
     ),
-    "tables": Room(("report/tables/*.py",), ("tests/report/test_tables_*.py", "tests/report/test_verdict.py")),
+    "tables": Room(
+        ("report/tables/*.py",),
+        (
+            "tests/report/test_tables_*.py",
+            "tests/report/test_verdict.py",
+            "tests/report/test_choice.py",
+            "tests/report/test_plots_machine.py",
+        ),
+    ),
     "statistics": Room(
         ("report/statistics.py", "report/significance.py"),
         ("tests/report/test_statistics.py", "tests/report/test_significance.py"),
