@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from harness.exit_codes import INTERRUPTED, USAGE, exit_code_of, message_of
 from harness.options import parser
 from harness.parallel.ranks import is_main_process
-from instrument.terminal import reader_may_leave
+from instrument.terminal import printable, reader_may_leave
 
 if TYPE_CHECKING:
     from harness.run.heartbeat import HeartbeatSender
@@ -61,7 +61,7 @@ def reported(error: Exception) -> int:
     if code is None:
         raise error
     if code != USAGE or is_main_process():  # under torchrun every process would say the same
-        print(f"harness: {message_of(error)}", file=sys.stderr)
+        print(f"harness: {printable(message_of(error))}", file=sys.stderr)
     return code
 
 

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 
-from rich.console import Console
-
-from instrument.terminal import count, plain_table
+from instrument.terminal import count, plain_table, rich_console
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def half_width_95(values: Sequence[float]) -> float | None:
     return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
 
 
-CONSOLE = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 180)
+CONSOLE = rich_console(stderr=True, width=None if sys.stderr.isatty() else 180)
 
 
 def machine() -> dict[str, object]:

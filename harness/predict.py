@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -31,7 +30,7 @@ from instrument.results.layout import RunFiles, RunNotFound
 from instrument.results.measurements import ModuleRecord
 from instrument.results.read import RunUnreadable, records
 from instrument.results.schemas import RunRecord
-from instrument.terminal import count, plain_table
+from instrument.terminal import count, plain_table, rich_console
 from instrument.watch.taps import HeadroomTable
 from kernels.float_formats import BF16, FP16
 
@@ -219,7 +218,7 @@ def predict_command(options: argparse.Namespace) -> int:
 
 def show(found: Predictions) -> None:
     """For every fp32 run: its range, what it predicts, what happened; then the counts."""
-    console = Console(stderr=True, highlight=False)
+    console = rich_console(stderr=True)
     for reference in found.references:
         console.print(f"[bold]{escape(found.case)}[/], predicted from {escape(reference.run_id)}")
         steps = count(reference.steps, "step")

@@ -13,11 +13,14 @@ import os
 import sys
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.segment import Segment
     from rich.table import Table
+    from rich.text import Text
 
 
 def count(n: int, one: str, many: str | None = None) -> str:
@@ -29,11 +32,46 @@ STATUS_STYLES = {"completed": "green", "diverged": "bold red", "unsupported": "d
 """Rich's style of a run's status; those of failures are yellow."""
 
 
+def printable(text: object) -> str:
+    """Text from a file for a terminal: control characters, escape sequences and marks that turn the reading direction cannot
+    act there."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+@cache
+def _console_class() -> type[Console]:
+    from rich import console, errors
+
+    class PrintableConsole(console.Console):
+        """Nothing that a text holds acts on the terminal: no control character, no link, no broken markup."""
+
+        def render_str(self, text: str, **given: Any) -> Text:
+            try:
+                return super().render_str(text, **given)
+            except errors.MarkupError:
+                return super().render_str(text, **given | {"markup": False})
+
+        def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+            return super()._render_buffer(
+                part if part.control else part._replace(text=_lines(part.text), style=part.style and part.style.update_link())
+                for part in buffer
+            )
+
+    return PrintableConsole
+
+
+def _lines(text: str) -> str:
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
+def rich_console(**given: Any) -> Console:
+    """A console of rich, by its arguments; `printable` holds for all that it prints. Without colours for numbers and paths."""
+    return _console_class()(**{"highlight": False, "emoji": False} | given)
+
+
 def stderr_console() -> Console:
     """Standard error, 120 columns wide where it is no terminal."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+    return rich_console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def plain_table(*columns: str, right: Container[str] = (), fold: Container[str] = (), title: str | None = None) -> Table:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from instrument.terminal import count, reader_may_leave, sentence_of
+from instrument.terminal import count, printable, reader_may_leave, rich_console, sentence_of
 from report import arguments
 from report.errors import BAD_DATA, ENVIRONMENT, INTERRUPTED, OK, USAGE
 
@@ -34,7 +34,6 @@ def _main(options: argparse.Namespace) -> int:
         return INTERRUPTED
     except Exception as error:
         from bench_cases.lookup import missing_package
-        from report.text import printable
 
         code = _exit_code(error)
         if code is None:
@@ -173,9 +172,8 @@ def _compare(options: argparse.Namespace) -> int:
         names = ("devices", "rows", "differences", "notes", "currency")
         _print({name: rows if name == "rows" else getattr(comparison, name) for name in names})
         return OK
-    from rich.console import Console
 
-    show(comparison, Console(highlight=False))
+    show(comparison, rich_console())
     return OK
 
 

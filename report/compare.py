@@ -13,13 +13,13 @@ from rich.table import Table
 
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from instrument.terminal import count
+from instrument.terminal import count, printable
 from report.errors import UsageError
 from report.tables import a_stability, b_efficiency, c_throughput
 from report.tables.cells import memory_kind, peak_of
 from report.tables.selection import TASK_COLUMNS, by_cell, case_order, select, series_order, settings_of
 from report.tables.speed import eligible, pooled_rate
-from report.text import gigabytes, joined, printable
+from report.text import gigabytes, joined
 from report.verdict.decision import plain_number
 
 COLUMNS = tuple(

@@ -73,7 +73,7 @@ def export_latex(folder: Folder, out: Path) -> list[Path]:
     paths = [out / f"{name}.tex" for name in TABULARS]
     for path, (_, made) in zip(paths, TABULARS.values(), strict=True):
         marks = ", ".join(folder.marks) or "measured"
-        replace(path, f"% {folder.device}: {marks}; needs booktabs\n{made(folder, tables)}".encode())
+        replace(path, f"% {escape(folder.device)}: {escape(marks)}; needs booktabs\n{made(folder, tables)}".encode())
     return paths
 
 

@@ -75,11 +75,6 @@ def gigabytes(size_bytes: float | None) -> str:
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e10 else f"{size_bytes / 1e9:.2f} GB"
 
 
-def printable(text: object) -> str:
-    """Text from a file for a terminal: control characters and escape sequences cannot act there."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
 def number(value: object) -> float | None:
     """A plain finite number of a file, or None: JSON may hold anything."""
     plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -14,7 +14,7 @@ from harness.diff import compare
 from harness.exit_codes import OK
 from instrument.results.read import load
 from instrument.results.schemas import strict_json
-from instrument.terminal import count, plain_table, print_section
+from instrument.terminal import count, plain_table, print_section, rich_console
 
 HASH = 12
 """Digits of a hash that are shown."""
@@ -32,7 +32,7 @@ def diff_command(options: argparse.Namespace) -> int:
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
     """Everything that differs, most telling first."""
-    console = console or Console(highlight=False)
+    console = console or rich_console(markup=False)
     for side in "ab":
         run, style = found[side], "bold cyan" if side == "a" else "bold magenta"
         name = Text.assemble((side, style), "  ", (run["run_id"], "bold"), (f"  in {run['results_folder']}", "dim"))

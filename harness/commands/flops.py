@@ -6,7 +6,6 @@ import argparse
 import re
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from harness.options import FLOPS_SETTINGS, request
 from harness.settings import RunSettings, SettingsError, resolve
 from instrument.results.schemas import strict_json
 from instrument.terminal import count as count_in_words
-from instrument.terminal import plain_table
+from instrument.terminal import plain_table, rich_console
 
 
 def flops_command(options: argparse.Namespace) -> int:
@@ -118,7 +117,7 @@ LAYER = re.compile(r"^(.*?)\.\d+\.(.+)$")
 
 def show(findings: dict) -> None:
     """The sizes, the table by module group, and what the total does and does not hold."""
-    console = Console(stderr=True, highlight=False)
+    console = rich_console(stderr=True)
     for line in heading(findings):
         console.print(escape(line))
     console.print(table(findings))

@@ -21,7 +21,7 @@ from harness.settings import SettingsError
 from instrument.results.layout import locate
 from instrument.results.read import failure_of, run_record
 from instrument.results.schemas import strict_json
-from instrument.terminal import STATUS_STYLES, count, print_section
+from instrument.terminal import STATUS_STYLES, count, print_section, rich_console
 from kernels.float_formats import FP16, float_format
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class InspectScreen:
     """Prints the findings of one run, section by section; a section without content is left out."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or rich_console(markup=False)
 
     def show(self, found: dict[str, Any]) -> None:
         self._head(found)
@@ -212,7 +212,7 @@ def try_command(options: argparse.Namespace) -> int:
         raise SettingsError(f"--steps is {options.steps}; it must be at least 1")
     run = locate(options.run, options.out)
     refuse_unknown(options.changes)
-    console = Console(stderr=True, highlight=False)
+    console = rich_console(stderr=True)
     with console.status("") as status:
         tried = try_changes(
             run.path,

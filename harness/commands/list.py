@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from bench_cases import CASES, DTYPE_CONFIGS, PRESETS
-from instrument.terminal import plain_table
+from instrument.terminal import plain_table, rich_console
 
 NOTES = """\
 Language models read OpenWebText, the others EUR-Lex. CE: softmax cross-entropy. Learning rates: tiny, scratch, pretrained.
@@ -35,9 +35,8 @@ def listing() -> dict[str, list[dict]]:
 
 def print_tables() -> None:
     """The registries as tables on standard output: this command's result."""
-    from rich.console import Console
 
-    console = Console()
+    console = rich_console()
     for table in (_cases(), _configs(), _presets()):
         console.print(table, "")
     console.print(NOTES)

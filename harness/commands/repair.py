@@ -13,7 +13,7 @@ from instrument.results.folder import OutputError
 from instrument.results.layout import INDEX, RUNS, STEP_LOGS
 from instrument.results.repair import Repair, repair_folder
 from instrument.results.transfer import merge
-from instrument.terminal import count
+from instrument.terminal import count, printable
 
 MOST_NAMES = 5
 COUNTS = {
@@ -75,4 +75,4 @@ def _some(names: list[str]) -> str:
 
 
 def _say(line: str) -> None:
-    print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+    print(printable(line), file=sys.stderr)

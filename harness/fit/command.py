@@ -10,8 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bench_cases import Case, DtypeConfig
 from bench_cases.own import find_case
 from harness.exit_codes import OK, RUN_FAILED
@@ -21,7 +19,7 @@ from harness.settings import Request, RunSettings
 from instrument.results.files import locked, read_plain, replace
 from instrument.results.folder import require_writable
 from instrument.results.lines import json_object
-from instrument.terminal import count, plain_table
+from instrument.terminal import count, plain_table, rich_console
 
 SCHEMA, NAME, LOCK = 1, "fit.json", ".fit.lock"
 ON_A_CPU = (
@@ -240,7 +238,7 @@ def table(case: str, rows: list[dict[str, Any]], price_per_hour: float | None) -
         cells = [_number(value, unit) for value, unit in zip(values, (1e9, 1e3, 1e3, 1e3), strict=True)]
         cells += [_number(found[name], 1, 2) for name in prices]
         drawn.add_row(found["config"], rows_shown(found), *cells)
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = rich_console(stderr=True, markup=False)
     console.print(drawn)
     console.print("; ".join(legend(rows, price_per_hour)), style="dim")
     for reason in sorted({f"{found['config']}: {found['limited_by']}" for found in rows if found.get("limited_by")}):

@@ -24,7 +24,7 @@ from harness.settings import RunSettings
 from harness.supervisor.pool import Pool
 from instrument.results.files import replace
 from instrument.results.schemas import RunRecord
-from instrument.terminal import STATUS_STYLES, count
+from instrument.terminal import STATUS_STYLES, count, rich_console
 
 PHASES = {"optimizer": "optim"}
 LEGEND = (
@@ -112,7 +112,7 @@ class MatrixScreen:
         picture: Path | None = None,
     ) -> None:
         self.out, self.jobs, self.picture = out, jobs, picture
-        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.console = rich_console(stderr=True, markup=False)
         self.shard = f"shard {shard}: " if shard and shard.count > 1 else ""
         self.total, self.skipped = len(planned), len(done)
         self.durations_s: list[float] = []

@@ -13,7 +13,7 @@ from rich.table import Column
 from harness.run.progress import disturbance
 from harness.settings import RunSettings
 from instrument.results.schemas import EvaluationRecord, EventRecord, FirstNonfinite, RunRecord, StepRecord
-from instrument.terminal import STATUS_STYLES, count
+from instrument.terminal import STATUS_STYLES, count, rich_console
 
 PLAIN_LINES = 10
 """How many progress lines a run prints when nobody watches a terminal."""
@@ -24,7 +24,7 @@ class CaseScreen:
 
     def __init__(self, settings: RunSettings, out: Path) -> None:
         self.settings, self.out = settings, out
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = rich_console(stderr=True, soft_wrap=True)
         self._announced = False
         self._emptied: set[int] = set()
         self._every = max(1, settings.max_steps // PLAIN_LINES)

@@ -20,7 +20,7 @@ from harness.run.signals import interrupt_on_signals
 from harness.supervisor.child_process import ChildProcess, ForkedProcess
 from harness.supervisor.process_monitor import ProcessMonitor, Rules
 from instrument.results.schemas import RunRecord, decode, encode
-from instrument.terminal import reader_may_leave
+from instrument.terminal import reader_may_leave, rich_console
 
 SUPERVISED_ELSEWHERE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
 """torchrun supervises its ranks."""
@@ -106,11 +106,10 @@ def _row(child: ChildProcess, exit_code: int | None, failure: Failure | None) ->
 
 def show(row: RunRecord, out: Path, as_json: bool) -> None:
     """What the run itself would have shown at its end."""
-    from rich.console import Console
 
     from harness.run.terminal import show_summary
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = rich_console(stderr=True, soft_wrap=True)
     if console.is_terminal:  # a bar that was killed leaves its line and no cursor
         console.show_cursor(True)
         console.print()

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from instrument.results.files import replace
+from instrument.terminal import rich_console
 from report.dossier.context import context
 from report.dossier.page import page, require_pdf, write_pdf
 from report.dossier.prediction import predicted
@@ -84,7 +84,7 @@ def build(
 
 def _bar(enabled: bool) -> Progress:
     """What a person sees while a dossier is built: a bar on standard error, on a terminal only."""
-    console = Console(stderr=True)
+    console = rich_console(stderr=True)
     columns = (
         BarColumn(30),
         TextColumn("{task.completed}/{task.total}"),

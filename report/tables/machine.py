@@ -15,11 +15,11 @@ import pandas as pd
 from instrument.kernel_classes import CLASSES
 from instrument.results.contents import Folder
 from instrument.results.schemas import RunRecord
-from instrument.terminal import count
+from instrument.terminal import count, printable
 from report.statistics import rolling_median
 from report.tables.selection import one_a_cell
 from report.tables.table import Table, data_text, frame, identity, long_frame
-from report.text import bracketed, gigabytes, number, objects, printable, sentence, span
+from report.text import bracketed, gigabytes, number, objects, sentence, span
 
 STEP_COLUMNS = ("case", "dtype_config", "seed", "step", "step_time_s", "rolling_median_s")
 WINDOW_STEPS = 25

@@ -7,13 +7,13 @@ import shlex
 import textwrap
 
 from instrument.results.contents import Folder
-from instrument.terminal import count
+from instrument.terminal import count, printable
 from report.statistics import Interval
 from report.tables.cell_text import MEMORY_KINDS, UNKNOWN, cell_texts
 from report.tables.cells import RECOMMENDED, RUNNER_UP
 from report.tables.choice import CaseTable
 from report.tables.selection import REFERENCE
-from report.text import bounds, gigabytes, printable
+from report.text import bounds, gigabytes
 from report.verdict.decision import CaseVerdict, Price, Verdict, verdict
 
 WIDTH, HEIGHT = 80, 24

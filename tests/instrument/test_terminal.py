@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
-from instrument.terminal import NO_ROOM, READER_GONE, count, sentence_of
+from instrument.terminal import NO_ROOM, READER_GONE, count, plain_table, rich_console, sentence_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("harness", "instrument", "kernels", "bench_cases", "report")
@@ -168,3 +170,37 @@ def test_a_terminal_that_vanishes_is_a_reader_that_leaves(tmp_path, needed, code
     finally:
         os.close(ours)
     assert (done, said) == (code, b"") and (tmp_path / "made").exists() is not needed
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_nothing_that_a_text_holds_acts_on_a_terminal(colours):
+    """Not as a plain text, in a table, as a `Text` nor as markup; what rich itself writes for colours stays."""
+    for text in (
+        "\x1b[2J",
+        "\x9b2J",
+        "a\rb",
+        "\x1b]8;;http://x\x07y",
+        "[link=http://x]y[/link]",
+        "[/link]",
+        "\u202e",
+        "[bold",
+        "\x07",
+    ):
+        shown = StringIO()
+        console = rich_console(file=shown, force_terminal=colours, width=80)
+        (table := plain_table("what")).add_row(text)
+        for what in (text, Text(text), table):
+            console.print(what, style="red")
+        left = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()) if colours else shown.getvalue()
+        assert left.replace("\n", "").isprintable(), (text, left)
+
+
+def test_every_console_is_made_in_one_place():
+    """But for a picture, which is no terminal."""
+    made = {
+        str(path.relative_to(ROOT)): re.findall(r"(?<![\w.])Console\([^\n]*", path.read_text(encoding="utf-8"))
+        for room in ("harness", "instrument", "report", "kernels", "bench_cases")
+        for path in (ROOT / room).rglob("*.py")
+    }
+    found = [f"{name}: {call}" for name, calls in made.items() for call in calls if "Console(console.Console)" not in call]
+    assert [one for one in found if "record=True" not in one] == []

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from instrument.terminal import count
+from instrument.terminal import count, printable
 from report.statistics import Interval
-from report.text import bounds, clean, gigabytes, joined, log_tick, printable, rate, sentence, short, shortened, times
+from report.text import bounds, clean, gigabytes, joined, log_tick, rate, sentence, short, shortened, times
 
 
 def test_counts_and_lists_read_as_people_write_them():
