@@ -108,14 +108,17 @@ class Command:
 
 def sweep(command: Command, orders: Orders, folder: Path, share: float, most: int | None = None) -> Iterator[Trial]:
     """A trial for every call and every fault that may befall it, or a random sample."""
-    everything = []
-    for fault in FAULTS:
+    counts: dict[tuple[str, ...], int] = {}
+    for fault, (_, calls) in FAULTS.items():
+        if calls in counts:
+            continue
         out = fresh(command, folder)
         orders.give(out, fault)
         part = command.give(out)
-        everything += [(fault, nth) for nth in range(1, orders.count()[0] + 1)]
+        counts[calls] = orders.count()[0]
         if wrong := part.exit_code != OK or command.losses(out, [part]):
             raise RuntimeError(f"{command.name}, left alone: {wrong} {part.stderr[-2000:]}")
+    everything = [(fault, nth) for fault, (_, calls) in FAULTS.items() for nth in range(1, counts[calls] + 1)]
     size = min(most or len(everything), len(everything))
     for fault, nth in random.Random(3).sample(everything, max(1, round(size * share))):
         out = fresh(command, folder)
@@ -157,7 +160,7 @@ def ended_well(part: ProcessResult, codes: tuple[int, ...], *, killed: bool) -> 
 
 def executed(words: list[str], call: Callable[[list[str]], int], printed: Path) -> ProcessResult:
     """A command in a fork."""
-    process = Forked(words, printed, call=call, own_server=False)
+    process = Forked(words, printed, call=call)
     _, errors = process.communicate(LONGEST_S)
     return ProcessResult(exit_code=process.returncode, stderr=errors)
 
