@@ -21,6 +21,8 @@ from bench_cases.lookup import first_line, load_object
 if TYPE_CHECKING:
     from torch import nn
 
+    from bench_cases.split_model import SplitModel
+
 VOCABULARY_MULTIPLE = 128
 """Embedding rows are padded to a multiple of this, so that matrix products stay aligned."""
 WAYS_OUT = "use --weights scratch, or --weights DIR with config.json and model.safetensors"
@@ -93,18 +95,22 @@ def build_model(request: ModelRequest) -> nn.Module:
     return model
 
 
-def prove(model: nn.Module, request: ModelRequest) -> None:
+def prove(model: SplitModel, request: ModelRequest) -> None:
     """Prove by computation what the comparison rests on; raises `ModelError`.
 
     Nothing random is left when dropout is 0: two training-mode passes agree. A causal language
-    model does not see the future: another last token leaves the earlier logits alone.
+    model does not see the future: another last token leaves the earlier logits alone. And see whether the model attends.
     """
     import torch
+
+    from bench_cases.ops_seen import OpsSeen
 
     ids = torch.arange(request.vocabulary - 8, request.vocabulary).view(1, 8)  # no special tokens
     last = torch.tensor([7])
     with torch.no_grad():
-        first = model(ids, last_token=last)
+        with OpsSeen() as seen:
+            first = model(ids, last_token=last)
+        model.attention = seen.attention and (model.attention or seen.attention)
         if request.dropout == 0 and not torch.equal(first, model(ids, last_token=last)):
             raise ModelError(f"{request.architecture.name} still drops units at random with dropout 0")
         if request.task.head == "causal_lm" and request.dropout == 0:

@@ -11,9 +11,10 @@ class SplitModel(nn.Module):
     """``logits = head(pool(encoder(tokens)))``.
 
     The encoder is registered under the library's own name (``transformer``, ``roberta``), so parameter and module names read as
-    people know them. ``attention`` is the library's implementation. ``head_dtype`` is set by `harness.precision`: None runs the
-    head as the encoder runs (under the caller's autocast, if any); a dtype switches autocast off around the head and casts its
-    input, which is what makes an fp32 head genuine.
+    people know them. ``attention`` is its implementation (``sdpa``, ``eager``), None for a model without attention, as
+    `models.prove` sees it. ``head_dtype`` is set by `harness.precision`: None runs the head as the encoder runs (under the
+    caller's autocast, if any); a dtype switches autocast off around the head and casts its input, which is what makes an fp32
+    head genuine.
     """
 
     def __init__(self, name: str, encoder: nn.Module, head: nn.Module, *, pooling: str | None) -> None:
@@ -22,7 +23,7 @@ class SplitModel(nn.Module):
         self.head = head
         self.encoder_name = name
         self.pooling = pooling
-        self.attention = getattr(getattr(encoder, "config", None), "_attn_implementation", None)
+        self.attention: str | None = getattr(getattr(encoder, "config", None), "_attn_implementation", None)
         self.head_dtype: torch.dtype | None = None
 
     def forward(

@@ -150,7 +150,7 @@ LOOP_PHASES = {
     "batch = batches.step(": "batch",
     "micro = micro.to(": "batch",
     "logits = model(": "forward",
-    "precision.check_logits(": "forward",
+    "logits = precision.check_logits(": "forward",
     "loss = training_loss(": "loss",
     "loss.backward()": "backward",
     "strategy.sum_gradients()": "backward",

@@ -58,7 +58,7 @@ def train(
             micro = micro.to(precision.device)
             with precision.forward():
                 logits = model(micro.input_ids, micro.attention_mask, micro.last_token)
-            precision.check_logits(logits)
+            logits = precision.check_logits(logits)
             loss = training_loss(
                 logits,
                 micro.targets,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench_cases import DtypeConfig
+from bench_cases.ops_seen import OpsSeen
 from harness import fp16_products
 from harness.loss import MeasuringGradScaler, gradients_of
 from harness.optimizer import OptimizerUnavailable, adamw_for
@@ -129,6 +130,10 @@ class Precision:
             "eps": config.eps,
         }
         self.over_ranks: Callable[[TensorStats], TensorStats] = lambda mine: mine
+        self.head_product_dtype: torch.dtype | None = None
+        """As observed, None before."""
+        self.returned_dtype: str | None = None
+        """Of the last logits as the model returned them, by its name."""
         self._fp16_override = None
         if "fp16" in (config.weights, config.compute) and device.type == "cpu":
             in_hardware = fp16_products.cpu_has_fp16_arithmetic()
@@ -186,10 +191,25 @@ class Precision:
             what = f"the {self.attention} attention backend cannot run {self.config.compute} on this device"
             raise Unsupported(f"{what}; choose another with --sdpa") from error
 
-    def check_logits(self, logits: torch.Tensor) -> None:
-        """The head ran in the dtype the configuration declares; raises `SwitchError`."""
-        if logits.dtype != self.logits_dtype:
-            raise SwitchError(f"{self.config.id}: logits are {logits.dtype}, declared {self.logits_dtype}")
+    def observe_head(self, model: nn.Module) -> None:
+        """See, in a forward pass of four tokens, in which dtype the head's product runs; before anything watches the model."""
+        tokens = torch.zeros(1, 4, dtype=torch.int64, device=self.device)
+        with torch.no_grad(), self.forward(), OpsSeen() as seen:
+            model(tokens, None, tokens[:, 0])
+        self.head_product_dtype = seen.product_dtype
+
+    def check_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits in the dtype that the configuration declares; raises `SwitchError` where the head ran in another.
+
+        A model may widen them to fp32 after a product in the declared dtype (Mamba-2 does): narrowed again, they are what the
+        product gave, and the loss reads the dtype that the configuration declares for it."""
+        self.returned_dtype = next((name for name, dtype in DTYPES.items() if dtype == logits.dtype), str(logits.dtype))
+        if logits.dtype == self.logits_dtype:
+            return logits
+        if logits.dtype == torch.float32 and self.head_product_dtype == self.logits_dtype:
+            return logits.to(self.logits_dtype)
+        product = f" of a product in {self.head_product_dtype}" if self.head_product_dtype else ""
+        raise SwitchError(f"{self.config.id}: logits are {logits.dtype}{product}, declared {self.logits_dtype}")
 
     def loss_scale(self) -> torch.Tensor | None:
         """The scale that the gradients of this step are multiplied by: a device scalar, read without a

@@ -50,6 +50,7 @@ class Training:
     ) -> Training:
         """Put a freshly built model and its optimizer under the configuration."""
         model = precision.prepare(model)
+        precision.observe_head(model)
         forward = torch.compile(model) if settings.compile else model
         strategy = strategy_for(settings, context, model, forward, batches, precision)
         optimizer = precision.make_optimizer(

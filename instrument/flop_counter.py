@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
@@ -23,14 +24,28 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-VECTOR_PRODUCTS = {
+from bench_cases.ops_seen import is_attention
+
+
+def convolution_backward(
+    out_grad, x, weight, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted
+):
+    """FLOPs of a convolution's gradients: that of the input and that of the weight (``wanted``) each cost what the forward pass
+    cost, where every position of the output (transposed: of the input) meets the whole weight, zeros of the padding included.
+    Torch's formula (2.13) takes every input channel to meet every output channel, whatever the groups."""
+    positions = (x if transposed else out_grad).shape[2:]
+    return 2 * x.shape[0] * math.prod(positions) * weight.numel() * sum(wanted[:2])
+
+
+FORMULAS = {
     torch.ops.aten.mv: lambda matrix, vector: 2 * matrix.numel(),
-    torch.ops.aten.addmv: lambda bias, matrix, vector: 2 * matrix.numel(),
+    torch.ops.aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix.numel(),
     torch.ops.aten.dot: lambda left, right: 2 * left.numel(),
+    torch.ops.aten.convolution_backward: convolution_backward,
 }
-"""Products that torch's table of formulas lacks."""
+"""Of products that torch's table lacks or counts wrong."""
 KNOWN_NAMESPACES = ("aten", "prims", "prim", "profiler")
-PRODUCT_NAMES = re.compile(r"(^|_)(mm|linear|attention)($|_)")
+PRODUCT_NAMES = re.compile(r"(^|_)(mm|linear|attention|conv(olution|\dd)?)($|_)")
 """torch's own ops that multiply: one without a formula (a grouped product) must not count 0 in silence."""
 BATCHED = ("bmm", "baddbmm")
 HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
@@ -42,8 +57,8 @@ class Uncountable(Exception):
 
 @dataclass(frozen=True)
 class Products:
-    """The products of one kind in one module. ``kind``: ``attention`` (batched products, as scores and
-    their use are) or ``projection`` (all others: with a weight, convolutions included)."""
+    """The products of one kind in one module. ``kind``: ``attention`` (batched products around a softmax, as scores and
+    their use are) or ``projection`` (all others: with a weight, convolutions included, and what a scan multiplies)."""
 
     module: str
     kind: str
@@ -144,7 +159,8 @@ class Tally(TorchDispatchMode):
             module.register_forward_hook(self._leave, always_call=True)
 
     def __enter__(self) -> Tally:
-        self._flops: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+        self._flops: dict[tuple[str, bool], list[int]] = defaultdict(lambda: [0, 0])
+        self._softmaxes: set[str] = set()
         self._stack[:] = [""]
         self._in_backward = False
         self._saved.__enter__()
@@ -163,7 +179,11 @@ class Tally(TorchDispatchMode):
             self._in_backward = False
 
     def products(self) -> tuple[Products, ...]:
-        return tuple(Products(module, kind, *flops) for (module, kind), flops in self._flops.items())
+        found: dict[tuple[str, str], list[int]] = {}
+        for (module, batched), flops in self._flops.items():
+            kind = "attention" if batched and module in self._softmaxes else "projection"
+            found[module, kind] = [a + b for a, b in zip(flops, found.get((module, kind), (0, 0)), strict=True)]
+        return tuple(Products(module, kind, *flops) for (module, kind), flops in found.items())
 
     def _enter(self, name: str, *_) -> None:
         self._stack.append(name)
@@ -181,11 +201,16 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        op = func._overloadpacket
-        if op in flop_registry:
+        op, module = func._overloadpacket, self._stack[-1]
+        if is_attention(op.__name__, result):
+            self._softmaxes |= {
+                module,
+                module.rpartition(".")[0],
+            }  # where the softmax is a module, it is a part of its parent's
+        if op in FORMULAS:
+            flops = FORMULAS[op](*args, **kwargs)
+        elif op in flop_registry:
             flops = flop_registry[op](*args, **kwargs, out_val=result)
-        elif op in VECTOR_PRODUCTS:
-            flops = VECTOR_PRODUCTS[op](*args[:3])
         elif func.namespace in KNOWN_NAMESPACES and not PRODUCT_NAMES.search(op.__name__):
             return result
         else:
@@ -194,10 +219,8 @@ class Tally(TorchDispatchMode):
                 "(torch.utils.flop_counter.register_flop_formula gives it one)"
             )
         if flops:
-            name = op.__name__
-            batched = name in BATCHED and self._stack[-1] not in self._experts  # theirs are products with weights
-            kind = "attention" if batched or "attention" in name else "projection"
-            self._flops[self._stack[-1], kind][self._in_backward] += flops
+            batched = op.__name__ in BATCHED and module not in self._experts  # theirs are products with weights
+            self._flops[module, batched or "attention" in op.__name__][self._in_backward] += flops
         return result
 
 

@@ -49,7 +49,14 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
     from bench_cases.models import ModelError
     from harness.fake_model import data_facts, shapes_of
     from harness.precision import DEFAULT_ATTENTION
-    from harness.run.step_flops import closed_row_flops, counter_of, dtypes_of, meaningful_outputs, step_flops
+    from harness.run.step_flops import (
+        attention_backend,
+        closed_row_flops,
+        counter_of,
+        dtypes_of,
+        meaningful_outputs,
+        step_flops,
+    )
     from instrument.flop_counter import ModelCounter, Uncountable
     from instrument.flops import sizes_of
 
@@ -80,7 +87,7 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
         "architecture": case.architecture.name,
         "task": case.task.name,
         "dtype_config": config.id,
-        "attention": attention,
+        "attention": attention_backend(model, attention),
         "data_source": settings.data,
         "weights_source": settings.weights,
         **{name: getattr(settings, name) for name in ("preset", "device", "batch_size", "seq_len")},
@@ -96,7 +103,7 @@ def count(case: Case, config: DtypeConfig, settings: RunSettings) -> dict[str, o
         "products": rows,
         "closed_form_flops": closed_flops,
         "closed_form_equal": None if closed_flops is None else closed_flops == total,
-        "causal_attention": "full" if case.architecture.causal else None,
+        "causal_attention": "full" if case.architecture.causal and model.attention else None,
         "causal_half_flops_per_step": flops.causal_half(*shape),
         "pad_column_flops": passes * sum(product.flops for product in executed) - total,
     }
@@ -132,7 +139,7 @@ def heading(found: dict) -> list[str]:
         outputs = f"{found['outputs']} outputs"
     what = f"{found['case']}: {found['architecture']}, {found['task']}, {found['n_params']:,} parameters"
     step = f"one step of {count_in_words(found['batch_size'], 'row')} of {count_in_words(found['seq_len'], 'token')}"
-    where = f"{'GPU' if found['device'] == 'cuda' else 'CPU'} with {found['attention']} attention"
+    where = f"{'GPU' if found['device'] == 'cuda' else 'CPU'} with {found['attention'].replace('none', 'no')} attention"
     return [f"{what}, {outputs} ({found['shape_source']})", f"{step} under {found['dtype_config']}, {where}"]
 
 
@@ -178,8 +185,9 @@ def closing(found: dict) -> list[str]:
     """The total in words: exactly, against the closed form, with causal attention halved, without padding."""
     total = found["flops_per_step"]
     lines = [
-        f"{total:,} FLOPs a step, {found['flops_per_token']:,.0f} a token: matrix products and attention, "
-        "forward and backward; no embeddings, elementwise work or optimizer"
+        f"{total:,} FLOPs a step, {found['flops_per_token']:,.0f} a token: matrix products"
+        f"{' and attention' if found['attention'] != 'none' else ''}, forward and backward; no embeddings, elementwise work "
+        "or optimizer"
     ]
     if found["closed_form_flops"] is None:
         lines.append("no closed form for this architecture: the count is all there is")

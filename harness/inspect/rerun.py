@@ -256,7 +256,7 @@ def _training(rebuilt: Rebuilt, change: Change) -> Iterator[tuple[Training, InFp
     training = rebuilt.training(change.config)
     precision = training.precision
     if change.module is not None:
-        precision.check_logits = lambda logits: None  # their dtype may be what is changed
+        precision.check_logits = lambda logits: logits  # their dtype may be what is changed
         if change.stays_fp32:
             precision.loss_dtype = torch.float32
     cast_back = None if change.stays_fp32 else precision.weights_dtype

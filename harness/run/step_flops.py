@@ -27,7 +27,7 @@ def step_flops(
     An architecture of the registry has a closed form, which costs nothing and which the tests hold equal to the count; any
     other is counted once at a few lengths and with one, two and three rows. Raises `instrument.flop_counter.Uncountable`.
     """
-    dtypes, causal = dtypes_of(model, config, attention), case.architecture.causal
+    dtypes, causal = dtypes_of(model, config, attention), case.architecture.causal and model.attention is not None
     row = closed_row_flops(model, case, outputs)
     if row is not None:
         return StepFlops(row, dtypes, causal=causal, source="closed form")
@@ -35,9 +35,14 @@ def step_flops(
     return StepFlops(row, dtypes, causal=causal, source=source, once=once, rows_a_pass=micro_batch)
 
 
+def attention_backend(model: nn.Module, sdpa: str) -> str:
+    """What runs this model's attention: the ``sdpa`` backend, its own (``eager``), or ``none`` where it has no attention."""
+    return sdpa if model.attention == "sdpa" else model.attention or "none"
+
+
 def dtypes_of(model: nn.Module, config: DtypeConfig, attention: str) -> ProductDtypes:
     """The dtypes of this model's products; an architecture without SDPA runs attention as it runs the rest."""
-    backend = attention if model.attention == "sdpa" else str(model.attention)
+    backend = attention_backend(model, attention)
     return product_dtypes(config.compute, config.head, tf32=config.tf32, attention=backend)
 
 

@@ -19,7 +19,7 @@ from harness.run.instruments import Instruments
 from harness.run.outcome import Outcome, idle_since, summarize
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
-from harness.run.step_flops import dtypes_of, utilisation
+from harness.run.step_flops import attention_backend, dtypes_of, utilisation
 from harness.settings import RunSettings
 from harness.training import Training
 from instrument.environment import capture
@@ -67,10 +67,9 @@ class Trainer:
         precision = Precision.of(s)
         try:
             outcome.flags |= precision.flags
-            own_attention = getattr(model, "attention", "sdpa")  # an architecture without SDPA says what it runs
             outcome.facts |= {
-                "attention_backend": precision.attention if own_attention == "sdpa" else own_attention,
-                "attention_dtype": dtypes_of(model, s.config, precision.attention).attention,
+                "attention_backend": attention_backend(model, precision.attention),
+                "attention_dtype": dtypes_of(model, s.config, precision.attention).attention if model.attention else None,
                 "autocast": precision.autocast_name,
             }
             self.stop.heartbeat.enter("build")
@@ -165,6 +164,7 @@ class Trainer:
                     self._between_steps(len(outcome.steps))
                 began_s = time.perf_counter()
         outcome.facts |= facts_of_all(self.context, self.instruments.facts(), self.device)
+        outcome.facts["logits_dtype"] = self.training.precision.returned_dtype
         outcome.flags |= self.instruments.flags() | self.training.strategy.optimizer_facts(self.training.optimizer)
 
     def _cut(self, step: int) -> bool:

@@ -201,7 +201,9 @@ class RunRecord(Record, frozen=True, kw_only=True):
     ``loss_initial`` is the training loss of step 1, before any update; ``train_loss_final`` the
     mean over the last tenth of the finite steps. Rates are total over total of the timed steps.
     ``attention_dtype``: in what attention's two products ran (``fp32`` under every configuration where the backend is ``math``,
-    as on a CPU). Memory is the run's own process. Fields of measurements not yet made are null.
+    as on a CPU), null in a model without attention, whose backend is ``none``. ``logits_dtype``: in what the model returned its
+    logits; ``fp32`` under a configuration with a 16-bit head where the model widens its head's product. Memory is the run's
+    own process. Fields of measurements not yet made are null.
 
     ``flags["death"]`` of a run that failed: ``cause`` (`harness.failure.CAUSES`), ``goes_on`` (whether the same
     command resumes from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
@@ -267,6 +269,7 @@ class RunRecord(Record, frozen=True, kw_only=True):
     scaler_skips: int = 0
     attention_backend: str | None = None
     attention_dtype: str | None = None
+    logits_dtype: str | None = None
     autocast: str | None = None
     instrument: str | None = None
     init_sha256: str | None = None

@@ -82,7 +82,7 @@ def header(folder) -> dict:
 
 
 def _attention(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """Where attention's products ran in another dtype than the configuration's compute dtype."""
+    """Where attention's products ran in another dtype than the configuration's compute dtype, and what has none."""
     wide = {
         run.dtype_config: f"{run.attention_dtype} ({run.attention_backend})"
         for run in runs
@@ -91,6 +91,8 @@ def _attention(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
         and run.attention_dtype not in (compute, "tf32")
     }
     said = [f"{dtype} under {joined(c for c in wide if wide[c] == dtype)}" for dtype in dict.fromkeys(wide.values())]
+    if free := dict.fromkeys(run.case for run in runs if run.attention_backend == "none"):
+        said.append(f"no attention in {joined(free)}")
     return [("Attention's products", "; ".join(said))] if said else []
 
 

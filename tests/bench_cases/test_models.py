@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
+    FNetConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -229,7 +231,15 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path, monkeypatch):
 def test_a_model_without_attention_runs(tmp_path, task):
     model = case_of(tmp_path, MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), task)
     assert model(torch.randint(5, VOCABULARY, (2, 8)), last_token=torch.tensor([3, 7])).isfinite().all()
-    assert model.attention != "sdpa"
+    assert model.attention is None
+
+
+def test_attention_is_what_ran(tmp_path):
+    """FNet mixes by Fourier transforms; a router's softmax is no attention; a library's model without SDPA runs its own."""
+    assert build_model(request()).attention == "sdpa"
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    assert case_of(tmp_path / "fnet", FNetConfig(**small), "mlm").attention is None
+    assert case_of(tmp_path / "deberta", DebertaV2Config(**small), "mlm").attention == "eager"
 
 
 def test_an_architecture_that_does_not_fit_is_one_line(tmp_path):

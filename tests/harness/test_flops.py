@@ -299,6 +299,29 @@ def test_a_model_from_outside_is_counted(capsys, tmp_path):
     assert found["flops_per_step"] - found["causal_half_flops_per_step"] == 3 * 2 * 2 * 4 * 16 * 16 * 32 // 2
 
 
+def test_a_mamba_has_no_attention_and_its_row_says_what_flops_says(capsys, tmp_path):
+    """By hand, forward, a row of L tokens and a layer: the convolution pads K - 1 on both sides, the scan's use of states is a
+    product, and the head is as wide as the vocabulary."""
+    folder = own_model(tmp_path, model_type="mamba", hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=500)
+    own = ["--model", folder, "--task", "clm", "--preset", "tiny", "--data", "embedded", "--batch-size", "2", "--seq-len", "16"]
+    assert main(["flops", *own, "--config", "amp_bf16", "--device", "cpu", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    d, i, n, r, k, length = 32, 64, 4, 2, 4, 16
+    layer = length * (2 * d * 2 * i + 2 * i * (r + 2 * n) + 2 * r * i + 2 * i * d + 2 * i * n) + 2 * k * i * (length + k - 1)
+    forward = 2 * (2 * layer + length * 2 * d * found["vocabulary"])
+    assert found["forward_flops"] == forward and found["flops_per_step"] == 3 * forward
+    assert {row["kind"] for row in found["products"]} == {"projection"} and set(found["by_dtype"]) == {"bf16"}
+    assert found["attention"] == "none" and found["causal_attention"] is found["causal_half_flops_per_step"] is None
+    assert "with no attention" in printed.err and printed.err.count("attention") == 1 and "scores" not in printed.err
+
+    words = [*own, "--max-steps", "1", "--documents", "200", "--validation-documents", "2", "--out", str(tmp_path / "out")]
+    assert main(["case", *words, "amp_bf16", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["flops_per_step"] == found["flops_per_step"]
+    assert (row["attention_backend"], row["attention_dtype"]) == ("none", None)
+
+
 @pytest.mark.parametrize(("case", "config"), [("gpt2_clm", "amp_bf16"), ("roberta_multi_cls", "amp_bf16_fp32_head")])
 def test_a_runs_steps_get_their_figures(plan, tmp_path, case, config):
     settings = plan(case, config, max_steps=3)

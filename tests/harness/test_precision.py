@@ -7,12 +7,16 @@ from functools import partial
 import pytest
 import torch
 
-from bench_cases import DTYPE_CONFIGS
+from bench_cases import DTYPE_CONFIGS, Architecture, Case
+from bench_cases.architectures import CLM
 from bench_cases.models import build_model
+from bench_cases.own import OWN_LEARNING_RATES
 from harness import fp16_products, precision
 from harness.loss import MeasuringGradScaler, training_loss
+from harness.planning import plan_run
 from harness.precision import DTYPES, Precision, SwitchError, Unsupported, refuse_what_the_device_lacks
-from harness.run.execute import load_run_data, make_batches, model_request
+from harness.run.execute import execute, load_run_data, make_batches, model_request
+from harness.settings import Request
 from kernels import scale_
 
 CPU = torch.device("cpu")
@@ -229,6 +233,46 @@ def test_the_fp32_head_is_genuine(plan):
     exact = features.double() @ model.transformer.wte.weight.double().T
     error = {name: (value.double() - exact).abs().max().item() for name, value in logits.items()}
     assert error["amp_bf16_fp32_head"] < 1e-5 < error["amp_bf16"]
+
+
+SMALL_MAMBA2 = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "num_hidden_layers": 1}
+MAMBA2 = Case(
+    "mamba2_clm",
+    "own",
+    Architecture("mamba2", "Mamba-2", True, "", max_positions=512, sizes={"tiny": SMALL_MAMBA2 | {"chunk_size": 8}}),
+    CLM,
+    OWN_LEARNING_RATES,
+)
+
+
+@pytest.mark.parametrize("name", [name for name in ON_CPU if DTYPE_CONFIGS[name].head != "fp32"])
+def test_a_model_that_widens_its_logits_runs_and_its_row_says_so(tmp_path, monkeypatch, name):
+    """Mamba-2 returns ``lm_head(...).float()``: the loss gets what the head's product gave, in the declared dtype."""
+    sizes = {"max_steps": 2, "batch_size": 2, "seq_len": 16, "documents": 400, "validation_documents": 2}
+    asked = Request(preset="tiny", data="embedded", instrument="off", **sizes)
+    settings, reached = plan_run(MAMBA2, DTYPE_CONFIGS[name], 0, asked, CPU), []
+    monkeypatch.setattr("harness.loop.training_loss", lambda x, *a, **o: reached.append(x) or training_loss(x, *a, **o))
+    record = execute(settings, tmp_path)
+    assert record.status == ("diverged" if name in ("fp16_naive", "fp16_naive_clip16") else "completed"), record.error
+    assert record.logits_dtype == "fp32" and record.attention_backend == "none" and record.loss_initial > 7
+    assert {x.dtype for x in reached} == {DTYPES[DTYPE_CONFIGS[name].head]}
+
+
+def test_a_head_in_another_dtype_is_noticed_though_its_logits_are_fp32(plan):
+    precision, model, _ = made(plan, "bf16_pure")
+    model.head.model.lm_head = WideHead(model.head.model.lm_head.weight)
+    precision.observe_head(model)
+    with pytest.raises(SwitchError, match=r"logits are torch.float32 of a product in torch.float32, declared torch.bfloat16"):
+        precision.check_logits(model(torch.zeros(1, 4, dtype=torch.int64)))
+
+
+class WideHead(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden):
+        return hidden.float() @ self.weight.float().T
 
 
 def test_wrong_logits_are_noticed(plan):

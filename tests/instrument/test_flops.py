@@ -96,6 +96,96 @@ def test_every_product_belongs_to_the_module_that_ran_it():
     assert backward == {key: 2 * forward[key] for key in backward}
 
 
+class Convolved(nn.Module):
+    """Tokens as a picture of ``channels`` x 4 x (length / 4), or a line of ``channels`` x length, and a convolution over it."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.channels, self.plane = convolution.in_channels, isinstance(convolution, nn.Conv2d | nn.ConvTranspose2d)
+        self.embed, self.conv = nn.Embedding(11, self.channels), convolution
+
+    def forward(self, ids):
+        picture = self.embed(ids).transpose(1, 2)
+        return self.conv(picture.unflatten(-1, (4, -1)) if self.plane else picture).flatten(2).transpose(1, 2)
+
+
+def by_matrix_products(conv, x):
+    """The convolution's output as one matrix product a group of the input's patches (transposed: of the output's)."""
+    x, weight = (x, conv.weight) if x.ndim == 4 else (x.unsqueeze(2), conv.weight.unsqueeze(2))
+
+    def pair(values, first):
+        return (first, *values)[-2:]
+
+    patches = dict(
+        kernel_size=pair(conv.kernel_size, 1),
+        dilation=pair(conv.dilation, 1),
+        padding=pair(conv.padding, 0),
+        stride=pair(conv.stride, 1),
+    )
+    groups, expected = conv.groups, conv(x if conv.weight.ndim == 4 else x.squeeze(2)).detach()
+    if conv.transposed:
+        matrix = weight.unflatten(0, (groups, -1)).flatten(2).transpose(1, 2)
+        columns = (matrix @ x.flatten(2).unflatten(1, (groups, -1))).flatten(1, 2)
+        out = F.fold(columns, expected.shape[2:] if expected.ndim == 4 else (1, expected.shape[-1]), **patches)
+    else:
+        columns = F.unfold(x, **patches).unflatten(1, (groups, -1))
+        out = (weight.unflatten(0, (groups, -1)).flatten(2) @ columns).flatten(1, 2)
+    torch.testing.assert_close(out.flatten(2), expected.flatten(2), rtol=1e-4, atol=1e-5)
+    return out
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(
+    ("channels", "out", "more"),
+    [
+        (6, 4, {}),
+        (6, 6, {"groups": 6, "padding": 2}),  # depthwise, as a Mamba's
+        (6, 12, {"groups": 3, "stride": 2, "padding": 1}),
+        (4, 6, {"groups": 2, "dilation": 2, "stride": 3, "padding": 2}),
+    ],
+)
+def test_a_convolution_costs_its_matrix_products_forward_and_backward(kind, channels, out, more):
+    convolved = Convolved(kind(channels, out, 3, bias=False, **more))
+    if convolved.conv.transposed and more.get("stride"):
+        convolved.conv.output_padding = (1,) * (2 if convolved.plane else 1)
+    for inputs in (True, False):  # with and without the gradient of the input
+        convolved.embed.requires_grad_(inputs)
+        counted = {p.module: p for p in ModelCounter(Model(convolved, nn.Identity(), pooled=False)).count(2, 32)}[
+            "encoder.conv"
+        ]
+        x = torch.randn(2, channels, *((4, 8) if convolved.plane else (32,)), requires_grad=inputs)
+        with FlopCounterMode(display=False) as forward:
+            out = by_matrix_products(convolved.conv, x)
+        forward = forward.get_flop_counts()["Global"]
+        forward = sum(flops for op, flops in forward.items() if "mm" in str(op))
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        assert (counted.forward_flops, counted.backward_flops) == (forward, backward.get_total_flops())
+    assert counted.kind == "projection"
+
+
+def test_batched_products_without_a_softmax_are_no_attention():
+    """As a state-space model's: its output is a batched product of states."""
+
+    class Scan(Branches):
+        def forward(self, ids):
+            x = self.embed(ids)
+            return x.unsqueeze(-1) @ x.unsqueeze(-2) @ self.twice(x).unsqueeze(-1)
+
+    class Halves(nn.Module):  # the softmax is a module of its own, as DeBERTa's once was
+        def __init__(self):
+            super().__init__()
+            self.embed, self.softmax = nn.Embedding(11, 6), nn.Softmax(-1)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            return self.softmax(x @ x.transpose(1, 2)) @ x
+
+    for encoder, kinds in ((Scan, {"projection"}), (Halves, {"attention"})):
+        products = ModelCounter(Model(encoder(), nn.Identity(), pooled=False)).count(2, 4)
+        assert {p.kind for p in products if p.module == "encoder"} == kinds, encoder
+
+
 def test_frozen_weights_cost_what_they_run():
     model = branches()
     model.encoder.requires_grad_(False)

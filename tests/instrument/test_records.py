@@ -173,8 +173,9 @@ def test_the_rows_have_the_fields_of_the_design():
         step_time_p50_s step_time_p95_s
         flops_per_step mfu mfu_bf16_peak mfu_measured_peak mfu_real_tokens mfu_bf16_peak_real_tokens
         mfu_measured_peak_real_tokens peak_flops_per_s peak_flops_source peak_allocated_bytes
-        peak_reserved_bytes peak_device_bytes peak_rss_bytes energy_j scaler_skips attention_backend attention_dtype autocast
-        instrument init_sha256 data_sha256 final_weights_sha256 env config flags error nonfinite""".split()
+        peak_reserved_bytes peak_device_bytes peak_rss_bytes energy_j scaler_skips attention_backend attention_dtype
+        logits_dtype autocast instrument init_sha256 data_sha256 final_weights_sha256 env config flags error
+        nonfinite""".split()
     assert list(RunRecord.__struct_fields__) == run_fields
 
 

@@ -200,10 +200,10 @@ def test_the_system_is_described_and_what_nobody_recorded_is_a_question_mark(run
 
 def test_fp32_products_of_attention_and_documents_that_were_left_out_stand_in_the_header(plant):
     def change(case, config, seed):
-        compute = "fp32" if config == "fp32_true" else "bf16"
+        compute, attends = "fp32" if config == "fp32_true" else "bf16", case != "roberta_mlm"
         return {
-            "attention_dtype": "fp32",
-            "attention_backend": "math",
+            "attention_dtype": "fp32" if attends else None,
+            "attention_backend": "math" if attends else "none",
             "config": {"config": {"compute": compute}},
             "flags": {"data": {"single_label_excluded": {"train": 1_200, "validation": 3, "test": 0}}},
         }
@@ -214,6 +214,8 @@ def test_fp32_products_of_attention_and_documents_that_were_left_out_stand_in_th
         header(plant(("gpt2_single_cls", "gpt2_multi_cls"), ("fp32_true", "amp_bf16", "bf16_pure"), (0,), change))["facts"]
     )
     assert facts["Attention's products"] == "fp32 (math) under amp_bf16 and bf16_pure"
+    free = dict(header(plant(("gpt2_clm", "roberta_mlm"), ("amp_bf16",), (0,), change))["facts"])
+    assert free["Attention's products"] == "fp32 (math) under amp_bf16 and bf16_pure; no attention in roberta_mlm"
     assert facts["Documents without a class, left out"] == "gpt2_single_cls: 1,200 train, 3 validation"
 
 
