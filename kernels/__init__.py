@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kernels.multi_tensor_stats import TensorStats as TensorStats
     from kernels.multi_tensor_stats import multi_tensor_stats as multi_tensor_stats
     from kernels.multi_tensor_stats.reference import StatsReading as StatsReading
+    from kernels.resolvent_mix import resolvent_mix as resolvent_mix
     from kernels.unscale import scale_ as scale_
     from kernels.unscale import unscale_and_stats_ as unscale_and_stats_
 
@@ -47,6 +48,7 @@ _EXPORTS = {
     "activation_stats": "kernels.activation_stats",
     "ActivationRing": "kernels.activation_stats",
     "ActivationReading": "kernels.activation_stats",
+    "resolvent_mix": "kernels.resolvent_mix",
 }
 
 __all__ = list(_EXPORTS)

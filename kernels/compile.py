@@ -36,6 +36,7 @@ MODULES = {
     "unscale": "kernels.unscale.triton_kernel:unscale_specs",
     "scale": "kernels.unscale.triton_kernel:scale_specs",
     "activation_stats": "kernels.activation_stats.triton_kernel:compile_specs",
+    "resolvent_mix": "kernels.resolvent_mix.triton_kernel:compile_specs",
 }
 
 

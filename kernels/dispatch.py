@@ -79,19 +79,26 @@ def _nothing(*args) -> None:
 
 
 def _no_model_flops(*args, **kwargs) -> int:
-    """Model FLOPs are matmuls: losses, measuring and scaling add none. An op's elementwise work is in its `flops`."""
+    """Model FLOPs are matmuls and scans: losses, measuring and scaling add none. An op's elementwise work is in its `flops`."""
     return 0
 
 
-def register(library: torch.library.Library, schema: str, run: Callable, fake: Callable | None = _nothing):
+def register(
+    library: torch.library.Library,
+    schema: str,
+    run: Callable,
+    fake: Callable | None = _nothing,
+    flops: Callable[..., int] = _no_model_flops,
+):
     """Define an operator with one implementation for every device, and return it (`torch.ops.<library>.<name>`).
 
-    fake  what it returns by shape alone, under `torch.compile`; None: it is not meant to be traced
+    fake   what it returns by shape alone, under `torch.compile`; None: it is not meant to be traced
+    flops  its model FLOPs, given the shapes of its arguments
     """
     name = library.define(schema)
     library.impl(name, run, "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
     operator = getattr(getattr(torch.ops, library.ns), name)
-    register_flop_formula(operator)(_no_model_flops)
+    register_flop_formula(operator)(flops)
     return operator

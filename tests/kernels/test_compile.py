@@ -85,6 +85,7 @@ def test_every_op_lists_its_kernels():
         "unscale",
         "scale",
         "activation_stats",
+        "resolvent_mix",
     ]
 
 
