@@ -76,7 +76,8 @@ def diagnose(node: Node, captured: tuple[Any, tuple, dict], unflushed: tuple[tup
             and not node.constant
             and (node.fails_alone or not any(edge.kinds for edge in node.inputs))
         ):
-            cause = _beyond_float64(exact, nudged(1), nudged(-1))
+            scaled = at_failure(*map_numbers(lambda t: t / largest, wide)) if largest else exact
+            cause = _beyond_float64(exact, scaled, nudged(1), nudged(-1))
         elif cause == "overflow" and largest and largest < 1 and float(exact[exact.isfinite()].abs().max()) <= limit:
             scaled = _run(func, *map_numbers(lambda t: t / largest, (args, kwargs)))[place]
             cause = "underflow_then_divide" if bool(scaled.isfinite().all()) else cause  # inside the op
@@ -113,10 +114,11 @@ def _cause(exact: torch.Tensor, known_zeros: torch.Tensor, limit: float) -> str:
     return max(of_each, key=of_each.__getitem__)
 
 
-def _beyond_float64(exact: torch.Tensor, *nudged: torch.Tensor) -> str:
-    """The cause of infinities in float64: ``overflow`` (``exp(1000)``) where they stay when the inputs move a little, else a
-    singular point (``1 / 0``, ``log1p(-1)``), which is ``invalid``."""
-    stay = exact.isinf() & torch.stack([~values.isfinite() for values in nudged]).all(0)
+def _beyond_float64(exact: torch.Tensor, scaled: torch.Tensor, *nudged: torch.Tensor) -> str:
+    """The cause of infinities in float64: ``overflow`` (``exp(1000)``) where they stay when the inputs move a little and not when
+    the largest is 1; else it is infinite at a point (``1 / 0``, ``log1p(-1)``) or whatever it reads (a determinant's logarithm of
+    a singular matrix), which is ``invalid``."""
+    stay = exact.isinf() & torch.stack([~values.isfinite() for values in nudged]).all(0) & scaled.isfinite()
     return "overflow" if 2 * int(stay.sum()) > exact.numel() else "invalid"
 
 

@@ -23,6 +23,7 @@ class StepPosition:
         self._updating = False
         self._microbatch = -1
         self._modules: list[str] = []
+        self._entered_by_autograd = False  # a checkpointed module runs again
         self._module_of_sequence: dict[int, str | None] = {}
 
     def enter(self, name: str) -> None:
@@ -31,6 +32,8 @@ class StepPosition:
             self._microbatch += torch.is_grad_enabled()
         if self._modules:  # a checkpoint's node is made before the modules inside it run: it is the caller's
             self._made_by(self._modules[-1])
+        else:
+            self._entered_by_autograd = torch._C._current_autograd_node() is not None
         self._modules.append(name)
 
     def leave(self, name: str) -> None:
@@ -43,6 +46,11 @@ class StepPosition:
         self._stage, self._updating = ("optimizer", True) if begins else (AFTER, False)
 
     @property
+    def _differentiates(self) -> bool:
+        """Whether a module's forward asks autograd for a gradient (forces), which is no backward pass of the step."""
+        return bool(self._modules) and not self._entered_by_autograd and self._stage in ("forward", "loss")
+
+    @property
     def in_module(self) -> bool:
         """Whether code inside of a module runs, or its backward."""
         return bool(self._modules) or torch._C._current_autograd_node() is not None
@@ -50,7 +58,7 @@ class StepPosition:
     def now(self) -> tuple[str, str | None]:
         """Phase and module of the op that runs now."""
         node = torch._C._current_autograd_node()
-        if node is not None and self.phase_asked is None and self._stage != "optimizer":
+        if node is not None and self.phase_asked is None and self._stage != "optimizer" and not self._differentiates:
             if self._stage in ("forward", "loss"):
                 self._stage = "backward"
                 self._turn("backward")

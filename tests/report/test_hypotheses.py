@@ -330,6 +330,8 @@ def top_left(plant, speed=3.0, peak=10**10, **rest):
 def test_p2_needs_speed_and_memory(plant, given, verdict):
     finding = of(top_left(plant, **given), "P2")
     assert finding.verdict == verdict and "amp_bf16" in finding.sentence
+    if given.get("peak", 1) is not None:
+        assert "the leanest rival (amp_bf16) 15.0 GB" in finding.sentence
 
 
 def test_p2_is_refuted_by_one_case_of_two(plant):

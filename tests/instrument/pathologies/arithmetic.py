@@ -169,6 +169,19 @@ COMPLEX_UNDERFLOWS = (
     ("the conjugate of one", in_b(lambda net, x: apart(paired(x) / complex_square(net, x).conj())), "aten.div"),
     ("its logarithm", in_b(lambda net, x: apart(complex_square(net, x).log())), "aten.log"),
 )
+SINGULAR = (
+    ("a singular matrix", in_b(lambda net, x: torch.linalg.slogdet(x.T @ x)[1]), "aten._linalg_slogdet"),
+    ("no alignment", in_b(lambda net, x: aligned(x)), "aten._ctc_loss"),
+)
+"""Infinite however their inputs move."""
+
+
+def aligned(x):
+    """Two steps for three labels."""
+    lengths = torch.tensor([2]), torch.tensor([3])
+    return F.ctc_loss(x.log_softmax(-1).unsqueeze(1), torch.tensor([[1, 1, 2]]), *lengths)
+
+
 COMPLEX_ZEROS = (
     ("complex 1 / 0", in_b(lambda net, x: apart(paired(x) / paired(x * 0))), "aten.div"),
     ("logarithm of a complex zero", in_b(lambda net, x: apart(paired(x * 0).log())), "aten.log"),
@@ -201,7 +214,7 @@ PATHOLOGIES = [
         in_float64=True,
     ),
     *each_dtype((SINGLE,), *rows(COMPLEX_UNDERFLOWS, UNDERFLOW), in_float64=True),
-    *each_dtype((SINGLE,), *rows(COMPLEX_ZEROS, INVALID), in_float64=False),
+    *each_dtype((SINGLE,), *rows((*COMPLEX_ZEROS, *SINGULAR), INVALID), in_float64=False),
     Pathology("invalid: complex root at zero", SINGLE, complex_root, "aten.div", INVALID, phase="backward", in_float64=False),
     Pathology("overflow: complex", SINGLE, in_b(lambda net, x: torch.fft.fft(x * net.huge()).abs()), "aten._fft_r2c", OVERFLOW),
     Pathology(

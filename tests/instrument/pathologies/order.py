@@ -34,6 +34,17 @@ def absorbed(net, x):
     return net.b(lambda x: (x.detach() * net.huge() * 4).sigmoid() * x, x)
 
 
+def forces(x):
+    """A module that differentiates, as force fields do."""
+    place = x.detach().requires_grad_()
+    return x + torch.autograd.grad((place * 3).square().sum(), place)[0]
+
+
+def spoilt_forces(x):
+    place = x.detach().requires_grad_()
+    return x + torch.autograd.grad((place * 0).sqrt().sum(), place)[0]
+
+
 def in_turn(*runs):
     """One of ``runs`` for each micro-batch."""
     return lambda net, x: runs[net.microbatch](net, x)
@@ -147,4 +158,10 @@ PATHOLOGIES = [
         )
     ),
     *UPDATES,
+    *each_dtype(
+        (HALF, SINGLE),
+        ("order: forces, then an output", lambda net, x: overflow(net, net.b(forces, x)), "aten.mul", OVERFLOW),
+        module="a",
+    ),
+    Pathology("order: forces of an infinite slope", SINGLE, lambda net, x: net.b(spoilt_forces, x), "aten.div", INVALID),
 ]  # fmt: skip
