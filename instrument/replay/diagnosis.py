@@ -115,9 +115,9 @@ def _cause(exact: torch.Tensor, known_zeros: torch.Tensor, limit: float) -> str:
 
 
 def _beyond_float64(exact: torch.Tensor, scaled: torch.Tensor, *nudged: torch.Tensor) -> str:
-    """The cause of infinities in float64: ``overflow`` (``exp(1000)``) where they stay when the inputs move a little and not when
-    the largest is 1; else it is infinite at a point (``1 / 0``, ``log1p(-1)``) or whatever it reads (a determinant's logarithm of
-    a singular matrix), which is ``invalid``."""
+    """The cause of infinities in float64: ``overflow`` (``exp(1000)``) where they stay when the inputs move a little and not
+    when the largest is 1; else it is infinite at a point (``1 / 0``, ``log1p(-1)``) or for all that is like it (the logarithm
+    of a singular matrix' determinant), which is ``invalid``."""
     stay = exact.isinf() & torch.stack([~values.isfinite() for values in nudged]).all(0) & scaled.isfinite()
     return "overflow" if 2 * int(stay.sum()) > exact.numel() else "invalid"
 

@@ -90,3 +90,21 @@ def test_seeds_for_rates_are_counted_exactly():
     assert rate_below(0, 3).seeds_needed == 36 and 0.9**36 <= 0.025 < 0.9**35
     assert rate_above(3, 3).seeds_needed == 2 and rate_above(0, 3).seeds_needed is None  # 0.1^2 <= 0.025 < 0.1
     assert more_often(3, 3, 0, 3).seeds_needed == 4 and more_often(0, 3, 3, 3).seeds_needed is None
+
+
+def test_seeds_of_joined_statements_are_those_of_the_last_or_of_the_first_that_decides():
+    """All of them wait for the slowest; any of k needs the fastest, at a k-th of the level."""
+    tests = Test(0.5, lambda level: 5), Test(0.5, lambda level: 9 if level == 0.025 else 30), Test(0.5)
+    assert all_of(tests[:2]).seeds_needed == 9 and all_of(tests).seeds_needed is None
+    assert any_of(tests).seeds_needed == 5 and any_of(tests[1:]).seeds_needed == 30 and any_of(tests[2:]).seeds_needed is None
+
+
+@pytest.mark.parametrize("seeds", [3, 4, 7, 20, 300])
+@pytest.mark.parametrize("n", [2, 4])
+def test_seeds_are_the_fewest_whose_t_quantiles_reach_the_effect(seeds, n):
+    """Two seeds show nothing, and yet say how many more would."""
+    shown = sum(stats.t.ppf((0.975, 0.8), seeds - 1)) / math.sqrt(seeds)
+    for least, needed in ((1 + 1e-9, seeds), (1 - 1e-9, seeds + 1)):
+        noise = np.array([-1.0, 1.0] * (n // 2))
+        test = above(shown * least * noise.std(ddof=1) + noise, 0.0)
+        assert test.seeds_needed == needed and (n > 2 or test.p == 1.0)
