@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
@@ -32,7 +33,8 @@ def name_markers(axes: Axes, names: Sequence[str], points: np.ndarray, obstacles
         axes.text(0, 0, "\n".join(names[at] for at in group), size=SMALL_PT, va="bottom", ha="left", linespacing=1.05)
         for group in groups
     ]
-    sizes = np.array([[box.width, box.height] for box in (text.get_window_extent() for text in texts)])
+    renderer = RendererAgg(*axes.figure.bbox.size, axes.figure.dpi)  # one: a text without makes its own
+    sizes = np.array([[box.width, box.height] for box in (text.get_window_extent(renderer) for text in texts)])
     every, anchors = to_px(points), np.array([to_px(points[group]).mean(axis=0) for group in groups])
     others = to_px(obstacles.reshape(-1, 2)).reshape(-1, 4) + half * np.array([-1, -1, 1, 1])
     boxes = np.r_[np.c_[every - half, every + half], others]
@@ -81,8 +83,9 @@ def place(
         foreign = obstacles[~_inside(anchors[at], obstacles)]
         grown = taken + gap / 2 * np.array([-1, -1, 1, 1])
         cost = np.hypot(*(nearest - anchors[at]).T)
-        cost += COVERING * (_overlaps(boxes, obstacles) + 2 * _overlaps(boxes, grown) + _lines_in(boxes, leaders))
-        cost += CROSSING * (_crossings(lines, foreign) + _crossings(lines, taken) + _line_crossings(lines, leaders))
+        cost += COVERING * (_overlaps(boxes, obstacles) + 2 * _overlaps(boxes, grown) + _enters(leaders, boxes).sum(axis=0))
+        entered = _enters(lines, foreign).sum(axis=1) + _enters(lines, taken).sum(axis=1)
+        cost += CROSSING * (entered + _line_crossings(lines, leaders))
         cost += NEARER_ANOTHER * _nearer_another(boxes, anchors, int(at))
         best = int(np.argmin(cost))
         corners[at] = found[best]
@@ -129,8 +132,8 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (low & high).all(axis=2).sum(axis=1)
 
 
-def _crossings(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """How many boxes each line enters (the slab method)."""
+def _enters(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Whether each line enters each box [lines, boxes] (the slab method)."""
     start, way = lines[:, None, :2], lines[:, None, 2:] - lines[:, None, :2]
     with np.errstate(divide="ignore", invalid="ignore"):
         one, other = (boxes[None, :, :2] - start) / way, (boxes[None, :, 2:] - start) / way
@@ -138,12 +141,7 @@ def _crossings(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     within = (start >= boxes[None, :, :2]) & (start <= boxes[None, :, 2:])
     enter = np.where(still, np.where(within, -np.inf, np.inf), np.minimum(one, other)).max(axis=2)
     leave = np.where(still, np.where(within, np.inf, -np.inf), np.maximum(one, other)).min(axis=2)
-    return ((enter <= leave) & (enter <= 1) & (leave >= 0)).sum(axis=1)
-
-
-def _lines_in(boxes: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """How many lines enter each box."""
-    return np.array([_crossings(lines, box[None]).sum() for box in boxes]) if len(lines) else np.zeros(len(boxes))
+    return (enter <= leave) & (enter <= 1) & (leave >= 0)
 
 
 def _line_crossings(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
