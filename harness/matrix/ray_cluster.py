@@ -29,7 +29,7 @@ def connected(address: str | None) -> Iterator[None]:
     """While the block runs, `ray` is connected to the cluster at ``address``, or to one of our own that ends with the block."""
     bind_to_loopback() if address is None else None
     at = address and private_address(address)
-    os.environ.update(RAY_task_oom_retries=str(RETRIES))  # else without end
+    os.environ["RAY_task_oom_retries"] = str(RETRIES)  # noqa: SIM112 (Ray spells it so); else without end
     try:
         import ray
         from ray.exceptions import RayError
