@@ -468,3 +468,14 @@ def test_an_attention_backend_that_cannot_serve_is_unsupported_and_other_errors_
         raise RuntimeError("No available kernel. Aborting execution.")
     with pytest.raises(RuntimeError, match="shapes"), precision.forward():
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_products_stand_in_for_those_of_fp16_just_where_the_cpu_has_none(monkeypatch, hardware):
+    installed, install = [], fp16_products.install
+    monkeypatch.setattr(fp16_products, "cpu_has_fp16_arithmetic", lambda: hardware)
+    monkeypatch.setattr(fp16_products, "install", lambda: installed.append(install()) or installed[-1])
+    made = Precision(DTYPE_CONFIGS["amp_fp16"], torch.device("cpu"), threads=1)
+    made.close()
+    assert len(installed) == (not hardware)
+    assert made.flags["fp16_products"] == ("hardware" if hardware else "fp32, rounded once to fp16")
