@@ -479,3 +479,16 @@ def test_products_stand_in_for_those_of_fp16_just_where_the_cpu_has_none(monkeyp
     made.close()
     assert len(installed) == (not hardware)
     assert made.flags["fp16_products"] == ("hardware" if hardware else "fp32, rounded once to fp16")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("model name\t: fphp\nflags\t\t: fpu sse2 avx512_fp16\n", True),
+        ("Features\t: fp asimd asimdhp\n", True),
+        ("model name\t: amx_fp16 fphp\nflags\t\t: fpu sse2 avx2 f16c\n", False),
+    ],
+)
+def test_fp16_arithmetic_is_read_from_the_flags_of_the_cpu(monkeypatch, cpuinfo, found):
+    monkeypatch.setattr(fp16_products.Path, "read_text", lambda path: cpuinfo)
+    assert fp16_products.cpu_has_fp16_arithmetic() is found
