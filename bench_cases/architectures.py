@@ -39,9 +39,14 @@ class Architecture:
         module, _, function = self.build.partition(":")
         check(bool(module and function), owner, f"build {self.build!r} is not 'module:function'")
 
-    def positions(self, preset: str) -> int:
-        """How many tokens a sequence may hold at a preset's size."""
-        override = self.sizes.get(preset, {}).get(self.position_key)
+    @property
+    def size_keys(self) -> tuple[str, ...]:
+        """The sizes that it declares; none for a model from outside, whose own configuration says them."""
+        return tuple(dict.fromkeys(key for sizes in self.sizes.values() for key in sizes))
+
+    def positions(self, preset: str, changed: Mapping[str, int] = {}) -> int:
+        """How many tokens a sequence may hold at a preset's size, with ``changed`` sizes."""
+        override = {**self.sizes.get(preset, {}), **changed}.get(self.position_key)
         return self.max_positions if override is None else override - self.position_offset
 
 

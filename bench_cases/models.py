@@ -9,8 +9,8 @@ heads are ours, since no pretrained weights hold them: GPT-2's is one projection
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,8 @@ class ModelRequest:
     ``vocabulary`` is the tokenizer's size; the embedding holds `padded_vocabulary` of it. ``outputs`` is the number of labels
     or classes, None for language models. ``weights`` is ``scratch``, ``pretrained`` (the architecture's hub id) or a folder.
     ``seq_len`` is the longest sequence that the model must take. ``prior``: what the bias of a classification head's last layer
-    begins with, one number an output; None: the head's own beginning, and a bias only where it has one.
+    begins with, one number an output; None: the head's own beginning, and a bias only where it has one. ``size``: what is asked
+    for beside the preset's sizes, of a model from scratch.
     """
 
     architecture: Architecture
@@ -59,6 +60,12 @@ class ModelRequest:
     seed: int
     seq_len: int = 1
     prior: tuple[float, ...] | None = None
+    size: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What is not at the library's default: the preset's sizes and those asked for."""
+        return {**self.architecture.sizes.get(self.preset, {}), **self.size}
 
 
 def padded_vocabulary(size: int) -> int:

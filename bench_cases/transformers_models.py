@@ -9,6 +9,7 @@ packed into a row, and in every eager forward pass read the answer back: a wait 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bench_cases.architectures import Architecture
@@ -87,8 +88,7 @@ def _configuration(request: ModelRequest) -> Any:
 
     architecture = request.architecture
     if request.weights == "scratch":
-        config = _default_configuration(architecture)
-        config.update(dict(architecture.sizes.get(request.preset, {})))
+        config = _sized_configuration(architecture, request.sizes)
         config.vocab_size = padded_vocabulary(request.vocabulary)
         for name in ("pad", "bos", "eos"):
             if hasattr(config, f"{name}_token_id"):
@@ -96,7 +96,7 @@ def _configuration(request: ModelRequest) -> Any:
     else:
         source = architecture.hub_id if request.weights == "pretrained" else request.weights
         config = reach(lambda: AutoConfig.from_pretrained(source, trust_remote_code=False), source)
-        if config.model_type != _default_configuration(architecture).model_type:
+        if config.model_type != _sized_configuration(architecture, {}).model_type:
             raise ModelError(f"weights {source!r} are a {config.model_type}, and the case wants {architecture.id}")
     for name, value in config.to_dict().items():
         is_share = "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -111,16 +111,39 @@ def _configuration(request: ModelRequest) -> Any:
     return config
 
 
-def _default_configuration(architecture: Architecture) -> Any:
-    """The configuration of an architecture's full size: the library's own defaults with the declared
-    position table, or, for a model from outside (which declares no sizes), its own configuration."""
+def _sized_configuration(architecture: Architecture, sizes: Mapping[str, Any]) -> Any:
+    """The configuration of an architecture with sizes given to its constructor, so that what the library derives from them (a
+    Mamba's ``intermediate_size``) follows. The others are the library's defaults with the declared position table, or, for a
+    model from outside (which declares no sizes), those of its own configuration."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if not architecture.sizes:
-        return reach(lambda: AutoConfig.from_pretrained(architecture.hub_id, trust_remote_code=False), architecture.hub_id)
-    config = CONFIG_MAPPING[architecture.id]()
-    setattr(config, architecture.position_key, architecture.max_positions + architecture.position_offset)
+    if architecture.sizes:
+        positions = architecture.max_positions + architecture.position_offset
+        config = CONFIG_MAPPING[architecture.id](**{architecture.position_key: positions, **sizes})
+    else:
+        config = reach(lambda: AutoConfig.from_pretrained(architecture.hub_id, trust_remote_code=False), architecture.hub_id)
+        allowed = [k for k, v in config.to_dict().items() if type(v) is int and k != "vocab_size" and not k.endswith("_id")]
+        if unknown := [key for key in sizes if key not in allowed]:
+            raise ModelError(f"--size {unknown[0]} is no size of {architecture.name}; allowed: {', '.join(sorted(allowed))}")
+        config = type(config).from_dict({**_independent_fields(config), **sizes}) if sizes else config
+    for key, value in sizes.items():
+        if getattr(config, key) != value:
+            raise ModelError(f"{key} of {architecture.name} is not to be chosen: it is {getattr(config, key)}")
     return config
+
+
+def _independent_fields(config: Any) -> dict[str, Any]:
+    """A configuration's fields without those that its constructor gives by itself: defaults, and what follows from others."""
+    whole = config.to_dict()
+    fields = dict(whole)
+    for name in whole:
+        fewer = {key: value for key, value in fields.items() if key != name}
+        try:
+            if type(config).from_dict(fewer).to_dict() == whole:
+                fields = fewer
+        except Exception:  # in many ways, by library: it cannot do without this one
+            continue
+    return fields
 
 
 def _scratch(auto: Any, config: Any, request: ModelRequest) -> nn.Module:

@@ -18,7 +18,7 @@ from harness.loss import training_loss
 from harness.measured_rates import sample, threads_restored
 from harness.precision import DTYPES, Precision
 from harness.run.execute import load_run_data, model_request
-from harness.settings import RunSettings
+from harness.settings import RunSettings, asked_sizes
 from instrument.flops import StepFlops
 from instrument.mfu import known_card, weighted_peak
 from instrument.terminal import count
@@ -89,6 +89,7 @@ def data_facts(settings: RunSettings) -> DataFacts:
         dropout=settings.dropout,
         seed=settings.seed,
         prior=None if settings.case.head_prior == "none" else (0.0,) * HUB_LABELS,
+        size=asked_sizes(settings.size),
     )
     return DataFacts(vocabulary, request, "assumed: a dry run downloads nothing")
 

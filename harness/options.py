@@ -16,8 +16,8 @@ from typing import Any
 from bench_cases import PRESETS, TASKS
 from harness.settings import ENGINES, OWN_MODEL, PARALLEL, SETTINGS, THE_RUN, Request, Setting
 
-FIT_SETTINGS = ("preset", "device", "data", "weights", "seq_len", "documents", "threads", "attention", "compile")
-FLOPS_SETTINGS = ("preset", "data", "weights", "batch_size", "seq_len", "attention", "text_field", "label_field")
+FIT_SETTINGS = ("preset", "device", "data", "weights", "seq_len", "documents", "threads", "attention", "size", "compile")
+FLOPS_SETTINGS = ("preset", "data", "weights", "batch_size", "seq_len", "attention", "size", "text_field", "label_field")
 """The settings that change FLOPs or their dtypes."""
 CAMPAIGN_SETTINGS = (
     *("preset", "device", "data", "weights", "max_steps", "batch_size"),
@@ -70,6 +70,8 @@ def add_settings(
         else:
             option |= {"type": declared.parse, "choices": declared.choices}
             option["metavar"] = declared.metavar or ("N" if declared.parse is int else None)
+        if declared.joined:
+            option["action"] = Joined
         if declared.const is not None:
             option |= {"nargs": "?", "const": declared.const}
         if strict and declared.least == 1:
@@ -77,6 +79,14 @@ def add_settings(
         if not defaults:
             option["default"] = None
         command.add_argument(flag_of(name, declared), **{**option, **(changes or {}).get(name, {})})
+
+
+class Joined(argparse.Action):
+    """Joins the values of an option that is given several times by commas."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, f"{before},{values}" if before else values)
 
 
 def flag_of(name: str, declared: Setting) -> str:

@@ -36,7 +36,8 @@ class SettingsError(ValueError):
 @dataclass(frozen=True)
 class Setting:
     """How a setting is spelled on the command line, what may be asked, and whether it is part of the run id. ``least``: the
-    smallest number allowed. ``const``: what the option means without a number. ``of_preset``: None stands for the preset's."""
+    smallest number allowed. ``const``: what the option means without a number. ``of_preset``: None stands for the preset's.
+    ``joined``: values of an option that is repeated are joined by commas."""
 
     default: Any
     parse: Callable[[str], Any]
@@ -47,6 +48,7 @@ class Setting:
     const: Any = None
     least: int | None = None
     of_preset: bool = False
+    joined: bool = False
     group: str = THE_RUN
     hashed: Hashed = "when changed"
 
@@ -100,6 +102,13 @@ class RunSettings:
         flag="--sdpa",
         choices=("auto", "math", "efficient", "flash", "cudnn"),
         hashed=True,
+    )
+    size: str | None = setting(
+        None,
+        str,
+        "sizes of a model from scratch other than the preset's (n_layer=4); may be repeated",
+        metavar="KEY=V[,KEY=V]",
+        joined=True,
     )
     compile: bool = setting(False, bool, "torch.compile: another experiment, recorded", hashed=True)
     bucket_by_length: bool = setting(False, bool, "batches of documents of like length", hashed=True)
@@ -217,12 +226,15 @@ def resolve(
     if batch_size % micro_batch:
         raise SettingsError(f"micro_batch {micro_batch} does not divide batch_size {batch_size}")
     seq_len = asked.seq_len or preset.sequence_length(case.id)
-    _check_length(seq_len, case, preset.id, weights)
+    sizes = asked_sizes(asked.size)
+    _check_sizes(sizes, case, weights)
+    _check_length(seq_len, case, preset.id, weights, sizes)
     lr = asked.lr if asked.lr is not None else case.lr.of(preset.id, weights)
     if not (math.isfinite(lr) and lr > 0):
         raise SettingsError(f"lr is {lr}; it must be a positive number")
     values |= {"preset": preset.id, "device": device, "data": data, "weights": weights, "lr": lr, "seq_len": seq_len}
     values |= {"micro_batch": micro_batch, "eval_every": asked.eval_every or 0}
+    values["size"] = ",".join(f"{key}={sizes[key]}" for key in sorted(sizes)) or None
     values["log_every"] = min(max_steps, asked.log_every or (1 if device == "cpu" else 10))
     return RunSettings(
         case=case,
@@ -257,8 +269,28 @@ def _check(values: Mapping[str, Any], seed: int, device: str) -> None:
         raise SettingsError(f"sdpa policy {values['attention']!r} exists on CUDA only; allowed here: auto, math, flash")
 
 
-def _check_length(seq_len: int, case: Case, preset: str, weights: str) -> None:
-    positions = case.architecture.positions(preset if weights == "scratch" else "full")
+def asked_sizes(text: str | None) -> dict[str, int]:
+    """``n_layer=4,n_embd=64`` as a dict; raises `SettingsError`."""
+    found: dict[str, int] = {}
+    for part in (text or "").split(",") if text else ():
+        key, _, value = (word.strip() for word in part.partition("="))
+        if not key or not value.isdecimal() or int(value) < 1 or key in found:
+            raise SettingsError(f"--size {part!r}; allowed: KEY=V with a whole number from 1, each key once")
+        found[key] = int(value)
+    return found
+
+
+def _check_sizes(sizes: Mapping[str, int], case: Case, weights: str) -> None:
+    allowed = case.architecture.size_keys
+    if sizes and weights != "scratch":
+        raise SettingsError(f"--size is for models from scratch, and the weights are {weights}; add --weights scratch")
+    for key in sizes:
+        if allowed and key not in allowed:
+            raise SettingsError(f"--size {key} is no size of {case.architecture.name}; allowed: {', '.join(allowed)}")
+
+
+def _check_length(seq_len: int, case: Case, preset: str, weights: str, sizes: Mapping[str, int]) -> None:
+    positions = case.architecture.positions(preset if weights == "scratch" else "full", sizes)
     allowed = f"allowed: {SHORTEST_SEQUENCE} to {positions}"
     if seq_len < SHORTEST_SEQUENCE:
         raise SettingsError(f"seq_len is {seq_len}; {allowed}")

@@ -23,7 +23,7 @@ from harness.run.outcome import Outcome, machine_of, summarize
 from harness.run.resume import ResumeState
 from harness.run.signals import Stop, Stopped
 from harness.run.trainer import Progress, Trainer
-from harness.settings import RunSettings
+from harness.settings import RunSettings, asked_sizes
 from instrument.results.claims import claim
 from instrument.results.folder import RunFolder, output_error, require_writable, write_machine
 from instrument.results.schemas import EventRecord, RunRecord
@@ -176,6 +176,7 @@ def model_request(settings: RunSettings, data: TokenizedData) -> ModelRequest:
         seed=settings.seed,
         seq_len=settings.seq_len,
         prior=tuple(data.label_log_odds().tolist()) if case.head_prior == "log_odds" else None,
+        size=asked_sizes(settings.size),
     )
 
 

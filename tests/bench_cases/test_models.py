@@ -1,10 +1,12 @@
 """The models: seeded, padded, pooled where the text ends, cut where the head begins."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
@@ -12,14 +14,16 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     OPTConfig,
     T5Config,
 )
 
-from bench_cases import ARCHITECTURES, TASKS
+from bench_cases import ARCHITECTURES, TASKS, Architecture
 from bench_cases.models import ModelError, ModelRequest, WeightsUnavailable, build_model, padded_vocabulary, weights_sha256
 from bench_cases.own import case_for_model
+from bench_cases.transformers_models import _sized_configuration
 
 VOCABULARY = 1_000
 
@@ -232,6 +236,53 @@ def test_a_model_without_attention_runs(tmp_path, task):
     model = case_of(tmp_path, MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1), task)
     assert model(torch.randint(5, VOCABULARY, (2, 8)), last_token=torch.tensor([3, 7])).isfinite().all()
     assert model.attention is None
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "roberta"])
+@pytest.mark.parametrize("preset", ["tiny", "full"])
+def test_sizes_given_to_the_constructor_change_no_registered_model(arch, preset):
+    """As `config.update` gave them: nothing of GPT-2's and RoBERTa's configurations follows from these sizes."""
+    architecture = ARCHITECTURES[arch]
+    updated = CONFIG_MAPPING[arch]()
+    setattr(updated, architecture.position_key, architecture.max_positions + architecture.position_offset)
+    updated.update(dict(architecture.sizes.get(preset, {})))
+    assert _sized_configuration(architecture, architecture.sizes.get(preset, {})).to_dict() == updated.to_dict()
+
+
+def test_what_follows_from_a_size_follows(tmp_path):
+    """Mamba's inner width and time-step rank, from the registry and from a file that has the old ones written out."""
+    registered = Architecture("mamba", "Mamba", True, "", 512, sizes={"tiny": {"hidden_size": 64, "num_hidden_layers": 1}})
+    MambaConfig(num_hidden_layers=2, state_size=8).save_pretrained(tmp_path)
+    outside = case_for_model(str(tmp_path), "clm").architecture
+    assert json.loads((tmp_path / "config.json").read_text())["intermediate_size"] == 1_536
+    for architecture, sizes in ((registered, registered.sizes["tiny"]), (outside, {"hidden_size": 64})):
+        config = _sized_configuration(architecture, sizes)
+        assert (config.hidden_size, config.intermediate_size, config.time_step_rank) == (64, 128, 4)
+    assert (config.num_hidden_layers, config.state_size) == (2, 8)  # the file's own
+    plain = ModelRequest(outside, TASKS["clm"], "tiny", VOCABULARY, 1, 0, 2, None, "scratch", 0.0, 0, size={"hidden_size": 64})
+    assert build_model(plain).backbone.layers[0].mixer.in_proj.weight.shape == (256, 64)
+    with pytest.raises(ModelError, match="--size n_embd is no size of mamba; allowed: .*conv_kernel.*hidden_size"):
+        _sized_configuration(outside, {"n_embd": 64})
+
+
+def test_a_size_that_the_library_does_not_take_is_refused(monkeypatch):
+    fixed, take = Architecture("mamba", "Mamba", True, "", 512, sizes={"tiny": {"state_size": 8}}), MambaConfig.__post_init__
+    monkeypatch.setattr(MambaConfig, "__post_init__", lambda c, **more: (take(c, **more), setattr(c, "state_size", 16)))
+    with pytest.raises(ModelError, match="state_size of Mamba is not to be chosen: it is 16"):
+        _sized_configuration(fixed, {"state_size": 8})
+
+
+def test_a_mamba2_and_a_llama_follow_and_contradictions_are_one_line(tmp_path):
+    Mamba2Config(num_hidden_layers=1, n_groups=1).save_pretrained(tmp_path)
+    outside = case_for_model(str(tmp_path), "clm").architecture
+    small = _sized_configuration(outside, {"hidden_size": 64, "num_heads": 8, "head_dim": 16})
+    assert (small.time_step_rank, small.n_groups) == (4, 1)  # 256 of 4,096
+    plain = ModelRequest(outside, TASKS["clm"], "tiny", VOCABULARY, 1, 0, 2, None, "scratch", 0.0, 0, size={"hidden_size": 64})
+    with pytest.raises(ModelError, match="mamba2 cannot be trained for clm here: .*"):
+        build_model(plain)
+    LlamaConfig(num_attention_heads=8, hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path)
+    llama = _sized_configuration(case_for_model(str(tmp_path), "clm").architecture, {"num_attention_heads": 4})
+    assert (llama.num_key_value_heads, llama.head_dim, llama.hidden_size) == (4, 16, 64)
 
 
 def test_attention_is_what_ran(tmp_path):

@@ -299,6 +299,13 @@ def test_a_model_from_outside_is_counted(capsys, tmp_path):
     assert found["flops_per_step"] - found["causal_half_flops_per_step"] == 3 * 2 * 2 * 4 * 16 * 16 * 32 // 2
 
 
+def test_sizes_reach_the_model(capsys):
+    words = ["flops", "gpt2_clm", "--preset", "tiny", "--data", "embedded", "--size", "n_layer=3", "--size", "n_embd=64"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sizes"]["layers"], found["sizes"]["width"], found["closed_form_equal"]) == (3, 64, True)
+
+
 def test_a_mamba_has_no_attention_and_its_row_says_what_flops_says(capsys, tmp_path):
     """By hand, forward, a row of L tokens and a layer: the convolution pads K - 1 on both sides, the scan's use of states is a
     product, and the head is as wide as the vocabulary."""

@@ -68,6 +68,7 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
         "lr": 1.0,
         "dropout": 0.5,
         "attention": "flash",
+        "size": "n_layer=3",
         "compile": True,
         "bucket_by_length": True,
         "text_field": "t",
@@ -110,11 +111,25 @@ def test_files_from_outside_are_part_of_the_identity(tmp_path):
         ({"eval_every": -1}, "eval_every is -1"),
         ({"attention": "efficient"}, "exists on CUDA only"),
         ({"seed": -1}, "seed is -1"),
+        ({"size": "n_layers=3"}, "--size n_layers is no size of GPT-2; allowed: n_layer, n_head, n_embd, n_positions"),
+        ({"size": "n_layer=0"}, "--size 'n_layer=0'; allowed: KEY=V with a whole number from 1, each key once"),
+        ({"size": "n_layer=3,n_layer=4"}, "each key once"),
+        ({"size": "n_positions=16"}, "longer than the 16 positions of GPT-2"),
+        ({"size": "n_layer=3", "weights": "pretrained"}, "--size is for models from scratch"),
     ],
 )
 def test_bad_settings_say_what_was_given_and_what_is_allowed(asked, words):
     with pytest.raises(SettingsError, match=words):
         settle(**asked)
+
+
+def test_sizes_are_part_of_the_run_id_however_they_are_spelled():
+    words = ["case", "gpt2_clm", "fp32_true", "--size", "n_layer=3", "--size=n_embd=64"]
+    assert parser().parse_args(words).size == "n_layer=3,n_embd=64"
+    one, other = settle(size="n_layer=3,n_embd=64"), settle(size="n_embd=64, n_layer=3")
+    assert one.run_id == other.run_id != settle().run_id and "size" not in settle().as_config()
+    assert one.as_config()["size"] == "n_embd=64,n_layer=3"
+    assert settle(size="n_positions=4096", seq_len=4_096).seq_len == 4_096
 
 
 def test_a_batch_that_the_micro_batch_does_not_divide_gets_a_smaller_one():
