@@ -55,7 +55,7 @@ class ExplosionDetector:
     for 100 steps after warm-up. ``uninformed_loss``, where it is larger, stands for the first loss: what a head that begins
     with a prior would have begun with without it."""
 
-    def __init__(self, warmup_steps: int, uninformed_loss: float = 0.0) -> None:
+    def __init__(self, warmup_steps: int, uninformed_loss: float) -> None:
         self._warmup_steps, self._uninformed_loss = warmup_steps, uninformed_loss
         self._recent: deque[float] = deque(maxlen=MEDIAN_STEPS)
         self._first: float | None = None
