@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kernels.multi_tensor_stats import multi_tensor_stats as multi_tensor_stats
     from kernels.multi_tensor_stats.reference import StatsReading as StatsReading
     from kernels.resolvent_mix import resolvent_mix as resolvent_mix
+    from kernels.selective_scan import selective_scan as selective_scan
     from kernels.unscale import scale_ as scale_
     from kernels.unscale import unscale_and_stats_ as unscale_and_stats_
 
@@ -49,6 +50,7 @@ _EXPORTS = {
     "ActivationRing": "kernels.activation_stats",
     "ActivationReading": "kernels.activation_stats",
     "resolvent_mix": "kernels.resolvent_mix",
+    "selective_scan": "kernels.selective_scan",
 }
 
 __all__ = list(_EXPORTS)

@@ -34,7 +34,7 @@ HEADLINE = ("cross_entropy", "bf16 8192x50304")
 # Op -> the module whose ARMS list its arms (and whose CHECKS judge it), by hand, in the order of the README.
 MODULES = {op: "kernels.logit_cases" for op in ("logit_stats", "cross_entropy", "bce_with_logits")}
 MODULES |= {op: "kernels.list_cases" for op in ("multi_tensor_stats", "unscale", "scale", "activation_stats")}
-MODULES |= {op: "kernels.scan_cases" for op in ("resolvent_mix",)}
+MODULES |= {op: "kernels.scan_cases" for op in ("resolvent_mix", "selective_scan")}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ MODULES = {
     "scale": "kernels.unscale.triton_kernel:scale_specs",
     "activation_stats": "kernels.activation_stats.triton_kernel:compile_specs",
     "resolvent_mix": "kernels.resolvent_mix.triton_kernel:compile_specs",
+    "selective_scan": "kernels.selective_scan.triton_kernel:compile_specs",
 }
 
 

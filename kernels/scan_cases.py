@@ -15,10 +15,16 @@ from kernels.dispatch import DTYPES
 from kernels.resolvent_mix import bytes_moved as resolvent_bytes
 from kernels.resolvent_mix import reference as resolvent_reference
 from kernels.resolvent_mix import resolvent_mix
+from kernels.selective_scan import bytes_moved as selective_bytes
+from kernels.selective_scan import reference as selective_reference
+from kernels.selective_scan import selective_scan
 
 BENCHED = {"cuda": (8, 8192, 768), "cpu": (1, 8192, 64)}
+SELECTIVE_BENCHED = {"cuda": (8, 8192, 1536, 16), "cpu": (1, 8192, 128, 16)}
 CHECKED = {"cuda": (2, 4133, 130), "cpu": (2, 1037, 5), "interpreted": (1, 9, 5)}
-"""Batch, tokens, channels. Long enough for many chunks; Triton's interpreter needs a second for a dozen tokens."""
+"""Batch, tokens, channels, of a selective scan with `STATES` numbers each. Long enough for many chunks; Triton's interpreter
+needs a second for a dozen tokens."""
+STATES = 4
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES.values()}
 OF_LARGEST = 3e-5
 """Error of an fp32 scan that is allowed, as a share of the quantity's largest value."""
@@ -97,5 +103,30 @@ def resolvent_checks(device: torch.device, dtype: torch.dtype, impl: str) -> Ite
     yield from _judge(inputs, call, resolvent_reference.definition, names, 3, case)
 
 
-ARMS = {"resolvent_mix": resolvent_arms}
-CHECKS = {"resolvent_mix": resolvent_checks}
+def selective_inputs(batch: int, tokens: int, channels: int, states: int, dtype: torch.dtype, device):
+    """u, delta, A, B, C, D and state, as Mamba begins: A = -1, -2, ..., steps of 0.001 to 0.1 and, by the token, beyond."""
+    u, delta, B, C = (torch.randn(batch, tokens, width, device=device) for width in (channels, channels, states, states))
+    delta = torch.nn.functional.softplus(delta + torch.linspace(-7, -2.2, channels, device=device))
+    A = -torch.arange(1.0, states + 1, device=device).repeat(channels, 1)
+    D, state = 1 + 0.1 * torch.randn(channels, device=device), torch.randn(batch, channels, states, device=device)
+    return u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, state
+
+
+def selective_arms(device: str, dtype: str) -> Iterator[BenchArm]:
+    shape = SELECTIVE_BENCHED[device]
+    inputs = partial(selective_inputs, *shape, DTYPES[dtype], device)
+    size = partial(selective_bytes, *shape, DTYPES[dtype].itemsize)
+    name = "x".join(map(str, shape[1:]))
+    yield from _arms("selective_scan", device, dtype, name, inputs, selective_scan, selective_reference.definition, size)
+
+
+def selective_checks(device: torch.device, dtype: torch.dtype, impl: str) -> Iterator[Judged]:
+    shape = *_checked(device, impl), STATES
+    names = ("outputs", "state", "u", "delta", "A", "B", "C", "D", "state")
+    call, case = partial(selective_scan, impl=impl), "x".join(map(str, shape))
+    inputs = selective_inputs(*shape, dtype, device)
+    yield from _judge(inputs, call, selective_reference.definition, names, 2, case)
+
+
+ARMS = {"resolvent_mix": resolvent_arms, "selective_scan": selective_arms}
+CHECKS = {"resolvent_mix": resolvent_checks, "selective_scan": selective_checks}

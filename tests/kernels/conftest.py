@@ -1,11 +1,13 @@
 """Kernel tests run on every device there is: under Triton's interpreter on a CPU (tests/conftest.py
 chooses it), compiled on CUDA."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from triton.runtime import interpreter
 
-from kernels import small_loss
+from kernels import scan_blocks, small_loss
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,6 +38,16 @@ def impl(request, monkeypatch):
         monkeypatch.setattr(small_loss, "SMALL", {})
         return "torch"
     return request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Scans in chunks of 4 tokens, many at once: what long sequences do, at lengths that a test affords."""
+    for name in ("resolvent_mix", "selective_scan"):
+        for module in ("reference", "triton_kernel"):
+            monkeypatch.setattr(import_module(f"kernels.{name}.{module}"), "CHUNK", 4)
+    monkeypatch.setattr(scan_blocks, "CHUNK", 4)
+    monkeypatch.setattr(scan_blocks, "FEW_CHUNKS", 1)
 
 
 with torch.device("meta"):  # torch keeps the functions that it finds when this first meets one: the real ones, please

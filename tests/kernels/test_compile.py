@@ -86,6 +86,7 @@ def test_every_op_lists_its_kernels():
         "scale",
         "activation_stats",
         "resolvent_mix",
+        "selective_scan",
     ]
 
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import resolvent_mix, scan_blocks
 from kernels.resolvent_mix import _scan, reference
 from kernels.scan_cases import resolvent_inputs
-from tests.kernels.truth import DEVICE, DTYPES
+from tests.kernels.truth import DEVICE, DTYPES, with_gradients, worst_of
 
 STATE = 4  # of the inputs, the first that is the state's
 
@@ -21,29 +21,6 @@ def inputs(batch=2, tokens=40, channels=3, dtype=torch.float64, state=True, seed
 def call(u, h, t, eta, g=None, y=None, impl="torch"):
     out, state = resolvent_mix(u, h, t, eta, None if g is None else (g, y), impl=impl)
     return out, *state
-
-
-def with_gradients(way, given, *, seed=1):
-    """Outputs and the gradients of all inputs, for random gradients of the outputs that every dtype holds."""
-    leaves = [x.detach().clone().requires_grad_() for x in given]
-    made = way(*leaves)
-    generator = torch.Generator().manual_seed(seed)
-    weights = [(torch.randn(x.shape, generator=generator) * 32).round().div(32).to(x) for x in made]
-    return [*(x.detach() for x in made), *torch.autograd.grad(made, leaves, weights)]
-
-
-def worst(got, want):
-    return max(((g.double() - w.double()).abs().max() / w.double().abs().max()).item() for g, w in zip(got, want, strict=True))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of 4 tokens, many at once: what long sequences do, at lengths that a test affords."""
-    from kernels.resolvent_mix import triton_kernel
-
-    for module in (scan_blocks, reference, triton_kernel):
-        monkeypatch.setattr(module, "CHUNK", 4)
-    monkeypatch.setattr(scan_blocks, "FEW_CHUNKS", 1)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 64 * 7 + 3])
@@ -64,10 +41,10 @@ def test_outputs_are_last_rows_of_dense_inverses(tokens):
 @pytest.mark.parametrize("tokens", [1, 64, 63 + 64 * 8, 64 * 20 + 1])
 def test_chunks_equal_the_definition_with_every_gradient(tokens):
     given = inputs(2, tokens)
-    assert worst(with_gradients(call, given), with_gradients(reference.definition, given)) < 1e-11
+    assert worst_of(with_gradients(call, given), with_gradients(reference.definition, given)) < 1e-11
     single = [x.float() for x in given]
     wide = [x.double() for x in single]
-    assert worst(with_gradients(call, single), with_gradients(reference.definition, wide)) < 2e-5
+    assert worst_of(with_gradients(call, single), with_gradients(reference.definition, wide)) < 2e-5
 
 
 def test_gradients_by_finite_differences(small_chunks):
@@ -103,8 +80,8 @@ def test_two_parts_with_a_carried_state_equal_the_whole(tokens, cut):
         rest, state = resolvent_mix(u[:, cut:], h[:, cut:], t[:, cut:], eta, state)
         return torch.cat([first, rest], 1), *state
 
-    assert worst(with_gradients(in_parts, given), with_gradients(call, given)) < 5e-6
-    assert worst(in_parts(*given), call(*given)) < 1e-6
+    assert worst_of(with_gradients(in_parts, given), with_gradients(call, given)) < 5e-6
+    assert worst_of(in_parts(*given), call(*given)) < 1e-6
 
 
 def long_sequence_is_bounded(tokens, dtype):
@@ -136,7 +113,7 @@ def test_products_of_a_chunk_are_rescaled(of_h, of_u):
     given = [u * of_u, h * of_h, t, eta]
     wide = [x.double() for x in given]
     zero = torch.zeros(1, 2, 3, dtype=torch.float64)
-    assert worst(call(*given), reference.definition(*wide, zero, zero)) < 2e-5
+    assert worst_of(call(*given), reference.definition(*wide, zero, zero)) < 2e-5
 
 
 @pytest.mark.slow
@@ -151,14 +128,14 @@ def test_triton_against_float64(small_chunks, dtype, tokens):
     got = with_gradients(lambda *x: call(*x, impl="triton"), given)
     want = with_gradients(reference.definition, [x.double() for x in given])
     assert [x.dtype for x in got] == [dtype, *[torch.float32] * 2, *[dtype] * 3, *[torch.float32] * 3]
-    assert worst(got, want) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert worst_of(got, want) < (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
 
 
 def test_storage_dtypes_may_be_mixed_and_the_scan_is_fp32():
     u, h, t, eta, g, y = inputs(1, 100, 3, torch.float32)
     out, _, _ = call(u.bfloat16(), h, t.half(), eta, g, y)
     exact = reference.definition(*(x.double() for x in (u.bfloat16(), h, t.half(), eta, g, y)))[0]
-    assert torch.equal(out, exact.float().bfloat16()) or worst([out], [exact]) < 2.0**-8
+    assert torch.equal(out, exact.float().bfloat16()) or worst_of([out], [exact]) < 2.0**-8
     with torch.autocast("cpu", torch.bfloat16):
         under = with_gradients(call, (u, h, t, eta, g, y))
     assert all(map(torch.equal, under, with_gradients(call, (u, h, t, eta, g, y))))

@@ -73,3 +73,17 @@ def assert_no_worse(
     assert excess.max() <= 0, (
         f"gradient{list(at)}: got {grad[at].item()!r}, float64 {exact[at].item()!r}, eager {reference[1][at].item()!r}"
     )
+
+
+def with_gradients(way, given, seed: int = 1) -> list[torch.Tensor]:
+    """Outputs and the gradients of all inputs, for random gradients of the outputs that every dtype holds."""
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    made = way(*leaves)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [(torch.randn(x.shape, generator=generator) * 32).round().div(32).to(x) for x in made]
+    return [*(x.detach() for x in made), *torch.autograd.grad(made, leaves, weights)]
+
+
+def worst_of(got, want) -> float:
+    """The largest error of any tensor, as a share of the largest value that it should hold."""
+    return max(((g.double() - w.double()).abs().max() / w.double().abs().max()).item() for g, w in zip(got, want, strict=True))
