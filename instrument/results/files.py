@@ -30,6 +30,16 @@ SOFT_LOCK_S = 60.0
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of an open file, which knows its descriptor alone, names the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path to write the new content to; leaving the block puts it in ``path``'s place.
 
@@ -38,10 +48,11 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
     make_folder(path.parent)
     temporary, fd = locked_temporary(path.parent, f".{path.name[:200]}.")
     try:
-        yield temporary
-        sync_file(temporary)
-        os.chmod(temporary, mode)
-        uninterrupted(os.replace, temporary, path)
+        with naming(path):
+            yield temporary
+            sync_file(temporary)
+            os.chmod(temporary, mode)
+            uninterrupted(os.replace, temporary, path)
     except BaseException:
         remove(temporary)
         raise
@@ -83,7 +94,7 @@ def open_plain(path: Path, *, follow: bool = False) -> IO[bytes]:
 
 def read_plain(path: Path, *, follow: bool = False) -> bytes:
     """The content of a file that `open_plain` opens."""
-    with open_plain(path, follow=follow) as file:
+    with open_plain(path, follow=follow) as file, naming(path):
         return file.read()
 
 
@@ -91,8 +102,9 @@ def truncate(path: Path, size: int) -> None:
     """Cut a file's end off, in place, so that a writer that has it open continues in the same file."""
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
-        os.ftruncate(fd, size)
-        os.fsync(fd)
+        with naming(path):
+            os.ftruncate(fd, size)
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -231,6 +243,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
+                error.filename = str(path)
                 raise
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the lock may expire is what we ask for
@@ -280,6 +293,7 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            error.filename = str(folder)
             raise
     finally:
         os.close(fd)
@@ -289,7 +303,8 @@ def sync_file(path: Path) -> None:
     """Bring a file's content to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from instrument.results.files import replace
+from instrument.results.files import replace, sweep
 from instrument.terminal import rich_console
 from report.dossier.context import context
 from report.dossier.page import page, require_pdf, write_pdf
@@ -55,6 +55,8 @@ def build(
     if pdf:
         require_pdf()
     clock = _Clock()
+    for place in (out, out / "plots", out / "dossier"):
+        sweep(place)  # what a build that was killed left
     with _bar(progress) as bar:
         task = bar.add_task("tables", total=None)
         tables = all_tables(folder, heartbeat) | {key: table(folder) for key, table in SECTION_TABLES.items()}

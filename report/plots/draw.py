@@ -7,12 +7,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from instrument.results.files import make_folder, replace
+from instrument.results.files import make_folder, replace, sweep
 from report.plots import (
     a_stability_matrix,
     b_efficiency_frontier,
@@ -89,9 +90,15 @@ def _map(tables: dict[str, Table], folder: Path, formats: tuple[str, ...], dpi: 
     # A forked child has the tables already: they need not be pickled. It draws a few figures and ends, so
     # it collects no garbage: looking for some is an eighth of its time.
     _Job.tables, _Job.rest = tables, (folder, formats, dpi)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=gc.disable) as pool:
-        for future in as_completed([pool.submit(_draw_forked, letter) for letter in letters]):
-            yield future.result()
+    left = dict.fromkeys(letters)
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=gc.disable) as pool:
+            for future in as_completed([pool.submit(_draw_forked, letter) for letter in letters]):
+                del left[(figure := future.result()).letter]
+                yield figure
+    except BrokenProcessPool:  # the kernel killed a worker, for its memory say: one process needs the least
+        sweep(folder)
+        yield from (draw_one(tables[letter], folder, formats, dpi) for letter in left)
 
 
 class _Job:

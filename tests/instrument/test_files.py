@@ -416,3 +416,16 @@ def test_another_error_of_a_lock_is_no_missing_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", broken)
     with pytest.raises(OSError, match="Input/output"), files.locked(tmp_path / ".index.lock"):
         pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "write"])
+def test_an_error_of_an_open_file_names_the_file(tmp_path, monkeypatch, call):
+    """`os.fsync` and `os.write` know a descriptor alone; without a name the error ended in a traceback."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError) as raised:
+        files.replace(tmp_path / "row.json", b"{}")
+    assert str(raised.value.filename).startswith(str(tmp_path)) and not [*tmp_path.iterdir()]

@@ -1,13 +1,17 @@
 """A figure's files: no date, full numbers, cells that no spreadsheet runs, an SVG that fits into a page beside seven others."""
 
 import io
+import os
 import re
+import signal
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from instrument.results.files import replacing
+from report.plots import draw as drawing
 from report.plots.draw import draw
 from report.plots.style import theme
 from report.plots.write import inline, picture, standalone, without_bare_groups, write_csv
@@ -129,3 +133,22 @@ def test_the_file_carries_its_font(svg):
 )
 def test_bare_groups_go_and_others_stay(given, left):
     assert without_bare_groups(given) == left
+
+
+@pytest.mark.process
+def test_figures_of_a_worker_that_was_killed_are_drawn_by_the_process_itself(tmp_path, monkeypatch):
+    """What the kernel kills for its memory costs time, not the dossier; nothing half-written stays."""
+    parent, whole = os.getpid(), drawing.draw_one
+
+    def killed(table, folder, *rest):
+        if os.getpid() != parent and table.letter == "B":
+            with replacing(folder / "b.csv"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return whole(table, folder, *rest)
+
+    monkeypatch.setattr(drawing, "draw_one", killed)
+    monkeypatch.setattr(drawing.os, "cpu_count", lambda: 2)
+    tables, letters = {letter: made(letter) for letter in "ABC"}, []
+    drawn = drawing.draw_all(tables, tmp_path, ("svg",), 72, letters.append)
+    assert list(drawn) == ["A", "B", "C"] and sorted(letters) == ["A", "B", "C"]
+    assert {path.name for path in tmp_path.iterdir()} == {name for figure in drawn.values() for name in figure.files}
