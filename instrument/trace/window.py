@@ -18,6 +18,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,17 @@ class TraceWindow:
         self._now: tuple[record_function, str, int | None, int] | None = None
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints every start and stop
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        # One cycle, so there is nothing to accumulate; but torch 2.11 warns of every profile that would not.
-        self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
+        # Accumulating would parse every event in Python at the end of the window, for tables that nobody asks for here.
+        self._profile = profile(activities=activities, record_shapes=True, acc_events=False)
         self._window = record_function(WINDOW)
 
     def __enter__(self) -> TraceWindow:
         """Begin to profile. A profiler that cannot start (another one runs, CUPTI is missing) is a ``failure``."""
         self._synchronize()
         try:
-            self._profile.start()
+            with warnings.catch_warnings():  # torch 2.11 warns of every profile that does not accumulate, even of one cycle
+                warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+                self._profile.start()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
         else:
