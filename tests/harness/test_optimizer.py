@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.optimizer import BETAS, adamw_for, round_stochastically, rounded_away_share, state_dtypes
+from harness.optimizer import BETAS, adamw_for, round_stochastically, rounded_away_share, state_dtypes, zeros_and_total
 
 OPTIONS = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1, "seed": 0}
 
@@ -169,3 +169,13 @@ def test_updates_that_round_to_nothing_are_counted():
     optimizer.step()  # by 1e-4: less than half of 2^-8 at 1, and plenty at 1e-3
     assert rounded_away_share(before, [parameter], optimizer) == pytest.approx(2 / 3)
     assert rounded_away_share([], [], optimizer) is None
+
+
+def test_zeros_of_the_second_moment_are_counted_whether_they_underflowed_or_no_gradient_came():
+    weights = [torch.nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.float16, torch.float32)]
+    adamw = torch.optim.AdamW(weights, lr=1e-3)
+    assert zeros_and_total(adamw) == (0, 0)
+    for weight in weights:
+        weight.grad = torch.tensor([0.0, 1e-3, 1.0, 100.0], dtype=weight.dtype)  # 0.001 * 1e-6 underflows in fp16
+    adamw.step()
+    assert zeros_and_total(adamw) == (3, 8)
