@@ -9,7 +9,7 @@ heads are ours, since no pretrained weights hold them: GPT-2's is one projection
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from bench_cases.architectures import Architecture, Task
 from bench_cases.lookup import first_line, load_object
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from bench_cases.split_model import SplitModel
@@ -127,15 +128,20 @@ def prove(model: SplitModel, request: ModelRequest) -> None:
                 raise ModelError(f"{request.architecture.name} sees the tokens it is to predict: it is no causal model")
 
 
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter (tied ones once) by name, on the CPU, in registration order. Of a sharded model the whole ones, gathered
+    one by one: all ranks call it."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        yield name, (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu().contiguous()
+
+
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters, in registration order. Of a sharded model those of the
-    whole parameters, gathered one by one: all ranks call it."""
+    """SHA-256 over names, shapes, dtypes and bytes of all `whole_parameters`; all ranks call it."""
     import torch
 
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        value = (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu().contiguous()
+    for name, value in whole_parameters(model):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -132,6 +132,9 @@ class RunSettings:
         "write the CUDA allocator's history at the end (on running out of memory it is written anyway)",
         hashed=False,
     )
+    keep_weights: bool = setting(
+        False, bool, "write the final weights of a completed run into its folder, weights.safetensors", hashed=False
+    )
     checkpoint_every: int = setting(
         0,
         int,

@@ -74,6 +74,8 @@ class InspectScreen:
         self.console.print(Text.assemble((f"{status}{at}{of}", style), (where, "dim")))
         self.console.print()
         self.console.print(Text(_sentence(found["verdict"]), style="green" if status == "completed" else style))
+        if found["weights_file"]:
+            self.console.print(Text(f"final weights: {found['weights_file']}", style="dim", overflow="fold"))
         if found.get("matched") is False:
             near = "The replay did not fail in the same way as the run: what follows is a near case."
             self.console.print(Text(near, style="yellow"))

@@ -7,12 +7,16 @@ be replayed from it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +64,7 @@ def store(snapshot: Snapshot, run_folder: Path, run_id: str, *, most_bytes: int 
     try:
         with placing_folder(folder) as writing:
             write_state(snapshot.named(), writing, run_id)
-    except (OSError, SafetensorError, TypeError, ValueError) as error:  # a full disk, an optimizer that keeps odd things
+    except (OSError, TypeError, ValueError) as error:  # a full disk, an optimizer that keeps odd things
         return Stored(None, snapshot.nbytes, f"the snapshot could not be written: {error}")
     return Stored(FOLDER, snapshot.nbytes)
 
@@ -107,8 +111,7 @@ def load(run_folder: Path, training: Training) -> Snapshot:
 
 def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, Any] | None = None) -> None:
     """Write a state, and ``more`` plain facts with it, into an empty folder that `instrument.results.files` places."""
-    save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, folder / TENSORS)
-    (folder / TENSORS).chmod(0o644)  # as every other result file; safetensors lets the owner alone read
+    save_tensors(state.tensors, folder / TENSORS)
     with (folder / TENSORS).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     facts = {
@@ -120,6 +123,16 @@ def write_state(state: NamedState, folder: Path, run_id: str, more: dict[str, An
     }
     facts["facts_sha256"] = _digest(facts)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, not in one step; raises `OSError` for a full disk, which safetensors wraps."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    path.chmod(0o644)  # as every other result file; safetensors lets the owner alone read
 
 
 def _digest(facts: dict[str, Any]) -> str:

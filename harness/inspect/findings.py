@@ -54,6 +54,7 @@ def gather(run: RunFiles) -> dict[str, Any]:
         "device_type": record.config.get("device") if record else None,
         "events": msgspec.to_builtins(events),
         "smallest_headroom": smallest_headroom(modules),
+        "weights_file": str(run.weights) if run.weights.is_file() else None,
     }
     if (stack := stack_of(run, record)) is not None:
         found["stack"] = stack

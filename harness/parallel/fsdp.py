@@ -166,9 +166,12 @@ class FsdpStrategy(ParallelStrategy):
         return seed + self.context.ranks.rank
 
     def weights_sha256(self, model: nn.Module) -> str:
-        for module in _fsdp_modules(model):
-            module.reshard()  # an evaluation leaves the outermost weights gathered
+        _reshard(model)
         return super().weights_sha256(model)
+
+    def whole_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        _reshard(model)
+        return super().whole_weights(model)
 
     def state(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
@@ -212,6 +215,12 @@ def fsdp_strategy(context: DistributedContext, model: nn.Module, precision: Prec
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(model: nn.Module) -> None:
+    """An evaluation leaves the outermost weights gathered."""
+    for module in _fsdp_modules(model):
+        module.reshard()
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bench_cases.models import weights_sha256
+from bench_cases.models import weights_sha256, whole_parameters
 from harness.optimizer import state_dtypes, zeros_and_total
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext
 from instrument.replay.snapshot import NamedState, Snapshot
@@ -49,6 +49,14 @@ class ParallelStrategy:
     def weights_sha256(self, model: torch.nn.Module) -> str:
         """As `bench_cases.models.weights_sha256`; all ranks call it."""
         return weights_sha256(model)
+
+    def whole_weights(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """`bench_cases.models.whole_parameters` on rank 0, empty on the others; all ranks call it."""
+        weights = {}
+        for name, value in whole_parameters(model):
+            if self.context.ranks.is_first:
+                weights[name] = value
+        return weights
 
     def optimizer_facts(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """For the record's ``flags``, of slices those of all ranks together; all ranks call it."""

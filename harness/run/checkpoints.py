@@ -6,9 +6,7 @@ pickle. A folder appears under its name only when it is whole and on the disk; t
 
 from __future__ import annotations
 
-import errno
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
 
 from harness.forensics.stored import SnapshotError, read_folder, write_state
 from harness.run.progress import CHECKPOINT_PREFIX, checkpoint_steps
@@ -64,12 +61,8 @@ def write_checkpoint(run_folder: Path, run_id: str, state: NamedState, progress:
     require_there(run_folder)
     folder = run_folder / f"{CHECKPOINT_PREFIX}{state.step}"
     sweep(run_folder)
-    try:
-        with placing_folder(folder) as writing:
-            write_state(state, writing, run_id, msgspec.to_builtins(progress))
-    except SafetensorError as error:  # how safetensors reports an error of the system
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from error
+    with placing_folder(folder) as writing:
+        write_state(state, writing, run_id, msgspec.to_builtins(progress))
     for step in checkpoint_steps(run_folder)[KEPT:]:
         remove_folder(run_folder / f"{CHECKPOINT_PREFIX}{step}")
     return folder

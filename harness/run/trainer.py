@@ -12,6 +12,7 @@ from bench_cases.data.tokenized import TokenizedData
 from bench_cases.models import ModelRequest
 from harness.evaluate import evaluate
 from harness.failure import cleanup
+from harness.forensics.stored import save_tensors
 from harness.parallel.context import SINGLE_PROCESS, DistributedContext, facts_of_all, largest_peaks, peaks_by_rank
 from harness.precision import Precision
 from harness.run.checkpoints import Checkpointing
@@ -26,6 +27,7 @@ from instrument.environment import capture
 from instrument.memory import Snapshot as MemorySnapshot
 from instrument.memory import snapshot_on_oom
 from instrument.mfu import Utilisation
+from instrument.results.files import replacing, require_there
 from instrument.results.folder import RunFolder
 from instrument.results.schemas import EvaluationRecord, EventRecord, StepRecord
 from instrument.watch.meter import Reading
@@ -86,6 +88,8 @@ class Trainer:
             except Stopped as stopped:
                 raise Stopped(self._store_and_describe(stopped)) from None
             outcome.flags |= peaks_by_rank(self.context, self.device, self.instruments.own_bytes()["device"])
+            if s.keep_weights and outcome.divergence is None:
+                self._keep_weights()
             outcome.status = "diverged" if outcome.divergence else "completed"
         except BaseException as raised:
             error = raised
@@ -227,6 +231,17 @@ class Trainer:
             outcome.divergence = instruments.investigate(outcome.divergence, outcome.steps[-1])
             outcome.add_time("forensics", time.perf_counter() - began_s)
         outcome.flags |= instruments.traced
+
+    def _keep_weights(self) -> None:
+        """Write ``weights.safetensors``, when nothing of the run can fail any more but the row that names it."""
+        weights = self.training.strategy.whole_weights(self.training.model)  # gathered by all ranks
+        if self.context.ranks.is_first:
+            path, facts = self.folder.files.weights, self.outcome.facts
+            require_there(path.parent)
+            with replacing(path) as writing:
+                about = {"run_id": self.settings.run_id, "weights_sha256": facts["final_weights_sha256"]}
+                save_tensors(weights, writing, about)
+            self.outcome.flags["weights"] = {"file": path.name, "bytes": path.stat().st_size}
 
     def _stalled(self) -> dict[str, object]:
         """The flag of a run that stood still for its last stretch, or since it was resumed in it."""

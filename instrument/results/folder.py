@@ -66,7 +66,8 @@ class RunFolder:
         try:
             for place in (out, out / STEP_LOGS, out / TRACES, self.path):
                 sweep(place)  # what dead writers left
-            for file in (self.files.row, self.files.forensics, self.files.culprit, self.files.log("hardware")):
+            of_its_end = self.files.forensics, self.files.culprit, self.files.weights, self.files.log("hardware")
+            for file in (self.files.row, *of_its_end):
                 remove(file)  # the old row and what explains it must not outlive its logs
             remove_folder(self.files.snapshot)
             for name in log_paths(run_id).values():

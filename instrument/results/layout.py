@@ -5,7 +5,8 @@
     results.jsonl  machine.json  kernels.json  overhead.json  fit.json  kernel_check.json  predictions/<case>.json
     training_logs/run_<run_id>.jsonl
     runs/<run_id>/  run.json  evaluations.jsonl  events.jsonl  activations.jsonl  hardware.jsonl
-                    forensics.json  culprit.safetensors  snapshot/  checkpoint-<step>/  output.log  .claim
+                    forensics.json  culprit.safetensors  snapshot/  checkpoint-<step>/  weights.safetensors
+                    output.log  .claim
     traces/<run_id>.json.gz  traces/<run_id>-step<step>.json.gz
 
 A packed campaign has the logs gzipped (``.jsonl.gz``), which `instrument.results.lines` reads as well. Torch-free; nothing
@@ -69,6 +70,11 @@ class RunFiles:
     def culprit(self) -> Path:
         """What the failing op read, as safetensors."""
         return self.path / "culprit.safetensors"
+
+    @property
+    def weights(self) -> Path:
+        """The final weights of a completed run, by parameter name; with ``--keep-weights``."""
+        return self.path / "weights.safetensors"
 
     @property
     def snapshot(self) -> Path:

@@ -209,9 +209,10 @@ class RunRecord(Record, frozen=True, kw_only=True):
     command resumes from its checkpoint) and what is known of phase, step, signal, stack and memory; ``flags["oom"]``: how
     memory stood when it ran out. ``flags["hardware"]``: ``throttled`` and ``contended`` are true, false, or null for unknown.
     ``flags["case_spelled"]``: a case from outside the project, as the command line spells it. ``flags["unhashed"]``: the
-    settings that are in no run id (``log_every``, ``trace_steps``, ...), absent in older rows. ``flags["stalled"]`` of a
-    completed run that stood still for at least its last tenth: ``since_step``, after which no weight changed, or no gradient
-    other than 0 entered an update, and ``why`` (`STALLED`).
+    settings that are in no run id (``log_every``, ``trace_steps``, ...), absent in older rows.
+    ``flags["weights"]``: ``file`` in the run's folder and ``bytes`` of the final weights, where they are kept.
+    ``flags["stalled"]`` of a completed run that stood still for at least its last tenth: ``since_step``, after which no weight
+    changed, or no gradient other than 0 entered an update, and ``why`` (`STALLED`).
     ``flags["signature"]``: of the user who made the run (`instrument.results.signature`).
     """
 

@@ -8,13 +8,15 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bench_cases import DTYPE_CONFIGS
-from bench_cases.models import build_model
+from bench_cases.models import build_model, weights_sha256
 from harness.cli import main
 from harness.loss import training_loss
 from harness.run.execute import load_run_data, make_batches, model_request
 from instrument.results.claims import owner_of
+from instrument.results.layout import RunFiles
 from tests.harness.launched import FAULTY, LONGEST_S, ROOT, SMALL, ended, ids_of, launched, one_run, settled, several, torchrun
 
 pytestmark = pytest.mark.process
@@ -55,7 +57,7 @@ def healthy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("healthy")
     words = [["case", *run, *SMALL, "--eval-every", "3"] for run in RUNS]
     together = [[{}, [*w, "--out", str(folder / f"two-{w[1]}")]] for w in words]
-    together.append([{}, [*words[0], "--parallel", "fsdp", "--out", str(folder / "fsdp-gpt2_clm")]])
+    together.append([{}, [*words[0], "--parallel", "fsdp", "--keep-weights", "--out", str(folder / "fsdp-gpt2_clm")]])
     hang = ["case", FAULTY, "fp32_true", *SMALL, "--hang-after", "12", "--out", str(folder / "hang")]
     together.append([{"FAULT": "hang", "FAULT_SUM": ids_of(3, 2)}, hang])
     process = several(together)
@@ -106,6 +108,11 @@ def test_slices_are_trained_as_whole_tensors_are_bit_for_bit(healthy):
     assert [s.grad_norm for s in steps] == pytest.approx([s.grad_norm for s in expected], rel=1e-12)
     assert [s.grad_underflow_frac for s in steps] == [s.grad_underflow_frac for s in expected]
     assert fsdp.flags["optimizer_states"] == ddp.flags["optimizer_states"]
+    kept = load_file(RunFiles(healthy[0] / "fsdp-gpt2_clm", fsdp.run_id).weights)  # gathered from both ranks
+    assert sum(tensor.numel() for tensor in kept.values()) == fsdp.n_params and "weights" not in ddp.flags
+    model = build_model(model_request(settled("gpt2_clm"), load_run_data(settled("gpt2_clm"))))
+    model.load_state_dict(kept, strict=False)
+    assert weights_sha256(model) == fsdp.final_weights_sha256
     assert fsdp.flags["exp_avg_sq_zero_frac"] == ddp.flags["exp_avg_sq_zero_frac"]
 
 

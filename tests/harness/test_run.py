@@ -9,18 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from bench_cases import DTYPE_CONFIGS
 from bench_cases.data.documents import DataError
+from bench_cases.models import build_model, weights_sha256
 from harness import training
-from harness.inspect.findings import verdict
+from harness.inspect.findings import gather, verdict
 from harness.matrix.screen import cell_text
 from harness.precision import Precision
 from harness.run import execute as run_module
-from harness.run.execute import execute, load_run_data, make_batches
+from harness.run.execute import execute, load_run_data, make_batches, model_request
 from harness.run.terminal import CaseScreen, show_summary
 from instrument.results.claims import RunClaimed, claim
 from instrument.results.folder import OutputError, RunFolder, finished_runs, write_index
+from instrument.results.layout import RunFiles
 from instrument.results.lines import read
 from instrument.results.schemas import EvaluationRecord, EventRecord, RunRecord, StepRecord, decode
 
@@ -47,6 +51,54 @@ def test_a_run_leaves_its_logs_its_row_and_the_index(plan, tmp_path):
     assert row["attention_dtype"] == "fp32" and all(s.targets == s.tokens for s in steps)  # math, whatever the compute dtype
     assert row["flags"]["switches"]["verified"] == ["fp32_products"]
     assert row["config"]["lr"] == settings.lr and row["env"]["torch_version"]
+
+
+def test_the_final_weights_are_kept_where_asked_for_and_make_the_model_again(plan, tmp_path):
+    """Of the last run only: what failed, was stopped or did not ask leaves no weights, and not an older run's either."""
+    settings = plan("gpt2_clm", "bf16_pure", keep_weights=True)
+    assert settings.run_id == plan("gpt2_clm", "bf16_pure").run_id
+    record = execute(settings, tmp_path)
+    kept = RunFiles(tmp_path, record.run_id).weights
+    assert record.flags["weights"] == {"file": "weights.safetensors", "bytes": kept.stat().st_size}
+    assert kept.stat().st_mode & 0o777 == 0o644
+    data = load_run_data(settings)
+    model = build_model(replace(model_request(settings, data), seed=9)).bfloat16()
+    missing, unexpected = model.load_state_dict(load_file(kept), strict=False)
+    assert not unexpected and set(missing) == {"head.model.lm_head.weight"}  # which is tied
+    assert weights_sha256(model) == record.final_weights_sha256
+    with safe_open(kept, "pt") as file:
+        assert file.metadata() == {"run_id": record.run_id, "weights_sha256": record.final_weights_sha256}
+    assert gather(RunFiles(tmp_path, record.run_id))["weights_file"] == str(kept)
+
+    again = execute(replace(settings, keep_weights=False), tmp_path)
+    assert "weights" not in again.flags and not kept.exists()
+
+
+def test_a_run_that_fails_keeps_no_weights(plan, tmp_path, monkeypatch):
+    settings = plan("gpt2_clm", "fp32_true", keep_weights=True)
+    execute(settings, tmp_path)
+    kept = RunFiles(tmp_path, settings.run_id).weights
+    assert kept.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.run.trainer.peaks_by_rank", lambda *_: 1 / 0)  # the last thing that can fail
+        assert execute(settings, tmp_path, fresh=True).status == "error" and not kept.exists()
+    diverged = execute(plan("gpt2_clm", "fp16_naive", lr=0.9, keep_weights=True), tmp_path)
+    assert diverged.status == "diverged" and not RunFiles(tmp_path, diverged.run_id).weights.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error (os error 28)")])
+def test_weights_that_do_not_fit_on_the_disk_leave_nothing_and_the_run_without_a_row(plan, tmp_path, monkeypatch, error):
+    settings = plan("gpt2_clm", "fp32_true", keep_weights=True)
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("harness.forensics.stored.save_file", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        execute(settings, tmp_path)
+    folder = RunFiles(tmp_path, settings.run_id)
+    assert not folder.row.exists() and not list(folder.path.glob("*weights*")) + list(folder.path.glob(".*.ddb-tmp"))
 
 
 def test_masked_language_modelling_counts_its_targets(plan, tmp_path):

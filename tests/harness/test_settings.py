@@ -50,11 +50,13 @@ def test_the_hash_changes_with_every_setting_but_seed_and_logging():
         replace(plain, log_every=7),
         replace(plain, checkpoint_every=3),
         replace(plain, mtbf_s=9.0),
+        replace(plain, keep_weights=True),
         replace(plain, case=replace(CASE, scenario="Z")),
         replace(plain, config=replace(CONFIG, note="other words")),
     ]
     assert {s.settings_hash for s in same} == {plain.settings_hash}
     not_hashed = {"seed", "log_every", "instrument", "trace_steps", "memory_snapshot", "checkpoint_every", "mtbf_s"}
+    not_hashed |= {"keep_weights"}
     assert {f.name for f in fields(RunSettings) if f.metadata.get("hashed") is False} == not_hashed
     changed = {
         "case": CASES["gpt2_single_cls"],
