@@ -110,6 +110,10 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_bf16_holds():
     exact = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-126, float("inf"), float("-inf"), 3.3895313892515355e38])
     assert torch.equal(round_stochastically(exact, generator), exact.bfloat16())
     assert round_stochastically(torch.tensor([float("nan")]), generator).isnan().all()
+    full = torch.full((4096,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a NaN whose bits any noise would carry over
+    assert round_stochastically(full, generator).isnan().all()
+    beyond = torch.full((4096,), 3.3895313892515355e38 * (1 + 2.0**-12))  # nearest is the largest bf16, not infinity
+    assert round_stochastically(beyond, generator).isfinite().all()
 
 
 def test_stochastic_rounding_moves_weights_that_nearest_rounding_leaves():
