@@ -14,7 +14,7 @@ from instrument.terminal import count
 from kernels.float_formats import FP16
 from report.tables.selection import in_order, is_lm, select
 from report.tables.table import Table, data_text, frame, identity, long_frame
-from report.text import sentence
+from report.text import sentence, span
 
 FORWARD = ("forward", "loss")
 COLUMNS = ("case", "dtype_config", "seed", "step", "logit_absmax", "nonfinite")
@@ -115,11 +115,7 @@ def _title(summary: pd.DataFrame) -> str:
 
 def _caption(folder: Folder, runs: list[RunRecord], summary: pd.DataFrame) -> str:
     numbers = summary["logits_per_step"].dropna() if len(summary) else pd.Series(dtype=float)
-    per_step = (
-        f"{numbers.min():,.0f} to {numbers.max():,.0f} logits a step"
-        if len(numbers)
-        else "the number of logits a step is not recorded"
-    )
+    per_step = f"{span(numbers, ',.0f')} logits a step" if len(numbers) else "the number of logits a step is not recorded"
     return (
         f"{data_text(folder, runs)} Violin and box of each step's largest finite logit, one a seed, its maximum written "
         f"({per_step}; pad columns and ignored targets left out). Line: 65,504, the largest fp16 number. What lies "
