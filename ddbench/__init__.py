@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from instrument import NonfiniteError, Watch
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = ["NonfiniteError", "Watch", "__version__"]
 
 IS_CLONE = not (Path(__file__).parent / "instrument").is_dir()
