@@ -97,6 +97,7 @@ def data_options(case: Case, sizes: RunSettings) -> dict[str, object]:
         "validation_documents": sizes.validation_documents,
         "text_field": sizes.text_field,
         "label_field": sizes.label_field,
+        "seq_len": sizes.seq_len,
     }
 
 

@@ -31,7 +31,8 @@ class DataRequest:
     with ``eurlex.jsonl[.gz]`` or ``openwebtext.jsonl[.gz]``, or one ``.jsonl[.gz]`` file. ``text``: ``eurlex`` (labelled) or
     ``openwebtext``; None takes it from the task. ``tokenizer``: a folder or a hub id; None takes what the source brings for
     ``arch``, else a byte-level BPE is trained on the training split. ``max_documents`` bounds the training split,
-    ``validation_documents`` each other split; None takes all.
+    ``validation_documents`` each other split; None takes all. ``seq_len``: tokens of a row, for which embedded text may have to
+    be longer.
     """
 
     source: str
@@ -43,6 +44,7 @@ class DataRequest:
     validation_documents: int | None = None
     text_field: str = "text"
     label_field: str = "labels"
+    seq_len: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in folder.TEXTS:
@@ -51,6 +53,13 @@ class DataRequest:
     @property
     def kind(self) -> str:
         return self.text or (TASKS[self.task].text if self.task in TASKS else "")
+
+    @property
+    def stretch(self) -> int:
+        """How many times longer than usual the embedded web pages are, a power of two: 64 of them hold some 46,300 tokens, and
+        a run's validation documents must hold a row."""
+        long = self.kind == "openwebtext" and (self.seq_len or 0) > 46_000
+        return 1 << ((self.seq_len or 1) // 40_000).bit_length() if long else 1
 
     @property
     def flavour(self) -> str:
@@ -110,9 +119,11 @@ def _recipe(request: DataRequest, cache_dir: Path | None) -> _Recipe:
         name = {"eurlex": "law", "openwebtext": "web"}[request.kind]
         # The generator rests on numpy's bit stream; a stable one by promise, but the key costs nothing.
         identity = {"source": "embedded", "version": EMBEDDED_VERSION, "corpus": name, "numpy": version("numpy")}
+        if request.stretch > 1:
+            identity["stretch"] = request.stretch
         generator = f"embedded-{EMBEDDED_VERSION}-numpy-{version('numpy')}"
         spec = spec or tokenizer.trained(request.flavour, generator, tokenizer.EMBEDDED_VOCABULARY)
-        corpus, texts = partial(_embedded, name), _texts_of_both
+        corpus, texts = partial(_embedded, name, request.stretch), _texts_of_both
     elif request.source == "hub" or request.source.startswith("hub:"):
         from bench_cases.data import hub
 
@@ -145,10 +156,10 @@ def _asked_tokenizer(request: DataRequest) -> TokenizerSpec | None:
     return tokenizer.on_hub(request.tokenizer)
 
 
-def _embedded(name: str) -> Corpus:
+def _embedded(name: str, stretch: int = 1) -> Corpus:
     from bench_cases.data import embedded
 
-    return embedded.corpus(name)
+    return embedded.corpus(name, stretch)
 
 
 def _texts_of_both(built: Corpus) -> list[str]:

@@ -33,9 +33,11 @@ _NUMBERS = [str(n) for n in range(1, 61)] + [f"{n}/{y}" for n in (90, 362, 411, 
 _YEARS = [str(y) for y in range(1978, 2014)]
 
 
-def corpus(name: str) -> Corpus:
-    """``name`` is ``law`` (labelled) or ``web`` (text only). Deterministic; well under a second."""
-    documents = _law() if name == "law" else _web()
+def corpus(name: str, stretch: int = 1) -> Corpus:
+    """``name`` is ``law`` (labelled) or ``web`` (text only), whose pages are ``stretch`` times longer: another corpus.
+    Deterministic; a quarter of a second, times ``stretch``."""
+    documents = _law() if name == "law" else _web(stretch)
+    name = name if stretch == 1 else f"{name}-{stretch}"
     return Corpus(name, "embedded", documents, content_sha256(documents), {"generator_version": VERSION})
 
 
@@ -173,14 +175,14 @@ def _law() -> list[Document]:
     ]
 
 
-def _web() -> list[Document]:
+def _web(stretch: int) -> list[Document]:
     rng = np.random.default_rng([SEED, 2])
     splits = [name for name, size in WEB_SPLITS.items() for _ in range(size)]
     n, table = len(splits), _Table()
     themes = np.stack([table.many(nouns.split()) for nouns in words.WEB_THEMES.values()])
     slots = "TAVWPNY"
     body = _compile(words.WEB_SENTENCES, slots, table)
-    lengths = _lengths(rng, n, 560, 0.8, 60, 3_400)
+    lengths = _lengths(rng, n, 560 * stretch, 0.8, 60 * stretch, 3_400 * stretch)
     stream, owner = _sentences(rng, lengths, [], body, _zipf(len(body), 0.4))
 
     theme = rng.integers(0, len(themes), n)

@@ -1,12 +1,15 @@
 """The embedded corpus: the same bytes everywhere, with the shape of the real sets."""
 
+import json
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from bench_cases.data import EMBEDDED_VERSION, embedded
+from bench_cases import CASES, PRESETS
+from bench_cases.data import EMBEDDED_VERSION, DataError, embedded, fingerprint, load_data
+from bench_cases.data.batches import Batches
 
 # A change here needs a new embedded.VERSION (and EMBEDDED_VERSION): cached data are keyed by it.
 GOLDEN = {
@@ -62,3 +65,40 @@ def test_labels_show_in_the_beginning(corpora):
         named += sum(label.split("/")[1] in head for label in document.labels)
         total += len(document.labels)
     assert named / total > 0.8
+
+
+def test_no_preset_has_other_data_for_the_length_of_its_rows():
+    for case in CASES.values():
+        for preset in PRESETS.values():
+            options = {"arch": case.architecture.id, "task": case.task.id, "max_documents": preset.documents}
+            usual = fingerprint("embedded", **options)
+            for seq_len in (preset.sequence_length(case.id), case.architecture.positions(preset.id), 46_000):
+                assert fingerprint("embedded", **options, seq_len=seq_len) == usual
+    assert fingerprint("embedded", arch="gpt2", task="multi_cls") == fingerprint(
+        "embedded", arch="gpt2", task="multi_cls", seq_len=1 << 20
+    )
+
+
+@pytest.mark.parametrize("seq_len", [131_072, pytest.param(1 << 20, marks=pytest.mark.soak)])
+def test_pages_are_long_enough_for_a_row_of_training_and_of_validation(seq_len, tmp_path):
+    """With a preset's 64 validation documents, the usual vocabulary, and pages that differ from one another."""
+    options = {"arch": "gpt2", "task": "clm", "max_documents": 80, "validation_documents": 64, "seq_len": seq_len}
+    data = load_data("embedded", cache_dir=tmp_path, **options)
+    usual = load_data("embedded", arch="gpt2", task="clm", max_documents=400, validation_documents=4)
+    tokenizers = [json.loads((found.folder / "tokenizer.json").read_text()) for found in (data, usual)]
+    assert tokenizers[0] == tokenizers[1]
+    batches = Batches(data, "clm", causal=True, seq_len=seq_len, batch_size=1, seed=0)
+    batch, (held_out, *_) = batches.step(1), batches.evaluation(64, 1)
+    assert batch.input_ids.shape == held_out.input_ids.shape == (1, seq_len) and batch.real_tokens == seq_len
+    (row,) = batch.input_ids.numpy()
+    assert len(np.unique(row)) > 0.95 * len(np.unique(usual.tokens)) and (row == data.special.eos).sum() >= min(
+        20, 2e7 / seq_len
+    )
+    pages = np.split(row, np.flatnonzero(row == data.special.eos))[1:-1]
+    assert len({page.tobytes() for page in pages}) == len(pages)
+
+
+def test_a_row_that_too_few_pages_do_not_hold_says_what_to_do():
+    data = load_data("embedded", arch="gpt2", task="clm", max_documents=400, validation_documents=4, seq_len=46_000)
+    with pytest.raises(DataError, match="holds no row for clm at sequence length 46000; give more documents or a shorter"):
+        Batches(data, "clm", causal=True, seq_len=46_000, batch_size=1, seed=0)
