@@ -208,9 +208,15 @@ def test_names_cover_no_marker_and_no_name_and_leaders_cross_nothing(seed, n):
         assert box[0] >= 0 and box[1] >= 0 and box[2] <= 900 and box[3] <= 500
         assert not ((box[:2] < marks[:, 2:]) & (marks[:, :2] < box[2:])).all(axis=1).any()
         end = np.clip(anchors[at], box[:2], box[2:])
-        for share in np.linspace(0, 1, 101):
-            inside = (marks[:, :2] < (point := anchors[at] + share * (end - anchors[at]))) & (point < marks[:, 2:])
-            assert set(np.flatnonzero(inside.all(axis=1))) <= {at} | set(np.flatnonzero(_holds(marks, anchors[at])))
+        leader = anchors[at] + np.linspace(0, 1, 101)[:, None] * (end - anchors[at])
+        assert _entered(leader, marks) <= {at} | set(np.flatnonzero(_holds(marks, anchors[at])))
+        assert _entered(leader, boxes) <= {at}
+
+
+def _entered(points, boxes):
+    """Indices of the boxes that hold one of ``points`` [n, 2]."""
+    inside = (boxes[None, :, :2] < points[:, None]) & (points[:, None] < boxes[None, :, 2:])
+    return set(np.flatnonzero(inside.all(axis=2).any(axis=0)))
 
 
 def _holds(boxes, point):
