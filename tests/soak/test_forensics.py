@@ -20,7 +20,7 @@ def _one_thread(one_thread):
 
 
 def test_a_sample_of_injected_faults_is_named_right():
-    results = list(trials.injection_trials(45, seed=3))
+    results = list(trials.injection_trials(30, seed=3))
     assert [r.as_row() for r in results if r.why_wrong] == []
     assert {r.trial.plant for r in results} == set(PLANTS) and {r.trial.model for r in results} == set(MODELS)
     assert {r.expected[1] for r in results if r.expected} == {"forward", "backward", "unscale", "optimizer"}
