@@ -15,6 +15,7 @@ from kernels.dispatch import DTYPES
 from kernels.scan_blocks import CHUNK, chunks_of, segments_of
 
 TILE, NUM_WARPS = 1024, 4  # numbers a program, 8 a thread
+REGISTERS = 168  # of the adjoint; left alone, the compiler takes 128 on sm_100 and spills
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def backward(u, delta, A, B, C, D, state, starts, grad_out, grad_state) -> tuple
     carries[-1] = grad_state
     sums = torch.empty(segments, batch, channels, **fp32)
     outputs = (grad_u, grad_delta, of_a, of_b, of_c, of_d, scratch, tokens, length, channels, states)
-    options = {"CHUNK": CHUNK, **tile, "num_warps": NUM_WARPS}
+    options = {"CHUNK": CHUNK, **tile, "num_warps": NUM_WARPS, "maxnreg": REGISTERS}
     with torch.cuda.device_of(u):
         if segments > 1:
             scan_adjoint[grid](
