@@ -274,7 +274,7 @@ def _fit(command: argparse.ArgumentParser) -> None:
 SKIPPABLE = ("doctor", "check", "bench", "overhead", "overflow", "fit")
 OPS = (
     *("cross_entropy", "multi_tensor_stats", "unscale", "scale", "bce_with_logits"),
-    *("activation_stats", "logit_stats", "exponent_histogram"),
+    *("activation_stats", "logit_stats", "resolvent_mix", "selective_scan", "exponent_histogram"),
 )
 """The kernels, in the order in which their figures matter."""
 NOT_TIMED = ("exponent_histogram",)

@@ -13,7 +13,8 @@ CLASSES = ("matmul", "attention", "elementwise", "reduction", "optimizer", "copy
 
 OUR_KERNELS = (
     "cross_entropy_rows bce_rows sum_rows inverse_count scale_rows logit_stats_rows activation_kernel "
-    "stats_kernel scale_kernel".split()
+    "stats_kernel scale_kernel resolvent_maps resolvent_borders resolvent_carries resolvent_walk resolvent_adjoint "
+    "scan_maps scan_borders scan_walk scan_adjoint".split()
 )
 """Every Triton kernel that this project launches."""
 

@@ -60,6 +60,8 @@ OURS = {
     "stats": "multi_tensor_stats",
     "activation": "activation_stats",
     "bce": "bce_with_logits",
+    "resolvent_mix": "resolvent_mix",
+    "selective_scan": "selective_scan",
 }
 """Custom ops of this project: what follows ``dtype_dynamics_`` in their namespace -> the folder in ``kernels/``."""
 OUR_NAMESPACES = tuple(f"dtype_dynamics_{name}" for name in OURS)

@@ -139,7 +139,8 @@ def test_killed_at_any_file_operation_nothing_acknowledged_is_lost(tmp_path):
             log.write(EventRecord(step=99, kind="warning", detail={}))
         last = (out / "events.jsonl").read_bytes().split(b"\n")
         assert last[-1] == b"" and decode(last[-2], EventRecord).step == 99
-    assert survived == 1 + 1 + 6 * 2 + 2 * 7 + 2 + 1, "folder, file, six lines, two replacements, two syncs on closing"
+    what = "folder and its name, file, six lines, two replacements, two syncs on closing"
+    assert survived == 2 + 1 + 6 * 2 + 2 * 7 + 2 + 1, what
 
 
 def crash_in_a_fork(out: Path, nth: int) -> tuple[list[str], int]:
