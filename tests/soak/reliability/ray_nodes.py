@@ -31,8 +31,8 @@ from tests.soak.reliability.trials import Trial, share_of
 SMALL = Request(preset="tiny", data="embedded", batch_size=2, micro_batch=2, seq_len=16, validation_documents=2, documents=400)
 CPU = torch.device("cpu")
 RUNS = 42
-STEPS, LONGER_STEPS = 3, 60
-"""The longer: for a node to be killed while it executes a run."""
+STEPS, LONGER_STEPS = 3, 200
+"""The longer: for a node to be killed while both execute a run, though one of them began seconds later."""
 TIMES = {
     "samples_per_s",
     "tokens_per_s",
